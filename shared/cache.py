@@ -1,0 +1,262 @@
+"""Reading a cache: sidecars, `manifest.json`, `index.zarr`, members by byte range, the prompt bank.
+
+Tars and sidecars are the truth. Manifest and index are derived from them by `wanprep index`
+(`preprocess/index.py`); the layouts that both sides must agree on are the constants here.
+"""
+
+import json
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import webdataset
+import zarr
+
+from shared.buckets import Bucket
+from shared.errors import UserError
+from shared.fingerprint import FORMAT_VERSION, Fingerprint
+from shared.model_spec import read_json
+from shared.schema import JSON_MEMBER, MEMBERS, TEXT_MEMBER, unpack
+
+MANIFEST = "manifest.json"
+INDEX = "index.zarr"
+PROMPT_ROLES = ("empty", "negative", "validation")
+MEDIA_TYPES = ("video", "image", "text")
+
+# index.zarr: column → (dtype, values per row). A row is one live sample; rows are sorted by key, so
+# that what is trained on does not depend on how an encode was cut into shards.
+COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "key": ("uint8", (16,)),
+    "caption": ("uint8", (16,)),  # first 16 bytes of SHA-256 of the caption's UTF-8
+    "bucket": ("int32", ()),
+    "shard": ("int32", ()),
+    "type": ("uint8", ()),  # position in MEDIA_TYPES
+    "tokens": ("int32", ()),
+    "offset": ("int64", (len(MEMBERS),)),  # of each member's bytes in the tar, in MEMBERS' order
+    "length": ("int64", (len(MEMBERS),)),  # 0 where the sample has no such member
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sidecar:
+    """`NAME.json` beside `NAME.tar`: written last, so a tar without one does not exist."""
+
+    shard: str
+    kind: str
+    """"samples" or "prompts"."""
+    sha256: str
+    bytes: int
+    count: int
+    bucket: Bucket | None
+    fingerprint: Fingerprint
+
+    @staticmethod
+    def path_for(shard: Path) -> Path:
+        return shard.with_suffix(".json")
+
+    def to_json(self) -> dict[str, Any]:
+        bucket = self.bucket and {
+            "height": self.bucket.height,
+            "width": self.bucket.width,
+            "frames": self.bucket.frames,
+        }
+        return {"format": FORMAT_VERSION, **self.__dict__, "bucket": bucket}
+
+    @classmethod
+    def read(cls, path: Path) -> "Sidecar":
+        """Raises UserError when the file is damaged or of another format version."""
+        value = read_json(path, "sidecar")
+        check_format(value, path)
+        try:
+            bucket = value["bucket"] and Bucket(**value["bucket"])
+            fields = {name: value[name] for name in cls.__dataclass_fields__ if name != "bucket"}
+            return cls(**fields, bucket=bucket)
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"sidecar: {path} lacks or misspells a field ({error}). If its tar is whole, "
+                "delete the sidecar and the tar and run `wanprep encode` again."
+            ) from error
+
+
+def check_format(value: dict[str, Any], path: Path) -> None:
+    """Raise UserError unless `value` was written in the format version that this code reads."""
+    if value.get("format") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {value.get('format')!r}, this wandistill reads "
+            f"{FORMAT_VERSION}. Encode again, or install the version that wrote the shards."
+        )
+
+
+def committed_shards(folder: Path) -> list[Sidecar]:
+    """Every shard that exists, by name. Says nothing about whether the tar is undamaged."""
+    tars = sorted(folder.glob("*.tar"))
+    return [Sidecar.read(path) for tar in tars if (path := Sidecar.path_for(tar)).exists()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheIndex:
+    """An opened cache. Columns are read on first use; row numbers are positions in key order."""
+
+    folder: Path
+    fingerprint: Fingerprint
+    buckets: tuple[Bucket, ...]
+    shards: tuple[str, ...]
+    prompt_shards: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.bucket_ids)
+
+    def _column(self, name: str) -> npt.NDArray[Any]:
+        return np.asarray(zarr.open_group(self.folder / INDEX, mode="r")[name][:])  # type: ignore[index]
+
+    @cached_property
+    def keys(self) -> npt.NDArray[np.uint8]:
+        """(N, 16) bytes."""
+        return self._column("key")
+
+    @cached_property
+    def captions(self) -> npt.NDArray[np.uint8]:
+        """(N, 16) caption digests."""
+        return self._column("caption")
+
+    @cached_property
+    def bucket_ids(self) -> npt.NDArray[np.int32]:
+        return self._column("bucket")
+
+    @cached_property
+    def shard_ids(self) -> npt.NDArray[np.int32]:
+        return self._column("shard")
+
+    @cached_property
+    def types(self) -> npt.NDArray[np.uint8]:
+        return self._column("type")
+
+    @cached_property
+    def tokens(self) -> npt.NDArray[np.int32]:
+        return self._column("tokens")
+
+    @cached_property
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """(N, members)."""
+        return self._column("offset")
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(N, members)."""
+        return self._column("length")
+
+    def key(self, row: int) -> str:
+        return bytes(self.keys[row]).hex()
+
+
+def open_cache(folder: Path) -> CacheIndex:
+    """Open a cache for reading. Raises UserError with the command that repairs it."""
+    manifest_path = folder / MANIFEST
+    if not manifest_path.exists():
+        has_tars = folder.is_dir() and any(folder.glob("*.tar"))
+        raise UserError(
+            f"shards: {folder} has no {MANIFEST}. "
+            + (
+                f"Rebuild it: wanprep index --shards {folder}"
+                if has_tars
+                else f"Make shards first: wanprep encode --size 640 --output {folder}"
+            )
+        )
+    rebuild = f"Rebuild it: wanprep index --shards {folder}"
+    manifest = read_json(manifest_path, "shards")
+    check_format(manifest, manifest_path)
+    try:
+        attributes = zarr.open_group(folder / INDEX, mode="r").attrs.asdict()
+    except Exception as error:
+        raise UserError(f"shards: {folder / INDEX} is missing or damaged. {rebuild}") from error
+    if attributes.get("digest") != manifest.get("index"):
+        raise UserError(
+            f"shards: {INDEX} (digest {attributes.get('digest')}) does not belong to {MANIFEST} "
+            f"(expects {manifest.get('index')}); a run was interrupted between them. {rebuild}"
+        )
+    missing = [s["name"] for s in manifest["shards"] if not (folder / s["name"]).exists()]
+    if missing:
+        raise UserError(
+            f"shards: {manifest_path} lists {len(missing)} shard(s) that are gone, the first "
+            f"{missing[0]}. Restore them, or leave them out: wanprep index --shards {folder}"
+        )
+    return CacheIndex(
+        folder=folder,
+        fingerprint=manifest["fingerprint"],
+        buckets=tuple(Bucket(b["height"], b["width"], b["frames"]) for b in manifest["buckets"]),
+        shards=tuple(s["name"] for s in manifest["shards"]),
+        prompt_shards=tuple(s["name"] for s in manifest["prompts"]),
+    )
+
+
+class MemberReader:
+    """Reads single members of samples by byte range; keeps a few shard files open."""
+
+    def __init__(self, index: CacheIndex, *, open_files: int = 32) -> None:
+        self._index = index
+        self._limit = open_files
+        self._descriptors: OrderedDict[int, int] = OrderedDict()
+
+    def read(self, row: int, member: str) -> dict[str, torch.Tensor] | None:
+        """Tensors of one member of sample `row`; None where the sample lacks that member.
+
+        Raises UserError when the bytes are not what the index says.
+        """
+        column = MEMBERS.index(member)
+        length = int(self._index.lengths[row, column])
+        if length == 0:
+            return None
+        shard = int(self._index.shard_ids[row])
+        offset = int(self._index.offsets[row, column])
+        data = os.pread(self._descriptor(shard), length, offset)
+        try:
+            return unpack(data)
+        except Exception as error:
+            name = self._index.folder / self._index.shards[shard]
+            raise UserError(
+                f"shards: {name}: {self._index.key(row)}.{member} is damaged ({error}). Restore "
+                "the shard, or delete it with its sidecar and run `wanprep encode` again."
+            ) from error
+
+    def _descriptor(self, shard: int) -> int:
+        if shard in self._descriptors:
+            self._descriptors.move_to_end(shard)
+            return self._descriptors[shard]
+        if len(self._descriptors) >= self._limit:
+            os.close(self._descriptors.popitem(last=False)[1])
+        path = self._index.folder / self._index.shards[shard]
+        self._descriptors[shard] = os.open(path, os.O_RDONLY)
+        return self._descriptors[shard]
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An entry of the prompt bank."""
+
+    role: str
+    prompt: str
+    text: torch.Tensor
+    """(tokens, D) at the prompt's true length."""
+
+
+def read_prompts(folder: Path, shards: tuple[str, ...]) -> list[Prompt]:
+    """The prompt bank, oldest first; where a role has one prompt only, the last entry counts."""
+    prompts = []
+    for name in shards:
+        # Raw bytes, never `.decode()`: its default handlers would unpickle a hostile member.
+        dataset = webdataset.WebDataset(str(folder / name), shardshuffle=False, empty_check=False)
+        for sample in dataset:
+            info = json.loads(sample[JSON_MEMBER])
+            text = unpack(sample[TEXT_MEMBER])["text"]
+            prompts.append(Prompt(info["role"], info["prompt"], text))
+    return prompts

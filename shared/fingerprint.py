@@ -1,0 +1,94 @@
+"""The settings that decide the bytes of a cache, and the refusal to mix caches that differ.
+
+A fingerprint is a plain nested dict of JSON values, so that it can be stored in every sidecar, read
+by a person, and compared field by field.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shared.errors import UserError
+from shared.hashing import FileHasher, digest_of
+from shared.model_spec import ModelSpec, read_json
+
+FORMAT_VERSION = 1
+TEXT_CLEANING = "ftfy, html unescape twice, whitespace"
+
+Fingerprint = dict[str, Any]
+
+
+def component_digest(folder: Path, hasher: FileHasher) -> str | None:
+    """Digest of a component's weights and config; None where its weights are not on this machine.
+
+    Works from file content, so that a renamed or copied folder is the same component, and from the
+    config without diffusers' bookkeeping fields, which change with the library version.
+    """
+    weights = [f for f in _files(folder) if f.suffix in {".safetensors", ".bin", ".model"}]
+    if not weights:
+        weights = [f for f in _files(folder) if f.name == "tokenizer.json"]
+    if not weights:
+        return None
+    config_file = folder / "config.json"
+    config = read_json(config_file, "model") if config_file.exists() else {}
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    config.pop("transformers_version", None)
+    return digest_of([hasher.combined(weights), config])
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (file for file in sorted(folder.glob("*")) if file.is_file())
+
+
+def model_fields(spec: ModelSpec, hasher: FileHasher) -> Fingerprint:
+    """The part of a fingerprint that the model folder alone decides.
+
+    Stage two computes it without building any encoder. A digest is None where that component's
+    weights are absent (a training machine may hold transformers only).
+    """
+    return {
+        "latents": {
+            "vae": component_digest(spec.folder / "vae", hasher),
+            "channels": spec.latent_channels,
+            "stride": list(spec.stride),
+            "mean": list(spec.latents_mean),
+            "std": list(spec.latents_std),
+        },
+        "text": {
+            "encoder": component_digest(spec.folder / "text_encoder", hasher),
+            "tokenizer": component_digest(spec.folder / "tokenizer", hasher),
+            "dim": spec.text_dim,
+        },
+    }
+
+
+def flatten(fingerprint: Fingerprint, prefix: str = "") -> dict[str, Any]:
+    """{"latents": {"vae": x}} → {"latents.vae": x}."""
+    flat: dict[str, Any] = {}
+    for name, value in fingerprint.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def differences(found: Fingerprint, expected: Fingerprint) -> list[tuple[str, Any, Any]]:
+    """(field, found, expected) for each field of `expected` that differs in `found`.
+
+    Unknown values (None in `expected`) are not compared.
+    """
+    flat_found = flatten(found)
+    return [
+        (field, flat_found.get(field), value)
+        for field, value in flatten(expected).items()
+        if value is not None and flat_found.get(field) != value
+    ]
+
+
+def refuse_differences(found: Fingerprint, expected: Fingerprint, *, what: str, cure: str) -> None:
+    """Raise UserError listing every differing field with both values, and the cure."""
+    differing = differences(found, expected)
+    if differing:
+        lines = [f"  {field}: shards have {a!r}, expected {b!r}" for field, a, b in differing]
+        raise UserError("\n".join([f"{what}:", *lines, cure]))

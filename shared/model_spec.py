@@ -1,0 +1,177 @@
+"""What a Wan model is, read from its own config files (never from its name).
+
+Nothing here builds a network: stage two knows the VAE's normalisation, the text width and the
+experts from JSON alone.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from shared.errors import UserError
+from shared.toy_model import TOY_MODELS, toy_folder
+
+DEFAULT_MODEL = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
+MAX_TEXT_TOKENS = 512
+# Wan's published default (`sample_neg_prompt` of the original repository's shared config).
+DEFAULT_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
+    "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+TIMESTEPS = 1000.0
+
+Mode = Literal["t2v", "i2v", "ti2v"]
+HUB_NAME_PARTS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """The facts of one model folder that both stages compute with."""
+
+    folder: Path
+    mode: Mode
+    two_experts: bool
+    """True where `transformer` is the high-noise expert and `transformer_2` the low-noise one."""
+    boundary: float | None
+    """Share of the timesteps above which the high-noise expert works; None with one expert."""
+    latent_channels: int
+    stride: tuple[int, int, int]
+    """VAE strides in (time, height, width)."""
+    patch: tuple[int, int, int]
+    """Transformer patch in latents, (time, height, width)."""
+    latents_mean: tuple[float, ...]
+    latents_std: tuple[float, ...]
+    text_dim: int
+    image_dim: int | None
+    """Width of the CLIP image embeddings (Wan 2.1 i2v), else None."""
+
+    @property
+    def side_multiple(self) -> int:
+        """Both pixel sides of a sample must be multiples of this."""
+        return self.stride[1] * self.patch[1]
+
+    @property
+    def flow_shift(self) -> float:
+        """Training shift of this family, as in the published recipes (brief, section 5)."""
+        return 12.0 if self.two_experts and self.mode == "t2v" else 5.0
+
+    @property
+    def expert_folders(self) -> tuple[str, ...]:
+        """Component names of the transformers, high-noise first."""
+        return ("transformer", "transformer_2") if self.two_experts else ("transformer",)
+
+
+def resolve_model(name: str, components: Sequence[str]) -> Path:
+    """Folder that holds the model `name`: a toy, a local folder, or a Hugging Face hub id.
+
+    `components` are the parts that the caller will read ("vae", "transformer", …); only these,
+    and every config file, are downloaded from the hub. Raises UserError where there is no model.
+    """
+    if name in TOY_MODELS:
+        return toy_folder(name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != HUB_NAME_PARTS - 1
+    if looks_local:
+        raise UserError(
+            f"model: no folder {name!r}. Set --pretrained-model-name-or-path (or MODEL_NAME) to a "
+            f"model folder in diffusers layout, a hub id such as {DEFAULT_MODEL}, or 'toy'."
+        )
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", *(f"{component}/*" for component in components)]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:
+        offline = " HF_HUB_OFFLINE is set." if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise UserError(
+            f"model: {name!r} is neither a local folder nor to be had from the Hugging Face hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}).{offline} "
+            "Set --pretrained-model-name-or-path (or MODEL_NAME) to a local folder, "
+            f"or run once online: hf download {name}"
+        ) from error
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from `path`; UserError naming `what` and the file when there is none."""
+    try:
+        value = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{what}: cannot read {path} ({error.strerror or error}).") from error
+    except ValueError as error:
+        raise UserError(f"{what}: {path} is not valid JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{what}: {path} holds a {type(value).__name__}, expected an object.")
+    return value
+
+
+def read_model_spec(folder: Path) -> ModelSpec:
+    """Read the model's facts from `model_index.json` and the components' `config.json`."""
+    if not (folder / "model_index.json").is_file():
+        original = (folder / "Wan2.1_VAE.pth").exists() or (folder / "high_noise_model").exists()
+        raise UserError(
+            f"model: {folder} has no model_index.json, so it is not in diffusers layout"
+            + (" (it looks like Wan's original layout)" if original else "")
+            + f". Use the repository whose name ends in -Diffusers, e.g. {DEFAULT_MODEL}."
+        )
+    index = read_json(folder / "model_index.json", "model")
+    transformer = read_json(folder / "transformer" / "config.json", "model")
+    vae = read_json(folder / "vae" / "config.json", "model")
+    try:
+        return _spec_from_configs(folder, index, transformer, vae)
+    except KeyError as error:
+        raise UserError(
+            f"model: the configs of {folder} lack the field {error}; "
+            "expected a WanTransformer3DModel and an AutoencoderKLWan config."
+        ) from error
+
+
+def _spec_from_configs(
+    folder: Path, index: dict[str, Any], transformer: dict[str, Any], vae: dict[str, Any]
+) -> ModelSpec:
+    two_experts = (index.get("transformer_2") or [None])[0] is not None
+    boundary = index.get("boundary_ratio")
+    if two_experts != (boundary is not None):
+        raise UserError(
+            f"model: {folder}/model_index.json has transformer_2={two_experts} but "
+            f"boundary_ratio={boundary}; two experts need a boundary and one must have none."
+        )
+    if transformer.get("pos_embed_seq_len") is not None:
+        raise UserError(
+            f"model: {folder} is a first-last-frame model (transformer pos_embed_seq_len="
+            f"{transformer['pos_embed_seq_len']}); wandistill trains t2v, i2v and ti2v models."
+        )
+    channels = int(vae["z_dim"])
+    spatial = int(vae.get("scale_factor_spatial") or 8)
+    return ModelSpec(
+        folder=folder,
+        mode=_mode(folder, index, int(transformer["in_channels"]), channels),
+        two_experts=two_experts,
+        boundary=None if boundary is None else float(boundary),
+        latent_channels=channels,
+        stride=(int(vae.get("scale_factor_temporal") or 4), spatial, spatial),
+        patch=tuple(transformer["patch_size"]),
+        latents_mean=tuple(map(float, vae["latents_mean"])),
+        latents_std=tuple(map(float, vae["latents_std"])),
+        text_dim=int(transformer["text_dim"]),
+        image_dim=transformer.get("image_dim"),
+    )
+
+
+def _mode(folder: Path, index: dict[str, Any], in_channels: int, latent_channels: int) -> Mode:
+    if index.get("expand_timesteps"):
+        return "ti2v"
+    if in_channels == latent_channels:
+        return "t2v"
+    if in_channels == 2 * latent_channels + 4:
+        return "i2v"
+    raise UserError(
+        f"model: {folder}/transformer/config.json has in_channels={in_channels}; with "
+        f"{latent_channels} latent channels expected {latent_channels} (t2v) or "
+        f"{2 * latent_channels + 4} (i2v: 4 mask + {latent_channels} condition channels)."
+    )

@@ -1,0 +1,49 @@
+"""The bundled toy models: real Wan classes at small size, with weights in this package.
+
+`--model toy` (text to video) and `--model toy-i2v` (image to video) are ordinary diffusers
+folders; only their size is small. Both experts start from one weight file, so the package holds
+it once and the folders are put together in the cache on first use. `scripts/` remakes the weights.
+"""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from shared.hashing import cache_folder, digest_of
+
+TOY_MODELS = {"toy": "t2v", "toy-i2v": "i2v"}
+_DATA = Path(__file__).parent / "toy"
+
+
+def toy_folder(name: str) -> Path:
+    """Folder of the toy model `name` in diffusers layout, built in the cache if need be.
+
+    The folder's name carries a digest of its content: new weights never meet an old copy.
+    """
+    parts = {part.name: part for part in sorted((_DATA / "common").iterdir())}
+    own = _DATA / TOY_MODELS[name]
+    parts |= {"transformer": own / "transformer", "transformer_2": own / "transformer"}
+
+    content = [
+        (part, file.relative_to(source).as_posix(), hashlib.sha256(file.read_bytes()).hexdigest())
+        for part, source in sorted(parts.items())
+        for file in sorted(source.rglob("*"))
+        if file.is_file()
+    ]
+    content.append(("", "model_index.json", (own / "model_index.json").read_text()))
+    folder = cache_folder() / f"{name}-{digest_of(content)[:12]}"
+    if folder.exists():
+        return folder
+
+    building = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    for part, source in parts.items():
+        shutil.copytree(source, building / part)
+    shutil.copy(own / "model_index.json", building)
+    try:
+        building.rename(folder)
+    except OSError:  # another process was first; its copy is the same
+        shutil.rmtree(building, ignore_errors=True)
+    return folder

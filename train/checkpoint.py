@@ -1,0 +1,234 @@
+"""A run's state on disk: safetensors and JSON, whole tensors under global names.
+
+Everything that is saved is named in `TrainState`; what is not there is not saved. RNG and data
+position follow from the counter. Nothing depends on how the model is wrapped or spread.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from shared.durable import fsync_file, fsync_folder, temporary
+from shared.errors import UserError
+from shared.fingerprint import flatten
+from train.export import safetensors_bytes
+
+FORMAT_VERSION = 1
+STATE = "state.json"
+_NAME = re.compile(r"checkpoint-(\d+)(?:\+(\d+))?")
+
+
+@dataclass(frozen=True)
+class RoleState:
+    """One role's weights and optimizer."""
+
+    parameters: Mapping[str, nn.Parameter]
+    """Under global names."""
+    optimizer: torch.optim.AdamW
+
+    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """ "weights" and "optimizer", each name → whole tensor on the CPU."""
+        moments = {
+            f"{name}/{moment}": value
+            for name, parameter in self.parameters.items()
+            for moment, value in self.optimizer.state.get(parameter, {}).items()
+        }
+        groups = {"weights": self.parameters, "optimizer": moments}
+        return {
+            group: {name: tensor.detach().cpu() for name, tensor in values.items()}
+            for group, values in groups.items()
+        }
+
+    def load(self, weights: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor]) -> None:
+        """Put back what `tensors` gave."""
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(weights[name])
+        for name_and_moment, value in optimizer.items():
+            name, moment = name_and_moment.rsplit("/", 1)
+            parameter = self.parameters[name]
+            # torch keeps Adam's step counter on the CPU, the moments beside the parameter.
+            place = "cpu" if moment == "step" else parameter.device
+            self.optimizer.state[parameter][moment] = value.to(place).clone()
+
+
+@dataclass
+class TrainState:
+    """All of a run that changes while it runs."""
+
+    roles: Mapping[str, RoleState]
+    updates: int = 0
+    """Optimizer steps of both roles so far: the one counter."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run is. `fixed` must match on resume; a change of `loose` is only told."""
+
+    fixed: dict[str, Any]
+    loose: dict[str, Any]
+
+
+def checkpoint_name(updates: int, cycle: int) -> str:
+    """checkpoint-N after N generator updates; "+k" where k critic updates followed."""
+    generator, critic = divmod(updates, cycle)
+    return f"checkpoint-{generator}" + (f"+{critic}" if critic else "")
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints in `folder`, oldest first."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), int(match[2] or 0), path))
+    return [path for *_, path in sorted(found)]
+
+
+def save_checkpoint(folder: Path, state: TrainState, identity: Identity, *, cycle: int) -> Path:
+    """Write DIR/checkpoint-N, which appears whole or not at all. Returns its path."""
+    final = folder / checkpoint_name(state.updates, cycle)
+    building = temporary(final)
+    for leftover in (building, final):
+        shutil.rmtree(leftover, ignore_errors=True)
+    building.mkdir(parents=True)
+
+    digests = {}
+    for role, role_state in state.roles.items():
+        for group, tensors in role_state.tensors().items():
+            file = building / f"{role}_{group}.safetensors"
+            data = safetensors_bytes(tensors)
+            file.write_bytes(data)
+            fsync_file(file)
+            digests[file.name] = hashlib.sha256(data).hexdigest()
+    content = {
+        "format": FORMAT_VERSION,
+        "updates": state.updates,
+        "identity": identity.fixed,
+        "settings": identity.loose,
+        "sha256": digests,
+    }
+    (building / STATE).write_text(json.dumps(content, indent=2) + "\n")
+    fsync_file(building / STATE)
+    fsync_folder(building)
+    building.rename(final)
+    fsync_folder(folder)
+    return final
+
+
+def find_checkpoint(output_dir: Path, wanted: str | None) -> Path | None:
+    """The checkpoint that `--resume-from-checkpoint` means: a path, a name, or "latest".
+
+    None where "latest" finds no checkpoint (a first start) or nothing is wanted. UserError when a
+    path has none, or when a run would be started over the checkpoints of an earlier one.
+    """
+    existing = list_checkpoints(output_dir)
+    if wanted is None:
+        if existing:
+            raise UserError(
+                f"--output-dir: {output_dir} already holds {existing[-1].name} of an earlier run. "
+                "Go on with it: --resume-from-checkpoint latest; or choose another --output-dir."
+            )
+        return None
+    if wanted == "latest":
+        return existing[-1] if existing else None
+    for path in (Path(wanted), output_dir / wanted):
+        if (path / STATE).exists():
+            return path
+    names = ", ".join(path.name for path in existing) or "none"
+    raise UserError(
+        f"--resume-from-checkpoint: {wanted} is not a checkpoint (no {STATE} in it). "
+        f"In {output_dir} there are: {names}."
+    )
+
+
+def load_checkpoint(path: Path, state: TrainState, identity: Identity) -> list[str]:
+    """Fill `state` from a checkpoint. Returns what differs in the loose settings, as text.
+
+    Raises UserError, before anything is changed, when the checkpoint is damaged or belongs to
+    another model, adapter shape or recipe.
+    """
+    content = _read_state(path)
+    _refuse_other_identity(path, content["identity"], identity.fixed)
+    loaded = {name: _read_tensors(path / name, sha) for name, sha in content["sha256"].items()}
+    try:
+        for role, role_state in state.roles.items():
+            role_state.load(
+                loaded[f"{role}_weights.safetensors"], loaded[f"{role}_optimizer.safetensors"]
+            )
+    except (KeyError, RuntimeError) as error:
+        raise _damaged(path, f"a tensor is missing or misshapen: {error}") from error
+    state.updates = content["updates"]
+    before, now = flatten(content["settings"]), flatten(identity.loose)
+    return [
+        f"{name}: {before.get(name)!r} → {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((path / STATE).read_text())
+        version = content["format"]
+        complete = {"updates", "identity", "settings", "sha256"} <= content.keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, f"{STATE} cannot be read ({error})") from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"checkpoint: {path} has format version {version}, this wandistill reads "
+            f"{FORMAT_VERSION}."
+        )
+    if not complete:
+        raise _damaged(path, f"{STATE} lacks a field")
+    return content
+
+
+def _refuse_other_identity(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    # Through JSON, so that a tuple and the list it became compare equal.
+    flat_found, flat_expected = flatten(found), flatten(json.loads(json.dumps(expected)))
+    differing = [
+        f"  {name}: checkpoint has {flat_found.get(name)!r}, this run {flat_expected.get(name)!r}"
+        for name in sorted(flat_found.keys() | flat_expected.keys())
+        if flat_found.get(name) != flat_expected.get(name)
+    ]
+    if differing:
+        raise UserError(
+            "\n".join(
+                [
+                    f"checkpoint: {path} belongs to another run:",
+                    *differing,
+                    "Resume with the same settings, or start anew with another --output-dir.",
+                ]
+            )
+        )
+
+
+def _read_tensors(file: Path, sha256: str) -> dict[str, torch.Tensor]:
+    try:
+        found = hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise _damaged(file.parent, f"{file.name} cannot be read ({error.strerror})") from error
+    if found != sha256:
+        raise _damaged(
+            file.parent, f"{file.name} has SHA-256 {found[:12]}…, expected {sha256[:12]}…"
+        )
+    return load_file(file)
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    others = [other.name for other in list_checkpoints(path.parent) if other != path]
+    cure = (
+        f"Resume from an earlier one: --resume-from-checkpoint {others[-1]}"
+        if others
+        else "There is no other checkpoint beside it; start anew with another --output-dir."
+    )
+    return UserError(f"checkpoint: {path} is damaged: {why}. {cure}")

@@ -1,0 +1,112 @@
+"""The configuration of a distillation run: built by the command line, checked here, then frozen."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.errors import UserError
+from train.base import Precision
+from train.dmd import Pairing, Start
+from train.flow import Expert, ScoreFloor
+from train.plan import Tail
+
+LATEST = "latest"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Names and defaults are the seed document's; what is not in it says so.
+
+    None means: decided by the model.
+    """
+
+    # What is trained, on what
+    model: str
+    shards: Path
+    output_dir: Path
+    boundary_type: Expert | None
+    """None: `low` where the model has two experts, else `full`."""
+    seed: int
+
+    # Length and saving
+    max_train_steps: int | None
+    """Generator updates; None: `num_train_epochs` decides."""
+    num_train_epochs: int
+    checkpointing_steps: int
+    """Generator updates between checkpoints."""
+    resume_from_checkpoint: str | None
+    save_precision: Precision
+
+    # Distillation
+    denoising_step_indices_list: tuple[float, ...]
+    flow_shift: float | None
+    start: Start | None
+    """None: `latents` for the low-noise expert, else `noise`."""
+    pairing: Pairing
+    score_floor: ScoreFloor
+    real_guidance_scale: float
+    fake_guidance_scale: float
+    gen_update_interval: int
+    """Critic updates before each generator update."""
+
+    # LoRA and optimizer
+    rank: int
+    network_alpha: float
+    target_name: tuple[str, ...]
+    learning_rate: float
+    learning_rate_critic: float
+    lr_warmup_steps: int
+    """Updates of a role over which its learning rate rises from 0; constant after."""
+    adam_beta1: float
+    adam_beta2: float
+    adam_weight_decay: float
+    adam_epsilon: float
+    max_grad_norm: float
+
+    # Data and device
+    train_batch_size: int
+    gradient_accumulation_steps: int
+    video_repeat: int
+    caption_dropout: float
+    tail: Tail
+    dataloader_num_workers: int
+    mixed_precision: Precision
+    gradient_checkpointing: bool
+    device: str
+
+    def __post_init__(self) -> None:
+        at_least_one = (
+            "num_train_epochs",
+            "checkpointing_steps",
+            "gen_update_interval",
+            "rank",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "video_repeat",
+        )
+        for name in at_least_one:
+            _check(name, getattr(self, name), getattr(self, name) >= 1, "a whole number from 1")
+        if self.max_train_steps is not None:
+            _check("max_train_steps", self.max_train_steps, self.max_train_steps >= 1, "from 1")
+        for name in ("network_alpha", "learning_rate", "learning_rate_critic", "max_grad_norm"):
+            _check(name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+        for name in ("dataloader_num_workers", "lr_warmup_steps", "fake_guidance_scale"):
+            _check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        dropout = self.caption_dropout
+        _check("caption_dropout", dropout, 0 <= dropout <= 1, "a share in [0, 1]")
+
+    @property
+    def update_batch(self) -> int:
+        """Samples of one optimizer step."""
+        return self.train_batch_size * self.gradient_accumulation_steps
+
+
+def _check(name: str, found: object, fine: bool, expected: str) -> None:
+    if not fine:
+        raise UserError(f"--{name.replace('_', '-')}: found {found}, expected {expected}.")
+
+
+def learning_rate(base: float, updates: int, warmup: int) -> float:
+    """Rate of a role that has made `updates` updates: linear warm-up, then constant."""
+    return base * min(1.0, (updates + 1) / warmup) if warmup else base

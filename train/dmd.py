@@ -1,0 +1,161 @@
+"""One update of each role: rollout, scores, losses. No optimizer, no I/O, no state.
+
+Everything random is drawn from (seed, purpose, update, sample); see `train.rng`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from train.data import Batch
+from train.flow import (
+    Expert,
+    Schedule,
+    ScoreFloor,
+    add_noise,
+    guide,
+    per_sample,
+    x0_from_velocity,
+)
+from train.losses import critic_loss, dmd_gradient, dmd_loss
+from train.rng import choice, noise, uniform
+from train.roles import Roles
+
+Start = Literal["latents", "noise"]
+Pairing = Literal["renoise", "euler"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides the maths of a step."""
+
+    expert: Expert
+    schedule: Schedule
+    start: Start
+    """`latents`: walk the expert's own steps, from cached real latents noised to its first one.
+    `noise`: walk from pure noise at step 0 to the expert's last step, with this expert alone."""
+    pairing: Pairing
+    """How a step leads to the next: fresh noise on x̂0 (LCM sampling) or along v (Euler)."""
+    score_floor: ScoreFloor
+    real_guidance_scale: float
+    fake_guidance_scale: float
+    """0 means no guidance: the critic's conditional prediction alone."""
+    seed: int
+
+    @property
+    def walk(self) -> range:
+        """Positions of the steps that a rollout may visit, in order."""
+        owned = self.schedule.owned_steps(self.expert)
+        return range(owned.stop) if self.start == "noise" else owned
+
+
+@dataclass(frozen=True)
+class ScoreLevel:
+    """Where scores are compared: σ (B, 1, 1, 1, 1), t (B,) = 1000·σ, the noise, u before shift."""
+
+    sigma: torch.Tensor
+    timestep: torch.Tensor
+    noise: torch.Tensor
+    u: torch.Tensor
+
+
+def exit_step(recipe: Recipe, update: int) -> int:
+    """The step whose x̂0 is trained on in this update, the same for all its samples."""
+    return choice(recipe.walk, recipe.seed, "exit step", update)
+
+
+def rollout(
+    roles: Roles, recipe: Recipe, batch: Batch, *, last: int, with_gradient: bool
+) -> torch.Tensor:
+    """Walk the generator to step `last`; x̂0 there, (B, C, T, H, W) fp32.
+
+    Only the last step carries gradients: what came before is data, as at inference.
+    """
+    shape, device = batch.latents.shape[1:], batch.latents.device
+    steps = [step for step in recipe.walk if step <= last]
+    sigmas = torch.tensor(recipe.schedule.sigmas, dtype=torch.float32, device=device)
+    timesteps = torch.tensor(recipe.schedule.timesteps, dtype=torch.float32, device=device)
+
+    def fresh_noise(step: int) -> torch.Tensor:
+        drawn = noise(shape, recipe.seed, f"rollout {step}", batch.update, batch.samples)
+        return drawn.to(device)
+
+    if recipe.start == "noise":
+        x_t = fresh_noise(steps[0])
+    else:
+        x_t = add_noise(batch.latents, fresh_noise(steps[0]), sigmas[steps[0]])
+
+    for step, following in zip(steps, [*steps[1:], None], strict=True):
+        gradient_here = with_gradient and following is None
+        with roles.generator(), torch.set_grad_enabled(gradient_here):
+            t = timesteps[step].expand(len(batch.samples))
+            v = roles.velocity(x_t, t, batch.text, batch.condition)
+            x0 = x0_from_velocity(x_t, v, sigmas[step])
+        if following is not None and recipe.pairing == "renoise":
+            x_t = add_noise(x0, fresh_noise(following), sigmas[following])
+        elif following is not None:
+            x_t = x_t + (sigmas[following] - sigmas[step]) * v
+    return x0
+
+
+def draw_score_level(recipe: Recipe, batch: Batch) -> ScoreLevel:
+    """A noise level and noise for each sample, inside the expert's interval."""
+    low, high = recipe.schedule.score_interval(recipe.expert, recipe.score_floor)
+    u = low + (high - low) * uniform(recipe.seed, "score level", batch.update, batch.samples)
+    u = u.to(batch.latents.device)
+    sigma = recipe.schedule.score_sigma(u)
+    drawn = noise(
+        batch.latents.shape[1:], recipe.seed, "score noise", batch.update, batch.samples
+    ).to(batch.latents.device)
+    return ScoreLevel(per_sample(sigma), 1000.0 * sigma, drawn, u)
+
+
+def _guided_x0(
+    roles: Roles,
+    x_t: torch.Tensor,
+    level: ScoreLevel,
+    batch: Batch,
+    negative: torch.Tensor,
+    scale: float | None,
+) -> torch.Tensor:
+    """x̂0 of the active role at a score level; `scale` None is the conditional prediction."""
+    v = roles.velocity(x_t, level.timestep, batch.text, batch.condition)
+    if scale is not None:
+        unconditional = negative.expand(len(batch.samples), -1, -1)
+        v = guide(v, roles.velocity(x_t, level.timestep, unconditional, batch.condition), scale)
+    return x0_from_velocity(x_t, v, level.sigma)
+
+
+def generator_step(
+    roles: Roles, recipe: Recipe, batch: Batch, negative: torch.Tensor
+) -> torch.Tensor:
+    """Loss of one generator micro-step, scalar with a graph. `negative`: (512, D).
+
+    Call `backward` inside `roles.generator()`.
+    """
+    x0 = rollout(roles, recipe, batch, last=exit_step(recipe, batch.update), with_gradient=True)
+    with torch.no_grad():
+        level = draw_score_level(recipe, batch)
+        x_t = add_noise(x0.detach(), level.noise, level.sigma)
+        with roles.critic():
+            fake = _guided_x0(
+                roles, x_t, level, batch, negative, recipe.fake_guidance_scale or None
+            )
+        with roles.teacher():
+            real = _guided_x0(roles, x_t, level, batch, negative, recipe.real_guidance_scale)
+        gradient = dmd_gradient(x0.detach(), real, fake)
+    return dmd_loss(x0, gradient)
+
+
+def critic_step(roles: Roles, recipe: Recipe, batch: Batch) -> torch.Tensor:
+    """Loss of one critic micro-step on a fresh rollout, scalar with a graph.
+
+    Call `backward` inside `roles.critic()`.
+    """
+    x0 = rollout(roles, recipe, batch, last=exit_step(recipe, batch.update), with_gradient=False)
+    level = draw_score_level(recipe, batch)
+    x_t = add_noise(x0, level.noise, level.sigma)
+    with roles.critic():
+        v = roles.velocity(x_t, level.timestep, batch.text, batch.condition)
+    return critic_loss(v, level.noise, x0)

@@ -1,0 +1,132 @@
+"""Flow matching with a shifted schedule. Pure functions and one frozen value.
+
+x_t = (1 − σ)·x0 + σ·ε,  v = ε − x0,  t = 1000·σ. Sigmas and timesteps are kept as floats: an int64
+timestep turns 937.5 into 937, a bf16 one into 936, and neither is what the model was trained on.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from shared.errors import UserError
+from shared.model_spec import TIMESTEPS
+
+Expert = Literal["high", "low", "full"]
+ScoreFloor = Literal["boundary", "handover"]
+
+# Levels nearer to pure noise say nothing about x̂0 and levels below divide by almost nothing. The
+# floor is on σ, after the shift: in u it would keep the low expert from ever seeing σ < 0.2 at
+# shift 12.
+MAX_SCORE_U = 0.98
+MIN_SCORE_SIGMA = 0.02
+
+
+def shift_sigma(u: torch.Tensor | float, shift: float) -> torch.Tensor | float:
+    """σ = s·u / (1 + (s−1)·u): the schedule's time u in [0, 1] to a noise level in [0, 1]."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def unshift_sigma(sigma: float, shift: float) -> float:
+    """The u whose shifted level is `sigma`: u = σ / (s − (s−1)·σ)."""
+    return sigma / (shift - (shift - 1) * sigma)
+
+
+def add_noise(x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """x_t for latents (B, C, T, H, W) and σ broadcastable to them."""
+    return (1 - sigma) * x0 + sigma * noise
+
+
+def x0_from_velocity(x_t: torch.Tensor, v: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """x̂0 = x_t − σ·v."""
+    return x_t - sigma * v
+
+
+def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tensor:
+    """Classifier-free guidance u + w·(c − u); w = 1 is the conditional prediction."""
+    return uncond + scale * (cond - uncond)
+
+
+def per_sample(values: torch.Tensor) -> torch.Tensor:
+    """(B,) → (B, 1, 1, 1, 1), to broadcast over latents."""
+    return values.reshape(-1, 1, 1, 1, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The few steps that the student will take, and which expert owns which."""
+
+    indices: tuple[float, ...]
+    """Raw list, strictly falling, in (0, 1000]: `denoising_step_indices_list` of the seed."""
+    shift: float
+    boundary: float | None
+    """Share of the timesteps at and above which the high-noise expert works."""
+
+    def __post_init__(self) -> None:
+        falling = all(a > b for a, b in zip(self.indices, self.indices[1:], strict=False))
+        if not self.indices or not falling or not 0 < self.indices[-1] <= self.indices[0] <= 1000:
+            raise UserError(
+                f"--denoising-step-indices-list: found {list(self.indices)}, expected numbers "
+                "falling from at most 1000 to above 0, e.g. 1000 750 500 250."
+            )
+        if self.shift <= 0:
+            raise UserError(f"--flow-shift: found {self.shift}, expected a number above 0.")
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """Noise level of each step, float64."""
+        return tuple(float(shift_sigma(i / TIMESTEPS, self.shift)) for i in self.indices)
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        """What the transformer is told at each step, 0..1000, float64."""
+        return tuple(TIMESTEPS * sigma for sigma in self.sigmas)
+
+    def owned_steps(self, expert: Expert) -> range:
+        """Positions of the expert's steps: t ≥ boundary·1000 is high. UserError if it owns none."""
+        if expert == "full":
+            return range(len(self.indices))
+        if self.boundary is None:
+            raise UserError(
+                f"--boundary-type {expert}: this model has one transformer and no boundary; "
+                "use --boundary-type full."
+            )
+        limit = self.boundary * TIMESTEPS
+        high = sum(t >= limit for t in self.timesteps)
+        owned = range(high) if expert == "high" else range(high, len(self.indices))
+        if not owned:
+            listed = ", ".join(f"{t:.1f}" for t in self.timesteps)
+            raise UserError(
+                f"--boundary-type {expert}: no step belongs to this expert. The timesteps are "
+                f"{listed} (shift {self.shift:g}) and the boundary is {limit:g}; "
+                "change --denoising-step-indices-list or --flow-shift."
+            )
+        return owned
+
+    def score_interval(self, expert: Expert, floor: ScoreFloor) -> tuple[float, float]:
+        """(low, high) of u from which score levels are drawn for the expert.
+
+        `floor` matters for the high-noise expert alone: its levels end at the model's boundary,
+        or at the level where the student hands over to the low-noise expert.
+        """
+        if expert == "full":
+            return 0.0, MAX_SCORE_U
+        owned = self.owned_steps(expert)
+        assert self.boundary is not None
+        edge = unshift_sigma(self.boundary, self.shift)
+        if expert == "low":
+            return 0.0, min(edge, MAX_SCORE_U)
+        if floor == "handover" and owned.stop < len(self.indices):
+            edge = self.indices[owned.stop] / TIMESTEPS
+        if edge >= MAX_SCORE_U:
+            raise UserError(
+                f"--boundary-type high: the score interval is empty: it starts at u={edge:.3f} "
+                f"(boundary {self.boundary:g}, shift {self.shift:g}), its cap is {MAX_SCORE_U}."
+            )
+        return edge, MAX_SCORE_U
+
+    def score_sigma(self, u: torch.Tensor) -> torch.Tensor:
+        """Noise level at which scores are compared, for u drawn from `score_interval`."""
+        sigma = shift_sigma(u, self.shift)
+        assert isinstance(sigma, torch.Tensor)
+        return sigma.clamp_min(MIN_SCORE_SIGMA)

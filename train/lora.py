@@ -1,0 +1,113 @@
+"""LoRA on the transformer's blocks: which modules, under which names, with which first weights."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from shared.errors import UserError
+from train.rng import torch_rng
+
+# Wan's original names (which the seed, ComfyUI and musubi use) → diffusers' names, per block.
+ORIGINAL_TO_DIFFUSERS = {
+    "self_attn.q": "attn1.to_q",
+    "self_attn.k": "attn1.to_k",
+    "self_attn.v": "attn1.to_v",
+    "self_attn.o": "attn1.to_out.0",
+    "cross_attn.q": "attn2.to_q",
+    "cross_attn.k": "attn2.to_k",
+    "cross_attn.v": "attn2.to_v",
+    "cross_attn.o": "attn2.to_out.0",
+    "cross_attn.k_img": "attn2.add_k_proj",
+    "cross_attn.v_img": "attn2.add_v_proj",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+}
+DIFFUSERS_TO_ORIGINAL = {theirs: ours for ours, theirs in ORIGINAL_TO_DIFFUSERS.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSpec:
+    """Shape of an adapter: applied as (alpha / rank)·B·A."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    """Names inside a block in diffusers' form, e.g. "attn1.to_q", in the blocks' order."""
+
+    @property
+    def pattern(self) -> str:
+        """The targets as peft's regular expression over full module names."""
+        inside = "|".join(target.replace(".", r"\.") for target in self.targets)
+        return rf"blocks\.\d+\.(?:{inside})"
+
+
+def select_targets(transformer: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    """The linear layers inside a block that `names` mean, in diffusers' form.
+
+    A name is original ("q", "self_attn.q", "ffn.0") or diffusers' ("to_q", "attn1.to_q",
+    "net.0.proj"); a short one means every layer that ends in it. Only `blocks.` is searched: a bare
+    "net.0.proj" would also hit the image embedder. UserError for a name that matches nothing.
+    """
+    available = [
+        name.removeprefix("blocks.0.")
+        for name, module in transformer.named_modules()
+        if name.startswith("blocks.0.") and isinstance(module, nn.Linear)
+    ]
+    chosen: set[str] = set()
+    for wanted in names:
+        hits = {
+            name
+            for name in available
+            if _ends_in(name, wanted) or _ends_in(DIFFUSERS_TO_ORIGINAL.get(name, ""), wanted)
+        }
+        if not hits:
+            known = ", ".join(DIFFUSERS_TO_ORIGINAL.get(name, name) for name in available)
+            raise UserError(
+                f"--target-name: {wanted!r} names no linear layer of this transformer's blocks. "
+                f"There are: {known} (or diffusers' names: {', '.join(available)})."
+            )
+        chosen |= hits
+    return tuple(name for name in available if name in chosen)
+
+
+def _ends_in(name: str, ending: str) -> bool:
+    return name == ending or name.endswith("." + ending)
+
+
+def add_adapter(transformer: nn.Module, spec: LoraSpec, name: str, *, seed: int) -> None:
+    """Inject adapter `name` in fp32: A uniform as in peft, from counted randomness; B zero.
+
+    fp32 whatever the base: a step of 1e-6 vanishes in bf16, which is what peft would give here.
+    """
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,  # type: ignore[arg-type]  # peft says int and computes with floats
+        target_modules=spec.pattern,
+        lora_dropout=0.0,
+    )
+    inject_adapter_in_model(config, transformer, adapter_name=name)
+    for key, parameter in adapter_parameters(transformer, name).items():
+        parameter.data = parameter.data.float()
+        if ".lora_A." in key:
+            bound = 1 / math.sqrt(parameter.shape[1])  # kaiming_uniform(a=√5), LoRA's usual start
+            values = torch.rand(parameter.shape, generator=torch_rng(seed, "lora init", name, key))
+            parameter.data.copy_((2 * values - 1) * bound)
+        else:
+            parameter.data.zero_()
+
+
+def adapter_parameters(transformer: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """Parameters of one adapter under global names: "blocks.0.attn1.to_q.lora_A.weight" …
+
+    The names hold no adapter and no wrapper, so that a checkpoint fits whatever wraps the model.
+    """
+    marker = f".{name}.weight"
+    return {
+        key.replace(marker, ".weight"): parameter
+        for key, parameter in transformer.named_parameters()
+        if ".lora_" in key and key.endswith(marker)
+    }

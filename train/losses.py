@@ -1,0 +1,43 @@
+"""The two losses of distribution matching distillation. Pure; everything in fp32.
+
+Notation of DMD2 (Yin et al. 2024, arXiv:2405.14867) with x0 predictions as scores: at one noise
+level, both scores are affine in x̂0 with the same factors, so their difference is that of the x̂0s.
+"""
+
+import torch
+
+NORMALISER_FLOOR = 1e-5
+
+
+def _sample_mean(x: torch.Tensor) -> torch.Tensor:
+    """Mean over everything but the batch, shape kept for broadcasting."""
+    return x.mean(dim=tuple(range(1, x.ndim)), keepdim=True)
+
+
+def dmd_gradient(
+    x0_generated: torch.Tensor, x0_real: torch.Tensor, x0_fake: torch.Tensor
+) -> torch.Tensor:
+    """Direction from real to fake, normalised per sample (DMD, eq. 7-8).
+
+    g = (x̂0_fake − x̂0_real) / max(mean|x̂0_generated − x̂0_real|, 1e-5).
+
+    All (B, C, T, H, W) fp32, without gradients.
+    """
+    scale = _sample_mean((x0_generated - x0_real).abs()).clamp_min(NORMALISER_FLOOR)
+    return (x0_fake - x0_real) / scale
+
+
+def dmd_loss(x0_generated: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Scalar whose derivative by x̂0_generated is `gradient` / number of elements.
+
+    ½·mean (x̂0 − sg(x̂0 − g))²; a mean, not a sum: clipping at 0.05 has to mean something.
+    """
+    target = (x0_generated - gradient).detach()
+    return 0.5 * (x0_generated - target).square().mean()
+
+
+def critic_loss(
+    velocity: torch.Tensor, noise: torch.Tensor, x0_generated: torch.Tensor
+) -> torch.Tensor:
+    """Flow matching on the generator's own samples: mean (v_φ − (ε − x̂0))²."""
+    return (velocity - (noise - x0_generated)).square().mean()

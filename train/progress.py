@@ -1,0 +1,46 @@
+"""The progress line of a training run."""
+
+import time
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class TrainProgress(Progress):
+    """Generator updates done, both losses, seconds an update, peak device memory, time left."""
+
+    def __init__(self, generator_updates: int, cycle: int, console: Console, *, start: int) -> None:
+        super().__init__(
+            TextColumn("distill"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._cycle = cycle
+        self._losses: dict[str, float] = {}
+        self._started_at = time.monotonic()
+        self._first = start
+        self._task = self.add_task(
+            "distill", total=generator_updates, completed=start // cycle, figures=""
+        )
+
+    def step(self, role: str, loss: float, updates: int) -> None:
+        """Show one finished optimizer step."""
+        self._losses[role] = loss
+        seconds = (time.monotonic() - self._started_at) / (updates - self._first)
+        figures = [f"{name} {value:.4f}" for name, value in sorted(self._losses.items())]
+        figures.append(f"{seconds:.2f} s/update")
+        if torch.cuda.is_available():
+            figures.append(f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        self.update(self._task, completed=updates / self._cycle, figures="  ".join(figures))

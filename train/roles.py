@@ -1,0 +1,97 @@
+"""One frozen base, three roles: teacher (adapters off), generator and critic (one LoRA each).
+
+The known trainers of Wan hold a model per role; here a role is which adapter the layers apply.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from train.lora import LoraSpec, adapter_parameters, add_adapter
+
+GENERATOR = "generator"
+CRITIC = "critic"
+
+
+class Roles:
+    """The transformer and its two adapters. Exactly one role is active at any time."""
+
+    def __init__(self, transformer: nn.Module, spec: LoraSpec, *, seed: int) -> None:
+        transformer.requires_grad_(False)
+        for name in (GENERATOR, CRITIC):
+            add_adapter(transformer, spec, name, seed=seed)
+        self.transformer = transformer
+        self.lora = spec
+        self._layers = [m for m in transformer.modules() if isinstance(m, LoraLayer)]
+        # bf16 base: autocast runs the fp32 LoRA's matmuls in bf16 too. fp32 base: nothing to cast.
+        self._dtype: torch.dtype = transformer.get_parameter("patch_embedding.weight").dtype
+        for name in (GENERATOR, CRITIC):
+            for parameter in self.parameters(name).values():
+                parameter.requires_grad_(True)
+        self._apply(None)
+
+    def parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """The trainable parameters of GENERATOR or CRITIC under global names."""
+        return adapter_parameters(self.transformer, role)
+
+    def _apply(self, adapter: str | None) -> None:
+        # Not peft's set_adapter(): it would also flip requires_grad of the other role's weights,
+        # and a switch in the middle of a step must not change what is being trained.
+        for layer in self._layers:
+            layer._disable_adapters = adapter is None
+            if adapter is not None:
+                layer._active_adapter = [adapter]
+        self._active = adapter
+
+    @contextmanager
+    def _role(self, adapter: str | None) -> Iterator[None]:
+        before = self._active
+        self._apply(adapter)
+        try:
+            yield
+        finally:
+            self._apply(before)
+
+    def teacher(self) -> AbstractContextManager[None]:
+        """Context: the frozen base alone (the real score)."""
+        return self._role(None)
+
+    def generator(self) -> AbstractContextManager[None]:
+        """Context: the student. Enter it again around `backward`: checkpointed blocks are
+        recomputed with whatever adapter is active then."""
+        return self._role(GENERATOR)
+
+    def critic(self) -> AbstractContextManager[None]:
+        """Context: the fake score, which follows the student's distribution."""
+        return self._role(CRITIC)
+
+    def velocity(
+        self,
+        x_t: torch.Tensor,
+        timestep: torch.Tensor,
+        text: torch.Tensor,
+        condition: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """v̂ of the active role, fp32.
+
+        Args:
+            x_t: (B, C, T, H, W) fp32 noisy latents.
+            timestep: (B,) fp32 in 0..1000, never rounded.
+            text: (B, 512, D).
+            condition: (B, 4+C, T, H, W) for i2v, concatenated to the channels; else None.
+        """
+        assert timestep.dtype == torch.float32
+        inputs = x_t if condition is None else torch.cat([x_t, condition], dim=1)
+        # Autocast is entered per pass, not around the step: its cache of cast weights would hand
+        # copies made under no_grad to the pass that needs gradients, and the LoRA would get none.
+        with torch.autocast(x_t.device.type, self._dtype, enabled=self._dtype != torch.float32):
+            velocity: torch.Tensor = self.transformer(
+                hidden_states=inputs.to(self._dtype),
+                timestep=timestep,
+                encoder_hidden_states=text.to(self._dtype),
+                return_dict=False,
+            )[0]
+        return velocity.float()

@@ -1,0 +1,185 @@
+"""What a run is before any weight is read: configuration, model facts, index, plan, length."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shared.cache import MEDIA_TYPES, CacheIndex, open_cache
+from shared.errors import UserError
+from shared.fingerprint import model_fields, refuse_differences
+from shared.hashing import FileHasher
+from shared.model_spec import ModelSpec, read_model_spec, resolve_model
+from train.base import component_of
+from train.checkpoint import Identity
+from train.config import DistillConfig
+from train.dmd import Recipe
+from train.flow import Expert, Schedule
+from train.lora import LoraSpec
+from train.plan import BatchPlan
+from train.roles import CRITIC, GENERATOR
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What configuration, model configs and index decide before any weight is read."""
+
+    config: DistillConfig
+    spec: ModelSpec
+    index: CacheIndex
+    plan: BatchPlan
+    recipe: Recipe
+    generator_updates: int
+
+    @property
+    def cycle(self) -> int:
+        """Updates from one generator update to the next."""
+        return self.config.gen_update_interval + 1
+
+    @property
+    def updates(self) -> int:
+        return self.generator_updates * self.cycle
+
+    def role_of(self, update: int) -> str:
+        """The critic goes first: a generator can't learn from a critic that knows nothing yet."""
+        return GENERATOR if update % self.cycle == self.cycle - 1 else CRITIC
+
+    def role_updates(self, role: str, update: int) -> int:
+        """How many updates a role has made when `update` begins."""
+        generator = update // self.cycle
+        return generator if role == GENERATOR else update - generator
+
+    def describe(self) -> list[str]:
+        """The derived arithmetic, printed at the start and by --dry-run."""
+        config, plan, schedule = self.config, self.plan, self.recipe.schedule
+        epochs = self.updates / plan.batches_per_epoch
+        steps = ", ".join(f"{t:.1f}" for t in schedule.timesteps)
+        owned = schedule.owned_steps(self.recipe.expert)
+        own = ", ".join(f"{schedule.timesteps[step]:.1f}" for step in owned)
+        low, high = schedule.score_interval(self.recipe.expert, config.score_floor)
+        until = (
+            "--max-train-steps" if config.max_train_steps else f"{config.num_train_epochs} epochs"
+        )
+        again = "shown again" if config.tail == "pad" else "left out"
+        return [
+            f"model    {self.spec.folder} ({self.spec.mode}), expert {self.recipe.expert} "
+            f"({component_of(self.recipe.expert)})",
+            f"data     {len(self.index)} samples in {len(self.index.buckets)} bucket(s) of "
+            f"{config.shards}; update batch {plan.batch_size} = {config.train_batch_size} x "
+            f"{config.gradient_accumulation_steps} accumulation; {plan.batches_per_epoch} updates "
+            f"an epoch ({plan.tail_samples} tail samples {again})",
+            f"steps    {steps} (shift {schedule.shift:g}); this expert owns {own}; start "
+            f"{self.recipe.start}; score levels u in [{low:.3f}, {high:.3f}]",
+            f"length   {until}: {self.generator_updates} generator updates, each after "
+            f"{config.gen_update_interval} critic updates = {self.updates} updates "
+            f"({epochs:.1f} epochs)",
+        ]
+
+
+def prepare(config: DistillConfig) -> Run:
+    """Read configs and index, check that shards and model belong together, and plan.
+
+    Raises UserError for everything that a user can get wrong; no weight has been read by then.
+    """
+    folder = resolve_model(config.model, ["transformer", "transformer_2"])
+    spec = read_model_spec(folder)
+    if spec.mode == "ti2v" or spec.image_dim is not None:
+        raise UserError(
+            f"model: {folder} is {'a TI2V' if spec.mode == 'ti2v' else 'a Wan 2.1 i2v (CLIP)'} "
+            "model, which `wantrain distill` does not train yet. Use a t2v model or Wan 2.2 i2v."
+        )
+    index = open_cache(config.shards)
+    refuse_differences(
+        index.fingerprint,
+        model_fields(spec, FileHasher()),
+        what=f"{config.shards} were encoded with another model than {folder}",
+        cure="Use the model that encoded them (--pretrained-model-name-or-path), or encode for "
+        f"this one: wanprep encode --pretrained-model-name-or-path {config.model} "
+        "--output <folder>",
+    )
+    expert: Expert = config.boundary_type or ("low" if spec.two_experts else "full")
+    schedule = Schedule(
+        indices=config.denoising_step_indices_list,
+        shift=config.flow_shift or spec.flow_shift,
+        boundary=spec.boundary,
+    )
+    recipe = Recipe(
+        expert=expert,
+        schedule=schedule,
+        start=config.start or ("latents" if expert == "low" else "noise"),
+        pairing=config.pairing,
+        score_floor=config.score_floor,
+        real_guidance_scale=config.real_guidance_scale,
+        fake_guidance_scale=config.fake_guidance_scale,
+        seed=config.seed,
+    )
+    schedule.owned_steps(expert)
+    schedule.score_interval(expert, config.score_floor)
+    repeats = torch.where(
+        torch.from_numpy(index.types) == MEDIA_TYPES.index("video"), config.video_repeat, 1
+    )
+    plan = BatchPlan(
+        bucket_ids=index.bucket_ids,
+        repeats=repeats.numpy(),
+        batch_size=config.update_batch,
+        seed=config.seed,
+        tail=config.tail,
+    )
+    return Run(
+        config=config,
+        spec=spec,
+        index=index,
+        plan=plan,
+        recipe=recipe,
+        generator_updates=config.max_train_steps or _updates_in_epochs(config, plan),
+    )
+
+
+def _updates_in_epochs(config: DistillConfig, plan: BatchPlan) -> int:
+    updates = config.num_train_epochs * plan.batches_per_epoch
+    generator = updates // (config.gen_update_interval + 1)
+    if generator == 0:
+        raise UserError(
+            f"--num-train-epochs: {config.num_train_epochs} epochs of {plan.batches_per_epoch} "
+            f"updates are {updates} updates, fewer than one cycle of {config.gen_update_interval} "
+            "critic updates and a generator update. Raise it, or set --max-train-steps."
+        )
+    return generator
+
+
+def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
+    """What a checkpoint of this run must match to be resumed, and what it merely remembers."""
+    config, recipe = run.config, run.recipe
+    fixed = {
+        "model": {"base": digest, "mode": run.spec.mode},
+        "lora": {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)},
+        "recipe": {
+            "boundary_type": recipe.expert,
+            "denoising_step_indices_list": list(recipe.schedule.indices),
+            "flow_shift": recipe.schedule.shift,
+            "start": recipe.start,
+            "pairing": recipe.pairing,
+            "score_floor": recipe.score_floor,
+            "real_guidance_scale": recipe.real_guidance_scale,
+            "fake_guidance_scale": recipe.fake_guidance_scale,
+            "gen_update_interval": config.gen_update_interval,
+        },
+    }
+    loose_names = (
+        "seed", "learning_rate", "learning_rate_critic", "lr_warmup_steps", "adam_beta1",
+        "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "train_batch_size",
+        "gradient_accumulation_steps", "video_repeat", "caption_dropout", "tail",
+        "mixed_precision",
+    )  # fmt: skip
+    loose: dict[str, Any] = {name: getattr(config, name) for name in loose_names}
+    loose["start"] = recipe.start
+    loose["samples"] = len(run.index)
+    return Identity(fixed, loose)
+
+
+def resolved_configuration(run: Run) -> str:
+    """The configuration with the model's defaults filled in, as JSON for --dry-run."""
+    shown = {**run.config.__dict__, "boundary_type": run.recipe.expert, "start": run.recipe.start}
+    shown["flow_shift"] = run.recipe.schedule.shift
+    return json.dumps(shown, indent=2, default=str)

@@ -1,0 +1,337 @@
+"""`wantrain sample`: a pipeline of its own, LoRAs, and exactly the steps that they were trained on.
+
+The only module of this stage that builds a VAE and a text encoder, in a process of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+)
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from shared.buckets import centre_crop, cover_size
+from shared.errors import UserError
+from shared.model_spec import (
+    MAX_TEXT_TOKENS,
+    TIMESTEPS,
+    ModelSpec,
+    read_model_spec,
+    resolve_model,
+)
+from shared.schema import DTYPES
+from train.base import base_digest, component_of
+from train.dmd import Pairing
+from train.export import Provenance, read_provenance
+from train.flow import Schedule
+from train.media_out import Clip, contact_sheet, write_mp4
+from train.rng import counted_seed
+
+# A pair of experts works one trajectory together, so these must be the same in both files.
+AGREEING = ("denoising_step_indices_list", "flow_shift", "boundary", "pairing", "mode")
+# fp32 schedulers round differently from our float64 schedule, by about 1e-4 of a timestep.
+TIMESTEP_TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """One call of `wantrain sample`."""
+
+    model: str
+    prompts: tuple[str, ...]
+    loras: tuple[Path, ...]
+    image: Path | None
+    output: Path
+    teacher: bool
+    steps: int
+    guidance_scale: float
+    negative_prompt: str
+    flow_shift: float | None
+    height: int
+    width: int
+    num_frames: int
+    fps: int
+    seed: int
+    dtype: str
+    device: str
+    offload: bool
+
+    def __post_init__(self) -> None:
+        if self.teacher == bool(self.loras):
+            raise UserError(
+                "--lora: found "
+                + ("both --lora and --teacher" if self.teacher else "neither --lora nor --teacher")
+                + ", expected one: --lora FILE for a student, --teacher for the base model."
+            )
+        if any(not prompt.strip() for prompt in self.prompts):
+            raise UserError("--prompt: found an empty prompt, expected text.")
+        if self.steps < 1:
+            raise UserError(f"--steps: found {self.steps}, expected a whole number from 1.")
+
+    def check_against(self, spec: ModelSpec) -> None:
+        """UserError unless the model can make clips of this shape from these inputs."""
+        multiple, time = spec.side_multiple, spec.stride[0]
+        for name, side in (("height", self.height), ("width", self.width)):
+            if side < multiple or side % multiple:
+                raise UserError(f"--{name}: found {side}, expected a multiple of {multiple}.")
+        if self.num_frames < 1 or (self.num_frames - 1) % time:
+            below = max(1, (self.num_frames - 1) // time * time + 1)
+            raise UserError(
+                f"--num-frames: found {self.num_frames}, expected {time}n+1, e.g. {below} or "
+                f"{below + time}."
+            )
+        if spec.mode == "i2v" and self.image is None:
+            raise UserError(f"--image: {self.model} is an i2v model and needs a first frame.")
+        if spec.mode == "t2v" and self.image is not None:
+            raise UserError(f"--image: {self.model} is a t2v model and takes no image.")
+
+
+def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
+    """Generate every prompt; write mp4s and a contact sheet. Returns the clips' paths."""
+    spec = read_model_spec(resolve_model(config.model, ["*"]))
+    config.check_against(spec)
+    loras = read_loras(config.loras, spec) if config.loras else []
+    for lora in loras:
+        if warning := wrong_base(lora, spec):
+            console.print(f"warning  {warning}", style="yellow", highlight=False)
+    experts = [lora.provenance.expert for lora in loras]
+    if spec.two_experts and len(experts) == 1 and experts != ["full"]:
+        console.print(
+            f"warning  only the {experts[0]}-noise expert has a LoRA; the other takes its "
+            "steps undistilled. Give both with --lora … --lora …",
+            style="yellow",
+            highlight=False,
+        )
+
+    device = torch.device(config.device)
+    pipeline = build_pipeline(
+        spec, loras=loras, dtype=DTYPES[config.dtype], device=device, offload=config.offload
+    )
+    image = fit_image(config.image, config.height, config.width) if config.image else None
+    config.output.mkdir(parents=True, exist_ok=True)
+    kind = "teacher" if config.teacher else "student"
+    rows, paths = [], []
+    for number, prompt in enumerate(track(config.prompts, "sample", console=console)):
+        rng = torch.Generator().manual_seed(counted_seed(config.seed, "sample", prompt) >> 1)
+        if loras:
+            provenance = loras[0].provenance
+            schedule = provenance.schedule
+            pipeline.scheduler = student_scheduler(schedule, provenance.pairing, rng)
+            steps, scale = len(schedule.indices), 1.0
+        else:
+            pipeline.scheduler = teacher_scheduler(config.flow_shift or spec.flow_shift)
+            steps, scale = config.steps, config.guidance_scale
+
+        visits = VisitedSteps(pipeline)
+        clip = generate(pipeline, config, prompt, image, steps=steps, scale=scale, rng=rng)
+        visits.close()
+        if loras:
+            visits.check(schedule, one_transformer="full" in experts)
+
+        paths.append(config.output / f"{kind}-{number:03d}.mp4")
+        write_mp4(paths[-1], clip, config.fps)
+        rows.append((f"{kind}: {prompt}", clip))
+        console.print(f"clip     {paths[-1]}", highlight=False)
+    sheet = config.output / f"{kind}-sheet.png"
+    contact_sheet(rows).save(sheet)
+    console.print(f"sheet    {sheet}", highlight=False)
+    return paths
+
+
+@dataclass(frozen=True)
+class TrainedLora:
+    """A LoRA file and what it says about its training."""
+
+    path: Path
+    provenance: Provenance
+
+
+def read_loras(paths: Sequence[Path], spec: ModelSpec) -> list[TrainedLora]:
+    """Read the files' provenance; UserError when they don't fit the model or one another."""
+    loras = [TrainedLora(path, read_provenance(path)) for path in paths]
+    experts = [lora.provenance.expert for lora in loras]
+    if len(set(experts)) != len(experts) or ("full" in experts and len(experts) > 1):
+        raise UserError(
+            f"--lora: found experts {', '.join(experts)}; expected one, or a high and a low one."
+        )
+    first = loras[0]
+    for other in loras[1:]:
+        for field in AGREEING:
+            a, b = getattr(first.provenance, field), getattr(other.provenance, field)
+            if a != b:
+                raise UserError(
+                    f"--lora: {first.path} and {other.path} were trained apart: {field} is {a!r} "
+                    f"in the first and {b!r} in the second. Train both with the same value."
+                )
+    if first.provenance.mode != spec.mode:
+        raise UserError(
+            f"--lora: {first.path} was trained for {first.provenance.mode}, the model "
+            f"{spec.folder} is {spec.mode}."
+        )
+    if not spec.two_experts and experts != ["full"]:
+        raise UserError(
+            f"--lora: {first.path} is for the {experts[0]}-noise expert, but {spec.folder} has one "
+            "transformer. Use the model that it was trained on."
+        )
+    return loras
+
+
+def wrong_base(lora: TrainedLora, spec: ModelSpec) -> str | None:
+    """A warning where the LoRA was trained on other weights than the model's, else None."""
+    found = base_digest(spec.folder / component_of(lora.provenance.expert))
+    if found == lora.provenance.base:
+        return None
+    return (
+        f"{lora.path} was trained on other weights than {spec.folder} holds "
+        f"({lora.provenance.base[:12]}… against {found[:12]}…)"
+    )
+
+
+def build_pipeline(
+    spec: ModelSpec,
+    *,
+    loras: Sequence[TrainedLora],
+    dtype: torch.dtype,
+    device: torch.device,
+    offload: bool,
+) -> Any:
+    """The diffusers pipeline with the LoRAs applied; VAE in fp32, the rest in `dtype`.
+
+    A `full` LoRA works alone at every step, so the second expert is left out.
+    """
+    kind = WanImageToVideoPipeline if spec.mode == "i2v" else WanPipeline
+    alone = any(lora.provenance.expert == "full" for lora in loras) and spec.two_experts
+    left_out = {"transformer_2": None, "boundary_ratio": None} if alone else {}
+    try:
+        pipeline = kind.from_pretrained(
+            spec.folder, torch_dtype={"vae": torch.float32, "default": dtype}, **left_out
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"model: cannot load {spec.folder}: {str(error).splitlines()[0]}. Expected a whole "
+            "diffusers folder (VAE and text encoder too); download it again."
+        ) from error
+    for lora in loras:
+        pipeline.load_lora_weights(
+            str(lora.path),
+            adapter_name=lora.provenance.expert,
+            load_into_transformer_2=lora.provenance.expert == "low",
+        )
+    if offload:
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def student_scheduler(schedule: Schedule, pairing: Pairing, generator: torch.Generator) -> Any:
+    """A diffusers scheduler that visits the trained steps, however many it is asked for.
+
+    The pipelines pass no sigmas, and `num_inference_steps=4` alone visits other timesteps. The
+    re-noising scheduler also gets its generator here: the pipelines don't hand theirs on.
+    """
+    kind = FlowMatchLCMScheduler if pairing == "renoise" else FlowMatchEulerDiscreteScheduler
+    sigmas = [index / TIMESTEPS for index in schedule.indices]  # the scheduler shifts them itself
+
+    class TrainedSteps(kind):  # type: ignore[valid-type,misc]
+        def set_timesteps(self, *_: Any, device: Any = None, **__: Any) -> None:
+            super().set_timesteps(sigmas=sigmas, device=device)
+
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            return super().step(*args, **{"generator": generator} | kwargs)
+
+    return TrainedSteps(shift=schedule.shift)
+
+
+def teacher_scheduler(shift: float) -> UniPCMultistepScheduler:
+    """Wan's usual sampler, at the shift that the student was or would be trained with."""
+    return UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
+
+
+class VisitedSteps:
+    """Records (expert, timestep) of every transformer call, to prove which steps were taken."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self.visited: list[tuple[str, float]] = []
+        self._hooks = [
+            module.register_forward_pre_hook(self._record(expert), with_kwargs=True)
+            for expert, name in (("high", "transformer"), ("low", "transformer_2"))
+            if (module := getattr(pipeline, name, None)) is not None
+        ]
+
+    def _record(self, expert: str) -> Any:
+        def hook(module: Any, args: Any, kwargs: Any) -> None:
+            self.visited.append((expert, float(kwargs["timestep"].flatten()[0])))
+
+        return hook
+
+    def check(self, schedule: Schedule, *, one_transformer: bool) -> None:
+        """Raise unless exactly the trained timesteps were visited, each by the expert owning it."""
+        high = len(schedule.indices) if one_transformer else len(schedule.owned_steps("high"))
+        expected = [
+            ("high" if step < high else "low", t) for step, t in enumerate(schedule.timesteps)
+        ]
+        same = len(expected) == len(self.visited) and all(
+            a == b and abs(s - t) < TIMESTEP_TOLERANCE
+            for (a, s), (b, t) in zip(expected, self.visited, strict=True)
+        )
+        if not same:
+            raise RuntimeError(f"sampled at {self.visited}, trained at {expected}")
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def fit_image(path: Path, height: int, width: int) -> Image.Image:
+    """The first frame for i2v: covered and centre-cropped as `wanprep encode` does it."""
+    try:
+        image = Image.open(path).convert("RGB")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--image: cannot read {path} ({error}).") from error
+    covered = cover_size((image.height, image.width), (height, width))
+    top, left = centre_crop(covered, (height, width))
+    resized = image.resize((covered[1], covered[0]), Image.Resampling.BILINEAR)
+    return resized.crop((left, top, left + width, top + height))
+
+
+def generate(
+    pipeline: Any,
+    config: SampleConfig,
+    prompt: str,
+    image: Image.Image | None,
+    *,
+    steps: int,
+    scale: float,
+    rng: torch.Generator,
+) -> Clip:
+    """One clip, (F, H, W, 3) uint8."""
+    frames = pipeline(
+        prompt=prompt,
+        negative_prompt=config.negative_prompt,
+        height=config.height,
+        width=config.width,
+        num_frames=config.num_frames,
+        num_inference_steps=steps,
+        guidance_scale=scale,
+        generator=rng,
+        max_sequence_length=MAX_TEXT_TOKENS,
+        output_type="np",
+        **({} if image is None else {"image": image}),
+    ).frames[0]
+    rounded: Clip = (np.asarray(frames) * 255).round().astype(np.uint8)
+    return rounded
