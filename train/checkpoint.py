@@ -20,6 +20,7 @@ from torch import nn
 from shared.durable import fsync_file, fsync_folder, temporary
 from shared.errors import UserError
 from shared.fingerprint import flatten
+from shared.hashing import digest_of
 from train.export import safetensors_bytes
 
 FORMAT_VERSION = 1
@@ -116,6 +117,7 @@ def save_checkpoint(folder: Path, state: TrainState, identity: Identity, *, cycl
         "settings": identity.loose,
         "sha256": digests,
     }
+    content["digest"] = digest_of(content)
     (building / STATE).write_text(json.dumps(content, indent=2) + "\n")
     fsync_file(building / STATE)
     fsync_folder(building)
@@ -187,8 +189,9 @@ def _read_state(path: Path) -> dict[str, Any]:
             f"checkpoint: {path} has format version {version}, this wandistill reads "
             f"{FORMAT_VERSION}."
         )
-    if not complete:
-        raise _damaged(path, f"{STATE} lacks a field")
+    digest = content.pop("digest", None)
+    if not complete or digest != digest_of(content):
+        raise _damaged(path, f"{STATE} is not what was written")
     return content
 
 

@@ -171,6 +171,7 @@ def distill(
         console.print(
             "stopped  by a signal; go on with the same command and --resume-from-checkpoint latest",
             highlight=False,
+            soft_wrap=True,
         )
         sys.exit(128 + stopped_by)
 

@@ -1,5 +1,7 @@
 """`wantrain distill`: set up, walk the updates, leave a checkpoint and LoRA files."""
 
+from functools import partial
+
 import torch
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
@@ -29,10 +31,11 @@ DTYPES = {"bf16": torch.bfloat16, "no": torch.float32}
 
 def distill(config: DistillConfig, console: Console) -> int | None:
     """Train until the end or a signal. Returns the signal's number, None at the end."""
+    say = partial(console.print, highlight=False, soft_wrap=True)
     run = prepare(config)
     resume_from = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
     for line in run.describe():
-        console.print(line, highlight=False, soft_wrap=True)
+        say(line)
 
     # Base, adapters, optimizers
     device = torch.device(config.device)
@@ -56,10 +59,10 @@ def distill(config: DistillConfig, console: Console) -> int | None:
 
     if resume_from:
         for change in load_checkpoint(resume_from, state, identity):
-            console.print(f"resume   changed since the checkpoint: {change}", highlight=False)
-        console.print(f"resume   from {resume_from} at update {state.updates}", highlight=False)
+            say(f"resume   changed since the checkpoint: {change}")
+        say(f"resume   from {resume_from} at update {state.updates}")
     elif config.resume_from_checkpoint:
-        console.print(f"resume   no checkpoint in {config.output_dir} yet: a new run")
+        say(f"resume   no checkpoint in {config.output_dir} yet: a new run")
 
     # Data, from the counter's position on
     dataset = MicroBatches(
@@ -82,7 +85,7 @@ def distill(config: DistillConfig, console: Console) -> int | None:
 
     # The loop
     negative = bank.negative.to(device)
-    logs = SummaryWriter(str(config.output_dir / "logs"), purge_step=state.updates)
+    logs = SummaryWriter(str(config.output_dir / "logs"), purge_step=state.updates + 1)
     progress = TrainProgress(run.generator_updates, run.cycle, console, start=state.updates)
     saved_at = state.updates if resume_from else None
     with progress, logs, StopOnSignal() as stop:
@@ -125,7 +128,7 @@ def distill(config: DistillConfig, console: Console) -> int | None:
     # What is left behind
     if saved_at != state.updates:
         saved = save_checkpoint(config.output_dir, state, identity, cycle=run.cycle)
-        console.print(f"saved    {saved}", highlight=False)
+        say(f"saved    {saved}")
     provenance = Provenance(
         expert=run.recipe.expert,
         mode=run.spec.mode,
@@ -143,7 +146,7 @@ def distill(config: DistillConfig, console: Console) -> int | None:
     for path in write_loras(
         config.output_dir, weights, lora, provenance, DTYPES[config.save_precision]
     ):
-        console.print(f"LoRA     {path}", highlight=False)
+        say(f"LoRA     {path}")
     return stop.signal if state.updates < run.updates else None
 
 

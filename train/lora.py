@@ -1,6 +1,7 @@
 """LoRA on the transformer's blocks: which modules, under which names, with which first weights."""
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -89,7 +90,9 @@ def add_adapter(transformer: nn.Module, spec: LoraSpec, name: str, *, seed: int)
         target_modules=spec.pattern,
         lora_dropout=0.0,
     )
-    inject_adapter_in_model(config, transformer, adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two on purpose
+        inject_adapter_in_model(config, transformer, adapter_name=name)
     for key, parameter in adapter_parameters(transformer, name).items():
         parameter.data = parameter.data.float()
         if ".lora_A." in key:

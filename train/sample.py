@@ -5,6 +5,7 @@ The only module of this stage that builds a VAE and a text encoder, in a process
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,19 +100,19 @@ class SampleConfig:
 
 def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
     """Generate every prompt; write mp4s and a contact sheet. Returns the clips' paths."""
+    say = partial(console.print, highlight=False, soft_wrap=True)
     spec = read_model_spec(resolve_model(config.model, ["*"]))
     config.check_against(spec)
     loras = read_loras(config.loras, spec) if config.loras else []
     for lora in loras:
         if warning := wrong_base(lora, spec):
-            console.print(f"warning  {warning}", style="yellow", highlight=False)
+            say(f"warning  {warning}", style="yellow")
     experts = [lora.provenance.expert for lora in loras]
     if spec.two_experts and len(experts) == 1 and experts != ["full"]:
-        console.print(
+        say(
             f"warning  only the {experts[0]}-noise expert has a LoRA; the other takes its "
             "steps undistilled. Give both with --lora … --lora …",
             style="yellow",
-            highlight=False,
         )
 
     device = torch.device(config.device)
@@ -142,10 +143,10 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
         paths.append(config.output / f"{kind}-{number:03d}.mp4")
         write_mp4(paths[-1], clip, config.fps)
         rows.append((f"{kind}: {prompt}", clip))
-        console.print(f"clip     {paths[-1]}", highlight=False)
+        say(f"clip     {paths[-1]}")
     sheet = config.output / f"{kind}-sheet.png"
     contact_sheet(rows).save(sheet)
-    console.print(f"sheet    {sheet}", highlight=False)
+    say(f"sheet    {sheet}")
     return paths
 
 

@@ -1,0 +1,30 @@
+PYTHON ?= python3
+SEED ?= 42
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test test-long lint clean
+
+demo: $(INSTALLED)  ## encode → distil → sample on the bundled toy, from empty outputs
+	$(BIN)/python scripts/demo.py --output demo --seed $(SEED)
+
+test: $(INSTALLED)  ## all tests but the long ones
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not long"
+
+test-long: $(INSTALLED)  ## the long tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m long
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch first and exactly as pinned: an open range would pull gigabytes of CUDA packages.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:  ## remove the environment and everything that was made
+	rm -rf .venv demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache

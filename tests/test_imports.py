@@ -1,0 +1,57 @@
+"""The arrows of the architecture: preprocess → shared ← train, and who may touch an encoder."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ENCODERS = {"AutoencoderKLWan", "UMT5EncoderModel", "WanPipeline", "WanImageToVideoPipeline"}
+MAY_BUILD_ENCODERS = {"preprocess/encoders.py", "train/sample.py"}
+
+
+def _imports(file: Path) -> Iterator[tuple[str, str]]:
+    """(module, name) of every import in a file, also those inside functions."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.module or "", alias.name) for alias in node.names)
+
+
+def _files(package: str) -> list[Path]:
+    found = sorted((ROOT / package).glob("*.py"))
+    assert len(found) > 3
+    return found
+
+
+@pytest.mark.parametrize(
+    ("package", "never"),
+    [
+        ("preprocess", {"train"}),
+        ("train", {"preprocess", "decord"}),
+        ("shared", {"preprocess", "train", "decord", "diffusers", "transformers", "peft"}),
+    ],
+)
+def test_packages_keep_their_distance(package: str, never: set[str]) -> None:
+    for file in _files(package):
+        roots = {module.split(".")[0] for module, _ in _imports(file)}
+        assert not roots & never, file.name
+
+
+def test_encoders_are_built_in_two_places_only() -> None:
+    users = {
+        f"{package}/{file.name}"
+        for package in ("preprocess", "train", "shared")
+        for file in _files(package)
+        if ENCODERS & {name for _, name in _imports(file)}
+    }
+    assert users == MAY_BUILD_ENCODERS
+
+
+def test_nothing_unpickles() -> None:
+    for package in ("preprocess", "train", "shared"):
+        for file in _files(package):
+            source = file.read_text()
+            assert "import pickle" not in source and "torch.load(" not in source, file.name

@@ -1,0 +1,114 @@
+"""Batches against the shards as plain webdataset reads them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from safetensors.torch import load
+
+from shared.cache import open_cache
+from shared.model_spec import read_model_spec
+from train.data import Batch, MicroBatches, load_prompt_bank, micro_batches
+from train.plan import BatchPlan
+
+
+def _dataset(
+    shards: Path, model: Path, *, dropout: float = 0.0, batch: int = 2, **cut: int
+) -> MicroBatches:
+    index = open_cache(shards)
+    plan = BatchPlan(index.bucket_ids, np.ones(len(index), np.int64), batch, seed=4)
+    return MicroBatches(
+        index,
+        plan,
+        read_model_spec(model),
+        empty_text=load_prompt_bank(index).empty,
+        caption_dropout=dropout,
+        **({"accumulation": 1, "rank": 0, "world_size": 1} | cut),  # type: ignore[arg-type]
+    )
+
+
+def _plain(shards: Path) -> dict[str, dict[str, bytes]]:
+    tars = [str(path) for path in sorted(shards.glob("h*.tar"))]
+    return {s["__key__"]: s for s in webdataset.WebDataset(tars, shardshuffle=False)}
+
+
+def _epoch(dataset: MicroBatches, workers: int, updates: int = 4) -> list[Batch]:
+    return list(micro_batches(dataset, start=0, stop=updates, accumulation=1, workers=workers))
+
+
+def test_batches_hold_what_is_in_the_shards(i2v_shards: Path, tiny_i2v: Path) -> None:
+    plain, seen = _plain(i2v_shards), set()
+    for batch in _epoch(_dataset(i2v_shards, tiny_i2v), workers=0):
+        assert batch.condition is not None
+        for row, key in enumerate(batch.keys):
+            seen.add(key)
+            sample = plain[key]
+            assert torch.equal(
+                batch.latents[row], load(sample["latents.safetensors"])["latents"].float()
+            )
+            text = load(sample["text.safetensors"])["text"]
+            assert torch.equal(batch.text[row, : len(text)], text)
+            assert batch.text.shape[1] == 512 and not batch.text[row, len(text) :].any()
+            cond = load(sample["cond.safetensors"])["cond"].float()
+            assert torch.equal(batch.condition[row, 4:], cond)
+            mask = torch.zeros(4, *cond.shape[1:])
+            if b'"type": "video"' in sample["json"]:
+                mask[:, 0] = 1
+            assert torch.equal(batch.condition[row, :4], mask)
+    assert seen == set(plain)
+
+
+def test_workers_change_nothing(t2v_shards: Path, tiny_t2v: Path) -> None:
+    dataset = _dataset(t2v_shards, tiny_t2v, dropout=0.5)
+    inline, parallel = _epoch(dataset, 0, updates=9), _epoch(dataset, 2, updates=9)
+    for one, other in zip(inline, parallel, strict=True):
+        assert one.keys == other.keys and one.update == other.update
+        assert torch.equal(one.latents, other.latents) and torch.equal(one.text, other.text)
+
+
+def test_ranks_together_see_what_one_process_sees(t2v_shards: Path, tiny_t2v: Path) -> None:
+    whole = _epoch(_dataset(t2v_shards, tiny_t2v, dropout=0.5), 0)
+    halves = [
+        _epoch(_dataset(t2v_shards, tiny_t2v, dropout=0.5, rank=rank, world_size=2), 0)
+        for rank in (0, 1)
+    ]
+    for batch, first, second in zip(whole, *halves, strict=True):
+        assert batch.keys == first.keys + second.keys
+        assert batch.samples == first.samples + second.samples
+        assert torch.equal(batch.text, torch.cat([first.text, second.text]))
+
+
+@pytest.mark.parametrize(("dropout", "low", "high"), [(0.0, 0, 0), (0.5, 60, 140), (1.0, 200, 200)])
+def test_caption_dropout_takes_the_empty_prompt(
+    t2v_shards: Path, tiny_t2v: Path, dropout: float, low: int, high: int
+) -> None:
+    dataset = _dataset(t2v_shards, tiny_t2v, dropout=dropout)
+    empty = load_prompt_bank(open_cache(t2v_shards)).empty
+    dropped = sum(
+        bool(torch.equal(text, empty)) for batch in _epoch(dataset, 0, 100) for text in batch.text
+    )
+    assert low <= dropped <= high
+
+
+def test_a_damaged_member_is_named_with_its_shard(
+    i2v_shards: Path, tiny_i2v: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    from shared.errors import UserError
+    from shared.schema import LATENTS_MEMBER, MEMBERS
+
+    copy = tmp_path / "shards"
+    shutil.copytree(i2v_shards, copy)
+    index = open_cache(copy)
+    at = int(index.offsets[0, MEMBERS.index(LATENTS_MEMBER)])
+    shard = copy / index.shards[int(index.shard_ids[0])]
+    shard.chmod(0o644)
+    data = bytearray(shard.read_bytes())
+    data[at : at + 8] = b"\xff" * 8  # the length of the safetensors header
+    shard.write_bytes(bytes(data))
+    for workers in (0, 2):
+        with pytest.raises(UserError, match=rf"{shard.name}: {index.key(0)}\.latents.*damaged"):
+            _epoch(_dataset(copy, tiny_i2v), workers)
