@@ -38,11 +38,12 @@ def commit(written: Path, final: Path) -> None:
     fsync_folder(final.parent)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
     """Write `path` so that a reader sees the old content or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = temporary(path)
-    beside.write_bytes(data)
+    with beside.open("wb") as stream:
+        stream.writelines(parts)
     commit(beside, path)
 
 

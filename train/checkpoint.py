@@ -21,7 +21,7 @@ from shared.durable import fsync_file, fsync_folder, temporary
 from shared.errors import UserError
 from shared.fingerprint import flatten
 from shared.hashing import digest_of
-from train.export import safetensors_bytes
+from train.export import safetensors_parts
 
 FORMAT_VERSION = 1
 STATE = "state.json"
@@ -106,10 +106,13 @@ def save_checkpoint(folder: Path, state: TrainState, identity: Identity, *, cycl
     for role, role_state in state.roles.items():
         for group, tensors in role_state.tensors().items():
             file = building / f"{role}_{group}.safetensors"
-            data = safetensors_bytes(tensors)
-            file.write_bytes(data)
+            digest = hashlib.sha256()
+            with file.open("wb") as stream:
+                for part in safetensors_parts(tensors):
+                    digest.update(part)
+                    stream.write(part)
             fsync_file(file)
-            digests[file.name] = hashlib.sha256(data).hexdigest()
+            digests[file.name] = digest.hexdigest()
     content = {
         "format": FORMAT_VERSION,
         "updates": state.updates,

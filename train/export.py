@@ -130,14 +130,14 @@ def write_loras(
     for form, build in (("diffusers", diffusers_form), ("comfyui", comfyui_form)):
         tensors, metadata = build(cast, spec, provenance)
         paths.append(lora_path(folder, provenance.expert, form))
-        write_bytes(paths[-1], safetensors_bytes(tensors, metadata))
+        write_bytes(paths[-1], *safetensors_parts(tensors, metadata))
     return paths
 
 
-def safetensors_bytes(
+def safetensors_parts(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> bytes:
-    """safetensors with a header in a fixed order: equal content gives equal bytes.
+) -> tuple[bytes, memoryview]:
+    """A safetensors file as (header, tensors), in a fixed order: equal content, equal bytes.
 
     The library keeps metadata in a hash map, whose order changes from process to process.
     """
@@ -151,4 +151,4 @@ def safetensors_bytes(
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors stay 8-byte aligned
-    return struct.pack("<Q", len(text)) + text + data[8 + length :]
+    return struct.pack("<Q", len(text)) + text, memoryview(data)[8 + length :]
