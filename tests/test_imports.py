@@ -55,4 +55,6 @@ def test_nothing_unpickles() -> None:
     for package in ("preprocess", "train", "shared"):
         for file in _files(package):
             source = file.read_text()
-            assert not re.search(r"import pickle|(?<!safetensors\.)torch\.load\(", source), file.name
+            assert not re.search(r"import pickle|(?<!safetensors\.)torch\.load\(", source), (
+                file.name
+            )

@@ -1,6 +1,7 @@
 """Batches from shards: byte ranges read by workers, collated to what the loop computes with."""
 
 import itertools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -178,7 +179,11 @@ class _UpdateOrder:
 def micro_batches(
     dataset: MicroBatches, *, start: int, stop: int, accumulation: int, workers: int
 ) -> Iterator[Batch]:
-    """Batches of updates start..stop−1 in order, read ahead by `workers` processes (0: inline)."""
+    """Batches of updates start..stop−1 in order, read ahead by `workers` processes (0: inline).
+
+    Never more workers than CPU cores: they would only wait for one another.
+    """
+    workers = min(workers, len(os.sched_getaffinity(0)))
     loader = DataLoader(
         dataset,
         sampler=_UpdateOrder(start, stop, accumulation),

@@ -1,0 +1,29 @@
+"""What every test may use: no network, tiny models."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Set before transformers, diffusers or huggingface_hub are imported, and inherited by the
+# command lines that the tests start.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tiny tensors gain nothing from threads, and on a busy machine OpenMP's barriers cost tenfold.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+for variable in ("MODEL_NAME", "DATASET_NAME", "DATASET_META_NAME"):
+    os.environ.pop(variable, None)  # a developer's shell must not decide what is tested
+
+from tests.models import tiny_model  # noqa: E402 - after the environment is set
+
+
+@pytest.fixture(scope="session")
+def tiny_t2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny two-expert text-to-video model in diffusers layout."""
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny-t2v", "t2v")
+
+
+@pytest.fixture(scope="session")
+def tiny_i2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny two-expert image-to-video model in diffusers layout."""
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny-i2v", "i2v")

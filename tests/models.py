@@ -1,0 +1,116 @@
+"""Wan models small enough for a test: the real classes, random weights, diffusers' layout."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+
+import shared
+
+TOKENIZER = Path(shared.__file__).parent / "toy" / "common" / "tokenizer"
+LATENT_CHANNELS = 16
+TEXT_DIM = 32
+BOUNDARY = {"t2v": 0.875, "i2v": 0.9}
+PIPELINE = {"t2v": "WanPipeline", "i2v": "WanImageToVideoPipeline"}
+
+
+def tiny_vae() -> AutoencoderKLWan:
+    """The Wan 2.1 VAE's form: strides (4, 8, 8), 16 channels; mean and std tell on forgetters."""
+    return AutoencoderKLWan(
+        base_dim=8,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 2, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.07 * (channel - 6.3) for channel in range(LATENT_CHANNELS)],
+        latents_std=[0.45 + 0.11 * channel for channel in range(LATENT_CHANNELS)],
+    )
+
+
+def tiny_transformer(mode: str, **overrides: Any) -> WanTransformer3DModel:
+    """A Wan transformer of two layers; `overrides` replace fields of its config."""
+    config: dict[str, Any] = {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": LATENT_CHANNELS if mode == "t2v" else 2 * LATENT_CHANNELS + 4,
+        "out_channels": LATENT_CHANNELS,
+        "text_dim": TEXT_DIM,
+        "freq_dim": 32,
+        "ffn_dim": 48,
+        "num_layers": 2,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 256,
+    }
+    return WanTransformer3DModel(**(config | overrides))
+
+
+def tiny_text_encoder(vocabulary: int) -> UMT5EncoderModel:
+    """Random UMT5 encoder: (B, L) token ids to (B, L, TEXT_DIM)."""
+    config = UMT5Config(
+        vocab_size=vocabulary,
+        d_model=TEXT_DIM,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    )
+    return UMT5EncoderModel(config)
+
+
+def tiny_model(
+    folder: Path,
+    mode: Literal["t2v", "i2v"],
+    *,
+    two_experts: bool = True,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **transformer: Any,
+) -> Path:
+    """Write a whole model to `folder` (diffusers layout) and return it.
+
+    Every weight is random from `seed`, and the experts differ. `transformer` overrides fields of
+    the transformers' config (a wider one for a memory test). Weights are stored in `dtype`.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+        torch.manual_seed(seed)
+        components = {
+            "text_encoder": tiny_text_encoder(len(tokenizer)),
+            "vae": tiny_vae(),
+            "transformer": tiny_transformer(mode, **transformer),
+        }
+        if two_experts:
+            components["transformer_2"] = tiny_transformer(mode, **transformer)
+    for name, component in components.items():
+        for parameter in component.parameters():
+            parameter.data = parameter.data.to(dtype)
+        component.save_pretrained(folder / name)
+    UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    ).save_pretrained(folder / "scheduler")
+
+    index: dict[str, Any] = {
+        "_class_name": PIPELINE[mode],
+        "expand_timesteps": False,
+        "boundary_ratio": BOUNDARY[mode] if two_experts else None,
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": ["diffusers", "WanTransformer3DModel"] if two_experts else [None, None],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    if mode == "i2v":
+        index |= {"image_encoder": [None, None], "image_processor": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return folder

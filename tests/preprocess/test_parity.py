@@ -1,0 +1,135 @@
+"""The contract of stage one: shards hold what diffusers' pipelines compute, from the mp4 on."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.preprocess.conftest import PHOTOS, VIDEOS, Cache, render_clip, wanprep, write_metadata
+from tests.preprocess.reference import (
+    Pipelines,
+    bucket,
+    chosen_frames,
+    fitted,
+    image_frame,
+    video_frames,
+)
+
+SEED, STRIDE, FRAMES, VIDEO_SIZE, IMAGE_SIZE = 7, 3, 13, 96, 80
+CAPTIONS = {
+    "bikes.mp4": "Two  bikers &amp;amp; a road\n\tin the sun",
+    "portrait.mp4": "a pattern that moves; schÃ¶n",  # mojibake, which ftfy mends
+    "short.mp4": "short " * 700,  # cut to 512 tokens
+    "china.jpg": "a temple in the mountains",
+    "turned.jpg": "a flower, lying on its side",
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real clip, rendered ones (portrait; shorter than asked), a photo, a turned photo."""
+    folder = tmp_path_factory.mktemp("parity")
+    shutil.copy(VIDEOS / "bikes.mp4", folder)
+    render_clip(folder / "portrait.mp4", height=130, width=70, frames=60)
+    render_clip(folder / "short.mp4", height=64, width=64, frames=23, seed=1)
+    shutil.copy(PHOTOS / "china.jpg", folder)
+    with Image.open(PHOTOS / "flower.jpg") as flower:
+        exif = flower.getexif()
+        exif[0x0112] = 6  # the camera was held upright
+        flower.resize((320, 213)).save(folder / "turned.jpg", exif=exif)
+    write_metadata(folder, [{"file_path": name, "text": text} for name, text in CAPTIONS.items()])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype", "vae_dtype", "text_dtype"),
+    [
+        ("i2v", "fp32", "fp32", "fp32"),
+        ("t2v", "fp32", "fp32", "fp32"),
+        ("i2v", "bf16", "fp32", "bf16"),  # the defaults
+        pytest.param("i2v", "fp32", "bf16", "fp32", marks=pytest.mark.long),
+    ],
+)
+def test_the_cache_equals_the_pipeline(
+    mode: str,
+    dtype: str,
+    vae_dtype: str,
+    text_dtype: str,
+    data: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    model = request.getfixturevalue(f"tiny_{mode}")
+    ran = wanprep(
+        *("encode", "--model", model, "--train-data-dir", data, "--output", tmp_path),
+        *("--video-sample-size", VIDEO_SIZE, "--image-sample-size", IMAGE_SIZE, "--seed", SEED),
+        *("--video-sample-stride", STRIDE, "--video-sample-n-frames", FRAMES),
+        *("--dtype", dtype, "--vae-dtype", vae_dtype, "--text-encoder-dtype", text_dtype),
+        *("--device", "cpu"),
+    )
+    assert ran.code == 0, ran.err
+    cache = Cache.open(tmp_path)
+    assert len(cache.index) == len(CAPTIONS)
+    pipelines = Pipelines(model, mode, vae=DTYPES[vae_dtype], text_encoder=DTYPES[text_dtype])
+
+    expected_frames = {"bikes.mp4": 13, "portrait.mp4": 13, "short.mp4": 5}
+    for source, caption in CAPTIONS.items():
+        path = data / source
+        if path.suffix == ".mp4":
+            indices = chosen_frames(path, stride=STRIDE, wanted=FRAMES, seed=SEED)
+            frames = video_frames(path, indices)
+            assert len(frames) == expected_frames[source]
+            size = VIDEO_SIZE
+        else:
+            indices, frames, size = [0], image_frame(path), IMAGE_SIZE
+        height, width = bucket(frames[0].height, frames[0].width, size)
+        assert height != width or source == "short.mp4"
+        reference = pipelines.of(fitted(frames, height, width), caption)
+
+        row = cache.row(source=source)
+        info = cache.info(row)
+        assert info["frame_indices"] == indices
+        assert (info["height"], info["width"], info["frames"]) == (height, width, len(frames))
+        assert (info["source_height"], info["source_width"]) == (frames[0].height, frames[0].width)
+        assert info["caption"] == caption.strip()
+
+        latents = cache.tensor(row, "latents")
+        assert latents.dtype == DTYPES[dtype]
+        assert latents.shape == (16, (len(frames) - 1) // 4 + 1, height // 8, width // 8)
+        for number in range(latents.shape[1]):  # every latent frame
+            assert torch.equal(latents[:, number], reference.latents[:, number].to(DTYPES[dtype]))
+        assert reference.latents.std() > 0.05  # something was compared
+
+        if mode == "i2v":
+            assert reference.condition is not None
+            condition = cache.tensor(row, "cond")
+            assert torch.equal(condition, reference.condition.to(DTYPES[dtype]))
+            assert not torch.equal(condition, latents)
+        else:
+            assert cache.raw(row, "cond.safetensors") == b""
+
+        text = cache.tensor(row, "text")
+        padded = torch.zeros(512, text.shape[1], dtype=text.dtype)
+        padded[: len(text)] = text
+        assert torch.equal(padded, reference.text.to(DTYPES[dtype]))
+        assert len(text) == cache.index.tokens[row]
+        assert (len(text) == 512) == (source == "short.mp4")
+
+
+def test_latents_are_causal(data: Path, tiny_i2v: Path, tmp_path: Path) -> None:
+    """A shorter clip from the same start is a slice of the longer one's latents: what lets
+    training cut in time for free.
+    """
+    from preprocess.clips import fit
+    from preprocess.encoders import LatentEncoder
+    from preprocess.media import read_frames
+    from shared.buckets import Bucket
+    from shared.model_spec import read_model_spec
+
+    encoder = LatentEncoder(read_model_spec(tiny_i2v), dtype=torch.float32, device="cpu")
+    frames = fit(read_frames(data / "bikes.mp4", "video", range(9)), Bucket(48, 96, 9))
+    assert torch.equal(encoder.latents(frames[:5]), encoder.latents(frames)[:, :2])
+    assert torch.equal(encoder.condition(frames[:5]), encoder.condition(frames)[:, :2])

@@ -1,0 +1,115 @@
+"""Opening a cache that is not in order says what to run."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from preprocess.index import build_index
+from preprocess.writer import ShardWriter
+from shared.cache import MemberReader, Prompt, open_cache, read_prompts
+from shared.errors import UserError
+from shared.schema import LATENTS_MEMBER, MEMBERS, Sample, SampleInfo, sample_key
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A cache of three samples in as many shards, and two prompts."""
+    writer = ShardWriter(tmp_path, {"format": 1}, shard_bytes=1)
+    writer.add_prompts(
+        [Prompt("empty", "", torch.zeros(1, 4)), Prompt("negative", "ugly", torch.ones(2, 4))]
+    )
+    for number in range(3):
+        info = SampleInfo(
+            caption=f"c{number}",
+            type="image",
+            source=f"{number}.png",
+            width=16,
+            height=16,
+            frames=1,
+            frame_indices=[0],
+            fps=None,
+            source_width=16,
+            source_height=16,
+        )
+        writer.add(
+            Sample(
+                key=sample_key(str(number), {}, 0),
+                info=info,
+                latents=torch.full((2, 1, 2, 2), float(number)),
+                text=torch.ones(number + 1, 4),
+                cond=torch.full((2, 1, 2, 2), -1.0) if number else None,
+            )
+        )
+    build_index(tmp_path)
+    return tmp_path
+
+
+def test_members_come_back(folder: Path) -> None:
+    index = open_cache(folder)
+    reader = MemberReader(index, open_files=1)  # every read opens another file
+    by_key = {index.key(row): row for row in range(len(index))}
+    for _ in range(2):
+        for number in range(3):
+            row = by_key[sample_key(str(number), {}, 0)]
+            latents = reader.read(row, LATENTS_MEMBER)
+            assert latents is not None and (latents["latents"] == number).all()
+            condition = reader.read(row, "cond.safetensors")
+            assert (condition is None) == (number == 0)
+            assert index.tokens[row] == number + 1
+    reader.close()
+
+
+def test_the_prompt_bank_comes_back_oldest_first(folder: Path) -> None:
+    ShardWriter(folder, {"format": 1}, shard_bytes=1).add_prompts(
+        [Prompt("negative", "uglier", torch.ones(3, 4))]
+    )
+    prompts = read_prompts(folder, build_index(folder).prompt_shards)
+    assert [(p.role, p.prompt, len(p.text)) for p in prompts] == [
+        ("empty", "", 1),
+        ("negative", "ugly", 2),
+        ("negative", "uglier", 3),
+    ]
+
+
+def test_a_folder_without_a_cache(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(UserError, match="wanprep encode --size 640 --output"):
+        open_cache(tmp_path / "none")
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"has no manifest\.json. Rebuild it: wanprep index"):
+        open_cache(folder)
+
+
+def test_an_index_that_does_not_belong_to_the_manifest(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"index": "00"}))
+    with pytest.raises(UserError, match=r"does not belong to manifest\.json"):
+        open_cache(folder)
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
+    with pytest.raises(UserError, match="format version 2"):
+        open_cache(folder)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    shutil.rmtree(folder / "index.zarr")
+    with pytest.raises(UserError, match=r"index\.zarr is missing or damaged"):
+        open_cache(folder)
+
+
+def test_a_shard_that_is_gone(folder: Path) -> None:
+    name = open_cache(folder).shards[1]
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=f"1 shard.* gone, the first {name}"):
+        open_cache(folder)
+    assert len(build_index(folder)) == 2
+
+
+def test_damaged_bytes_name_the_sample(folder: Path) -> None:
+    index = open_cache(folder)
+    shard = folder / index.shards[index.shard_ids[0]]
+    data = bytearray(shard.read_bytes())
+    start = int(index.offsets[0, MEMBERS.index(LATENTS_MEMBER)])
+    data[start : start + 16] = b"\xff" * 16
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match=f"{index.key(0)}.{LATENTS_MEMBER} is damaged"):
+        MemberReader(index).read(0, LATENTS_MEMBER)
