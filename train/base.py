@@ -42,16 +42,22 @@ def load_base(
     component = component_of(expert)
     try:
         # Never .to(bf16): it would destroy the modules that diffusers keeps in fp32.
-        transformer = WanTransformer3DModel.from_pretrained(
+        transformer, report = WanTransformer3DModel.from_pretrained(
             spec.folder,
             subfolder=component,
             torch_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"model: cannot load {spec.folder / component}: {str(error).splitlines()[0]}. "
             "Expected a WanTransformer3DModel in diffusers layout; download the folder again."
         ) from error
+    if report["missing_keys"]:  # diffusers fills them with random numbers and only warns
+        raise UserError(
+            f"model: {spec.folder / component} lacks {len(report['missing_keys'])} weights, the "
+            f"first {min(report['missing_keys'])}. Download the folder again."
+        )
     transformer.requires_grad_(False)
     transformer.to(device)
     if gradient_checkpointing:

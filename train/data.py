@@ -183,7 +183,7 @@ def micro_batches(
 
     Never more workers than CPU cores: they would only wait for one another.
     """
-    workers = min(workers, len(os.sched_getaffinity(0)))
+    workers = min(workers, os.cpu_count() or 1)
     loader = DataLoader(
         dataset,
         sampler=_UpdateOrder(start, stop, accumulation),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shared.errors import UserError
@@ -263,6 +263,22 @@ def test_bad_values_are_refused_before_anything_is_written(
     with pytest.raises(UserError, match=message):
         distill(tiny_t2v, t2v_shards, tmp_path / "out", *more)
     assert not (tmp_path / "out").exists()
+
+
+def test_damaged_base_is_named(tiny_t2v: Path, t2v_shards: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_t2v, model)
+    weights = model / "transformer_2" / "diffusion_pytorch_model.safetensors"
+    whole = load_file(weights)
+    save_file({n: t for n, t in whole.items() if "blocks.1." not in n}, weights, {"format": "pt"})
+    with pytest.raises(UserError, match=r"transformer_2 lacks \d+ weights, the first blocks\.1\."):
+        distill(model, t2v_shards, tmp_path / "out")
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"cannot load .*transformer_2"):
+        distill(model, t2v_shards, tmp_path / "out")
+    weights.unlink()
+    with pytest.raises(UserError, match=r"cannot load .*transformer_2"):
+        distill(model, t2v_shards, tmp_path / "out")
 
 
 def test_seed_spelling_with_underscores(
