@@ -250,13 +250,25 @@ class Prompt:
 
 
 def read_prompts(folder: Path, shards: tuple[str, ...]) -> list[Prompt]:
-    """The prompt bank, oldest first; where a role has one prompt only, the last entry counts."""
+    """The prompt bank, oldest first; where a role has one prompt only, the last entry counts.
+
+    Raises UserError naming a damaged tar.
+    """
     prompts = []
     for name in shards:
         # Raw bytes, never `.decode()`: its default handlers would unpickle a hostile member.
-        dataset = webdataset.WebDataset(str(folder / name), shardshuffle=False, empty_check=False)
-        for sample in dataset:
-            info = json.loads(sample[JSON_MEMBER])
-            text = unpack(sample[TEXT_MEMBER])["text"]
-            prompts.append(Prompt(info["role"], info["prompt"], text))
+        # A list, because braces in a plain string would be expanded.
+        path = folder / name
+        dataset = webdataset.WebDataset([str(path)], shardshuffle=False, empty_check=False)
+        try:
+            for sample in dataset:
+                info = json.loads(sample[JSON_MEMBER])
+                text = unpack(sample[TEXT_MEMBER])["text"]
+                prompts.append(Prompt(info["role"], info["prompt"], text))
+        except Exception as error:  # tar, JSON and safetensors errors, and a missing member
+            raise UserError(
+                f"shards: {path} is damaged ({type(error).__name__}: {error}). Restore it, or "
+                f"delete it together with {Sidecar.path_for(path).name} and run `wanprep encode` "
+                "again."
+            ) from error
     return prompts

@@ -74,6 +74,17 @@ def test_the_prompt_bank_comes_back_oldest_first(folder: Path) -> None:
     ]
 
 
+def test_a_damaged_prompt_bank_is_named(folder: Path) -> None:
+    (name,) = open_cache(folder).prompt_shards
+    whole = (folder / name).read_bytes()
+    for bad in (whole[:700], whole[:1500], b"x" * 2000):
+        (folder / name).write_bytes(bad)
+        with pytest.raises(UserError, match=f"{name} is damaged"):
+            read_prompts(folder, (name,))
+    (folder / name).write_bytes(whole)
+    assert len(read_prompts(folder, (name,))) == 2
+
+
 def test_a_folder_without_a_cache(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(UserError, match="wanprep encode --size 640 --output"):
         open_cache(tmp_path / "none")

@@ -1,0 +1,1 @@
+"""Stage one: media and captions become shards (`wanprep`)."""

@@ -1,0 +1,306 @@
+"""The loop of stage one: media and captions → shards.
+
+    dataset → plan (probe, clip, key) → what is missing → text pass → VAE pass → index
+
+The text encoder and the VAE are never in memory together. Everything that is committed stays,
+however the run ends, and the same command goes on from there.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+
+from preprocess import report
+from preprocess.clips import ClipRule
+from preprocess.config import EncodeConfig
+from preprocess.dataset import Rejected, load_dataset
+from preprocess.fingerprint import encode_fingerprint, refuse_other_settings
+from preprocess.index import caption_digest, fresh_index
+from preprocess.interrupt import Interrupted, Interruption, catch_signals
+from preprocess.media import MediaError
+from preprocess.passes import latents_from_cache, latents_from_media, text_pass
+from preprocess.plan import Work, plan_work
+from preprocess.text_cache import TextCache
+from preprocess.writer import ShardWriter, output_lock
+from shared.cache import CacheIndex, Prompt, committed_shards, read_prompts
+from shared.durable import write_bytes
+from shared.errors import UserError
+from shared.hashing import FileHasher
+from shared.model_spec import ModelSpec, read_model_spec, resolve_model
+from shared.schema import DTYPES, Sample
+
+if TYPE_CHECKING:
+    from preprocess.encoders import LatentEncoder, TextEncoder
+
+REJECTED = "rejected.jsonl"
+COMPONENTS = ("vae", "text_encoder", "tokenizer")
+
+# Enough to hide decoding and resizing behind the VAE; each holds one fitted clip in memory.
+THREADS = max(1, min(4, (os.cpu_count() or 1) - 1))
+
+Captions = dict[str, bytes]
+"""Key → `caption_digest`, of the samples that are committed."""
+
+
+@dataclass
+class Outcome:
+    """How a run ended."""
+
+    index: CacheIndex | None = None
+    """None where nothing is committed yet."""
+    written: int = 0
+    """Samples that this run encoded."""
+    left: int = 0
+    """Samples of the dataset that are not in the shards."""
+    rejected: list[Rejected] = field(default_factory=list)
+    signum: int | None = None
+    """The signal that ended the run early."""
+
+
+def encode(config: EncodeConfig, console: Console) -> Outcome:
+    """Bring the cache in `config.output` up to date with the dataset.
+
+    Raises UserError for what the user can mend; rejected samples and signals are in the outcome.
+    """
+    outcome = Outcome()
+    with catch_signals() as signals:
+        try:
+            _encode(config, console, signals, outcome)
+        except Interrupted as interrupted:
+            outcome.signum = interrupted.signum
+    return outcome
+
+
+def _encode(
+    config: EncodeConfig, console: Console, signals: Interruption, outcome: Outcome
+) -> None:
+    # What there is: the dataset and the model.
+    dataset = load_dataset(config.data_dir, config.metadata)
+    spec = _encodable_model(config)
+    report.say(console, f"dataset  {dataset.origin}: {len(dataset.entries)} usable entries")
+    report.say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
+    hasher = FileHasher()
+    with console.status("digesting the encoders' weights (read once, then remembered)"):
+        fingerprint = encode_fingerprint(config, spec, hasher)
+
+    with output_lock(config.output), _explained(config):
+        # What is committed already, under the same settings.
+        sidecars = committed_shards(config.output)
+        refuse_other_settings(config.output, sidecars, fingerprint)
+        outcome.index = fresh_index(config.output) if sidecars else None
+        committed = _committed(outcome.index)
+
+        # What is missing of the dataset.
+        with report.bar(console, "looking into the media", len(dataset.entries)) as advance:
+            planned, rejected = plan_work(
+                dataset.entries,
+                _clip_rule(config, spec),
+                hasher,
+                threads=THREADS,
+                on_progress=advance,
+            )
+        outcome.rejected = [*dataset.rejected, *rejected]
+        _write_rejected(config, outcome)
+        if not planned:
+            listed = report.rejections(outcome.rejected, config.output / REJECTED)
+            raise UserError(f"dataset: {dataset.origin} has nothing that can be encoded.\n{listed}")
+        todo = [work for work in planned if _missing(work, committed)]
+        captions = [caption for work in todo for _, caption in _missing(work, committed)]
+        prompts = _missing_prompts(config, outcome.index)
+        outcome.left = len(captions)
+        _say_plan(console, config, planned, outcome)
+
+        stored = DTYPES[config.dtype]
+        texts = TextCache(config.output, fingerprint)
+        writer = ShardWriter(
+            config.output, fingerprint, shard_bytes=config.shard_size_mb * 1_000_000
+        )
+
+        # diffusers and transformers are imported when an encoder is built: a run that has nothing
+        # to encode does not wait for them.
+        def text_encoder() -> "TextEncoder":
+            from preprocess.encoders import TextEncoder
+
+            dtype = DTYPES[config.text_encoder_dtype]
+            return TextEncoder(spec.folder, dtype=dtype, device=config.device)
+
+        def latent_encoder() -> "LatentEncoder":
+            from preprocess.encoders import LatentEncoder
+
+            return LatentEncoder(spec, dtype=DTYPES[config.vae_dtype], device=config.device)
+
+        try:
+            # Text pass: each caption once; the encoder is gone before the VAE comes.
+            needed = list(dict.fromkeys([text for _, text in prompts] + captions))
+            with report.bar(console, "encoding captions", len(needed)) as advance:
+                text_pass(needed, texts, text_encoder, stored=stored, on_progress=advance)
+            if prompts:
+                with signals.deferred():
+                    writer.add_prompts(
+                        [Prompt(role, text, texts.get(text)) for role, text in prompts]
+                    )
+
+            # VAE pass. A clip that only has a new caption takes its latents from the old shard.
+            known, new = _split(todo, committed)
+            encoded = chain(
+                latents_from_cache(known, outcome.index) if outcome.index else (),
+                latents_from_media(new, spec, latent_encoder, stored=stored, threads=THREADS),
+            )
+            with report.bar(console, "encoding media", len(todo)) as advance:
+                for work, result in encoded:
+                    if isinstance(result, MediaError):
+                        source = work.entry.source
+                        outcome.rejected.append(Rejected(source=source, reason=str(result)))
+                    else:
+                        for key, caption in _missing(work, committed):
+                            sample = Sample(
+                                key=key,
+                                info=work.info(caption),
+                                latents=result.latents,
+                                text=texts.get(caption),
+                                cond=result.condition,
+                            )
+                            with signals.deferred():
+                                writer.add(sample)
+                                outcome.written += 1
+                    advance()
+            with signals.deferred():
+                writer.close()
+                _finish(config, outcome, planned)
+                texts.delete()
+        except BaseException:  # a signal, a full disk, no memory: what is encoded is kept
+            with signals.deferred(raise_after=False):
+                writer.rescue()
+                with suppress(OSError):
+                    _finish(config, outcome, planned)
+            raise
+
+
+def _encodable_model(config: EncodeConfig) -> ModelSpec:
+    spec = read_model_spec(resolve_model(config.model, COMPONENTS))
+    unsupported = {
+        "ti2v models (per-token timesteps, as Wan2.2-TI2V-5B)": spec.mode == "ti2v",
+        "models with CLIP image embeddings (as Wan 2.1 I2V)": spec.image_dim is not None,
+    }
+    for kind, found in unsupported.items():
+        if found:
+            raise UserError(
+                f"model: {spec.folder}: {kind} are not supported yet. Expected a Wan 2.2 A14B "
+                "model or a Wan 2.1 T2V model."
+            )
+    _check_device(config.device)
+    return spec
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(
+            f"--device: {name!r} is no device; expected cpu, cuda or cuda:1."
+        ) from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device: {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices. "
+            "Use --device cpu, or a lower number."
+        )
+
+
+def _clip_rule(config: EncodeConfig, spec: ModelSpec) -> ClipRule:
+    return ClipRule(
+        image_size=config.image_size,
+        video_size=config.video_size,
+        stride=config.stride,
+        frames=config.frames,
+        seed=config.seed,
+        multiple=spec.side_multiple,
+        temporal_stride=spec.stride[0],
+    )
+
+
+def _committed(index: CacheIndex | None) -> Captions:
+    if index is None:
+        return {}
+    return {index.key(row): bytes(index.captions[row]) for row in range(len(index))}
+
+
+def _missing(work: Work, committed: Captions) -> list[tuple[str, str]]:
+    """The (key, caption) of a clip that are not in the shards, or there with another caption."""
+    return [
+        (key, caption)
+        for key, caption in work.samples
+        if committed.get(key) != caption_digest(caption)
+    ]
+
+
+def _split(todo: Sequence[Work], committed: Captions) -> tuple[list[Work], list[Work]]:
+    """Clips whose latents are in the shards under some caption, and clips that are new."""
+    known: list[Work] = []
+    new: list[Work] = []
+    for work in todo:
+        (known if any(key in committed for key, _ in work.samples) else new).append(work)
+    return known, new
+
+
+def _missing_prompts(config: EncodeConfig, index: CacheIndex | None) -> list[tuple[str, str]]:
+    """(role, prompt) of the prompt bank that are not there yet; the last entry of a role counts."""
+    there = read_prompts(config.output, index.prompt_shards) if index else []
+    last = {prompt.role: prompt.prompt for prompt in there}
+    wanted = {"empty": "", "negative": config.negative_prompt}
+    return [(role, text) for role, text in wanted.items() if last.get(role) != text]
+
+
+def _say_plan(
+    console: Console, config: EncodeConfig, planned: Sequence[Work], outcome: Outcome
+) -> None:
+    total = sum(len(work.samples) for work in planned)
+    report.say(
+        console, f"samples  {total}: {total - outcome.left} in the shards, {outcome.left} to encode"
+    )
+    if short := report.short_clips(planned, config.frames):
+        report.say(console, short)
+
+
+def _write_rejected(config: EncodeConfig, outcome: Outcome) -> None:
+    """`rejected.jsonl` of this run: whole, or absent where nothing was rejected."""
+    path = config.output / REJECTED
+    if outcome.rejected:
+        lines = [json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in outcome.rejected]
+        write_bytes(path, "".join(lines).encode("utf-8", "backslashreplace"))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _finish(config: EncodeConfig, outcome: Outcome, planned: Sequence[Work]) -> None:
+    _write_rejected(config, outcome)
+    if committed_shards(config.output):
+        outcome.index = fresh_index(config.output)
+    committed = _committed(outcome.index)
+    outcome.left = sum(len(_missing(work, committed)) for work in planned)
+
+
+@contextmanager
+def _explained(config: EncodeConfig) -> Iterator[None]:
+    """Say what can be done about a full disk or a full GPU."""
+    kept = "What was encoded so far is committed; the same command goes on from there."
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"--device: {config.device} is out of memory ({str(error).splitlines()[0]}). Use "
+            f"--vae-dtype bf16, a smaller --size, or free the device. {kept}"
+        ) from error
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        cure = "The disk is full or a quota is used up: make room." if full else "Mend that."
+        raise UserError(
+            f"--output: writing to {config.output} failed ({error}). {cure} {kept}"
+        ) from error

@@ -1,0 +1,162 @@
+"""The frozen encoders: captions → text embeddings, frames → latents. Sole user of the real models.
+
+Representations, each made in one place:
+
+    frames      (F, H, W, 3) uint8 RGB
+    pixels      (1, 3, F, H, W) fp32 in [−1, 1]                     `to_pixels`
+    raw latents (1, C, T, h, w) fp32, the posterior's mode           `LatentEncoder._raw`
+    latents     (C, T, h, w) fp32, (raw − mean)·(1/std)              `LatentEncoder._normalised`
+
+What comes out is to the bit what diffusers' Wan pipelines compute for the same frames and prompt.
+"""
+
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+from diffusers import AutoencoderKLWan
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from transformers import UMT5EncoderModel
+
+from shared.errors import UserError
+from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec, read_json
+
+
+class TextEncoder:
+    """UMT5 and its tokenizer, as `WanPipeline.encode_prompt(max_sequence_length=512)` uses them."""
+
+    def __init__(self, folder: Path, *, dtype: torch.dtype, device: str) -> None:
+        """Load `tokenizer` and `text_encoder` of a model folder; UserError if they are damaged."""
+        self._tokenizer = _load_tokenizer(folder)
+        model, report = _load(
+            UMT5EncoderModel, folder / "text_encoder", dtype=dtype, output_loading_info=True
+        )
+        _refuse_missing(report, folder / "text_encoder")
+        self._model = model.to(device).eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def encode(self, caption: str) -> torch.Tensor:
+        """(tokens, D) on the CPU, in the encoder's dtype, at the caption's true length (≤ 512).
+
+        One caption at a time, padded to 512: another padding or batch would change the last bits.
+        """
+        inputs = self._tokenizer(
+            [prompt_clean(caption)],
+            padding="max_length",
+            max_length=MAX_TEXT_TOKENS,
+            truncation=True,
+            add_special_tokens=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        tokens, mask = inputs.input_ids, inputs.attention_mask
+        device = self._model.device
+        hidden = self._model(tokens.to(device), mask.to(device)).last_hidden_state
+        text = hidden[0, : int(mask.sum())].cpu()
+        if not bool(torch.isfinite(text).all()):
+            raise UserError(
+                "text encoder: the embedding of a caption has NaN or infinite values "
+                f"({caption[:60]!r}). Try --text-encoder-dtype fp32; if that is no better, the "
+                "weights are damaged."
+            )
+        return text
+
+
+class LatentEncoder:
+    """The Wan VAE with the pipelines' normalisation."""
+
+    def __init__(self, spec: ModelSpec, *, dtype: torch.dtype, device: str) -> None:
+        """Load `vae` of a model folder; UserError if it is damaged."""
+        folder = spec.folder / "vae"
+        vae, report = _load(AutoencoderKLWan, folder, torch_dtype=dtype, output_loading_info=True)
+        _refuse_missing(report, folder)
+        self._vae = vae.to(device).eval().requires_grad_(False)
+        per_channel = (1, spec.latent_channels, 1, 1, 1)
+        self._mean = torch.tensor(spec.latents_mean).view(per_channel).to(device)
+        self._inverse_std = 1.0 / torch.tensor(spec.latents_std).view(per_channel).to(device)
+        self._of_zeros = lru_cache(maxsize=8)(self._encode_zeros)
+
+    @torch.inference_mode()
+    def latents(self, frames: npt.NDArray[np.uint8]) -> torch.Tensor:
+        """Frames (F, H, W, 3), F = 4n+1 → latents (C, T, h, w), fp32 on the CPU."""
+        return self._normalised(self._raw(to_pixels(frames, self._vae.device)))
+
+    @torch.inference_mode()
+    def condition(self, frames: npt.NDArray[np.uint8]) -> torch.Tensor:
+        """The i2v condition (C, T, h, w), fp32 on the CPU: first frame, then zeros, encoded.
+
+        For a single frame it would be the target itself, so that is the encoding of zeros (and
+        the mask of such a sample is 0 in training).
+        """
+        if len(frames) == 1:
+            return self._of_zeros(*frames.shape[1:3])
+        first = to_pixels(frames[:1], self._vae.device)
+        zeros = first.new_zeros(1, 3, len(frames) - 1, *first.shape[-2:])
+        return self._normalised(self._raw(torch.cat([first, zeros], dim=2)))
+
+    def _encode_zeros(self, height: int, width: int) -> torch.Tensor:
+        zeros = torch.zeros(1, 3, 1, height, width, device=self._vae.device)
+        return self._normalised(self._raw(zeros))
+
+    def _raw(self, pixels: torch.Tensor) -> torch.Tensor:
+        # The mode is what the pipelines take (sample_mode="argmax"); a sample would add noise.
+        return self._vae.encode(pixels.to(self._vae.dtype)).latent_dist.mode().float()
+
+    def _normalised(self, raw: torch.Tensor) -> torch.Tensor:
+        return ((raw - self._mean) * self._inverse_std)[0].cpu()
+
+
+def to_pixels(frames: npt.NDArray[np.uint8], device: torch.device) -> torch.Tensor:
+    """Frames (F, H, W, 3) uint8 → pixels (1, 3, F, H, W) fp32 in [−1, 1], as VideoProcessor does.
+
+    They travel to the device as bytes, a quarter of the floats.
+    """
+    levels = torch.from_numpy(frames).to(device).permute(3, 0, 1, 2).unsqueeze(0).contiguous()
+    # By a tensor: a Python number CUDA would divide by through its reciprocal, one bit off.
+    return 2.0 * (levels.float() / torch.tensor(255.0, device=device)) - 1.0
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    """The tokenizer by the class that `model_index.json` names, as the pipeline loads it."""
+    named = read_json(folder / "model_index.json", "model").get("tokenizer")
+    name = named[1] if isinstance(named, list) and len(named) > 1 else None
+    tokenizer = getattr(transformers, str(name), None)
+    if tokenizer is None:
+        raise UserError(
+            f"model: {folder / 'model_index.json'} names the tokenizer {name!r}, which "
+            f"transformers {transformers.__version__} does not have; expected T5TokenizerFast."
+        )
+    return _load(tokenizer, folder / "tokenizer")
+
+
+def _load(loader: Any, folder: Path, **options: Any) -> Any:
+    """`loader.from_pretrained(folder)`; every way in which that fails becomes a UserError."""
+    transformers.utils.logging.disable_progress_bar()  # would tear our own bars apart
+    try:
+        with warnings.catch_warnings():
+            # diffusers renames torch_dtype to dtype; its older releases know the old name only.
+            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+            return loader.from_pretrained(folder, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # OSError, SafetensorError, ValueError, KeyError, RuntimeError …
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"model: cannot load {folder.name} from {folder} ({type(error).__name__}: {reason}). "
+            "Its files are damaged or incomplete: download them again."
+        ) from error
+
+
+def _refuse_missing(report: dict[str, Any], folder: Path) -> None:
+    """Both libraries fill weights that a file lacks with random numbers, and only warn."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"model: {folder} lacks {len(missing)} weights, the first {missing[0]}. "
+            "Its files are damaged or of another model: download them again."
+        )

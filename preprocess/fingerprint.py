@@ -1,0 +1,73 @@
+"""The fingerprint of a cache that `encode` writes: every setting that changes its bytes."""
+
+from pathlib import Path
+
+from preprocess.clips import FRAME_RULE, RESIZE_RULE
+from preprocess.config import EncodeConfig
+from shared.cache import Sidecar
+from shared.errors import UserError
+from shared.fingerprint import (
+    FORMAT_VERSION,
+    TEXT_CLEANING,
+    Fingerprint,
+    model_fields,
+    refuse_differences,
+)
+from shared.hashing import FileHasher
+from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec
+
+# Raise when `shared.buckets` maps some size to another bucket than before.
+BUCKET_TABLE_VERSION = 1
+
+
+def encode_fingerprint(config: EncodeConfig, spec: ModelSpec, hasher: FileHasher) -> Fingerprint:
+    """All fields that decide the bytes of a shard. Reads the encoders' weights to digest them.
+
+    Raises UserError where a component that encoding needs has no weights.
+    """
+    fields = model_fields(spec, hasher)
+    for group, name, component in (
+        ("latents", "vae", "vae"),
+        ("text", "encoder", "text_encoder"),
+        ("text", "tokenizer", "tokenizer"),
+    ):
+        if fields[group][name] is None:
+            raise UserError(
+                f"model: {spec.folder / component} holds no weights. Download the whole "
+                f"{component} folder, or set --pretrained-model-name-or-path (or MODEL_NAME) "
+                "to a complete model."
+            )
+    return {
+        "format": FORMAT_VERSION,
+        "mode": spec.mode,
+        "latents": {**fields["latents"], "dtype": config.dtype, "compute": config.vae_dtype},
+        "text": {
+            **fields["text"],
+            "dtype": config.dtype,
+            "compute": config.text_encoder_dtype,
+            "max_length": MAX_TEXT_TOKENS,
+            "cleaning": TEXT_CLEANING,
+        },
+        "media": {
+            "resize": RESIZE_RULE,
+            "bucket_table": BUCKET_TABLE_VERSION,
+            "image_sample_size": config.image_size,
+            "video_sample_size": config.video_size,
+            "frame_rule": FRAME_RULE,
+            "video_sample_stride": config.stride,
+            "video_sample_n_frames": config.frames,
+            "seed": config.seed,
+        },
+    }
+
+
+def refuse_other_settings(folder: Path, sidecars: list[Sidecar], fingerprint: Fingerprint) -> None:
+    """Raise UserError where `folder` holds shards that were made with other settings."""
+    for sidecar in sidecars:
+        refuse_differences(
+            sidecar.fingerprint,
+            fingerprint,
+            what=f"shards: {folder / sidecar.shard} was encoded with other settings than these",
+            cure="Give this run a folder of its own (--output), or set the values that the "
+            "shards have.",
+        )

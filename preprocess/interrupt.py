@@ -1,0 +1,55 @@
+"""Ctrl-C and SIGTERM as one exception that never falls into the middle of a write."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(BaseException):
+    """The user or the system asked the run to end."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class Interruption:
+    """Raises `Interrupted` where a signal arrives, or at the end of the `deferred` block it hit."""
+
+    def __init__(self) -> None:
+        self._signum: int | None = None
+        self._deferring = False
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self._signum is None:
+            os.write(2, b"\nstopping: committing what is encoded ...\n")
+        self._signum = signum
+        if not self._deferring:
+            raise Interrupted(signum)
+
+    @contextmanager
+    def deferred(self, *, raise_after: bool = True) -> Iterator[None]:
+        """A block that a signal cannot cut in two."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+        if raise_after and self._signum is not None:
+            raise Interrupted(self._signum)
+
+
+@contextmanager
+def catch_signals() -> Iterator[Interruption]:
+    """Handle SIGINT and SIGTERM inside the block (main thread only); restore the handlers after."""
+    interruption = Interruption()
+    before = {number: signal.signal(number, interruption._handle) for number in _SIGNALS}
+    try:
+        yield interruption
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,121 @@
+"""The two passes: captions → embeddings on disk, then clips → latents. One encoder at a time."""
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from preprocess.clips import fit
+from preprocess.media import MediaError, read_frames
+from preprocess.plan import Work, in_background
+from preprocess.text_cache import TextCache
+from shared.cache import CacheIndex, MemberReader
+from shared.model_spec import ModelSpec
+from shared.schema import CONDITION_MEMBER, LATENTS_MEMBER
+
+if TYPE_CHECKING:  # diffusers and transformers wait until an encoder is built
+    from preprocess.encoders import LatentEncoder, TextEncoder
+
+
+def text_pass(
+    captions: Sequence[str],
+    texts: TextCache,
+    encoder: Callable[[], "TextEncoder"],
+    *,
+    stored: torch.dtype,
+    on_progress: Callable[[], None],
+) -> None:
+    """Encode the captions that `texts` lacks. The encoder is built only if there are any, and has
+    left memory when this returns.
+    """
+    missing = [caption for caption in captions if caption not in texts]
+    for _ in range(len(captions) - len(missing)):
+        on_progress()
+    if not missing:
+        return
+    text_encoder = encoder()
+    try:
+        for caption in missing:
+            texts.put(caption, text_encoder.encode(caption).to(stored))
+            on_progress()
+    finally:
+        del text_encoder
+        _release_memory()
+
+
+def _release_memory() -> None:
+    """Give back what an encoder held, after its last reference is gone."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """What the VAE makes of one clip, on the CPU in the dtype of the cache."""
+
+    latents: torch.Tensor
+    """(C, T, h, w), normalised."""
+    condition: torch.Tensor | None
+    """(C, T, h, w), normalised; None for text-to-video."""
+
+
+def latents_from_cache(work: Sequence[Work], cache: CacheIndex) -> Iterator[tuple[Work, Encoded]]:
+    """Clips of which some caption is committed already: the latents of that sample, as stored."""
+    rows = {cache.key(row): row for row in range(len(cache))} if work else {}
+    reader = MemberReader(cache)
+    try:
+        for item in work:
+            row = next(rows[key] for key, _ in item.samples if key in rows)
+            latents = reader.read(row, LATENTS_MEMBER)
+            assert latents is not None, "build_index refuses samples without latents"
+            condition = reader.read(row, CONDITION_MEMBER)
+            cond = None if condition is None else condition["cond"]
+            yield item, Encoded(latents=latents["latents"], condition=cond)
+    finally:
+        reader.close()
+
+
+def latents_from_media(
+    work: Sequence[Work],
+    spec: ModelSpec,
+    encoder: Callable[[], "LatentEncoder"],
+    *,
+    stored: torch.dtype,
+    threads: int,
+) -> Iterator[tuple[Work, Encoded | MediaError]]:
+    """Decode, fit and encode clips; a clip that fails comes with the reason instead.
+
+    The VAE is built only if there is work; the next clips are decoded while it is busy.
+    """
+    if not work:
+        return
+    latent_encoder = encoder()
+    for item, frames in in_background(_fitted_frames, work, threads=threads, ahead=threads + 1):
+        try:
+            yield item, _encode(latent_encoder, frames.result(), spec, stored)
+        except MediaError as error:
+            yield item, error
+
+
+def _fitted_frames(work: Work) -> npt.NDArray[np.uint8]:
+    """(F, H, W, 3) uint8 RGB, as every encoder gets them."""
+    frames = read_frames(work.entry.path, work.type, work.clip.frame_indices)
+    return fit(frames, work.clip.bucket)
+
+
+def _encode(
+    encoder: "LatentEncoder", frames: npt.NDArray[np.uint8], spec: ModelSpec, stored: torch.dtype
+) -> Encoded:
+    latents = encoder.latents(frames)
+    condition = encoder.condition(frames) if spec.mode == "i2v" else None
+    for tensor in (latents, condition):
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise MediaError("the VAE gave NaN or infinite values; try --vae-dtype fp32")
+    return Encoded(
+        latents=latents.to(stored), condition=None if condition is None else condition.to(stored)
+    )

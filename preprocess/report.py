@@ -1,0 +1,91 @@
+"""What `wanprep` tells people: progress on stderr, the summary on stdout."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from preprocess.dataset import Rejected
+from preprocess.plan import Work
+from shared.cache import CacheIndex
+
+_NAMED = 3  # of a long list, so many are named
+
+
+def say(console: Console, text: str) -> None:
+    """A line as it is: rich would read [brackets] in file names as markup, and wrap paths."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def count(number: int, noun: str) -> str:
+    """1 sample, 2 samples."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+class Bar:
+    """One progress bar; calling it advances by one."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task = progress, task
+
+    def __call__(self) -> None:
+        self._progress.advance(self._task)
+
+
+@contextmanager
+def bar(console: Console, title: str, total: int) -> Iterator[Bar]:
+    """A progress bar while the block runs; none where there is nothing to do."""
+    progress = Progress(
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=total == 0,
+    )
+    with progress:
+        yield Bar(progress, progress.add_task(title, total=total))
+
+
+def short_clips(work: Sequence[Work], frames: int) -> str | None:
+    """The line about videos that are shorter than asked; None if there are none."""
+    short = [item for item in work if item.type == "video" and item.clip.bucket.frames < frames]
+    if not short:
+        return None
+    named = [f"{item.entry.source} ({item.clip.bucket.frames})" for item in short[:_NAMED]]
+    more = [f"{len(short) - _NAMED} more"] if len(short) > _NAMED else []
+    found = count(len(short), "video")
+    return (
+        f"short    {found} with fewer than {frames} frames at this stride, taken at the largest "
+        f"4n+1 there is: {', '.join(named + more)}"
+    )
+
+
+def contents(folder: Path, index: CacheIndex) -> str:
+    """What a cache holds, bucket by bucket."""
+    lines = [f"{folder}: {count(len(index), 'sample')} in {count(len(index.shards), 'shard')}"]
+    samples = np.bincount(index.bucket_ids, minlength=len(index.buckets))
+    for bucket, number in zip(index.buckets, samples, strict=True):
+        length = "image" if bucket.frames == 1 else f"{bucket.frames} frames"
+        lines.append(f"  {bucket.width}x{bucket.height}, {length}: {number}")
+    return "\n".join(lines)
+
+
+def rejections(rejected: Sequence[Rejected], listed_in: Path) -> str:
+    """The first few rejected samples with their reasons, and where all of them are listed."""
+    lines = [f"  {item.source}: {item.reason}" for item in rejected[:_NAMED]]
+    if len(rejected) > _NAMED:
+        lines.append(f"  ... {len(rejected) - _NAMED} more")
+    return "\n".join([f"{len(rejected)} rejected, listed in {listed_in}:", *lines])

@@ -1,0 +1,66 @@
+"""Text embeddings on disk, between the text pass and the shards.
+
+The text encoder leaves memory before the VAE enters it, so what it made waits here, one file per
+caption; an interrupted text pass goes on where it stopped. Deleted once everything is in shards.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from shared.durable import temporary
+from shared.fingerprint import Fingerprint
+from shared.hashing import digest_of
+from shared.schema import pack, unpack
+
+PREFIX = ".text-"
+_LENGTH_BYTES = 8  # safetensors: the header's length, little endian; the header; the tensors
+_LONGEST_HEADER = 1 << 16
+
+
+class TextCache:
+    """Caption → (tokens, D) tensor, in a folder that belongs to one text fingerprint."""
+
+    def __init__(self, output: Path, fingerprint: Fingerprint) -> None:
+        self._output = output
+        self._folder = output / f"{PREFIX}{digest_of(fingerprint['text'])[:12]}"
+
+    def __contains__(self, caption: str) -> bool:
+        """Whether a whole file is there; its header says how long it must be."""
+        path = self._path(caption)
+        try:
+            with path.open("rb") as stream:
+                length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+                header = json.loads(stream.read(min(length, _LONGEST_HEADER)))
+            end = header["text"]["data_offsets"][1]
+            return bool(path.stat().st_size == _LENGTH_BYTES + length + end)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def get(self, caption: str) -> torch.Tensor:
+        """The embedding of a caption that is there."""
+        return unpack(self._path(caption).read_bytes())["text"]
+
+    def put(self, caption: str, text: torch.Tensor) -> None:
+        """Store an embedding in the dtype that it has.
+
+        Renamed into place but not fsynced: a file torn by a power cut is noticed and made
+        again, which is cheaper than a flush per caption.
+        """
+        path = self._path(caption)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = temporary(path)
+        beside.write_bytes(pack(text=text))
+        beside.replace(path)
+
+    def delete(self) -> None:
+        """Remove this folder, and those that other settings left in the same output."""
+        for folder in self._output.glob(f"{PREFIX}*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _path(self, caption: str) -> Path:
+        name = hashlib.sha256(caption.encode()).hexdigest()
+        return self._folder / name[:2] / f"{name}.safetensors"

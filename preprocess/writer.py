@@ -1,0 +1,227 @@
+"""Shards: one open tar per bucket, hashed while it is written, committed whole.
+
+A shard exists once its sidecar does (`shared.cache.Sidecar`), which is written last. Whatever a
+killed run left without one is removed by the next.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import webdataset
+
+from shared.buckets import Bucket
+from shared.cache import Prompt, Sidecar
+from shared.durable import TEMPORARY_SUFFIX, commit, temporary, write_json
+from shared.errors import UserError
+from shared.fingerprint import Fingerprint
+from shared.hashing import digest_of
+from shared.schema import JSON_MEMBER, KEY_BYTES, TEXT_MEMBER, Sample, pack
+
+# h480-w832-f81-w000-00012.tar: bucket, writer, number. Sorting by name sorts a bucket's shards by
+# age, which is what decides between two shards that hold the same key.
+SHARD_NAME = re.compile(r"(?:h\d+-w\d+-f\d+|prompts)-w(?P<writer>\d{3})-(?P<number>\d{5,})\.tar")
+LOCK = ".lock"
+
+# Each open shard is an open file; more buckets than this are written in turns.
+MOST_OPEN_SHARDS = 128
+
+
+class _HashingFile:
+    """What `TarWriter` writes to: counts and hashes on the way, so nothing is read again."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = path.open("wb")
+        self._sha256 = hashlib.sha256()
+        self.bytes = 0
+        self._discarded = False
+
+    def write(self, data: bytes) -> int:
+        if self._discarded:  # tarfile writes a last block from its destructor
+            return len(data)
+        self._sha256.update(data)
+        self.bytes += len(data)
+        return self._stream.write(data)
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def discard(self) -> None:
+        self._discarded = True
+        with suppress(OSError):  # closing flushes, which a full disk refuses
+            self._stream.close()
+
+    @property
+    def sha256(self) -> str:
+        return self._sha256.hexdigest()
+
+
+class _OpenShard:
+    """A tar under its temporary name."""
+
+    def __init__(self, final: Path) -> None:
+        self.final = final
+        self.count = 0
+        self.size = 0
+        """Bytes of its members and their headers; `tarfile` holds the last ones back a while."""
+        self._file = _HashingFile(temporary(final))
+        # Everything that tar headers hold is fixed: the same samples give the same bytes.
+        self._tar = webdataset.TarWriter(
+            self._file, user="root", group="root", mode=0o644, mtime=0, encoder=False
+        )
+
+    def add(self, key: str, members: dict[str, bytes]) -> None:
+        for suffix, data in members.items():  # one by one: TarWriter would sort them
+            self._tar.write({"__key__": key, suffix: data})
+            self.size += tarfile.BLOCKSIZE * (1 + math.ceil(len(data) / tarfile.BLOCKSIZE))
+        self.count += 1
+
+    def commit(self, *, kind: str, bucket: Bucket | None, fingerprint: Fingerprint) -> Sidecar:
+        self._tar.close()
+        self._file.close()
+        commit(temporary(self.final), self.final)
+        sidecar = Sidecar(
+            shard=self.final.name,
+            kind=kind,
+            sha256=self._file.sha256,
+            bytes=self._file.bytes,
+            count=self.count,
+            bucket=bucket,
+            fingerprint=fingerprint,
+        )
+        write_json(Sidecar.path_for(self.final), sidecar.to_json())
+        return sidecar
+
+    def discard(self) -> None:
+        """Leave nothing of the shard, so that a full disk gets its space back."""
+        self._file.discard()
+        temporary(self.final).unlink(missing_ok=True)
+        self.final.unlink(missing_ok=True)
+
+
+class ShardWriter:
+    """Fills one shard per bucket and commits each when it is full.
+
+    Used by one process at a time (`output_lock`).
+    """
+
+    def __init__(
+        self, folder: Path, fingerprint: Fingerprint, *, shard_bytes: int, writer: int = 0
+    ) -> None:
+        self._folder = folder
+        self._fingerprint = fingerprint
+        self._shard_bytes = shard_bytes
+        self._writer = writer
+        self._open: dict[Bucket, _OpenShard] = {}
+        remove_uncommitted(folder, writer)
+        self._next_number = _next_number(folder, writer)
+
+    def add(self, sample: Sample) -> None:
+        """Append a sample to its bucket's shard. Raises OSError when the disk is full."""
+        bucket = sample.info.bucket
+        if bucket not in self._open:
+            if len(self._open) >= MOST_OPEN_SHARDS:
+                self._commit(next(iter(self._open)))
+            stem = f"h{bucket.height}-w{bucket.width}-f{bucket.frames}"
+            self._open[bucket] = _OpenShard(self._new_path(stem))
+        shard = self._open[bucket]
+        try:
+            shard.add(sample.key, sample.members())
+        except BaseException:  # the tar now ends in half a sample
+            self._open.pop(bucket).discard()
+            raise
+        if shard.size >= self._shard_bytes:
+            self._commit(bucket)
+
+    def add_prompts(self, prompts: list[Prompt]) -> None:
+        """Commit a shard of the prompt bank that holds these prompts."""
+        shard = _OpenShard(self._new_path("prompts"))
+        try:
+            for prompt in prompts:
+                info = {"role": prompt.role, "prompt": prompt.prompt}
+                key = digest_of([prompt.role, prompt.prompt])[: 2 * KEY_BYTES]
+                members = {
+                    JSON_MEMBER: json.dumps(info, ensure_ascii=False).encode(),
+                    TEXT_MEMBER: pack(text=prompt.text),
+                }
+                shard.add(key, members)
+            shard.commit(kind="prompts", bucket=None, fingerprint=self._fingerprint)
+        except BaseException:
+            shard.discard()
+            raise
+
+    def close(self) -> None:
+        """Commit every open shard."""
+        while self._open:
+            self._commit(next(iter(self._open)))
+
+    def rescue(self) -> None:
+        """After an OSError: commit what still can be; the rest is encoded again by the next run."""
+        while self._open:
+            with suppress(OSError):
+                self._commit(next(iter(self._open)))
+
+    def _commit(self, bucket: Bucket) -> None:
+        shard = self._open.pop(bucket)
+        try:
+            shard.commit(kind="samples", bucket=bucket, fingerprint=self._fingerprint)
+        except BaseException:
+            shard.discard()
+            raise
+
+    def _new_path(self, stem: str) -> Path:
+        number = self._next_number
+        self._next_number += 1
+        return self._folder / f"{stem}-w{self._writer:03d}-{number:05d}.tar"
+
+
+def remove_uncommitted(folder: Path, writer: int) -> None:
+    """Delete what killed runs of this writer left: temporary files, tars without a sidecar."""
+    for path in folder.iterdir():
+        name = SHARD_NAME.match(path.name.replace(".json", ".tar"))
+        if name is None or int(name["writer"]) != writer:
+            continue
+        unfinished = path.suffix == TEMPORARY_SUFFIX
+        without_sidecar = path.suffix == ".tar" and not Sidecar.path_for(path).exists()
+        if unfinished or without_sidecar:
+            path.unlink()
+
+
+def _next_number(folder: Path, writer: int) -> int:
+    """One more than the highest number of this writer in any bucket, deleted tars included."""
+    names = (SHARD_NAME.match(path.with_suffix(".tar").name) for path in folder.iterdir())
+    numbers = [int(name["number"]) for name in names if name and int(name["writer"]) == writer]
+    return max(numbers, default=-1) + 1
+
+
+@contextmanager
+def output_lock(folder: Path) -> Iterator[None]:
+    """Refuse a second encode into the same folder; it would take our open shards for leftovers.
+
+    The system drops the lock when the process ends, however it ends.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise UserError(
+            f"--output: cannot write to {folder} ({error.strerror}). Choose another folder."
+        ) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"--output: another wanprep is writing to {folder}. Wait for it to end, or give "
+                "this run a folder of its own (--output)."
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
