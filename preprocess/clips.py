@@ -15,7 +15,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from preprocess.media import Frame, MediaError, Probe
-from shared.buckets import Bucket, bucket_size, centre_crop, cover_size, frame_count
+from shared.buckets import Bucket, bucket_size, frame_count
+from shared.resize import fit_to
 
 RESIZE_RULE = "cover, PIL bilinear (antialiased, uint8), centre crop"
 FRAME_RULE = "every stride-th frame, largest 4n+1, start uniform by SHA-256 of seed and content"
@@ -89,16 +90,7 @@ def _uniform(choices: int, seed: str) -> int:
 
 def fit(frames: Iterable[Frame], bucket: Bucket) -> npt.NDArray[np.uint8]:
     """Resize and crop frames of one size to a bucket: (F, height, width, 3) uint8."""
-    fitted = np.stack([_fit_one(frame, bucket) for frame in frames])
+    images = (fit_to(Image.fromarray(frame), bucket.height, bucket.width) for frame in frames)
+    fitted = np.stack([np.asarray(image) for image in images])
     assert fitted.shape == (bucket.frames, bucket.height, bucket.width, 3)
     return fitted
-
-
-def _fit_one(frame: Frame, bucket: Bucket) -> Frame:
-    source, target = frame.shape[:2], (bucket.height, bucket.width)
-    height, width = cover_size((source[0], source[1]), target)
-    top, left = centre_crop((height, width), target)
-    image = Image.fromarray(frame)
-    if (height, width) != source:
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(image.crop((left, top, left + bucket.width, top + bucket.height)))

@@ -24,7 +24,6 @@ from preprocess.config import EncodeConfig
 from preprocess.dataset import Rejected, load_dataset
 from preprocess.fingerprint import encode_fingerprint, refuse_other_settings
 from preprocess.index import caption_digest, fresh_index
-from preprocess.interrupt import Interrupted, Interruption, catch_signals
 from preprocess.media import MediaError
 from preprocess.passes import latents_from_cache, latents_from_media, text_pass
 from preprocess.plan import Work, plan_work
@@ -34,6 +33,7 @@ from shared.cache import CacheIndex, Prompt, committed_shards, read_prompts
 from shared.durable import write_bytes
 from shared.errors import UserError
 from shared.hashing import FileHasher
+from shared.interrupt import Interrupted, Interruption, catch_signals
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
 from shared.schema import DTYPES, Sample
 
@@ -71,7 +71,7 @@ def encode(config: EncodeConfig, console: Console) -> Outcome:
     Raises UserError for what the user can mend; rejected samples and signals are in the outcome.
     """
     outcome = Outcome()
-    with catch_signals() as signals:
+    with catch_signals("stopping: committing what is encoded ...") as signals:
         try:
             _encode(config, console, signals, outcome)
         except Interrupted as interrupted:

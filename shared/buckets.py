@@ -68,17 +68,3 @@ def frame_count(available: int, *, wanted: int, stride: int, temporal_stride: in
     """Largest 4n+1 ≤ `wanted` that `available` source frames give at `stride`; 0 if none."""
     reachable = min(wanted, (available - 1) // stride + 1) if available > 0 else 0
     return (reachable - 1) // temporal_stride * temporal_stride + 1 if reachable > 0 else 0
-
-
-def cover_size(source: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) after scaling `source` so that it just covers `target`, ratio kept."""
-    scale = max(target[0] / source[0], target[1] / source[1])
-    return (
-        max(target[0], round(source[0] * scale)),
-        max(target[1], round(source[1] * scale)),
-    )
-
-
-def centre_crop(source: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """(top, left) of the centred `target` window in `source`."""
-    return (source[0] - target[0]) // 2, (source[1] - target[1]) // 2

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 import webdataset
 import zarr
+from safetensors import SafetensorError
 
 from shared.buckets import Bucket
 from shared.errors import UserError
@@ -24,6 +25,7 @@ from shared.fingerprint import FORMAT_VERSION, Fingerprint
 from shared.model_spec import read_json
 from shared.schema import JSON_MEMBER, MEMBERS, TEXT_MEMBER, unpack
 
+REENCODE_SHARD = "Restore the shard, or delete it with its sidecar and run `wanprep encode` again."
 MANIFEST = "manifest.json"
 INDEX = "index.zarr"
 PROMPT_ROLES = ("empty", "negative", "validation")
@@ -105,6 +107,8 @@ class CacheIndex:
 
     folder: Path
     fingerprint: Fingerprint
+    digest: str
+    """Of all shards' contents."""
     buckets: tuple[Bucket, ...]
     shards: tuple[str, ...]
     prompt_shards: tuple[str, ...]
@@ -113,7 +117,13 @@ class CacheIndex:
         return len(self.bucket_ids)
 
     def _column(self, name: str) -> npt.NDArray[Any]:
-        return np.asarray(zarr.open_group(self.folder / INDEX, mode="r")[name][:])  # type: ignore[index]
+        try:
+            return np.asarray(zarr.open_group(self.folder / INDEX, mode="r")[name][:])  # type: ignore[index]
+        except Exception as error:  # a lost or damaged chunk: zarr's and its codecs' many errors
+            raise UserError(
+                f"shards: column {name!r} of {self.folder / INDEX} is damaged ({error}). "
+                f"Rebuild it: wanprep index --shards {self.folder}"
+            ) from error
 
     @cached_property
     def keys(self) -> npt.NDArray[np.uint8]:
@@ -154,6 +164,10 @@ class CacheIndex:
     def key(self, row: int) -> str:
         return bytes(self.keys[row]).hex()
 
+    def where(self, row: int) -> str:
+        """Shard file and key of a sample, for messages."""
+        return f"{self.folder / self.shards[int(self.shard_ids[row])]}: sample {self.key(row)}"
+
 
 def open_cache(folder: Path) -> CacheIndex:
     """Open a cache for reading. Raises UserError with the command that repairs it."""
@@ -180,19 +194,29 @@ def open_cache(folder: Path) -> CacheIndex:
             f"shards: {INDEX} (digest {attributes.get('digest')}) does not belong to {MANIFEST} "
             f"(expects {manifest.get('index')}); a run was interrupted between them. {rebuild}"
         )
-    missing = [s["name"] for s in manifest["shards"] if not (folder / s["name"]).exists()]
+    try:
+        index = CacheIndex(
+            folder=folder,
+            fingerprint=manifest["fingerprint"],
+            digest=manifest["index"],
+            buckets=tuple(
+                Bucket(b["height"], b["width"], b["frames"]) for b in manifest["buckets"]
+            ),
+            shards=tuple(s["name"] for s in manifest["shards"]),
+            prompt_shards=tuple(s["name"] for s in manifest["prompts"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"shards: {manifest_path} lacks or misspells a field ({error}). {rebuild}"
+        ) from error
+    listed = (*index.shards, *index.prompt_shards)
+    missing = [name for name in listed if not (folder / name).exists()]
     if missing:
         raise UserError(
             f"shards: {manifest_path} lists {len(missing)} shard(s) that are gone, the first "
             f"{missing[0]}. Restore them, or leave them out: wanprep index --shards {folder}"
         )
-    return CacheIndex(
-        folder=folder,
-        fingerprint=manifest["fingerprint"],
-        buckets=tuple(Bucket(b["height"], b["width"], b["frames"]) for b in manifest["buckets"]),
-        shards=tuple(s["name"] for s in manifest["shards"]),
-        prompt_shards=tuple(s["name"] for s in manifest["prompts"]),
-    )
+    return index
 
 
 class MemberReader:
@@ -214,14 +238,11 @@ class MemberReader:
             return None
         shard = int(self._index.shard_ids[row])
         offset = int(self._index.offsets[row, column])
-        data = os.pread(self._descriptor(shard), length, offset)
         try:
-            return unpack(data)
-        except Exception as error:
-            name = self._index.folder / self._index.shards[shard]
+            return unpack(os.pread(self._descriptor(shard), length, offset))
+        except (OSError, SafetensorError) as error:
             raise UserError(
-                f"shards: {name}: {self._index.key(row)}.{member} is damaged ({error}). Restore "
-                "the shard, or delete it with its sidecar and run `wanprep encode` again."
+                f"shards: {self._index.where(row)}: {member} is damaged ({error}). {REENCODE_SHARD}"
             ) from error
 
     def _descriptor(self, shard: int) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from shared.errors import UserError
+from shared.errors import UserError, first_line
 from shared.toy_model import TOY_MODELS, toy_folder
 
 DEFAULT_MODEL = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
@@ -91,7 +91,7 @@ def resolve_model(name: str, components: Sequence[str]) -> Path:
         offline = " HF_HUB_OFFLINE is set." if os.environ.get("HF_HUB_OFFLINE") else ""
         raise UserError(
             f"model: {name!r} is neither a local folder nor to be had from the Hugging Face hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}).{offline} "
+            f"({first_line(error)}).{offline} "
             "Set --pretrained-model-name-or-path (or MODEL_NAME) to a local folder, "
             f"or run once online: hf download {name}"
         ) from error
@@ -124,9 +124,11 @@ def read_model_spec(folder: Path) -> ModelSpec:
     vae = read_json(folder / "vae" / "config.json", "model")
     try:
         return _spec_from_configs(folder, index, transformer, vae)
-    except KeyError as error:
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
-            f"model: the configs of {folder} lack the field {error}; "
+            f"model: the configs of {folder} lack or misspell a field ({first_line(error)}); "
             "expected a WanTransformer3DModel and an AutoencoderKLWan config."
         ) from error
 

@@ -1,6 +1,7 @@
 """Loading one expert of a Wan model as the frozen base."""
 
 import hashlib
+import json
 import struct
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError
 from torch import nn
 
-from shared.errors import UserError
+from shared.errors import UserError, first_line
 from shared.hashing import digest_of
 from shared.model_spec import ModelSpec
 from train.flow import Expert
@@ -18,8 +19,7 @@ from train.flow import Expert
 Precision = Literal["bf16", "no"]
 
 
-_DIGEST_PROBES = 16
-_PROBE_BYTES = 65536
+_PROBE_BYTES = 4096
 
 
 def component_of(expert: Expert) -> str:
@@ -47,10 +47,11 @@ def load_base(
             subfolder=component,
             torch_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
             output_loading_info=True,
+            use_safetensors=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"model: cannot load {spec.folder / component}: {str(error).splitlines()[0]}. "
+            f"model: cannot load {spec.folder / component}: {first_line(error)}. "
             "Expected a WanTransformer3DModel in diffusers layout; download the folder again."
         ) from error
     if report["missing_keys"]:  # diffusers fills them with random numbers and only warns
@@ -63,26 +64,42 @@ def load_base(
     if gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
 
-    # diffusers computes the time embedding in fp32 at inference; autocast would take it to bf16,
-    # and the teacher would no longer be the model that users sample from.
-    embedder = transformer.condition_embedder.time_embedder
-    embedder.forward = torch.autocast(device.type, enabled=False)(embedder.forward)
+    # What diffusers computes in the weights' own dtype at inference stays so: autocast would take
+    # the time embedding from fp32 to bf16 and, on CUDA, the norms of q and k from bf16 to fp32, and
+    # the teacher would no longer be the model that users sample from.
+    outside_autocast = torch.autocast(device.type, enabled=False)
+    for name, module in transformer.named_modules():
+        if name == "condition_embedder.time_embedder" or name.endswith((".norm_q", ".norm_k")):
+            module.forward = outside_autocast(module.forward)
     return transformer
 
 
 def base_digest(folder: Path) -> str:
-    """Identity of a transformer's weights without reading 28 GB: of each file its name-free header
-    and size, and 16 probes of 64 KiB spread over the tensors.
+    """Identity of a transformer's weights without reading 28 GB: the first 4 KiB of every tensor.
+
+    Over tensors by name, so that it doesn't depend on how the weights are cut into files. Raises
+    UserError when there are no readable safetensors in `folder`.
     """
-    parts: list[object] = []
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest = hashlib.sha256()
-        with file.open("rb") as stream:
-            (header,) = struct.unpack("<Q", stream.read(8))
-            digest.update(stream.read(min(header, size)))
-            for probe in range(_DIGEST_PROBES):
-                stream.seek(8 + header + (size - 8 - header) * probe // _DIGEST_PROBES)
-                digest.update(stream.read(_PROBE_BYTES))
-        parts.append([size, digest.hexdigest()])
-    return digest_of(parts)
+    parts: list[list[object]] = []
+    try:
+        for file in sorted(folder.glob("*.safetensors")):
+            with file.open("rb") as stream:
+                (length,) = struct.unpack("<Q", stream.read(8))
+                header = json.loads(stream.read(length))
+                for name, tensor in header.items():
+                    if name != "__metadata__":
+                        begin, end = tensor["data_offsets"]
+                        stream.seek(8 + length + begin)
+                        start = stream.read(min(end - begin, _PROBE_BYTES))
+                        digest = hashlib.sha256(start).hexdigest()
+                        parts.append([name, tensor["dtype"], tensor["shape"], digest])
+    except (OSError, struct.error, ValueError, KeyError, MemoryError) as error:
+        raise UserError(
+            f"model: {file} is damaged ({type(error).__name__}: {error}). Download it again."
+        ) from error
+    if not parts:
+        raise UserError(
+            f"model: {folder} holds no safetensors; pickled weights are not read. Use a diffusers "
+            "folder with safetensors."
+        )
+    return digest_of(sorted(parts, key=str))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import nn
 
 from shared.durable import fsync_file, fsync_folder, temporary
@@ -98,9 +98,26 @@ def save_checkpoint(folder: Path, state: TrainState, identity: Identity, *, cycl
     """Write DIR/checkpoint-N, which appears whole or not at all. Returns its path."""
     final = folder / checkpoint_name(state.updates, cycle)
     building = temporary(final)
-    for leftover in (building, final):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
+    try:
+        _write_checkpoint(building, state, identity)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    # A folder can't replace another in one rename; the old one is out of the way only for the time
+    # between two of them, and never deleted before the new one is in place.
+    replaced = final.with_name(final.name + ".replaced")
+    if final.exists():
+        final.rename(replaced)
+    building.rename(final)
+    fsync_folder(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def _write_checkpoint(building: Path, state: TrainState, identity: Identity) -> None:
+    """Every file of a checkpoint, on disk when this returns."""
 
     digests = {}
     for role, role_state in state.roles.items():
@@ -124,9 +141,6 @@ def save_checkpoint(folder: Path, state: TrainState, identity: Identity, *, cycl
     (building / STATE).write_text(json.dumps(content, indent=2) + "\n")
     fsync_file(building / STATE)
     fsync_folder(building)
-    building.rename(final)
-    fsync_folder(folder)
-    return final
 
 
 def find_checkpoint(output_dir: Path, wanted: str | None) -> Path | None:
@@ -155,6 +169,22 @@ def find_checkpoint(output_dir: Path, wanted: str | None) -> Path | None:
     )
 
 
+def set_later_aside(checkpoint: Path) -> list[Path]:
+    """Rename the checkpoints that an earlier run made after `checkpoint`; their new paths.
+
+    A run that goes on from `checkpoint` makes its own; were the old ones left, "latest" could mean
+    the abandoned branch.
+    """
+    siblings = list_checkpoints(checkpoint.parent)
+    later = siblings[siblings.index(checkpoint) + 1 :] if checkpoint in siblings else []
+    aside = []
+    for path in later:
+        aside.append(path.with_name(path.name + ".aside"))
+        shutil.rmtree(aside[-1], ignore_errors=True)
+        path.rename(aside[-1])
+    return aside
+
+
 def load_checkpoint(path: Path, state: TrainState, identity: Identity) -> list[str]:
     """Fill `state` from a checkpoint. Returns what differs in the loose settings, as text.
 
@@ -164,13 +194,15 @@ def load_checkpoint(path: Path, state: TrainState, identity: Identity) -> list[s
     content = _read_state(path)
     _refuse_other_identity(path, content["identity"], identity.fixed)
     loaded = {name: _read_tensors(path / name, sha) for name, sha in content["sha256"].items()}
-    try:
-        for role, role_state in state.roles.items():
-            role_state.load(
-                loaded[f"{role}_weights.safetensors"], loaded[f"{role}_optimizer.safetensors"]
-            )
-    except (KeyError, RuntimeError) as error:
-        raise _damaged(path, f"a tensor is missing or misshapen: {error}") from error
+    for role, role_state in state.roles.items():
+        weights = loaded.get(f"{role}_weights.safetensors", {})
+        for name, parameter in role_state.parameters.items():
+            if name not in weights or weights[name].shape != parameter.shape:
+                raise _damaged(path, f"{role}_weights.safetensors lacks {name} in its shape")
+    for role, role_state in state.roles.items():
+        role_state.load(
+            loaded[f"{role}_weights.safetensors"], loaded[f"{role}_optimizer.safetensors"]
+        )
     state.updates = content["updates"]
     before, now = flatten(content["settings"]), flatten(identity.loose)
     return [
@@ -220,14 +252,15 @@ def _refuse_other_identity(path: Path, found: dict[str, Any], expected: dict[str
 
 def _read_tensors(file: Path, sha256: str) -> dict[str, torch.Tensor]:
     try:
-        found = hashlib.sha256(file.read_bytes()).hexdigest()
+        data = file.read_bytes()
     except OSError as error:
         raise _damaged(file.parent, f"{file.name} cannot be read ({error.strerror})") from error
+    found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise _damaged(
             file.parent, f"{file.name} has SHA-256 {found[:12]}…, expected {sha256[:12]}…"
         )
-    return load_file(file)
+    return load(data)
 
 
 def _damaged(path: Path, why: str) -> UserError:

@@ -8,7 +8,7 @@ import typer
 
 from shared.cli_support import new_app, run
 from shared.errors import UserError
-from shared.model_spec import DEFAULT_MODEL, DEFAULT_NEGATIVE_PROMPT
+from shared.model_spec import DEFAULT_MODEL
 
 app = new_app("Distil few-step LoRAs of Wan models from shards, and sample with them.")
 
@@ -68,14 +68,14 @@ def distill(
     num_train_epochs: Annotated[int, typer.Option(help="Passes over the cache, updates of both roles counted.", rich_help_panel=LENGTH)] = 100,
     checkpointing_steps: Annotated[int, typer.Option(help="Generator updates between checkpoints.", rich_help_panel=LENGTH)] = 50,
     resume_from_checkpoint: Annotated[str | None, typer.Option(help="A checkpoint folder, or latest (a new run where there is none yet).", rich_help_panel=LENGTH)] = None,
-    save_precision: Annotated[Literal["bf16", "no"], typer.Option(help="Number format of the final LoRA files: bf16, or no for fp32.", rich_help_panel=LENGTH)] = "bf16",
+    save_precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="Number format of the final LoRA files (checkpoints are fp32).", rich_help_panel=LENGTH)] = "bf16",
 
     denoising_step_indices_list: Annotated[str, typer.Option(help="The student's steps, before the shift, in thousandths.", rich_help_panel=DMD)] = "1000,750,500,250",
     flow_shift: Annotated[float | None, typer.Option(help="Shift of the noise schedule. (default: 12 for Wan 2.2 A14B t2v, else 5)", rich_help_panel=DMD)] = None,
     start: Annotated[Literal["latents", "noise"] | None, typer.Option(help="Rollouts start from cached latents noised to the expert's first step, or from pure noise at step 1 as in VideoX-Fun. (default: latents for low, else noise)", rich_help_panel=DMD)] = None,
     pairing: Annotated[Literal["renoise", "euler"], typer.Option(help="How a step leads to the next; sample with the same (LCM or Euler).", rich_help_panel=DMD)] = "renoise",
     score_floor: Annotated[Literal["boundary", "handover"], typer.Option(help="Where the high expert's score levels end: the model's boundary or the student's hand-over step.", rich_help_panel=DMD)] = "boundary",
-    real_guidance_scale: Annotated[float, typer.Option(help="CFG scale of the teacher, with the cached negative prompt.", rich_help_panel=DMD)] = 6.0,
+    real_guidance_scale: Annotated[float, typer.Option(help="CFG scale of the teacher, with the cached negative prompt; 0 or 1 is no guidance.", rich_help_panel=DMD)] = 6.0,
     fake_guidance_scale: Annotated[float, typer.Option(help="CFG scale of the critic; 0 is no guidance.", rich_help_panel=DMD)] = 0.0,
     gen_update_interval: Annotated[int, typer.Option(help="Critic updates before each generator update.", rich_help_panel=DMD)] = 5,
 
@@ -96,7 +96,7 @@ def distill(
     video_repeat: Annotated[int, typer.Option(help="Times that a video occurs in an epoch (an image: once).", rich_help_panel=DATA)] = 1,
     caption_dropout: Annotated[float, typer.Option(help="Share of captions replaced by the empty prompt.", rich_help_panel=DATA)] = 0.1,
     tail: Annotated[Literal["pad", "drop"], typer.Option(help="A bucket's last batch: filled with its samples again, or left out.", rich_help_panel=DATA)] = "pad",
-    dataloader_num_workers: Annotated[int, typer.Option(help="Processes that read ahead; 0 reads in the loop.", rich_help_panel=DATA)] = 8,
+    dataloader_num_workers: Annotated[int, typer.Option(help="Threads that read ahead; 0 reads in the loop.", rich_help_panel=DATA)] = 8,
 
     mixed_precision: Annotated[Literal["bf16", "no"], typer.Option(help="Base and compute in bf16 (LoRA stays fp32), or all in fp32.", rich_help_panel=DEVICE)] = "bf16",
     gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute blocks in backward: far less memory, a third more time.", rich_help_panel=DEVICE)] = True,
@@ -184,9 +184,9 @@ def sample(
     image: Annotated[Path | None, typer.Option(help="First frame (i2v models).", rich_help_panel=SAMPLE)] = None,
     output: Annotated[Path, typer.Option(help="Folder for the clips (mp4) and the contact sheet (png).", rich_help_panel=SAMPLE)] = Path("samples"),
     teacher: Annotated[bool, typer.Option("--teacher", help="Sample the base model itself: many steps, CFG, no LoRA.", rich_help_panel=SAMPLE)] = False,
-    steps: Annotated[int, typer.Option(help="Steps of --teacher; a student takes the steps it was trained on.", rich_help_panel=SAMPLE)] = 40,
-    guidance_scale: Annotated[float, typer.Option(help="CFG scale of --teacher; a student needs none.", rich_help_panel=SAMPLE)] = 5.0,
-    negative_prompt: Annotated[str, typer.Option(help="For --teacher.", rich_help_panel=SAMPLE)] = DEFAULT_NEGATIVE_PROMPT,
+    steps: Annotated[int | None, typer.Option(help="Steps of --teacher (default: 40); a student takes the steps it was trained on.", rich_help_panel=SAMPLE)] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="CFG scale of --teacher (default: 5); a student needs none.", rich_help_panel=SAMPLE)] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="For --teacher. (default: Wan's published one)", rich_help_panel=SAMPLE)] = None,
     flow_shift: Annotated[float | None, typer.Option(help="Shift of --teacher. (default: the shift that a student of this model is trained with)", rich_help_panel=SAMPLE)] = None,
     height: Annotated[int, typer.Option(help="Pixels.", rich_help_panel=SAMPLE)] = 480,
     width: Annotated[int, typer.Option(help="Pixels.", rich_help_panel=SAMPLE)] = 832,

@@ -1,9 +1,14 @@
 """The configuration of a distillation run: built by the command line, checked here, then frozen."""
 
+import tempfile
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
+from typing import Literal
 
-from shared.errors import UserError
+import torch
+
+from shared.errors import UserError, first_line
 from train.base import Precision
 from train.dmd import Pairing, Start
 from train.flow import Expert, ScoreFloor
@@ -34,7 +39,7 @@ class DistillConfig:
     checkpointing_steps: int
     """Generator updates between checkpoints."""
     resume_from_checkpoint: str | None
-    save_precision: Precision
+    save_precision: Literal["bf16", "fp32"]
 
     # Distillation
     denoising_step_indices_list: tuple[float, ...]
@@ -88,11 +93,22 @@ class DistillConfig:
         if self.max_train_steps is not None:
             _check("max_train_steps", self.max_train_steps, self.max_train_steps >= 1, "from 1")
         for name in ("network_alpha", "learning_rate", "learning_rate_critic", "max_grad_norm"):
-            _check(name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
+            _check(name, getattr(self, name), 0 < getattr(self, name) < inf, "a number above 0")
+        if self.flow_shift is not None:
+            _check("flow_shift", self.flow_shift, 0 < self.flow_shift < inf, "a number above 0")
+        _check("target_name", "", bool(self.target_name), "names of layers, e.g. q,k,v")
         for name in ("adam_beta1", "adam_beta2"):
             _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "a number in [0, 1)")
-        for name in ("dataloader_num_workers", "lr_warmup_steps", "fake_guidance_scale"):
-            _check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        from_zero = (
+            "dataloader_num_workers",
+            "lr_warmup_steps",
+            "real_guidance_scale",
+            "fake_guidance_scale",
+            "adam_weight_decay",
+            "adam_epsilon",
+        )
+        for name in from_zero:
+            _check(name, getattr(self, name), 0 <= getattr(self, name) < inf, "0 or more")
         dropout = self.caption_dropout
         _check("caption_dropout", dropout, 0 <= dropout <= 1, "a share in [0, 1]")
 
@@ -105,6 +121,29 @@ class DistillConfig:
 def _check(name: str, found: object, fine: bool, expected: str) -> None:
     if not fine:
         raise UserError(f"--{name.replace('_', '-')}: found {found}, expected {expected}.")
+
+
+def check_device(device: str) -> None:
+    """UserError unless torch can compute on `device`."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device: found {device!r}, which torch can't use ({first_line(error)}). "
+            "Expected cpu, cuda, cuda:1 …"
+        ) from error
+
+
+def check_writable(option: str, folder: Path) -> None:
+    """UserError unless files can be made in `folder` (made if need be)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{option}: can't write to {folder} ({error.strerror}). Choose another folder."
+        ) from error
 
 
 def learning_rate(base: float, updates: int, warmup: int) -> float:

@@ -1,28 +1,29 @@
-"""Batches from shards: byte ranges read by workers, collated to what the loop computes with."""
+"""Batches from shards: byte ranges, read ahead by threads, collated for the loop."""
 
 import itertools
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import threading
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from shared.cache import MEDIA_TYPES, CacheIndex, MemberReader, read_prompts
+from shared.cache import MEDIA_TYPES, REENCODE_SHARD, CacheIndex, MemberReader, read_prompts
 from shared.errors import UserError
 from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec
 from shared.schema import CONDITION_MEMBER, LATENTS_MEMBER, TEXT_MEMBER
 from train.plan import BatchPlan, micro_batch
 from train.rng import counted_rng
-from train.stopping import ignore_stop_signals
 
 IMAGE = MEDIA_TYPES.index("image")
 MASK_CHANNELS = 4
+READ_AHEAD = 2  # batches a thread
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What one rank computes with in one micro-step. Latents fp32, text in the cache's dtype."""
+    """What one rank computes with in one micro-step; in the cache's dtype until `to`."""
 
     update: int
     """Number of the optimizer step, counted from the start of the run: randomness hangs on it."""
@@ -37,12 +38,18 @@ class Batch:
     """i2v: (B, 4+C, T, H, W), mask then normalised condition latents; else None."""
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name in ("latents", "text", "condition")
-            if (value := getattr(self, name)) is not None
-        }
-        return Batch(**{**self.__dict__, **moved})
+        """On `device`, latents and condition in fp32, in which the loop computes."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+            return pinned.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            latents=move(self.latents).float(),
+            text=move(self.text),
+            condition=None if self.condition is None else move(self.condition).float(),
+        )
 
 
 def pad_text(text: torch.Tensor) -> torch.Tensor:
@@ -82,8 +89,8 @@ def load_prompt_bank(index: CacheIndex) -> PromptBank:
     return PromptBank(empty=pad_text(prompts["empty"]), negative=pad_text(prompts["negative"]))
 
 
-class MicroBatches(Dataset["Batch | UserError"]):
-    """Map-style: (update, micro-step) → Batch. Workers only read; all choices are arithmetic."""
+class MicroBatches:
+    """(update, micro-step) → Batch. Loading is a pure function, so threads may do it ahead."""
 
     def __init__(
         self,
@@ -105,14 +112,7 @@ class MicroBatches(Dataset["Batch | UserError"]):
         self._accumulation = accumulation
         self._rank = rank
         self._world_size = world_size
-        self._reader: MemberReader | None = None
-
-    def __getitem__(self, item: tuple[int, int]) -> Batch | UserError:
-        # Returned, not raised: DataLoader would bury a worker's message under its traceback.
-        try:
-            return self.load(*item)
-        except UserError as error:
-            return error
+        self._local = threading.local()  # a reader's files may be closed by the thread's next read
 
     def load(self, update: int, micro_step: int) -> Batch:
         """This rank's samples of one micro-step. Raises UserError on damaged or missing members."""
@@ -123,77 +123,86 @@ class MicroBatches(Dataset["Batch | UserError"]):
             world_size=self._world_size,
             accumulation=self._accumulation,
         )
-        rows = [int(self._plan.batch(update)[position]) for position in positions]
+        update_batch = self._plan.batch(update)
+        rows = [int(update_batch[position]) for position in positions]
         conditions = [self._condition(row) for row in rows] if self._spec.mode == "i2v" else None
+        texts = [
+            self._text(row, update, position) for row, position in zip(rows, positions, strict=True)
+        ]
         return Batch(
             update=update,
             samples=tuple(positions),
             keys=tuple(self._index.key(row) for row in rows),
-            latents=torch.stack(
-                [self._read(row, LATENTS_MEMBER)["latents"] for row in rows]
-            ).float(),
-            text=torch.stack(
-                [
-                    self._text(row, update, position)
-                    for row, position in zip(rows, positions, strict=True)
-                ]
-            ),
+            latents=torch.stack([self._latents(row, LATENTS_MEMBER, "latents") for row in rows]),
+            text=torch.stack(texts),
             condition=None if conditions is None else torch.stack(conditions),
         )
+
+    def ahead(self, *, start: int, stop: int, workers: int) -> Generator[Batch, None, None]:
+        """Batches of updates start..stop−1 in order, read ahead by `workers` threads (0: none).
+
+        Threads, not processes: reading releases the GIL, and there is nothing to fork, to pickle
+        or to shut down. An error is raised where its batch would have come.
+        """
+        wanted = itertools.product(range(start, stop), range(self._accumulation))
+        if workers == 0:
+            yield from itertools.starmap(self.load, wanted)
+            return
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
+        try:
+            first = itertools.islice(wanted, READ_AHEAD * workers)
+            queue = deque(pool.submit(self.load, *item) for item in first)
+            while queue:
+                yield queue.popleft().result()
+                queue.extend(pool.submit(self.load, *item) for item in itertools.islice(wanted, 1))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _text(self, row: int, update: int, position: int) -> torch.Tensor:
         draw = counted_rng(self._plan.seed, "caption dropout", update, position).random()
         if draw < self._caption_dropout:
             return self._empty_text
-        return pad_text(self._read(row, TEXT_MEMBER)["text"])
+        text = self._read(row, TEXT_MEMBER, "text")
+        if (
+            text.ndim != 2
+            or text.shape[0] > MAX_TEXT_TOKENS
+            or text.shape[1] != self._spec.text_dim
+        ):
+            raise self._misshapen(row, TEXT_MEMBER, text, f"(up to 512, {self._spec.text_dim})")
+        return pad_text(text)
 
     def _condition(self, row: int) -> torch.Tensor:
-        cond = self._read(row, CONDITION_MEMBER)["cond"].float()
+        cond = self._latents(row, CONDITION_MEMBER, "cond")
         return condition_with_mask(cond, is_image=int(self._index.types[row]) == IMAGE)
 
-    def _read(self, row: int, member: str) -> dict[str, torch.Tensor]:
-        if self._reader is None:  # opened in the worker, not inherited across the fork
-            self._reader = MemberReader(self._index)
-        tensors = self._reader.read(row, member)
+    def _latents(self, row: int, member: str, name: str) -> torch.Tensor:
+        """(C, T, H, W) of the sample's bucket."""
+        latents = self._read(row, member, name)
+        bucket = self._index.buckets[int(self._index.bucket_ids[row])]
+        expected = bucket.latent_shape(self._spec.latent_channels, self._spec.stride)
+        if latents.shape != expected:
+            raise self._misshapen(row, member, latents, str(expected))
+        return latents
+
+    def _read(self, row: int, member: str, name: str) -> torch.Tensor:
+        if not hasattr(self._local, "reader"):
+            self._local.reader = MemberReader(self._index)
+        tensors = self._local.reader.read(row, member)
         if tensors is None:
             raise UserError(
-                f"shards: sample {self._index.key(row)} in "
-                f"{self._index.shards[int(self._index.shard_ids[row])]} has no {member}, which a "
-                f"{self._spec.mode} model needs. Encode with this model: wanprep encode "
+                f"shards: {self._index.where(row)} has no {member}, which a {self._spec.mode} "
+                "model needs. Encode with this model: wanprep encode "
                 f"--pretrained-model-name-or-path {self._spec.folder} --output <new folder>"
             )
-        return tensors
+        if name not in tensors:
+            raise UserError(
+                f"shards: {self._index.where(row)}: {member} holds {sorted(tensors)}, expected "
+                f"{name!r}. {REENCODE_SHARD}"
+            )
+        return tensors[name]
 
-
-class _UpdateOrder:
-    """(update, micro-step) pairs, made as they are asked for: a long run has many millions."""
-
-    def __init__(self, start: int, stop: int, accumulation: int) -> None:
-        self._updates = range(start, stop)
-        self._accumulation = accumulation
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return itertools.product(self._updates, range(self._accumulation))
-
-
-def micro_batches(
-    dataset: MicroBatches, *, start: int, stop: int, accumulation: int, workers: int
-) -> Iterator[Batch]:
-    """Batches of updates start..stop−1 in order, read ahead by `workers` processes (0: inline).
-
-    Never more workers than CPU cores: they would only wait for one another.
-    """
-    workers = min(workers, os.cpu_count() or 1)
-    loader = DataLoader(
-        dataset,
-        sampler=_UpdateOrder(start, stop, accumulation),
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        prefetch_factor=2 if workers else None,
-        worker_init_fn=ignore_stop_signals,
-    )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    def _misshapen(self, row: int, member: str, found: torch.Tensor, expected: str) -> UserError:
+        return UserError(
+            f"shards: {self._index.where(row)}: {member} has shape {tuple(found.shape)}, expected "
+            f"{expected}. {REENCODE_SHARD}"
+        )

@@ -40,7 +40,7 @@ class Recipe:
     score_floor: ScoreFloor
     real_guidance_scale: float
     fake_guidance_scale: float
-    """0 means no guidance: the critic's conditional prediction alone."""
+    """0 is no guidance here, the conditional prediction alone; not the formula at w = 0."""
     seed: int
 
     @property
@@ -117,11 +117,11 @@ def _guided_x0(
     level: ScoreLevel,
     batch: Batch,
     negative: torch.Tensor,
-    scale: float | None,
+    scale: float,
 ) -> torch.Tensor:
-    """x̂0 of the active role at a score level; `scale` None is the conditional prediction."""
+    """x̂0 of the active role at a score level; a scale of 0 or 1 is no guidance."""
     v = roles.velocity(x_t, level.timestep, batch.text, batch.condition)
-    if scale is not None:
+    if scale not in (0, 1):
         unconditional = negative.expand(len(batch.samples), -1, -1)
         v = guide(v, roles.velocity(x_t, level.timestep, unconditional, batch.condition), scale)
     return x0_from_velocity(x_t, v, level.sigma)
@@ -139,9 +139,7 @@ def generator_step(
         level = draw_score_level(recipe, batch)
         x_t = add_noise(x0.detach(), level.noise, level.sigma)
         with roles.critic():
-            fake = _guided_x0(
-                roles, x_t, level, batch, negative, recipe.fake_guidance_scale or None
-            )
+            fake = _guided_x0(roles, x_t, level, batch, negative, recipe.fake_guidance_scale)
         with roles.teacher():
             real = _guided_x0(roles, x_t, level, batch, negative, recipe.real_guidance_scale)
         gradient = dmd_gradient(x0.detach(), real, fake)

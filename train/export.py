@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from shared import __version__
 from shared.durable import write_bytes
-from shared.errors import UserError
+from shared.errors import UserError, first_line
 from shared.model_spec import Mode
 from train.dmd import Pairing
 from train.flow import Expert, Schedule
@@ -71,9 +71,17 @@ def read_provenance(path: Path) -> Provenance:
             f"LoRA: {path} does not say how it was trained (no {METADATA_KEY!r} in its metadata), "
             "so its steps can't be reproduced. Expected a file that `wantrain distill` wrote."
         )
-    value = json.loads(metadata[METADATA_KEY])
-    value["denoising_step_indices_list"] = tuple(value["denoising_step_indices_list"])
-    return Provenance(**value)
+    try:
+        told = json.loads(metadata[METADATA_KEY])
+        # Fields that a later version adds are not ours to understand.
+        known = {name: told[name] for name in Provenance.__dataclass_fields__}
+        known["denoising_step_indices_list"] = tuple(known["denoising_step_indices_list"])
+        return Provenance(**known)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"LoRA: the {METADATA_KEY!r} metadata of {path} is damaged ({first_line(error)}). "
+            "Expected a file that `wantrain distill` wrote; write it again from its checkpoint."
+        ) from error
 
 
 def diffusers_form(
@@ -102,7 +110,7 @@ def comfyui_form(
         block, module, matrix = _split(name)
         original = f"{COMFYUI_PREFIX}blocks.{block}.{DIFFUSERS_TO_ORIGINAL[module]}"
         tensors[f"{original}.{'lora_down' if matrix == 'lora_A' else 'lora_up'}.weight"] = tensor
-        tensors[f"{original}.alpha"] = torch.tensor(float(spec.alpha), dtype=tensor.dtype)
+        tensors[f"{original}.alpha"] = torch.tensor(float(spec.alpha))
     return tensors, {"format": "pt", METADATA_KEY: provenance.to_json()}
 
 

@@ -109,9 +109,9 @@ class Schedule:
         `floor` matters for the high-noise expert alone: its levels end at the model's boundary,
         or at the level where the student hands over to the low-noise expert.
         """
+        owned = self.owned_steps(expert)
         if expert == "full":
             return 0.0, MAX_SCORE_U
-        owned = self.owned_steps(expert)
         assert self.boundary is not None
         edge = unshift_sigma(self.boundary, self.shift)
         if expert == "low":

@@ -1,5 +1,7 @@
 """`wantrain distill`: set up, walk the updates, leave a checkpoint and LoRA files."""
 
+from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 
 import torch
@@ -7,26 +9,27 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from shared.errors import UserError
-from shared.hashing import digest_of
+from shared.interrupt import Interrupted, Interruption, catch_signals
+from shared.schema import DTYPES
 from train.base import base_digest, component_of, load_base
 from train.checkpoint import (
+    Identity,
     RoleState,
     TrainState,
+    checkpoint_name,
     find_checkpoint,
     load_checkpoint,
     save_checkpoint,
+    set_later_aside,
 )
-from train.config import DistillConfig, learning_rate
-from train.data import Batch, MicroBatches, load_prompt_bank, micro_batches
+from train.config import DistillConfig, check_writable, learning_rate
+from train.data import Batch, MicroBatches, PromptBank, load_prompt_bank
 from train.dmd import Recipe, critic_step, generator_step
 from train.export import Provenance, write_loras
 from train.lora import LoraSpec, select_targets
 from train.progress import TrainProgress
 from train.roles import CRITIC, GENERATOR, Roles
-from train.run import prepare, run_identity
-from train.stopping import StopOnSignal
-
-DTYPES = {"bf16": torch.bfloat16, "no": torch.float32}
+from train.run import Run, prepare, run_identity
 
 
 def distill(config: DistillConfig, console: Console) -> int | None:
@@ -34,12 +37,14 @@ def distill(config: DistillConfig, console: Console) -> int | None:
     say = partial(console.print, highlight=False, soft_wrap=True)
     run = prepare(config)
     resume_from = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
+    check_writable("--output-dir", config.output_dir)
     for line in run.describe():
         say(line)
 
     # Base, adapters, optimizers
     device = torch.device(config.device)
     bank = load_prompt_bank(run.index)
+    digest = base_digest(run.spec.folder / component_of(run.recipe.expert))
     transformer = load_base(
         run.spec,
         run.recipe.expert,
@@ -54,17 +59,45 @@ def distill(config: DistillConfig, console: Console) -> int | None:
     )
     roles = Roles(transformer, lora, seed=config.seed)
     state = TrainState({name: _role_state(roles, name, config) for name in (GENERATOR, CRITIC)})
-    digest = base_digest(run.spec.folder / component_of(run.recipe.expert))
     identity = run_identity(run, lora, digest)
 
     if resume_from:
         for change in load_checkpoint(resume_from, state, identity):
             say(f"resume   changed since the checkpoint: {change}")
         say(f"resume   from {resume_from} at update {state.updates}")
+        for path in set_later_aside(resume_from):
+            say(f"resume   set aside the later {path.name}")
+        if state.updates >= run.updates:
+            say(f"resume   the run of {run.generator_updates} generator updates is complete")
     elif config.resume_from_checkpoint:
         say(f"resume   no checkpoint in {config.output_dir} yet: a new run")
 
-    # Data, from the counter's position on
+    with catch_signals("stopping: saving the updates that are done ...") as signals:
+        try:
+            _train(run, roles, state, identity, bank, console, signals)
+        except Interrupted:
+            pass
+        finally:
+            # However it ended, state is that of the last whole update: keep it.
+            with signals.deferred(raise_after=False):
+                if state.updates > 0:
+                    _leave_behind(run, state, lora, identity, digest, say)
+    return signals.signum if state.updates < run.updates else None
+
+
+def _train(
+    run: Run,
+    roles: Roles,
+    state: TrainState,
+    identity: Identity,
+    bank: PromptBank,
+    console: Console,
+    signals: Interruption,
+) -> None:
+    """Walk the updates from `state.updates` on, changing `state` once for each."""
+    config = run.config
+    device = torch.device(config.device)
+    negative = bank.negative.to(device)
     dataset = MicroBatches(
         run.index,
         run.plan,
@@ -75,25 +108,20 @@ def distill(config: DistillConfig, console: Console) -> int | None:
         rank=0,
         world_size=1,
     )
-    batches = micro_batches(
-        dataset,
-        start=state.updates,
-        stop=run.updates,
-        accumulation=config.gradient_accumulation_steps,
-        workers=config.dataloader_num_workers,
+    batches = dataset.ahead(
+        start=state.updates, stop=run.updates, workers=config.dataloader_num_workers
     )
-
-    # The loop
-    negative = bank.negative.to(device)
     logs = SummaryWriter(str(config.output_dir / "logs"), purge_step=state.updates + 1)
-    progress = TrainProgress(run.generator_updates, run.cycle, console, start=state.updates)
-    saved_at = state.updates if resume_from else None
-    with progress, logs, StopOnSignal() as stop:
+    progress = TrainProgress(
+        run.generator_updates, run.cycle, console, start=state.updates, device=device
+    )
+    with closing(batches), progress, logs:
         while state.updates < run.updates:
             update = state.updates
             role = run.role_of(update)
             role_state = state.roles[role]
 
+            # Gradients of one update batch
             loss = 0.0
             keys: tuple[str, ...] = ()
             for _ in range(config.gradient_accumulation_steps):
@@ -105,6 +133,7 @@ def distill(config: DistillConfig, console: Console) -> int | None:
             ).item()
             _refuse_not_finite(role, loss, norm, update, keys)
 
+            # The optimizer step
             rate = learning_rate(
                 config.learning_rate if role == GENERATOR else config.learning_rate_critic,
                 run.role_updates(role, update),
@@ -112,23 +141,32 @@ def distill(config: DistillConfig, console: Console) -> int | None:
             )
             for group in role_state.optimizer.param_groups:
                 group["lr"] = rate
-            with stop.uninterrupted():
+            with signals.deferred():
                 role_state.optimizer.step()
                 state.updates = update + 1
             role_state.optimizer.zero_grad(set_to_none=True)
 
+            # What a watcher sees, and what survives a kill -9
             progress.step(role, loss, state.updates)
             for name, value in (("loss", loss), ("grad_norm", norm), ("learning_rate", rate)):
                 logs.add_scalar(f"{name}/{role}", value, state.updates)
             if state.updates % (run.cycle * config.checkpointing_steps) == 0:
-                with stop.uninterrupted():
+                with signals.deferred():
                     save_checkpoint(config.output_dir, state, identity, cycle=run.cycle)
-                    saved_at = state.updates
 
-    # What is left behind
-    if saved_at != state.updates:
-        saved = save_checkpoint(config.output_dir, state, identity, cycle=run.cycle)
-        say(f"saved    {saved}")
+
+def _leave_behind(
+    run: Run,
+    state: TrainState,
+    lora: LoraSpec,
+    identity: Identity,
+    digest: str,
+    say: Callable[[str], None],
+) -> None:
+    """A checkpoint of the last update, unless there is one, and the LoRA files."""
+    folder = run.config.output_dir
+    if not (folder / checkpoint_name(state.updates, run.cycle)).exists():
+        say(f"saved    {save_checkpoint(folder, state, identity, cycle=run.cycle)}")
     provenance = Provenance(
         expert=run.recipe.expert,
         mode=run.spec.mode,
@@ -140,14 +178,11 @@ def distill(config: DistillConfig, console: Console) -> int | None:
         rank=lora.rank,
         alpha=lora.alpha,
         generator_updates=state.updates // run.cycle,
-        recipe={**identity.loose, "shards": digest_of(run.index.fingerprint)},
+        recipe={**identity.fixed["recipe"], **identity.loose},
     )
     weights = state.roles[GENERATOR].parameters
-    for path in write_loras(
-        config.output_dir, weights, lora, provenance, DTYPES[config.save_precision]
-    ):
+    for path in write_loras(folder, weights, lora, provenance, DTYPES[run.config.save_precision]):
         say(f"LoRA     {path}")
-    return stop.signal if state.updates < run.updates else None
 
 
 def _role_state(roles: Roles, name: str, config: DistillConfig) -> RoleState:
@@ -190,5 +225,5 @@ def _refuse_not_finite(
         raise UserError(
             f"training stopped before update {update + 1} touched the weights: {role} loss {loss}, "
             f"gradient norm {norm}; samples {', '.join(keys)}. Check these samples, lower the "
-            "learning rate, or resume from the last checkpoint: --resume-from-checkpoint latest"
+            "learning rate, then go on from the update before: --resume-from-checkpoint latest"
         )

@@ -10,7 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from shared.errors import UserError
-from train.rng import torch_rng
+from train.rng import counted_rng
 
 # Wan's original names (which the seed, ComfyUI and musubi use) → diffusers' names, per block.
 ORIGINAL_TO_DIFFUSERS = {
@@ -97,8 +97,9 @@ def add_adapter(transformer: nn.Module, spec: LoraSpec, name: str, *, seed: int)
         parameter.data = parameter.data.float()
         if ".lora_A." in key:
             bound = 1 / math.sqrt(parameter.shape[1])  # kaiming_uniform(a=√5), LoRA's usual start
-            values = torch.rand(parameter.shape, generator=torch_rng(seed, "lora init", name, key))
-            parameter.data.copy_((2 * values - 1) * bound)
+            rng = counted_rng(seed, "lora init", name, key)
+            values = rng.uniform(-bound, bound, size=tuple(parameter.shape))
+            parameter.data.copy_(torch.from_numpy(values))
         else:
             parameter.data.zero_()
 

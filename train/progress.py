@@ -17,7 +17,15 @@ from rich.progress import (
 class TrainProgress(Progress):
     """Generator updates done, both losses, seconds an update, peak device memory, time left."""
 
-    def __init__(self, generator_updates: int, cycle: int, console: Console, *, start: int) -> None:
+    def __init__(
+        self,
+        generator_updates: int,
+        cycle: int,
+        console: Console,
+        *,
+        start: int,
+        device: torch.device,
+    ) -> None:
         super().__init__(
             TextColumn("distill"),
             BarColumn(),
@@ -28,6 +36,7 @@ class TrainProgress(Progress):
             console=console,
         )
         self._cycle = cycle
+        self._device = device
         self._losses: dict[str, float] = {}
         self._started_at = time.monotonic()
         self._first = start
@@ -41,6 +50,7 @@ class TrainProgress(Progress):
         seconds = (time.monotonic() - self._started_at) / (updates - self._first)
         figures = [f"{name} {value:.4f}" for name, value in sorted(self._losses.items())]
         figures.append(f"{seconds:.2f} s/update")
-        if torch.cuda.is_available():
-            figures.append(f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device)
+            figures.append(f"peak {peak / 2**30:.1f} GiB")
         self.update(self._task, completed=updates / self._cycle, figures="  ".join(figures))

@@ -11,20 +11,15 @@ import numpy as np
 import torch
 
 
-def counted_seed(seed: int, purpose: str, *counters: int | str) -> int:
-    """64 well-mixed bits from the seed, a purpose and counters."""
-    text = "|".join(map(str, (seed, purpose, *counters)))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
 def counted_rng(seed: int, purpose: str, *counters: int | str) -> np.random.Generator:
-    """A numpy generator for one purpose at one count."""
-    return np.random.Generator(np.random.Philox(counted_seed(seed, purpose, *counters)))
+    """A generator for one purpose at one count; 128 bits of key, so that streams never meet.
 
-
-def torch_rng(seed: int, purpose: str, *counters: int | str) -> torch.Generator:
-    """A CPU generator: CUDA's would draw other numbers than the CPU's from the same seed."""
-    return torch.Generator().manual_seed(counted_seed(seed, purpose, *counters) >> 1)
+    numpy's, not torch's: torch seeds its CPU generator with 32 bits (of millions of streams some
+    would be equal), and its CUDA generator draws other numbers than the CPU's.
+    """
+    text = "|".join(map(str, (seed, purpose, *counters)))
+    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
 def noise(
@@ -32,9 +27,10 @@ def noise(
 ) -> torch.Tensor:
     """(B, *shape) fp32 standard normal; row i belongs to global sample `samples[i]` of `step`."""
     rows = [
-        torch.randn(*shape, generator=torch_rng(seed, purpose, step, sample)) for sample in samples
+        counted_rng(seed, purpose, step, sample).standard_normal(tuple(shape), dtype=np.float32)
+        for sample in samples
     ]
-    return torch.stack(rows)
+    return torch.from_numpy(np.stack(rows))
 
 
 def uniform(seed: int, purpose: str, step: int, samples: Sequence[int]) -> torch.Tensor:

@@ -26,6 +26,9 @@ class Roles:
         self.transformer = transformer
         self.lora = spec
         self._layers = [m for m in transformer.modules() if isinstance(m, LoraLayer)]
+        for layer in self._layers:
+            # peft would cast every input to the LoRA's fp32, and autocast back to bf16.
+            layer.cast_input_dtype_enabled = False
         # bf16 base: autocast runs the fp32 LoRA's matmuls in bf16 too. fp32 base: nothing to cast.
         self._dtype: torch.dtype = transformer.get_parameter("patch_embedding.weight").dtype
         for name in (GENERATOR, CRITIC):

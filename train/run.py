@@ -13,7 +13,7 @@ from shared.hashing import FileHasher
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
 from train.base import component_of
 from train.checkpoint import Identity
-from train.config import DistillConfig
+from train.config import DistillConfig, check_device
 from train.dmd import Recipe
 from train.flow import Expert, Schedule
 from train.lora import LoraSpec
@@ -82,7 +82,8 @@ def prepare(config: DistillConfig) -> Run:
 
     Raises UserError for everything that a user can get wrong; no weight has been read by then.
     """
-    folder = resolve_model(config.model, ["transformer", "transformer_2"])
+    check_device(config.device)
+    folder = resolve_model(config.model, [])  # the configs decide which expert is needed
     spec = read_model_spec(folder)
     if spec.mode == "ti2v" or spec.image_dim is not None:
         raise UserError(
@@ -101,7 +102,7 @@ def prepare(config: DistillConfig) -> Run:
     expert: Expert = config.boundary_type or ("low" if spec.two_experts else "full")
     schedule = Schedule(
         indices=config.denoising_step_indices_list,
-        shift=config.flow_shift or spec.flow_shift,
+        shift=spec.flow_shift if config.flow_shift is None else config.flow_shift,
         boundary=spec.boundary,
     )
     recipe = Recipe(
@@ -114,8 +115,13 @@ def prepare(config: DistillConfig) -> Run:
         fake_guidance_scale=config.fake_guidance_scale,
         seed=config.seed,
     )
-    schedule.owned_steps(expert)
-    schedule.score_interval(expert, config.score_floor)
+    schedule.score_interval(expert, config.score_floor)  # refuses an expert without steps
+    if config.score_floor != "boundary" and expert != "high":
+        raise UserError(
+            f"--score-floor: found {config.score_floor} with --boundary-type {expert}; it is a "
+            "choice for the high-noise expert alone. Leave it out."
+        )
+    resolve_model(config.model, [component_of(expert)])
     repeats = torch.where(
         torch.from_numpy(index.types) == MEDIA_TYPES.index("video"), config.video_repeat, 1
     )
@@ -173,8 +179,7 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
         "mixed_precision",
     )  # fmt: skip
     loose: dict[str, Any] = {name: getattr(config, name) for name in loose_names}
-    loose["start"] = recipe.start
-    loose["samples"] = len(run.index)
+    loose["shards"] = run.index.digest
     return Identity(fixed, loose)
 
 

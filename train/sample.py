@@ -3,14 +3,17 @@
 The only module of this stage that builds a VAE and a text encoder, in a process of its own.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchLCMScheduler,
@@ -18,27 +21,31 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanPipeline,
 )
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import track
+from safetensors import SafetensorError
 
-from shared.buckets import centre_crop, cover_size
-from shared.errors import UserError
+from shared.errors import UserError, first_line
 from shared.model_spec import (
+    DEFAULT_NEGATIVE_PROMPT,
     MAX_TEXT_TOKENS,
     TIMESTEPS,
     ModelSpec,
     read_model_spec,
     resolve_model,
 )
+from shared.resize import fit_to
 from shared.schema import DTYPES
 from train.base import base_digest, component_of
+from train.config import check_device, check_writable
 from train.dmd import Pairing
 from train.export import Provenance, read_provenance
 from train.flow import Schedule
 from train.media_out import Clip, contact_sheet, write_mp4
-from train.rng import counted_seed
+from train.rng import counted_rng
 
+TEACHER_STEPS, TEACHER_GUIDANCE = 40, 5.0
 # A pair of experts works one trajectory together, so these must be the same in both files.
 AGREEING = ("denoising_step_indices_list", "flow_shift", "boundary", "pairing", "mode")
 # fp32 schedulers round differently from our float64 schedule, by about 1e-4 of a timestep.
@@ -55,9 +62,9 @@ class SampleConfig:
     image: Path | None
     output: Path
     teacher: bool
-    steps: int
-    guidance_scale: float
-    negative_prompt: str
+    steps: int | None
+    guidance_scale: float | None
+    negative_prompt: str | None
     flow_shift: float | None
     height: int
     width: int
@@ -77,8 +84,16 @@ class SampleConfig:
             )
         if any(not prompt.strip() for prompt in self.prompts):
             raise UserError("--prompt: found an empty prompt, expected text.")
-        if self.steps < 1:
+        for name in ("steps", "guidance_scale", "negative_prompt", "flow_shift"):
+            if self.loras and getattr(self, name) is not None:
+                raise UserError(
+                    f"--{name.replace('_', '-')}: found beside --lora, but a student takes the "
+                    "steps it was trained on, without guidance. It is an option of --teacher."
+                )
+        if self.steps is not None and self.steps < 1:
             raise UserError(f"--steps: found {self.steps}, expected a whole number from 1.")
+        if self.flow_shift is not None and not 0 < self.flow_shift < inf:
+            raise UserError(f"--flow-shift: found {self.flow_shift}, expected a number above 0.")
 
     def check_against(self, spec: ModelSpec) -> None:
         """UserError unless the model can make clips of this shape from these inputs."""
@@ -115,24 +130,29 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
             style="yellow",
         )
 
+    image = fit_image(config.image, config.height, config.width) if config.image else None
+    check_device(config.device)
+    check_writable("--output", config.output)
     device = torch.device(config.device)
     pipeline = build_pipeline(
         spec, loras=loras, dtype=DTYPES[config.dtype], device=device, offload=config.offload
     )
-    image = fit_image(config.image, config.height, config.width) if config.image else None
-    config.output.mkdir(parents=True, exist_ok=True)
     kind = "teacher" if config.teacher else "student"
     rows, paths = [], []
     for number, prompt in enumerate(track(config.prompts, "sample", console=console)):
-        rng = torch.Generator().manual_seed(counted_seed(config.seed, "sample", prompt) >> 1)
+        rng = torch.Generator().manual_seed(
+            int(counted_rng(config.seed, "sample", prompt).integers(2**32))
+        )
         if loras:
             provenance = loras[0].provenance
             schedule = provenance.schedule
             pipeline.scheduler = student_scheduler(schedule, provenance.pairing, rng)
             steps, scale = len(schedule.indices), 1.0
         else:
-            pipeline.scheduler = teacher_scheduler(config.flow_shift or spec.flow_shift)
-            steps, scale = config.steps, config.guidance_scale
+            shift = spec.flow_shift if config.flow_shift is None else config.flow_shift
+            pipeline.scheduler = teacher_scheduler(shift)
+            steps = TEACHER_STEPS if config.steps is None else config.steps
+            scale = TEACHER_GUIDANCE if config.guidance_scale is None else config.guidance_scale
 
         visits = VisitedSteps(pipeline)
         clip = generate(pipeline, config, prompt, image, steps=steps, scale=scale, rng=rng)
@@ -214,21 +234,31 @@ def build_pipeline(
     kind = WanImageToVideoPipeline if spec.mode == "i2v" else WanPipeline
     alone = any(lora.provenance.expert == "full" for lora in loras) and spec.two_experts
     left_out = {"transformer_2": None, "boundary_ratio": None} if alone else {}
+    transformers.utils.logging.disable_progress_bar()  # ours follows; two would tear each other
     try:
-        pipeline = kind.from_pretrained(
-            spec.folder, torch_dtype={"vae": torch.float32, "default": dtype}, **left_out
-        )
-    except (OSError, ValueError, RuntimeError) as error:
+        with warnings.catch_warnings():
+            # diffusers renames torch_dtype to dtype; its older releases know the old name only.
+            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+            pipeline = kind.from_pretrained(
+                spec.folder, torch_dtype={"vae": torch.float32, "default": dtype}, **left_out
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"model: cannot load {spec.folder}: {str(error).splitlines()[0]}. Expected a whole "
+            f"model: cannot load {spec.folder}: {first_line(error)}. Expected a whole "
             "diffusers folder (VAE and text encoder too); download it again."
         ) from error
     for lora in loras:
-        pipeline.load_lora_weights(
-            str(lora.path),
-            adapter_name=lora.provenance.expert,
-            load_into_transformer_2=lora.provenance.expert == "low",
-        )
+        try:
+            pipeline.load_lora_weights(
+                str(lora.path),
+                adapter_name=lora.provenance.expert,
+                load_into_transformer_2=lora.provenance.expert == "low",
+            )
+        except (ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(
+                f"--lora: diffusers can't load {lora.path} ({first_line(error)}). Expected a file "
+                "that `wantrain distill` wrote for this model."
+            ) from error
     if offload:
         pipeline.enable_model_cpu_offload(device=device)
     else:
@@ -301,13 +331,10 @@ class VisitedSteps:
 def fit_image(path: Path, height: int, width: int) -> Image.Image:
     """The first frame for i2v: covered and centre-cropped as `wanprep encode` does it."""
     try:
-        image = Image.open(path).convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     except (OSError, ValueError) as error:
         raise UserError(f"--image: cannot read {path} ({error}).") from error
-    covered = cover_size((image.height, image.width), (height, width))
-    top, left = centre_crop(covered, (height, width))
-    resized = image.resize((covered[1], covered[0]), Image.Resampling.BILINEAR)
-    return resized.crop((left, top, left + width, top + height))
+    return fit_to(image, height, width)
 
 
 def generate(
@@ -323,7 +350,9 @@ def generate(
     """One clip, (F, H, W, 3) uint8."""
     frames = pipeline(
         prompt=prompt,
-        negative_prompt=config.negative_prompt,
+        negative_prompt=(
+            DEFAULT_NEGATIVE_PROMPT if config.negative_prompt is None else config.negative_prompt
+        ),
         height=config.height,
         width=config.width,
         num_frames=config.num_frames,

@@ -10,11 +10,10 @@ from shared.buckets import (
     BASE_BUCKETS,
     Bucket,
     bucket_size,
-    centre_crop,
-    cover_size,
     frame_count,
     nearest_base,
 )
+from shared.resize import centre_crop, cover_size
 
 SIDES = st.integers(1, 5000)
 

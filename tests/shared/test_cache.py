@@ -122,5 +122,5 @@ def test_damaged_bytes_name_the_sample(folder: Path) -> None:
     start = int(index.offsets[0, MEMBERS.index(LATENTS_MEMBER)])
     data[start : start + 16] = b"\xff" * 16
     shard.write_bytes(data)
-    with pytest.raises(UserError, match=f"{index.key(0)}.{LATENTS_MEMBER} is damaged"):
+    with pytest.raises(UserError, match=f"{index.key(0)}: {LATENTS_MEMBER} is damaged"):
         MemberReader(index).read(0, LATENTS_MEMBER)

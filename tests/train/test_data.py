@@ -10,7 +10,7 @@ from safetensors.torch import load
 
 from shared.cache import open_cache
 from shared.model_spec import read_model_spec
-from train.data import Batch, MicroBatches, load_prompt_bank, micro_batches
+from train.data import Batch, MicroBatches, load_prompt_bank
 from train.plan import BatchPlan
 
 
@@ -35,7 +35,7 @@ def _plain(shards: Path) -> dict[str, dict[str, bytes]]:
 
 
 def _epoch(dataset: MicroBatches, workers: int, updates: int = 4) -> list[Batch]:
-    return list(micro_batches(dataset, start=0, stop=updates, accumulation=1, workers=workers))
+    return list(dataset.ahead(start=0, stop=updates, workers=workers))
 
 
 def test_batches_hold_what_is_in_the_shards(i2v_shards: Path, tiny_i2v: Path) -> None:
@@ -45,15 +45,13 @@ def test_batches_hold_what_is_in_the_shards(i2v_shards: Path, tiny_i2v: Path) ->
         for row, key in enumerate(batch.keys):
             seen.add(key)
             sample = plain[key]
-            assert torch.equal(
-                batch.latents[row], load(sample["latents.safetensors"])["latents"].float()
-            )
+            assert torch.equal(batch.latents[row], load(sample["latents.safetensors"])["latents"])
             text = load(sample["text.safetensors"])["text"]
             assert torch.equal(batch.text[row, : len(text)], text)
             assert batch.text.shape[1] == 512 and not batch.text[row, len(text) :].any()
-            cond = load(sample["cond.safetensors"])["cond"].float()
+            cond = load(sample["cond.safetensors"])["cond"]
             assert torch.equal(batch.condition[row, 4:], cond)
-            mask = torch.zeros(4, *cond.shape[1:])
+            mask = torch.zeros(4, *cond.shape[1:], dtype=cond.dtype)
             if b'"type": "video"' in sample["json"]:
                 mask[:, 0] = 1
             assert torch.equal(batch.condition[row, :4], mask)
@@ -110,5 +108,7 @@ def test_a_damaged_member_is_named_with_its_shard(
     data[at : at + 8] = b"\xff" * 8  # the length of the safetensors header
     shard.write_bytes(bytes(data))
     for workers in (0, 2):
-        with pytest.raises(UserError, match=rf"{shard.name}: {index.key(0)}\.latents.*damaged"):
+        with pytest.raises(
+            UserError, match=rf"{shard.name}: sample {index.key(0)}: latents.*damaged"
+        ):
             _epoch(_dataset(copy, tiny_i2v), workers)

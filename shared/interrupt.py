@@ -20,14 +20,16 @@ class Interrupted(BaseException):
 class Interruption:
     """Raises `Interrupted` where a signal arrives, or at the end of the `deferred` block it hit."""
 
-    def __init__(self) -> None:
-        self._signum: int | None = None
+    def __init__(self, message: str) -> None:
+        self.signum: int | None = None
+        """Number of the signal that came, None so far."""
+        self._message = message.encode()
         self._deferring = False
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self._signum is None:
-            os.write(2, b"\nstopping: committing what is encoded ...\n")
-        self._signum = signum
+        if self.signum is None:
+            os.write(2, b"\n" + self._message + b"\n")
+        self.signum = signum
         if not self._deferring:
             raise Interrupted(signum)
 
@@ -39,14 +41,17 @@ class Interruption:
             yield
         finally:
             self._deferring = False
-        if raise_after and self._signum is not None:
-            raise Interrupted(self._signum)
+        if raise_after and self.signum is not None:
+            raise Interrupted(self.signum)
 
 
 @contextmanager
-def catch_signals() -> Iterator[Interruption]:
-    """Handle SIGINT and SIGTERM inside the block (main thread only); restore the handlers after."""
-    interruption = Interruption()
+def catch_signals(message: str) -> Iterator[Interruption]:
+    """Handle SIGINT and SIGTERM inside the block (main thread only); restore the handlers after.
+
+    `message` is written to stderr when the first signal comes.
+    """
+    interruption = Interruption(message)
     before = {number: signal.signal(number, interruption._handle) for number in _SIGNALS}
     try:
         yield interruption
