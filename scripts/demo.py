@@ -89,7 +89,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("demo"))
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--steps", type=int, default=8, help="generator updates of each expert")
+    parser.add_argument("--steps", type=int, default=10, help="generator updates of each expert")
     arguments = parser.parse_args()
     out, seed = arguments.output, str(arguments.seed)
     started = time.monotonic()
