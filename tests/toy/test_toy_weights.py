@@ -34,7 +34,8 @@ def test_weights_are_bf16() -> None:
     for file in FILES:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as tensors:
-                dtypes = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}
+                names = tensors.keys()
+                dtypes = {tensors.get_slice(name).get_dtype() for name in names}
             assert dtypes == {"BF16"}, file
 
 
