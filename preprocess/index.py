@@ -24,6 +24,7 @@ from shared.cache import (
     MEDIA_TYPES,
     CacheIndex,
     Sidecar,
+    column_digest,
     committed_shards,
     open_cache,
 )
@@ -202,9 +203,19 @@ def _columns(rows: list[_Row], bucket_of_shard: list[int]) -> dict[str, Any]:
 def _write_zarr(folder: Path, columns: dict[str, Any], digest: str) -> None:
     beside, final = temporary(folder / INDEX), folder / INDEX
     shutil.rmtree(beside, ignore_errors=True)
-    group = zarr.create_group(store=beside, attributes={"format": FORMAT_VERSION, "digest": digest})
-    for name, (dtype, per_row) in COLUMNS.items():
-        values = np.asarray(columns[name], dtype=dtype).reshape(-1, *per_row)
+    arrays = {
+        name: np.asarray(columns[name], dtype=dtype).reshape(-1, *per_row)
+        for name, (dtype, per_row) in COLUMNS.items()
+    }
+    attributes = {
+        "format": FORMAT_VERSION,
+        "digest": digest,
+        # zarr reads a lost chunk as zeros, without a word.
+        "sha256": {name: column_digest(values) for name, values in arrays.items()},
+    }
+    group = zarr.create_group(store=beside, attributes=attributes)
+    for name, values in arrays.items():
+        per_row = values.shape[1:]
         array = group.create_array(
             name,
             shape=values.shape,

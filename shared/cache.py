@@ -4,6 +4,7 @@ Tars and sidecars are the truth. Manifest and index are derived from them by `wa
 (`preprocess/index.py`); the layouts that both sides must agree on are the constants here.
 """
 
+import hashlib
 import json
 import os
 from collections import OrderedDict
@@ -101,6 +102,12 @@ def committed_shards(folder: Path) -> list[Sidecar]:
     return [Sidecar.read(path) for tar in tars if (path := Sidecar.path_for(tar)).exists()]
 
 
+def column_digest(values: npt.NDArray[Any]) -> str:
+    """SHA-256 (hex) of a column's values, row by row, little-endian."""
+    little = values.astype(values.dtype.newbyteorder("<"), copy=False)
+    return hashlib.sha256(np.ascontiguousarray(little)).hexdigest()
+
+
 @dataclass(frozen=True, kw_only=True)
 class CacheIndex:
     """An opened cache. Columns are read on first use; row numbers are positions in key order."""
@@ -112,18 +119,32 @@ class CacheIndex:
     buckets: tuple[Bucket, ...]
     shards: tuple[str, ...]
     prompt_shards: tuple[str, ...]
+    column_sha256: dict[str, str]
 
     def __len__(self) -> int:
         return len(self.bucket_ids)
 
     def _column(self, name: str) -> npt.NDArray[Any]:
         try:
-            return np.asarray(zarr.open_group(self.folder / INDEX, mode="r")[name][:])  # type: ignore[index]
-        except Exception as error:  # a lost or damaged chunk: zarr's and its codecs' many errors
-            raise UserError(
-                f"shards: column {name!r} of {self.folder / INDEX} is damaged ({error}). "
-                f"Rebuild it: wanprep index --shards {self.folder}"
-            ) from error
+            values = np.asarray(zarr.open_group(self.folder / INDEX, mode="r")[name][:])  # type: ignore[index]
+        except Exception as error:  # a damaged chunk: zarr's and its codecs' many errors
+            raise self._damaged(name, str(error)) from error
+        if column_digest(values) != self.column_sha256.get(name):
+            raise self._damaged(name, "its values are not those that were written")
+        return values
+
+    def _damaged(self, column: str, why: str) -> UserError:
+        return UserError(
+            f"shards: column {column!r} of {self.folder / INDEX} is damaged ({why}). "
+            f"Rebuild it: wanprep index --shards {self.folder}"
+        )
+
+    def _positions(self, column: str, listed: tuple[Any, ...]) -> npt.NDArray[np.int32]:
+        """A column of positions in one of the manifest's lists."""
+        positions = self._column(column)
+        if len(positions) and int(positions.max()) >= len(listed):
+            raise self._damaged(column, f"it goes beyond the {len(listed)} that {MANIFEST} lists")
+        return positions
 
     @cached_property
     def keys(self) -> npt.NDArray[np.uint8]:
@@ -137,11 +158,11 @@ class CacheIndex:
 
     @cached_property
     def bucket_ids(self) -> npt.NDArray[np.int32]:
-        return self._column("bucket")
+        return self._positions("bucket", self.buckets)
 
     @cached_property
     def shard_ids(self) -> npt.NDArray[np.int32]:
-        return self._column("shard")
+        return self._positions("shard", self.shards)
 
     @cached_property
     def types(self) -> npt.NDArray[np.uint8]:
@@ -204,8 +225,11 @@ def open_cache(folder: Path) -> CacheIndex:
             ),
             shards=tuple(s["name"] for s in manifest["shards"]),
             prompt_shards=tuple(s["name"] for s in manifest["prompts"]),
+            column_sha256=dict(attributes["sha256"]),  # type: ignore[arg-type]
         )
-    except (KeyError, TypeError) as error:
+        if not isinstance(index.fingerprint, dict):
+            raise TypeError("fingerprint is no object")
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"shards: {manifest_path} lacks or misspells a field ({error}). {rebuild}"
         ) from error

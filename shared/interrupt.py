@@ -18,7 +18,7 @@ class Interrupted(BaseException):
 
 
 class Interruption:
-    """Raises `Interrupted` where a signal arrives, or at the end of the `deferred` block it hit."""
+    """Raises `Interrupted` where the first signal arrives, or after its `deferred` block."""
 
     def __init__(self, message: str) -> None:
         self.signum: int | None = None
@@ -27,8 +27,9 @@ class Interruption:
         self._deferring = False
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is None:
-            os.write(2, b"\n" + self._message + b"\n")
+        if self.signum is not None:
+            return  # the run is ending already; a second signal must not cut that short
+        os.write(2, b"\n" + self._message + b"\n")
         self.signum = signum
         if not self._deferring:
             raise Interrupted(signum)

@@ -25,6 +25,7 @@ from train.export import safetensors_parts
 
 FORMAT_VERSION = 1
 STATE = "state.json"
+REPLACED_SUFFIX = ".replaced"
 _NAME = re.compile(r"checkpoint-(\d+)(?:\+(\d+))?")
 
 
@@ -107,8 +108,9 @@ def save_checkpoint(folder: Path, state: TrainState, identity: Identity, *, cycl
         raise
     # A folder can't replace another in one rename; the old one is out of the way only for the time
     # between two of them, and never deleted before the new one is in place.
-    replaced = final.with_name(final.name + ".replaced")
+    replaced = final.with_name(final.name + REPLACED_SUFFIX)
     if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     building.rename(final)
     fsync_folder(folder)
@@ -149,6 +151,7 @@ def find_checkpoint(output_dir: Path, wanted: str | None) -> Path | None:
     None where "latest" finds no checkpoint (a first start) or nothing is wanted. UserError when a
     path has none, or when a run would be started over the checkpoints of an earlier one.
     """
+    _restore_replaced(output_dir)
     existing = list_checkpoints(output_dir)
     if wanted is None:
         if existing:
@@ -167,6 +170,14 @@ def find_checkpoint(output_dir: Path, wanted: str | None) -> Path | None:
         f"--resume-from-checkpoint: {wanted} is not a checkpoint (no {STATE} in it). "
         f"In {output_dir} there are: {names}."
     )
+
+
+def _restore_replaced(folder: Path) -> None:
+    """Undo half a replacement: killed between two renames, the old one only lost its name."""
+    for path in folder.glob(f"checkpoint-*{REPLACED_SUFFIX}"):
+        final = path.with_name(path.name.removesuffix(REPLACED_SUFFIX))
+        if not final.exists():
+            path.rename(final)
 
 
 def set_later_aside(checkpoint: Path) -> list[Path]:

@@ -112,3 +112,15 @@ def test_a_damaged_member_is_named_with_its_shard(
             UserError, match=rf"{shard.name}: sample {index.key(0)}: latents.*damaged"
         ):
             _epoch(_dataset(copy, tiny_i2v), workers)
+
+
+def test_captions_are_dropped_sample_by_sample(t2v_shards: Path, tiny_t2v: Path) -> None:
+    """In a batch of two, one caption may go and the other stay, first or second; by update too."""
+    dataset = _dataset(t2v_shards, tiny_t2v, dropout=0.5)
+    empty = load_prompt_bank(open_cache(t2v_shards)).empty
+    patterns = [
+        tuple(bool(torch.equal(text, empty)) for text in batch.text)
+        for batch in _epoch(dataset, 0, 100)
+    ]
+    for pattern in ((True, True), (True, False), (False, True), (False, False)):
+        assert 10 <= patterns.count(pattern) <= 45, pattern

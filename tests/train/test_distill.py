@@ -40,14 +40,18 @@ def distill(model: Path, shards: Path, out: Path, *more: str) -> Path:
 
 
 def losses(out: Path) -> dict[str, list[tuple[int, float]]]:
-    """TensorBoard's loss curves; of a step written twice, the last counts."""
-    curves = {}
-    for role in ("generator", "critic"):
-        events = EventAccumulator(str(out / "logs"))
+    """TensorBoard's loss curves; of a step written twice, the last counts.
+
+    File by file: of several that one second brought forth, a folder's reader drops some.
+    """
+    curves: dict[str, dict[int, float]] = {"generator": {}, "critic": {}}
+    for file in sorted((out / "logs").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        events = EventAccumulator(str(file))
         events.Reload()
-        scalars = {e.step: e.value for e in events.Scalars(f"loss/{role}")}
-        curves[role] = sorted(scalars.items())
-    return curves
+        for role, curve in curves.items():
+            if f"loss/{role}" in events.Tags()["scalars"]:
+                curve.update({e.step: e.value for e in events.Scalars(f"loss/{role}")})
+    return {role: sorted(curve.items()) for role, curve in curves.items()}
 
 
 def final_bytes(out: Path) -> dict[str, bytes]:
