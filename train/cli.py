@@ -28,7 +28,7 @@ Model = Annotated[
         "--model",
         envvar="MODEL_NAME",
         help="Model folder in diffusers layout, hub id, or toy / toy-i2v.",
-        rich_help_panel=RUN,
+        rich_help_panel="Model",
     ),
 ]
 
