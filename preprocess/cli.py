@@ -179,7 +179,7 @@ def encode(
     if outcome.rejected:
         typer.echo(rejections, err=True)
     if outcome.written == 0:
-        typer.echo("nothing to do: every sample of the dataset is in the shards")
+        typer.echo("nothing to do: every usable sample of the dataset is in the shards")
     typer.echo(f"next: wantrain distill --shards {output}")
 
 
@@ -189,11 +189,17 @@ def index(
 ) -> None:
     """Rebuild manifest.json and index.zarr from the shards."""
     from preprocess import report
-    from preprocess.index import build_index
+    from preprocess.index import build_index, check_shards
+    from preprocess.writer import output_lock
+    from shared.cache import committed_shards
 
-    if not shards.is_dir():
-        raise UserError(f"--shards: no folder {shards}. Make one: wanprep encode --output {shards}")
-    typer.echo(report.contents(shards, build_index(shards)))
+    if not shards.is_dir() or not committed_shards(shards):
+        raise UserError(
+            f"--shards: no shards in {shards}. Make some: wanprep encode --output {shards}"
+        )
+    with output_lock(shards):
+        check_shards(shards)
+        typer.echo(report.contents(shards, build_index(shards)))
 
 
 def _default_device() -> str:

@@ -4,6 +4,8 @@ Nothing is decoded here. An entry that cannot be used is rejected with a reason;
 """
 
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -80,7 +82,7 @@ def _from_metadata(data_dir: Path, metadata: Path) -> Dataset:
             named = item.get("file_path") if isinstance(item, dict) else None
             source = named if isinstance(named, str) and named else f"{metadata.name}[{number}]"
             rejected.append(Rejected(source=source, reason=str(error)))
-    nothing_found = not any(entry.path.exists() for entry in entries)
+    nothing_found = not any(_exists(entry.path) for entry in entries)
     if items and nothing_found and not data_dir.is_dir():
         raise UserError(
             f"dataset: no folder {data_dir}, and no file that {metadata} lists is there. Set "
@@ -98,7 +100,7 @@ def _read_list(metadata: Path) -> list[Any]:
             f"dataset: cannot read {metadata} ({error.strerror}). Set --train-data-meta (or "
             f"DATASET_META_NAME) to {form}, or leave it out to use the .txt captions."
         ) from error
-    except ValueError as error:  # bad JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # bad JSON, or not UTF-8
         raise UserError(
             f"dataset: {metadata} is not valid JSON ({error}). Expected {form}."
         ) from error
@@ -116,7 +118,7 @@ def _entry(item: Any, data_dir: Path) -> Entry:
         raise _BadEntryError(f"file_path is {name!r}, expected the path of a file")
     if not isinstance(caption, str):
         raise _BadEntryError(f"text is {caption!r}, expected the caption")
-    given = Path(name).expanduser()
+    given = Path(name).expanduser() if name.startswith("~/") else Path(name)
     path = given if given.is_absolute() else data_dir / given
     kind = item.get("type") or EXTENSIONS.get(path.suffix.lower())
     return _checked(path, _source(path, given, data_dir), caption, kind)
@@ -125,16 +127,21 @@ def _entry(item: Any, data_dir: Path) -> Entry:
 def _from_folder(folder: Path) -> Dataset:
     entries: list[Entry] = []
     rejected: list[Rejected] = []
-    media = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
-    ]
+    files = sorted(_files(folder))
+    media = [path for path in files if path.suffix.lower() in EXTENSIONS]
     if not media:
         raise UserError(
             f"dataset: {folder} has no {METADATA} and no media ({' '.join(EXTENSIONS)}). "
             "Set --train-data-dir (or DATASET_NAME) to a folder that has."
         )
+    captions = {path for path in files if path.suffix == ".txt"}
+    stems = {path.with_suffix("") for path in media}
+    for path in files:
+        # A caption says that somebody wanted this file: it must not be left out in silence.
+        captioned = path.suffix != ".txt" and path.with_suffix(".txt") in captions
+        if captioned and path.with_suffix("") not in stems:
+            source = path.relative_to(folder).as_posix()
+            rejected.append(Rejected(source=source, reason=f"unknown extension {path.suffix!r}"))
     for path in media:
         source = path.relative_to(folder).as_posix()
         try:
@@ -143,6 +150,26 @@ def _from_folder(folder: Path) -> Dataset:
         except _BadEntryError as error:
             rejected.append(Rejected(source=source, reason=str(error)))
     return Dataset(origin=folder, entries=tuple(entries), rejected=tuple(rejected))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Files below `folder` by name, hidden ones left out, links to folders followed once."""
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that no file system takes
+        return False
 
 
 def _caption_beside(path: Path) -> str:
@@ -178,5 +205,5 @@ def _source(path: Path, given: Path, data_dir: Path) -> str:
     """How the file is named in the cache: no absolute path where a relative one will do."""
     try:
         return path.resolve().relative_to(data_dir.resolve()).as_posix()
-    except ValueError:
+    except (ValueError, OSError, RuntimeError):  # outside the folder, or a loop of links
         return given.as_posix()

@@ -116,7 +116,7 @@ def _encode(
         captions = [caption for work in todo for _, caption in _missing(work, committed)]
         prompts = _missing_prompts(config, outcome.index)
         outcome.left = len(captions)
-        _say_plan(console, config, planned, outcome)
+        _say_plan(console, config, planned, committed, outcome)
 
         stored = DTYPES[config.dtype]
         texts = TextCache(config.output, fingerprint)
@@ -151,7 +151,7 @@ def _encode(
             # VAE pass. A clip that only has a new caption takes its latents from the old shard.
             known, new = _split(todo, committed)
             encoded = chain(
-                latents_from_cache(known, outcome.index) if outcome.index else (),
+                latents_from_cache(known, outcome.index) if outcome.index is not None else (),
                 latents_from_media(new, spec, latent_encoder, stored=stored, threads=THREADS),
             )
             with report.bar(console, "encoding media", len(todo)) as advance:
@@ -252,19 +252,30 @@ def _split(todo: Sequence[Work], committed: Captions) -> tuple[list[Work], list[
 
 def _missing_prompts(config: EncodeConfig, index: CacheIndex | None) -> list[tuple[str, str]]:
     """(role, prompt) of the prompt bank that are not there yet; the last entry of a role counts."""
-    there = read_prompts(config.output, index.prompt_shards) if index else []
+    there = read_prompts(config.output, index.prompt_shards) if index is not None else []
     last = {prompt.role: prompt.prompt for prompt in there}
     wanted = {"empty": "", "negative": config.negative_prompt}
     return [(role, text) for role, text in wanted.items() if last.get(role) != text]
 
 
 def _say_plan(
-    console: Console, config: EncodeConfig, planned: Sequence[Work], outcome: Outcome
+    console: Console,
+    config: EncodeConfig,
+    planned: Sequence[Work],
+    committed: Captions,
+    outcome: Outcome,
 ) -> None:
     total = sum(len(work.samples) for work in planned)
     report.say(
         console, f"samples  {total}: {total - outcome.left} in the shards, {outcome.left} to encode"
     )
+    live = {key for work in planned for key, _ in work.samples}
+    if gone := len(committed.keys() - live):
+        report.say(
+            console,
+            f"leftover {gone} in the shards are not in this dataset (removed or cut otherwise); "
+            "they stay and are trained on. To leave them out, encode to another --output",
+        )
     if short := report.short_clips(planned, config.frames):
         report.say(console, short)
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +22,7 @@ from shared.cache import (
     INDEX,
     MANIFEST,
     MEDIA_TYPES,
+    REENCODE_SHARD,
     CacheIndex,
     Sidecar,
     column_digest,
@@ -31,7 +32,7 @@ from shared.cache import (
 from shared.durable import fsync_file, fsync_folder, temporary, write_json
 from shared.errors import UserError
 from shared.fingerprint import FORMAT_VERSION, refuse_differences
-from shared.hashing import digest_of
+from shared.hashing import FileHasher, digest_of
 from shared.schema import JSON_MEMBER, KEY_BYTES, MEMBERS, TEXT_MEMBER
 
 # Rows of a column that are compressed and read together.
@@ -62,7 +63,9 @@ def fresh_index(folder: Path) -> CacheIndex:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["index"] == _digest(sidecars):
-            return open_cache(folder)
+            index = open_cache(folder)
+            index.read_columns()
+            return index
     except (OSError, ValueError, KeyError, TypeError):  # UserError is a ValueError
         pass
     return build_index(folder)
@@ -106,6 +109,21 @@ def build_index(folder: Path) -> CacheIndex:
     }
     write_json(folder / MANIFEST, manifest)
     return open_cache(folder)
+
+
+def check_shards(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Raise UserError naming a tar whose bytes are not those of its sidecar (all, or `names`)."""
+    hasher = FileHasher()
+    for sidecar in committed_shards(folder):
+        if names is not None and sidecar.shard not in names:
+            continue
+        tar = folder / sidecar.shard
+        found = hasher.sha256(tar)
+        if found != sidecar.sha256:
+            raise UserError(
+                f"shards: {tar} is damaged: its SHA-256 is {found[:12]}…, the sidecar says "
+                f"{sidecar.sha256[:12]}…. {REENCODE_SHARD}"
+            )
 
 
 def _digest(sidecars: list[Sidecar]) -> str:

@@ -50,7 +50,7 @@ def probe(path: Path, kind: Literal["video", "image"]) -> Probe:
         video = _open_video(path)
         if len(video) == 0:
             raise MediaError(f"{path}: the video has no frames")
-        height, width, _ = video[0].shape
+        height, width, _ = _rgb(video[0].asnumpy(), path).shape
         return Probe(frames=len(video), height=height, width=width, fps=float(video.get_avg_fps()))
 
 
@@ -71,8 +71,15 @@ def read_frames(
         video = _open_video(path)
     for index in indices:
         with _named_failures(path, f"frame {index}"):
-            frame = video[index].asnumpy()
+            frame = _rgb(video[index].asnumpy(), path)
         yield frame
+
+
+def _rgb(frame: Frame, path: Path) -> Frame:
+    """(H, W, 3). Of very narrow videos decord returns lines of another stride as channels."""
+    if frame.ndim != 3 or frame.shape[2] != 3:
+        raise MediaError(f"{path}: decord reads frames of shape {frame.shape}, expected (H, W, 3)")
+    return frame
 
 
 @contextmanager

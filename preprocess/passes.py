@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from preprocess.clips import fit
+from preprocess.index import check_shards
 from preprocess.media import MediaError, read_frames
 from preprocess.plan import Work, in_background
 from preprocess.text_cache import TextCache
@@ -68,6 +69,9 @@ def latents_from_cache(work: Sequence[Work], cache: CacheIndex) -> Iterator[tupl
     """Clips of which some caption is committed already: the latents of that sample, as stored."""
     rows = {cache.key(row): row for row in range(len(cache))} if work else {}
     reader = MemberReader(cache)
+    copied = [rows[key] for item in work for key, _ in item.samples if key in rows]
+    used = {cache.shards[int(cache.shard_ids[row])] for row in copied}
+    check_shards(cache.folder, used)  # damage must not be copied under a fresh checksum
     try:
         for item in work:
             row = next(rows[key] for key, _ in item.samples if key in rows)

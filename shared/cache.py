@@ -78,6 +78,10 @@ class Sidecar:
         check_format(value, path)
         try:
             bucket = value["bucket"] and Bucket(**value["bucket"])
+            if (bucket is None) != (value["kind"] != "samples"):
+                raise TypeError(f"bucket is {bucket} for kind {value['kind']!r}")
+            if not isinstance(value["fingerprint"], dict):
+                raise TypeError("fingerprint is no object")
             fields = {name: value[name] for name in cls.__dataclass_fields__ if name != "bucket"}
             return cls(**fields, bucket=bucket)
         except (KeyError, TypeError) as error:
@@ -181,6 +185,11 @@ class CacheIndex:
     def lengths(self) -> npt.NDArray[np.int64]:
         """(N, members)."""
         return self._column("length")
+
+    def read_columns(self) -> None:
+        """Read (and so check) every column now."""
+        for column in COLUMNS:
+            self._column(column)
 
     def key(self, row: int) -> str:
         return bytes(self.keys[row]).hex()

@@ -53,7 +53,10 @@ def catch_signals(message: str) -> Iterator[Interruption]:
     `message` is written to stderr when the first signal comes.
     """
     interruption = Interruption(message)
-    before = {number: signal.signal(number, interruption._handle) for number in _SIGNALS}
+    wanted = list(_SIGNALS)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a closed terminal; not under nohup
+        wanted.append(signal.SIGHUP)
+    before = {number: signal.signal(number, interruption._handle) for number in wanted}
     try:
         yield interruption
     finally:

@@ -255,7 +255,7 @@ def test_foreign_shards_are_named(data: Path, tiny_t2v: Path, tmp_path: Path) ->
 
 def test_index_without_a_folder(tmp_path: Path) -> None:
     ran = wanprep("index", "--shards", tmp_path / "none")
-    assert ran.code == 1 and "--shards: no folder" in ran.err
+    assert ran.code == 1 and "--shards: no shards in" in ran.err
 
 
 def test_a_file_name_that_is_no_text(tiny_t2v: Path, tmp_path: Path) -> None:
@@ -287,3 +287,70 @@ def test_leftovers_of_a_killed_run_are_removed(data: Path, tiny_t2v: Path, tmp_p
     assert not any((output / name).exists() for name in mine)
     assert all((output / name).exists() for name in others)
     assert len(committed_shards(output)) == 2
+
+
+def test_hostile_names_and_a_video_that_decord_misreads(tiny_t2v: Path, tmp_path: Path) -> None:
+    """One entry each that once ended the whole run; the good clip beside them is encoded."""
+    data = tmp_path / "data"
+    data.mkdir()
+    render_clip(data / "good.mp4", height=64, width=96, frames=6)
+    render_clip(data / "tiny.mp4", height=2, width=2, frames=6)
+    (data / "loop.mp4").symlink_to("loop.mp4")
+    names = ["tiny.mp4", "~nobody.mp4", "loop.mp4", "x" * 300 + ".mp4", "good.mp4"]
+    write_metadata(data, [{"file_path": name, "text": "a", "type": "video"} for name in names])
+    ran = encode(tiny_t2v, data, tmp_path / "shards", "--max-bad", 4)
+    assert ran.code == 0, ran.err
+    assert sum(sidecar.count for sidecar in committed_shards(tmp_path / "shards")[:1]) == 1
+    rejected = (tmp_path / "shards" / "rejected.jsonl").read_text().splitlines()
+    reasons = {json.loads(line)["source"]: json.loads(line)["reason"] for line in rejected}
+    assert set(reasons) == set(names) - {"good.mp4"}
+    assert "expected (H, W, 3)" in reasons["tiny.mp4"]
+
+
+def test_a_folder_drops_nothing_that_has_a_caption(tiny_t2v: Path, tmp_path: Path) -> None:
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    for folder in (data, elsewhere):
+        folder.mkdir()
+        (folder / "a.txt").write_text(f"in {folder.name}")
+    render_clip(data / "a.mp4", height=64, width=96, frames=6)
+    render_clip(elsewhere / "a.mp4", height=64, width=96, frames=6, seed=1)
+    (data / "linked").symlink_to(elsewhere)
+    (data / "linked" / "up").symlink_to(data)  # a loop
+    (data / "a.json").write_text("{}")  # a sidecar of a.mp4, not media
+    (data / "film.flv").write_bytes(b"x")
+    (data / "film.txt").write_text("a film")
+    ran = encode(tiny_t2v, data, tmp_path / "shards", "--max-bad", 1)
+    assert ran.code == 0, ran.err
+    assert json.loads((tmp_path / "shards" / "rejected.jsonl").read_text())["source"] == "film.flv"
+    sources = {info["source"] for info in map(Cache.open(tmp_path / "shards").info, range(2))}
+    assert len(sources) == 2
+
+
+def test_damaged_bytes_are_found_and_never_copied(tiny_t2v: Path, tmp_path: Path) -> None:
+    """By `wanprep index`, and before a new caption takes the latents along."""
+    data, shards = tmp_path / "data", tmp_path / "shards"
+    data.mkdir()
+    render_clip(data / "a.mp4", height=64, width=96, frames=6)
+    (data / "a.txt").write_text("before")
+    assert encode(tiny_t2v, data, shards).code == 0
+    (tar,) = shards.glob("h*.tar")
+    content = bytearray(tar.read_bytes())
+    content[len(content) // 2] ^= 0x55
+    tar.chmod(0o644)
+    tar.write_bytes(content)
+    (data / "a.txt").write_text("after")
+    for ran in (wanprep("index", "--shards", shards), encode(tiny_t2v, data, shards)):
+        assert ran.code == 1 and f"{tar.name} is damaged" in ran.err, ran.err
+    assert len(list(shards.glob("h*.tar"))) == 1
+
+
+def test_leftovers_are_counted(tiny_t2v: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("a", "b"):
+        render_clip(data / f"{name}.mp4", height=64, width=96, frames=6, seed=ord(name))
+        (data / f"{name}.txt").write_text(name)
+    assert encode(tiny_t2v, data, tmp_path / "shards").code == 0
+    (data / "b.mp4").unlink()
+    ran = encode(tiny_t2v, data, tmp_path / "shards")
+    assert ran.code == 0 and "leftover 1 in the shards are not in this dataset" in ran.err

@@ -229,7 +229,8 @@ def test_no_samples_at_all_is_a_cache(tmp_path: Path) -> None:
     assert len(build_index(tmp_path)) == 0
     index = open_cache(tmp_path)
     assert index.keys.shape == (0, 16) and index.offsets.shape == (0, len(MEMBERS))
-    assert wanprep("index", "--shards", tmp_path).code == 0
+    ran = wanprep("index", "--shards", tmp_path)  # a folder without any shard is a wrong folder
+    assert ran.code == 1 and "no shards in" in ran.err
 
 
 def test_rows_do_not_depend_on_how_samples_were_cut_into_shards(tmp_path: Path) -> None:
