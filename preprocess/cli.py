@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from shared.cli_support import new_app, run
+from shared.cli_support import default_device, new_app, run
 from shared.errors import UserError
 from shared.model_spec import DEFAULT_MODEL, DEFAULT_NEGATIVE_PROMPT
 
@@ -151,7 +151,7 @@ def encode(
         text_encoder_dtype=text_encoder_dtype.value,
         shard_size_mb=shard_size_mb,
         max_bad=max_bad,
-        device=device or _default_device(),
+        device=device or default_device(),
     )
 
     from rich.console import Console
@@ -200,12 +200,6 @@ def index(
     with output_lock(shards):
         check_shards(shards)
         typer.echo(report.contents(shards, build_index(shards)))
-
-
-def _default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ from preprocess.plan import Work, plan_work
 from preprocess.text_cache import TextCache
 from preprocess.writer import ShardWriter, output_lock
 from shared.cache import CacheIndex, Prompt, committed_shards, read_prompts
+from shared.cli_support import say
 from shared.durable import write_bytes
 from shared.errors import UserError
 from shared.hashing import FileHasher
@@ -85,8 +86,8 @@ def _encode(
     # What there is: the dataset and the model.
     dataset = load_dataset(config.data_dir, config.metadata)
     spec = _encodable_model(config)
-    report.say(console, f"dataset  {dataset.origin}: {len(dataset.entries)} usable entries")
-    report.say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
+    say(console, f"dataset  {dataset.origin}: {len(dataset.entries)} usable entries")
+    say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
     hasher = FileHasher()
     with console.status("digesting the encoders' weights (read once, then remembered)"):
         fingerprint = encode_fingerprint(config, spec, hasher)
@@ -266,18 +267,18 @@ def _say_plan(
     outcome: Outcome,
 ) -> None:
     total = sum(len(work.samples) for work in planned)
-    report.say(
+    say(
         console, f"samples  {total}: {total - outcome.left} in the shards, {outcome.left} to encode"
     )
     live = {key for work in planned for key, _ in work.samples}
     if gone := len(committed.keys() - live):
-        report.say(
+        say(
             console,
             f"leftover {gone} in the shards are not in this dataset (removed or cut otherwise); "
             "they stay and are trained on. To leave them out, encode to another --output",
         )
     if short := report.short_clips(planned, config.frames):
-        report.say(console, short)
+        say(console, short)
 
 
 def _write_rejected(config: EncodeConfig, outcome: Outcome) -> None:

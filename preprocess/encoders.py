@@ -23,7 +23,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import UMT5EncoderModel
 
-from shared.errors import UserError
+from shared.errors import UserError, first_line
 from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec, read_json
 
 
@@ -145,9 +145,8 @@ def _load(loader: Any, folder: Path, **options: Any) -> Any:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # OSError, SafetensorError, ValueError, KeyError, RuntimeError …
-        reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(
-            f"model: cannot load {folder.name} from {folder} ({type(error).__name__}: {reason}). "
+            f"model: cannot load {folder.name} from {folder} ({first_line(error)}). "
             "Its files are damaged or incomplete: download them again."
         ) from error
 

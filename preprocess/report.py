@@ -23,11 +23,6 @@ from shared.cache import CacheIndex
 _NAMED = 3  # of a long list, so many are named
 
 
-def say(console: Console, text: str) -> None:
-    """A line as it is: rich would read [brackets] in file names as markup, and wrap paths."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
 def count(number: int, noun: str) -> str:
     """1 sample, 2 samples."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -29,7 +29,6 @@ from shared.schema import JSON_MEMBER, MEMBERS, TEXT_MEMBER, unpack
 REENCODE_SHARD = "Restore the shard, or delete it with its sidecar and run `wanprep encode` again."
 MANIFEST = "manifest.json"
 INDEX = "index.zarr"
-PROMPT_ROLES = ("empty", "negative", "validation")
 MEDIA_TYPES = ("video", "image", "text")
 
 # index.zarr: column → (dtype, values per row). A row is one live sample; rows are sorted by key, so

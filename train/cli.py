@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from shared.cli_support import new_app, run
+from shared.cli_support import default_device, new_app, run
 from shared.errors import UserError
 from shared.model_spec import DEFAULT_MODEL
 
@@ -44,14 +44,6 @@ def _numbers(text: str, option: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.replace(",", " ").split())
     except ValueError as error:
         raise UserError(f"{option}: found {text!r}, expected numbers such as 1000,750.") from error
-
-
-def _device(wanted: str) -> str:
-    if wanted != "auto":
-        return wanted
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 # fmt: off
@@ -157,7 +149,7 @@ def distill(
         dataloader_num_workers=dataloader_num_workers,
         mixed_precision=mixed_precision,
         gradient_checkpointing=gradient_checkpointing,
-        device=_device(device),
+        device=default_device() if device == "auto" else device,
     )
     console = Console(stderr=True)
     if dry_run:
@@ -224,7 +216,7 @@ def sample(
         fps=fps,
         seed=seed,
         dtype=dtype,
-        device=_device(device),
+        device=default_device() if device == "auto" else device,
         offload=offload,
     )
     sample_clips(config, Console(stderr=True))

@@ -14,8 +14,6 @@ from train.dmd import Pairing, Start
 from train.flow import Expert, ScoreFloor
 from train.plan import Tail
 
-LATEST = "latest"
-
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
+from shared import cli_support
 from shared.errors import UserError
 from shared.interrupt import Interrupted, Interruption, catch_signals
 from shared.schema import DTYPES
@@ -34,7 +35,7 @@ from train.run import Run, prepare, run_identity
 
 def distill(config: DistillConfig, console: Console) -> int | None:
     """Train until the end or a signal. Returns the signal's number, None at the end."""
-    say = partial(console.print, highlight=False, soft_wrap=True)
+    say = partial(cli_support.say, console)
     run = prepare(config)
     resume_from = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
     check_writable("--output-dir", config.output_dir)

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+import numpy as np
 
 from shared.cache import MEDIA_TYPES, CacheIndex, open_cache
 from shared.errors import UserError
@@ -122,12 +122,10 @@ def prepare(config: DistillConfig) -> Run:
             "choice for the high-noise expert alone. Leave it out."
         )
     resolve_model(config.model, [component_of(expert)])
-    repeats = torch.where(
-        torch.from_numpy(index.types) == MEDIA_TYPES.index("video"), config.video_repeat, 1
-    )
+    repeats = np.where(index.types == MEDIA_TYPES.index("video"), config.video_repeat, 1)
     plan = BatchPlan(
         bucket_ids=index.bucket_ids,
-        repeats=repeats.numpy(),
+        repeats=repeats,
         batch_size=config.update_batch,
         seed=config.seed,
         tail=config.tail,

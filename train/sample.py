@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError
 
+from shared import cli_support
 from shared.errors import UserError, first_line
 from shared.model_spec import (
     DEFAULT_NEGATIVE_PROMPT,
@@ -115,7 +116,7 @@ class SampleConfig:
 
 def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
     """Generate every prompt; write mp4s and a contact sheet. Returns the clips' paths."""
-    say = partial(console.print, highlight=False, soft_wrap=True)
+    say = partial(cli_support.say, console)
     spec = read_model_spec(resolve_model(config.model, ["*"]))
     config.check_against(spec)
     loras = read_loras(config.loras, spec) if config.loras else []
