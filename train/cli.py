@@ -64,6 +64,7 @@ def distill(
 
     denoising_step_indices_list: Annotated[str, typer.Option(help="The student's steps, before the shift, in thousandths.", rich_help_panel=DMD)] = "1000,750,500,250",
     flow_shift: Annotated[float | None, typer.Option(help="Shift of the noise schedule. (default: 12 for Wan 2.2 A14B t2v, else 5)", rich_help_panel=DMD)] = None,
+    recipe: Annotated[Literal["corrected", "seed"], typer.Option(help="seed is VideoX-Fun's maths, for comparison: either expert walks all steps, from noise, and score levels have no cap and no floor.", rich_help_panel=DMD)] = "corrected",
     start: Annotated[Literal["latents", "noise"] | None, typer.Option(help="Rollouts start from cached latents noised to the expert's first step, or from pure noise at step 1 as in VideoX-Fun. (default: latents for low, else noise)", rich_help_panel=DMD)] = None,
     pairing: Annotated[Literal["renoise", "euler"], typer.Option(help="How a step leads to the next; sample with the same (LCM or Euler).", rich_help_panel=DMD)] = "renoise",
     score_floor: Annotated[Literal["boundary", "handover"], typer.Option(help="Where the high expert's score levels end: the model's boundary or the student's hand-over step.", rich_help_panel=DMD)] = "boundary",
@@ -124,6 +125,7 @@ def distill(
             denoising_step_indices_list, "--denoising-step-indices-list"
         ),
         flow_shift=flow_shift,
+        recipe=recipe,
         start=start,
         pairing=pairing,
         score_floor=score_floor,

@@ -10,7 +10,7 @@ import torch
 
 from shared.errors import UserError, first_line
 from train.base import Precision
-from train.dmd import Pairing, Start
+from train.dmd import Maths, Pairing, Start
 from train.flow import Expert, ScoreFloor
 from train.plan import Tail
 
@@ -42,6 +42,7 @@ class DistillConfig:
     # Distillation
     denoising_step_indices_list: tuple[float, ...]
     flow_shift: float | None
+    recipe: Maths
     start: Start | None
     """None: `latents` for the low-noise expert, else `noise`."""
     pairing: Pairing
@@ -108,6 +109,12 @@ class DistillConfig:
         for name in from_zero:
             _check(name, getattr(self, name), 0 <= getattr(self, name) < inf, "0 or more")
         dropout = self.caption_dropout
+        if self.recipe == "seed" and (self.start == "latents" or self.score_floor != "boundary"):
+            chosen = "--start latents" if self.start == "latents" else "--score-floor handover"
+            raise UserError(
+                f"--recipe: found seed with {chosen}, but the seed's recipe starts from noise and "
+                f"ends its score levels at the boundary. Leave out one of the two."
+            )
         _check("caption_dropout", dropout, 0 <= dropout <= 1, "a share in [0, 1]")
 
     @property

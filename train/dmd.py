@@ -24,6 +24,9 @@ from train.roles import Roles
 
 Start = Literal["latents", "noise"]
 Pairing = Literal["renoise", "euler"]
+Maths = Literal["corrected", "seed"]
+"""`seed` is VideoX-Fun's: every expert walks all steps, and score levels have no cap and no floor.
+Its rounding of timesteps to integers and of sigmas to bf16 is not imitated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +44,22 @@ class Recipe:
     real_guidance_scale: float
     fake_guidance_scale: float
     """0 is no guidance here, the conditional prediction alone; not the formula at w = 0."""
+    maths: Maths
     seed: int
 
     @property
     def walk(self) -> range:
         """Positions of the steps that a rollout may visit, in order."""
         owned = self.schedule.owned_steps(self.expert)
+        if self.maths == "seed":
+            return range(len(self.schedule.indices))
         return range(owned.stop) if self.start == "noise" else owned
+
+    @property
+    def score_interval(self) -> tuple[float, float]:
+        """(low, high) of u from which score levels are drawn."""
+        capped = self.maths == "corrected"
+        return self.schedule.score_interval(self.expert, self.score_floor, capped=capped)
 
 
 @dataclass(frozen=True)
@@ -101,10 +113,10 @@ def rollout(
 
 def draw_score_level(recipe: Recipe, batch: Batch) -> ScoreLevel:
     """A noise level and noise for each sample, inside the expert's interval."""
-    low, high = recipe.schedule.score_interval(recipe.expert, recipe.score_floor)
+    low, high = recipe.score_interval
     u = low + (high - low) * uniform(recipe.seed, "score level", batch.update, batch.samples)
     u = u.to(batch.latents.device)
-    sigma = recipe.schedule.score_sigma(u)
+    sigma = recipe.schedule.score_sigma(u, floored=recipe.maths == "corrected")
     drawn = noise(
         batch.latents.shape[1:], recipe.seed, "score noise", batch.update, batch.samples
     ).to(batch.latents.device)

@@ -103,30 +103,34 @@ class Schedule:
             )
         return owned
 
-    def score_interval(self, expert: Expert, floor: ScoreFloor) -> tuple[float, float]:
+    def score_interval(
+        self, expert: Expert, floor: ScoreFloor, *, capped: bool = True
+    ) -> tuple[float, float]:
         """(low, high) of u from which score levels are drawn for the expert.
 
         `floor` matters for the high-noise expert alone: its levels end at the model's boundary,
-        or at the level where the student hands over to the low-noise expert.
+        or at the level where the student hands over to the low-noise expert. Without `capped` the
+        levels reach pure noise.
         """
         owned = self.owned_steps(expert)
+        top = MAX_SCORE_U if capped else 1.0
         if expert == "full":
-            return 0.0, MAX_SCORE_U
+            return 0.0, top
         assert self.boundary is not None
         edge = unshift_sigma(self.boundary, self.shift)
         if expert == "low":
-            return 0.0, min(edge, MAX_SCORE_U)
+            return 0.0, min(edge, top)
         if floor == "handover" and owned.stop < len(self.indices):
             edge = self.indices[owned.stop] / TIMESTEPS
-        if edge >= MAX_SCORE_U:
+        if edge >= top:
             raise UserError(
                 f"--boundary-type high: the score interval is empty: it starts at u={edge:.3f} "
-                f"(boundary {self.boundary:g}, shift {self.shift:g}), its cap is {MAX_SCORE_U}."
+                f"(boundary {self.boundary:g}, shift {self.shift:g}), its cap is {top:g}."
             )
-        return edge, MAX_SCORE_U
+        return edge, top
 
-    def score_sigma(self, u: torch.Tensor) -> torch.Tensor:
+    def score_sigma(self, u: torch.Tensor, *, floored: bool = True) -> torch.Tensor:
         """Noise level at which scores are compared, for u drawn from `score_interval`."""
         sigma = shift_sigma(u, self.shift)
         assert isinstance(sigma, torch.Tensor)
-        return sigma.clamp_min(MIN_SCORE_SIGMA)
+        return sigma.clamp_min(MIN_SCORE_SIGMA) if floored else sigma

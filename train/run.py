@@ -57,7 +57,7 @@ class Run:
         steps = ", ".join(f"{t:.1f}" for t in schedule.timesteps)
         owned = schedule.owned_steps(self.recipe.expert)
         own = ", ".join(f"{schedule.timesteps[step]:.1f}" for step in owned)
-        low, high = schedule.score_interval(self.recipe.expert, config.score_floor)
+        low, high = self.recipe.score_interval
         until = (
             "--max-train-steps" if config.max_train_steps else f"{config.num_train_epochs} epochs"
         )
@@ -108,14 +108,16 @@ def prepare(config: DistillConfig) -> Run:
     recipe = Recipe(
         expert=expert,
         schedule=schedule,
-        start=config.start or ("latents" if expert == "low" else "noise"),
+        start=config.start
+        or ("latents" if expert == "low" and config.recipe == "corrected" else "noise"),
         pairing=config.pairing,
         score_floor=config.score_floor,
+        maths=config.recipe,
         real_guidance_scale=config.real_guidance_scale,
         fake_guidance_scale=config.fake_guidance_scale,
         seed=config.seed,
     )
-    schedule.score_interval(expert, config.score_floor)  # refuses an expert without steps
+    _ = recipe.score_interval  # refuses an expert without steps
     if config.score_floor != "boundary" and expert != "high":
         raise UserError(
             f"--score-floor: found {config.score_floor} with --boundary-type {expert}; it is a "
@@ -165,6 +167,7 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
             "start": recipe.start,
             "pairing": recipe.pairing,
             "score_floor": recipe.score_floor,
+            "maths": recipe.maths,
             "real_guidance_scale": recipe.real_guidance_scale,
             "fake_guidance_scale": recipe.fake_guidance_scale,
             "gen_update_interval": config.gen_update_interval,

@@ -44,6 +44,7 @@ def build_recipe(mode: str, **changes: object) -> Recipe:
         "start": "latents",
         "pairing": "renoise",
         "score_floor": "boundary",
+        "maths": "corrected",
         "real_guidance_scale": 6.0,
         "fake_guidance_scale": 0.0,
         "seed": 3,

@@ -108,6 +108,28 @@ def score_interval(expert: str, floor: str) -> tuple[float, float]:
     return 0.0, (U_BOUNDARY if expert == "low" else 0.98)
 
 
+@pytest.mark.parametrize("expert", EXPERTS)
+def test_the_seeds_maths_walks_all_steps_and_bounds_levels_by_the_expert_alone(
+    tiny_i2v: Path, expert: str
+) -> None:
+    """VideoX-Fun: `denoising_step_list` whole for either expert; indices of the expert's part."""
+    roles = build_roles(tiny_i2v, expert=expert)
+    recipe, batch = recipe_of(expert, start="noise", maths="seed"), build_batch("i2v")
+    assert {exit_step(recipe, update) for update in range(100)} == {0, 1, 2, 3}
+    found = rollout(roles, recipe, batch, last=3, with_gradient=False).double()
+    reference = Float64(tiny_i2v, expert, roles)
+    expected = reference.rollout(batch, [0, 1, 2, 3], "noise", "renoise")
+    assert (found - expected).norm() / expected.norm() < 1e-5
+
+    low = U_BOUNDARY if expert == "high" else 0.0
+    high = U_BOUNDARY if expert == "low" else 1.0
+    levels = [draw_score_level(recipe, build_batch("i2v", update=update)) for update in range(400)]
+    u = torch.cat([level.u for level in levels]).double().numpy()
+    assert low <= u.min() < low + 0.01 and high - 0.01 < u.max() <= high
+    sigma = torch.cat([level.sigma.flatten() for level in levels]).double().numpy()
+    np.testing.assert_allclose(sigma, 5 * u / (1 + 4 * u), rtol=1e-5)  # no floor
+
+
 LEVELS = [("high", "boundary"), ("high", "handover"), ("low", "boundary"), ("full", "boundary")]
 
 

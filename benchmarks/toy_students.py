@@ -1,0 +1,173 @@
+"""Draw clips from the toy's teacher or from a distilled student, and measure them.
+
+Two measures: the share of clips that show what their caption says (`scripts/oracle.py`), and the
+sliced Wasserstein distance of the latents to those of the teacher at many steps.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # run from a checkout, nothing of it is packaged
+
+from oracle import judge, matching  # noqa: E402
+from render_clips import CAPTIONS, render_clip  # noqa: E402
+from toy_sampling import (  # noqa: E402
+    attend_to_padding,
+    decode_clips,
+    embed_captions,
+    normalise,
+    sample,
+    step_levels,
+    with_mask,
+)
+from train_toy_vae import HELD_OUT_SEED, encode_moments, to_pixels  # noqa: E402
+
+from shared.toy_model import toy_folder  # noqa: E402
+
+LATENT_SHAPE = (5, 8, 8)
+LATENT_CHANNELS = 16
+BATCH = 64  # clips in one transformer pass
+PROJECTIONS = 1024
+NOISE_SEED = 7_000_000  # far from every seed that the toy was trained with
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """How latents are drawn from noise."""
+
+    indices: tuple[float, ...]
+    """Raw steps in (0, 1000], before the shift."""
+    shift: float
+    guidance: float = 1.0
+    """CFG scale against the empty prompt; 1 is none."""
+    renoise: bool = False
+    """Between steps: fresh noise on x̂0 (LCM), else along the velocity (Euler)."""
+
+
+def even_steps(count: int) -> tuple[float, ...]:
+    """`count` raw steps from 1000 down, evenly spaced."""
+    return tuple(1000 * (1 - step / count) for step in range(count))
+
+
+class TwoExperts:
+    """Both transformers of a Wan 2.2 model behind the call of one: t ≥ boundary·1000 is high."""
+
+    def __init__(self, high: Any, low: Any, boundary: float) -> None:
+        self.high, self.low, self.boundary = high, low, boundary
+        self.config = high.config
+
+    def __call__(self, x: torch.Tensor, timestep: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        expert = self.high if float(timestep[0]) >= self.boundary * 1000 else self.low
+        return expert(x, timestep, *args, **kwargs)
+
+
+def merge_lora(
+    transformer: torch.nn.Module, weights: Mapping[str, torch.Tensor], scale: float
+) -> None:
+    """W += scale·B·A in place, for tensors under a checkpoint's names ("….lora_A.weight")."""
+    for name in weights:
+        if not name.endswith(".lora_A.weight"):
+            continue
+        module = name.removesuffix(".lora_A.weight")
+        up, down = weights[f"{module}.lora_B.weight"], weights[name]
+        target = transformer.get_parameter(f"{module}.weight")
+        target.data += (scale * (up.double() @ down.double())).to(target.dtype)
+
+
+class ToyBench:
+    """The toy, a fixed list of captions and their held-out noise (and first frames for i2v)."""
+
+    def __init__(self, model: str, count: int) -> None:
+        self.folder = toy_folder(model)
+        index = json.loads((self.folder / "model_index.json").read_text())
+        self.boundary = float(index["boundary_ratio"])
+        self.captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(count)]
+        self._vae = AutoencoderKLWan.from_pretrained(self.folder / "vae")
+        embedded = embed_captions([*CAPTIONS, ""], self.folder)
+        self._text = embedded[torch.arange(count) % len(CAPTIONS)]
+        self._empty = embedded[-1:]
+        self._condition = self._first_frames() if model == "toy-i2v" else None
+
+    @torch.no_grad()
+    def _first_frames(self) -> torch.Tensor:
+        """i2v conditions of held-out renders, with their mask: [N, 20, T, h, w]."""
+        conditions = []
+        for number, caption in enumerate(self.captions):
+            pixels = to_pixels(render_clip(caption, HELD_OUT_SEED + number)[None])
+            pixels[:, :, 1:] = 0
+            raw = encode_moments(self._vae, pixels)[:, :LATENT_CHANNELS]
+            conditions.append(with_mask(normalise(raw, self._vae)))
+        return torch.cat(conditions)
+
+    def transformer(self, lora: tuple[Path, float] | None = None) -> WanTransformer3DModel:
+        """The toy's transformer (both slots hold the same), with a LoRA (file, scale) merged."""
+        transformer = WanTransformer3DModel.from_pretrained(self.folder / "transformer")
+        attend_to_padding(transformer, self._text.shape[1])
+        if lora is not None:
+            merge_lora(transformer, load_file(lora[0]), lora[1])
+        return transformer
+
+    def draw(self, transformer: Any, sampler: Sampler, seed: int) -> torch.Tensor:
+        """Latents for every caption: float32 [N, 16, 5, 8, 8]. Equal seeds, equal noise."""
+        raw = [index / 1000 for index in sampler.indices]
+        drawn = []
+        for start in range(0, len(self.captions), BATCH):
+            part = slice(start, start + BATCH)
+            drawn.append(
+                sample(
+                    transformer,
+                    self._text[part],
+                    self._empty,
+                    step_levels(raw, sampler.shift),
+                    sampler.guidance,
+                    LATENT_SHAPE,
+                    None if self._condition is None else self._condition[part],
+                    sampler.renoise,
+                    NOISE_SEED + 1000 * seed + start // BATCH,
+                )
+            )
+        return torch.cat(drawn)
+
+    def accuracy(self, latents: torch.Tensor) -> float:
+        """Share of the clips whose colour, shape and motion are all those of the caption."""
+        verdicts = []
+        for start in range(0, len(latents), BATCH):
+            clips = decode_clips(latents[start : start + BATCH], self._vae)
+            verdicts += [judge(clip) for clip in clips]
+        return matching(verdicts, self.captions[: len(latents)])
+
+
+def sliced_wasserstein(
+    one: torch.Tensor, other: torch.Tensor, *, projections: int = PROJECTIONS, seed: int = 0
+) -> float:
+    """Sliced 2-Wasserstein distance of two samples of equal size [N, ...].
+
+    The root of the mean over random unit directions of the squared distance of the sorted
+    projections (Bonneel et al. 2015, Sliced and Radon Wasserstein Barycenters of Measures).
+    Moving a sample by a vector gives the root mean square of the vector's entries.
+    """
+    a, b = one.flatten(1).double(), other.flatten(1).double()
+    assert a.shape == b.shape
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(a.shape[1], projections, generator=generator, dtype=torch.float64)
+    directions /= directions.norm(dim=0)
+    gaps = (a @ directions).sort(dim=0).values - (b @ directions).sort(dim=0).values
+    return float(gaps.square().mean().sqrt())
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error over independent runs; the error of a single run is nan."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    error = tensor.std() / len(values) ** 0.5 if len(values) > 1 else torch.tensor(float("nan"))
+    return float(tensor.mean()), float(error)
