@@ -360,7 +360,8 @@ def markdown(table: dict[str, dict[str, list[float]]]) -> str:
                 continue
             pairs = zip(row[metric], table[base][metric], strict=True)
             mean, error = mean_and_error([a - b for a, b in pairs])
-            cells.append(f"{mean:+.3f} ({mean / error:+.1f} SE)" if error > 0 else f"{mean:+.3f}")
+            counted = f" ({mean / error:+.1f} SE)" if error > 1e-9 else ""
+            cells.append(f"{mean:+.3f}{counted}")
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -1,0 +1,190 @@
+"""The learning benchmark measures what it says, with diffusers' pipeline as the reference."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline
+
+from shared.toy_model import toy_folder
+from train.export import Provenance, write_loras
+from train.flow import Schedule
+from train.lora import LoraSpec
+from train.sample import student_scheduler
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from learning import EXPERIMENTS, Arm, Bench, markdown, quick  # noqa: E402
+from toy_students import (  # noqa: E402
+    NOISE_SEED,
+    Sampler,
+    ToyBench,
+    TwoExperts,
+    mean_and_error,
+    sliced_wasserstein,
+)
+
+INDICES = (1000.0, 750.0, 500.0, 250.0)
+TARGETS = ("attn1.to_q", "attn2.to_v", "ffn.net.0.proj")
+
+
+def test_the_distance_of_a_shift_is_its_root_mean_square() -> None:
+    one = torch.randn(500, 3, 4, generator=torch.Generator().manual_seed(0))
+    moved = one + torch.tensor([3.0, 0.0, 4.0, 0.0])
+    assert sliced_wasserstein(one, moved, projections=20_000) == pytest.approx(2.5, rel=0.02)
+    assert sliced_wasserstein(one, one[torch.randperm(500)]) < 1e-12
+
+
+def test_the_distance_of_two_gaussians_is_that_of_their_deviations() -> None:
+    """W2 of N(0, 1) and N(0, 3²) in one dimension is 2; so it is along every direction here."""
+    generator = torch.Generator().manual_seed(1)
+    one, other = (torch.randn(20_000, 5, generator=generator) for _ in range(2))
+    assert sliced_wasserstein(one, 3 * other) == pytest.approx(2.0, rel=0.02)
+
+
+def test_mean_and_standard_error() -> None:
+    mean, error = mean_and_error([1.0, 2.0, 4.0, 5.0])
+    assert mean == 3.0
+    assert error == pytest.approx((10 / 3 / 4) ** 0.5)
+    assert mean_and_error([1.0])[1] != mean_and_error([1.0])[1]  # nan
+
+
+def _provenance(expert: str, spec: LoraSpec) -> Provenance:
+    return Provenance(
+        expert=expert,  # type: ignore[arg-type]
+        mode="t2v",
+        denoising_step_indices_list=INDICES,
+        flow_shift=12.0,
+        boundary=0.875,
+        pairing="euler",
+        base="",
+        rank=spec.rank,
+        alpha=spec.alpha,
+        generator_updates=1,
+        recipe={},
+    )
+
+
+def _lora(folder: Path, expert: str, seed: int, transformer: torch.nn.Module) -> Path:
+    """A LoRA with B ≠ 0 and rank ≠ alpha: as a checkpoint's weights and as diffusers' file."""
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    spec = LoraSpec(rank=8, alpha=3, targets=TARGETS)
+    weights = {}
+    for block in range(4):
+        for target in TARGETS:
+            out, into = transformer.get_parameter(f"blocks.{block}.{target}.weight").shape
+            for letter, shape in (("A", (8, into)), ("B", (out, 8))):
+                values = 0.4 * torch.randn(shape, generator=generator)
+                weights[f"blocks.{block}.{target}.lora_{letter}.weight"] = values
+    save_file(weights, folder / f"{expert}.safetensors")
+    write_loras(folder, weights, spec, _provenance(expert, spec), torch.float32)
+    return folder / f"{expert}.safetensors"
+
+
+def test_students_are_drawn_as_the_pipeline_draws_them(tmp_path: Path) -> None:
+    """Own sampler, merged LoRAs, short text and expert switch = WanPipeline with loaded LoRAs."""
+    bench = ToyBench("toy", 3)
+    files = {
+        expert: _lora(tmp_path, expert, seed, bench.transformer())
+        for seed, expert in enumerate(("high", "low"))
+    }
+    high, low = (bench.transformer((files[expert], 3 / 8)) for expert in ("high", "low"))
+    both = TwoExperts(high, low, bench.boundary)
+    found = bench.draw(both, Sampler(indices=INDICES, shift=12), seed=2)
+    assert (
+        found - bench.draw(bench.transformer(), Sampler(indices=INDICES, shift=12), 2)
+    ).std() > (0.1)
+
+    pipe = WanPipeline.from_pretrained(toy_folder("toy"), torch_dtype=torch.float32)
+    for expert in ("high", "low"):
+        pipe.load_lora_weights(
+            str(tmp_path / f"lora-{expert}-diffusers.safetensors"),
+            adapter_name=expert,
+            load_into_transformer_2=expert == "low",
+        )
+    schedule = Schedule(indices=INDICES, shift=12.0, boundary=bench.boundary)
+    pipe.scheduler = student_scheduler(schedule, "euler", torch.Generator())
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(3, 16, 5, 8, 8, generator=torch.Generator().manual_seed(NOISE_SEED + 2000))
+    expected = pipe(
+        prompt=bench.captions, height=64, width=64, num_frames=17, latents=noise,
+        num_inference_steps=4, guidance_scale=1.0, max_sequence_length=512, output_type="latent",
+    ).frames  # fmt: skip
+    assert (found - expected).norm() / expected.norm() < 1e-4
+
+
+def test_guided_sampling_is_the_pipelines(tmp_path: Path) -> None:
+    bench = ToyBench("toy", 2)
+    sampler = Sampler(indices=(1000.0, 700.0, 300.0), shift=5, guidance=2)
+    found = bench.draw(bench.transformer(), sampler, seed=0)
+    pipe = WanPipeline.from_pretrained(toy_folder("toy"), torch_dtype=torch.float32)
+    schedule = Schedule(indices=sampler.indices, shift=5.0, boundary=bench.boundary)
+    pipe.scheduler = student_scheduler(schedule, "euler", torch.Generator())
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(2, 16, 5, 8, 8, generator=torch.Generator().manual_seed(NOISE_SEED))
+    expected = pipe(
+        prompt=bench.captions, negative_prompt="", height=64, width=64, num_frames=17,
+        latents=noise, num_inference_steps=3, guidance_scale=2.0, max_sequence_length=512,
+        output_type="latent",
+    ).frames  # fmt: skip
+    assert (found - expected).norm() / expected.norm() < 1e-4
+
+
+def test_what_decides_a_result_is_in_its_files_name(tmp_path: Path) -> None:
+    experiment = quick(EXPERIMENTS["full"])
+    bench = object.__new__(Bench)
+    bench.experiment, bench.work = experiment, tmp_path
+    bench.shards, bench.weights = tmp_path / "shards", "toy-1"
+    arm = Arm(expert="full")
+    folder = bench.training(arm, 0).folder
+    assert folder == bench.training(arm, 0).folder
+    assert folder != bench.training(arm, 1).folder
+    assert folder != bench.training(Arm(expert="full", flags=("--adam-beta1", "0.5")), 0).folder
+    draws = {
+        bench.many_steps(0).file,
+        bench.many_steps(1).file,
+        bench.few_steps(0, guidance=1, renoise=True).file,
+        bench.few_steps(0, guidance=2, renoise=True).file,
+        bench.few_steps(0, guidance=2, renoise=False).file,
+        bench.student(0, arms=(arm,), updates=1).file,
+        bench.student(0, arms=(arm,), updates=2).file,
+    }
+    assert len(draws) == 7
+
+
+def test_students_are_compared_with_row_c_seed_by_seed() -> None:
+    table = {
+        "c  teacher, 4 steps": {"accuracy": [0.1, 0.5], "distance": [0.3, 0.4]},
+        "d  student": {"accuracy": [0.3, 0.9], "distance": [0.2, 0.3]},
+    }
+    row = markdown(table).splitlines()[-1]
+    assert "0.600 ± 0.300" in row  # the spread of the rows
+    assert "+0.300 (+3.0 SE)" in row  # 0.2 and 0.4: the spread of the differences
+    assert row.count("SE") == 1  # a difference without spread has no standard errors to count
+
+
+@pytest.mark.long
+def test_the_quick_benchmark_runs_and_is_not_done_twice(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/learning.py", "experts", "--quick", "--work"]
+    command.append(str(tmp_path))
+
+    def made() -> dict[str, int]:
+        return {str(p): p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
+
+    first = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    before = made()
+    again = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert made() == before
+    tables = ["\n".join(x for x in out.splitlines() if x[:1] == "|") for out in (first, again)]
+    assert tables[0] == tables[1]
+    assert tables[0].count("student") == 2
+    rows = json.loads((tmp_path / "experts.json").read_text())["rows"]
+    assert all(len(row["accuracy"]) == 2 for row in rows.values())
+    trained = [row["distance"] for name, row in rows.items() if name.startswith("d")]
+    assert trained[0] != trained[1]  # each checkpoint's own weights were used
