@@ -1,18 +1,17 @@
-"""Which media and captions there are: `metadata.json`, or a folder with captions beside the media.
+"""Which media and captions there are: a metadata file, or a folder with captions beside the media.
 
 Nothing is decoded here. An entry that cannot be used is rejected with a reason; the rest goes on.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from preprocess.metadata import CAPTION_FIELDS, NAMES, PATH_FIELDS, find_metadata, read_metadata
 from shared.errors import UserError
 
-METADATA = "metadata.json"
 EXTENSIONS: dict[str, Literal["video", "image"]] = {
     **dict.fromkeys((".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg"), "video"),
     **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".bmp"), "image"),
@@ -54,7 +53,7 @@ class _BadEntryError(Exception):
 
 
 def load_dataset(data_dir: Path, metadata: Path | None) -> Dataset:
-    """Read the dataset. `metadata=None`: `data_dir/metadata.json` if there, else the media files.
+    """Read the dataset. `metadata=None`: the folder's metadata file if it has one, else its media.
 
     Raises UserError where there is no dataset at all; single bad entries are returned rejected.
     """
@@ -62,66 +61,67 @@ def load_dataset(data_dir: Path, metadata: Path | None) -> Dataset:
         if not data_dir.is_dir():
             raise UserError(
                 f"dataset: no folder {data_dir}. Set --train-data-dir (or DATASET_NAME) to a "
-                "folder of videos and images with a metadata.json, or with same-named .txt "
-                "captions beside them."
+                "folder of videos and images with a metadata.json (or .jsonl, .csv), or with "
+                "same-named .txt captions beside them."
             )
-        if not (data_dir / METADATA).exists():
+        metadata = find_metadata(data_dir)
+        if metadata is None:
             return _from_folder(data_dir)
-        metadata = data_dir / METADATA
     return _from_metadata(data_dir, metadata)
 
 
 def _from_metadata(data_dir: Path, metadata: Path) -> Dataset:
-    items = _read_list(metadata)
+    records = read_metadata(metadata)
     entries: list[Entry] = []
     rejected: list[Rejected] = []
-    for number, item in enumerate(items):
+    for record in records:
         try:
-            entries.append(_entry(item, data_dir))
+            if record.problem is not None:
+                raise _BadEntryError(record.problem)
+            entries.append(_entry(record.value, data_dir))
         except _BadEntryError as error:
-            named = item.get("file_path") if isinstance(item, dict) else None
-            source = named if isinstance(named, str) and named else f"{metadata.name}[{number}]"
-            rejected.append(Rejected(source=source, reason=str(error)))
+            named = _named_path(record.value)
+            rejected.append(Rejected(source=named or record.where, reason=str(error)))
     nothing_found = not any(_exists(entry.path) for entry in entries)
-    if items and nothing_found and not data_dir.is_dir():
+    if records and nothing_found and not data_dir.is_dir():
         raise UserError(
             f"dataset: no folder {data_dir}, and no file that {metadata} lists is there. Set "
-            "--train-data-dir (or DATASET_NAME) to the folder that its file_path are relative to."
+            "--train-data-dir (or DATASET_NAME) to the folder that its paths are relative to."
         )
     return Dataset(origin=metadata, entries=tuple(entries), rejected=tuple(rejected))
 
 
-def _read_list(metadata: Path) -> list[Any]:
-    form = 'a JSON list of {"file_path", "text", "type"}'
-    try:
-        value = json.loads(metadata.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(
-            f"dataset: cannot read {metadata} ({error.strerror}). Set --train-data-meta (or "
-            f"DATASET_META_NAME) to {form}, or leave it out to use the .txt captions."
-        ) from error
-    except (ValueError, RecursionError) as error:  # bad JSON, or not UTF-8
-        raise UserError(
-            f"dataset: {metadata} is not valid JSON ({error}). Expected {form}."
-        ) from error
-    if not isinstance(value, list):
-        raise UserError(f"dataset: {metadata} holds a {type(value).__name__}. Expected {form}.")
-    return value
+def _named_path(item: Any) -> str | None:
+    """The first path that an entry gives, for messages about it."""
+    given = [item.get(field) for field in PATH_FIELDS] if isinstance(item, dict) else []
+    return next((path for path in given if isinstance(path, str) and path), None)
 
 
 def _entry(item: Any, data_dir: Path) -> Entry:
-    """One element of the metadata list. `width` and `height` are ignored: the file decides."""
+    """One record. `width`, `height` and whatever else it holds are ignored: the file decides."""
     if not isinstance(item, dict):
         raise _BadEntryError(f"the entry is a {type(item).__name__}, expected an object")
-    name, caption = item.get("file_path"), item.get("text")
+    path_field, name = _one_of(item, PATH_FIELDS)
+    caption_field, caption = _one_of(item, CAPTION_FIELDS)
     if not isinstance(name, str) or not name:
-        raise _BadEntryError(f"file_path is {name!r}, expected the path of a file")
+        raise _BadEntryError(f"{path_field} is {name!r}, expected the path of a file")
     if not isinstance(caption, str):
-        raise _BadEntryError(f"text is {caption!r}, expected the caption")
+        raise _BadEntryError(f"{caption_field} is {caption!r}, expected the caption")
     given = Path(name).expanduser() if name.startswith("~/") else Path(name)
     path = given if given.is_absolute() else data_dir / given
-    kind = item.get("type") or EXTENSIONS.get(path.suffix.lower())
+    implied = {"video_path": "video", "image_path": "image"}.get(path_field)
+    kind = item.get("type") or implied or EXTENSIONS.get(path.suffix.lower())
     return _checked(path, _source(path, given, data_dir), caption, kind)
+
+
+def _one_of(item: dict[str, Any], fields: tuple[str, ...]) -> tuple[str, Any]:
+    """(field, value) of the one of `fields` that the entry has; (the first, None) without any."""
+    there = [field for field in fields if item.get(field) not in (None, "")]
+    if len(there) > 1 and any(item[field] != item[there[0]] for field in there):
+        raise _BadEntryError(f"{' and '.join(there)} differ, expected one of them")
+    # An empty value is told as what it is, an absent field under its usual name.
+    present = there or [field for field in fields if field in item] or [fields[0]]
+    return present[0], item.get(present[0])
 
 
 def _from_folder(folder: Path) -> Dataset:
@@ -131,7 +131,8 @@ def _from_folder(folder: Path) -> Dataset:
     media = [path for path in files if path.suffix.lower() in EXTENSIONS]
     if not media:
         raise UserError(
-            f"dataset: {folder} has no {METADATA} and no media ({' '.join(EXTENSIONS)}). "
+            f"dataset: {folder} has no {' or '.join(NAMES)} and no media "
+            f"({' '.join(EXTENSIONS)}). "
             "Set --train-data-dir (or DATASET_NAME) to a folder that has."
         )
     captions = {path for path in files if path.suffix == ".txt"}

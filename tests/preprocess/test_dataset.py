@@ -1,5 +1,6 @@
 """Reading `metadata.json` and folders."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def test_a_bad_entry_is_left_out(tmp_path: Path, entry: Any, source: str, reason
     ("content", "message"),
     [
         (b"[{", "metadata.json is not valid JSON"),
-        (b"\xff\xfe\x00", "metadata.json is not valid JSON"),
+        (b"\xff\xfe\x00", r"metadata.json is not UTF-8 text .* Save it as UTF-8"),
         (b'{"file_path": "x"}', "metadata.json holds a dict. Expected a JSON list"),
     ],
 )
@@ -89,7 +90,9 @@ def test_unreadable_metadata_is_refused(tmp_path: Path, content: bytes, message:
 def test_no_dataset_names_the_flag_and_the_variable(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--train-data-dir \(or DATASET_NAME\)"):
         load_dataset(tmp_path / "datasets", None)
-    with pytest.raises(UserError, match=r"has no metadata\.json and no media"):
+    with pytest.raises(
+        UserError, match=r"has no metadata\.json or metadata\.jsonl .* and no media"
+    ):
         load_dataset(tmp_path, None)
     with pytest.raises(UserError, match=r"--train-data-meta \(or DATASET_META_NAME\)"):
         load_dataset(tmp_path, tmp_path / "nowhere.json")
@@ -99,3 +102,106 @@ def test_metadata_elsewhere_needs_the_folder_that_it_is_relative_to(tmp_path: Pa
     listed(tmp_path, {"file_path": "x.mp4", "text": "t"})
     with pytest.raises(UserError, match=r"no folder .*datasets"):
         load_dataset(tmp_path / "datasets", tmp_path / "metadata.json")
+
+
+ROWS = [
+    ("a.mp4", 'comma, "quote"\nand line\u2028break'),
+    ("b.png", "two"),
+]
+
+
+@pytest.mark.parametrize("path_field", ["file_path", "video_path", "image_path", "file_name"])
+@pytest.mark.parametrize("caption_field", ["text", "caption"])
+@pytest.mark.parametrize("form", ["json", "jsonl", "csv"])
+def test_every_form_and_field_name_says_the_same(
+    tmp_path: Path, form: str, path_field: str, caption_field: str
+) -> None:
+    records = [{path_field: path, caption_field: caption} for path, caption in ROWS]
+    file = tmp_path / f"metadata.{form}"
+    if form == "json":
+        file.write_text(json.dumps(records))
+    elif form == "jsonl":
+        lines = [json.dumps(record, ensure_ascii=False) for record in records]
+        file.write_text("\ufeff" + "\n\n".join(lines) + "\r\n", encoding="utf-8")
+    else:
+        with file.open("w", newline="", encoding="utf-8-sig") as stream:
+            writer = csv.DictWriter(stream, ["width", path_field, caption_field])
+            writer.writeheader()
+            writer.writerows(records)
+    dataset = load_dataset(tmp_path, None)
+    assert dataset.rejected == ()
+    assert dataset.origin == file
+    kind = {"video_path": ["video"] * 2, "image_path": ["image"] * 2}
+    assert [(e.source, e.caption) for e in dataset.entries] == ROWS
+    assert [e.type for e in dataset.entries] == kind.get(path_field, ["video", "image"])
+
+
+def test_a_table_with_a_column_for_each_kind(tmp_path: Path) -> None:
+    file = tmp_path / "list.CSV"
+    file.write_text("video_path,image_path,caption\na.bin,,one\n,b.bin,two\nc.bin,d.bin,three\n")
+    dataset = load_dataset(tmp_path, file)
+    assert [(e.source, e.type) for e in dataset.entries] == [
+        ("a.bin", "video"),
+        ("b.bin", "image"),
+    ]
+    assert [(r.source, r.reason) for r in dataset.rejected] == [
+        ("c.bin", "video_path and image_path differ, expected one of them")
+    ]
+
+
+def test_a_bad_line_is_rejected_by_its_number_and_the_rest_goes_on(tmp_path: Path) -> None:
+    lines = tmp_path / "metadata.jsonl"
+    lines.write_text('{"file_path": "a.mp4", "text": "t"}\n\n{"file_path"\n[]\n')
+    dataset = load_dataset(tmp_path, None)
+    assert [e.source for e in dataset.entries] == ["a.mp4"]
+    found = [(r.source, r.reason) for r in dataset.rejected]
+    assert found[0][0] == "metadata.jsonl line 3" and found[0][1].startswith("not valid JSON (")
+    assert found[1] == ("metadata.jsonl line 4", "the entry is a list, expected an object")
+
+    table = tmp_path / "t.csv"
+    table.write_text('file_path,text\na.mp4,"two\nlines"\nb.mp4,red, blue\n\nc.mp4\n,lost\n')
+    dataset = load_dataset(tmp_path, table)
+    assert [e.caption for e in dataset.entries] == ["two\nlines"]
+    assert [(r.source, r.reason.split(";")[0]) for r in dataset.rejected] == [
+        ("t.csv line 4", "3 fields, expected 2 as in the header"),
+        ("t.csv line 6", "1 fields, expected 2 as in the header"),
+        ("t.csv line 7", "file_path is None, expected the path of a file"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("m.csv", "path,text\n", r"no path column: its first line names path, text\. Expected a "),
+        ("m.csv", "file_path;text\n", r"no path column: its first line names file_path;text"),
+        ("m.csv", "video_path,prompt\n", r"no caption column: .* with text or caption"),
+        ("m.csv", "text,file_path,text\n", "a column occurs twice"),
+        ("m.csv", 'file_path,text\na,"b"c\n', "line 2 is not valid CSV"),
+        ("m.json", '{"a": 1}\n{"a": 2}\n', r"It looks like JSON lines: rename it to m\.jsonl"),
+        ("m.parquet", "", r"ends in '\.parquet', expected \.json, \.jsonl or \.csv"),
+    ],
+)
+def test_an_unusable_file_is_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_dataset(tmp_path, tmp_path / name)
+
+
+def test_two_metadata_files_must_be_chosen_from(tmp_path: Path) -> None:
+    for name in ("metadata.json", "metadata.csv"):
+        (tmp_path / name).touch()
+    message = r"metadata\.json, metadata\.csv; expected one\. Choose: --train-data-meta "
+    with pytest.raises(UserError, match=message):
+        load_dataset(tmp_path, None)
+
+
+def test_differing_captions_are_refused_and_equal_ones_are_not(tmp_path: Path) -> None:
+    listed(
+        tmp_path,
+        {"file_path": "a.mp4", "text": "one", "caption": "two"},
+        {"file_path": "b.mp4", "text": "one", "caption": "one"},
+        {"file_path": "c.mp4", "text": "", "caption": "one"},
+    )
+    dataset = load_dataset(tmp_path, None)
+    assert [e.source for e in dataset.entries] == ["b.mp4", "c.mp4"]
+    assert dataset.rejected[0].reason == "text and caption differ, expected one of them"

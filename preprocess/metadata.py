@@ -1,0 +1,151 @@
+"""Metadata files, JSON, JSON lines or CSV, as records: what a line says, not yet what it means."""
+
+import csv
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.errors import UserError
+
+NAMES = ("metadata.json", "metadata.jsonl", "metadata.csv")
+"""What is looked for in a data folder."""
+PATH_FIELDS = ("file_path", "video_path", "image_path", "file_name")
+"""VideoX-Fun's; musubi-tuner's and others'; Hugging Face datasets'."""
+CAPTION_FIELDS = ("text", "caption")
+_FORM = f"a path ({' | '.join(PATH_FIELDS)}) and a caption ({' | '.join(CAPTION_FIELDS)})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One entry of a metadata file."""
+
+    where: str
+    """For messages: "metadata.json[3]", "metadata.csv line 7"."""
+    value: Any
+    """The JSON value, or a CSV row as an object of its filled fields."""
+    problem: str | None = None
+    """Why the line can't be read; `value` is None then."""
+
+
+def find_metadata(data_dir: Path) -> Path | None:
+    """The metadata file of a folder, None without any; UserError where there are several."""
+    found = [data_dir / name for name in NAMES if (data_dir / name).exists()]
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise UserError(
+            f"dataset: {data_dir} holds {names}; expected one. Choose: --train-data-meta {found[0]}"
+        )
+    return found[0] if found else None
+
+
+def read_metadata(path: Path) -> list[Record]:
+    """All records of a .json, .jsonl or .csv file. UserError where the file as a whole is unusable.
+
+    A bad line of a .jsonl or .csv file is returned as a Record with a problem.
+    """
+    readers = {".json": _json, ".jsonl": _json_lines, ".csv": _csv}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(
+            f"dataset: {path} ends in {path.suffix!r}, expected .json, .jsonl or .csv with {_FORM} "
+            "in each entry."
+        )
+    try:
+        text = path.read_bytes().decode("utf-8-sig")  # bytes: line ends inside captions are kept
+    except OSError as error:
+        raise UserError(
+            f"dataset: cannot read {path} ({error.strerror}). Set --train-data-meta (or "
+            f"DATASET_META_NAME) to a .json, .jsonl or .csv file with {_FORM} in each entry, or "
+            "leave it out to use the .txt captions."
+        ) from error
+    except ValueError as error:
+        raise UserError(
+            f"dataset: {path} is not UTF-8 text ({error}). Save it as UTF-8."
+        ) from error
+    return reader(path, text)
+
+
+def _json(path: Path, text: str) -> list[Record]:
+    form = f"a JSON list of objects with {_FORM}"
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        lines = [line for line in text.splitlines() if line.strip()]
+        cure = ""
+        if len(lines) > 1 and all(_parses(line) for line in lines[:2]):
+            cure = f" It looks like JSON lines: rename it to {path.with_suffix('.jsonl').name}."
+        raise UserError(
+            f"dataset: {path} is not valid JSON ({error}). Expected {form}.{cure}"
+        ) from error
+    if not isinstance(value, list):
+        raise UserError(f"dataset: {path} holds a {type(value).__name__}. Expected {form}.")
+    return [Record(where=f"{path.name}[{n}]", value=item) for n, item in enumerate(value)]
+
+
+def _parses(line: str) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _json_lines(path: Path, text: str) -> list[Record]:
+    records = []
+    # Not splitlines(): a caption may hold U+2028, which JSON does not escape.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path.name} line {number}"
+        try:
+            records.append(Record(where=where, value=json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            problem = f"not valid JSON ({error})"
+            records.append(Record(where=where, value=None, problem=problem))
+    return records
+
+
+def _csv(path: Path, text: str) -> list[Record]:
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    records: list[Record] = []
+    header: list[str] | None = None
+    while True:
+        number = rows.line_num + 1
+        where = f"{path.name} line {number}"
+        try:
+            row = next(rows)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            raise UserError(
+                f"dataset: {path} line {number} is not valid CSV ({error}). Expected fields "
+                'separated by commas, in "double quotes" where they hold commas, quotes or lines.'
+            ) from error
+        if not any(field.strip() for field in row):
+            continue
+        if header is None:
+            header = [field.strip() for field in row]
+            _check_header(path, header)
+        elif len(row) != len(header):
+            problem = (
+                f"{len(row)} fields, expected {len(header)} as in the header; put captions with "
+                'commas in "double quotes"'
+            )
+            records.append(Record(where=where, value=None, problem=problem))
+        else:
+            filled = {name: value for name, value in zip(header, row, strict=True) if value.strip()}
+            records.append(Record(where=where, value=filled))
+    return records
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    for what, fields in (("path", PATH_FIELDS), ("caption", CAPTION_FIELDS)):
+        if not set(fields) & set(header):
+            raise UserError(
+                f"dataset: {path} has no {what} column: its first line names "
+                f"{', '.join(header)}. Expected a header with {' or '.join(fields)}."
+            )
+    if len(set(header)) < len(header):
+        raise UserError(f"dataset: {path}: a column occurs twice in {', '.join(header)}.")
