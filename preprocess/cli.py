@@ -1,26 +1,41 @@
 """`wanprep`: the command line of stage one. Heavy imports wait until a command runs."""
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from shared.cli_support import default_device, new_app, run
 from shared.errors import UserError
+from shared.help_page import HelpPage
 from shared.model_spec import DEFAULT_MODEL, DEFAULT_NEGATIVE_PROMPT
 
 app = new_app("Encode videos and images with captions, once, into shards that `wantrain` reads.")
 
-INPUT, SAMPLES, ENCODERS, OUTPUT = "Input", "What a sample is", "Encoders", "Output"
+INPUT, SAMPLES, ENCODERS, OUTPUT = (
+    "Input",
+    "What a sample is",
+    "Encoders",
+    "Output",
+)
 SIGNAL_EXIT = 128  # a process ended by signal n exits with 128 + n
+Dtype = Literal["bf16", "fp32"]
 
+ENCODE_EXAMPLES = """
+# Wan2.2-I2V-A14B, videos and captions in datasets/, 480P, 81 frames
+wanprep encode
 
-class Precision(str, Enum):
-    """How numbers are kept."""
+# another model and dataset, 720P, frames as they come
+wanprep encode --model Wan-AI/Wan2.2-T2V-A14B-Diffusers --size 960 \\
+    --train-data-dir my/clips --train-data-meta my/captions.csv --video-sample-stride 1
 
-    bf16 = "bf16"
-    fp32 = "fp32"
+# the bundled toy model, seconds on a CPU
+wanprep encode --model toy --size 64 --video-sample-n-frames 17 --video-sample-stride 1
+"""
+INDEX_EXAMPLES = """
+# after copying shards from somewhere else, or losing the index
+wanprep index --shards shards/
+"""
 
 
 @app.callback()
@@ -28,110 +43,33 @@ def wanprep() -> None:
     """Keeps `encode` a subcommand whatever other commands there are."""
 
 
-@app.command()
+# fmt: off
+@app.command(cls=HelpPage, epilog=ENCODE_EXAMPLES)
 def encode(
-    model: Annotated[
-        str,
-        typer.Option(
-            "--pretrained-model-name-or-path",
-            "--model",
-            envvar="MODEL_NAME",
-            help="Folder in diffusers layout, hub id, 'toy' (t2v) or 'toy-i2v'. Its VAE, text "
-            "encoder and tokenizer are used.",
-            rich_help_panel=INPUT,
-        ),
-    ] = DEFAULT_MODEL,
-    train_data_dir: Annotated[
-        Path,
-        typer.Option(
-            envvar="DATASET_NAME",
-            help="Folder of videos and images; relative paths in the metadata start here.",
-            rich_help_panel=INPUT,
-        ),
-    ] = Path("datasets"),
-    train_data_meta: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="DATASET_META_NAME",
-            help="JSON list of {file_path, text, type}.",
-            show_default="metadata.json in the data dir, else same-named .txt captions",
-            rich_help_panel=INPUT,
-        ),
-    ] = None,
-    size: Annotated[
-        int,
-        typer.Option(
-            help="Sets both sample sizes: 320 is 240P, 480 320P, 640 480P, 960 720P.",
-            rich_help_panel=SAMPLES,
-        ),
-    ] = 640,
-    image_sample_size: Annotated[
-        int | None,
-        typer.Option(help="Bucket size of images.", show_default="--size", rich_help_panel=SAMPLES),
-    ] = None,
-    video_sample_size: Annotated[
-        int | None,
-        typer.Option(help="Bucket size of videos.", show_default="--size", rich_help_panel=SAMPLES),
-    ] = None,
-    video_sample_stride: Annotated[
-        int, typer.Option(help="Take every n-th source frame.", rich_help_panel=SAMPLES)
-    ] = 2,
-    video_sample_n_frames: Annotated[
-        int,
-        typer.Option(
-            help="Most frames of a clip, of the form 4n+1; a shorter video gives what it has.",
-            rich_help_panel=SAMPLES,
-        ),
-    ] = 81,
-    seed: Annotated[
-        int,
-        typer.Option(help="Decides where in a video a clip starts.", rich_help_panel=SAMPLES),
-    ] = 42,
-    negative_prompt: Annotated[
-        str,
-        typer.Option(
-            help="Encoded into the prompt bank, for the teacher's guidance.",
-            show_default="Wan's published one",
-            rich_help_panel=ENCODERS,
-        ),
-    ] = DEFAULT_NEGATIVE_PROMPT,
-    vae_dtype: Annotated[
-        Precision, typer.Option(help="The VAE computes in this.", rich_help_panel=ENCODERS)
-    ] = Precision.fp32,
-    text_encoder_dtype: Annotated[
-        Precision,
-        typer.Option(help="The text encoder computes in this.", rich_help_panel=ENCODERS),
-    ] = Precision.bf16,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="cpu, cuda, cuda:1 ...",
-            show_default="cuda if there is one, else cpu",
-            rich_help_panel=ENCODERS,
-        ),
-    ] = None,
-    output: Annotated[
-        Path, typer.Option(help="Folder of the shards.", rich_help_panel=OUTPUT)
-    ] = Path("shards"),
-    dtype: Annotated[
-        Precision, typer.Option(help="The shards store this.", rich_help_panel=OUTPUT)
-    ] = Precision.bf16,
-    shard_size_mb: Annotated[
-        int,
-        typer.Option(help="Close a shard at this many megabytes.", rich_help_panel=OUTPUT),
-    ] = 256,
-    max_bad: Annotated[
-        int,
-        typer.Option(
-            help="Samples that may be rejected before the exit code is 1; the others are "
-            "encoded all the same.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = 0,
-) -> None:
-    """Videos, images and captions -> latents and text embeddings in shards.
+    model: Annotated[str, typer.Option("--pretrained-model-name-or-path", "--model", envvar="MODEL_NAME", help="Folder in diffusers layout, hub id, or a bundled toy: toy (t2v), toy-i2v. Its VAE, text encoder and tokenizer are used.", rich_help_panel=INPUT)] = DEFAULT_MODEL,
+    train_data_dir: Annotated[Path, typer.Option(envvar="DATASET_NAME", help="Folder of videos and images; relative paths in the metadata start here.", rich_help_panel=INPUT)] = Path("datasets"),
+    train_data_meta: Annotated[Path | None, typer.Option(envvar="DATASET_META_NAME", help="List of media and captions: .json, .jsonl or .csv. An entry has a path (file_path, video_path, image_path or file_name) and a caption (text or caption), and may have a type (video or image).", show_default="metadata.json, .jsonl or .csv in the data folder, else a.txt beside a.mp4", rich_help_panel=INPUT)] = None,
 
-    Interrupted and run again, it continues; with nothing to do, it ends at once.
+    size: Annotated[int, typer.Option(help="Sets both sample sizes, in pixels of a square of the same area: 320 is 240P, 480 320P, 640 480P, 960 720P.", rich_help_panel=SAMPLES)] = 640,
+    image_sample_size: Annotated[int | None, typer.Option(help="Bucket size of images, as --size.", show_default="--size", rich_help_panel=SAMPLES)] = None,
+    video_sample_size: Annotated[int | None, typer.Option(help="Bucket size of videos, as --size.", show_default="--size", rich_help_panel=SAMPLES)] = None,
+    video_sample_stride: Annotated[int, typer.Option(help="Take every n-th source frame.", rich_help_panel=SAMPLES)] = 2,
+    video_sample_n_frames: Annotated[int, typer.Option(help="Most frames of a clip, 4n+1; a shorter video gives its largest 4n+1.", rich_help_panel=SAMPLES)] = 81,
+    seed: Annotated[int, typer.Option(help="Decides where in a video a clip starts.", rich_help_panel=SAMPLES)] = 42,
+
+    negative_prompt: Annotated[str, typer.Option(help="Encoded into the prompt bank, for the teacher's guidance.", show_default="Wan's published one", rich_help_panel=ENCODERS)] = DEFAULT_NEGATIVE_PROMPT,
+    vae_dtype: Annotated[Dtype, typer.Option(help="The VAE computes in this.", rich_help_panel=ENCODERS)] = "fp32",
+    text_encoder_dtype: Annotated[Dtype, typer.Option(help="The text encoder computes in this.", rich_help_panel=ENCODERS)] = "bf16",
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, cpu …; auto takes a GPU where there is one.", rich_help_panel=ENCODERS)] = "auto",
+
+    output: Annotated[Path, typer.Option(help="Folder of the shards; what is there already is kept and not done again.", rich_help_panel=OUTPUT)] = Path("shards"),
+    dtype: Annotated[Dtype, typer.Option(help="Number format in the shards.", rich_help_panel=OUTPUT)] = "bf16",
+    shard_size_mb: Annotated[int, typer.Option(help="Megabytes at which a shard is closed and the next begun.", rich_help_panel=OUTPUT)] = 256,
+    max_bad: Annotated[int, typer.Option(help="Samples that may be rejected before the exit code is 1; the others are encoded all the same.", rich_help_panel=OUTPUT)] = 0,
+) -> None:
+    """Encode videos, images and captions into shards: latents, text embeddings, i2v conditions.
+
+    Interrupted and run again, it continues; with nothing to do, it ends at once. Next: wantrain distill --shards SHARDS.
     """
     from preprocess.config import EncodeConfig
 
@@ -146,12 +84,12 @@ def encode(
         frames=video_sample_n_frames,
         negative_prompt=negative_prompt,
         seed=seed,
-        dtype=dtype.value,
-        vae_dtype=vae_dtype.value,
-        text_encoder_dtype=text_encoder_dtype.value,
+        dtype=dtype,
+        vae_dtype=vae_dtype,
+        text_encoder_dtype=text_encoder_dtype,
         shard_size_mb=shard_size_mb,
         max_bad=max_bad,
-        device=device or default_device(),
+        device=default_device() if device == "auto" else device,
     )
 
     from rich.console import Console
@@ -183,11 +121,14 @@ def encode(
     typer.echo(f"next: wantrain distill --shards {output}")
 
 
-@app.command()
+@app.command(cls=HelpPage, epilog=INDEX_EXAMPLES)
 def index(
-    shards: Annotated[Path, typer.Option(help="Folder of the shards.")] = Path("shards"),
+    shards: Annotated[Path, typer.Option(help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
 ) -> None:
-    """Rebuild manifest.json and index.zarr from the shards."""
+    """Rebuild manifest.json and index.zarr from the shards, which are the truth.
+
+    Reads every tar once and checks it against its sidecar.
+    """
     from preprocess import report
     from preprocess.index import build_index, check_shards
     from preprocess.writer import output_lock
@@ -202,6 +143,7 @@ def index(
         typer.echo(report.contents(shards, build_index(shards)))
 
 
+# fmt: on
 def main() -> None:
     """The console script."""
     run(app)

@@ -32,7 +32,7 @@ def new_app(help_text: str) -> typer.Typer:
         context_settings=CONTEXT,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
-        rich_markup_mode="rich",
+        rich_markup_mode=None,  # help pages are our own, errors plain lines that logs can keep
         add_completion=False,
     )
 

@@ -8,11 +8,13 @@ import typer
 
 from shared.cli_support import default_device, new_app, run
 from shared.errors import UserError
+from shared.help_page import HelpPage
 from shared.model_spec import DEFAULT_MODEL
 
 app = new_app("Distil few-step LoRAs of Wan models from shards, and sample with them.")
 
-RUN, LENGTH, DMD, LORA, DATA, DEVICE, SAMPLE = (
+MODEL, RUN, LENGTH, DMD, LORA, DATA, DEVICE, SAMPLE = (
+    "Model",
     "What is trained",
     "Length and checkpoints",
     "Distillation",
@@ -27,10 +29,36 @@ Model = Annotated[
         "--pretrained-model-name-or-path",
         "--model",
         envvar="MODEL_NAME",
-        help="Model folder in diffusers layout, hub id, or toy / toy-i2v.",
-        rich_help_panel="Model",
+        help="Folder in diffusers layout, hub id, or a bundled toy: toy (t2v), toy-i2v.",
+        rich_help_panel=MODEL,
     ),
 ]
+
+DISTILL_EXAMPLES = """
+# the low-noise expert of Wan2.2-I2V-A14B from shards/, then the high-noise one
+wantrain distill --shards shards/
+wantrain distill --shards shards/ --boundary-type high --output-dir output_dir_high
+
+# what would it do? go on after an interruption
+wantrain distill --shards shards/ --dry-run
+wantrain distill --shards shards/ --resume-from-checkpoint latest
+
+# the bundled toy model, seconds on a CPU
+wantrain distill --model toy --max-train-steps 1 --train-batch-size 2 --rank 8
+"""
+SAMPLE_EXAMPLES = """
+# both experts' LoRAs
+wantrain sample --lora output_dir_high/lora-high-diffusers.safetensors \\
+    --lora output_dir_distill/lora-low-diffusers.safetensors \\
+    --image first-frame.png --prompt "a cat turns its head"
+
+# the base model for comparison, at 40 steps with CFG
+wantrain sample --teacher --image first-frame.png --prompt "a cat turns its head"
+
+# the bundled toy model, seconds on a CPU
+wantrain sample --model toy --teacher --negative-prompt "" --guidance-scale 2 \\
+    --height 64 --width 64 --num-frames 17 --prompt "a red circle moving left"
+"""
 
 
 @app.callback()
@@ -47,25 +75,25 @@ def _numbers(text: str, option: str) -> tuple[float, ...]:
 
 
 # fmt: off
-@app.command()
+@app.command(cls=HelpPage, epilog=DISTILL_EXAMPLES)
 def distill(
-    shards: Annotated[Path, typer.Option(help="Cache written by `wanprep encode`.", rich_help_panel=RUN)] = Path("shards"),
     model: Model = DEFAULT_MODEL,
+    shards: Annotated[Path, typer.Option(help="Cache written by `wanprep encode`.", rich_help_panel=RUN)] = Path("shards"),
     output_dir: Annotated[Path, typer.Option(help="Where checkpoints, logs and the final LoRA go.", rich_help_panel=RUN)] = Path("output_dir_distill"),
-    boundary_type: Annotated[Literal["low", "high", "full"] | None, typer.Option(help="Expert to train: low or high noise, or full for a model with one transformer. (default: low where there are two experts, else full)", rich_help_panel=RUN)] = None,
+    boundary_type: Annotated[Literal["low", "high", "full"] | None, typer.Option(help="Expert to train: low or high noise, or full for a model with one transformer (or one LoRA for all steps).", show_default="low where there are two experts, else full", rich_help_panel=RUN)] = None,
     seed: Annotated[int, typer.Option(help="Decides every random number of the run.", rich_help_panel=RUN)] = 42,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and the plan, then stop.", rich_help_panel=RUN)] = False,
 
-    max_train_steps: Annotated[int | None, typer.Option(help="Generator updates; overrides --num-train-epochs.", rich_help_panel=LENGTH)] = None,
+    max_train_steps: Annotated[int | None, typer.Option(help="Generator updates of the run; overrides --num-train-epochs.", show_default="as many as the epochs have", rich_help_panel=LENGTH)] = None,
     num_train_epochs: Annotated[int, typer.Option(help="Passes over the cache, updates of both roles counted.", rich_help_panel=LENGTH)] = 100,
     checkpointing_steps: Annotated[int, typer.Option(help="Generator updates between checkpoints.", rich_help_panel=LENGTH)] = 50,
-    resume_from_checkpoint: Annotated[str | None, typer.Option(help="A checkpoint folder, or latest (a new run where there is none yet).", rich_help_panel=LENGTH)] = None,
+    resume_from_checkpoint: Annotated[str | None, typer.Option(help="A checkpoint folder, or latest (a new run where there is none yet).", show_default="a new run", rich_help_panel=LENGTH)] = None,
     save_precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="Number format of the final LoRA files (checkpoints are fp32).", rich_help_panel=LENGTH)] = "bf16",
 
     denoising_step_indices_list: Annotated[str, typer.Option(help="The student's steps, before the shift, in thousandths.", rich_help_panel=DMD)] = "1000,750,500,250",
-    flow_shift: Annotated[float | None, typer.Option(help="Shift of the noise schedule. (default: 12 for Wan 2.2 A14B t2v, else 5)", rich_help_panel=DMD)] = None,
+    flow_shift: Annotated[float | None, typer.Option(help="Shift of the noise schedule.", show_default="12 for Wan 2.2 A14B t2v, else 5", rich_help_panel=DMD)] = None,
     recipe: Annotated[Literal["corrected", "seed"], typer.Option(help="seed is VideoX-Fun's maths, for comparison: either expert walks all steps, from noise, and score levels have no cap and no floor.", rich_help_panel=DMD)] = "corrected",
-    start: Annotated[Literal["latents", "noise"] | None, typer.Option(help="Rollouts start from cached latents noised to the expert's first step, or from pure noise at step 1 as in VideoX-Fun. (default: latents for low, else noise)", rich_help_panel=DMD)] = None,
+    start: Annotated[Literal["latents", "noise"] | None, typer.Option(help="Rollouts start from cached latents noised to the expert's first step, or from pure noise at the first of all steps, as in VideoX-Fun.", show_default="latents for low, else noise", rich_help_panel=DMD)] = None,
     pairing: Annotated[Literal["renoise", "euler"], typer.Option(help="How a step leads to the next; sample with the same (LCM or Euler).", rich_help_panel=DMD)] = "renoise",
     score_floor: Annotated[Literal["boundary", "handover"], typer.Option(help="Where the high expert's score levels end: the model's boundary or the student's hand-over step.", rich_help_panel=DMD)] = "boundary",
     real_guidance_scale: Annotated[float, typer.Option(help="CFG scale of the teacher, with the cached negative prompt; 0 or 1 is no guidance.", rich_help_panel=DMD)] = 6.0,
@@ -78,10 +106,10 @@ def distill(
     learning_rate: Annotated[float, typer.Option(help="AdamW rate of the generator.", rich_help_panel=LORA)] = 1e-5,
     learning_rate_critic: Annotated[float, typer.Option(help="AdamW rate of the critic.", rich_help_panel=LORA)] = 1e-6,
     lr_warmup_steps: Annotated[int, typer.Option(help="Updates of a role over which its rate rises from 0.", rich_help_panel=LORA)] = 0,
-    adam_beta1: Annotated[float, typer.Option(rich_help_panel=LORA)] = 0.9,
-    adam_beta2: Annotated[float, typer.Option(rich_help_panel=LORA)] = 0.999,
-    adam_weight_decay: Annotated[float, typer.Option(rich_help_panel=LORA)] = 3e-2,
-    adam_epsilon: Annotated[float, typer.Option(rich_help_panel=LORA)] = 1e-10,
+    adam_beta1: Annotated[float, typer.Option(help="Decay of the mean gradient, both roles.", rich_help_panel=LORA)] = 0.9,
+    adam_beta2: Annotated[float, typer.Option(help="Decay of the mean squared gradient.", rich_help_panel=LORA)] = 0.999,
+    adam_weight_decay: Annotated[float, typer.Option(help="AdamW weight decay, times the rate, each update.", rich_help_panel=LORA)] = 3e-2,
+    adam_epsilon: Annotated[float, typer.Option(help="Added to the root of the mean squared gradient.", rich_help_panel=LORA)] = 1e-10,
     max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm, each role's on its own.", rich_help_panel=LORA)] = 0.05,
 
     train_batch_size: Annotated[int, typer.Option(help="Samples in one pass.", rich_help_panel=DATA)] = 1,
@@ -97,11 +125,7 @@ def distill(
 ) -> None:
     """Distil a few-step LoRA of one expert from shards (DMD).
 
-    [bold]wantrain distill --shards shards/[/bold]
-
-    [bold]wantrain distill --model toy --boundary-type high --max-train-steps 20[/bold]
-
-    Ends at --max-train-steps or --num-train-epochs. SIGTERM and Ctrl-C leave a checkpoint and a loadable LoRA; go on with --resume-from-checkpoint latest.
+    Ends at --max-train-steps or --num-train-epochs. SIGTERM and Ctrl-C leave a checkpoint and a loadable LoRA. One update is one optimizer step of one role. Next: wantrain sample --lora LORA.
     """
 
     from rich.console import Console
@@ -170,20 +194,20 @@ def distill(
         sys.exit(128 + stopped_by)
 
 
-@app.command()
+@app.command(cls=HelpPage, epilog=SAMPLE_EXAMPLES)
 def sample(
     prompt: Annotated[list[str], typer.Option(help="What to show; may be given several times.", rich_help_panel=SAMPLE)],
     model: Model = DEFAULT_MODEL,
-    lora: Annotated[list[Path] | None, typer.Option(help="LoRA file of `wantrain distill`; twice for a high and a low one. The file says which expert it is.", rich_help_panel=SAMPLE)] = None,
-    image: Annotated[Path | None, typer.Option(help="First frame (i2v models).", rich_help_panel=SAMPLE)] = None,
+    lora: Annotated[list[Path] | None, typer.Option(help="LoRA file of `wantrain distill`; twice for a high and a low one. The file says which expert it is.", show_default="none: give --teacher", rich_help_panel=SAMPLE)] = None,
+    image: Annotated[Path | None, typer.Option(help="First frame, for i2v models; resized to cover and centre-cropped.", show_default="none", rich_help_panel=SAMPLE)] = None,
     output: Annotated[Path, typer.Option(help="Folder for the clips (mp4) and the contact sheet (png).", rich_help_panel=SAMPLE)] = Path("samples"),
     teacher: Annotated[bool, typer.Option("--teacher", help="Sample the base model itself: many steps, CFG, no LoRA.", rich_help_panel=SAMPLE)] = False,
-    steps: Annotated[int | None, typer.Option(help="Steps of --teacher (default: 40); a student takes the steps it was trained on.", rich_help_panel=SAMPLE)] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="CFG scale of --teacher (default: 5); a student needs none.", rich_help_panel=SAMPLE)] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="For --teacher. (default: Wan's published one)", rich_help_panel=SAMPLE)] = None,
-    flow_shift: Annotated[float | None, typer.Option(help="Shift of --teacher. (default: the shift that a student of this model is trained with)", rich_help_panel=SAMPLE)] = None,
-    height: Annotated[int, typer.Option(help="Pixels.", rich_help_panel=SAMPLE)] = 480,
-    width: Annotated[int, typer.Option(help="Pixels.", rich_help_panel=SAMPLE)] = 832,
+    steps: Annotated[int | None, typer.Option(help="Steps of --teacher; a student takes the steps it was trained on.", show_default="40", rich_help_panel=SAMPLE)] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="CFG scale of --teacher; a student needs none.", show_default="5", rich_help_panel=SAMPLE)] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="Negative prompt of --teacher.", show_default="Wan's published one", rich_help_panel=SAMPLE)] = None,
+    flow_shift: Annotated[float | None, typer.Option(help="Shift of --teacher.", show_default="the shift that a student of this model is trained with", rich_help_panel=SAMPLE)] = None,
+    height: Annotated[int, typer.Option(help="Height in pixels, a multiple of 16.", rich_help_panel=SAMPLE)] = 480,
+    width: Annotated[int, typer.Option(help="Width in pixels, a multiple of 16.", rich_help_panel=SAMPLE)] = 832,
     num_frames: Annotated[int, typer.Option(help="Frames, 4n+1.", rich_help_panel=SAMPLE)] = 81,
     fps: Annotated[int, typer.Option(help="Frames per second of the mp4 (Wan is trained at 16).", rich_help_panel=SAMPLE)] = 16,
     seed: Annotated[int, typer.Option(help="Decides the noise of every prompt.", rich_help_panel=SAMPLE)] = 42,
@@ -193,9 +217,7 @@ def sample(
 ) -> None:
     """Make clips with the LoRAs, on exactly the timesteps that they were trained on.
 
-    [bold]wantrain sample --lora out/lora-high-diffusers.safetensors --lora out2/lora-low-diffusers.safetensors --prompt "a cat" --image cat.png[/bold]
-
-    [bold]wantrain sample --model toy --teacher --prompt "a red circle moving left" --height 64 --width 64 --num-frames 17[/bold]
+    Clips are mp4 files, with a contact sheet beside them. Two experts need two LoRAs; they must agree on their steps.
     """
     from rich.console import Console
 

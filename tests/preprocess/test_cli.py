@@ -1,16 +1,12 @@
 """The command line as people type it."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.preprocess.conftest import (
-    REPOSITORY,
     VIDEOS,
     Cache,
     render_clip,
@@ -101,26 +97,6 @@ def test_short_videos_are_mentioned(data: Path, tiny_t2v: Path, tmp_path: Path) 
         "  80x48, 5 frames: 1",
         f"next: wantrain distill --shards {tmp_path / 'shards'}",
     ]
-
-
-def test_help_is_quick_and_builds_nothing() -> None:
-    program = (
-        "import sys\n"
-        "from preprocess.cli import app\n"
-        "app(['encode', '--help'], standalone_mode=False)\n"
-        "print(sorted({'torch', 'decord', 'zarr', 'diffusers'} & set(sys.modules)))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=REPOSITORY,
-        env=os.environ | {"COLUMNS": "200"},
-    )
-    assert done.stdout.splitlines()[-1] == "[]"
-    for option in ("--pretrained-model-name-or-path,--model", "--size", "--max-bad"):
-        assert option in done.stdout
 
 
 @pytest.mark.long
