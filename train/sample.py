@@ -3,6 +3,7 @@
 The only module of this stage that builds a VAE and a text encoder, in a process of its own.
 """
 
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from rich.progress import track
 from safetensors import SafetensorError
 
 from shared import cli_support
+from shared.durable import write_json
 from shared.errors import UserError, first_line
 from shared.model_spec import (
     DEFAULT_NEGATIVE_PROMPT,
@@ -115,7 +117,11 @@ class SampleConfig:
 
 
 def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
-    """Generate every prompt; write mp4s and a contact sheet. Returns the clips' paths."""
+    """Generate every prompt; write mp4s, how each was made, and a contact sheet.
+
+    Returns the clips' paths. Seconds are those of the pipeline's call: text encoder, transformers
+    and VAE, without loading.
+    """
     say = partial(cli_support.say, console)
     spec = read_model_spec(resolve_model(config.model, ["*"]))
     config.check_against(spec)
@@ -139,7 +145,7 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
         spec, loras=loras, dtype=DTYPES[config.dtype], device=device, offload=config.offload
     )
     kind = "teacher" if config.teacher else "student"
-    rows, paths = [], []
+    rows, paths, records = [], [], []
     for number, prompt in enumerate(track(config.prompts, "sample", console=console)):
         rng = torch.Generator().manual_seed(
             int(counted_rng(config.seed, "sample", prompt).integers(2**32))
@@ -156,7 +162,9 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
             scale = TEACHER_GUIDANCE if config.guidance_scale is None else config.guidance_scale
 
         visits = VisitedSteps(pipeline)
+        started = time.monotonic()
         clip = generate(pipeline, config, prompt, image, steps=steps, scale=scale, rng=rng)
+        seconds = time.monotonic() - started
         visits.close()
         if loras:
             visits.check(schedule, one_transformer="full" in experts)
@@ -164,7 +172,20 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
         paths.append(config.output / f"{kind}-{number:03d}.mp4")
         write_mp4(paths[-1], clip, config.fps)
         rows.append((f"{kind}: {prompt}", clip))
-        say(f"clip     {paths[-1]}")
+        passes = len(visits.visited)
+        records.append(
+            {
+                "file": paths[-1].name,
+                "prompt": prompt,
+                "seed": config.seed,
+                "steps": steps,
+                "guidance_scale": scale,
+                "transformer_passes": passes,
+                "seconds": round(seconds, 3),
+            }
+        )
+        say(f"clip     {paths[-1]} ({passes} transformer passes, {seconds:.1f} s)")
+    write_json(config.output / f"{kind}.json", records)
     sheet = config.output / f"{kind}-sheet.png"
     contact_sheet(rows).save(sheet)
     say(f"sheet    {sheet}")
