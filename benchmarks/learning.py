@@ -54,11 +54,11 @@ from toy_students import (
 
 FEW_STEPS = (1000.0, 750.0, 500.0, 250.0)
 RANK, ALPHA = 32, 32
-# The toy's own recipe, as in `make demo`: it is small, so it takes large steps on large batches.
+# The toy's own recipe: it is small, so it takes large steps on large batches.
 RECIPE = (
     "--mixed-precision no --no-gradient-checkpointing --dataloader-num-workers 0 "
-    f"--rank {RANK} --network-alpha {ALPHA} --train-batch-size 32 --learning-rate 5e-4 "
-    "--learning-rate-critic 1e-3 --adam-beta1 0 --max-grad-norm 1"
+    f"--rank {RANK} --network-alpha {ALPHA} --train-batch-size 32 --learning-rate 2e-4 "
+    "--learning-rate-critic 2e-3 --adam-beta1 0 --max-grad-norm 1"
 ).split()
 REFERENCE_SEED = 1000
 MANY_SHIFT = 5.0  # of the teacher at many steps, where the shift matters little
@@ -96,7 +96,7 @@ LOW_SEED = replace(LOW, flags=("--recipe", "seed"))
 EULER = ("--pairing", "euler")
 EXPERIMENTS = {
     "full": Experiment(
-        model="toy", guidance=2, shift=12, students={"d": (FULL,)}, updates=(10, 20, 40)
+        model="toy", guidance=2, shift=12, students={"d": (FULL,)}, updates=(10, 20, 30, 40)
     ),
     "experts": Experiment(
         model="toy", guidance=2, shift=12, students={"d": (HIGH, LOW)}, updates=(10, 20)

@@ -46,7 +46,7 @@ class EncodeConfig:
         for option, size in (("image", self.image_size), ("video", self.video_size)):
             if not SMALLEST_SIZE <= size <= LARGEST_SIZE:
                 raise UserError(
-                    f"--{option}-sample-size: {size} is not between {SMALLEST_SIZE} and "
+                    f"--size or --{option}-sample-size: {size} is not between {SMALLEST_SIZE} and "
                     f"{LARGEST_SIZE}; 640 gives 480P, 960 gives 720P."
                 )
         if self.frames < 1 or self.frames % 4 != 1:

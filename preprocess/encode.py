@@ -31,6 +31,7 @@ from preprocess.text_cache import TextCache
 from preprocess.writer import ShardWriter, output_lock
 from shared.cache import CacheIndex, Prompt, committed_shards, read_prompts
 from shared.cli_support import say
+from shared.device import check_device
 from shared.durable import write_bytes
 from shared.errors import UserError
 from shared.hashing import FileHasher
@@ -86,7 +87,7 @@ def _encode(
     # What there is: the dataset and the model.
     dataset = load_dataset(config.data_dir, config.metadata)
     spec = _encodable_model(config)
-    say(console, f"dataset  {dataset.origin}: {len(dataset.entries)} usable entries")
+    say(console, f"dataset  {dataset.origin}: {len(dataset.entries)} usable")
     say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
     hasher = FileHasher()
     with console.status("digesting the encoders' weights (read once, then remembered)"):
@@ -197,22 +198,8 @@ def _encodable_model(config: EncodeConfig) -> ModelSpec:
                 f"model: {spec.folder}: {kind} are not supported yet. Expected a Wan 2.2 A14B "
                 "model or a Wan 2.1 T2V model."
             )
-    _check_device(config.device)
+    check_device(config.device)
     return spec
-
-
-def _check_device(name: str) -> None:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(
-            f"--device: {name!r} is no device; expected cpu, cuda or cuda:1."
-        ) from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device: {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices. "
-            "Use --device cpu, or a lower number."
-        )
 
 
 def _clip_rule(config: EncodeConfig, spec: ModelSpec) -> ClipRule:

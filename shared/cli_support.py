@@ -40,10 +40,3 @@ def new_app(help_text: str) -> typer.Typer:
 def say(console: Console, text: str, style: str | None = None) -> None:
     """A line as it is: rich would read [brackets] in file names as markup, and wrap paths."""
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
-
-def default_device() -> str:
-    """A GPU where there is one. Imports torch, so call it when a command runs."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from shared.cli_support import default_device, new_app, run
+from shared.cli_support import new_app, run
+from shared.device import default_device
 from shared.errors import UserError
 from shared.help_page import HelpPage
 from shared.model_spec import DEFAULT_MODEL

@@ -6,9 +6,7 @@ from math import inf
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from shared.errors import UserError, first_line
+from shared.errors import UserError
 from train.base import Precision
 from train.dmd import Maths, Pairing, Start
 from train.flow import Expert, ScoreFloor
@@ -95,7 +93,7 @@ class DistillConfig:
             _check(name, getattr(self, name), 0 < getattr(self, name) < inf, "a number above 0")
         if self.flow_shift is not None:
             _check("flow_shift", self.flow_shift, 0 < self.flow_shift < inf, "a number above 0")
-        _check("target_name", "", bool(self.target_name), "names of layers, e.g. q,k,v")
+        _check("target_name", "''", bool(self.target_name), "names of layers, e.g. q,k,v")
         for name in ("adam_beta1", "adam_beta2"):
             _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "a number in [0, 1)")
         from_zero = (
@@ -126,17 +124,6 @@ class DistillConfig:
 def _check(name: str, found: object, fine: bool, expected: str) -> None:
     if not fine:
         raise UserError(f"--{name.replace('_', '-')}: found {found}, expected {expected}.")
-
-
-def check_device(device: str) -> None:
-    """UserError unless torch can compute on `device`."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device: found {device!r}, which torch can't use ({first_line(error)}). "
-            "Expected cpu, cuda, cuda:1 …"
-        ) from error
 
 
 def check_writable(option: str, folder: Path) -> None:

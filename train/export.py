@@ -65,7 +65,10 @@ def read_provenance(path: Path) -> Provenance:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"LoRA: cannot read {path} as safetensors ({error}).") from error
+        raise UserError(
+            f"LoRA: cannot read {path} as safetensors ({first_line(error)}). Expected a file that "
+            "`wantrain distill` wrote, such as output_dir_distill/lora-low-diffusers.safetensors."
+        ) from error
     if METADATA_KEY not in metadata:
         raise UserError(
             f"LoRA: {path} does not say how it was trained (no {METADATA_KEY!r} in its metadata), "

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 
 from shared.cache import MEDIA_TYPES, CacheIndex, open_cache
+from shared.device import check_device
 from shared.errors import UserError
 from shared.fingerprint import model_fields, refuse_differences
 from shared.hashing import FileHasher
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
 from train.base import component_of
 from train.checkpoint import Identity
-from train.config import DistillConfig, check_device
+from train.config import DistillConfig
 from train.dmd import Recipe
 from train.flow import Expert, Schedule
 from train.lora import LoraSpec

@@ -28,6 +28,7 @@ from rich.progress import track
 from safetensors import SafetensorError
 
 from shared import cli_support
+from shared.device import check_device
 from shared.durable import write_json
 from shared.errors import UserError, first_line
 from shared.model_spec import (
@@ -41,7 +42,7 @@ from shared.model_spec import (
 from shared.resize import fit_to
 from shared.schema import DTYPES
 from train.base import base_digest, component_of
-from train.config import check_device, check_writable
+from train.config import check_writable
 from train.dmd import Pairing
 from train.export import Provenance, read_provenance
 from train.flow import Schedule
@@ -111,9 +112,13 @@ class SampleConfig:
                 f"{below + time}."
             )
         if spec.mode == "i2v" and self.image is None:
-            raise UserError(f"--image: {self.model} is an i2v model and needs a first frame.")
+            raise UserError(
+                f"--image: {self.model} is an i2v model and needs a first frame: --image FILE."
+            )
         if spec.mode == "t2v" and self.image is not None:
-            raise UserError(f"--image: {self.model} is a t2v model and takes no image.")
+            raise UserError(
+                f"--image: {self.model} is a t2v model and takes no image. Leave it out."
+            )
 
 
 def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
@@ -355,7 +360,10 @@ def fit_image(path: Path, height: int, width: int) -> Image.Image:
     try:
         image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     except (OSError, ValueError) as error:
-        raise UserError(f"--image: cannot read {path} ({error}).") from error
+        raise UserError(
+            f"--image: cannot read {path} as a picture ({first_line(error)}). Expected e.g. PNG "
+            "or JPEG."
+        ) from error
     return fit_to(image, height, width)
 
 

@@ -131,7 +131,7 @@ def test_nothing_usable_says_why(data: Path, tiny_t2v: Path, tmp_path: Path) -> 
         (("--shard-size-mb", 0), "--shard-size-mb: 0 is too small"),
         (("--max-bad", -1), "--max-bad: -1 is too small"),
         (("--device", "cuda:0"), "torch sees 0 CUDA devices"),
-        (("--device", "gpu"), "'gpu' is no device"),
+        (("--device", "gpu"), "found 'gpu', which torch can't use"),
         (("--train-data-dir", "no/where"), "Set --train-data-dir (or DATASET_NAME)"),
         (("--train-data-meta", "no.json"), "Set --train-data-meta (or DATASET_META_NAME)"),
         (("--model", "./no/model"), "Set --pretrained-model-name-or-path (or MODEL_NAME)"),

@@ -1,0 +1,414 @@
+"""What a user sees who got something wrong: one message, to the word, and no traceback.
+
+A row is what was typed and what comes back. `{name}` stands for a path of the `world` fixture.
+"""
+
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import preprocess.cli
+import train.cli
+from tests.preprocess.conftest import render_clip
+from tests.train.conftest import encode, write_dataset
+
+MAINS = {"wanprep": preprocess.cli.main, "wantrain": train.cli.main}
+World = dict[str, Path]
+
+ENCODE = "wanprep encode --model {t2v} --size 64 --video-sample-n-frames 5 --output {new} "
+DISTILL = "wantrain distill --model {t2v} --shards {shards} --output-dir {new} --max-train-steps 1 "
+SAMPLE = "wantrain sample --model {t2v} --prompt cat --output {new} "
+TEACHER = SAMPLE + "--teacher --height 64 --width 96 --num-frames 5 "
+
+ROWS: dict[str, tuple[str, str]] = {
+    "model folder missing": (
+        "wanprep encode --model {nowhere} --train-data-dir {data} --output {new}",
+        "error: model: no folder '{nowhere}'. Set --pretrained-model-name-or-path (or "
+        "MODEL_NAME) to a model folder in diffusers layout, a hub id such as "
+        "Wan-AI/Wan2.2-I2V-A14B-Diffusers, or 'toy'.",
+    ),
+    "model is a hub id, offline": (
+        "wanprep encode --model some-org/Some-Model --train-data-dir {data} --output {new}",
+        "error: model: 'some-org/Some-Model' is neither a local folder nor to be had from the"
+        " Hugging Face hub (LocalEntryNotFoundError: Cannot find an appropriate cached "
+        "snapshot folder for the specified revision on the local disk and outgoing traffic "
+        "has been disabled. To enable repo look-ups and downloads online, set "
+        "'HF_HUB_OFFLINE=0' as environment variable.). HF_HUB_OFFLINE is set. Set "
+        "--pretrained-model-name-or-path (or MODEL_NAME) to a local folder, or run once "
+        "online: hf download some-org/Some-Model",
+    ),
+    "model folder is no model": (
+        "wanprep encode --model {empty} --train-data-dir {data} --output {new}",
+        "error: model: {empty} has no model_index.json, so it is not in diffusers layout. Use"
+        " the repository whose name ends in -Diffusers, e.g. "
+        "Wan-AI/Wan2.2-I2V-A14B-Diffusers.",
+    ),
+    "model lacks its vae": (
+        "wanprep encode --model {partial} --size 64 --train-data-dir {data} --output {new}",
+        "error: model: cannot read {partial}/vae/config.json (No such file or directory). "
+        "Download the whole folder again.",
+    ),
+    "no data folder": (
+        ENCODE + "--train-data-dir {nowhere}",
+        "error: dataset: no folder {nowhere}. Set --train-data-dir (or DATASET_NAME) to a "
+        "folder of videos and images with a metadata.json (or .jsonl, .csv), or with "
+        "same-named .txt captions beside them.",
+    ),
+    "empty data folder": (
+        ENCODE + "--train-data-dir {empty}",
+        "error: dataset: {empty} has no metadata.json or metadata.jsonl or metadata.csv and "
+        "no media (.mp4 .mov .mkv .webm .avi .m4v .mpg .mpeg .jpg .jpeg .png .webp .bmp). Set"
+        " --train-data-dir (or DATASET_NAME) to a folder that has.",
+    ),
+    "no metadata file": (
+        ENCODE + "--train-data-dir {data} --train-data-meta {nowhere}.json",
+        "error: dataset: cannot read {nowhere}.json (No such file or directory). Set "
+        "--train-data-meta (or DATASET_META_NAME) to a .json, .jsonl or .csv file with a path"
+        " (file_path | video_path | image_path | file_name) and a caption (text | caption) in"
+        " each entry, or leave it out to use the .txt captions.",
+    ),
+    "metadata of no JSON": (
+        ENCODE + "--train-data-dir {data} --train-data-meta {bad_json}",
+        "error: dataset: {bad_json} is not valid JSON (Expecting property name enclosed in "
+        "double quotes: line 1 column 3 (char 2)). Expected a JSON list of objects with a "
+        "path (file_path | video_path | image_path | file_name) and a caption (text | "
+        "caption).",
+    ),
+    "metadata of the wrong kind": (
+        ENCODE + "--train-data-dir {data} --train-data-meta {dict_json}",
+        "error: dataset: {dict_json} holds a dict. Expected a JSON list of objects with a "
+        "path (file_path | video_path | image_path | file_name) and a caption (text | "
+        "caption).",
+    ),
+    "metadata with other columns": (
+        ENCODE + "--train-data-dir {data} --train-data-meta {columns_csv}",
+        "error: dataset: {columns_csv} has no path column: its first line names path;text. "
+        "Expected a header with file_path or video_path or image_path or file_name.",
+    ),
+    "metadata of another form": (
+        ENCODE + "--train-data-dir {data} --train-data-meta {a_yaml}",
+        "error: dataset: {a_yaml} ends in '.yaml', expected .json, .jsonl or .csv with a path"
+        " (file_path | video_path | image_path | file_name) and a caption (text | caption) in"
+        " each entry.",
+    ),
+    "two metadata files": (
+        ENCODE + "--train-data-dir {two}",
+        "error: dataset: {two} holds metadata.json, metadata.csv; expected one. Choose: "
+        "--train-data-meta {two}/metadata.json",
+    ),
+    "a listed file is missing": (
+        ENCODE + "--train-data-dir {data} --train-data-meta {missing_json}",
+        "error: dataset: {missing_json} has nothing that can be encoded.\n"
+        "1 rejected, listed in {new}/rejected.jsonl:\n"
+        "  lost.mp4: {data}/lost.mp4: there is no such file",
+    ),
+    "an empty video": (
+        ENCODE + "--train-data-dir {with-empty_mp4}",
+        "error: dataset: {with-empty_mp4} has nothing that can be encoded.\n"
+        "1 rejected, listed in {new}/rejected.jsonl:\n"
+        "  empty.mp4: {with-empty_mp4}/empty.mp4: the file is empty (0 bytes)",
+    ),
+    "a video that is text": (
+        ENCODE + "--train-data-dir {with-text_mp4}",
+        "error: dataset: {with-text_mp4} has nothing that can be encoded.\n"
+        "1 rejected, listed in {new}/rejected.jsonl:\n"
+        "  text.mp4: {with-text_mp4}/text.mp4: cannot decode the video (Error reading "
+        "{with-text_mp4}/text.mp4...)",
+    ),
+    "an image that is text": (
+        ENCODE + "--train-data-dir {with-text_png}",
+        "error: dataset: {with-text_png} has nothing that can be encoded.\n"
+        "1 rejected, listed in {new}/rejected.jsonl:\n"
+        "  text.png: {with-text_png}/text.png: cannot decode the image (cannot identify image"
+        " file '{with-text_png}/text.png')",
+    ),
+    "size 0": (
+        ENCODE + "--train-data-dir {data} --size 0",
+        "error: --size or --image-sample-size: 0 is not between 32 and 4096; 640 gives 480P, "
+        "960 gives 720P.",
+    ),
+    "frames not 4n+1": (
+        ENCODE + "--train-data-dir {data} --video-sample-n-frames 80",
+        "error: --video-sample-n-frames: 80 is not of the form 4n+1 (1, 5, 9, … 81); the "
+        "nearest that is: 81.",
+    ),
+    "stride 0": (
+        ENCODE + "--train-data-dir {data} --video-sample-stride 0",
+        "error: --video-sample-stride: 0 is too small; expected at least 1.",
+    ),
+    "size is no number": (
+        ENCODE + "--size big",
+        "Error: Invalid value for '--size': Input should be a valid integer, unable to parse "
+        "string as an integer",
+    ),
+    "option with a typo": (
+        "wanprep encode --train-dat-dir x",
+        "Error: No such option: --train-dat-dir (Possible options: --train-data-dir, "
+        "--train-data-meta)",
+    ),
+    "unknown device": (
+        ENCODE + "--train-data-dir {data} --device gpu",
+        "error: --device: found 'gpu', which torch can't use (RuntimeError: Expected one of "
+        "cpu, cuda, ipu, xpu, mkldnn, opengl, opencl, ideep, hip, ve, fpga, maia, xla, lazy, "
+        "vulkan, mps, meta, hpu, mtia, privateuseone device type at start of device string: "
+        "gpu). Expected cpu, cuda, cuda:1 …",
+    ),
+    "output is a file": (
+        "wanprep encode --model {t2v} --size 64 --train-data-dir {data} --output {file}",
+        "error: --output: cannot write to {file} (File exists). Choose another folder.",
+    ),
+    "index of nothing": (
+        "wanprep index --shards {nowhere}",
+        "error: --shards: no shards in {nowhere}. Make some: wanprep encode --output {nowhere}",
+    ),
+    "no shards": (
+        "wantrain distill --model {t2v} --shards {nowhere}",
+        "error: shards: {nowhere} has no manifest.json. Make shards first: wanprep encode "
+        "--size 640 --output {nowhere}",
+    ),
+    "empty shards": (
+        "wantrain distill --model {t2v} --shards {empty}",
+        "error: shards: {empty} has no manifest.json. Make shards first: wanprep encode "
+        "--size 640 --output {empty}",
+    ),
+    "shards of another model": (
+        "wantrain distill --model {i2v} --shards {shards}",
+        "error: shards: {shards}/h48-w80-f9-w000-00001.tar: sample "
+        "662ce3349a6218b41a98c7658ff00394 has no cond.safetensors, which a i2v model needs. "
+        "Encode with this model: wanprep encode --pretrained-model-name-or-path {i2v} "
+        "--output <new folder>",
+    ),
+    "model folder missing for training": (
+        "wantrain distill --model {nowhere} --shards {shards}",
+        "error: model: no folder '{nowhere}'. Set --pretrained-model-name-or-path (or "
+        "MODEL_NAME) to a model folder in diffusers layout, a hub id such as "
+        "Wan-AI/Wan2.2-I2V-A14B-Diffusers, or 'toy'.",
+    ),
+    "a typo in training": (
+        DISTILL + "--ranc 4",
+        "Error: No such option: --ranc (Possible options: --rank)",
+    ),
+    "wrong expert": (
+        DISTILL + "--boundary-type middle",
+        "Error: Invalid value for '--boundary-type': Value error, 'middle' is not one of "
+        "'low', 'high', 'full'.",
+    ),
+    "expert without steps": (
+        DISTILL + "--denoising-step-indices-list 1000,900",
+        "error: --boundary-type low: no step belongs to this expert. The timesteps are "
+        "1000.0, 990.8 (shift 12) and the boundary is 875; change "
+        "--denoising-step-indices-list or --flow-shift.",
+    ),
+    "steps rise": (
+        DISTILL + "--denoising-step-indices-list 250,500",
+        "error: --denoising-step-indices-list: found [250.0, 500.0], expected numbers falling"
+        " from at most 1000 to above 0, e.g. 1000 750 500 250.",
+    ),
+    "steps are words": (
+        DISTILL + "--denoising-step-indices-list a,b",
+        "error: --denoising-step-indices-list: found 'a,b', expected numbers such as 1000,750.",
+    ),
+    "rank 0": (
+        DISTILL + "--rank 0",
+        "error: --rank: found 0, expected a whole number from 1.",
+    ),
+    "negative rate": (
+        DISTILL + "--learning-rate -1",
+        "error: --learning-rate: found -1.0, expected a number above 0.",
+    ),
+    "rate nan": (
+        DISTILL + "--learning-rate nan",
+        "error: --learning-rate: found nan, expected a number above 0.",
+    ),
+    "no target": (
+        DISTILL + "--target-name ,",
+        "error: --target-name: found '', expected names of layers, e.g. q,k,v.",
+    ),
+    "unknown target": (
+        DISTILL + "--target-name q,kk",
+        "error: --target-name: 'kk' names no linear layer of this transformer's blocks. There"
+        " are: self_attn.q, self_attn.k, self_attn.v, self_attn.o, cross_attn.q, "
+        "cross_attn.k, cross_attn.v, cross_attn.o, ffn.0, ffn.2 (or diffusers' names: "
+        "attn1.to_q, attn1.to_k, attn1.to_v, attn1.to_out.0, attn2.to_q, attn2.to_k, "
+        "attn2.to_v, attn2.to_out.0, ffn.net.0.proj, ffn.net.2).",
+    ),
+    "dropout 2": (
+        DISTILL + "--caption-dropout 2",
+        "error: --caption-dropout: found 2.0, expected a share in [0, 1].",
+    ),
+    "score floor for low": (
+        DISTILL + "--score-floor handover",
+        "error: --score-floor: found handover with --boundary-type low; it is a choice for "
+        "the high-noise expert alone. Leave it out.",
+    ),
+    "seed recipe from latents": (
+        DISTILL + "--recipe seed --start latents",
+        "error: --recipe: found seed with --start latents, but the seed's recipe starts from "
+        "noise and ends its score levels at the boundary. Leave out one of the two.",
+    ),
+    "no such checkpoint": (
+        DISTILL + "--resume-from-checkpoint {nowhere}",
+        "error: --resume-from-checkpoint: {nowhere} is not a checkpoint (no state.json in "
+        "it). In {new} there are: none.",
+    ),
+    "training output is a file": (
+        "wantrain distill --model {t2v} --shards {shards} --output-dir {file} --max-train-steps 1",
+        "error: --output-dir: can't write to {file} (File exists). Choose another folder.",
+    ),
+    "too few for a batch": (
+        DISTILL + "--train-batch-size 64 --tail drop",
+        "error: shards: no full batch of 64 in any bucket (bucket sizes [1, 3, 2]); use "
+        "--tail pad, a smaller --train-batch-size, or more data.",
+    ),
+    "sample without prompt": (
+        "wantrain sample --teacher",
+        "Error: Missing option '--prompt'.",
+    ),
+    "sample of nothing": (
+        SAMPLE,
+        "error: --lora: found neither --lora nor --teacher, expected one: --lora FILE for a "
+        "student, --teacher for the base model.",
+    ),
+    "sample of both": (
+        SAMPLE + "--teacher --lora {nowhere}",
+        "error: --lora: found both --lora and --teacher, expected one: --lora FILE for a "
+        "student, --teacher for the base model.",
+    ),
+    "lora missing": (
+        SAMPLE + "--lora {nowhere}",
+        "error: LoRA: cannot read {nowhere} as safetensors (FileNotFoundError: No such file "
+        "or directory: {nowhere}). Expected a file that `wantrain distill` wrote, such as "
+        "output_dir_distill/lora-low-diffusers.safetensors.",
+    ),
+    "lora is no safetensors": (
+        SAMPLE + "--lora {text_safetensors}",
+        "error: LoRA: cannot read {text_safetensors} as safetensors (SafetensorError: Error "
+        "while deserializing header: header too large). Expected a file that `wantrain "
+        "distill` wrote, such as output_dir_distill/lora-low-diffusers.safetensors.",
+    ),
+    "lora of someone else": (
+        SAMPLE + "--lora {foreign_safetensors}",
+        "error: LoRA: {foreign_safetensors} does not say how it was trained (no 'wandistill' "
+        "in its metadata), so its steps can't be reproduced. Expected a file that `wantrain "
+        "distill` wrote.",
+    ),
+    "frames of a clip": (
+        TEACHER + "--num-frames 80",
+        "error: --num-frames: found 80, expected 4n+1, e.g. 77 or 81.",
+    ),
+    "height of a clip": (
+        TEACHER + "--height 100",
+        "error: --height: found 100, expected a multiple of 16.",
+    ),
+    "empty prompt": (
+        "wantrain sample --model {t2v} --teacher --prompt ''",
+        "error: --prompt: found an empty prompt, expected text.",
+    ),
+    "i2v without image": (
+        "wantrain sample --model {i2v} --teacher --prompt cat",
+        "error: --image: {i2v} is an i2v model and needs a first frame: --image FILE.",
+    ),
+    "t2v with image": (
+        TEACHER + "--image {image_png}",
+        "error: --image: {t2v} is a t2v model and takes no image. Leave it out.",
+    ),
+    "image that is text": (
+        TEACHER.replace("{t2v}", "{i2v}") + "--image {file}",
+        "error: --image: cannot read {file} as a picture (UnidentifiedImageError: cannot "
+        "identify image file '{file}'). Expected e.g. PNG or JPEG.",
+    ),
+    "steps 0": (
+        TEACHER + "--steps 0",
+        "error: --steps: found 0, expected a whole number from 1.",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def world(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_t2v: Path,
+    tiny_i2v: Path,
+) -> World:
+    """Everything that the rows name, good and bad."""
+    root = tmp_path_factory.mktemp("world")
+    paths = {name: root / name for name in ("nowhere", "empty", "file", "new", "data", "partial")}
+    for name in ("empty", "data"):
+        paths[name].mkdir()
+    paths["file"].write_text("a file")
+    render_clip(paths["data"] / "a.mp4", height=64, width=96, frames=9)
+    (paths["data"] / "a.txt").write_text("a caption")
+
+    def listed(name: str, text: str) -> None:
+        paths[name] = root / name
+        paths[name].write_text(text)
+
+    listed("bad.json", "[{")
+    listed("dict.json", "{}")
+    listed("columns.csv", "path;text\n")
+    listed("a.yaml", "")
+    listed("missing.json", json.dumps([{"file_path": "lost.mp4", "text": "t"}]))
+    listed("text.safetensors", "no tensors at all")
+    (root / "two").mkdir()
+    paths["two"] = root / "two"
+    for name in ("metadata.json", "metadata.csv"):
+        (paths["two"] / name).touch()
+    for name, content in (("empty.mp4", b""), ("text.mp4", b"text"), ("text.png", b"text")):
+        folder = paths[f"with-{name}"] = root / f"with-{name}"
+        folder.mkdir()
+        (folder / name).write_bytes(content)
+        (folder / name).with_suffix(".txt").write_text("a caption")
+    shutil.copytree(tiny_t2v, paths["partial"], symlinks=True)
+    shutil.rmtree(paths["partial"] / "vae")
+    paths["foreign.safetensors"] = root / "foreign.safetensors"
+    save_file({"x": torch.zeros(2)}, paths["foreign.safetensors"])
+    paths["image.png"] = root / "image.png"
+    Image.new("RGB", (96, 64)).save(paths["image.png"])
+    shards = encode(write_dataset(root / "set"), tiny_t2v, root / "shards")
+    return paths | {"t2v": tiny_t2v, "i2v": tiny_i2v, "shards": shards}
+
+
+Say = Callable[[str], tuple[int, str]]
+
+
+@pytest.fixture
+def say(
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Say:
+    """Type a command; its exit code and what stands on stderr, paths by their names again."""
+    world = world | {"new": tmp_path / "new"}
+
+    def typed(line: str) -> tuple[int, str]:
+        words = [
+            word.format(**{name.replace(".", "_"): p for name, p in world.items()})
+            for word in shlex.split(line)
+        ]
+        monkeypatch.setattr(sys, "argv", words)
+        monkeypatch.setenv("COLUMNS", "300")
+        with pytest.raises(SystemExit) as ended:  # any other exception would be a traceback
+            MAINS[words[0]]()
+        said = capsys.readouterr().err
+        for name, path in sorted(world.items(), key=lambda item: -len(str(item[1]))):
+            said = said.replace(str(path), "{" + name.replace(".", "_") + "}")
+        return int(ended.value.code or 0), said
+
+    return typed
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_message(row: str, say: Say) -> None:
+    line, message = ROWS[row]
+    code, said = say(line)
+    assert code == (2 if message.startswith("Error: ") else 1), said
+    assert said[said.index(message.split(" ")[0]) :].strip() == message
