@@ -103,7 +103,8 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except OSError as error:
         raise UserError(
-            f"{what}: cannot read {path} ({error.strerror or error}). Download the whole folder again."
+            f"{what}: cannot read {path} ({error.strerror or error}). Download the whole folder "
+            "again."
         ) from error
     except ValueError as error:
         raise UserError(f"{what}: {path} is not valid JSON ({error}).") from error

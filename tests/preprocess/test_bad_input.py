@@ -130,7 +130,7 @@ def test_nothing_usable_says_why(data: Path, tiny_t2v: Path, tmp_path: Path) -> 
         (("--video-sample-size", 9999), "--video-sample-size: 9999 is not between"),
         (("--shard-size-mb", 0), "--shard-size-mb: 0 is too small"),
         (("--max-bad", -1), "--max-bad: -1 is too small"),
-        (("--device", "cuda:0"), "torch sees 0 CUDA devices"),
+        (("--device", "cuda:0"), "found 'cuda:0', which torch can't use"),
         (("--device", "gpu"), "found 'gpu', which torch can't use"),
         (("--train-data-dir", "no/where"), "Set --train-data-dir (or DATASET_NAME)"),
         (("--train-data-meta", "no.json"), "Set --train-data-meta (or DATASET_META_NAME)"),
