@@ -384,6 +384,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, help="the teacher's CFG scale")
     parser.add_argument("--shift", type=float, help="of the few steps")
     parser.add_argument("--flags", default="", help="more of wantrain's, for every arm")
+    parser.add_argument("--captions", type=int, help="clips of each row and seed")
     parser.add_argument("--quick", action="store_true", help="tiny; the numbers mean nothing")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("benchmarks/work"))
@@ -395,7 +396,7 @@ def main() -> None:
         experiment, args.seeds = quick(experiment), min(args.seeds, 2)
     if args.updates:
         experiment = replace(experiment, updates=tuple(sorted(args.updates)))
-    for name in ("guidance", "shift"):
+    for name in ("guidance", "shift", "captions"):
         if getattr(args, name) is not None:
             experiment = replace(experiment, **{name: getattr(args, name)})
     if args.flags:

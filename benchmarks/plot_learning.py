@@ -47,7 +47,8 @@ def draw(result: dict, path: Path) -> None:
         panel.set_xlabel("generator updates")
         panel.set_title(f"{title}, {result['seeds']} seeds", fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[1].legend(fontsize=8, frameon=False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.savefig(path, metadata={"Date": None})
 
 
