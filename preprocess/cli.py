@@ -5,13 +5,48 @@ from typing import Annotated, Literal
 
 import typer
 
-from shared.cli_support import new_app, run
+from shared.cli_support import Command, new_app, run
 from shared.device import default_device
 from shared.errors import UserError
-from shared.help_page import HelpPage
 from shared.model_spec import DEFAULT_MODEL, DEFAULT_NEGATIVE_PROMPT
 
-app = new_app("Encode videos and images with captions, once, into shards that `wantrain` reads.")
+PROGRAM_EXAMPLES = """
+# encode datasets/ for Wan2.2-I2V-A14B, then train on the shards
+wanprep encode
+wantrain distill
+
+# everything that a command takes
+wanprep encode --help
+"""
+ENCODE_EXAMPLES = """
+# datasets/ for Wan2.2-I2V-A14B: 480P, 81 frames, every second frame
+wanprep encode
+
+# the same at 720P, frames as they come, captions from a list
+wanprep encode --model Wan-AI/Wan2.2-I2V-A14B-Diffusers --size 960 \\
+    --train-data-dir my/clips --train-data-meta my/captions.csv \\
+    --video-sample-stride 1 --output shards-720p
+
+# the bundled toy model on rendered clips, seconds on a CPU
+python scripts/render_clips.py --count 4 --output toy-clips
+wanprep encode --model toy --train-data-dir toy-clips --size 64 \\
+    --video-sample-n-frames 17 --video-sample-stride 1 --output toy-shards
+"""
+INDEX_EXAMPLES = """
+# the shards in shards/
+wanprep index
+
+# shards for Wan2.2-I2V-A14B that were copied from another machine
+wanprep index --shards shards-720p
+
+# the shards of the bundled toy model
+wanprep index --shards toy-shards
+"""
+
+app = new_app(
+    "Encode videos and images with captions, once, into shards that `wantrain` reads.",
+    PROGRAM_EXAMPLES,
+)
 
 INPUT, SAMPLES, ENCODERS, OUTPUT = (
     "Input",
@@ -22,22 +57,6 @@ INPUT, SAMPLES, ENCODERS, OUTPUT = (
 SIGNAL_EXIT = 128  # a process ended by signal n exits with 128 + n
 Dtype = Literal["bf16", "fp32"]
 
-ENCODE_EXAMPLES = """
-# Wan2.2-I2V-A14B, videos and captions in datasets/, 480P, 81 frames
-wanprep encode
-
-# another model and dataset, 720P, frames as they come
-wanprep encode --model Wan-AI/Wan2.2-T2V-A14B-Diffusers --size 960 \\
-    --train-data-dir my/clips --train-data-meta my/captions.csv --video-sample-stride 1
-
-# the bundled toy model, seconds on a CPU
-wanprep encode --model toy --size 64 --video-sample-n-frames 17 --video-sample-stride 1
-"""
-INDEX_EXAMPLES = """
-# after copying shards from somewhere else, or losing the index
-wanprep index --shards shards/
-"""
-
 
 @app.callback()
 def wanprep() -> None:
@@ -45,32 +64,34 @@ def wanprep() -> None:
 
 
 # fmt: off
-@app.command(cls=HelpPage, epilog=ENCODE_EXAMPLES)
+@app.command(cls=Command, epilog=ENCODE_EXAMPLES)
 def encode(
-    model: Annotated[str, typer.Option("--pretrained-model-name-or-path", "--model", envvar="MODEL_NAME", help="Folder in diffusers layout, hub id, or a bundled toy: toy (t2v), toy-i2v. Its VAE, text encoder and tokenizer are used.", rich_help_panel=INPUT)] = DEFAULT_MODEL,
-    train_data_dir: Annotated[Path, typer.Option(envvar="DATASET_NAME", help="Folder of videos and images; relative paths in the metadata start here.", rich_help_panel=INPUT)] = Path("datasets"),
-    train_data_meta: Annotated[Path | None, typer.Option(envvar="DATASET_META_NAME", help="List of media and captions: .json, .jsonl or .csv. An entry has a path (file_path, video_path, image_path or file_name) and a caption (text or caption), and may have a type (video or image).", show_default="metadata.json, .jsonl or .csv in the data folder, else a.txt beside a.mp4", rich_help_panel=INPUT)] = None,
+    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that the shards are for: a folder in diffusers layout, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)] = DEFAULT_MODEL,
+    train_data_dir: Annotated[Path, typer.Option(metavar="DIR", envvar="DATASET_NAME", help="Folder of videos and images; relative paths in the list start here.", rich_help_panel=INPUT)] = Path("datasets"),
+    train_data_meta: Annotated[Path | None, typer.Option(metavar="FILE", envvar="DATASET_META_NAME", help="List of media and captions, .json, .jsonl or .csv: an entry has a path (file_path, video_path, image_path or file_name), a caption (text or caption) and perhaps a type (video or image).", show_default="metadata.json, .jsonl or .csv in the data folder, else a.txt beside a.mp4", rich_help_panel=INPUT)] = None,
 
-    size: Annotated[int, typer.Option(help="Sets both sample sizes, in pixels of a square of the same area: 320 is 240P, 480 320P, 640 480P, 960 720P.", rich_help_panel=SAMPLES)] = 640,
-    image_sample_size: Annotated[int | None, typer.Option(help="Bucket size of images, as --size.", show_default="--size", rich_help_panel=SAMPLES)] = None,
-    video_sample_size: Annotated[int | None, typer.Option(help="Bucket size of videos, as --size.", show_default="--size", rich_help_panel=SAMPLES)] = None,
-    video_sample_stride: Annotated[int, typer.Option(help="Take every n-th source frame.", rich_help_panel=SAMPLES)] = 2,
-    video_sample_n_frames: Annotated[int, typer.Option(help="Most frames of a clip, 4n+1; a shorter video gives its largest 4n+1.", rich_help_panel=SAMPLES)] = 81,
-    seed: Annotated[int, typer.Option(help="Decides where in a video a clip starts.", rich_help_panel=SAMPLES)] = 42,
+    size: Annotated[int, typer.Option(metavar="PX", help="Size of images and videos: the side, in pixels, of a square of the same area; 320 is 240P, 480 is 320P, 640 is 480P, 960 is 720P.", rich_help_panel=SAMPLES)] = 640,
+    image_sample_size: Annotated[int | None, typer.Option(metavar="PX", help="Size of images alone, in pixels, meant as --size is.", show_default="--size", rich_help_panel=SAMPLES)] = None,
+    video_sample_size: Annotated[int | None, typer.Option(metavar="PX", help="Size of videos alone, in pixels, meant as --size is.", show_default="--size", rich_help_panel=SAMPLES)] = None,
+    video_sample_stride: Annotated[int, typer.Option(metavar="N", help="Take one of every N frames of a video.", rich_help_panel=SAMPLES)] = 2,
+    video_sample_n_frames: Annotated[int, typer.Option(metavar="N", help="Most frames of a clip after the stride, of the form 4n+1; a shorter video gives its largest 4n+1.", rich_help_panel=SAMPLES)] = 81,
+    seed: Annotated[int, typer.Option(metavar="N", help="Decides where in a video a clip starts.", rich_help_panel=SAMPLES)] = 42,
 
-    negative_prompt: Annotated[str, typer.Option(help="Encoded into the prompt bank, for the teacher's guidance.", show_default="Wan's published one", rich_help_panel=ENCODERS)] = DEFAULT_NEGATIVE_PROMPT,
-    vae_dtype: Annotated[Dtype, typer.Option(help="The VAE computes in this.", rich_help_panel=ENCODERS)] = "fp32",
-    text_encoder_dtype: Annotated[Dtype, typer.Option(help="The text encoder computes in this.", rich_help_panel=ENCODERS)] = "bf16",
-    device: Annotated[str, typer.Option(help="cuda, cuda:1, cpu …; auto takes a GPU where there is one.", rich_help_panel=ENCODERS)] = "auto",
+    negative_prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the teacher's guidance (CFG) leads away from; encoded once for the whole cache.", show_default="Wan's published one", rich_help_panel=ENCODERS)] = DEFAULT_NEGATIVE_PROMPT,
+    vae_dtype: Annotated[Dtype, typer.Option(help="Number format that the VAE computes in.", rich_help_panel=ENCODERS)] = "fp32",
+    text_encoder_dtype: Annotated[Dtype, typer.Option(help="Number format that the text encoder computes in.", rich_help_panel=ENCODERS)] = "bf16",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=ENCODERS)] = "auto",
 
-    output: Annotated[Path, typer.Option(help="Folder of the shards; what is there already is kept and not done again.", rich_help_panel=OUTPUT)] = Path("shards"),
-    dtype: Annotated[Dtype, typer.Option(help="Number format in the shards.", rich_help_panel=OUTPUT)] = "bf16",
-    shard_size_mb: Annotated[int, typer.Option(help="Megabytes at which a shard is closed and the next begun.", rich_help_panel=OUTPUT)] = 256,
-    max_bad: Annotated[int, typer.Option(help="Samples that may be rejected before the exit code is 1; the others are encoded all the same.", rich_help_panel=OUTPUT)] = 0,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the shards; what is in it already is kept and not encoded again.", rich_help_panel=OUTPUT)] = Path("shards"),
+    dtype: Annotated[Dtype, typer.Option(help="Number format of the tensors in the shards.", rich_help_panel=OUTPUT)] = "bf16",
+    shard_size_mb: Annotated[int, typer.Option(metavar="MB", help="Megabytes at which a shard is closed and the next begun.", rich_help_panel=OUTPUT)] = 256,
+    max_bad: Annotated[int, typer.Option(metavar="N", help="Samples that may be rejected before the exit code is 1; the others are encoded all the same.", rich_help_panel=OUTPUT)] = 0,
 ) -> None:
-    """Encode videos, images and captions into shards: latents, text embeddings, i2v conditions.
+    """Encode videos, images and captions into shards, once.
 
-    Interrupted and run again, it continues; with nothing to do, it ends at once. Next: wantrain distill --shards SHARDS.
+    The model's VAE and text encoder turn a sample into latents, text embeddings and, for i2v models, the first frame's condition. Interrupted and run again, it continues; with nothing to do, it ends at once.
+
+    Next: wantrain distill --shards DIR
     """
     from preprocess.config import EncodeConfig
 
@@ -122,13 +143,15 @@ def encode(
     typer.echo(f"next: wantrain distill --shards {output}")
 
 
-@app.command(cls=HelpPage, epilog=INDEX_EXAMPLES)
+@app.command(cls=Command, epilog=INDEX_EXAMPLES)
 def index(
-    shards: Annotated[Path, typer.Option(help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
+    shards: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
 ) -> None:
-    """Rebuild manifest.json and index.zarr from the shards, which are the truth.
+    """Rebuild manifest.json and index.zarr from the shards.
 
-    Reads every tar once and checks it against its sidecar.
+    For shards that were copied from somewhere else, or an index that is lost. Reads every tar once and checks it against its sidecar.
+
+    Next: wantrain distill --shards DIR
     """
     from preprocess import report
     from preprocess.index import build_index, check_shards

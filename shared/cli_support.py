@@ -1,19 +1,51 @@
 """What both command lines do alike: underscores for dashes, one message for a user's error."""
 
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from shared.errors import UserError
+from shared.help_page import HelpPage
 
 # The seed document writes --train_data_dir, people of this century --train-data-dir: both are read.
 CONTEXT = {
     "token_normalize_func": lambda token: token.replace("_", "-"),
     "help_option_names": ["-h", "--help"],
+    "max_content_width": 100,  # a help page is as wide as the terminal, up to this
 }
+
+
+class Command(HelpPage):
+    """A command with a help page; what it can't do without is shown by an example in its errors."""
+
+    def get_usage(self, ctx: Any) -> str:
+        """What click prints above an error."""
+        usage = super().get_usage(ctx)
+        if not any(parameter.required for parameter in self.get_params(ctx)):
+            return usage
+        return f"{usage}\n\nExample:\n{_indented(_blocks(self.epilog)[0])}\n"
+
+
+class _Group(TyperGroup):
+    """A program whose epilog holds examples, printed as they are."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the examples; called by click for --help."""
+        formatter.write("\nExamples:\n" + "\n\n".join(map(_indented, _blocks(self.epilog))) + "\n")
+
+
+def _blocks(examples: str | None) -> list[str]:
+    """Examples, each with the comment above it; a blank line ends one."""
+    return (examples or "").strip().split("\n\n")
+
+
+def _indented(text: str) -> str:
+    return textwrap.indent(text, "  ")
 
 
 def run(app: Callable[[], Any]) -> None:
@@ -25,10 +57,12 @@ def run(app: Callable[[], Any]) -> None:
         sys.exit(1)
 
 
-def new_app(help_text: str) -> typer.Typer:
-    """A typer app with the project's conventions."""
+def new_app(help_text: str, examples: str) -> typer.Typer:
+    """A typer app with the project's conventions; `examples` end its help page."""
     return typer.Typer(
+        cls=_Group,
         help=help_text,
+        epilog=examples,
         context_settings=CONTEXT,
         no_args_is_help=True,
         pretty_exceptions_enable=False,

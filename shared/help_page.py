@@ -37,7 +37,8 @@ class HelpPage(TyperCommand):
         for name, records in groups.items():
             formatter.write(f"\n{_heading(name)}\n")
             formatter.indent()
-            formatter.write_dl(records, col_max=_NAME_COLUMN)
+            for names, text in records:  # one by one and padded: a column for the whole page
+                formatter.write_dl([(f"{names:<{_NAME_COLUMN}}", text)], col_max=_NAME_COLUMN)
             formatter.dedent()
 
 
