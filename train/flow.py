@@ -12,7 +12,8 @@ import torch
 from shared.errors import UserError
 from shared.model_spec import TIMESTEPS
 
-Expert = Literal["high", "low", "full"]
+# In the command line's order: typing keeps one Optional[Literal] for all orders, the first it saw.
+Expert = Literal["low", "high", "full"]
 ScoreFloor = Literal["boundary", "handover"]
 
 # Levels nearer to pure noise say nothing about x̂0 and levels below divide by almost nothing. The
