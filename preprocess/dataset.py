@@ -3,6 +3,7 @@
 Nothing is decoded here. An entry that cannot be used is rejected with a reason; the rest goes on.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from preprocess.metadata import CAPTION_FIELDS, NAMES, PATH_FIELDS, find_metadata, read_metadata
-from shared.errors import UserError
+from shared.errors import UserError, json_kind
 
 EXTENSIONS: dict[str, Literal["video", "image"]] = {
     **dict.fromkeys((".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg"), "video"),
@@ -100,13 +101,15 @@ def _named_path(item: Any) -> str | None:
 def _entry(item: Any, data_dir: Path) -> Entry:
     """One record. `width`, `height` and whatever else it holds are ignored: the file decides."""
     if not isinstance(item, dict):
-        raise _BadEntryError(f"the entry is a {type(item).__name__}, expected an object")
-    path_field, name = _one_of(item, PATH_FIELDS)
-    caption_field, caption = _one_of(item, CAPTION_FIELDS)
-    if not isinstance(name, str) or not name:
-        raise _BadEntryError(f"{path_field} is {name!r}, expected the path of a file")
-    if not isinstance(caption, str):
-        raise _BadEntryError(f"{caption_field} is {caption!r}, expected the caption")
+        raise _BadEntryError(f"the entry is {json_kind(item)}, expected an object")
+    paths = _filled(item, PATH_FIELDS)
+    if len(paths) > 1:
+        raise _BadEntryError(f"{' and '.join(paths)} are both given, expected one of them")
+    captions = _filled(item, CAPTION_FIELDS)
+    if len(captions) > 1 and len({json.dumps(value) for value in captions.values()}) > 1:
+        raise _BadEntryError(f"{' and '.join(captions)} differ, expected one of them")
+    path_field, name = _text(item, paths, PATH_FIELDS, "the path of a file")
+    _, caption = _text(item, captions, CAPTION_FIELDS, "the caption")
     given = Path(name).expanduser() if name.startswith("~/") else Path(name)
     path = given if given.is_absolute() else data_dir / given
     implied = {"video_path": "video", "image_path": "image"}.get(path_field)
@@ -114,14 +117,26 @@ def _entry(item: Any, data_dir: Path) -> Entry:
     return _checked(path, _source(path, given, data_dir), caption, kind)
 
 
-def _one_of(item: dict[str, Any], fields: tuple[str, ...]) -> tuple[str, Any]:
-    """(field, value) of the one of `fields` that the entry has; (the first, None) without any."""
-    there = [field for field in fields if item.get(field) not in (None, "")]
-    if len(there) > 1 and any(item[field] != item[there[0]] for field in there):
-        raise _BadEntryError(f"{' and '.join(there)} differ, expected one of them")
-    # An empty value is told as what it is, an absent field under its usual name.
-    present = there or [field for field in fields if field in item] or [fields[0]]
-    return present[0], item.get(present[0])
+def _filled(item: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
+    """Those of `fields` that hold something: tables leave blanks, JSON may say null."""
+    return {field: item[field] for field in fields if not _blank(item.get(field))}
+
+
+def _blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _text(
+    item: dict[str, Any], filled: dict[str, Any], fields: tuple[str, ...], what: str
+) -> tuple[str, str]:
+    """(field, its text) of the first filled field. A blank caption is left to `_checked`."""
+    for field in (*filled, *(field for field in fields if field in item)):
+        value = item[field]
+        if not isinstance(value, str) or (fields is PATH_FIELDS and _blank(value)):
+            found = json.dumps(value)
+            raise _BadEntryError(f"{field} is {found}, expected {what}")
+        return field, value
+    raise _BadEntryError(f"no {' or '.join(fields)}, expected {what}")
 
 
 def _from_folder(folder: Path) -> Dataset:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import UserError
+from shared.errors import UserError, json_kind
 
 NAMES = ("metadata.json", "metadata.jsonl", "metadata.csv")
 """What is looked for in a data folder."""
@@ -48,9 +48,10 @@ def read_metadata(path: Path) -> list[Record]:
     readers = {".json": _json, ".jsonl": _json_lines, ".csv": _csv}
     reader = readers.get(path.suffix.lower())
     if reader is None:
+        found = f"ends in {path.suffix!r}" if path.suffix else "has no ending"
         raise UserError(
-            f"dataset: {path} ends in {path.suffix!r}, expected .json, .jsonl or .csv with {_FORM} "
-            "in each entry."
+            f"dataset: {path} {found}, expected .json, .jsonl or .csv with {_FORM} in each entry. "
+            "Set --train-data-meta (or DATASET_META_NAME) to such a file."
         )
     try:
         text = path.read_bytes().decode("utf-8-sig")  # bytes: line ends inside captions are kept
@@ -64,7 +65,13 @@ def read_metadata(path: Path) -> list[Record]:
         raise UserError(
             f"dataset: {path} is not UTF-8 text ({error}). Save it as UTF-8."
         ) from error
-    return reader(path, text)
+    records = reader(path, text)
+    if not records:
+        raise UserError(
+            f"dataset: {path} lists nothing. Expected at least one entry with {_FORM}. Fill it, or "
+            "set --train-data-meta (or DATASET_META_NAME) to another file."
+        )
+    return records
 
 
 def _json(path: Path, text: str) -> list[Record]:
@@ -80,7 +87,12 @@ def _json(path: Path, text: str) -> list[Record]:
             f"dataset: {path} is not valid JSON ({error}). Expected {form}.{cure}"
         ) from error
     if not isinstance(value, list):
-        raise UserError(f"dataset: {path} holds a {type(value).__name__}. Expected {form}.")
+        cure = "Put it in [brackets]"
+        if isinstance(value, dict) and "\n" not in text.strip():
+            cure += (
+                f", or rename the file to {path.with_suffix('.jsonl').name} if it has one a line"
+            )
+        raise UserError(f"dataset: {path} holds {json_kind(value)}. Expected {form}. {cure}.")
     return [Record(where=f"{path.name}[{n}]", value=item) for n, item in enumerate(value)]
 
 
@@ -143,9 +155,14 @@ def _csv(path: Path, text: str) -> list[Record]:
 def _check_header(path: Path, header: list[str]) -> None:
     for what, fields in (("path", PATH_FIELDS), ("caption", CAPTION_FIELDS)):
         if not set(fields) & set(header):
+            cure = f"Rename the column that has the {what}s"
+            if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
+                cure = "Save it with commas between the columns"
             raise UserError(
                 f"dataset: {path} has no {what} column: its first line names "
-                f"{', '.join(header)}. Expected a header with {' or '.join(fields)}."
+                f"{', '.join(header)}. Expected a header with {' or '.join(fields)}. {cure}."
             )
     if len(set(header)) < len(header):
-        raise UserError(f"dataset: {path}: a column occurs twice in {', '.join(header)}.")
+        raise UserError(
+            f"dataset: {path}: a column occurs twice in {', '.join(header)}. Rename one."
+        )

@@ -1,6 +1,6 @@
 """The device that a stage computes on. torch is imported when a command runs, not for --help."""
 
-from shared.errors import UserError, first_line
+from shared.errors import UserError
 
 
 def check_device(device: str) -> None:
@@ -10,9 +10,12 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
+        # A name that is no device makes torch list all that it was ever built for.
+        why = str(error).strip().partition("\n")[0].removesuffix(".")
+        why = "no such kind of device" if why.startswith("Expected one of") else why
         raise UserError(
-            f"--device: found {device!r}, which torch can't use ({first_line(error)}). "
-            "Expected cpu, cuda, cuda:1 …"
+            f"--device: found {device!r}, which torch can't use ({why}). "
+            "Expected auto, cpu, cuda, cuda:1 …"
         ) from error
 
 

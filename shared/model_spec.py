@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from shared.errors import UserError, first_line
+from shared.errors import UserError, first_line, json_kind
 from shared.toy_model import TOY_MODELS, toy_folder
 
 DEFAULT_MODEL = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
@@ -88,10 +88,13 @@ def resolve_model(name: str, components: Sequence[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:
-        offline = " HF_HUB_OFFLINE is set." if os.environ.get("HF_HUB_OFFLINE") else ""
+        if os.environ.get("HF_HUB_OFFLINE"):
+            why = "HF_HUB_OFFLINE is set and an earlier download is not on this machine"
+        else:
+            why = first_line(error)
         raise UserError(
             f"model: {name!r} is neither a local folder nor to be had from the Hugging Face hub "
-            f"({first_line(error)}).{offline} "
+            f"({why}). "
             "Set --pretrained-model-name-or-path (or MODEL_NAME) to a local folder, "
             f"or run once online: hf download {name}"
         ) from error
@@ -109,7 +112,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{what}: {path} is not valid JSON ({error}).") from error
     if not isinstance(value, dict):
-        raise UserError(f"{what}: {path} holds a {type(value).__name__}, expected an object.")
+        raise UserError(f"{what}: {path} holds {json_kind(value)}, expected an object.")
     return value
 
 

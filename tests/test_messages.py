@@ -4,8 +4,10 @@ A row is what was typed and what comes back. `{name}` stands for a path of the `
 """
 
 import json
+import os
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from safetensors.torch import save_file
 
 import preprocess.cli
 import train.cli
+from tests.models import tiny_model
 from tests.preprocess.conftest import render_clip
 from tests.train.conftest import encode, write_dataset
 
@@ -329,6 +332,94 @@ ROWS: dict[str, tuple[str, str]] = {
         TEACHER + "--steps 0",
         "error: --steps: found 0, expected a whole number from 1.",
     ),
+    "metadata of JSON lines": (
+        ENCODE + "--train-data-dir {data} --train-data-meta {lines_json}",
+        "@@",
+    ),
+    "metadata without a caption": (
+        ENCODE + "--train-data-dir {data} --train-data-meta {caption_csv}",
+        "@@",
+    ),
+    "metadata of nothing": (
+        ENCODE + "--train-data-dir {data} --train-data-meta {nothing_jsonl}",
+        "@@",
+    ),
+    "a csv row too long": (
+        ENCODE + "--train-data-dir {data} --train-data-meta {fields_csv}",
+        "@@",
+    ),
+    "an empty caption": (
+        ENCODE + "--train-data-dir {data} --train-data-meta {blank_json}",
+        "@@",
+    ),
+    "an empty image": (
+        ENCODE + "--train-data-dir {with-empty_png}",
+        "@@",
+    ),
+    "unknown option": (
+        ENCODE + "--nonsense 1",
+        "@@",
+    ),
+    "shards can't be written": (
+        "wanprep encode --model {t2v} --size 64 --train-data-dir {data} --output /proc/nothing",
+        "@@",
+    ),
+    "shards without manifest": (
+        "wantrain distill --model {t2v} --shards {bare} --output-dir {new}",
+        "@@",
+    ),
+    "shards of other weights": (
+        "wantrain distill --model {other} --shards {shards} --output-dir {new}",
+        "@@",
+    ),
+    "high expert of one transformer": (
+        "wantrain distill --model {one} --shards {shards} --output-dir {new} --boundary-type high",
+        "@@",
+    ),
+    "model lacks its transformer": (
+        "wantrain distill --model {blind} --shards {shards} --output-dir {new}",
+        "@@",
+    ),
+    "no such GPU": (
+        DISTILL + "--device cuda:99",
+        "@@",
+    ),
+    "no updates": (
+        DISTILL + "--max-train-steps 0",
+        "@@",
+    ),
+    "negative critic rate": (
+        DISTILL + "--learning-rate-critic -1",
+        "@@",
+    ),
+    "length is a word": (
+        DISTILL + "--max-train-steps many",
+        "@@",
+    ),
+    "training can't be written": (
+        DISTILL + "--output-dir /proc/nothing",
+        "@@",
+    ),
+    "lora is a folder": (
+        SAMPLE + "--lora {empty}",
+        "@@",
+    ),
+    "no such image": (
+        TEACHER.replace("{t2v}", "{i2v}") + "--image {nowhere}",
+        "@@",
+    ),
+    "fps 0": (
+        TEACHER + "--fps 0",
+        "@@",
+    ),
+    "guidance nan": (
+        TEACHER + "--guidance-scale nan",
+        "@@",
+    ),
+    "sample on no device": (
+        TEACHER + "--device gpu",
+        "@@",
+    ),
 }
 
 
@@ -356,23 +447,37 @@ def world(
     listed("columns.csv", "path;text\n")
     listed("a.yaml", "")
     listed("missing.json", json.dumps([{"file_path": "lost.mp4", "text": "t"}]))
+    listed("lines.json", '{"file_path": "a.mp4", "text": "t"}\n' * 2)
+    listed("caption.csv", "file_path,prompt\n")
+    listed("nothing.jsonl", "")
+    listed("fields.csv", "file_path,text\na.mp4,red, blue\n")
+    listed("blank.json", json.dumps([{"file_path": "a.mp4", "text": " "}]))
     listed("text.safetensors", "no tensors at all")
     (root / "two").mkdir()
     paths["two"] = root / "two"
     for name in ("metadata.json", "metadata.csv"):
         (paths["two"] / name).touch()
-    for name, content in (("empty.mp4", b""), ("text.mp4", b"text"), ("text.png", b"text")):
+    for name in ("empty.mp4", "empty.png", "text.mp4", "text.png"):
         folder = paths[f"with-{name}"] = root / f"with-{name}"
         folder.mkdir()
-        (folder / name).write_bytes(content)
+        (folder / name).write_text("" if name.startswith("empty") else "text")
         (folder / name).with_suffix(".txt").write_text("a caption")
-    shutil.copytree(tiny_t2v, paths["partial"], symlinks=True)
-    shutil.rmtree(paths["partial"] / "vae")
+    for name, part in (("partial", "vae"), ("blind", "transformer"), ("one", "transformer_2")):
+        paths[name] = root / name
+        shutil.copytree(tiny_t2v, paths[name], symlinks=True)
+        shutil.rmtree(paths[name] / part)
+    index = json.loads((paths["one"] / "model_index.json").read_text())
+    del index["transformer_2"]
+    (paths["one"] / "model_index.json").write_text(json.dumps(index | {"boundary_ratio": None}))
+    paths["other"] = tiny_model(root / "other", "t2v", seed=5)
     paths["foreign.safetensors"] = root / "foreign.safetensors"
     save_file({"x": torch.zeros(2)}, paths["foreign.safetensors"])
     paths["image.png"] = root / "image.png"
     Image.new("RGB", (96, 64)).save(paths["image.png"])
     shards = encode(write_dataset(root / "set"), tiny_t2v, root / "shards")
+    paths["bare"] = root / "bare"
+    shutil.copytree(shards, paths["bare"])
+    (paths["bare"] / "manifest.json").unlink()
     return paths | {"t2v": tiny_t2v, "i2v": tiny_i2v, "shards": shards}
 
 
@@ -395,7 +500,7 @@ def say(
             for word in shlex.split(line)
         ]
         monkeypatch.setattr(sys, "argv", words)
-        monkeypatch.setenv("COLUMNS", "300")
+        monkeypatch.setenv("COLUMNS", "200")
         with pytest.raises(SystemExit) as ended:  # any other exception would be a traceback
             MAINS[words[0]]()
         said = capsys.readouterr().err
@@ -407,8 +512,32 @@ def say(
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_the_message(row: str, say: Say) -> None:
+def test_the_message(row: str, say: Say, tmp_path: Path) -> None:
     line, message = ROWS[row]
+    if "cuda" in line and torch.cuda.is_available():
+        pytest.skip("this machine's torch has CUDA and says it in other words")
     code, said = say(line)
+    # A refused run leaves nothing behind; `wanprep encode` may leave its list of the rejected.
+    assert line.startswith("wanprep") or not (tmp_path / "new").exists()
     assert code == (2 if message.startswith("Error: ") else 1), said
     assert said[said.index(message.split(" ")[0]) :].strip() == message
+
+
+@pytest.mark.parametrize(
+    "row", ["no data folder", "option with a typo", "no shards", "sample of nothing"]
+)
+def test_the_installed_command_says_the_same(row: str, world: World, tmp_path: Path) -> None:
+    """As a process: nothing else, such as a warning of a library, stands around the message."""
+    line, message = ROWS[row]
+    paths = {name.replace(".", "_"): path for name, path in world.items()}
+    program, *words = (
+        word.format(**paths | {"new": tmp_path / "new"}) for word in shlex.split(line)
+    )
+    ended = subprocess.run(
+        [Path(sys.executable).with_name(program), *words],
+        capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"},
+    )  # fmt: skip
+    expected = message.format(**paths)
+    assert ended.returncode == (2 if message.startswith("Error: ") else 1)
+    assert ended.stderr.strip().endswith(expected)
+    assert ended.stderr.startswith(("error: ", "Usage: ")) and ended.stdout == ""

@@ -85,10 +85,11 @@ class DistillConfig:
             "gradient_accumulation_steps",
             "video_repeat",
         )
+        whole = "a whole number from 1"
         for name in at_least_one:
-            _check(name, getattr(self, name), getattr(self, name) >= 1, "a whole number from 1")
+            _check(name, getattr(self, name), getattr(self, name) >= 1, whole)
         if self.max_train_steps is not None:
-            _check("max_train_steps", self.max_train_steps, self.max_train_steps >= 1, "from 1")
+            _check("max_train_steps", self.max_train_steps, self.max_train_steps >= 1, whole)
         for name in ("network_alpha", "learning_rate", "learning_rate_critic", "max_grad_norm"):
             _check(name, getattr(self, name), 0 < getattr(self, name) < inf, "a number above 0")
         if self.flow_shift is not None:

@@ -190,8 +190,8 @@ class MicroBatches:
         tensors = self._local.reader.read(row, member)
         if tensors is None:
             raise UserError(
-                f"shards: {self._index.where(row)} has no {member}, which a {self._spec.mode} "
-                "model needs. Encode with this model: wanprep encode "
+                f"shards: {self._index.where(row)} has no {member}, which every "
+                f"{self._spec.mode} model needs. Encode with this model: wanprep encode "
                 f"--pretrained-model-name-or-path {self._spec.folder} --output <new folder>"
             )
         if name not in tensors:

@@ -65,8 +65,11 @@ def read_provenance(path: Path) -> Provenance:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
+        # What safetensors says of a folder or a lost file is "No such device".
+        why = "it is a folder" if path.is_dir() else "there is no such file"
+        why = first_line(error) if path.is_file() else why
         raise UserError(
-            f"LoRA: cannot read {path} as safetensors ({first_line(error)}). Expected a file that "
+            f"LoRA: cannot read {path} as safetensors ({why}). Expected a file that "
             "`wantrain distill` wrote, such as output_dir_distill/lora-low-diffusers.safetensors."
         ) from error
     if METADATA_KEY not in metadata:

@@ -96,6 +96,10 @@ class SampleConfig:
                 )
         if self.steps is not None and self.steps < 1:
             raise UserError(f"--steps: found {self.steps}, expected a whole number from 1.")
+        if self.fps < 1:
+            raise UserError(f"--fps: found {self.fps}, expected a whole number from 1.")
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale < inf:
+            raise UserError(f"--guidance-scale: found {self.guidance_scale}, expected 0 or more.")
         if self.flow_shift is not None and not 0 < self.flow_shift < inf:
             raise UserError(f"--flow-shift: found {self.flow_shift}, expected a number above 0.")
 
@@ -360,9 +364,9 @@ def fit_image(path: Path, height: int, width: int) -> Image.Image:
     try:
         image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "it holds none, or half of one"
         raise UserError(
-            f"--image: cannot read {path} as a picture ({first_line(error)}). Expected e.g. PNG "
-            "or JPEG."
+            f"--image: cannot read {path} as a picture ({why}). Expected e.g. PNG or JPEG."
         ) from error
     return fit_to(image, height, width)
 

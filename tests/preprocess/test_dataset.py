@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from preprocess.dataset import load_dataset
 from shared.errors import UserError
+from tests.preprocess.conftest import Cache, render_clip, wanprep
 
 
 def listed(folder: Path, *entries: Any) -> Path:
@@ -54,11 +56,13 @@ def test_a_folder_with_captions_beside_the_media(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "source", "reason"),
     [
-        ("x.mp4", "metadata.json[0]", "the entry is a str, expected an object"),
-        ({"text": "t"}, "metadata.json[0]", "file_path is None"),
+        ("x.mp4", "metadata.json[0]", "the entry is a string, expected an object"),
+        (None, "metadata.json[0]", "the entry is null, expected an object"),
+        ({"text": "t"}, "metadata.json[0]", "no file_path or video_path or image_path or file_na"),
+        ({"file_path": "", "text": "t"}, "metadata.json[0]", 'file_path is "", expected the path'),
         ({"file_path": 7, "text": "t"}, "metadata.json[0]", "file_path is 7"),
-        ({"file_path": "x.mp4"}, "x.mp4", "text is None, expected the caption"),
-        ({"file_path": "x.mp4", "text": ["t"]}, "x.mp4", "text is ['t'], expected the caption"),
+        ({"file_path": "x.mp4"}, "x.mp4", "no text or caption, expected the caption"),
+        ({"file_path": "x.mp4", "text": ["t"]}, "x.mp4", 'text is ["t"], expected the caption'),
         ({"file_path": "x.mp4", "text": " \n"}, "x.mp4", "the caption is empty"),
         ({"file_path": "x.mp4", "text": "\ud800"}, "x.mp4", "lone surrogates"),
         ({"file_path": "x.pdf", "text": "t"}, "x.pdf", "unknown extension '.pdf'"),
@@ -76,9 +80,8 @@ def test_a_bad_entry_is_left_out(tmp_path: Path, entry: Any, source: str, reason
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"[{", "metadata.json is not valid JSON"),
         (b"\xff\xfe\x00", r"metadata.json is not UTF-8 text .* Save it as UTF-8"),
-        (b'{"file_path": "x"}', "metadata.json holds a dict. Expected a JSON list"),
+        (b'{"file_path": "x"}', r"holds an object\. .* rename the file to metadata\.jsonl if it"),
     ],
 )
 def test_unreadable_metadata_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
@@ -145,7 +148,7 @@ def test_a_table_with_a_column_for_each_kind(tmp_path: Path) -> None:
         ("b.bin", "image"),
     ]
     assert [(r.source, r.reason) for r in dataset.rejected] == [
-        ("c.bin", "video_path and image_path differ, expected one of them")
+        ("c.bin", "video_path and image_path are both given, expected one of them")
     ]
 
 
@@ -165,7 +168,10 @@ def test_a_bad_line_is_rejected_by_its_number_and_the_rest_goes_on(tmp_path: Pat
     assert [(r.source, r.reason.split(";")[0]) for r in dataset.rejected] == [
         ("t.csv line 4", "3 fields, expected 2 as in the header"),
         ("t.csv line 6", "1 fields, expected 2 as in the header"),
-        ("t.csv line 7", "file_path is None, expected the path of a file"),
+        (
+            "t.csv line 7",
+            "no file_path or video_path or image_path or file_name, expected the path of a file",
+        ),
     ]
 
 
@@ -173,12 +179,16 @@ def test_a_bad_line_is_rejected_by_its_number_and_the_rest_goes_on(tmp_path: Pat
     ("name", "content", "message"),
     [
         ("m.csv", "path,text\n", r"no path column: its first line names path, text\. Expected a "),
-        ("m.csv", "file_path;text\n", r"no path column: its first line names file_path;text"),
         ("m.csv", "video_path,prompt\n", r"no caption column: .* with text or caption"),
         ("m.csv", "text,file_path,text\n", "a column occurs twice"),
         ("m.csv", 'file_path,text\na,"b"c\n', "line 2 is not valid CSV"),
         ("m.json", '{"a": 1}\n{"a": 2}\n', r"It looks like JSON lines: rename it to m\.jsonl"),
         ("m.parquet", "", r"ends in '\.parquet', expected \.json, \.jsonl or \.csv"),
+        ("m", "", "has no ending, expected"),
+        ("m.json", "[]", "lists nothing. Expected at least one entry"),
+        ("m.jsonl", "\n", "lists nothing"),
+        ("m.csv", "", "lists nothing"),
+        ("m.csv", "file_path,text\n", "lists nothing"),
     ],
 )
 def test_an_unusable_file_is_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -187,12 +197,45 @@ def test_an_unusable_file_is_refused(tmp_path: Path, name: str, content: str, me
         load_dataset(tmp_path, tmp_path / name)
 
 
-def test_two_metadata_files_must_be_chosen_from(tmp_path: Path) -> None:
-    for name in ("metadata.json", "metadata.csv"):
-        (tmp_path / name).touch()
-    message = r"metadata\.json, metadata\.csv; expected one\. Choose: --train-data-meta "
-    with pytest.raises(UserError, match=message):
-        load_dataset(tmp_path, None)
+def test_two_paths_are_refused_even_where_they_agree(tmp_path: Path) -> None:
+    """As a video or as an image? A blank beside a path is none."""
+    listed(
+        tmp_path,
+        {"video_path": "a.bin", "image_path": "a.bin", "text": "t"},
+        {"file_path": "b.mp4", "file_name": "b.mp4", "text": "t"},
+        {"video_path": " ", "image_path": "c.bin", "text": None, "caption": "t"},
+    )
+    dataset = load_dataset(tmp_path, None)
+    assert [(e.source, e.type) for e in dataset.entries] == [("c.bin", "image")]
+    assert [(r.source, r.reason.split(" are both")[0]) for r in dataset.rejected] == [
+        ("a.bin", "video_path and image_path"),
+        ("b.mp4", "file_path and file_name"),
+    ]
+
+
+def test_every_form_gives_the_same_shards(tiny_t2v: Path, tmp_path: Path) -> None:
+    """Through `wanprep encode`: each member of each sample, to the byte."""
+    data = tmp_path / "data"
+    data.mkdir()
+    render_clip(data / "a.mp4", height=64, width=96, frames=6)
+    Image.new("RGB", (64, 64), (20, 130, 90)).save(data / "b.png")
+    records = [{"file_path": path, "text": caption} for path, caption in ROWS]
+    (tmp_path / "m.json").write_text(json.dumps(records))
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, records)))
+    with (tmp_path / "m.csv").open("w", newline="", encoding="utf-8-sig") as stream:
+        csv.writer(stream).writerows([("file_path", "text"), *ROWS])
+    contents = []
+    for form in ("json", "jsonl", "csv"):
+        shards = tmp_path / form
+        ran = wanprep(
+            "encode", "--model", tiny_t2v, "--train-data-dir", data, "--output", shards,
+            "--train-data-meta", tmp_path / f"m.{form}", "--size", 64,
+            "--video-sample-n-frames", 5, "--device", "cpu",
+        )  # fmt: skip
+        assert ran.code == 0, ran.err
+        contents.append(Cache.open(shards).contents())
+    assert contents[0] == contents[1] == contents[2]
+    assert sum(name.endswith(".latents.safetensors") for name in contents[0]) == 2
 
 
 def test_differing_captions_are_refused_and_equal_ones_are_not(tmp_path: Path) -> None:

@@ -250,21 +250,13 @@ def _with_encoders_of(encoders: Path, transformers: Path, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--rank", "0"), "--rank: found 0"),
         (("--target-name", " "), "--target-name: found"),
         (("--flow-shift", "0"), "--flow-shift: found 0"),
         (("--flow-shift", "nan"), "--flow-shift: found nan"),
         (("--adam-epsilon", "-1"), "--adam-epsilon: found -1"),
-        (("--device", "nonsense"), "--device: found 'nonsense'"),
-        (("--device", "cuda:99"), "--device: found 'cuda:99'"),
-        (("--score-floor", "handover"), "choice for the high-noise expert alone"),
-        (("--denoising-step-indices-list", "a b"), "--denoising-step-indices-list: found 'a b'"),
         (("--denoising-step-indices-list", "990,980"), "no step belongs to this expert"),
         (("--num-train-epochs", "1", "--gen-update-interval", "99"), "fewer than one cycle"),
-        (("--resume-from-checkpoint", "nowhere"), "nowhere is not a checkpoint"),
         (("--tail", "drop", "--train-batch-size", "50"), "no full batch of 50"),
-        (("--shards", "/nonexistent"), "no manifest.json.*wanprep encode"),
-        (("--model", "/nonexistent"), "no folder '/nonexistent'"),
     ],
 )
 def test_bad_values_are_refused_before_anything_is_written(
@@ -289,16 +281,6 @@ def test_damaged_base_is_named(tiny_t2v: Path, t2v_shards: Path, tmp_path: Path)
     weights.unlink()
     with pytest.raises(UserError, match=r"transformer_2 holds no safetensors"):
         distill(model, t2v_shards, tmp_path / "out")
-
-
-def test_unknown_layer_name_and_unwritable_output(
-    tiny_t2v: Path, t2v_shards: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match="--target-name: 'nonsense' names no linear layer"):
-        distill(tiny_t2v, t2v_shards, tmp_path / "out", "--target-name", "q,nonsense")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--output-dir: can't write to .*file"):
-        distill(tiny_t2v, t2v_shards, tmp_path / "file")
 
 
 def test_seed_spelling_with_underscores(
