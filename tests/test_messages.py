@@ -5,6 +5,7 @@ A row is what was typed and what comes back. `{name}` stands for a path of the `
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -40,13 +41,10 @@ ROWS: dict[str, tuple[str, str]] = {
     ),
     "model is a hub id, offline": (
         "wanprep encode --model some-org/Some-Model --train-data-dir {data} --output {new}",
-        "error: model: 'some-org/Some-Model' is neither a local folder nor to be had from the"
-        " Hugging Face hub (LocalEntryNotFoundError: Cannot find an appropriate cached "
-        "snapshot folder for the specified revision on the local disk and outgoing traffic "
-        "has been disabled. To enable repo look-ups and downloads online, set "
-        "'HF_HUB_OFFLINE=0' as environment variable.). HF_HUB_OFFLINE is set. Set "
-        "--pretrained-model-name-or-path (or MODEL_NAME) to a local folder, or run once "
-        "online: hf download some-org/Some-Model",
+        "error: model: 'some-org/Some-Model' is neither a local folder nor to be had from "
+        "the Hugging Face hub (HF_HUB_OFFLINE is set and an earlier download is not on this "
+        "machine). Set --pretrained-model-name-or-path (or MODEL_NAME) to a local folder, or "
+        "run once online: hf download some-org/Some-Model",
     ),
     "model folder is no model": (
         "wanprep encode --model {empty} --train-data-dir {data} --output {new}",
@@ -87,20 +85,22 @@ ROWS: dict[str, tuple[str, str]] = {
     ),
     "metadata of the wrong kind": (
         ENCODE + "--train-data-dir {data} --train-data-meta {dict_json}",
-        "error: dataset: {dict_json} holds a dict. Expected a JSON list of objects with a "
+        "error: dataset: {dict_json} holds an object. Expected a JSON list of objects with a "
         "path (file_path | video_path | image_path | file_name) and a caption (text | "
-        "caption).",
+        "caption). Put it in [brackets], or rename the file to dict.jsonl if it has one a "
+        "line.",
     ),
     "metadata with other columns": (
         ENCODE + "--train-data-dir {data} --train-data-meta {columns_csv}",
         "error: dataset: {columns_csv} has no path column: its first line names path;text. "
-        "Expected a header with file_path or video_path or image_path or file_name.",
+        "Expected a header with file_path or video_path or image_path or file_name. Save it "
+        "with commas between the columns.",
     ),
     "metadata of another form": (
         ENCODE + "--train-data-dir {data} --train-data-meta {a_yaml}",
-        "error: dataset: {a_yaml} ends in '.yaml', expected .json, .jsonl or .csv with a path"
-        " (file_path | video_path | image_path | file_name) and a caption (text | caption) in"
-        " each entry.",
+        "error: dataset: {a_yaml} ends in '.yaml', expected .json, .jsonl or .csv with a "
+        "path (file_path | video_path | image_path | file_name) and a caption (text | "
+        "caption) in each entry. Set --train-data-meta (or DATASET_META_NAME) to such a file.",
     ),
     "two metadata files": (
         ENCODE + "--train-data-dir {two}",
@@ -159,10 +159,8 @@ ROWS: dict[str, tuple[str, str]] = {
     ),
     "unknown device": (
         ENCODE + "--train-data-dir {data} --device gpu",
-        "error: --device: found 'gpu', which torch can't use (RuntimeError: Expected one of "
-        "cpu, cuda, ipu, xpu, mkldnn, opengl, opencl, ideep, hip, ve, fpga, maia, xla, lazy, "
-        "vulkan, mps, meta, hpu, mtia, privateuseone device type at start of device string: "
-        "gpu). Expected cpu, cuda, cuda:1 …",
+        "error: --device: found 'gpu', which torch can't use (no such kind of device). "
+        "Expected auto, cpu, cuda, cuda:1 …",
     ),
     "output is a file": (
         "wanprep encode --model {t2v} --size 64 --train-data-dir {data} --output {file}",
@@ -185,8 +183,8 @@ ROWS: dict[str, tuple[str, str]] = {
     "shards of another model": (
         "wantrain distill --model {i2v} --shards {shards}",
         "error: shards: {shards}/h48-w80-f9-w000-00001.tar: sample "
-        "662ce3349a6218b41a98c7658ff00394 has no cond.safetensors, which a i2v model needs. "
-        "Encode with this model: wanprep encode --pretrained-model-name-or-path {i2v} "
+        "<digest> has no cond.safetensors, which every i2v model "
+        "needs. Encode with this model: wanprep encode --pretrained-model-name-or-path {i2v} "
         "--output <new folder>",
     ),
     "model folder missing for training": (
@@ -287,8 +285,8 @@ ROWS: dict[str, tuple[str, str]] = {
     ),
     "lora missing": (
         SAMPLE + "--lora {nowhere}",
-        "error: LoRA: cannot read {nowhere} as safetensors (FileNotFoundError: No such file "
-        "or directory: {nowhere}). Expected a file that `wantrain distill` wrote, such as "
+        "error: LoRA: cannot read {nowhere} as safetensors (there is no such file). Expected "
+        "a file that `wantrain distill` wrote, such as "
         "output_dir_distill/lora-low-diffusers.safetensors.",
     ),
     "lora is no safetensors": (
@@ -325,8 +323,8 @@ ROWS: dict[str, tuple[str, str]] = {
     ),
     "image that is text": (
         TEACHER.replace("{t2v}", "{i2v}") + "--image {file}",
-        "error: --image: cannot read {file} as a picture (UnidentifiedImageError: cannot "
-        "identify image file '{file}'). Expected e.g. PNG or JPEG.",
+        "error: --image: cannot read {file} as a picture (it holds none, or half of one). "
+        "Expected e.g. PNG or JPEG.",
     ),
     "steps 0": (
         TEACHER + "--steps 0",
@@ -334,91 +332,123 @@ ROWS: dict[str, tuple[str, str]] = {
     ),
     "metadata of JSON lines": (
         ENCODE + "--train-data-dir {data} --train-data-meta {lines_json}",
-        "@@",
+        "error: dataset: {lines_json} is not valid JSON (Extra data: line 2 column 1 (char "
+        "36)). Expected a JSON list of objects with a path (file_path | video_path | "
+        "image_path | file_name) and a caption (text | caption). It looks like JSON lines: "
+        "rename it to lines.jsonl.",
     ),
     "metadata without a caption": (
         ENCODE + "--train-data-dir {data} --train-data-meta {caption_csv}",
-        "@@",
+        "error: dataset: {caption_csv} has no caption column: its first line names "
+        "file_path, prompt. Expected a header with text or caption. Rename the column that "
+        "has the captions.",
     ),
     "metadata of nothing": (
         ENCODE + "--train-data-dir {data} --train-data-meta {nothing_jsonl}",
-        "@@",
+        "error: dataset: {nothing_jsonl} lists nothing. Expected at least one entry with a "
+        "path (file_path | video_path | image_path | file_name) and a caption (text | "
+        "caption). Fill it, or set --train-data-meta (or DATASET_META_NAME) to another file.",
     ),
     "a csv row too long": (
         ENCODE + "--train-data-dir {data} --train-data-meta {fields_csv}",
-        "@@",
+        "error: dataset: {fields_csv} has nothing that can be encoded.\n"
+        "1 rejected, listed in {new}/rejected.jsonl:\n"
+        "  fields.csv line 2: 3 fields, expected 2 as in the header; put captions with "
+        'commas in "double quotes"',
     ),
     "an empty caption": (
         ENCODE + "--train-data-dir {data} --train-data-meta {blank_json}",
-        "@@",
+        "error: dataset: {blank_json} has nothing that can be encoded.\n"
+        "1 rejected, listed in {new}/rejected.jsonl:\n"
+        "  a.mp4: the caption is empty",
     ),
     "an empty image": (
         ENCODE + "--train-data-dir {with-empty_png}",
-        "@@",
+        "error: dataset: {with-empty_png} has nothing that can be encoded.\n"
+        "1 rejected, listed in {new}/rejected.jsonl:\n"
+        "  empty.png: {with-empty_png}/empty.png: the file is empty (0 bytes)",
     ),
     "unknown option": (
         ENCODE + "--nonsense 1",
-        "@@",
+        "Error: No such option: --nonsense (Possible options: --seed)",
     ),
     "shards can't be written": (
         "wanprep encode --model {t2v} --size 64 --train-data-dir {data} --output /proc/nothing",
-        "@@",
+        "error: --output: cannot write to /proc/nothing (No such file or directory). Choose "
+        "another folder.",
     ),
     "shards without manifest": (
         "wantrain distill --model {t2v} --shards {bare} --output-dir {new}",
-        "@@",
+        "error: shards: {bare} has no manifest.json. Rebuild it: wanprep index --shards {bare}",
     ),
     "shards of other weights": (
         "wantrain distill --model {other} --shards {shards} --output-dir {new}",
-        "@@",
+        "error: {shards} were encoded with another model than {other}:\n"
+        "  latents.vae: shards have "
+        "'<digest>', expected "
+        "'<digest>'\n"
+        "  text.encoder: shards have "
+        "'<digest>', expected "
+        "'<digest>'\n"
+        "Use the model that encoded them (--pretrained-model-name-or-path), or encode for "
+        "this one: wanprep encode --pretrained-model-name-or-path {other} --output <folder>",
     ),
     "high expert of one transformer": (
         "wantrain distill --model {one} --shards {shards} --output-dir {new} --boundary-type high",
-        "@@",
+        "error: --boundary-type high: this model has one transformer and no boundary; use "
+        "--boundary-type full.",
     ),
     "model lacks its transformer": (
         "wantrain distill --model {blind} --shards {shards} --output-dir {new}",
-        "@@",
+        "error: model: cannot read {blind}/transformer/config.json (No such file or "
+        "directory). Download the whole folder again.",
     ),
     "no such GPU": (
         DISTILL + "--device cuda:99",
-        "@@",
+        "error: --device: found 'cuda:99', which torch can't use (Torch not compiled with "
+        "CUDA enabled). Expected auto, cpu, cuda, cuda:1 …",
     ),
     "no updates": (
         DISTILL + "--max-train-steps 0",
-        "@@",
+        "error: --max-train-steps: found 0, expected a whole number from 1.",
     ),
     "negative critic rate": (
         DISTILL + "--learning-rate-critic -1",
-        "@@",
+        "error: --learning-rate-critic: found -1.0, expected a number above 0.",
     ),
     "length is a word": (
         DISTILL + "--max-train-steps many",
-        "@@",
+        "Error: Invalid value for '--max-train-steps': Input should be a valid integer, "
+        "unable to parse string as an integer",
     ),
     "training can't be written": (
         DISTILL + "--output-dir /proc/nothing",
-        "@@",
+        "error: --output-dir: can't write to /proc/nothing (No such file or directory). "
+        "Choose another folder.",
     ),
     "lora is a folder": (
         SAMPLE + "--lora {empty}",
-        "@@",
+        "error: LoRA: cannot read {empty} as safetensors (it is a folder). Expected a file "
+        "that `wantrain distill` wrote, such as "
+        "output_dir_distill/lora-low-diffusers.safetensors.",
     ),
     "no such image": (
         TEACHER.replace("{t2v}", "{i2v}") + "--image {nowhere}",
-        "@@",
+        "error: --image: cannot read {nowhere} as a picture (No such file or directory). "
+        "Expected e.g. PNG or JPEG.",
     ),
     "fps 0": (
         TEACHER + "--fps 0",
-        "@@",
+        "error: --fps: found 0, expected a whole number from 1.",
     ),
     "guidance nan": (
         TEACHER + "--guidance-scale nan",
-        "@@",
+        "error: --guidance-scale: found nan, expected 0 or more.",
     ),
     "sample on no device": (
         TEACHER + "--device gpu",
-        "@@",
+        "error: --device: found 'gpu', which torch can't use (no such kind of device). "
+        "Expected auto, cpu, cuda, cuda:1 …",
     ),
 }
 
@@ -506,6 +536,8 @@ def say(
         said = capsys.readouterr().err
         for name, path in sorted(world.items(), key=lambda item: -len(str(item[1]))):
             said = said.replace(str(path), "{" + name.replace(".", "_") + "}")
+        # Digests change with the libraries that wrote the files, the words do not.
+        said = re.sub(r"\b[0-9a-f]{32,64}\b", "<digest>", said)
         return int(ended.value.code or 0), said
 
     return typed
@@ -517,15 +549,13 @@ def test_the_message(row: str, say: Say, tmp_path: Path) -> None:
     if "cuda" in line and torch.cuda.is_available():
         pytest.skip("this machine's torch has CUDA and says it in other words")
     code, said = say(line)
-    # A refused run leaves nothing behind; `wanprep encode` may leave its list of the rejected.
-    assert line.startswith("wanprep") or not (tmp_path / "new").exists()
+    # A refused run leaves no file behind; `wanprep encode` may leave its list of the rejected.
+    assert line.startswith("wanprep") or not any((tmp_path / "new").rglob("*"))
     assert code == (2 if message.startswith("Error: ") else 1), said
     assert said[said.index(message.split(" ")[0]) :].strip() == message
 
 
-@pytest.mark.parametrize(
-    "row", ["no data folder", "option with a typo", "no shards", "sample of nothing"]
-)
+@pytest.mark.parametrize("row", ["no data folder", "option with a typo", "no shards"])
 def test_the_installed_command_says_the_same(row: str, world: World, tmp_path: Path) -> None:
     """As a process: nothing else, such as a warning of a library, stands around the message."""
     line, message = ROWS[row]
