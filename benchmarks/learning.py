@@ -1,6 +1,7 @@
 """Does distillation work? The toy distilled through `wantrain`, measured against its teacher.
 
     python benchmarks/learning.py full             # t2v, one LoRA for all steps: the main table
+    python benchmarks/learning.py renoise          # the same with re-noised steps, longer
     python benchmarks/learning.py experts          # t2v, high and low apart, sampled together
     python benchmarks/learning.py i2v
     python benchmarks/learning.py recipes          # the seed's maths and other choices, per expert
@@ -78,12 +79,14 @@ class Experiment:
 
     model: str
     guidance: float
-    """CFG scale of the teacher, as reference and in the DMD loss."""
+    """CFG scale of the teacher, as reference."""
     shift: float
     """Of the few steps; the reference takes its many steps at shift 5."""
     students: dict[str, tuple[Arm, ...]]
     updates: tuple[int, ...]
     """Generator updates after which the students are measured."""
+    loss_guidance: float | None = None
+    """CFG scale of the teacher in the DMD loss, where it is not `guidance`."""
     learning_rate: str = "5e-4"
     """Of the generator. Twice the rate reaches the same in half the updates, then overshoots."""
     captions: int = 512
@@ -100,6 +103,14 @@ EXPERIMENTS = {
     "full": Experiment(
         model="toy",
         guidance=2,
+        loss_guidance=1.25,
+        shift=12,
+        students={"d": (replace(FULL, flags=EULER),)},
+        updates=(5, 10, 15),
+    ),
+    "renoise": Experiment(
+        model="toy",
+        guidance=2,
         shift=12,
         students={"d": (FULL,)},
         updates=(10, 20, 30, 40),
@@ -109,7 +120,13 @@ EXPERIMENTS = {
         model="toy", guidance=2, shift=12, students={"d": (HIGH, LOW)}, updates=(5, 10)
     ),
     "i2v": Experiment(
-        model="toy-i2v", guidance=2, shift=5, students={"d": (FULL,)}, updates=(5, 10)
+        model="toy-i2v",
+        guidance=2,
+        loss_guidance=1.25,
+        shift=5,
+        students={"d": (FULL,)},
+        updates=(10, 20),
+        learning_rate="2e-4",
     ),
     "recipes": Experiment(
         model="toy",
@@ -246,7 +263,8 @@ class Bench:
         flags = (
             "--model", one.model, "--shards", str(self.shards), "--boundary-type", arm.expert,
             "--seed", str(seed), "--flow-shift", str(one.shift),
-            "--real-guidance-scale", str(one.guidance), *(RECIPE % one.learning_rate).split(),
+            "--real-guidance-scale", str(one.loss_guidance or one.guidance),
+            *(RECIPE % one.learning_rate).split(),
             *arm.flags,
         )  # fmt: skip
         name = "-".join([arm.expert, *(flag.lstrip("-") for flag in arm.flags)])
@@ -295,23 +313,22 @@ class Bench:
     def rows(self) -> dict[str, Callable[[int], Draw]]:
         """Label → the draw of a seed."""
         one = self.experiment
-        pairings = {"": True}
-        if any(EULER[1] in arm.flags for arms in one.students.values() for arm in arms):
-            pairings[" (Euler)"] = False
+        euler = {name: EULER[1] in arms[0].flags for name, arms in one.students.items()}
+        suffixes = {False: "", True: " (Euler)"}
         rows: dict[str, Callable[[int], Draw]] = {
             f"a  teacher, {one.teacher_steps} steps, CFG {one.guidance:g}": self.many_steps
         }
-        for suffix, renoise in pairings.items():
+        for stepping in sorted(set(euler.values())):
             for letter, what, guidance in (
                 ("b", f"CFG {one.guidance:g}", one.guidance),
                 ("c", "no CFG", 1.0),
             ):
-                rows[f"{letter}  teacher, 4 steps, {what}{suffix}"] = partial(
-                    self.few_steps, guidance=guidance, renoise=renoise
+                rows[f"{letter}  teacher, 4 steps, {what}{suffixes[stepping]}"] = partial(
+                    self.few_steps, guidance=guidance, renoise=not stepping
                 )
         for name, arms in one.students.items():
             for updates in one.updates:
-                label = f"d  student, {updates} updates"
+                label = f"d  student, {updates} updates{suffixes[euler[name]]}"
                 if name != "d":
                     label += f": {name}"
                 rows[label] = partial(self.student, arms=arms, updates=updates)
@@ -358,14 +375,14 @@ def markdown(table: dict[str, dict[str, list[float]]]) -> str:
         for metric in ("accuracy", "distance"):
             mean, error = mean_and_error(row[metric])
             cells.append(f"{mean:.3f} ± {error:.3f}")
+        if not label.startswith("d "):
+            lines.append(f"| {label} | {' | '.join(cells)} | | |")
+            continue
         euler = "Euler" in label
         base = next(
             name for name in table if name.startswith("c ") and (("(Euler)" in name) == euler)
         )
         for metric in ("accuracy", "distance"):
-            if not label.startswith("d "):
-                cells.append("")
-                continue
             pairs = zip(row[metric], table[base][metric], strict=True)
             mean, error = mean_and_error([a - b for a, b in pairs])
             counted = f" ({mean / error:+.1f} SE)" if error > 1e-9 else ""
