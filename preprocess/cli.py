@@ -123,6 +123,8 @@ def encode(
     outcome = run_encode(config, Console(stderr=True))
     if outcome.index is not None:
         typer.echo(report.contents(output, outcome.index))
+        if preview := report.preview(outcome.index):
+            typer.echo(preview)
     if outcome.signum is not None:
         typer.echo(
             f"interrupted, {report.count(outcome.left, 'sample')} to go. To continue, run the same command "

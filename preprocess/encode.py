@@ -162,6 +162,7 @@ def _encode(
                         source = work.entry.source
                         outcome.rejected.append(Rejected(source=source, reason=str(result)))
                     else:
+                        colours = result.colours  # of the clip, so with its first sample only
                         for key, caption in _missing(work, committed):
                             sample = Sample(
                                 key=key,
@@ -171,8 +172,9 @@ def _encode(
                                 cond=result.condition,
                             )
                             with signals.deferred():
-                                writer.add(sample)
+                                writer.add(sample, colours)
                                 outcome.written += 1
+                            colours = None
                     advance()
             with signals.deferred():
                 writer.close()

@@ -33,6 +33,7 @@ from shared.durable import fsync_file, fsync_folder, temporary, write_json
 from shared.errors import UserError
 from shared.fingerprint import FORMAT_VERSION, refuse_differences
 from shared.hashing import FileHasher, digest_of
+from shared.latent_rgb import ColourFit, LatentRgb, solve
 from shared.schema import JSON_MEMBER, KEY_BYTES, MEMBERS, TEXT_MEMBER
 
 # Rows of a column that are compressed and read together.
@@ -90,6 +91,7 @@ def build_index(folder: Path) -> CacheIndex:
     buckets = sorted({sidecar.bucket for sidecar in samples if sidecar.bucket})
     bucket_of_shard = [buckets.index(s.bucket) for s in samples if s.bucket]
     digest = _digest(sidecars)
+    latent_rgb = _latent_rgb(folder, samples)
 
     _write_zarr(folder, _columns(rows, bucket_of_shard), digest)
     per_bucket = [0] * len(buckets)
@@ -106,9 +108,26 @@ def build_index(folder: Path) -> CacheIndex:
         "shards": [_shard_entry(sidecar) for sidecar in samples],
         "prompts": [_shard_entry(sidecar) for sidecar in prompts],
         "fingerprint": sidecars[0].fingerprint if sidecars else {},
+        "latent_rgb": latent_rgb.to_json() if latent_rgb else None,
     }
     write_json(folder / MANIFEST, manifest)
     return open_cache(folder)
+
+
+def _latent_rgb(folder: Path, sidecars: list[Sidecar]) -> LatentRgb | None:
+    """The map of the whole cache, from what each shard's writer summed up."""
+
+    def part(sidecar: Sidecar) -> ColourFit:
+        try:
+            return ColourFit.from_json(sidecar.latent_rgb)
+        except ValueError as error:
+            path = Sidecar.path_for(folder / sidecar.shard)
+            raise UserError(
+                f"sidecar: latent_rgb of {path} is damaged ({error}). Set it to null, which costs "
+                "this shard's share in the preview map and nothing else."
+            ) from error
+
+    return solve(part(sidecar) for sidecar in sidecars if sidecar.latent_rgb is not None)
 
 
 def check_shards(folder: Path, names: Iterable[str] | None = None) -> None:

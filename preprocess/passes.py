@@ -15,6 +15,7 @@ from preprocess.media import MediaError, read_frames
 from preprocess.plan import Work, in_background
 from preprocess.text_cache import TextCache
 from shared.cache import CacheIndex, MemberReader
+from shared.latent_rgb import ColourSums
 from shared.model_spec import ModelSpec
 from shared.schema import CONDITION_MEMBER, LATENTS_MEMBER
 
@@ -63,6 +64,8 @@ class Encoded:
     """(C, T, h, w), normalised."""
     condition: torch.Tensor | None
     """(C, T, h, w), normalised; None for text-to-video."""
+    colours: ColourSums | None = None
+    """For the latent → RGB map; None where the latents come from a shard, not from frames."""
 
 
 def latents_from_cache(work: Sequence[Work], cache: CacheIndex) -> Iterator[tuple[Work, Encoded]]:
@@ -120,6 +123,9 @@ def _encode(
     for tensor in (latents, condition):
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise MediaError("the VAE gave NaN or infinite values; try --vae-dtype fp32")
+    latents = latents.to(stored)
     return Encoded(
-        latents=latents.to(stored), condition=None if condition is None else condition.to(stored)
+        latents=latents,
+        condition=None if condition is None else condition.to(stored),
+        colours=ColourSums.of(frames, latents),
     )

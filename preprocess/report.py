@@ -19,6 +19,7 @@ from rich.progress import (
 from preprocess.dataset import Rejected
 from preprocess.plan import Work
 from shared.cache import CacheIndex
+from shared.latent_rgb import R2_FLOOR
 
 _NAMED = 3  # of a long list, so many are named
 
@@ -76,6 +77,20 @@ def contents(folder: Path, index: CacheIndex) -> str:
         length = "image" if bucket.frames == 1 else f"{bucket.frames} frames"
         lines.append(f"  {bucket.width}x{bucket.height}, {length}: {number}")
     return "\n".join(lines)
+
+
+def preview(index: CacheIndex) -> str | None:
+    """The line about the latent → RGB map; None where the cache has none."""
+    rgb = index.latent_rgb
+    if rgb is None:
+        return None
+    line = f"preview  latent → RGB map fitted to {count(rgb.samples, 'sample')}, "
+    if rgb.r2 is None:
+        return line + "not measured: too few samples to hold any out"
+    line += f"R² {rgb.r2:.2f} on {rgb.held_out} held out"
+    if rgb.r2 < R2_FLOOR:
+        line += f"; below {R2_FLOOR}, so previews without a VAE mislead"
+    return line
 
 
 def rejections(rejected: Sequence[Rejected], listed_in: Path) -> str:

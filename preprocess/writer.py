@@ -23,6 +23,7 @@ from shared.durable import TEMPORARY_SUFFIX, commit, temporary, write_json
 from shared.errors import UserError
 from shared.fingerprint import Fingerprint
 from shared.hashing import digest_of
+from shared.latent_rgb import ColourFit, ColourSums
 from shared.schema import JSON_MEMBER, KEY_BYTES, TEXT_MEMBER, Sample, pack
 
 # h480-w832-f81-w000-00012.tar: bucket, writer, number. Sorting by name sorts a bucket's shards by
@@ -69,6 +70,7 @@ class _OpenShard:
     def __init__(self, final: Path) -> None:
         self.final = final
         self.count = 0
+        self.colours: ColourFit | None = None
         self.size = 0
         """Bytes of its members and their headers; `tarfile` holds the last ones back a while."""
         self._file = _HashingFile(temporary(final))
@@ -83,6 +85,11 @@ class _OpenShard:
             self.size += tarfile.BLOCKSIZE * (1 + math.ceil(len(data) / tarfile.BLOCKSIZE))
         self.count += 1
 
+    def add_colours(self, key: str, sums: ColourSums) -> None:
+        """Count a sample's colours into what the sidecar keeps for the latent → RGB map."""
+        one = ColourFit.of(key, sums)
+        self.colours = one if self.colours is None else self.colours + one
+
     def commit(self, *, kind: str, bucket: Bucket | None, fingerprint: Fingerprint) -> Sidecar:
         self._tar.close()
         self._file.close()
@@ -95,6 +102,7 @@ class _OpenShard:
             count=self.count,
             bucket=bucket,
             fingerprint=fingerprint,
+            latent_rgb=None if self.colours is None else self.colours.to_json(),
         )
         write_json(Sidecar.path_for(self.final), sidecar.to_json())
         return sidecar
@@ -123,8 +131,12 @@ class ShardWriter:
         remove_uncommitted(folder, writer)
         self._next_number = _next_number(folder, writer)
 
-    def add(self, sample: Sample) -> None:
-        """Append a sample to its bucket's shard. Raises OSError when the disk is full."""
+    def add(self, sample: Sample, colours: ColourSums | None = None) -> None:
+        """Append a sample to its bucket's shard. Raises OSError when the disk is full.
+
+        `colours` are the sums of its clip for the latent → RGB map, where frames were at hand and
+        no other sample of the clip brings them.
+        """
         bucket = sample.info.bucket
         if bucket not in self._open:
             if len(self._open) >= MOST_OPEN_SHARDS:
@@ -134,6 +146,8 @@ class ShardWriter:
         shard = self._open[bucket]
         try:
             shard.add(sample.key, sample.members())
+            if colours is not None:
+                shard.add_colours(sample.key, colours)
         except BaseException:  # the tar now ends in half a sample
             self._open.pop(bucket).discard()
             raise

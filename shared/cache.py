@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from shared.buckets import Bucket
 from shared.errors import UserError
 from shared.fingerprint import FORMAT_VERSION, Fingerprint
+from shared.latent_rgb import LatentRgb
 from shared.model_spec import read_json
 from shared.schema import JSON_MEMBER, MEMBERS, TEXT_MEMBER, unpack
 
@@ -57,6 +58,8 @@ class Sidecar:
     count: int
     bucket: Bucket | None
     fingerprint: Fingerprint
+    latent_rgb: dict[str, Any] | None = None
+    """`ColourFit.to_json()` of the shard's samples; None where no frames were seen."""
 
     @staticmethod
     def path_for(shard: Path) -> Path:
@@ -81,8 +84,10 @@ class Sidecar:
                 raise TypeError(f"bucket is {bucket} for kind {value['kind']!r}")
             if not isinstance(value["fingerprint"], dict):
                 raise TypeError("fingerprint is no object")
-            fields = {name: value[name] for name in cls.__dataclass_fields__ if name != "bucket"}
-            return cls(**fields, bucket=bucket)
+            latent_rgb = value.get("latent_rgb")  # older shards have none
+            own = cls.__dataclass_fields__.keys() - {"bucket", "latent_rgb"}
+            fields = {name: value[name] for name in own}
+            return cls(**fields, bucket=bucket, latent_rgb=latent_rgb)
         except (KeyError, TypeError) as error:
             raise UserError(
                 f"sidecar: {path} lacks or misspells a field ({error}). If its tar is whole, "
@@ -123,6 +128,8 @@ class CacheIndex:
     shards: tuple[str, ...]
     prompt_shards: tuple[str, ...]
     column_sha256: dict[str, str]
+    latent_rgb: LatentRgb | None
+    """For previews without a VAE; None in caches that were encoded without it."""
 
     def __len__(self) -> int:
         return len(self.bucket_ids)
@@ -234,6 +241,7 @@ def open_cache(folder: Path) -> CacheIndex:
             shards=tuple(s["name"] for s in manifest["shards"]),
             prompt_shards=tuple(s["name"] for s in manifest["prompts"]),
             column_sha256=dict(attributes["sha256"]),  # type: ignore[arg-type]
+            latent_rgb=LatentRgb.from_json(rgb) if (rgb := manifest.get("latent_rgb")) else None,
         )
         if not isinstance(index.fingerprint, dict):
             raise TypeError("fingerprint is no object")
