@@ -80,14 +80,14 @@ def contents(folder: Path, index: CacheIndex) -> str:
 
 
 def preview(index: CacheIndex) -> str | None:
-    """The line about the latent → RGB map; None where the cache has none."""
+    """The line about the latent → RGB map; None where its quality could not be measured."""
     rgb = index.latent_rgb
-    if rgb is None:
+    if rgb is None or rgb.r2 is None:
         return None
-    line = f"preview  latent → RGB map fitted to {count(rgb.samples, 'sample')}, "
-    if rgb.r2 is None:
-        return line + "not measured: too few samples to hold any out"
-    line += f"R² {rgb.r2:.2f} on {rgb.held_out} held out"
+    line = (
+        f"preview  latent → RGB map fitted to {count(rgb.samples, 'sample')}, "
+        f"R² {rgb.r2:.2f} on {rgb.held_out} held out"
+    )
     if rgb.r2 < R2_FLOOR:
         line += f"; below {R2_FLOOR}, so previews without a VAE mislead"
     return line
