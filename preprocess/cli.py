@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from preprocess.cli_cache import add_commands
 from shared.cli_support import Command, new_app, run
 from shared.device import default_device
 from shared.errors import UserError
@@ -85,6 +86,7 @@ def encode(
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the shards; what is in it already is kept and not encoded again.", rich_help_panel=OUTPUT)] = Path("shards"),
     dtype: Annotated[Dtype, typer.Option(help="Number format of the tensors in the shards.", rich_help_panel=OUTPUT)] = "bf16",
     shard_size_mb: Annotated[int, typer.Option(metavar="MB", help="Megabytes at which a shard is closed and the next begun.", rich_help_panel=OUTPUT)] = 256,
+    prune: Annotated[bool, typer.Option("--prune", help="Remove samples from the shards that the dataset does not give any more: files that were taken out, or cut otherwise now.", show_default="off", rich_help_panel=OUTPUT)] = False,
     max_bad: Annotated[int, typer.Option(metavar="N", help="Samples that may be rejected before the exit code is 1; the others are encoded all the same.", rich_help_panel=OUTPUT)] = 0,
 ) -> None:
     """Encode videos, images and captions into shards, once.
@@ -111,6 +113,7 @@ def encode(
         text_encoder_dtype=text_encoder_dtype,
         shard_size_mb=shard_size_mb,
         max_bad=max_bad,
+        prune=prune,
         device=default_device() if device == "auto" else device,
     )
 
@@ -140,7 +143,12 @@ def encode(
         )
     if outcome.rejected:
         typer.echo(rejections, err=True)
-    if outcome.written == 0:
+    if outcome.removed:
+        typer.echo(
+            f"{report.count(outcome.removed, 'sample')} removed that the dataset does not give any "
+            f"more; to have the room back: wanprep compact --shards {output}"
+        )
+    if outcome.written == 0 and outcome.removed == 0:
         typer.echo("nothing to do: every usable sample of the dataset is in the shards")
     typer.echo(f"next: wantrain distill --shards {output}")
 
@@ -170,6 +178,9 @@ def index(
 
 
 # fmt: on
+add_commands(app)
+
+
 def main() -> None:
     """The console script."""
     run(app)

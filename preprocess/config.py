@@ -41,6 +41,8 @@ class EncodeConfig:
     max_bad: int
     """Samples that may be rejected without the command failing."""
     device: str
+    prune: bool = False
+    """Remove samples from the cache that the dataset does not give any more."""
 
     def __post_init__(self) -> None:
         for option, size in (("image", self.image_size), ("video", self.video_size)):

@@ -6,7 +6,6 @@ The text encoder and the VAE are never in memory together. Everything that is co
 however the run ends, and the same command goes on from there.
 """
 
-import errno
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -27,12 +26,13 @@ from preprocess.index import caption_digest, fresh_index
 from preprocess.media import MediaError
 from preprocess.passes import latents_from_cache, latents_from_media, text_pass
 from preprocess.plan import Work, plan_work
+from preprocess.removal import unlisted
 from preprocess.text_cache import TextCache
-from preprocess.writer import ShardWriter, output_lock
+from preprocess.writer import ShardWriter, output_lock, refusals_explained
 from shared.cache import CacheIndex, Prompt, committed_shards, read_prompts
 from shared.cli_support import say
 from shared.device import check_device
-from shared.durable import write_bytes
+from shared.durable import remove, write_bytes
 from shared.errors import UserError
 from shared.hashing import FileHasher
 from shared.interrupt import Interrupted, Interruption, catch_signals
@@ -60,6 +60,8 @@ class Outcome:
     """None where nothing is committed yet."""
     written: int = 0
     """Samples that this run encoded."""
+    removed: int = 0
+    """Samples that are not in the dataset any more and were removed from the cache (--prune)."""
     left: int = 0
     """Samples of the dataset that are not in the shards."""
     rejected: list[Rejected] = field(default_factory=list)
@@ -119,6 +121,11 @@ def _encode(
         prompts = _missing_prompts(config, outcome.index)
         outcome.left = len(captions)
         _say_plan(console, config, planned, committed, outcome)
+        leftover: list[str] = []
+        if config.prune and outcome.index is not None:
+            live = {key for work in planned for key, _ in work.samples}
+            unusable = {rejected.source for rejected in outcome.rejected}
+            leftover = unlisted(outcome.index, live, unusable)
 
         stored = DTYPES[config.dtype]
         texts = TextCache(config.output, fingerprint)
@@ -178,6 +185,9 @@ def _encode(
                     advance()
             with signals.deferred():
                 writer.close()
+                if leftover:
+                    writer.add_tombstones(leftover)
+                    outcome.removed = len(leftover)
                 _finish(config, outcome, planned)
                 texts.delete()
         except BaseException:  # a signal, a full disk, no memory: what is encoded is kept
@@ -263,8 +273,12 @@ def _say_plan(
     if gone := len(committed.keys() - live):
         say(
             console,
-            f"leftover {gone} in the shards are not in this dataset (removed or cut otherwise); "
-            "they stay and are trained on. To leave them out, encode to another --output",
+            f"leftover {gone} in the shards are not in this dataset (removed, or cut otherwise): "
+            + (
+                "removed from the cache at the end, but for files that were rejected now"
+                if config.prune
+                else "they stay and are trained on. To remove them: --prune"
+            ),
         )
     if short := report.short_clips(planned, config.frames):
         say(console, short)
@@ -277,7 +291,7 @@ def _write_rejected(config: EncodeConfig, outcome: Outcome) -> None:
         lines = [json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in outcome.rejected]
         write_bytes(path, "".join(lines).encode("utf-8", "backslashreplace"))
     else:
-        path.unlink(missing_ok=True)
+        remove(path)
 
 
 def _finish(config: EncodeConfig, outcome: Outcome, planned: Sequence[Work]) -> None:
@@ -293,15 +307,10 @@ def _explained(config: EncodeConfig) -> Iterator[None]:
     """Say what can be done about a full disk or a full GPU."""
     kept = "What was encoded so far is committed; the same command goes on from there."
     try:
-        yield
+        with refusals_explained(config.output, kept):
+            yield
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"--device: {config.device} is out of memory ({str(error).splitlines()[0]}). Use "
             f"--vae-dtype bf16, a smaller --size, or free the device. {kept}"
-        ) from error
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        cure = "The disk is full or a quota is used up: make room." if full else "Mend that."
-        raise UserError(
-            f"--output: writing to {config.output} failed ({error}). {cure} {kept}"
         ) from error

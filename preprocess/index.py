@@ -7,7 +7,6 @@ the two do not belong together.
 
 import hashlib
 import json
-import shutil
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +14,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 import zarr
+from zarr.core.buffer import Buffer
+from zarr.storage import LocalStore
 
 from shared.cache import (
     COLUMNS,
@@ -25,11 +27,22 @@ from shared.cache import (
     REENCODE_SHARD,
     CacheIndex,
     Sidecar,
+    Tombstones,
+    age,
     column_digest,
     committed_shards,
+    committed_tombstones,
     open_cache,
 )
-from shared.durable import fsync_file, fsync_folder, temporary, write_json
+from shared.durable import (
+    fault_point,
+    fsync_file,
+    fsync_folder,
+    remove_tree,
+    rename,
+    temporary,
+    write_json,
+)
 from shared.errors import UserError
 from shared.fingerprint import FORMAT_VERSION, refuse_differences
 from shared.hashing import FileHasher, digest_of
@@ -59,59 +72,156 @@ def caption_digest(caption: str) -> bytes:
 
 
 def fresh_index(folder: Path) -> CacheIndex:
-    """Open the cache's index, rebuilt first where it is missing, stale or damaged."""
-    sidecars = committed_shards(folder)
+    """Open the cache's index, brought up to date first where it is missing, stale or damaged."""
+    entries = _entries(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        if manifest["index"] == _digest(sidecars):
+        if manifest["index"] == entries.digest:
             index = open_cache(folder)
             index.read_columns()
             return index
     except (OSError, ValueError, KeyError, TypeError):  # UserError is a ValueError
         pass
-    return build_index(folder)
+    return _write_index(folder, entries, _reusable(folder, entries))
 
 
 def build_index(folder: Path) -> CacheIndex:
-    """Write `index.zarr` and `manifest.json` from the committed shards, and open the result.
+    """Write `index.zarr` and `manifest.json` from the committed shards alone; open the result.
 
-    Where several shards hold the same key, the one whose name sorts last counts: that is how an
-    edited caption replaces the old sample. Raises UserError naming a damaged shard, or two shards
-    that were made with different settings.
+    Where several shards hold the same key, the newest (`shared.cache.age`) counts: that is how an
+    edited caption replaces the old sample. A key whose newest mention is a tombstone is left out.
+    Raises UserError naming a damaged shard, or two shards that were made with different settings.
     """
-    sidecars = committed_shards(folder)
-    _refuse_mixed(folder, sidecars)
-    samples = [sidecar for sidecar in sidecars if sidecar.kind == "samples"]
-    prompts = [sidecar for sidecar in sidecars if sidecar.kind == "prompts"]
+    return _write_index(folder, _entries(folder), None)
 
-    live: dict[str, _Row] = {}
-    for number, sidecar in enumerate(samples):
-        live |= {row.key: row for row in _rows(folder, sidecar, number)}
-    rows = [live[key] for key in sorted(live)]
+
+@dataclass(frozen=True, kw_only=True)
+class _Entries:
+    """Everything that an index is made from, each list by name."""
+
+    sidecars: list[Sidecar]
+    tombstones: list[Tombstones]
+
+    @property
+    def samples(self) -> list[Sidecar]:
+        return [sidecar for sidecar in self.sidecars if sidecar.kind != "prompts"]
+
+    @property
+    def prompts(self) -> list[Sidecar]:
+        return [sidecar for sidecar in self.sidecars if sidecar.kind == "prompts"]
+
+    @property
+    def digest(self) -> str:
+        """Changes with any of them."""
+        shards = [[sidecar.shard, sidecar.sha256] for sidecar in self.sidecars]
+        removed = [[tombstones.name, tombstones.sha256] for tombstones in self.tombstones]
+        return digest_of([FORMAT_VERSION, shards + removed])
+
+
+def _entries(folder: Path) -> _Entries:
+    return _Entries(sidecars=committed_shards(folder), tombstones=committed_tombstones(folder))
+
+
+Columns = dict[str, npt.NDArray[Any]]
+"""Column name → values, as `COLUMNS` says."""
+
+
+def _reusable(folder: Path, entries: _Entries) -> tuple[set[str], Columns] | None:
+    """The rows of the index that is there, and the shards that they stand for.
+
+    None where it cannot be built upon: a shard or a tombstone that it knew is gone or another, so
+    that a row which it left out may count again.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        known = {entry["name"]: entry["sha256"] for entry in manifest["shards"]}
+        removed = {entry["name"]: entry["sha256"] for entry in manifest["tombstones"]}
+        index = open_cache(folder)
+        columns = index.read_columns()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    here = {sidecar.shard: sidecar.sha256 for sidecar in entries.samples}
+    dead = {tombstones.name: tombstones.sha256 for tombstones in entries.tombstones}
+    if not (known.items() <= here.items() and removed.items() <= dead.items()):
+        return None
+    columns["shard"] = _renumbered(columns["shard"], list(index.shards), sorted(here))
+    return set(known), columns
+
+
+def _renumbered(
+    positions: npt.NDArray[Any], old: list[str], new: list[str]
+) -> npt.NDArray[np.int32]:
+    """Positions in `old` as positions in `new`."""
+    numbers = {name: number for number, name in enumerate(new)}
+    return np.asarray([numbers[name] for name in old], dtype=np.int32)[positions]
+
+
+def _write_index(
+    folder: Path, entries: _Entries, reusable: tuple[set[str], Columns] | None
+) -> CacheIndex:
+    _refuse_mixed(folder, entries.sidecars)
+    known, columns = reusable or (set(), _columns([], 0))
+    samples = entries.samples
+    scanned = [
+        _columns(list(_rows(folder, sidecar, number)), number)
+        for number, sidecar in enumerate(samples)
+        if sidecar.shard not in known
+    ]
+    columns = {
+        name: np.concatenate([columns[name], *(new[name] for new in scanned)]) for name in COLUMNS
+    }
+    columns = _live(columns, samples, entries.tombstones)
     buckets = sorted({sidecar.bucket for sidecar in samples if sidecar.bucket})
-    bucket_of_shard = [buckets.index(s.bucket) for s in samples if s.bucket]
-    digest = _digest(sidecars)
+    bucket_of_shard = np.asarray([buckets.index(s.bucket) for s in samples if s.bucket], np.int32)
+    columns["bucket"] = bucket_of_shard[columns["shard"]]
+    per_bucket = np.bincount(columns["bucket"], minlength=len(buckets))
     latent_rgb = _latent_rgb(folder, samples)
 
-    _write_zarr(folder, _columns(rows, bucket_of_shard), digest)
-    per_bucket = [0] * len(buckets)
-    for row in rows:
-        per_bucket[bucket_of_shard[row.shard]] += 1
+    _write_zarr(folder, columns, entries.digest)
     manifest = {
         "format": FORMAT_VERSION,
-        "index": digest,
-        "samples": len(rows),
+        "index": entries.digest,
+        "samples": len(columns["key"]),
         "buckets": [
-            {"height": b.height, "width": b.width, "frames": b.frames, "samples": count}
+            {"height": b.height, "width": b.width, "frames": b.frames, "samples": int(count)}
             for b, count in zip(buckets, per_bucket, strict=True)
         ],
         "shards": [_shard_entry(sidecar) for sidecar in samples],
-        "prompts": [_shard_entry(sidecar) for sidecar in prompts],
-        "fingerprint": sidecars[0].fingerprint if sidecars else {},
+        "prompts": [_shard_entry(sidecar) for sidecar in entries.prompts],
+        "tombstones": [
+            {"name": removed.name, "sha256": removed.sha256, "count": len(removed.keys)}
+            for removed in entries.tombstones
+        ],
+        "fingerprint": entries.sidecars[0].fingerprint if entries.sidecars else {},
         "latent_rgb": latent_rgb.to_json() if latent_rgb else None,
     }
     write_json(folder / MANIFEST, manifest)
     return open_cache(folder)
+
+
+def _live(columns: Columns, samples: list[Sidecar], tombstones: list[Tombstones]) -> Columns:
+    """The rows that count, by key: of all that is said about a key, the newest decides."""
+    ages = sorted({age(s.shard) for s in samples} | {age(t.name) for t in tombstones})
+    rank = {when: number for number, when in enumerate(ages)}
+    of_shard = np.asarray([rank[age(sidecar.shard)] for sidecar in samples], dtype=np.int64)
+    removed = [bytes.fromhex("".join(t.keys)) for t in tombstones]
+    keys = np.concatenate(
+        [columns["key"], np.frombuffer(b"".join(removed), np.uint8).reshape(-1, KEY_BYTES)]
+    )
+    when = np.concatenate(
+        [
+            of_shard[columns["shard"]],
+            np.repeat([rank[age(t.name)] for t in tombstones], [len(t.keys) for t in tombstones]),
+        ]
+    )
+    halves = np.ascontiguousarray(keys).view(">u8")
+    order = np.lexsort((when, halves[:, 1], halves[:, 0]))
+    ordered = keys[order]
+    newest = np.ones(len(order), dtype=bool)
+    newest[:-1] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    chosen = order[newest]
+    chosen = chosen[chosen < len(columns["key"])]  # beyond are the tombstones
+    return {name: values[chosen] for name, values in columns.items()}
 
 
 def _latent_rgb(folder: Path, sidecars: list[Sidecar]) -> LatentRgb | None:
@@ -143,11 +253,6 @@ def check_shards(folder: Path, names: Iterable[str] | None = None) -> None:
                 f"shards: {tar} is damaged: its SHA-256 is {found[:12]}…, the sidecar says "
                 f"{sidecar.sha256[:12]}…. {REENCODE_SHARD}"
             )
-
-
-def _digest(sidecars: list[Sidecar]) -> str:
-    """Which shards an index was made from."""
-    return digest_of([FORMAT_VERSION, [[s.shard, s.sha256] for s in sidecars]])
 
 
 def _shard_entry(sidecar: Sidecar) -> dict[str, Any]:
@@ -224,33 +329,42 @@ def _read_details(row: _Row, suffix: str, stream: IO[bytes] | None) -> None:
         row.tokens = int(header["text"]["shape"][0])
 
 
-def _columns(rows: list[_Row], bucket_of_shard: list[int]) -> dict[str, Any]:
-    return {
+def _columns(rows: list[_Row], shard: int) -> Columns:
+    """Rows of one shard. `bucket` follows from the shard and is filled in later."""
+    values: dict[str, list[Any]] = {
         "key": [list(bytes.fromhex(row.key)) for row in rows],
         "caption": [list(row.caption) for row in rows],
-        "bucket": [bucket_of_shard[row.shard] for row in rows],
-        "shard": [row.shard for row in rows],
+        "bucket": [0] * len(rows),
+        "shard": [shard] * len(rows),
         "type": [row.type for row in rows],
         "tokens": [row.tokens for row in rows],
         "offset": [row.offset for row in rows],
         "length": [row.length for row in rows],
     }
-
-
-def _write_zarr(folder: Path, columns: dict[str, Any], digest: str) -> None:
-    beside, final = temporary(folder / INDEX), folder / INDEX
-    shutil.rmtree(beside, ignore_errors=True)
-    arrays = {
-        name: np.asarray(columns[name], dtype=dtype).reshape(-1, *per_row)
+    return {
+        name: np.asarray(values[name], dtype=dtype).reshape(-1, *per_row)
         for name, (dtype, per_row) in COLUMNS.items()
     }
+
+
+class _Store(LocalStore):
+    """zarr's folder store, with a point where it may fail before every file."""
+
+    async def set(self, key: str, value: Buffer) -> None:
+        fault_point("write", self.root / key)
+        await super().set(key, value)
+
+
+def _write_zarr(folder: Path, arrays: Columns, digest: str) -> None:
+    beside, final = temporary(folder / INDEX), folder / INDEX
+    remove_tree(beside)
     attributes = {
         "format": FORMAT_VERSION,
         "digest": digest,
         # zarr reads a lost chunk as zeros, without a word.
         "sha256": {name: column_digest(values) for name, values in arrays.items()},
     }
-    group = zarr.create_group(store=beside, attributes=attributes)
+    group = zarr.create_group(store=_Store(beside), attributes=attributes)
     for name, values in arrays.items():
         per_row = values.shape[1:]
         array = group.create_array(
@@ -267,9 +381,9 @@ def _write_zarr(folder: Path, columns: dict[str, Any], digest: str) -> None:
     # A folder cannot replace a folder in one step. Between the two renames there is no index,
     # and readers say so; nothing is lost, since it is derived.
     old = final.with_name(f"{INDEX}.old{beside.suffix}")
-    shutil.rmtree(old, ignore_errors=True)
+    remove_tree(old)
     if final.exists():
-        final.rename(old)
-    beside.rename(final)
+        rename(final, old)
+    rename(beside, final)
     fsync_folder(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    remove_tree(old)

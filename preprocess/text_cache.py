@@ -6,12 +6,11 @@ caption; an interrupted text pass goes on where it stopped. Deleted once everyth
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 
 import torch
 
-from shared.durable import temporary
+from shared.durable import DurableFile, remove_tree, rename, temporary
 from shared.fingerprint import Fingerprint
 from shared.hashing import digest_of
 from shared.schema import pack, unpack
@@ -53,13 +52,19 @@ class TextCache:
         path = self._path(caption)
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = temporary(path)
-        beside.write_bytes(pack(text=text))
-        beside.replace(path)
+        stream = DurableFile(beside)
+        try:
+            stream.write(pack(text=text))
+            stream.close()
+        except BaseException:
+            stream.discard()
+            raise
+        rename(beside, path)
 
     def delete(self) -> None:
         """Remove this folder, and those that other settings left in the same output."""
         for folder in self._output.glob(f"{PREFIX}*"):
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_tree(folder)
 
     def _path(self, caption: str) -> Path:
         name = hashlib.sha256(caption.encode()).hexdigest()

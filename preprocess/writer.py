@@ -4,6 +4,7 @@ A shard exists once its sidecar does (`shared.cache.Sidecar`), which is written 
 killed run left without one is removed by the next.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -11,24 +12,33 @@ import math
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import webdataset
 
 from shared.buckets import Bucket
-from shared.cache import Prompt, Sidecar
-from shared.durable import TEMPORARY_SUFFIX, commit, temporary, write_json
+from shared.cache import TOMBSTONES, Prompt, Sidecar, Tombstones, age
+from shared.durable import (
+    TEMPORARY_SUFFIX,
+    DurableFile,
+    commit,
+    remove,
+    temporary,
+    write_json,
+)
 from shared.errors import UserError
 from shared.fingerprint import Fingerprint
 from shared.hashing import digest_of
 from shared.latent_rgb import ColourFit, ColourSums
 from shared.schema import JSON_MEMBER, KEY_BYTES, TEXT_MEMBER, Sample, pack
 
-# h480-w832-f81-w000-00012.tar: bucket, writer, number. Sorting by name sorts a bucket's shards by
-# age, which is what decides between two shards that hold the same key.
-SHARD_NAME = re.compile(r"(?:h\d+-w\d+-f\d+|prompts)-w(?P<writer>\d{3})-(?P<number>\d{5,})\.tar")
+# h480-w832-f81-w000-00012.tar: bucket, writer, number. The number is higher than all that were
+# there when the writer began, so it tells which of two shards that hold the same key is newer.
+SHARD_NAME = re.compile(
+    r"(?:h\d+-w\d+-f\d+|prompts|tombstones)-w(?P<writer>\d{3})-(?P<number>\d{5,})\.tar"
+)
 LOCK = ".lock"
 
 # Each open shard is an open file; more buckets than this are written in turns.
@@ -39,7 +49,7 @@ class _HashingFile:
     """What `TarWriter` writes to: counts and hashes on the way, so nothing is read again."""
 
     def __init__(self, path: Path) -> None:
-        self._stream = path.open("wb")
+        self._stream = DurableFile(path)
         self._sha256 = hashlib.sha256()
         self.bytes = 0
         self._discarded = False
@@ -56,8 +66,7 @@ class _HashingFile:
 
     def discard(self) -> None:
         self._discarded = True
-        with suppress(OSError):  # closing flushes, which a full disk refuses
-            self._stream.close()
+        self._stream.discard()
 
     @property
     def sha256(self) -> str:
@@ -85,9 +94,8 @@ class _OpenShard:
             self.size += tarfile.BLOCKSIZE * (1 + math.ceil(len(data) / tarfile.BLOCKSIZE))
         self.count += 1
 
-    def add_colours(self, key: str, sums: ColourSums) -> None:
-        """Count a sample's colours into what the sidecar keeps for the latent → RGB map."""
-        one = ColourFit.of(key, sums)
+    def add_colours(self, one: ColourFit) -> None:
+        """Count colours into what the sidecar keeps for the latent → RGB map."""
         self.colours = one if self.colours is None else self.colours + one
 
     def commit(self, *, kind: str, bucket: Bucket | None, fingerprint: Fingerprint) -> Sidecar:
@@ -110,8 +118,8 @@ class _OpenShard:
     def discard(self) -> None:
         """Leave nothing of the shard, so that a full disk gets its space back."""
         self._file.discard()
-        temporary(self.final).unlink(missing_ok=True)
-        self.final.unlink(missing_ok=True)
+        remove(temporary(self.final))
+        remove(self.final)
 
 
 class ShardWriter:
@@ -129,7 +137,7 @@ class ShardWriter:
         self._writer = writer
         self._open: dict[Bucket, _OpenShard] = {}
         remove_uncommitted(folder, writer)
-        self._next_number = _next_number(folder, writer)
+        self._next_number = _next_number(folder)
 
     def add(self, sample: Sample, colours: ColourSums | None = None) -> None:
         """Append a sample to its bucket's shard. Raises OSError when the disk is full.
@@ -137,7 +145,13 @@ class ShardWriter:
         `colours` are the sums of its clip for the latent → RGB map, where frames were at hand and
         no other sample of the clip brings them.
         """
-        bucket = sample.info.bucket
+        fit = None if colours is None else ColourFit.of(sample.key, colours)
+        self.add_members(sample.key, sample.info.bucket, sample.members(), fit)
+
+    def add_members(
+        self, key: str, bucket: Bucket, members: dict[str, bytes], colours: ColourFit | None = None
+    ) -> None:
+        """`add` of a sample that is packed already: suffix → bytes, in tar order."""
         if bucket not in self._open:
             if len(self._open) >= MOST_OPEN_SHARDS:
                 self._commit(next(iter(self._open)))
@@ -145,9 +159,9 @@ class ShardWriter:
             self._open[bucket] = _OpenShard(self._new_path(stem))
         shard = self._open[bucket]
         try:
-            shard.add(sample.key, sample.members())
+            shard.add(key, members)
             if colours is not None:
-                shard.add_colours(sample.key, colours)
+                shard.add_colours(colours)
         except BaseException:  # the tar now ends in half a sample
             self._open.pop(bucket).discard()
             raise
@@ -170,6 +184,15 @@ class ShardWriter:
         except BaseException:
             shard.discard()
             raise
+
+    def add_tombstones(self, keys: Iterable[str]) -> None:
+        """Remove these samples from the cache: dead in every shard that there is so far.
+
+        One small file, whole or not at all: either all of them are removed or none.
+        """
+        path = self._new_path(TOMBSTONES).with_suffix(".json")
+        removed = Tombstones(name=path.name, sha256="", keys=tuple(sorted(keys)))
+        write_json(path, removed.to_json())
 
     def close(self) -> None:
         """Commit every open shard."""
@@ -196,23 +219,27 @@ class ShardWriter:
         return self._folder / f"{stem}-w{self._writer:03d}-{number:05d}.tar"
 
 
-def remove_uncommitted(folder: Path, writer: int) -> None:
-    """Delete what killed runs of this writer left: temporary files, tars without a sidecar."""
+def remove_uncommitted(folder: Path, writer: int | None) -> None:
+    """Delete what killed runs of this writer left: temporary files, tars without a sidecar.
+
+    `None`: of every writer, which only the holder of `output_lock` may ask for.
+    """
     for path in folder.iterdir():
         name = SHARD_NAME.match(path.name.replace(".json", ".tar"))
-        if name is None or int(name["writer"]) != writer:
+        if name is None or writer not in (None, int(name["writer"])):
             continue
         unfinished = path.suffix == TEMPORARY_SUFFIX
         without_sidecar = path.suffix == ".tar" and not Sidecar.path_for(path).exists()
         if unfinished or without_sidecar:
-            path.unlink()
+            remove(path)
 
 
-def _next_number(folder: Path, writer: int) -> int:
-    """One more than the highest number of this writer in any bucket, deleted tars included."""
-    names = (SHARD_NAME.match(path.with_suffix(".tar").name) for path in folder.iterdir())
-    numbers = [int(name["number"]) for name in names if name and int(name["writer"]) == writer]
-    return max(numbers, default=-1) + 1
+def _next_number(folder: Path) -> int:
+    """One more than the highest number of any writer, tombstones and deleted tars included.
+
+    So whatever this writer adds is newer than all that was there when it began.
+    """
+    return max((age(path.name)[0] for path in folder.iterdir()), default=-1) + 1
 
 
 @contextmanager
@@ -239,3 +266,17 @@ def output_lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def refusals_explained(folder: Path, kept: str) -> Iterator[None]:
+    """Turn an OSError of writing to `folder` into a UserError that says what can be done.
+
+    `kept` says what became of the work so far.
+    """
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        cure = "The disk is full or a quota is used up: make room." if full else "Mend that."
+        raise UserError(f"--output: writing to {folder} failed ({error}). {cure} {kept}") from error

@@ -7,6 +7,7 @@ Tars and sidecars are the truth. Manifest and index are derived from them by `wa
 import hashlib
 import json
 import os
+import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,9 +28,14 @@ from shared.latent_rgb import LatentRgb
 from shared.model_spec import read_json
 from shared.schema import JSON_MEMBER, MEMBERS, TEXT_MEMBER, unpack
 
+# h480-w832-f81-w000-00012.tar: bucket, writer, number; tombstones-w000-00013.json counts on.
+_KEY = re.compile(r"[0-9a-f]{32}")
+_AGE = re.compile(r"-w(?P<writer>\d+)-(?P<number>\d+)\.(?:tar|json)$")
+
 REENCODE_SHARD = "Restore the shard, or delete it with its sidecar and run `wanprep encode` again."
 MANIFEST = "manifest.json"
 INDEX = "index.zarr"
+TOMBSTONES = "tombstones"
 MEDIA_TYPES = ("video", "image", "text")
 
 # index.zarr: column → (dtype, values per row). A row is one live sample; rows are sorted by key, so
@@ -108,6 +114,50 @@ def committed_shards(folder: Path) -> list[Sidecar]:
     """Every shard that exists, by name. Says nothing about whether the tar is undamaged."""
     tars = sorted(folder.glob("*.tar"))
     return [Sidecar.read(path) for tar in tars if (path := Sidecar.path_for(tar)).exists()]
+
+
+def age(name: str) -> tuple[int, int]:
+    """Sorts shards and tombstones by when they were begun: (number, writer).
+
+    Of all that a cache says about one key, the newest counts.
+    """
+    found = _AGE.search(name)
+    return (int(found["number"]), int(found["writer"])) if found else (-1, -1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tombstones:
+    """`tombstones-w000-00013.json`: these samples are dead in every shard that is older."""
+
+    name: str
+    sha256: str
+    """Of the file."""
+    keys: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT_VERSION, "keys": list(self.keys)}
+
+    @classmethod
+    def read(cls, path: Path) -> "Tombstones":
+        """Raises UserError when the file is damaged: taken for empty it would revive samples."""
+        value = read_json(path, "shards")
+        check_format(value, path)
+        keys = value.get("keys")
+        if not isinstance(keys, list) or not all(
+            isinstance(key, str) and _KEY.fullmatch(key) for key in keys
+        ):
+            raise UserError(
+                f"shards: {path} is damaged: its `keys` is no list of keys. Restore it, or delete "
+                "it, which brings the samples that it removed back, and remove them again: wanprep "
+                "remove"
+            )
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return cls(name=path.name, sha256=digest, keys=tuple(keys))
+
+
+def committed_tombstones(folder: Path) -> list[Tombstones]:
+    """Every list of removed samples, by name."""
+    return [Tombstones.read(path) for path in sorted(folder.glob(f"{TOMBSTONES}-*.json"))]
 
 
 def column_digest(values: npt.NDArray[Any]) -> str:
@@ -192,10 +242,9 @@ class CacheIndex:
         """(N, members)."""
         return self._column("length")
 
-    def read_columns(self) -> None:
+    def read_columns(self) -> dict[str, npt.NDArray[Any]]:
         """Read (and so check) every column now."""
-        for column in COLUMNS:
-            self._column(column)
+        return {column: self._column(column) for column in COLUMNS}
 
     def key(self, row: int) -> str:
         return bytes(self.keys[row]).hex()
@@ -272,18 +321,41 @@ class MemberReader:
 
         Raises UserError when the bytes are not what the index says.
         """
+        data = self.raw(row, member)
+        try:
+            return unpack(data) if data else None
+        except SafetensorError as error:
+            raise self._damaged(row, member, error) from error
+
+    def info(self, row: int) -> dict[str, Any]:
+        """`KEY.json` of sample `row`. Raises UserError when it is damaged."""
+        try:
+            value = json.loads(self.raw(row, JSON_MEMBER))
+            if not isinstance(value, dict):
+                raise ValueError("no JSON object")
+        except ValueError as error:  # UserError is one: it says enough itself
+            raise (
+                error if isinstance(error, UserError) else self._damaged(row, JSON_MEMBER, error)
+            ) from error
+        return value
+
+    def raw(self, row: int, member: str) -> bytes:
+        """The bytes of one member of sample `row`; empty where the sample lacks that member."""
         column = MEMBERS.index(member)
         length = int(self._index.lengths[row, column])
         if length == 0:
-            return None
+            return b""
         shard = int(self._index.shard_ids[row])
         offset = int(self._index.offsets[row, column])
         try:
-            return unpack(os.pread(self._descriptor(shard), length, offset))
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"shards: {self._index.where(row)}: {member} is damaged ({error}). {REENCODE_SHARD}"
-            ) from error
+            return os.pread(self._descriptor(shard), length, offset)
+        except OSError as error:
+            raise self._damaged(row, member, error) from error
+
+    def _damaged(self, row: int, member: str, error: Exception) -> UserError:
+        return UserError(
+            f"shards: {self._index.where(row)}: {member} is damaged ({error}). {REENCODE_SHARD}"
+        )
 
     def _descriptor(self, shard: int) -> int:
         if shard in self._descriptors:

@@ -1,11 +1,83 @@
-"""Files that appear whole or not at all: write beside, fsync, rename, fsync the folder."""
+"""Files that appear whole or not at all: write beside, fsync, rename, fsync the folder.
 
+Everything that changes a cache goes through here, so that a test can make any single write, fsync,
+rename or removal the last one (`FAULT`).
+"""
+
+import errno
 import json
 import os
+import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 TEMPORARY_SUFFIX = ".tmp"
+
+# kill@17: SIGKILL to this process at its 17th point, where a write is left half done;
+# enospc@17: from that point on the disk is full; log@FILE: one line in FILE for every point.
+FAULT = "WANDISTILL_FAULT"
+
+
+class _Faults:
+    """Counts the points of this process and fails at the one that the environment names."""
+
+    def __init__(self, wanted: str) -> None:
+        self._action, _, self._argument = wanted.partition("@")
+        self._count = 0
+
+    def due(self, what: str, path: Path) -> bool:
+        """Count one point; whether it is the one that fails."""
+        self._count += 1
+        if self._action == "log":
+            with Path(self._argument).open("a") as log:
+                log.write(f"{what} {path}\n")
+            return False
+        number = int(self._argument)
+        return self._count == number or (self._action == "enospc" and self._count > number)
+
+    def fail(self, path: Path) -> None:
+        """Never returns."""
+        if self._action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+_faults = _Faults(os.environ[FAULT]) if os.environ.get(FAULT) else None
+
+
+def fault_point(what: str, path: Path) -> None:
+    """Announce that `path` is about to change. Raises OSError where a test wants a full disk."""
+    # Removing and syncing need no room: a full disk refuses neither.
+    if _faults is not None and _faults.due(what, path):
+        if what in ("remove", "fsync") and _faults._action == "enospc":
+            return
+        _faults.fail(path)
+
+
+class DurableFile:
+    """A new file, written from start to end. Raises OSError when the disk is full."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        fault_point("create", path)
+        self._stream = path.open("wb")
+
+    def write(self, data: bytes | memoryview) -> int:
+        if _faults is not None and _faults.due("write", self._path):
+            self._stream.write(data[: len(data) // 2])
+            self._stream.flush()
+            _faults.fail(self._path)
+        return self._stream.write(data)
+
+    def close(self) -> None:
+        """Hand the last bytes to the system; `commit` makes them durable."""
+        self._stream.close()
+
+    def discard(self) -> None:
+        """Close a file that nobody wants any more."""
+        with suppress(OSError):  # closing flushes, which a full disk refuses
+            self._stream.close()
 
 
 def temporary(path: Path) -> Path:
@@ -14,16 +86,13 @@ def temporary(path: Path) -> Path:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Make renames and removals inside `folder` survive a power cut."""
+    fsync_file(folder)
 
 
 def fsync_file(path: Path) -> None:
-    """Flush the bytes of a closed file to disk."""
+    """Flush the bytes of a closed file (or the names in a folder) to disk."""
+    fault_point("fsync", path)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -31,10 +100,34 @@ def fsync_file(path: Path) -> None:
         os.close(descriptor)
 
 
+def rename(path: Path, final: Path) -> None:
+    """Atomic where `final` is a file or nothing; `fsync_folder` makes it durable."""
+    fault_point("rename", final)
+    path.replace(final)
+
+
+def remove(path: Path) -> None:
+    """Delete a file if it is there."""
+    fault_point("remove", path)
+    path.unlink(missing_ok=True)
+
+
+def remove_tree(folder: Path) -> None:
+    """Delete a folder and what is in it, if it is there; what cannot be deleted stays."""
+    for parent, folders, files in os.walk(folder, topdown=False):
+        with suppress(OSError):
+            for name in files:
+                remove(Path(parent, name))
+            for name in folders:
+                Path(parent, name).rmdir()
+    with suppress(OSError):
+        folder.rmdir()
+
+
 def commit(written: Path, final: Path) -> None:
     """Give a fully written temporary file its name; after this returns it survives a crash."""
     fsync_file(written)
-    written.replace(final)
+    rename(written, final)
     fsync_folder(final.parent)
 
 
@@ -42,8 +135,14 @@ def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
     """Write `path` so that a reader sees the old content or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = temporary(path)
-    with beside.open("wb") as stream:
-        stream.writelines(parts)
+    stream = DurableFile(beside)
+    try:
+        for part in parts:
+            stream.write(part)
+        stream.close()
+    except BaseException:
+        stream.discard()
+        raise
     commit(beside, path)
 
 

@@ -233,7 +233,7 @@ def test_help_imports_nothing_heavy() -> None:
 @pytest.mark.long
 def test_the_toy_examples_run_one_after_the_other(tmp_path: Path) -> None:
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
-    for program, name in COMMANDS:  # encode, index, distill, sample
+    for program, name in COMMANDS:  # encode, index, …, distill, sample
         for command in examples(program, name)[-1]:
             run(*command, cwd=tmp_path)
     assert (tmp_path / "toy-lora" / "lora-full-diffusers.safetensors").exists()

@@ -1,0 +1,80 @@
+"""The commands of `wanprep` that change a cache that is there: `remove`, `compact`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shared.cli_support import Command
+
+REMOVE_EXAMPLES = """
+# a clip and a whole folder, as the dataset names them: what would go
+wanprep remove --sample clips/a.mp4 --sample 'drafts/*' --dry-run
+
+# one sample by its key
+wanprep remove --sample 0123456789abcdef0123456789abcdef --shards shards-720p
+
+# the shards of the bundled toy model
+wanprep remove --sample '00003*' --shards toy-shards
+"""
+COMPACT_EXAMPLES = """
+# the shards in shards/
+wanprep compact
+
+# the shards of the bundled toy model
+wanprep compact --shards toy-shards
+"""
+
+INPUT, OUTPUT = "Input", "Output"
+
+
+# fmt: off
+def remove(
+    sample: Annotated[list[str], typer.Option("--sample", metavar="NAME", help="What to remove: a key, or a file as the dataset names it, where * and ? stand for any characters; may be given several times.", rich_help_panel=INPUT)],
+    shards: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be removed, then stop.", show_default="off", rich_help_panel=OUTPUT)] = False,
+) -> None:
+    """Remove samples from a cache.
+
+    They are out of the index at once and not trained on any more; their bytes stay in the shards until `wanprep compact`. A file that the dataset still lists comes back with the next `wanprep encode`. To remove all that a dataset does not list any more: wanprep encode --prune
+
+    Next: wanprep compact --shards DIR
+    """
+    from preprocess import report
+    from preprocess.removal import remove as remove_samples
+
+    removed = remove_samples(shards, sample, dry_run=dry_run)
+    for key, source in sorted(removed.sources.items(), key=lambda item: item[::-1]):
+        typer.echo(f"{key}  {source}")
+    number = report.count(len(removed.sources), "sample")
+    if dry_run:
+        typer.echo(f"{number} would be removed; nothing was")
+    else:
+        typer.echo(f"{number} removed, {len(removed.index)} left in {shards}")
+        typer.echo(f"next: wanprep compact --shards {shards}, to have the room back")
+
+
+def compact(
+    shards: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
+    shard_size_mb: Annotated[int, typer.Option(metavar="MB", min=1, help="Megabytes at which a new shard is closed and the next begun.", rich_help_panel=OUTPUT)] = 256,
+) -> None:
+    """Give back the room of removed and replaced samples.
+
+    Shards that hold any are written again without them; samples keep their bytes and keys. While it runs it needs room for one bucket's share of those shards. Interrupted, nothing is lost: run it again. Not while `wantrain` reads the same shards.
+
+    Next: wantrain distill --shards DIR
+    """
+    from preprocess import report
+    from preprocess.compact import compact as compact_shards
+
+    done = compact_shards(shards, shard_bytes=shard_size_mb * 1_000_000)
+    typer.echo(report.contents(shards, done.index))
+    dropped = report.count(done.dropped, "dead sample")
+    typer.echo(f"compacted: {dropped} dropped, {done.freed / 1e6:.1f} MB freed")
+
+
+# fmt: on
+def add_commands(app: typer.Typer) -> None:
+    """Make them commands of `wanprep`."""
+    app.command(cls=Command, epilog=REMOVE_EXAMPLES)(remove)
+    app.command(cls=Command, epilog=COMPACT_EXAMPLES)(compact)

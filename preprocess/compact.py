@@ -1,0 +1,117 @@
+"""Reclaiming the space of dead samples: removed ones, and those that a newer shard replaced.
+
+What is alive is copied to new shards first, those are committed, then the old shards go, and the
+tombstones last. Killed anywhere, every live sample is in some committed shard, a sample that is in
+two is the same in both, and what was removed is either gone or still under its tombstone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from preprocess.index import check_shards, fresh_index
+from preprocess.writer import ShardWriter, output_lock, refusals_explained, remove_uncommitted
+from shared.cache import CacheIndex, MemberReader, Sidecar, committed_shards, committed_tombstones
+from shared.durable import fsync_folder, remove
+from shared.errors import UserError
+from shared.latent_rgb import ColourFit
+from shared.schema import MEMBERS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compacted:
+    """What came of it."""
+
+    index: CacheIndex
+    dropped: int
+    """Dead samples that are gone now."""
+    freed: int
+    """Bytes of shards, net."""
+
+
+def compact(
+    folder: Path, *, shard_bytes: int, on_progress: Callable[[int], None] = lambda bytes_: None
+) -> Compacted:
+    """Rewrite every shard that holds dead samples. `on_progress` gets the bytes of each shard done.
+
+    Takes room for the live samples of one bucket while it runs. Raises UserError naming a damaged
+    shard, which must not be copied under a fresh checksum.
+    """
+    if not committed_shards(folder):
+        raise UserError(
+            f"--shards: no shards in {folder}. Make some: wanprep encode --output {folder}"
+        )
+    kept = "No live sample is lost; the same command goes on from there."
+    with output_lock(folder), refusals_explained(folder, kept):
+        remove_uncommitted(folder, None)
+        index = fresh_index(folder)
+        before = _bytes(folder)
+        alive = dict(
+            zip(
+                index.shards, np.bincount(index.shard_ids, minlength=len(index.shards)), strict=True
+            )
+        )
+        dirty = [
+            sidecar
+            for sidecar in committed_shards(folder)
+            if sidecar.kind != "prompts" and alive[sidecar.shard] < sidecar.count
+        ]
+        check_shards(folder, {sidecar.shard for sidecar in dirty})
+        writer = ShardWriter(folder, index.fingerprint, shard_bytes=shard_bytes)
+        for bucket in dict.fromkeys(sidecar.bucket for sidecar in dirty):
+            old = [sidecar for sidecar in dirty if sidecar.bucket == bucket]
+            _copy_live(index, old, writer)
+            for sidecar in old:
+                _delete(folder, sidecar)
+                on_progress(sidecar.bytes)
+        # No dead sample is left in any shard. Gone before its shard, a tombstone would revive one.
+        fsync_folder(folder)
+        for tombstones in committed_tombstones(folder):
+            remove(folder / tombstones.name)
+        fsync_folder(folder)
+        return Compacted(
+            index=fresh_index(folder),
+            dropped=sum(sidecar.count - int(alive[sidecar.shard]) for sidecar in dirty),
+            freed=before - _bytes(folder),
+        )
+
+
+def _bytes(folder: Path) -> int:
+    return sum(sidecar.bytes for sidecar in committed_shards(folder))
+
+
+def _copy_live(index: CacheIndex, old: list[Sidecar], writer: ShardWriter) -> None:
+    """Commit new shards with the live samples of these, in the order in which they lie there.
+
+    What an old shard's sidecar knows about colours goes with its first live sample.
+    """
+    numbers = {index.shards.index(sidecar.shard): sidecar for sidecar in old}
+    rows = np.flatnonzero(np.isin(index.shard_ids, list(numbers)))
+    ordered = rows[np.lexsort((index.offsets[rows, 0], index.shard_ids[rows]))]
+    reader = MemberReader(index)
+    try:
+        for row in map(int, ordered):
+            members = {member: reader.raw(row, member) for member in MEMBERS}
+            sidecar = numbers.pop(int(index.shard_ids[row]), None)
+            writer.add_members(
+                index.key(row),
+                index.buckets[int(index.bucket_ids[row])],
+                {name: data for name, data in members.items() if data},
+                ColourFit.from_json(sidecar.latent_rgb) if sidecar and sidecar.latent_rgb else None,
+            )
+        writer.close()
+    except BaseException:
+        writer.rescue()
+        raise
+    finally:
+        reader.close()
+
+
+def _delete(folder: Path, sidecar: Sidecar) -> None:
+    """The sidecar first: a tar without one does not exist, whatever happens in between."""
+    tar = folder / sidecar.shard
+    remove(Sidecar.path_for(tar))
+    fsync_folder(folder)
+    remove(tar)

@@ -1,0 +1,80 @@
+"""Taking samples out of a cache: which ones, by key, by the name of their file, by a dataset."""
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from preprocess.index import fresh_index
+from preprocess.writer import ShardWriter, output_lock, refusals_explained
+from shared.cache import CacheIndex, MemberReader, committed_shards
+from shared.errors import UserError
+
+KEY = re.compile(r"[0-9a-f]{32}")
+
+
+def sources(index: CacheIndex, rows: Iterable[int]) -> dict[str, str]:
+    """Key → `source` of some rows, from the shards themselves."""
+    reader = MemberReader(index)
+    try:
+        return {index.key(row): str(reader.info(row)["source"]) for row in rows}
+    finally:
+        reader.close()
+
+
+def unlisted(index: CacheIndex, live: Collection[str], unusable: Collection[str]) -> list[str]:
+    """Keys of the cache that are not `live`.
+
+    Samples of `unusable` files are left alone: a disk that is not mounted today is no reason to
+    throw away what was encoded from it.
+    """
+    rows = [row for row in range(len(index)) if index.key(row) not in live]
+    return [key for key, source in sources(index, rows).items() if source not in unusable]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removed:
+    """What `remove` found, or took out."""
+
+    sources: dict[str, str]
+    """Key → source."""
+    index: CacheIndex
+    """Of the cache as it is now."""
+
+
+def remove(folder: Path, wanted: Sequence[str], *, dry_run: bool) -> Removed:
+    """Take samples out of the cache, named by key or by a pattern of their source.
+
+    Nothing is written in a dry run, and nothing where one of the names fits no sample (UserError).
+    """
+    if not committed_shards(folder):
+        raise UserError(
+            f"--shards: no shards in {folder}. Make some: wanprep encode --output {folder}"
+        )
+    with output_lock(folder), refusals_explained(folder, "Nothing was removed."):
+        index = fresh_index(folder)
+        rows = {index.key(row): row for row in range(len(index))}
+        names = sources(index, rows.values()) if not all(map(KEY.fullmatch, wanted)) else None
+        chosen: dict[str, None] = {}
+        for name in wanted:
+            fits = [name] if name in rows else []
+            if names is not None and not fits:
+                fits = [key for key, source in names.items() if fnmatchcase(source, name)]
+            if not fits:
+                raise UserError(
+                    f"remove: {name!r} is no key and fits no source of the {len(index)} samples "
+                    f"in {folder}. Sources are named as in the dataset, e.g. "
+                    f"{_example(index)!r}; quote patterns, so that the shell leaves them alone."
+                )
+            chosen |= dict.fromkeys(fits)
+        found = sources(index, [rows[key] for key in chosen])
+        if not dry_run:
+            writer = ShardWriter(folder, index.fingerprint, shard_bytes=1)
+            writer.add_tombstones(chosen)
+            index = fresh_index(folder)
+    return Removed(sources=found, index=index)
+
+
+def _example(index: CacheIndex) -> str:
+    return next(iter(sources(index, range(min(1, len(index)))).values()), "clips/a.mp4")
