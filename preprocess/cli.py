@@ -82,6 +82,8 @@ def encode(
     vae_dtype: Annotated[Dtype, typer.Option(help="Number format that the VAE computes in.", rich_help_panel=ENCODERS)] = "fp32",
     text_encoder_dtype: Annotated[Dtype, typer.Option(help="Number format that the text encoder computes in.", rich_help_panel=ENCODERS)] = "bf16",
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=ENCODERS)] = "auto",
+    num_workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that decode and resize media beside the encoders; each holds one clip in memory.", show_default="one a core but one, at most 8", rich_help_panel=ENCODERS)] = None,
+    decode_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="A file that takes longer to decode is given up and listed as rejected.", rich_help_panel=ENCODERS)] = 120,
 
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the shards; what is in it already is kept and not encoded again.", rich_help_panel=OUTPUT)] = Path("shards"),
     dtype: Annotated[Dtype, typer.Option(help="Number format of the tensors in the shards.", rich_help_panel=OUTPUT)] = "bf16",
@@ -96,6 +98,7 @@ def encode(
     Next: wantrain distill --shards DIR
     """
     from preprocess.config import EncodeConfig
+    from preprocess.workers import default_workers
 
     config = EncodeConfig(
         model=model,
@@ -115,6 +118,8 @@ def encode(
         max_bad=max_bad,
         prune=prune,
         device=default_device() if device == "auto" else device,
+        workers=default_workers() if num_workers is None else num_workers,
+        decode_timeout=decode_timeout,
     )
 
     from rich.console import Console

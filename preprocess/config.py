@@ -41,6 +41,10 @@ class EncodeConfig:
     max_bad: int
     """Samples that may be rejected without the command failing."""
     device: str
+    workers: int
+    """Processes that decode media."""
+    decode_timeout: float
+    """Seconds after which a file that is being decoded is given up."""
     prune: bool = False
     """Remove samples from the cache that the dataset does not give any more."""
 
@@ -62,7 +66,12 @@ class EncodeConfig:
             "--video-sample-stride": (self.stride, 1),
             "--shard-size-mb": (self.shard_size_mb, 1),
             "--max-bad": (self.max_bad, 0),
+            "--num-workers": (self.workers, 1),
         }
         for option, (value, least) in at_least.items():
             if value < least:
                 raise UserError(f"{option}: {value} is too small; expected at least {least}.")
+        if not self.decode_timeout > 0:
+            raise UserError(
+                f"--decode-timeout: {self.decode_timeout:g} is no time; expected seconds above 0."
+            )

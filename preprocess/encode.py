@@ -7,7 +7,6 @@ however the run ends, and the same command goes on from there.
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -18,16 +17,18 @@ import torch
 from rich.console import Console
 
 from preprocess import report
+from preprocess.background_writer import BackgroundWriter
 from preprocess.clips import ClipRule
 from preprocess.config import EncodeConfig
 from preprocess.dataset import Rejected, load_dataset
 from preprocess.fingerprint import encode_fingerprint, refuse_other_settings
 from preprocess.index import caption_digest, fresh_index
 from preprocess.media import MediaError
-from preprocess.passes import latents_from_cache, latents_from_media, text_pass
+from preprocess.passes import Times, latents_from_cache, latents_from_media, text_pass
 from preprocess.plan import Work, plan_work
 from preprocess.removal import unlisted
 from preprocess.text_cache import TextCache
+from preprocess.workers import WorkerPool
 from preprocess.writer import ShardWriter, output_lock, refusals_explained
 from shared.cache import CacheIndex, Prompt, committed_shards, read_prompts
 from shared.cli_support import say
@@ -44,9 +45,6 @@ if TYPE_CHECKING:
 
 REJECTED = "rejected.jsonl"
 COMPONENTS = ("vae", "text_encoder", "tokenizer")
-
-# Enough to hide decoding and resizing behind the VAE; each holds one fitted clip in memory.
-THREADS = max(1, min(4, (os.cpu_count() or 1) - 1))
 
 Captions = dict[str, bytes]
 """Key → `caption_digest`, of the samples that are committed."""
@@ -67,6 +65,7 @@ class Outcome:
     rejected: list[Rejected] = field(default_factory=list)
     signum: int | None = None
     """The signal that ended the run early."""
+    times: Times = field(default_factory=Times)
 
 
 def encode(config: EncodeConfig, console: Console) -> Outcome:
@@ -77,14 +76,20 @@ def encode(config: EncodeConfig, console: Console) -> Outcome:
     outcome = Outcome()
     with catch_signals("stopping: committing what is encoded ...") as signals:
         try:
-            _encode(config, console, signals, outcome)
+            # First of all: the workers get up while weights are digested.
+            with WorkerPool(config.workers, timeout=config.decode_timeout) as pool:
+                _encode(config, console, pool, signals, outcome)
         except Interrupted as interrupted:
             outcome.signum = interrupted.signum
     return outcome
 
 
 def _encode(
-    config: EncodeConfig, console: Console, signals: Interruption, outcome: Outcome
+    config: EncodeConfig,
+    console: Console,
+    pool: WorkerPool,
+    signals: Interruption,
+    outcome: Outcome,
 ) -> None:
     # What there is: the dataset and the model.
     dataset = load_dataset(config.data_dir, config.metadata)
@@ -108,7 +113,7 @@ def _encode(
                 dataset.entries,
                 _clip_rule(config, spec),
                 hasher,
-                threads=THREADS,
+                pool,
                 on_progress=advance,
             )
         outcome.rejected = [*dataset.rejected, *rejected]
@@ -129,9 +134,10 @@ def _encode(
 
         stored = DTYPES[config.dtype]
         texts = TextCache(config.output, fingerprint)
-        writer = ShardWriter(
+        shards = ShardWriter(
             config.output, fingerprint, shard_bytes=config.shard_size_mb * 1_000_000
         )
+        writer = BackgroundWriter(shards)
 
         # diffusers and transformers are imported when an encoder is built: a run that has nothing
         # to encode does not wait for them.
@@ -150,10 +156,17 @@ def _encode(
             # Text pass: each caption once; the encoder is gone before the VAE comes.
             needed = list(dict.fromkeys([text for _, text in prompts] + captions))
             with report.bar(console, "encoding captions", len(needed)) as advance:
-                text_pass(needed, texts, text_encoder, stored=stored, on_progress=advance)
+                text_pass(
+                    needed,
+                    texts,
+                    text_encoder,
+                    stored=stored,
+                    times=outcome.times,
+                    on_progress=advance,
+                )
             if prompts:
                 with signals.deferred():
-                    writer.add_prompts(
+                    shards.add_prompts(
                         [Prompt(role, text, texts.get(text)) for role, text in prompts]
                     )
 
@@ -161,7 +174,9 @@ def _encode(
             known, new = _split(todo, committed)
             encoded = chain(
                 latents_from_cache(known, outcome.index) if outcome.index is not None else (),
-                latents_from_media(new, spec, latent_encoder, stored=stored, threads=THREADS),
+                latents_from_media(
+                    new, spec, latent_encoder, pool, stored=stored, times=outcome.times
+                ),
             )
             with report.bar(console, "encoding media", len(todo)) as advance:
                 for work, result in encoded:
@@ -185,8 +200,9 @@ def _encode(
                     advance()
             with signals.deferred():
                 writer.close()
+                outcome.times.writing = writer.waited
                 if leftover:
-                    writer.add_tombstones(leftover)
+                    shards.add_tombstones(leftover)
                     outcome.removed = len(leftover)
                 _finish(config, outcome, planned)
                 texts.delete()

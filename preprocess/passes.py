@@ -1,7 +1,9 @@
 """The two passes: captions → embeddings on disk, then clips → latents. One encoder at a time."""
 
 import gc
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from preprocess.clips import fit
+from preprocess.decode import fitted_frames
 from preprocess.index import check_shards
-from preprocess.media import MediaError, read_frames
-from preprocess.plan import Work, in_background
+from preprocess.media import MediaError
+from preprocess.plan import Work
 from preprocess.text_cache import TextCache
+from preprocess.workers import WorkerPool
 from shared.cache import CacheIndex, MemberReader
 from shared.latent_rgb import ColourSums
 from shared.model_spec import ModelSpec
@@ -23,12 +26,41 @@ if TYPE_CHECKING:  # diffusers and transformers wait until an encoder is built
     from preprocess.encoders import LatentEncoder, TextEncoder
 
 
+@dataclass
+class Times:
+    """Where the seconds of a run went, as the loop saw them. What overlaps is not in here twice."""
+
+    encoders: float = 0.0
+    """In the text encoder and the VAE, without loading them."""
+    decoding: float = 0.0
+    """Waiting for a clip to be decoded and resized."""
+    writing: float = 0.0
+    """Waiting for shards to be written."""
+
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.encoders += time.perf_counter() - began
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.decoding += time.perf_counter() - began
+
+
 def text_pass(
     captions: Sequence[str],
     texts: TextCache,
     encoder: Callable[[], "TextEncoder"],
     *,
     stored: torch.dtype,
+    times: Times,
     on_progress: Callable[[], None],
 ) -> None:
     """Encode the captions that `texts` lacks. The encoder is built only if there are any, and has
@@ -42,7 +74,9 @@ def text_pass(
     text_encoder = encoder()
     try:
         for caption in missing:
-            texts.put(caption, text_encoder.encode(caption).to(stored))
+            with times.encoding():
+                text = text_encoder.encode(caption).to(stored)
+            texts.put(caption, text)
             on_progress()
     finally:
         del text_encoder
@@ -91,28 +125,40 @@ def latents_from_media(
     work: Sequence[Work],
     spec: ModelSpec,
     encoder: Callable[[], "LatentEncoder"],
+    pool: WorkerPool,
     *,
     stored: torch.dtype,
-    threads: int,
+    times: Times,
 ) -> Iterator[tuple[Work, Encoded | MediaError]]:
-    """Decode, fit and encode clips; a clip that fails comes with the reason instead.
+    """Decode, fit and encode clips, as they are decoded; a clip that fails comes with the reason.
 
-    The VAE is built only if there is work; the next clips are decoded while it is busy.
+    The VAE is built only if there is work; the next clips are decoded while it is busy. Adds to
+    `times` what it waits and computes.
     """
     if not work:
         return
-    latent_encoder = encoder()
-    for item, frames in in_background(_fitted_frames, work, threads=threads, ahead=threads + 1):
-        try:
-            yield item, _encode(latent_encoder, frames.result(), spec, stored)
-        except MediaError as error:
-            yield item, error
-
-
-def _fitted_frames(work: Work) -> npt.NDArray[np.uint8]:
-    """(F, H, W, 3) uint8 RGB, as every encoder gets them."""
-    frames = read_frames(work.entry.path, work.type, work.clip.frame_indices)
-    return fit(frames, work.clip.bucket)
+    tasks = (
+        (item, (item.entry.path, item.type, item.clip.frame_indices, item.clip.bucket))
+        for item in work
+    )
+    # One more than there are workers to have a clip ready, one more again for a worker that hangs.
+    decoded = pool.completed(
+        fitted_frames, tasks, source=lambda item: item.entry.path, ahead=pool.workers + 2
+    )
+    with closing(decoded):
+        latent_encoder = encoder()
+        while True:
+            with times.waiting():
+                item, frames = next(decoded, (None, None))
+            if item is None or frames is None:
+                return
+            try:
+                with times.encoding():
+                    encoded = _encode(latent_encoder, frames.result(), spec, stored)
+                yield item, encoded
+            except MediaError as error:
+                yield item, error
+            del frames  # a clip's memory, not held while the next is awaited
 
 
 def _encode(

@@ -1,19 +1,18 @@
 """From entries to work: content digests, clips, keys; the same clip of the same content once."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
-from typing import Literal, TypeVar
+from pathlib import Path
+from typing import Literal
 
 from preprocess.clips import Clip, ClipRule, choose_clip
 from preprocess.dataset import Entry, Rejected
-from preprocess.media import MediaError, Probe, probe
+from preprocess.decode import look
+from preprocess.media import MediaError, Probe
+from preprocess.workers import WorkerPool
 from shared.hashing import FileHasher
 from shared.schema import SampleInfo, sample_key
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,28 +60,50 @@ def plan_work(
     entries: Sequence[Entry],
     rule: ClipRule,
     hasher: FileHasher,
+    pool: WorkerPool,
     *,
-    threads: int,
     on_progress: Callable[[], None],
 ) -> tuple[list[Work], list[Rejected]]:
     """Look into every file and decide what is to be encoded, in the dataset's order."""
+    found: dict[int, _Looked | Rejected] = {}
+    names = [_name(hasher, entry) for entry in entries]
 
-    def look(entry: Entry) -> _Looked:
-        seen = probe(entry.path, entry.type)
-        sha256 = hasher.sha256(entry.path)
-        clip = choose_clip(seen, entry.type, sha256, rule)
-        return _Looked(entry=entry, sha256=sha256, probe=seen, clip=clip)
+    def tasks() -> Iterator[tuple[int, tuple[Path, str, str | None]]]:
+        for number, entry in enumerate(entries):
+            known = None if (name := names[number]) is None else hasher.known(name)
+            yield number, (entry.path, entry.type, known)
+
+    looked = pool.completed(
+        look, tasks(), source=lambda number: entries[number].path, ahead=4 * pool.workers
+    )
+    for number, future in looked:
+        entry = entries[number]
+        try:
+            seen, sha256 = future.result()
+            if (name := names[number]) is not None:
+                hasher.remember(name, sha256)
+            clip = choose_clip(seen, entry.type, sha256, rule)
+            found[number] = _Looked(entry=entry, sha256=sha256, probe=seen, clip=clip)
+        except (MediaError, OSError) as error:
+            found[number] = Rejected(source=entry.source, reason=str(error))
+        on_progress()
 
     clips: dict[tuple[str, Clip], list[_Looked]] = {}
     rejected: list[Rejected] = []
-    for entry, future in in_background(look, entries, threads=threads, ahead=4 * threads):
-        try:
-            looked = future.result()
-            clips.setdefault((looked.sha256, looked.clip), []).append(looked)
-        except (MediaError, OSError) as error:
-            rejected.append(Rejected(source=entry.source, reason=str(error)))
-        on_progress()
-    return [_work(found) for found in clips.values()], rejected
+    for number in range(len(entries)):  # in the dataset's order, not the workers'
+        one = found[number]
+        if isinstance(one, Rejected):
+            rejected.append(one)
+        else:
+            clips.setdefault((one.sha256, one.clip), []).append(one)
+    return [_work(same) for same in clips.values()], rejected
+
+
+def _name(hasher: FileHasher, entry: Entry) -> str | None:
+    """What the hasher remembers the file by; None where it cannot be asked for."""
+    with suppress(OSError, RuntimeError):  # missing, a name too long, a loop of links
+        return hasher.name(entry.path)
+    return None
 
 
 def _work(found: list[_Looked]) -> Work:
@@ -98,21 +119,3 @@ def _work(found: list[_Looked]) -> Work:
             for ordinal, caption in enumerate(captions)
         ),
     )
-
-
-def in_background(
-    function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, ahead: int
-) -> Iterator[tuple[Item, "Future[Result]"]]:
-    """Run `function` on the items in threads, at most `ahead` of the consumer; results in order.
-
-    A failure is raised by its future's `result()`. Closing the iterator cancels what has not begun.
-    """
-    pool = ThreadPoolExecutor(threads)
-    try:
-        remaining = iter(items)
-        queue = [(item, pool.submit(function, item)) for item in islice(remaining, ahead)]
-        while queue:
-            yield queue.pop(0)
-            queue += [(item, pool.submit(function, item)) for item in islice(remaining, 1)]
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -3,16 +3,28 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+_BLOCK_BYTES = 1 << 22
 
 
 def cache_folder() -> Path:
     """Where derived, deletable data lives: $WANDISTILL_CACHE, else ~/.cache/wandistill."""
     configured = os.environ.get("WANDISTILL_CACHE")
     return Path(configured) if configured else Path.home() / ".cache" / "wandistill"
+
+
+def sha256_of(path: Path, on_progress: Callable[[], None] = lambda: None) -> str:
+    """Hex digest of a file's bytes; calls `on_progress` after every few megabytes."""
+    running = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            running.update(block)
+            on_progress()
+    return running.hexdigest()
 
 
 class FileHasher:
@@ -34,22 +46,32 @@ class FileHasher:
 
     def sha256(self, path: Path) -> str:
         """Hex digest of the file's bytes. Raises OSError when it can't be read."""
+        name = self.name(path)
+        digest = self.known(name)
+        if digest is None:
+            digest = sha256_of(path)
+            self.remember(name, digest)
+        return digest
+
+    def name(self, path: Path) -> str:
+        """What a file is remembered by: taken before it is read. Raises OSError."""
         path = path.resolve()
         status = path.stat()
-        name = f"{path}|{status.st_size}|{status.st_mtime_ns}"
-        digest = self._known.get(name)
-        if digest is None:
-            running = hashlib.sha256()
-            with path.open("rb") as stream:
-                while block := stream.read(1 << 22):
-                    running.update(block)
-            digest = running.hexdigest()
-            self._known[name] = digest
-            with suppress(OSError):  # a memo that cannot be written costs time, not the digest
-                self._memo.parent.mkdir(parents=True, exist_ok=True)
-                with self._memo.open("a") as memo:
-                    memo.write(json.dumps({"file": name, "sha256": digest}) + "\n")
-        return digest
+        return f"{path}|{status.st_size}|{status.st_mtime_ns}"
+
+    def known(self, name: str) -> str | None:
+        """The digest of the file with this name, if it was read before."""
+        return self._known.get(name)
+
+    def remember(self, name: str, digest: str) -> None:
+        """Note the digest of the file that had this name when its reading began."""
+        if self._known.get(name) == digest:
+            return
+        self._known[name] = digest
+        with suppress(OSError):  # a memo that cannot be written costs time, not the digest
+            self._memo.parent.mkdir(parents=True, exist_ok=True)
+            with self._memo.open("a") as memo:
+                memo.write(json.dumps({"file": name, "sha256": digest}) + "\n")
 
     def combined(self, files: Iterable[Path]) -> str:
         """One digest over several files' contents, independent of their folder and their order."""

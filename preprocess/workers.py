@@ -1,0 +1,266 @@
+"""Worker processes for what may hang or crash: decoders, on files of any origin.
+
+A pool of processes that can be killed one by one. Each belongs to one thread of this process, which
+hands it a task, waits for the answer with a time-out, and starts another where one was lost. So a
+file that hangs, crashes or eats the decoder costs itself, not the run.
+"""
+
+import json
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from itertools import islice
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+import numpy as np
+
+from preprocess.media import MediaError
+from preprocess.worker_process import ALIVE, ARRAY, FAILED, READY
+from shared.errors import UserError
+
+Item = TypeVar("Item")
+Results = Generator[tuple[Item, "Future[Any]"], None, None]
+"""Items with their futures, each done; `close` cancels what has not begun."""
+
+PRELOAD = ("preprocess.decode", "decord")
+"""What a worker imports before it says that it is ready."""
+_START_SECONDS = 300
+"""A worker that is not ready by then never will be (it takes less than one)."""
+_MOST_WORKERS = 8
+
+
+def default_workers(processes_on_machine: int = 1) -> int:
+    """Decoders for one encoder: a core each, one left for the encoder."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(_MOST_WORKERS, (cores or 1) // processes_on_machine - 1))
+
+
+class WorkerPool:
+    """Runs functions in worker processes; a context manager that leaves none behind.
+
+    Workers start at once, so that their start-up hides behind what the caller does next.
+    """
+
+    def __init__(self, workers: int, *, timeout: float) -> None:
+        """`timeout`: seconds that a task may take (`worker_process.alive` starts them anew)."""
+        self.workers = workers
+        self._timeout = timeout
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        self._own = threading.local()
+        self._all: set[_Worker] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+        for _ in range(workers):  # one each: a thread is busy until its worker is ready
+            self._threads.submit(self._worker)
+
+    def __enter__(self) -> "WorkerPool":
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill every worker, whatever it is doing."""
+        with self._lock:
+            self._closed = True
+            for worker in self._all:
+                worker.kill()
+        self._threads.shutdown(cancel_futures=True)
+        for worker in self._all:
+            worker.bury()
+
+    def submit(
+        self, source: object, function: Callable[..., Any], *arguments: Any
+    ) -> "Future[Any]":
+        """Run `function(*arguments)` in a worker; `source` is the file, for messages.
+
+        The function must be importable from its module, and is best defined where little is
+        imported. The future raises what the function raised, or MediaError where the worker was
+        lost or took too long. An array comes back in shared memory, not copied through a pipe.
+        """
+        return self._threads.submit(self._run, source, function, arguments)
+
+    def completed(
+        self,
+        function: Callable[..., Any],
+        items: Iterable[tuple[Item, tuple[Any, ...]]],
+        *,
+        source: Callable[[Item], object],
+        ahead: int,
+    ) -> Results[Item]:
+        """Run `function` on each item's arguments, at most `ahead` items before the consumer.
+
+        Items come as they are done, the oldest first, so one that hangs does not hold up the
+        others. The first tasks begin when the iterator is made, not at the first `next`.
+        """
+        remaining = iter(items)
+
+        def submitted(number: int) -> list[tuple[Item, "Future[Any]"]]:
+            return [
+                (item, self.submit(source(item), function, *arguments))
+                for item, arguments in islice(remaining, number)
+            ]
+
+        def results(
+            queue: list[tuple[Item, "Future[Any]"]],
+        ) -> Results[Item]:
+            try:
+                while queue:
+                    wait([future for _, future in queue], return_when=FIRST_COMPLETED)
+                    first = next(n for n, (_, future) in enumerate(queue) if future.done())
+                    yield queue.pop(first)
+                    queue += submitted(1)
+            finally:
+                for _, future in queue:
+                    future.cancel()
+
+        return results(submitted(ahead))
+
+    def _run(self, source: object, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        worker = self._worker()
+        try:
+            return worker.run(function, arguments, self._timeout)
+        except _LostError as lost:
+            self._drop(worker)
+            raise MediaError(f"{source}: {lost}") from None
+
+    def _worker(self) -> "_Worker":
+        """This thread's worker, started where there is none."""
+        worker: _Worker | None = getattr(self._own, "worker", None)
+        if worker is None:
+            with self._lock:
+                if self._closed:
+                    raise MediaError("the run is ending")
+                worker = _Worker()
+                self._all.add(worker)
+            try:
+                worker.wait_until_ready()
+            except BaseException:
+                self._drop(worker)
+                raise
+            self._own.worker = worker
+        return worker
+
+    def _drop(self, worker: "_Worker") -> None:
+        self._own.worker = None
+        worker.kill()
+        worker.bury()
+        with self._lock:
+            self._all.discard(worker)
+
+
+class _LostError(Exception):
+    """Why a worker gave no answer."""
+
+
+class _Worker:
+    """One process and the line to it. Used by one thread; `kill` by any."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        self._last_words = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `bury`
+        path = [entry for entry in sys.path if isinstance(entry, str)]
+        program = (
+            f"import sys; sys.path[:] = {json.dumps(path)}\n"
+            "from preprocess.worker_process import main\n"
+            f"main({theirs.fileno()}, {os.getpid()}, {PRELOAD!r})\n"
+        )
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", program],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._last_words,
+                # Or numpy starts a thread a core, in every worker.
+                env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            )
+        self._line = ours
+        self._connection = Connection(os.dup(ours.fileno()))
+
+    def wait_until_ready(self) -> None:
+        """UserError where the process does not come up."""
+        try:
+            if self._receive(_START_SECONDS)[0] == READY:
+                return
+        except _LostError as lost:
+            raise UserError(
+                f"decoding: a worker process did not start ({lost}). Is there memory for "
+                "--num-workers of them?"
+            ) from lost
+
+    def run(self, function: Callable[..., Any], arguments: tuple[Any, ...], timeout: float) -> Any:
+        """The function's result; what it raises is raised. _LostError: the process is of no use."""
+        try:
+            self._connection.send((function, arguments))
+        except OSError:
+            raise _LostError(self._epitaph()) from None
+        answer: tuple[Any, ...] = (ALIVE,)
+        while answer[0] == ALIVE:
+            answer = self._receive(timeout)
+        kind, *content = answer
+        if kind == FAILED:
+            raise content[0]
+        return self._array(*content) if kind == ARRAY else content[0]
+
+    def _receive(self, timeout: float) -> tuple[Any, ...]:
+        try:
+            if not self._connection.poll(timeout):
+                raise _LostError(
+                    f"decoding took longer than {timeout:g} s and was stopped; --decode-timeout "
+                    "allows more"
+                )
+            answer: tuple[Any, ...] = self._connection.recv()
+            return answer
+        except (EOFError, OSError):
+            raise _LostError(self._epitaph()) from None
+
+    def _array(self, shape: tuple[int, ...], dtype: str) -> Any:
+        try:
+            _, descriptors, _, _ = socket.recv_fds(self._line, 1, 1)
+            (descriptor,) = descriptors
+        except (OSError, ValueError):
+            raise _LostError(self._epitaph()) from None
+        try:
+            memory = mmap.mmap(descriptor, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        finally:
+            os.close(descriptor)
+        return np.ndarray(shape, dtype, buffer=memory)  # which frees the map when it goes
+
+    def _epitaph(self) -> str:
+        """How the process ended, with the last line that it wrote."""
+        deadline = time.monotonic() + 5
+        while self._process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        code = self._process.poll()
+        how = f"code {code}"
+        if code is not None and code < 0:
+            how = signal.Signals(-code).name
+        if code == -signal.SIGKILL:
+            how += "; the system was perhaps out of memory"
+        with suppress(OSError, ValueError):
+            self._last_words.seek(0)
+            lines = self._last_words.read().decode(errors="replace").strip().splitlines()
+            how += f"; {lines[-1]}" if lines else ""
+        return f"the decoder crashed ({how})"
+
+    def kill(self) -> None:
+        """End the process at once; its thread then sees the line break."""
+        self._process.kill()
+
+    def bury(self) -> None:
+        """Leave no zombie and no open file."""
+        self._process.wait()
+        self._connection.close()
+        self._line.close()
+        self._last_words.close()
