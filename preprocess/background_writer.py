@@ -3,12 +3,16 @@
 import queue
 import threading
 import time
+from collections.abc import Callable
 
 from preprocess.writer import ShardWriter
+from shared.latent_rgb import ColourSums
 from shared.schema import Sample
 
 # Waiting samples hold memory; this many hide an fsync of a whole shard behind a few encodings.
 _MOST_WAITING = 8
+
+_Job = tuple[Sample, Callable[[], ColourSums] | None]
 
 
 class BackgroundWriter:
@@ -22,15 +26,18 @@ class BackgroundWriter:
         self.waited = 0.0
         """Seconds that `add` and `close` have waited for the disk."""
         self._writer = writer
-        self._queue: queue.Queue[Sample | None] = queue.Queue(_MOST_WAITING)
+        self._queue: queue.Queue[_Job | None] = queue.Queue(_MOST_WAITING)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._write, name="writer", daemon=True)
         self._thread.start()
 
-    def add(self, sample: Sample) -> None:
-        """Hand a sample over. Raises what an earlier one's write raised (OSError: a full disk)."""
+    def add(self, sample: Sample, colours: Callable[[], ColourSums] | None = None) -> None:
+        """Hand a sample over. Raises what an earlier one's write raised (OSError: a full disk).
+
+        `colours`, if given, is called in the thread, for `ShardWriter.add`.
+        """
         began = time.perf_counter()
-        self._queue.put(sample)
+        self._queue.put((sample, colours))
         self.waited += time.perf_counter() - began
         self._raise()
 
@@ -57,9 +64,10 @@ class BackgroundWriter:
             raise self._error
 
     def _write(self) -> None:
-        while (sample := self._queue.get()) is not None:
+        while (job := self._queue.get()) is not None:
             if self._error is None:
+                sample, colours = job
                 try:
-                    self._writer.add(sample)
+                    self._writer.add(sample, None if colours is None else colours())
                 except BaseException as error:
                     self._error = error

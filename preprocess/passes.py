@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -98,8 +99,8 @@ class Encoded:
     """(C, T, h, w), normalised."""
     condition: torch.Tensor | None
     """(C, T, h, w), normalised; None for text-to-video."""
-    colours: ColourSums | None = None
-    """For the latent → RGB map; None where the latents come from a shard, not from frames."""
+    colours: Callable[[], ColourSums] | None = None
+    """Computes the sums for the latent → RGB map; None where the latents come from a shard."""
 
 
 def latents_from_cache(work: Sequence[Work], cache: CacheIndex) -> Iterator[tuple[Work, Encoded]]:
@@ -173,5 +174,5 @@ def _encode(
     return Encoded(
         latents=latents,
         condition=None if condition is None else condition.to(stored),
-        colours=ColourSums.of(frames, latents),
+        colours=partial(ColourSums.of, frames, latents),
     )
