@@ -106,7 +106,8 @@ EXPERIMENTS = {
         loss_guidance=1.25,
         shift=12,
         students={"d": (replace(FULL, flags=EULER),)},
-        updates=(5, 10, 15),
+        updates=(10, 20, 30),
+        learning_rate="2e-4",
     ),
     "renoise": Experiment(
         model="toy",
