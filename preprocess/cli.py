@@ -98,8 +98,13 @@ def encode(
     Next: wantrain distill --shards DIR
     """
     from preprocess.config import EncodeConfig
+    from preprocess.ranks import this_rank
     from preprocess.workers import default_workers
 
+    rank = this_rank()
+    if device == "auto":
+        device = default_device()
+        device = f"{device}:{rank.local}" if device == "cuda" and rank.world > 1 else device
     config = EncodeConfig(
         model=model,
         data_dir=train_data_dir,
@@ -117,16 +122,17 @@ def encode(
         shard_size_mb=shard_size_mb,
         max_bad=max_bad,
         prune=prune,
-        device=default_device() if device == "auto" else device,
-        workers=default_workers() if num_workers is None else num_workers,
+        device=device,
+        rank=rank,
+        workers=default_workers(rank.local_world) if num_workers is None else num_workers,
         decode_timeout=decode_timeout,
     )
 
     from rich.console import Console
 
     from preprocess import report
-    from preprocess.encode import REJECTED
     from preprocess.encode import encode as run_encode
+    from preprocess.encode import rejected_file
 
     outcome = run_encode(config, Console(stderr=True))
     if outcome.index is not None:
@@ -140,7 +146,7 @@ def encode(
             err=True,
         )
         raise typer.Exit(SIGNAL_EXIT + outcome.signum)
-    rejections = report.rejections(outcome.rejected, output / REJECTED)
+    rejections = report.rejections(outcome.rejected, output / rejected_file(rank))
     if len(outcome.rejected) > max_bad:
         raise UserError(
             f"{rejections}\nThe other samples are encoded and can be trained on. Mend these and "

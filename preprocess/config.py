@@ -1,9 +1,10 @@
 """The settings of one encode run, checked once at the edge."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from preprocess.ranks import Rank
 from shared.errors import UserError
 
 StoredDtype = Literal["bf16", "fp32"]
@@ -45,6 +46,8 @@ class EncodeConfig:
     """Processes that decode media."""
     decode_timeout: float
     """Seconds after which a file that is being decoded is given up."""
+    rank: Rank = field(default_factory=Rank)
+    """This process's share of the work."""
     prune: bool = False
     """Remove samples from the cache that the dataset does not give any more."""
 

@@ -26,10 +26,17 @@ from preprocess.index import caption_digest, fresh_index
 from preprocess.media import MediaError
 from preprocess.passes import Times, latents_from_cache, latents_from_media, text_pass
 from preprocess.plan import Work, plan_work
+from preprocess.ranks import Rank
 from preprocess.removal import unlisted
 from preprocess.text_cache import TextCache
 from preprocess.workers import WorkerPool
-from preprocess.writer import ShardWriter, output_lock, refusals_explained
+from preprocess.writer import (
+    ShardWriter,
+    index_lock,
+    refusals_explained,
+    remove_abandoned,
+    writer_lock,
+)
 from shared.cache import CacheIndex, Prompt, committed_shards, read_prompts
 from shared.cli_support import say
 from shared.device import check_device
@@ -100,11 +107,12 @@ def _encode(
     with console.status("digesting the encoders' weights (read once, then remembered)"):
         fingerprint = encode_fingerprint(config, spec, hasher)
 
-    with output_lock(config.output), _explained(config):
+    with writer_lock(config.output, config.rank.number), _explained(config):
+        remove_abandoned(config.output, config.rank.world)
         # What is committed already, under the same settings.
         sidecars = committed_shards(config.output)
         refuse_other_settings(config.output, sidecars, fingerprint)
-        outcome.index = fresh_index(config.output) if sidecars else None
+        outcome.index = _index(config) if sidecars else None
         committed = _committed(outcome.index)
 
         # What is missing of the dataset.
@@ -117,25 +125,38 @@ def _encode(
                 on_progress=advance,
             )
         outcome.rejected = [*dataset.rejected, *rejected]
+        if config.rank.number:  # what is wrong with the dataset is said once
+            outcome.rejected = []
         _write_rejected(config, outcome)
         if not planned:
             listed = report.rejections(outcome.rejected, config.output / REJECTED)
             raise UserError(f"dataset: {dataset.origin} has nothing that can be encoded.\n{listed}")
-        todo = [work for work in planned if _missing(work, committed)]
+        if config.rank.world > 1:
+            say(
+                console,
+                f"rank     {config.rank.number} of {config.rank.world}, "
+                f"writer w{config.rank.number:03d}",
+            )
+        mine = [work for work in planned if config.rank.owns(work.samples[0][0])]
+        todo = [work for work in mine if _missing(work, committed)]
         captions = [caption for work in todo for _, caption in _missing(work, committed)]
-        prompts = _missing_prompts(config, outcome.index)
+        # One prompt bank is enough; the first rank brings it.
+        prompts = _missing_prompts(config, outcome.index) if config.rank.number == 0 else []
         outcome.left = len(captions)
-        _say_plan(console, config, planned, committed, outcome)
+        _say_plan(console, config, planned, mine, committed, outcome)
         leftover: list[str] = []
-        if config.prune and outcome.index is not None:
+        if config.prune and config.rank.number == 0 and outcome.index is not None:
             live = {key for work in planned for key, _ in work.samples}
             unusable = {rejected.source for rejected in outcome.rejected}
             leftover = unlisted(outcome.index, live, unusable)
 
         stored = DTYPES[config.dtype]
-        texts = TextCache(config.output, fingerprint)
+        texts = TextCache(config.output, fingerprint, config.rank.number)
         shards = ShardWriter(
-            config.output, fingerprint, shard_bytes=config.shard_size_mb * 1_000_000
+            config.output,
+            fingerprint,
+            shard_bytes=config.shard_size_mb * 1_000_000,
+            writer=config.rank.number,
         )
         writer = BackgroundWriter(shards)
 
@@ -204,13 +225,13 @@ def _encode(
                 if leftover:
                     shards.add_tombstones(leftover)
                     outcome.removed = len(leftover)
-                _finish(config, outcome, planned)
+                _finish(config, outcome, mine)
                 texts.delete()
         except BaseException:  # a signal, a full disk, no memory: what is encoded is kept
             with signals.deferred(raise_after=False):
                 writer.rescue()
                 with suppress(OSError):
-                    _finish(config, outcome, planned)
+                    _finish(config, outcome, mine)
             raise
 
 
@@ -278,10 +299,11 @@ def _say_plan(
     console: Console,
     config: EncodeConfig,
     planned: Sequence[Work],
+    mine: Sequence[Work],
     committed: Captions,
     outcome: Outcome,
 ) -> None:
-    total = sum(len(work.samples) for work in planned)
+    total = sum(len(work.samples) for work in mine)
     say(
         console, f"samples  {total}: {total - outcome.left} in the shards, {outcome.left} to encode"
     )
@@ -300,9 +322,23 @@ def _say_plan(
         say(console, short)
 
 
+def rejected_file(rank: Rank) -> str:
+    """Name of the file that lists what this rank rejected."""
+    return REJECTED if rank.number == 0 else f"rejected-w{rank.number:03d}.jsonl"
+
+
+def _index(config: EncodeConfig) -> CacheIndex:
+    """The index of now, read whole: another rank may replace the file at any time after."""
+    with index_lock(config.output):
+        index = fresh_index(config.output)
+        _ = index.keys, index.captions, index.bucket_ids, index.shard_ids
+        _ = index.types, index.tokens, index.offsets, index.lengths
+        return index
+
+
 def _write_rejected(config: EncodeConfig, outcome: Outcome) -> None:
     """`rejected.jsonl` of this run: whole, or absent where nothing was rejected."""
-    path = config.output / REJECTED
+    path = config.output / rejected_file(config.rank)
     if outcome.rejected:
         lines = [json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in outcome.rejected]
         write_bytes(path, "".join(lines).encode("utf-8", "backslashreplace"))
@@ -313,7 +349,7 @@ def _write_rejected(config: EncodeConfig, outcome: Outcome) -> None:
 def _finish(config: EncodeConfig, outcome: Outcome, planned: Sequence[Work]) -> None:
     _write_rejected(config, outcome)
     if committed_shards(config.output):
-        outcome.index = fresh_index(config.output)
+        outcome.index = _index(config)
     committed = _committed(outcome.index)
     outcome.left = sum(len(_missing(work, committed)) for work in planned)
 

@@ -23,9 +23,10 @@ _LONGEST_HEADER = 1 << 16
 class TextCache:
     """Caption → (tokens, D) tensor, in a folder that belongs to one text fingerprint."""
 
-    def __init__(self, output: Path, fingerprint: Fingerprint) -> None:
+    def __init__(self, output: Path, fingerprint: Fingerprint, writer: int = 0) -> None:
         self._output = output
-        self._folder = output / f"{PREFIX}{digest_of(fingerprint['text'])[:12]}"
+        self._mine = f"-w{writer:03d}"
+        self._folder = output / f"{PREFIX}{digest_of(fingerprint['text'])[:12]}{self._mine}"
 
     def __contains__(self, caption: str) -> bool:
         """Whether a whole file is there; its header says how long it must be."""
@@ -62,8 +63,8 @@ class TextCache:
         rename(beside, path)
 
     def delete(self) -> None:
-        """Remove this folder, and those that other settings left in the same output."""
-        for folder in self._output.glob(f"{PREFIX}*"):
+        """Remove this folder, and those that this writer left under other settings."""
+        for folder in self._output.glob(f"{PREFIX}*{self._mine}"):
             remove_tree(folder)
 
     def _path(self, caption: str) -> Path:

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import tarfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ from shared.durable import (
     DurableFile,
     commit,
     remove,
+    remove_tree,
     temporary,
     write_json,
 )
@@ -125,7 +127,7 @@ class _OpenShard:
 class ShardWriter:
     """Fills one shard per bucket and commits each when it is full.
 
-    Used by one process at a time (`output_lock`).
+    Used by one process at a time (`output_lock`, or `writer_lock` of this number).
     """
 
     def __init__(
@@ -244,25 +246,79 @@ def _next_number(folder: Path) -> int:
 
 @contextmanager
 def output_lock(folder: Path) -> Iterator[None]:
-    """Refuse a second encode into the same folder; it would take our open shards for leftovers.
+    """The folder for one process alone; refused while any other writes there.
 
     The system drops the lock when the process ends, however it ends.
     """
+    with _locked(folder, LOCK, fcntl.LOCK_EX, patience=0):
+        yield
+
+
+@contextmanager
+def writer_lock(folder: Path, writer: int) -> Iterator[None]:
+    """The folder beside other writers, but none of this number, and nobody with `output_lock`."""
+    with (
+        _locked(folder, LOCK, fcntl.LOCK_SH, patience=_PATIENCE),
+        _locked(folder, f"{LOCK}-w{writer:03d}", fcntl.LOCK_EX, patience=_PATIENCE),
+    ):
+        yield
+
+
+@contextmanager
+def index_lock(folder: Path) -> Iterator[None]:
+    """For the moment in which index and manifest are derived; waits for its turn."""
+    with _locked(folder, f"{LOCK}-index", fcntl.LOCK_EX, patience=None):
+        yield
+
+
+def remove_abandoned(folder: Path, world: int) -> None:
+    """Delete what killed writers left whose numbers the `world` writers of this run don't use.
+
+    Those below `world` clean up after themselves; a writer that lives holds its lock.
+    """
+    leftovers = {
+        int(name["writer"]) for path in folder.iterdir() if (name := _ABANDONED(path.name))
+    }
+    for writer in sorted(number for number in leftovers if number >= world):
+        with (
+            suppress(UserError),
+            _locked(folder, f"{LOCK}-w{writer:03d}", fcntl.LOCK_EX, patience=0),
+        ):
+            remove_uncommitted(folder, writer)
+            for texts in folder.glob(f".text-*-w{writer:03d}"):
+                remove_tree(texts)
+            remove(folder / f"rejected-w{writer:03d}.jsonl")
+
+
+_ABANDONED = re.compile(r".*-w(?P<writer>\d{3})(?:-\d{5,}.*|\.jsonl)?$").match
+
+# Another process holds a writer's lock for a moment while it cleans up after the dead.
+_PATIENCE = 2.0
+
+
+@contextmanager
+def _locked(folder: Path, name: str, how: int, *, patience: float | None) -> Iterator[None]:
+    """A lock file held; UserError where it is not to be had within `patience` seconds."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR)
+        descriptor = os.open(folder / name, os.O_CREAT | os.O_RDWR)
     except OSError as error:
         raise UserError(
             f"--output: cannot write to {folder} ({error.strerror}). Choose another folder."
         ) from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"--output: another wanprep is writing to {folder}. Wait for it to end, or give "
-                "this run a folder of its own (--output)."
-            ) from error
+        deadline = time.monotonic() + (patience or 0)
+        while True:
+            try:
+                fcntl.flock(descriptor, how if patience is None else how | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    raise UserError(
+                        f"--output: another wanprep is writing to {folder}. Wait for it to end, "
+                        "or give this run a folder of its own (--output)."
+                    ) from error
+                time.sleep(0.05)
         yield
     finally:
         os.close(descriptor)

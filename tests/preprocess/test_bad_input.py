@@ -264,8 +264,13 @@ def test_a_file_name_that_is_no_text(tiny_t2v: Path, tmp_path: Path) -> None:
 def test_leftovers_of_a_killed_run_are_removed(data: Path, tiny_t2v: Path, tmp_path: Path) -> None:
     output = tmp_path / "shards"
     output.mkdir()
-    mine = ["h64-w64-f1-w000-00007.tar.tmp", "h64-w64-f1-w000-00006.tar", "prompts-w000-00003.tar"]
-    others = ["h64-w64-f1-w001-00007.tar.tmp", "notes.tmp", "unrelated.tar"]
+    mine = [
+        "h64-w64-f1-w001-00007.tar.tmp",
+        "h64-w64-f1-w000-00007.tar.tmp",
+        "h64-w64-f1-w000-00006.tar",
+        "prompts-w000-00003.tar",
+    ]
+    others = ["notes.tmp", "unrelated.tar"]
     for name in mine + others:
         (output / name).write_bytes(b"half")
     ran = encode(tiny_t2v, data, output)
