@@ -9,6 +9,7 @@ import json
 import os
 import signal
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +37,27 @@ class _Faults:
         number = int(self._argument)
         return self._count == number or (self._action == "enospc" and self._count > number)
 
-    def fail(self, path: Path) -> None:
-        """Never returns."""
+    def fail(self, what: str, path: Path) -> None:
+        """Kill this process, or raise OSError where a full disk would."""
         if self._action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if what in ("remove", "fsync"):  # a full disk refuses neither
+            return
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
-_faults = _Faults(os.environ[FAULT]) if os.environ.get(FAULT) else None
+@cache
+def _faults() -> _Faults | None:
+    """Made at the first point, so that a forked process may have a fault of its own."""
+    wanted = os.environ.get(FAULT)
+    return _Faults(wanted) if wanted else None
 
 
 def fault_point(what: str, path: Path) -> None:
     """Announce that `path` is about to change. Raises OSError where a test wants a full disk."""
-    # Removing and syncing need no room: a full disk refuses neither.
-    if _faults is not None and _faults.due(what, path):
-        if what in ("remove", "fsync") and _faults._action == "enospc":
-            return
-        _faults.fail(path)
+    faults = _faults()
+    if faults is not None and faults.due(what, path):
+        faults.fail(what, path)
 
 
 class DurableFile:
@@ -64,10 +69,11 @@ class DurableFile:
         self._stream = path.open("wb")
 
     def write(self, data: bytes | memoryview) -> int:
-        if _faults is not None and _faults.due("write", self._path):
+        faults = _faults()
+        if faults is not None and faults.due("write", self._path):
             self._stream.write(data[: len(data) // 2])
             self._stream.flush()
-            _faults.fail(self._path)
+            faults.fail("write", self._path)
         return self._stream.write(data)
 
     def close(self) -> None:

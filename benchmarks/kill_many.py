@@ -1,0 +1,270 @@
+"""Kill `wanprep` again and again, rerun it, and compare with a run that nobody disturbed.
+
+A session is: encode a dataset; edit a caption, take a picture out, add one, encode again with
+--prune; compact. Each try runs it in a process of its own until that is killed (kill -9), looks at
+what is left, runs the interrupted command and the rest again, and compares.
+
+    python benchmarks/kill_many.py points              # die at every write, fsync, rename, removal
+    python benchmarks/kill_many.py points --fault enospc    # the disk is full from there on
+    python benchmarks/kill_many.py random --tries 1000      # kill -9 from outside, at random times
+
+Processes are forked from one that has imported everything, so a try takes about a second. Exits
+with 1 at the first difference.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from preprocess import compact, encode, encoders  # noqa: E402, F401 - imported before the forks
+from preprocess.cli import app  # noqa: E402
+from shared.cli_support import run  # noqa: E402
+from shared.durable import FAULT  # noqa: E402
+from tests.models import tiny_model  # noqa: E402
+
+Contents = dict[str, dict[str, bytes]]
+"""Key → member → bytes."""
+
+
+def prepare(folder: Path) -> None:
+    """The model and the dataset before and after the edit."""
+    tiny_model(folder / "model", "t2v")
+    for name, pictures in (("before", (0, 1, 2, 3)), ("after", (0, 2, 3, 4))):
+        (folder / name).mkdir()
+        for number in pictures:
+            numbers = np.random.default_rng(number)
+            shape = (64, 64, 3) if number % 2 else (48, 96, 3)
+            pixels = numbers.integers(0, 256, shape, dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+            edited = " edited" if (name, number) == ("after", 2) else ""
+            (folder / name / f"{number}.txt").write_text(f"picture {number}{edited}")
+
+
+def steps(folder: Path, cache: Path) -> list[list[str]]:
+    """The commands of a session."""
+    common = ["--model", str(folder / "model"), "--output", str(cache), "--size", "64"]
+    common += ["--device", "cpu", "--train-data-dir"]
+    return [
+        ["encode", *common, str(folder / "before")],
+        ["encode", *common, str(folder / "after"), "--prune"],
+        ["compact", "--shards", str(cache)],
+    ]
+
+
+def session(folder: Path, cache: Path, first: int, fault: str = "") -> int:
+    """Fork a process that runs the commands from `first` on; its process id.
+
+    The step that it is in stands in `CACHE.step`.
+    """
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        os.environ[FAULT] = fault
+        os.environ["WANDISTILL_CACHE"] = str(folder / "hashes")
+        for number, words in enumerate(steps(folder, cache)):
+            if number >= first:
+                cache.with_suffix(".step").write_text(str(number))
+                errors = io.StringIO()
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+                    try:
+                        run(lambda words=words: app(words, standalone_mode=False))
+                    except SystemExit as exit_:
+                        code = int(exit_.code or 0)
+                        cache.with_suffix(".error").write_text(errors.getvalue())
+                        os._exit(code)
+        code = 0
+    except BaseException as error:
+        cache.with_suffix(".error").write_text(f"{type(error).__name__}: {error}")
+    finally:
+        os._exit(code)
+
+
+def finish(child: int) -> int:
+    """Wait; the exit code, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def contents(cache: Path) -> Contents:
+    """What lives, straight from the specification (shards/README.md), with none of our readers.
+
+    It starts no thread either (zarr would), so that this process can go on forking.
+    """
+
+    def age(path: Path) -> tuple[int, int]:
+        writer, number = path.stem.split("-")[-2:]
+        return int(number), int(writer[1:])
+
+    tars = [path for path in cache.glob("h*.tar") if path.with_suffix(".json").exists()]
+    found: Contents = {}
+    for path in sorted([*tars, *cache.glob("tombstones-*.json")], key=age):
+        if path.suffix == ".json":
+            for key in json.loads(path.read_text())["keys"]:
+                found.pop(key, None)
+            continue
+        data = path.read_bytes()
+        sidecar = json.loads(path.with_suffix(".json").read_text())
+        expect(hashlib.sha256(data).hexdigest() == sidecar["sha256"], f"{path} is damaged")
+        shard: Contents = {}
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            for member in tar:
+                key, _, suffix = member.name.partition(".")
+                stream = tar.extractfile(member)
+                expect(stream is not None and suffix not in shard.get(key, {}), member.name)
+                shard.setdefault(key, {})[suffix] = stream.read() if stream else b""
+        found |= shard
+    return found
+
+
+def expect(condition: bool, what: str) -> None:
+    if not condition:
+        raise SystemExit(f"FAILED: {what}")
+
+
+def check_left(cache: Path, at: str, undisturbed: list[Contents]) -> int:
+    """What an ended session left; the step that it was in."""
+    marker = cache.with_suffix(".step")
+    step = int(marker.read_text()) if marker.exists() else 0
+    if not cache.exists():
+        return step
+    before = undisturbed[step - 1] if step else {}
+    after = undisturbed[step]
+    left = contents(cache)
+    for key, members in left.items():
+        expect(members in (before.get(key), after.get(key)), f"{at}: {key} is neither old nor new")
+    lost = (before.keys() & after.keys()) - left.keys()
+    expect(not lost, f"{at}: lost {lost}")
+    return step
+
+
+def check_end(cache: Path, at: str, undisturbed: list[Contents]) -> None:
+    """After the rerun: the same samples, bytes and nothing beside them."""
+    found, wanted = contents(cache), undisturbed[-1]
+    expect(found.keys() == wanted.keys(), f"{at}: {sorted(found)} instead of {sorted(wanted)}")
+    expect(found == wanted, f"{at}: other bytes")
+    counts = [json.loads(path.read_text())["count"] for path in cache.glob("h*.json")]
+    expect(sum(counts) == len(wanted), f"{at}: {counts} samples in shards after compacting")
+    manifest = json.loads((cache / "manifest.json").read_text())
+    expect(manifest["samples"] == len(wanted), f"{at}: the index has other samples")
+    tars = {path.stem for path in cache.glob("*.tar")}
+    sidecars = {p.stem for p in cache.glob("*.json")} - {"manifest"}
+    expect(tars == sidecars, f"{at}: {tars ^ sidecars} is half there")
+    strange = [path.name for path in cache.iterdir() if path.suffix == ".tmp"]
+    expect(not strange, f"{at}: {strange} left over")
+
+
+def attempt(
+    folder: Path, at: str, undisturbed: list[Contents], disturbed: Callable[[Path], int]
+) -> bool:
+    """One disturbed session and its rerun; whether the disturbance came before the end."""
+    cache = folder / "cache"
+    shutil.rmtree(cache, ignore_errors=True)
+    cache.with_suffix(".step").unlink(missing_ok=True)
+    code = disturbed(cache)
+    if code == 0:
+        check_end(cache, at, undisturbed)
+        return False
+    if code != -signal.SIGKILL:
+        said = cache.with_suffix(".error").read_text()
+        expect(code == 1 and said.startswith("error: "), f"{at}: exit {code}: {said}")
+        expect("make room" in said, f"{at}: {said}")
+    step = check_left(cache, at, undisturbed)
+    code = finish(session(folder, cache, step))
+    expect(code == 0, f"{at}: the rerun ended with {code}: {_error(cache)}")
+    check_end(cache, at, undisturbed)
+    return True
+
+
+def _error(cache: Path) -> str:
+    path = cache.with_suffix(".error")
+    return path.read_text() if path.exists() else ""
+
+
+def main() -> None:
+    """Parse the command line and try."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("how", choices=("points", "random"))
+    parser.add_argument("--fault", choices=("kill", "enospc"), default="kill")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="every Nth point only")
+    parser.add_argument("--tries", type=int, default=20, metavar="N", help="kills at random times")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        # In a process of its own: nothing but imports may have happened when we fork.
+        child = os.fork()
+        if not child:
+            prepare(folder)
+            os._exit(0)
+        finish(child)
+
+        undisturbed, plain = [], folder / "undisturbed"
+        for step in range(3):
+            words = steps(folder, plain)
+            child = os.fork()
+            if not child:
+                os.environ["WANDISTILL_CACHE"] = str(folder / "hashes")
+                with contextlib.redirect_stdout(io.StringIO()):
+                    run(lambda words=words[step]: app(words, standalone_mode=False))
+                os._exit(0)
+            expect(finish(child) == 0, f"the undisturbed session fails at step {step}")
+            undisturbed.append(contents(plain))
+        expect([len(one) for one in undisturbed] == [4, 4, 4], "unexpected samples")
+        expect(undisturbed[0] != undisturbed[1] == undisturbed[2], "the edit changed nothing")
+
+        log = folder / "points.log"
+        started = time.monotonic()
+        expect(finish(session(folder, folder / "counted", 0, f"log@{log}")) == 0, "counting fails")
+        seconds = time.monotonic() - started
+        points = log.read_text().splitlines()
+
+        tried = hit = 0
+        if arguments.how == "points":
+            for number in range(1, len(points) + 1, arguments.every):
+                fault = f"{arguments.fault}@{number}"
+                hit += attempt(
+                    folder,
+                    f"{fault} ({points[number - 1]})",
+                    undisturbed,
+                    lambda cache, fault=fault: finish(session(folder, cache, 0, fault)),
+                )
+                tried += 1
+        else:
+            moments = random.Random(arguments.seed)
+            for _ in range(arguments.tries):
+                tried += 1
+                delay = moments.uniform(0, seconds)
+
+                def killed(cache: Path, delay: float = delay) -> int:
+                    child = session(folder, cache, 0)
+                    time.sleep(delay)
+                    os.kill(child, signal.SIGKILL)
+                    return finish(child)
+
+                hit += attempt(folder, f"kill -9 after {delay:.3f} s", undisturbed, killed)
+    result = {"how": arguments.how, "points": len(points), "tried": tried, "interrupted": hit}
+    print(json.dumps(result | {"failed": 0, "seconds": round(time.monotonic() - begun)}))
+
+
+if __name__ == "__main__":
+    main()
