@@ -61,7 +61,7 @@ def prepare(folder: Path) -> None:
 def steps(folder: Path, cache: Path) -> list[list[str]]:
     """The commands of a session."""
     common = ["--model", str(folder / "model"), "--output", str(cache), "--size", "64"]
-    common += ["--device", "cpu", "--train-data-dir"]
+    common += ["--device", "cpu", "--num-workers", "1", "--train-data-dir"]
     return [
         ["encode", *common, str(folder / "before")],
         ["encode", *common, str(folder / "after"), "--prune"],

@@ -86,9 +86,34 @@ def differences(found: Fingerprint, expected: Fingerprint) -> list[tuple[str, An
     ]
 
 
+def to_redo(differing: list[tuple[str, Any, Any]]) -> str:
+    """What of a cache would have to be encoded again to take the expected values, in words.
+
+    `differing` as `differences` gives it, not empty.
+    """
+    pixels = [field for field, _, _ in differing if field.split(".")[0] in ("latents", "media")]
+    words = [field for field, _, _ in differing if field.startswith("text.")]
+    modes = [(found, expected) for field, found, expected in differing if field == "mode"]
+    known = len(pixels) + len(words) + len(modes)
+    if known < len(differing) or (pixels and words):
+        return "everything: latents, conditions and text"
+    if pixels:
+        return "latents and conditions; the text embeddings would be the same"
+    if words:
+        also = ", and conditions" if modes and "i2v" in modes[0][1:] else ""
+        return f"text embeddings only{also}; the latents would be the same"
+    found, expected = modes[0]
+    if (found, expected) == ("t2v", "i2v"):
+        return "conditions only; latents and text embeddings would be the same"
+    if (found, expected) == ("i2v", "t2v"):
+        return "nothing: t2v models with this VAE train on an i2v cache as it is"
+    return "conditions; latents and text embeddings would be the same"
+
+
 def refuse_differences(found: Fingerprint, expected: Fingerprint, *, what: str, cure: str) -> None:
-    """Raise UserError listing every differing field with both values, and the cure."""
+    """Raise UserError with every differing field, both values, what to redo, and the cure."""
     differing = differences(found, expected)
     if differing:
         lines = [f"  {field}: shards have {a!r}, expected {b!r}" for field, a, b in differing]
-        raise UserError("\n".join([f"{what}:", *lines, cure]))
+        redo = f"To be redone for the expected values: {to_redo(differing)}."
+        raise UserError("\n".join([f"{what}:", *lines, redo, cure]))

@@ -7,8 +7,16 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
+from preprocess.config import EncodeConfig
+from preprocess.fingerprint import encode_fingerprint
 from shared.errors import UserError
-from shared.fingerprint import component_digest, differences, model_fields, refuse_differences
+from shared.fingerprint import (
+    component_digest,
+    differences,
+    flatten,
+    model_fields,
+    refuse_differences,
+)
 from shared.hashing import FileHasher
 from shared.model_spec import read_model_spec
 
@@ -58,14 +66,87 @@ def test_absent_weights_are_unknown_not_different(
 def test_a_difference_is_refused_with_both_values_and_the_cure() -> None:
     found = {"latents": {"vae": "aa", "channels": 16}, "seed": 1}
     expected = {"latents": {"vae": "bb", "channels": 16}, "seed": 2}
+    everything = "everything: latents, conditions and text"
     with pytest.raises(UserError) as caught:
         refuse_differences(found, expected, what="what", cure="cure")
     assert str(caught.value).splitlines() == [
         "what:",
         "  latents.vae: shards have 'aa', expected 'bb'",
         "  seed: shards have 1, expected 2",
+        f"To be redone for the expected values: {everything}.",
         "cure",
     ]
     refuse_differences(found, found, what="", cure="")
     # A field that the shards lack altogether differs as well.
     assert differences({}, {"seed": 2}) == [("seed", None, 2)]
+
+
+TEXT = "text embeddings only; the latents would be the same"
+PIXELS = "latents and conditions; the text embeddings would be the same"
+ALL = "everything: latents, conditions and text"
+REDO = {"format": ALL, "latents": PIXELS, "media": PIXELS, "text": TEXT}
+
+
+def test_every_field_says_what_it_would_cost(tiny_i2v: Path, tmp_path: Path) -> None:
+    """All fields of a real fingerprint, each changed alone."""
+    config = EncodeConfig(
+        model=str(tiny_i2v),
+        data_dir=tmp_path,
+        metadata=None,
+        output=tmp_path,
+        image_size=64,
+        video_size=64,
+        stride=1,
+        frames=5,
+        negative_prompt="",
+        seed=0,
+        dtype="fp32",
+        vae_dtype="fp32",
+        text_encoder_dtype="fp32",
+        shard_size_mb=1,
+        max_bad=0,
+        workers=1,
+        decode_timeout=60,
+        device="cpu",
+    )
+    whole = encode_fingerprint(config, read_model_spec(tiny_i2v), FileHasher(tmp_path / "memo"))
+    fields = flatten(whole)
+    assert len(fields) > 20
+    for field, value in fields.items():
+        if field == "mode":
+            continue
+        group, _, name = field.partition(".")
+        changed = {**whole, group: {**whole[group], name: "other"} if name else "other"}
+        with pytest.raises(UserError) as caught:
+            refuse_differences(changed, whole, what="what", cure="cure")
+        assert str(caught.value).splitlines() == [
+            "what:",
+            f"  {field}: shards have 'other', expected {value!r}",
+            f"To be redone for the expected values: {REDO[group]}.",
+            "cure",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "redo"),
+    [
+        ({"mode": "t2v"}, {"mode": "i2v"}, "conditions only; latents and text embeddings"),
+        ({"mode": "i2v"}, {"mode": "t2v"}, "nothing: t2v models"),
+        (
+            {"text": {"dim": 1}, "media": {"seed": 1}},
+            {"text": {"dim": 2}, "media": {"seed": 2}},
+            ALL,
+        ),
+        (
+            {"mode": "t2v", "text": {"dim": 1}},
+            {"mode": "i2v", "text": {"dim": 2}},
+            "text embeddings only, and conditions; the latents",
+        ),
+    ],
+)
+def test_changes_of_the_mode_and_of_several_fields(
+    found: dict[str, object], expected: dict[str, object], redo: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        refuse_differences(found, expected, what="what", cure="cure")
+    assert f"To be redone for the expected values: {redo}" in str(caught.value)
