@@ -185,8 +185,8 @@ def attempt(
         return False
     if code != -signal.SIGKILL:
         said = cache.with_suffix(".error").read_text()
-        expect(code == 1 and said.startswith("error: "), f"{at}: exit {code}: {said}")
-        expect("make room" in said, f"{at}: {said}")
+        explained = "error: " in said and "make room" in said and "Traceback" not in said
+        expect(code == 1 and explained, f"{at}: exit {code}: {said}")
     step = check_left(cache, at, undisturbed)
     code = finish(session(folder, cache, step))
     expect(code == 0, f"{at}: the rerun ended with {code}: {_error(cache)}")

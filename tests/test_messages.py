@@ -390,6 +390,7 @@ ROWS: dict[str, tuple[str, str]] = {
         "  text.encoder: shards have "
         "'<digest>', expected "
         "'<digest>'\n"
+        "To be redone for the expected values: everything: latents, conditions and text.\n"
         "Use the model that encoded them (--pretrained-model-name-or-path), or encode for "
         "this one: wanprep encode --pretrained-model-name-or-path {other} --output <folder>",
     ),

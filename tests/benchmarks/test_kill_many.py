@@ -27,15 +27,15 @@ def kill_many(*arguments: str) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("fault", "every"),
     [
-        ("kill", "29"),
-        ("enospc", "41"),
+        ("kill", "70"),
+        ("enospc", "100"),
         pytest.param("kill", "1", marks=pytest.mark.long),
         pytest.param("enospc", "1", marks=pytest.mark.long),
     ],
 )
 def test_a_fault_at_every_write_fsync_rename_and_removal(fault: str, every: str) -> None:
     found = kill_many("points", "--fault", fault, "--every", every)
-    assert found["tried"] == -(-found["points"] // int(every)) > 5
+    assert found["tried"] == -(-found["points"] // int(every)) >= 3
     # A full disk does not stop a removal or an fsync, and a file that is not needed is forgiven.
     assert found["interrupted"] == found["tried"] if fault == "kill" else found["interrupted"] > 0
 
