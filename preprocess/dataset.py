@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from preprocess.media import ANIMATIONS, kind_by_content
 from preprocess.metadata import CAPTION_FIELDS, NAMES, PATH_FIELDS, find_metadata, read_metadata
 from shared.errors import UserError, json_kind
 
 EXTENSIONS: dict[str, Literal["video", "image"]] = {
     **dict.fromkeys((".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg"), "video"),
-    **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".bmp"), "image"),
+    **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".apng"), "image"),
+    **dict.fromkeys((".tif", ".tiff"), "image"),
 }
+"""What a file is by its name; those of `media.ANIMATIONS` are videos if they move."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,7 @@ def _entry(item: Any, data_dir: Path) -> Entry:
     given = Path(name).expanduser() if name.startswith("~/") else Path(name)
     path = given if given.is_absolute() else data_dir / given
     implied = {"video_path": "video", "image_path": "image"}.get(path_field)
-    kind = item.get("type") or implied or EXTENSIONS.get(path.suffix.lower())
+    kind = item.get("type") or implied or _kind(path)
     return _checked(path, _source(path, given, data_dir), caption, kind)
 
 
@@ -162,7 +165,7 @@ def _from_folder(folder: Path) -> Dataset:
         source = path.relative_to(folder).as_posix()
         try:
             caption = _caption_beside(path)
-            entries.append(_checked(path, source, caption, EXTENSIONS[path.suffix.lower()]))
+            entries.append(_checked(path, source, caption, _kind(path)))
         except _BadEntryError as error:
             rejected.append(Rejected(source=source, reason=str(error)))
     return Dataset(origin=folder, entries=tuple(entries), rejected=tuple(rejected))
@@ -179,6 +182,13 @@ def _files(folder: Path) -> Iterator[Path]:
         seen.add(real)
         folders.sort()
         yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _kind(path: Path) -> Literal["video", "image"] | None:
+    """By its name, or by its header where stills and animations share a name."""
+    suffix = path.suffix.lower()
+    moving = kind_by_content(path) if suffix in ANIMATIONS else None
+    return moving or EXTENSIONS.get(suffix)
 
 
 def _exists(path: Path) -> bool:

@@ -42,7 +42,7 @@ def bad_media(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (folder / "text.mp4").write_text("this is no video")
     (folder / "empty.png").touch()
     (folder / "cut.png").write_bytes(png[: len(png) // 2])
-    Image.fromarray(np.full((64, 64), 40_000, dtype=np.uint16)).save(folder / "sixteen.png")
+    Image.fromarray(np.full((64, 64), 0.5, dtype=np.float32)).save(folder / "float.tif")
     Image.new("RGB", (3000, 2)).save(folder / "strip.png")
     (folder / "folder.mp4").mkdir()
     reasons = {
@@ -53,7 +53,7 @@ def bad_media(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "text.mp4": "cannot decode the video",
         "empty.png": "the file is empty (0 bytes)",
         "cut.png": "cannot decode the image",
-        "sixteen.png": "16 bits",
+        "float.tif": "32 bits or floats",
         "strip.png": "side ratio over 16:1",
         "folder.mp4": "cannot decode the video",
         "missing.mp4": "there is no such file",
