@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from preprocess.media import ANIMATIONS, kind_by_content
+from preprocess.media import ANIMATIONS, Kind
 from preprocess.metadata import CAPTION_FIELDS, NAMES, PATH_FIELDS, find_metadata, read_metadata
 from shared.errors import UserError, json_kind
 
@@ -31,7 +31,7 @@ class Entry:
     """As given; relative to the data folder where the file lies inside it."""
     caption: str
     """Without surrounding whitespace, never empty."""
-    type: Literal["video", "image"]
+    type: Kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def _from_metadata(data_dir: Path, metadata: Path) -> Dataset:
         try:
             if record.problem is not None:
                 raise _BadEntryError(record.problem)
-            entries.append(_entry(record.value, data_dir))
+            entries += _entries(record.value, data_dir)
         except _BadEntryError as error:
             named = _named_path(record.value)
             rejected.append(Rejected(source=named or record.where, reason=str(error)))
@@ -101,8 +101,11 @@ def _named_path(item: Any) -> str | None:
     return next((path for path in given if isinstance(path, str) and path), None)
 
 
-def _entry(item: Any, data_dir: Path) -> Entry:
-    """One record. `width`, `height` and whatever else it holds are ignored: the file decides."""
+def _entries(item: Any, data_dir: Path) -> list[Entry]:
+    """One record, an entry for each of its captions.
+
+    `width`, `height` and whatever else it holds are ignored: the file decides.
+    """
     if not isinstance(item, dict):
         raise _BadEntryError(f"the entry is {json_kind(item)}, expected an object")
     paths = _filled(item, PATH_FIELDS)
@@ -112,12 +115,28 @@ def _entry(item: Any, data_dir: Path) -> Entry:
     if len(captions) > 1 and len({json.dumps(value) for value in captions.values()}) > 1:
         raise _BadEntryError(f"{' and '.join(captions)} differ, expected one of them")
     path_field, name = _text(item, paths, PATH_FIELDS, "the path of a file")
-    _, caption = _text(item, captions, CAPTION_FIELDS, "the caption")
     given = Path(name).expanduser() if name.startswith("~/") else Path(name)
     path = given if given.is_absolute() else data_dir / given
     implied = {"video_path": "video", "image_path": "image"}.get(path_field)
-    kind = item.get("type") or implied or _kind(path)
-    return _checked(path, _source(path, given, data_dir), caption, kind)
+    said = item.get("type")
+    if said and said not in ("video", "image"):
+        raise _BadEntryError(f"type is {said!r}, expected 'video' or 'image'")
+    kind = said or implied or _kind(path)
+    source = _source(path, given, data_dir)
+    return [_checked(path, source, caption, kind) for caption in _captions(item, captions)]
+
+
+def _captions(item: dict[str, Any], filled: dict[str, Any]) -> list[str]:
+    """The caption, or several: a list, under whichever of the names."""
+    value = next(iter(filled.values()), None)
+    if not isinstance(value, list):
+        return [_text(item, filled, CAPTION_FIELDS, "the caption")[1]]
+    if not value or not all(isinstance(caption, str) for caption in value):
+        field = next(iter(filled))
+        raise _BadEntryError(
+            f"{field} is {json.dumps(value)}, expected a caption or a list of them"
+        )
+    return value
 
 
 def _filled(item: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
@@ -184,11 +203,10 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
 
 
-def _kind(path: Path) -> Literal["video", "image"] | None:
-    """By its name, or by its header where stills and animations share a name."""
+def _kind(path: Path) -> Kind | None:
+    """By its name. Whether one of those that may move does is seen where it is opened."""
     suffix = path.suffix.lower()
-    moving = kind_by_content(path) if suffix in ANIMATIONS else None
-    return moving or EXTENSIONS.get(suffix)
+    return "auto" if suffix in ANIMATIONS else EXTENSIONS.get(suffix)
 
 
 def _exists(path: Path) -> bool:
@@ -217,8 +235,6 @@ def _checked(path: Path, source: str, caption: str, kind: Any) -> Entry:
         raise _BadEntryError(
             f"unknown extension {path.suffix!r}; give the entry a type, video or image"
         )
-    if kind not in ("video", "image"):
-        raise _BadEntryError(f"type is {kind!r}, expected 'video' or 'image'")
     return Entry(path=path, source=_encodable(source), caption=caption.strip(), type=kind)
 
 

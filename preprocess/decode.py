@@ -8,13 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from preprocess.clips import fit
-from preprocess.media import Probe, probe, read_frames
+from preprocess.media import Kind, Probe, probe, read_frames
 from preprocess.worker_process import alive
 from shared.buckets import Bucket
 from shared.hashing import sha256_of
 
 
-def look(path: Path, kind: Literal["video", "image"], sha256: str | None) -> tuple[Probe, str]:
+def look(path: Path, kind: Kind, sha256: str | None) -> tuple[Probe, str]:
     """What a file holds, and its content's digest unless `sha256` is known. Raises MediaError."""
     seen = probe(path, kind)
     alive()

@@ -25,7 +25,7 @@ from preprocess.fingerprint import encode_fingerprint, refuse_other_settings
 from preprocess.index import caption_digest, fresh_index
 from preprocess.media import MediaError
 from preprocess.passes import Times, latents_from_cache, latents_from_media, text_pass
-from preprocess.plan import Work, plan_work
+from preprocess.plan import Captions, Work, plan_work
 from preprocess.ranks import Rank
 from preprocess.removal import unlisted
 from preprocess.text_cache import TextCache
@@ -52,9 +52,6 @@ if TYPE_CHECKING:
 
 REJECTED = "rejected.jsonl"
 COMPONENTS = ("vae", "text_encoder", "tokenizer")
-
-Captions = dict[str, bytes]
-"""Key → `caption_digest`, of the samples that are committed."""
 
 
 @dataclass
@@ -122,6 +119,7 @@ def _encode(
                 _clip_rule(config, spec),
                 hasher,
                 pool,
+                committed=committed,
                 on_progress=advance,
             )
         outcome.rejected = [*dataset.rejected, *rejected]
@@ -137,7 +135,7 @@ def _encode(
                 f"rank     {config.rank.number} of {config.rank.world}, "
                 f"writer w{config.rank.number:03d}",
             )
-        mine = [work for work in planned if config.rank.owns(work.samples[0][0])]
+        mine = [work for work in planned if config.rank.owns(work.home)]
         todo = [work for work in mine if _missing(work, committed)]
         captions = [caption for work in todo for _, caption in _missing(work, committed)]
         # One prompt bank is enough; the first rank brings it.

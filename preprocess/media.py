@@ -45,6 +45,10 @@ _HDR = re.compile(r"\b(smpte2084|arib-std-b67)\b")
 _HEADER_SECONDS = 60
 
 
+Kind = Literal["video", "image", "auto"]
+"""What a file is to be read as; auto: one of `ANIMATIONS`, a video if it moves."""
+
+
 class MediaError(Exception):
     """A file that cannot be used. The text names the file and the reason."""
 
@@ -59,18 +63,16 @@ class Probe:
     fps: float | None
     """None for an image."""
 
-
-def kind_by_content(path: Path) -> Literal["video", "image"] | None:
-    """For a file of `ANIMATIONS`: video if it moves. None where it cannot be opened."""
-    try:
-        with Image.open(path) as image:
-            return "video" if getattr(image, "n_frames", 1) > 1 else "image"
-    except Exception:  # PIL's many errors; probing names the reason
-        return None
+    @property
+    def type(self) -> Literal["video", "image"]:
+        return "image" if self.fps is None else "video"
 
 
-def probe(path: Path, kind: Literal["video", "image"]) -> Probe:
+def probe(path: Path, kind: Kind) -> Probe:
     """Read what is needed to choose frames and a bucket. Raises MediaError."""
+    if kind == "auto":
+        with _named_failures(path, "image"), _open_image(path) as image:
+            kind = "video" if getattr(image, "n_frames", 1) > 1 else "image"
     if kind == "image":
         with _named_failures(path, "image"), _open_image(path) as image:
             width, height = image.size

@@ -13,7 +13,7 @@ NAMES = ("metadata.json", "metadata.jsonl", "metadata.csv")
 """What is looked for in a data folder."""
 PATH_FIELDS = ("file_path", "video_path", "image_path", "file_name")
 """VideoX-Fun's; musubi-tuner's and others'; Hugging Face datasets'."""
-CAPTION_FIELDS = ("text", "caption")
+CAPTION_FIELDS = ("text", "caption", "captions")
 _FORM = f"a path ({' | '.join(PATH_FIELDS)}) and a caption ({' | '.join(CAPTION_FIELDS)})"
 
 

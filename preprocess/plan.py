@@ -1,6 +1,6 @@
 """From entries to work: content digests, clips, keys; the same clip of the same content once."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +9,14 @@ from typing import Literal
 from preprocess.clips import Clip, ClipRule, choose_clip
 from preprocess.dataset import Entry, Rejected
 from preprocess.decode import look
-from preprocess.media import MediaError, Probe
+from preprocess.index import caption_digest
+from preprocess.media import Kind, MediaError, Probe
 from preprocess.workers import WorkerPool
 from shared.hashing import FileHasher
 from shared.schema import SampleInfo, sample_key
+
+MOST_CAPTIONS = 64
+"""Captions of one clip: all ordinals below are looked through for one that is committed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +28,13 @@ class Work:
     probe: Probe
     clip: Clip
     samples: tuple[tuple[str, str], ...]
-    """(key, caption), in order of appearance; the position is the caption ordinal in the key."""
+    """(key, caption), in order of appearance."""
+    home: str
+    """Key of its first caption ordinal, whichever captions there are: decides whose work it is."""
 
     @property
     def type(self) -> Literal["video", "image"]:
-        return self.entry.type
+        return self.probe.type
 
     def info(self, caption: str) -> SampleInfo:
         """The sample's `KEY.json`."""
@@ -44,6 +50,10 @@ class Work:
             source_width=self.probe.width,
             source_height=self.probe.height,
         )
+
+
+Captions = Mapping[str, bytes]
+"""Key → `caption_digest`, of the samples that are committed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,60 +72,95 @@ def plan_work(
     hasher: FileHasher,
     pool: WorkerPool,
     *,
+    committed: Captions,
     on_progress: Callable[[], None],
 ) -> tuple[list[Work], list[Rejected]]:
-    """Look into every file and decide what is to be encoded, in the dataset's order."""
-    found: dict[int, _Looked | Rejected] = {}
-    names = [_name(hasher, entry) for entry in entries]
+    """Look into every file and decide what is to be encoded, in the dataset's order.
 
-    def tasks() -> Iterator[tuple[int, tuple[Path, str, str | None]]]:
-        for number, entry in enumerate(entries):
-            known = None if (name := names[number]) is None else hasher.known(name)
-            yield number, (entry.path, entry.type, known)
+    A caption that is `committed` for its clip keeps its key, whatever stands before it today.
+    """
+    files: dict[tuple[Path, Kind], list[int]] = {}  # each opened once, however many captions
+    for number, entry in enumerate(entries):
+        files.setdefault((entry.path, entry.type), []).append(number)
+    found: dict[int, _Looked | Rejected] = {}
+    names = {path: _name(hasher, path) for path, _ in files}
+
+    def tasks() -> Iterator[tuple[list[int], tuple[Path, Kind, str | None]]]:
+        for (path, kind), numbers in files.items():
+            known = None if (name := names[path]) is None else hasher.known(name)
+            yield numbers, (path, kind, known)
 
     looked = pool.completed(
-        look, tasks(), source=lambda number: entries[number].path, ahead=4 * pool.workers
+        look,
+        tasks(),
+        source=lambda numbers: entries[numbers[0]].path,
+        ahead=4 * pool.workers,
     )
-    for number, future in looked:
-        entry = entries[number]
+    for numbers, future in looked:
+        first = entries[numbers[0]]
         try:
             seen, sha256 = future.result()
-            if (name := names[number]) is not None:
+            if (name := names[first.path]) is not None:
                 hasher.remember(name, sha256)
-            clip = choose_clip(seen, entry.type, sha256, rule)
-            found[number] = _Looked(entry=entry, sha256=sha256, probe=seen, clip=clip)
+            clip = choose_clip(seen, seen.type, sha256, rule)
+            for number in numbers:
+                found[number] = _Looked(entry=entries[number], sha256=sha256, probe=seen, clip=clip)
         except (MediaError, OSError) as error:
-            found[number] = Rejected(source=entry.source, reason=str(error))
-        on_progress()
+            for number in numbers:
+                found[number] = Rejected(source=entries[number].source, reason=str(error))
+        for _ in numbers:
+            on_progress()
 
     clips: dict[tuple[str, Clip], list[_Looked]] = {}
-    rejected: list[Rejected] = []
+    rejected: dict[Rejected, None] = {}  # a file once, however many captions
     for number in range(len(entries)):  # in the dataset's order, not the workers'
         one = found[number]
         if isinstance(one, Rejected):
-            rejected.append(one)
+            rejected[one] = None
         else:
             clips.setdefault((one.sha256, one.clip), []).append(one)
-    return [_work(same) for same in clips.values()], rejected
+    there = set(committed.values())
+    works: list[Work] = []
+    for same in clips.values():
+        try:
+            works.append(_work(same, committed, there))
+        except MediaError as error:
+            rejected[Rejected(source=same[0].entry.source, reason=str(error))] = None
+    return works, list(rejected)
 
 
-def _name(hasher: FileHasher, entry: Entry) -> str | None:
+def _name(hasher: FileHasher, path: Path) -> str | None:
     """What the hasher remembers the file by; None where it cannot be asked for."""
     with suppress(OSError, RuntimeError):  # missing, a name too long, a loop of links
-        return hasher.name(entry.path)
+        return hasher.name(path)
     return None
 
 
-def _work(found: list[_Looked]) -> Work:
+def _work(found: list[_Looked], committed: Captions, there: set[bytes]) -> Work:
     first = found[0]
     captions = dict.fromkeys(looked.entry.caption for looked in found)  # duplicates once, in order
+    if len(captions) > MOST_CAPTIONS:
+        raise MediaError(f"{len(captions)} captions for one clip, expected at most {MOST_CAPTIONS}")
     transform = first.clip.transform()
+
+    def key(ordinal: int) -> str:
+        return sample_key(first.sha256, transform, ordinal)
+
+    # A caption that is committed keeps its key: were it counted anew when an earlier one goes, it
+    # would lie in the cache twice. The others take the ordinals that are left, lowest first.
+    kept: dict[str, int] = {}
+    for position, caption in enumerate(captions):
+        if (digest := caption_digest(caption)) in there:
+            ordinals = (position, *range(MOST_CAPTIONS))
+            its = (n for n in ordinals if committed.get(key(n)) == digest)
+            if (ordinal := next(its, None)) is not None:
+                kept[caption] = ordinal
+    free = (n for n in range(MOST_CAPTIONS) if n not in kept.values())
+    keys = {caption: key(kept[caption] if caption in kept else next(free)) for caption in captions}
     return Work(
         entry=first.entry,
         probe=first.probe,
         clip=first.clip,
-        samples=tuple(
-            (sample_key(first.sha256, transform, ordinal), caption)
-            for ordinal, caption in enumerate(captions)
-        ),
+        samples=tuple((keys[caption], caption) for caption in captions),
+        home=key(0),
     )

@@ -66,14 +66,16 @@ ROWS: dict[str, tuple[str, str]] = {
     "empty data folder": (
         ENCODE + "--train-data-dir {empty}",
         "error: dataset: {empty} has no metadata.json or metadata.jsonl or metadata.csv and "
-        "no media (.mp4 .mov .mkv .webm .avi .m4v .mpg .mpeg .jpg .jpeg .png .webp .bmp). Set"
+        "no media (.mp4 .mov .mkv .webm .avi .m4v .mpg .mpeg .jpg .jpeg .png .webp .bmp .gif "
+        ".apng .tif .tiff). Set"
         " --train-data-dir (or DATASET_NAME) to a folder that has.",
     ),
     "no metadata file": (
         ENCODE + "--train-data-dir {data} --train-data-meta {nowhere}.json",
         "error: dataset: cannot read {nowhere}.json (No such file or directory). Set "
         "--train-data-meta (or DATASET_META_NAME) to a .json, .jsonl or .csv file with a path"
-        " (file_path | video_path | image_path | file_name) and a caption (text | caption) in"
+        " (file_path | video_path | image_path | file_name) and a caption (text | caption | "
+        "captions) in"
         " each entry, or leave it out to use the .txt captions.",
     ),
     "metadata of no JSON": (
@@ -81,13 +83,14 @@ ROWS: dict[str, tuple[str, str]] = {
         "error: dataset: {bad_json} is not valid JSON (Expecting property name enclosed in "
         "double quotes: line 1 column 3 (char 2)). Expected a JSON list of objects with a "
         "path (file_path | video_path | image_path | file_name) and a caption (text | "
-        "caption).",
+        "caption | captions).",
     ),
     "metadata of the wrong kind": (
         ENCODE + "--train-data-dir {data} --train-data-meta {dict_json}",
         "error: dataset: {dict_json} holds an object. Expected a JSON list of objects with a "
         "path (file_path | video_path | image_path | file_name) and a caption (text | "
-        "caption). Put it in [brackets], or rename the file to dict.jsonl if it has one a "
+        "caption | captions). Put it in [brackets], or rename the file to dict.jsonl if it has "
+        "one a "
         "line.",
     ),
     "metadata with other columns": (
@@ -100,7 +103,8 @@ ROWS: dict[str, tuple[str, str]] = {
         ENCODE + "--train-data-dir {data} --train-data-meta {a_yaml}",
         "error: dataset: {a_yaml} ends in '.yaml', expected .json, .jsonl or .csv with a "
         "path (file_path | video_path | image_path | file_name) and a caption (text | "
-        "caption) in each entry. Set --train-data-meta (or DATASET_META_NAME) to such a file.",
+        "caption | captions) in each entry. Set --train-data-meta (or DATASET_META_NAME) to "
+        "such a file.",
     ),
     "two metadata files": (
         ENCODE + "--train-data-dir {two}",
@@ -334,20 +338,23 @@ ROWS: dict[str, tuple[str, str]] = {
         ENCODE + "--train-data-dir {data} --train-data-meta {lines_json}",
         "error: dataset: {lines_json} is not valid JSON (Extra data: line 2 column 1 (char "
         "36)). Expected a JSON list of objects with a path (file_path | video_path | "
-        "image_path | file_name) and a caption (text | caption). It looks like JSON lines: "
+        "image_path | file_name) and a caption (text | caption | captions). It looks like JSON "
+        "lines: "
         "rename it to lines.jsonl.",
     ),
     "metadata without a caption": (
         ENCODE + "--train-data-dir {data} --train-data-meta {caption_csv}",
         "error: dataset: {caption_csv} has no caption column: its first line names "
-        "file_path, prompt. Expected a header with text or caption. Rename the column that "
+        "file_path, prompt. Expected a header with text or caption or captions. Rename the "
+        "column that "
         "has the captions.",
     ),
     "metadata of nothing": (
         ENCODE + "--train-data-dir {data} --train-data-meta {nothing_jsonl}",
         "error: dataset: {nothing_jsonl} lists nothing. Expected at least one entry with a "
         "path (file_path | video_path | image_path | file_name) and a caption (text | "
-        "caption). Fill it, or set --train-data-meta (or DATASET_META_NAME) to another file.",
+        "caption | captions). Fill it, or set --train-data-meta (or DATASET_META_NAME) to "
+        "another file.",
     ),
     "a csv row too long": (
         ENCODE + "--train-data-dir {data} --train-data-meta {fields_csv}",

@@ -61,8 +61,12 @@ def test_a_folder_with_captions_beside_the_media(tmp_path: Path) -> None:
         ({"text": "t"}, "metadata.json[0]", "no file_path or video_path or image_path or file_na"),
         ({"file_path": "", "text": "t"}, "metadata.json[0]", 'file_path is "", expected the path'),
         ({"file_path": 7, "text": "t"}, "metadata.json[0]", "file_path is 7"),
-        ({"file_path": "x.mp4"}, "x.mp4", "no text or caption, expected the caption"),
-        ({"file_path": "x.mp4", "text": ["t"]}, "x.mp4", 'text is ["t"], expected the caption'),
+        ({"file_path": "x.mp4"}, "x.mp4", "no text or caption or captions, expected"),
+        (
+            {"file_path": "x.mp4", "text": ["t", 1]},
+            "x.mp4",
+            'text is ["t", 1], expected a caption or',
+        ),
         ({"file_path": "x.mp4", "text": " \n"}, "x.mp4", "the caption is empty"),
         ({"file_path": "x.mp4", "text": "\ud800"}, "x.mp4", "lone surrogates"),
         ({"file_path": "x.pdf", "text": "t"}, "x.pdf", "unknown extension '.pdf'"),
@@ -136,7 +140,7 @@ def test_every_form_and_field_name_says_the_same(
     assert dataset.origin == file
     kind = {"video_path": ["video"] * 2, "image_path": ["image"] * 2}
     assert [(e.source, e.caption) for e in dataset.entries] == ROWS
-    assert [e.type for e in dataset.entries] == kind.get(path_field, ["video", "image"])
+    assert [e.type for e in dataset.entries] == kind.get(path_field, ["video", "auto"])
 
 
 def test_a_table_with_a_column_for_each_kind(tmp_path: Path) -> None:
@@ -179,7 +183,7 @@ def test_a_bad_line_is_rejected_by_its_number_and_the_rest_goes_on(tmp_path: Pat
     ("name", "content", "message"),
     [
         ("m.csv", "path,text\n", r"no path column: its first line names path, text\. Expected a "),
-        ("m.csv", "video_path,prompt\n", r"no caption column: .* with text or caption"),
+        ("m.csv", "video_path,prompt\n", r"no caption column: .* with text or caption or captions"),
         ("m.csv", "text,file_path,text\n", "a column occurs twice"),
         ("m.csv", 'file_path,text\na,"b"c\n', "line 2 is not valid CSV"),
         ("m.json", '{"a": 1}\n{"a": 2}\n', r"It looks like JSON lines: rename it to m\.jsonl"),

@@ -169,7 +169,7 @@ def test_animations_are_videos_and_stills_are_images(name: str, tmp_path: Path) 
     for file in (path, tmp_path / f"still-{name}"):
         file.with_suffix(".txt").write_text("colours")
     entries = load_dataset(tmp_path, None).entries
-    assert [(e.path.name, e.type) for e in entries] == [
+    assert [(e.path.name, probe(e.path, e.type).type) for e in entries] == [
         (name, "video"),
         (f"still-{name}", "image"),
     ]

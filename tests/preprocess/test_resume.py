@@ -262,3 +262,50 @@ def test_a_full_disk_leaves_a_valid_cache(
 
 
 Calls = Callable[[], dict[str, int]]
+
+
+def test_captions_keep_their_keys_whichever_goes(
+    pictures: Path, tiny_i2v: Path, tmp_path: Path, count_calls: "Calls"
+) -> None:
+    """A list of captions for one file: encoded once, and no caption ever lies under two keys."""
+    shutil.copy(pictures / "0-0.png", tmp_path / "a.png")
+    output = tmp_path / "shards"
+
+    def encode_with(*captions: str, prune: bool = False) -> dict[str, str]:
+        entry = {"file_path": "a.png", "captions": captions}
+        (tmp_path / "metadata.json").write_text(json.dumps([entry]))
+        extra = ["--prune"] if prune else []
+        ran = wanprep(*command(tiny_i2v, tmp_path, output), *extra)
+        assert ran.code == 0, ran.err
+        cache = Cache.open(output)
+        rows = range(len(cache.index))
+        latents = {cache.raw(row, "latents.safetensors") for row in rows}
+        assert len(latents) == 1
+        keys = {cache.info(row)["caption"]: cache.index.key(row) for row in rows}
+        assert len(keys) == len(rows)
+        return keys
+
+    first = encode_with("one", "two", "three")
+    assert list(first) and len(first) == 3
+    assert count_calls() == {"UMT5EncoderModel": 5, "WanEncoder3d": 2}  # clip and condition, once
+
+    # The first one goes: the others stay what they are, nothing is encoded.
+    assert encode_with("two", "three", prune=True) == {n: first[n] for n in ("two", "three")}
+    # One goes, one comes: it takes the number that is free.
+    edited = encode_with("three", "four", "two", prune=True)
+    assert edited == {**{n: first[n] for n in ("two", "three")}, "four": first["one"]}
+    assert count_calls() == {"UMT5EncoderModel": 6, "WanEncoder3d": 2}
+    # An edit replaces, without --prune.
+    assert encode_with("three", "4", "two") == {
+        **{n: first[n] for n in ("two", "three")},
+        "4": first["one"],
+    }
+
+
+def test_too_many_captions(pictures: Path, tiny_i2v: Path, tmp_path: Path) -> None:
+    shutil.copy(pictures / "0-0.png", tmp_path / "a.png")
+    entry = {"file_path": "a.png", "text": [f"caption {n}" for n in range(65)]}
+    (tmp_path / "metadata.json").write_text(json.dumps([entry]))
+    ran = wanprep(*command(tiny_i2v, tmp_path, tmp_path / "shards"))
+    assert ran.code == 1
+    assert "a.png: 65 captions for one clip, expected at most 64" in ran.err
