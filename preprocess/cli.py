@@ -5,10 +5,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from preprocess.cli_cache import add_commands
+from preprocess import cli_cache, cli_overlays
 from shared.cli_support import Command, new_app, run
 from shared.device import default_device
 from shared.errors import UserError
+from shared.interrupt import SIGNAL_EXIT
 from shared.model_spec import DEFAULT_MODEL, DEFAULT_NEGATIVE_PROMPT
 
 PROGRAM_EXAMPLES = """
@@ -55,7 +56,6 @@ INPUT, SAMPLES, ENCODERS, OUTPUT = (
     "Encoders",
     "Output",
 )
-SIGNAL_EXIT = 128  # a process ended by signal n exits with 128 + n
 Dtype = Literal["bf16", "fp32"]
 
 
@@ -103,8 +103,7 @@ def encode(
 
     rank = this_rank()
     if device == "auto":
-        device = default_device()
-        device = f"{device}:{rank.local}" if device == "cuda" and rank.world > 1 else device
+        device = rank.device(default_device())
     config = EncodeConfig(
         model=model,
         data_dir=train_data_dir,
@@ -170,26 +169,26 @@ def index(
 ) -> None:
     """Rebuild manifest.json and index.zarr from the shards.
 
-    For shards that were copied from somewhere else, or an index that is lost. Reads every tar once and checks it against its sidecar.
+    For shards that were copied from somewhere else, or an index that is lost. Reads every tar once and checks it against its sidecar; so for captions and conditions that were added to them.
 
     Next: wantrain distill --shards DIR
     """
     from preprocess import report
     from preprocess.index import build_index, check_shards
+    from preprocess.removal import require_shards
     from preprocess.writer import output_lock
-    from shared.cache import committed_shards
+    from shared.overlays import overlay_folders
 
-    if not shards.is_dir() or not committed_shards(shards):
-        raise UserError(
-            f"--shards: no shards in {shards}. Make some: wanprep encode --output {shards}"
-        )
-    with output_lock(shards):
-        check_shards(shards)
-        typer.echo(report.contents(shards, build_index(shards)))
+    require_shards(shards)
+    for folder in (shards, *overlay_folders(shards)):
+        with output_lock(folder):
+            check_shards(folder)
+            typer.echo(report.contents(folder, build_index(folder)))
 
 
 # fmt: on
-add_commands(app)
+cli_cache.add_commands(app)
+cli_overlays.add_commands(app)
 
 
 def main() -> None:

@@ -60,14 +60,14 @@ def compact(
 ) -> None:
     """Give back the room of removed and replaced samples.
 
-    Shards that hold any are written again without them; samples keep their bytes and keys. While it runs it needs room for one bucket's share of those shards. Interrupted, nothing is lost: run it again. Not while `wantrain` reads the same shards.
+    Shards that hold any are written again without them; samples keep their bytes and keys. Captions and conditions beside the shards lose what belongs to no sample any more. While it runs it needs room for one bucket's share of those shards. Interrupted, nothing is lost: run it again. Not while `wantrain` reads the same shards.
 
     Next: wantrain distill --shards DIR
     """
     from preprocess import report
-    from preprocess.compact import compact as compact_shards
+    from preprocess.compact import compact_with_overlays
 
-    done = compact_shards(shards, shard_bytes=shard_size_mb * 1_000_000)
+    done = compact_with_overlays(shards, shard_bytes=shard_size_mb * 1_000_000)
     typer.echo(report.contents(shards, done.index))
     dropped = report.count(done.dropped, "dead sample")
     typer.echo(f"compacted: {dropped} dropped, {done.freed / 1e6:.1f} MB freed")

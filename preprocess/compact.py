@@ -6,17 +6,24 @@ two is the same in both, and what was removed is either gone or still under its 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from preprocess.index import check_shards, fresh_index
-from preprocess.writer import ShardWriter, output_lock, refusals_explained, remove_uncommitted
+from preprocess.index import check_shards, fresh_index, settled_index
+from preprocess.removal import require_shards
+from preprocess.writer import (
+    ShardWriter,
+    output_lock,
+    reader_lock,
+    refusals_explained,
+    remove_uncommitted,
+)
 from shared.cache import CacheIndex, MemberReader, Sidecar, committed_shards, committed_tombstones
 from shared.durable import fsync_folder, remove
-from shared.errors import UserError
 from shared.latent_rgb import ColourFit
+from shared.overlays import overlay_folders, positions
 from shared.schema import MEMBERS
 
 
@@ -31,6 +38,28 @@ class Compacted:
     """Bytes of shards, net."""
 
 
+def compact_with_overlays(folder: Path, *, shard_bytes: int) -> Compacted:
+    """`compact` of a cache, then of its overlays, which lose what the cache has no more."""
+    done = compact(folder, shard_bytes=shard_bytes)
+    for overlay in overlay_folders(folder):
+        with reader_lock(folder):
+            _drop_orphans(overlay, settled_index(folder))
+            also = compact(overlay, shard_bytes=shard_bytes)
+        done = replace(done, dropped=done.dropped + also.dropped, freed=done.freed + also.freed)
+    return done
+
+
+def _drop_orphans(overlay: Path, base: CacheIndex) -> None:
+    """Tombstones for the samples of an overlay that the cache does not have."""
+    with output_lock(overlay), refusals_explained(overlay, "Nothing of it was removed."):
+        remove_uncommitted(overlay, None)
+        index = fresh_index(overlay)
+        orphans = np.flatnonzero(positions(index.keys, base.keys) < 0)
+        if len(orphans):
+            writer = ShardWriter(overlay, index.fingerprint, shard_bytes=1)
+            writer.add_tombstones(index.key(int(row)) for row in orphans)
+
+
 def compact(
     folder: Path, *, shard_bytes: int, on_progress: Callable[[int], None] = lambda bytes_: None
 ) -> Compacted:
@@ -39,10 +68,7 @@ def compact(
     Takes room for the live samples of one bucket while it runs. Raises UserError naming a damaged
     shard, which must not be copied under a fresh checksum.
     """
-    if not committed_shards(folder):
-        raise UserError(
-            f"--shards: no shards in {folder}. Make some: wanprep encode --output {folder}"
-        )
+    require_shards(folder)
     kept = "No live sample is lost; the same command goes on from there."
     with output_lock(folder), refusals_explained(folder, kept):
         remove_uncommitted(folder, None)

@@ -22,7 +22,7 @@ from preprocess.clips import ClipRule
 from preprocess.config import EncodeConfig
 from preprocess.dataset import Rejected, load_dataset
 from preprocess.fingerprint import encode_fingerprint, refuse_other_settings
-from preprocess.index import caption_digest, fresh_index
+from preprocess.index import caption_digest, settled_index
 from preprocess.media import MediaError
 from preprocess.passes import Times, latents_from_cache, latents_from_media, text_pass
 from preprocess.plan import Captions, Work, plan_work
@@ -32,7 +32,6 @@ from preprocess.text_cache import TextCache
 from preprocess.workers import WorkerPool
 from preprocess.writer import (
     ShardWriter,
-    index_lock,
     refusals_explained,
     remove_abandoned,
     writer_lock,
@@ -109,7 +108,7 @@ def _encode(
         # What is committed already, under the same settings.
         sidecars = committed_shards(config.output)
         refuse_other_settings(config.output, sidecars, fingerprint)
-        outcome.index = _index(config) if sidecars else None
+        outcome.index = settled_index(config.output) if sidecars else None
         committed = _committed(outcome.index)
 
         # What is missing of the dataset.
@@ -325,15 +324,6 @@ def rejected_file(rank: Rank) -> str:
     return REJECTED if rank.number == 0 else f"rejected-w{rank.number:03d}.jsonl"
 
 
-def _index(config: EncodeConfig) -> CacheIndex:
-    """The index of now, read whole: another rank may replace the file at any time after."""
-    with index_lock(config.output):
-        index = fresh_index(config.output)
-        _ = index.keys, index.captions, index.bucket_ids, index.shard_ids
-        _ = index.types, index.tokens, index.offsets, index.lengths
-        return index
-
-
 def _write_rejected(config: EncodeConfig, outcome: Outcome) -> None:
     """`rejected.jsonl` of this run: whole, or absent where nothing was rejected."""
     path = config.output / rejected_file(config.rank)
@@ -347,7 +337,7 @@ def _write_rejected(config: EncodeConfig, outcome: Outcome) -> None:
 def _finish(config: EncodeConfig, outcome: Outcome, planned: Sequence[Work]) -> None:
     _write_rejected(config, outcome)
     if committed_shards(config.output):
-        outcome.index = _index(config)
+        outcome.index = settled_index(config.output)
     committed = _committed(outcome.index)
     outcome.left = sum(len(_missing(work, committed)) for work in planned)
 

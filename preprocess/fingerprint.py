@@ -10,6 +10,7 @@ from shared.fingerprint import (
     FORMAT_VERSION,
     TEXT_CLEANING,
     Fingerprint,
+    differences,
     model_fields,
     refuse_differences,
 )
@@ -61,13 +62,33 @@ def encode_fingerprint(config: EncodeConfig, spec: ModelSpec, hasher: FileHasher
     }
 
 
-def refuse_other_settings(folder: Path, sidecars: list[Sidecar], fingerprint: Fingerprint) -> None:
-    """Raise UserError where `folder` holds shards that were made with other settings."""
+def refuse_other_settings(
+    folder: Path, sidecars: list[Sidecar], fingerprint: Fingerprint, *, cure: str | None = None
+) -> None:
+    """Raise UserError where `folder` holds shards that were made with other settings.
+
+    Without a `cure` it names what spares most of the work.
+    """
     for sidecar in sidecars:
         refuse_differences(
             sidecar.fingerprint,
             fingerprint,
             what=f"shards: {folder / sidecar.shard} was encoded with other settings than these",
-            cure="Give this run a folder of its own (--output), or set the values that the "
-            "shards have.",
+            cure=cure or _cure(folder, sidecar.fingerprint, fingerprint),
         )
+
+
+def _cure(folder: Path, found: Fingerprint, expected: Fingerprint) -> str:
+    changed = {field.split(".")[0] for field, _, _ in differences(found, expected)}
+    otherwise = (
+        "Give this run a folder of its own (--output), or set the values that the shards have."
+    )
+    if changed == {"text"}:
+        return (
+            "To encode the text anew beside the shards: wanprep recaption --name NAME "
+            f"--same-captions --shards {folder} with this model, and wantrain distill --captions "
+            f"NAME. {otherwise}"
+        )
+    if changed == {"mode"} and (found["mode"], expected["mode"]) == ("t2v", "i2v"):
+        return f"To add them: wanprep add-condition --shards {folder} with this model. {otherwise}"
+    return otherwise

@@ -19,6 +19,7 @@ import zarr
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
+from preprocess.writer import index_lock
 from shared.cache import (
     COLUMNS,
     INDEX,
@@ -47,6 +48,7 @@ from shared.errors import UserError
 from shared.fingerprint import FORMAT_VERSION, refuse_differences
 from shared.hashing import FileHasher, digest_of
 from shared.latent_rgb import ColourFit, LatentRgb, solve
+from shared.overlays import required_members
 from shared.schema import JSON_MEMBER, KEY_BYTES, MEMBERS, TEXT_MEMBER
 
 # Rows of a column that are compressed and read together.
@@ -83,6 +85,15 @@ def fresh_index(folder: Path) -> CacheIndex:
     except (OSError, ValueError, KeyError, TypeError):  # UserError is a ValueError
         pass
     return _write_index(folder, entries, _reusable(folder, entries))
+
+
+def settled_index(folder: Path) -> CacheIndex:
+    """`fresh_index`, read whole: another writer may replace the file at any time after."""
+    with index_lock(folder):
+        index = fresh_index(folder)
+        _ = index.keys, index.captions, index.bucket_ids, index.shard_ids
+        _ = index.types, index.tokens, index.offsets, index.lengths
+        return index
 
 
 def build_index(folder: Path) -> CacheIndex:
@@ -280,6 +291,7 @@ def _rows(folder: Path, sidecar: Sidecar, shard: int) -> Iterator[_Row]:
     """The samples of one tar, by reading its headers, its JSON and the head of each text member."""
     path = folder / sidecar.shard
     rows: dict[str, _Row] = {}
+    required = required_members(sidecar.fingerprint)
     try:
         size = path.stat().st_size
         if size != sidecar.bytes:
@@ -299,7 +311,7 @@ def _rows(folder: Path, sidecar: Sidecar, shard: int) -> Iterator[_Row]:
         if len(rows) != sidecar.count:
             raise _DamagedError(f"it holds {len(rows)} samples, its sidecar says {sidecar.count}")
         for row in rows.values():
-            lacking = [name for name in MEMBERS[:3] if not row.length[MEMBERS.index(name)]]
+            lacking = [name for name in required if not row.length[MEMBERS.index(name)]]
             if lacking:
                 raise _DamagedError(f"sample {row.key} has no {lacking[0]}")
     except (_DamagedError, OSError, tarfile.TarError, ValueError, KeyError, TypeError) as error:

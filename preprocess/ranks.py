@@ -27,6 +27,10 @@ class Rank:
         """
         return int(key, 16) % self.world == self.number
 
+    def device(self, kind: str) -> str:
+        """This process's device of a kind: of several GPUs, the one of its local number."""
+        return f"{kind}:{self.local}" if kind == "cuda" and self.world > 1 else kind
+
 
 def this_rank() -> Rank:
     """The rank that the launcher gave this process. Raises UserError for variables that clash."""

@@ -14,6 +14,14 @@ from shared.errors import UserError
 KEY = re.compile(r"[0-9a-f]{32}")
 
 
+def require_shards(folder: Path) -> None:
+    """UserError where there is no cache, so that no folder is made by looking for one."""
+    if not folder.is_dir() or not committed_shards(folder):
+        raise UserError(
+            f"--shards: no shards in {folder}. Make some: wanprep encode --output {folder}"
+        )
+
+
 def sources(index: CacheIndex, rows: Iterable[int]) -> dict[str, str]:
     """Key → `source` of some rows, from the shards themselves."""
     reader = MemberReader(index)
@@ -48,10 +56,7 @@ def remove(folder: Path, wanted: Sequence[str], *, dry_run: bool) -> Removed:
 
     Nothing is written in a dry run, and nothing where one of the names fits no sample (UserError).
     """
-    if not committed_shards(folder):
-        raise UserError(
-            f"--shards: no shards in {folder}. Make some: wanprep encode --output {folder}"
-        )
+    require_shards(folder)
     with output_lock(folder), refusals_explained(folder, "Nothing was removed."):
         index = fresh_index(folder)
         rows = {index.key(row): row for row in range(len(index))}

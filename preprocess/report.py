@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -20,6 +21,9 @@ from preprocess.dataset import Rejected
 from preprocess.plan import Work
 from shared.cache import CacheIndex
 from shared.latent_rgb import R2_FLOOR
+
+if TYPE_CHECKING:
+    from preprocess.recaption import Recaptioned
 
 _NAMED = 3  # of a long list, so many are named
 
@@ -91,6 +95,30 @@ def preview(index: CacheIndex) -> str | None:
     if rgb.r2 < R2_FLOOR:
         line += f"; below {R2_FLOOR}, so previews without a VAE mislead"
     return line
+
+
+def unmatched_captions(done: "Recaptioned") -> list[str]:
+    """What became of samples without a new caption, and of captions without a sample."""
+    lines = []
+    if done.samples_without:
+        lines.append(
+            f"{count(done.samples_without, 'sample')} of {done.samples} without a caption of that "
+            f"name keep their own: {_named(done.without)}"
+        )
+    if done.unused:
+        lines.append(
+            f"{count(len(done.unused), 'file')} with captions that fit no sample in the shards: "
+            f"{_named(done.unused)}"
+        )
+    if done.rejected:
+        lines.append(f"{len(done.rejected)} rejected of the list:")
+        lines += [f"  {item.source}: {item.reason}" for item in done.rejected[:_NAMED]]
+    return lines
+
+
+def _named(names: Sequence[str]) -> str:
+    more = [f"{len(names) - _NAMED} more"] if len(names) > _NAMED else []
+    return ", ".join([*names[:_NAMED], *more])
 
 
 def rejections(rejected: Sequence[Rejected], listed_in: Path) -> str:

@@ -255,6 +255,16 @@ def output_lock(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
+def reader_lock(folder: Path) -> Iterator[None]:
+    """What is committed in the folder stays there: others may add to it, nobody has `output_lock`.
+
+    Raises UserError where somebody has.
+    """
+    with _locked(folder, LOCK, fcntl.LOCK_SH, patience=_PATIENCE):
+        yield
+
+
+@contextmanager
 def writer_lock(folder: Path, writer: int) -> Iterator[None]:
     """The folder beside other writers, but none of this number, and nobody with `output_lock`."""
     with (

@@ -9,7 +9,8 @@ import json
 import os
 import re
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,10 @@ from shared.schema import JSON_MEMBER, MEMBERS, TEXT_MEMBER, unpack
 _KEY = re.compile(r"[0-9a-f]{32}")
 _AGE = re.compile(r"-w(?P<writer>\d+)-(?P<number>\d+)\.(?:tar|json)$")
 
-REENCODE_SHARD = "Restore the shard, or delete it with its sidecar and run `wanprep encode` again."
+REENCODE_SHARD = (
+    "Restore the shard, or delete it with its sidecar and run `wanprep encode` again (in a folder "
+    "captions or conditions: `wanprep recaption` or `add-condition`)."
+)
 MANIFEST = "manifest.json"
 INDEX = "index.zarr"
 TOMBSTONES = "tombstones"
@@ -180,6 +184,8 @@ class CacheIndex:
     column_sha256: dict[str, str]
     latent_rgb: LatentRgb | None
     """For previews without a VAE; None in caches that were encoded without it."""
+    overlays: Mapping[str, "Overlay"] = field(default_factory=dict)
+    """Member → where it is read instead (`shared.overlays`)."""
 
     def __len__(self) -> int:
         return len(self.bucket_ids)
@@ -249,9 +255,32 @@ class CacheIndex:
     def key(self, row: int) -> str:
         return bytes(self.keys[row]).hex()
 
-    def where(self, row: int) -> str:
-        """Shard file and key of a sample, for messages."""
-        return f"{self.folder / self.shards[int(self.shard_ids[row])]}: sample {self.key(row)}"
+    def place(self, row: int, member: str) -> tuple[Path, int, int]:
+        """Shard file, offset and length of a member's bytes; length 0 where there is none."""
+        overlay = self.overlays.get(member)
+        if overlay is not None and overlay.rows[row] >= 0:
+            return overlay.index.place(int(overlay.rows[row]), member)
+        column = MEMBERS.index(member)
+        shard = self.folder / self.shards[int(self.shard_ids[row])]
+        return shard, int(self.offsets[row, column]), int(self.lengths[row, column])
+
+    def where(self, row: int, member: str = JSON_MEMBER) -> str:
+        """Key of a sample and the shard file that holds the member, for messages."""
+        return f"{self.place(row, member)[0]}: sample {self.key(row)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlay:
+    """Shards in a folder of their own that bring one member of a cache's samples."""
+
+    index: CacheIndex
+    rows: npt.NDArray[np.int64]
+    """(N) for the N samples of the cache: row in `index`, −1 where it does not have the sample."""
+
+    @property
+    def lacking(self) -> npt.NDArray[np.intp]:
+        """Rows of the cache that it brings nothing for."""
+        return np.flatnonzero(self.rows < 0)
 
 
 def open_cache(folder: Path) -> CacheIndex:
@@ -314,7 +343,7 @@ class MemberReader:
     def __init__(self, index: CacheIndex, *, open_files: int = 32) -> None:
         self._index = index
         self._limit = open_files
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self._descriptors: OrderedDict[Path, int] = OrderedDict()
 
     def read(self, row: int, member: str) -> dict[str, torch.Tensor] | None:
         """Tensors of one member of sample `row`; None where the sample lacks that member.
@@ -341,12 +370,9 @@ class MemberReader:
 
     def raw(self, row: int, member: str) -> bytes:
         """The bytes of one member of sample `row`; empty where the sample lacks that member."""
-        column = MEMBERS.index(member)
-        length = int(self._index.lengths[row, column])
+        shard, offset, length = self._index.place(row, member)
         if length == 0:
             return b""
-        shard = int(self._index.shard_ids[row])
-        offset = int(self._index.offsets[row, column])
         try:
             return os.pread(self._descriptor(shard), length, offset)
         except OSError as error:
@@ -354,17 +380,17 @@ class MemberReader:
 
     def _damaged(self, row: int, member: str, error: Exception) -> UserError:
         return UserError(
-            f"shards: {self._index.where(row)}: {member} is damaged ({error}). {REENCODE_SHARD}"
+            f"shards: {self._index.where(row, member)}: {member} is damaged ({error}). "
+            f"{REENCODE_SHARD}"
         )
 
-    def _descriptor(self, shard: int) -> int:
+    def _descriptor(self, shard: Path) -> int:
         if shard in self._descriptors:
             self._descriptors.move_to_end(shard)
             return self._descriptors[shard]
         if len(self._descriptors) >= self._limit:
             os.close(self._descriptors.popitem(last=False)[1])
-        path = self._index.folder / self._index.shards[shard]
-        self._descriptors[shard] = os.open(path, os.O_RDONLY)
+        self._descriptors[shard] = os.open(shard, os.O_RDONLY)
         return self._descriptors[shard]
 
     def close(self) -> None:

@@ -8,6 +8,9 @@ from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
+# A process that a signal n ended exits with this plus n.
+SIGNAL_EXIT = 128
+
 
 class Interrupted(BaseException):
     """The user or the system asked the run to end."""

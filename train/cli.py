@@ -88,6 +88,7 @@ def _numbers(text: str, option: str) -> tuple[float, ...]:
 def distill(
     model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that is distilled: a folder in diffusers layout, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)] = DEFAULT_MODEL,
     shards: Annotated[Path, typer.Option(metavar="DIR", help="Folder of shards that `wanprep encode` made.", rich_help_panel=INPUT)] = Path("shards"),
+    captions: Annotated[str | None, typer.Option(metavar="NAME", help="Captions that `wanprep recaption --name NAME` made, in place of the shards' own.", show_default="the shards' own", rich_help_panel=INPUT)] = None,
     boundary_type: Annotated[Literal["low", "high", "full"] | None, typer.Option(help="Expert to train: the one for low or for high noise, or full for a model with one transformer (or one LoRA for all steps).", show_default="low where the model has two experts, else full", rich_help_panel=INPUT)] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Decides every random number of the run.", rich_help_panel=INPUT)] = 42,
 
@@ -150,6 +151,7 @@ def distill(
     config = DistillConfig(
         model=model,
         shards=shards,
+        captions=captions,
         output_dir=output_dir,
         boundary_type=boundary_type,
         seed=seed,

@@ -23,6 +23,8 @@ class DistillConfig:
     # What is trained, on what
     model: str
     shards: Path
+    captions: str | None
+    """Name of captions that `wanprep recaption` made; None: the shards' own."""
     output_dir: Path
     boundary_type: Expert | None
     """None: `low` where the model has two experts, else `full`."""

@@ -79,12 +79,15 @@ class PromptBank:
 
 def load_prompt_bank(index: CacheIndex) -> PromptBank:
     """Read the prompt bank. UserError names a role that the cache lacks."""
-    prompts = {p.role: p.text for p in read_prompts(index.folder, index.prompt_shards)}
+    overlay = index.overlays.get(TEXT_MEMBER)
+    bank = index if overlay is None else overlay.index  # the same text encoder as the captions'
+    prompts = {p.role: p.text for p in read_prompts(bank.folder, bank.prompt_shards)}
     missing = [role for role in ("empty", "negative") if role not in prompts]
     if missing:
         raise UserError(
-            f"shards: the prompt bank of {index.folder} has no {' and no '.join(missing)} prompt. "
-            f"Run `wanprep encode --output {index.folder}` again; it adds what is missing."
+            f"shards: the prompt bank of {bank.folder} has no {' and no '.join(missing)} prompt. "
+            f"Run `wanprep {'encode' if overlay is None else 'recaption'}` again; it adds what is "
+            "missing."
         )
     return PromptBank(empty=pad_text(prompts["empty"]), negative=pad_text(prompts["negative"]))
 
@@ -196,13 +199,13 @@ class MicroBatches:
             )
         if name not in tensors:
             raise UserError(
-                f"shards: {self._index.where(row)}: {member} holds {sorted(tensors)}, expected "
+                f"shards: {self._index.where(row, member)}: {member} holds {sorted(tensors)}, expected "
                 f"{name!r}. {REENCODE_SHARD}"
             )
         return tensors[name]
 
     def _misshapen(self, row: int, member: str, found: torch.Tensor, expected: str) -> UserError:
         return UserError(
-            f"shards: {self._index.where(row)}: {member} has shape {tuple(found.shape)}, expected "
+            f"shards: {self._index.where(row, member)}: {member} has shape {tuple(found.shape)}, expected "
             f"{expected}. {REENCODE_SHARD}"
         )

@@ -9,9 +9,11 @@ import numpy as np
 from shared.cache import MEDIA_TYPES, CacheIndex, open_cache
 from shared.device import check_device
 from shared.errors import UserError
-from shared.fingerprint import model_fields, refuse_differences
+from shared.fingerprint import Fingerprint, differences, model_fields, refuse_differences
 from shared.hashing import FileHasher
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
+from shared.overlays import with_captions, with_conditions
+from shared.schema import TEXT_MEMBER
 from train.base import component_of
 from train.checkpoint import Identity
 from train.config import DistillConfig
@@ -51,6 +53,14 @@ class Run:
         generator = update // self.cycle
         return generator if role == GENERATOR else update - generator
 
+    def _captions(self) -> str:
+        overlay = self.index.overlays.get(TEXT_MEMBER)
+        if overlay is None:
+            return ""
+        own = len(overlay.lacking)
+        kept = f" ({own} samples without one keep the shards' own)" if own else ""
+        return f" with the captions {self.config.captions!r}{kept}"
+
     def describe(self) -> list[str]:
         """The derived arithmetic, printed at the start and by --dry-run."""
         config, plan, schedule = self.config, self.plan, self.recipe.schedule
@@ -67,7 +77,7 @@ class Run:
             f"model    {self.spec.folder} ({self.spec.mode}), expert {self.recipe.expert} "
             f"({component_of(self.recipe.expert)})",
             f"data     {len(self.index)} samples in {len(self.index.buckets)} bucket(s) of "
-            f"{config.shards}; update batch {plan.batch_size} = {config.train_batch_size} x "
+            f"{config.shards}{self._captions()}; update batch {plan.batch_size} = {config.train_batch_size} x "
             f"{config.gradient_accumulation_steps} accumulation; {plan.batches_per_epoch} updates "
             f"an epoch ({plan.tail_samples} tail samples {again})",
             f"steps    {steps} (shift {schedule.shift:g}); this expert owns {own}; start "
@@ -92,14 +102,17 @@ def prepare(config: DistillConfig) -> Run:
             "model, which `wantrain distill` does not train yet. Use a t2v model or Wan 2.2 i2v."
         )
     index = open_cache(config.shards)
+    if config.captions is not None:
+        index = with_captions(index, config.captions)
+    expected = model_fields(spec, FileHasher())
     refuse_differences(
         index.fingerprint,
-        model_fields(spec, FileHasher()),
+        expected,
         what=f"{config.shards} were encoded with another model than {folder}",
-        cure="Use the model that encoded them (--pretrained-model-name-or-path), or encode for "
-        f"this one: wanprep encode --pretrained-model-name-or-path {config.model} "
-        "--output <folder>",
+        cure=_cure(config, index.fingerprint, expected),
     )
+    if spec.mode == "i2v" and index.fingerprint.get("mode") == "t2v":
+        index = with_conditions(index, config.model)
     expert: Expert = config.boundary_type or ("low" if spec.two_experts else "full")
     schedule = Schedule(
         indices=config.denoising_step_indices_list,
@@ -143,6 +156,21 @@ def prepare(config: DistillConfig) -> Run:
     )
 
 
+def _cure(config: DistillConfig, found: Fingerprint, expected: Fingerprint) -> str:
+    """What to do about shards of another model."""
+    model = f"--pretrained-model-name-or-path {config.model}"
+    cure = (
+        "Use the model that encoded them (--pretrained-model-name-or-path), or encode for this "
+        f"one: wanprep encode {model} --output <folder>"
+    )
+    if all(field.startswith("text.") for field, _, _ in differences(found, expected)):
+        return (
+            f"Encode the text anew: wanprep recaption --name NAME --same-captions --shards "
+            f"{config.shards} {model}, then train with --captions NAME. {cure}"
+        )
+    return cure
+
+
 def _updates_in_epochs(config: DistillConfig, plan: BatchPlan) -> int:
     updates = config.num_train_epochs * plan.batches_per_epoch
     generator = updates // (config.gen_update_interval + 1)
@@ -182,6 +210,8 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
     )  # fmt: skip
     loose: dict[str, Any] = {name: getattr(config, name) for name in loose_names}
     loose["shards"] = run.index.digest
+    overlay = run.index.overlays.get(TEXT_MEMBER)
+    loose["captions"] = overlay and f"{config.captions} {overlay.index.digest}"
     return Identity(fixed, loose)
 
 

@@ -1,0 +1,95 @@
+"""The commands of `wanprep` that add to a cache what its samples lack: `recaption`, `add-condition`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from shared.cli_support import Command
+from shared.device import default_device
+from shared.errors import UserError
+from shared.interrupt import SIGNAL_EXIT
+from shared.model_spec import DEFAULT_MODEL
+
+RECAPTION_EXAMPLES = """
+# the captions of a list, called short; then train with them
+wanprep recaption --name short --train-data-meta captions-short.jsonl
+wantrain distill --captions short
+
+# the captions that the shards have, by another text encoder
+wanprep recaption --name other-encoder --same-captions --model my/wan
+
+# the shards of the bundled toy model
+wanprep recaption --name again --same-captions --model toy --shards toy-shards
+"""
+
+INPUT, CAPTIONS, OUTPUT, ENCODERS = "Input", "Captions", "Output", "Encoders"
+Dtype = Literal["bf16", "fp32"]
+
+
+# fmt: off
+def recaption(
+    name: Annotated[str, typer.Option(metavar="NAME", help="What the captions are called; wantrain distill --captions NAME uses them.", rich_help_panel=CAPTIONS)],
+    train_data_dir: Annotated[Path, typer.Option(metavar="DIR", envvar="DATASET_NAME", help="Folder that the files of the list are relative to; the media need not be there.", rich_help_panel=CAPTIONS)] = Path("datasets"),
+    train_data_meta: Annotated[Path | None, typer.Option(metavar="FILE", envvar="DATASET_META_NAME", help="List of files and captions, as wanprep encode takes it.", show_default="metadata.json, .jsonl or .csv in the data folder, else a.txt beside a.mp4", rich_help_panel=CAPTIONS)] = None,
+    same_captions: Annotated[bool, typer.Option("--same-captions", help="No list: encode the captions that the shards have, for a model with another text encoder.", show_default="off", rich_help_panel=CAPTIONS)] = False,
+    negative_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What the teacher's guidance (CFG) leads away from, when these captions are trained on.", show_default="the one in the shards", rich_help_panel=CAPTIONS)] = None,
+    prune: Annotated[bool, typer.Option("--prune", help="Remove captions that an earlier list of this name gave and this one does not.", show_default="off", rich_help_panel=CAPTIONS)] = False,
+
+    shards: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
+    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model whose text encoder is used: a folder in diffusers layout, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=ENCODERS)] = DEFAULT_MODEL,
+    text_encoder_dtype: Annotated[Dtype | None, typer.Option(help="Number format that the text encoder computes in.", show_default="as for the shards", rich_help_panel=ENCODERS)] = None,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=ENCODERS)] = "auto",
+) -> None:
+    """Encode other captions for shards that are there.
+
+    Only the text encoder runs. The embeddings go to shards of their own beside the others, in captions/NAME; nothing else is changed, and there may be several names. A file is found by its name in the dataset. Samples without a new caption keep the one that they have. Run again, it encodes what is new or edited.
+
+    Next: wantrain distill --captions NAME --shards DIR
+    """
+    from rich.console import Console
+
+    from preprocess import report
+    from preprocess.ranks import this_rank
+    from preprocess.recaption import RecaptionConfig
+    from preprocess.recaption import recaption as run_recaption
+
+    rank = this_rank()
+    done = run_recaption(
+        RecaptionConfig(
+            name=name,
+            shards=shards,
+            model=model,
+            data_dir=train_data_dir,
+            metadata=train_data_meta,
+            same_captions=same_captions,
+            negative_prompt=negative_prompt,
+            text_encoder_dtype=text_encoder_dtype,
+            prune=prune,
+            device=rank.device(default_device()) if device == "auto" else device,
+            rank=rank,
+        ),
+        Console(stderr=True),
+    )
+    have = 0 if done.index is None else len(done.index)
+    typer.echo(f"{done.folder}: {report.count(have, 'caption')}, {done.written} of them new")
+    if done.signum is not None:
+        typer.echo(
+            f"interrupted, {report.count(done.left, 'caption')} to go. To continue, run the same "
+            "command again.",
+            err=True,
+        )
+        raise typer.Exit(SIGNAL_EXIT + done.signum)
+    if done.removed:
+        typer.echo(f"{report.count(done.removed, 'caption')} removed that the list does not give any more")
+    for line in report.unmatched_captions(done):
+        typer.echo(line, err=True)
+    if have == 0:
+        raise UserError(f"captions: no caption for {shards} was encoded.")
+    typer.echo(f"next: wantrain distill --captions {name} --shards {shards}")
+
+
+# fmt: on
+def add_commands(app: typer.Typer) -> None:
+    """Make them commands of `wanprep`."""
+    app.command(cls=Command, epilog=RECAPTION_EXAMPLES)(recaption)

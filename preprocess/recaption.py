@@ -1,0 +1,312 @@
+"""Other captions for a cache that is there: text embeddings only, in an overlay of their own."""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from preprocess import report
+from preprocess.config import StoredDtype
+from preprocess.dataset import Dataset, Rejected, load_dataset
+from preprocess.index import caption_digest, settled_index
+from preprocess.overlays import base_cache, overlay_to_write
+from preprocess.passes import Times, text_pass
+from preprocess.ranks import Rank
+from preprocess.text_cache import TextCache
+from preprocess.writer import ShardWriter
+from shared.cache import CacheIndex, MemberReader, Prompt, committed_shards, read_prompts
+from shared.cli_support import say
+from shared.device import check_device
+from shared.errors import UserError
+from shared.fingerprint import FORMAT_VERSION, TEXT_CLEANING, Fingerprint, model_fields
+from shared.hashing import FileHasher
+from shared.interrupt import Interrupted, Interruption, catch_signals
+from shared.model_spec import MAX_TEXT_TOKENS, read_model_spec, resolve_model
+from shared.overlays import CAPTIONS, captions_folder
+from shared.schema import DTYPES, JSON_MEMBER, TEXT_MEMBER, pack
+
+if TYPE_CHECKING:
+    from preprocess.encoders import TextEncoder
+
+SHARD_BYTES = 256_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecaptionConfig:
+    """One `wanprep recaption`."""
+
+    name: str
+    """Of the captions, as in `wantrain distill --captions NAME`."""
+    shards: Path
+    model: str
+    """Its text encoder and tokenizer are used."""
+    data_dir: Path
+    metadata: Path | None
+    """As `EncodeConfig` has them; the media themselves are not opened."""
+    same_captions: bool
+    """The cache's own captions instead of a dataset's."""
+    negative_prompt: str | None
+    """None: the one that the cache has."""
+    text_encoder_dtype: StoredDtype | None
+    """None: what the cache's own text was computed in."""
+    prune: bool
+    """Remove captions that the dataset does not give any more."""
+    device: str
+    rank: Rank = field(default_factory=Rank)
+
+
+@dataclass
+class Recaptioned:
+    """How a run ended."""
+
+    folder: Path
+    samples: int = 0
+    """Of the cache."""
+    index: CacheIndex | None = None
+    """Of the overlay; None where nothing is committed yet."""
+    written: int = 0
+    """Captions that this run wrote."""
+    removed: int = 0
+    left: int = 0
+    """Captions that are not written yet."""
+    without: tuple[str, ...] = ()
+    """Files whose samples have no caption in the overlay, as they are named in the cache."""
+    samples_without: int = 0
+    unused: tuple[str, ...] = ()
+    """Files of the dataset of which at least one caption fits no sample."""
+    rejected: tuple[Rejected, ...] = ()
+    signum: int | None = None
+    """The signal that ended the run early."""
+
+
+def recaption(config: RecaptionConfig, console: Console) -> Recaptioned:
+    """Bring the captions `config.name` of a cache up to date with a dataset's.
+
+    Raises UserError for what the user can mend. Latents are neither read nor written.
+    """
+    outcome = Recaptioned(folder=captions_folder(config.shards, config.name))
+    with catch_signals("stopping: committing what is encoded ...") as signals:
+        try:
+            with base_cache(config.shards) as base:
+                _recaption(config, console, base, signals, outcome)
+        except Interrupted as interrupted:
+            outcome.signum = interrupted.signum
+    return outcome
+
+
+def _recaption(
+    config: RecaptionConfig,
+    console: Console,
+    base: CacheIndex,
+    signals: Interruption,
+    outcome: Recaptioned,
+) -> None:
+    # Which caption each sample of the cache gets.
+    dataset = None if config.same_captions else load_dataset(config.data_dir, config.metadata)
+    if dataset is None:
+        say(console, f"captions the {len(base)} of {config.shards}")
+    else:
+        say(console, f"dataset  {dataset.origin}: {len(dataset.entries)} usable")
+    check_device(config.device)
+    wanted = _wanted(base, dataset, outcome)
+    fingerprint = _fingerprint(config, base, console)
+    cure = (
+        "Give these captions another name (--name), or take the model that made the others "
+        "(--pretrained-model-name-or-path)."
+    )
+    with overlay_to_write(
+        outcome.folder,
+        fingerprint,
+        writer=config.rank.number,
+        world=config.rank.world,
+        cure=cure,
+    ) as there:
+        # What is missing of them.
+        outcome.index = there
+        mine = {row: text for row, text in wanted.items() if config.rank.owns(base.key(row))}
+        todo = _missing(base, mine, there)
+        prompts = _missing_prompts(config, base, there) if config.rank.number == 0 else []
+        outcome.left = len(todo)
+        say(console, f"samples  {len(mine)}: {len(mine) - len(todo)} done, {len(todo)} to encode")
+        gone = _leftover(base, wanted, there)
+        if gone:
+            say(
+                console,
+                f"leftover {len(gone)} that the dataset does not give any more: "
+                + ("removed at the end" if config.prune else "they stay. To remove them: --prune"),
+            )
+        texts = TextCache(outcome.folder, fingerprint, config.rank.number)
+        writer = ShardWriter(
+            outcome.folder, fingerprint, shard_bytes=SHARD_BYTES, writer=config.rank.number
+        )
+
+        def text_encoder() -> "TextEncoder":
+            from preprocess.encoders import TextEncoder
+
+            dtype = DTYPES[fingerprint["text"]["compute"]]
+            folder = resolve_model(config.model, ("text_encoder", "tokenizer"))
+            return TextEncoder(folder, dtype=dtype, device=config.device)
+
+        try:
+            needed = list(dict.fromkeys([text for _, text in prompts] + list(todo.values())))
+            with report.bar(console, "encoding captions", len(needed)) as advance:
+                text_pass(
+                    needed,
+                    texts,
+                    text_encoder,
+                    stored=DTYPES[fingerprint["text"]["dtype"]],
+                    times=Times(),
+                    on_progress=advance,
+                )
+            if prompts:
+                with signals.deferred():
+                    writer.add_prompts(
+                        [Prompt(role, text, texts.get(text)) for role, text in prompts]
+                    )
+            for row, info in _infos(base, todo):
+                info["caption"] = todo[row]
+                members = {
+                    JSON_MEMBER: json.dumps(info, ensure_ascii=False).encode(),
+                    TEXT_MEMBER: pack(text=texts.get(todo[row])),
+                }
+                bucket = base.buckets[int(base.bucket_ids[row])]
+                with signals.deferred():
+                    writer.add_members(base.key(row), bucket, members)
+                    outcome.written += 1
+            with signals.deferred():
+                writer.close()
+                if gone and config.prune and config.rank.number == 0:
+                    writer.add_tombstones(gone)
+                    outcome.removed = len(gone)
+                _finish(base, mine, outcome)
+                texts.delete()
+        except BaseException:  # a signal, a full disk: what is encoded is kept
+            with signals.deferred(raise_after=False):
+                writer.rescue()
+                with suppress(OSError):
+                    _finish(base, mine, outcome)
+            raise
+
+
+def _wanted(base: CacheIndex, dataset: Dataset | None, outcome: Recaptioned) -> dict[int, str]:
+    """Row of the cache → its caption; says in `outcome` what has none and what is not used.
+
+    A file is found by the name that it has in the cache. Where a clip has several captions there,
+    so several samples, they get the file's new captions in turn, in the order of their keys: what
+    one sample got is then the same in every run.
+    """
+    outcome.samples = len(base)
+    given: dict[str, dict[str, None]] = {}
+    if dataset is not None:
+        outcome.rejected = dataset.rejected
+        for entry in dataset.entries:
+            given.setdefault(entry.source, {})[entry.caption] = None
+    wanted: dict[int, str] = {}
+    clips: dict[tuple[Any, ...], int] = {}
+    used: dict[str, set[str]] = {}
+    without: dict[str, int] = {}
+    for row, info in _infos(base, range(len(base))):
+        source, caption = str(info["source"]), info["caption"]
+        if dataset is not None:
+            new = list(given.get(source, ()))
+            clip = (source, int(base.bucket_ids[row]), *info["frame_indices"])
+            ordinal = clips[clip] = clips.get(clip, -1) + 1
+            if not new:
+                without[source] = without.get(source, 0) + 1
+                continue
+            caption = new[ordinal % len(new)]
+            used.setdefault(source, set()).add(caption)
+        wanted[row] = caption
+    outcome.without = tuple(sorted(without))
+    outcome.samples_without = sum(without.values())
+    outcome.unused = tuple(
+        source for source, new in given.items() if new.keys() - used.get(source, set())
+    )
+    if not wanted:
+        raise UserError(
+            f"captions: no file of {dataset.origin if dataset else base.folder} is in "
+            f"{base.folder}. Files are named as in the dataset that was encoded, such as "
+            f"{next(iter(outcome.without), '')!r}; --train-data-dir decides what they are relative "
+            "to."
+        )
+    return wanted
+
+
+def _infos(base: CacheIndex, rows: Iterable[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """`KEY.json` of rows, one at a time: a million of them would fill the memory."""
+    reader = MemberReader(base)
+    try:
+        for row in rows:
+            yield row, reader.info(row)
+    finally:
+        reader.close()
+
+
+def _fingerprint(config: RecaptionConfig, base: CacheIndex, console: Console) -> Fingerprint:
+    spec = read_model_spec(resolve_model(config.model, ("text_encoder", "tokenizer")))
+    with console.status("digesting the text encoder's weights (read once, then remembered)"):
+        text = model_fields(spec, FileHasher())["text"]
+    for name, component in (("encoder", "text_encoder"), ("tokenizer", "tokenizer")):
+        if text[name] is None:
+            raise UserError(
+                f"model: {spec.folder / component} holds no weights. Download the whole "
+                f"{component} folder, or set --pretrained-model-name-or-path (or MODEL_NAME) "
+                "to a model that has it."
+            )
+    say(console, f"model    {spec.folder} on {config.device}")
+    own = base.fingerprint["text"]
+    return {
+        "format": FORMAT_VERSION,
+        "overlay": CAPTIONS,
+        "text": {
+            **text,
+            "dtype": own["dtype"],
+            "compute": config.text_encoder_dtype or own["compute"],
+            "max_length": MAX_TEXT_TOKENS,
+            "cleaning": TEXT_CLEANING,
+        },
+    }
+
+
+def _missing(base: CacheIndex, wanted: dict[int, str], there: CacheIndex | None) -> dict[int, str]:
+    """Those that the overlay lacks, or has with another caption."""
+    committed = _captions(there)
+    return {
+        row: caption
+        for row, caption in wanted.items()
+        if committed.get(base.key(row)) != caption_digest(caption)
+    }
+
+
+def _captions(there: CacheIndex | None) -> dict[str, bytes]:
+    if there is None:
+        return {}
+    return {there.key(row): bytes(there.captions[row]) for row in range(len(there))}
+
+
+def _leftover(base: CacheIndex, wanted: dict[int, str], there: CacheIndex | None) -> list[str]:
+    """Keys that the overlay has a caption for and the dataset has not."""
+    live = {base.key(row) for row in wanted}
+    return [key for key in _captions(there) if key not in live]
+
+
+def _missing_prompts(
+    config: RecaptionConfig, base: CacheIndex, there: CacheIndex | None
+) -> list[tuple[str, str]]:
+    """(role, prompt): the cache's prompt bank, by this text encoder."""
+    wanted = {p.role: p.prompt for p in read_prompts(base.folder, base.prompt_shards)}
+    if config.negative_prompt is not None:
+        wanted["negative"] = config.negative_prompt
+    found = [] if there is None else read_prompts(there.folder, there.prompt_shards)
+    last = {prompt.role: prompt.prompt for prompt in found}
+    return [(role, text) for role, text in wanted.items() if last.get(role) != text]
+
+
+def _finish(base: CacheIndex, mine: dict[int, str], outcome: Recaptioned) -> None:
+    if committed_shards(outcome.folder):
+        outcome.index = settled_index(outcome.folder)
+    outcome.left = len(_missing(base, mine, outcome.index))

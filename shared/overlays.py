@@ -1,0 +1,146 @@
+"""Overlays: text or conditions for the samples of a cache, in shards beside it.
+
+    shards/captions/NAME/   other captions, with a prompt bank of their own
+    shards/conditions/      image-to-video conditions for a text-to-video cache
+
+Each is a folder in the format of a cache, with the same keys, whose samples hold `json` and that
+one member. The cache decides which samples live; an overlay only brings members for them.
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.cache import MEDIA_TYPES, CacheIndex, Overlay, open_cache
+from shared.errors import UserError
+from shared.fingerprint import Fingerprint, differences, refuse_differences
+from shared.schema import CONDITION_MEMBER, JSON_MEMBER, MEMBERS, TEXT_MEMBER
+
+CAPTIONS = "captions"
+CONDITIONS = "conditions"
+# The fingerprint's field `overlay` → the one member that the samples have beside `json`.
+OVERLAY_MEMBER = {CAPTIONS: TEXT_MEMBER, CONDITIONS: CONDITION_MEMBER}
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
+_NAMED = 3
+
+
+def required_members(fingerprint: Fingerprint) -> tuple[str, ...]:
+    """What each sample of a shard must have: all but the condition, or an overlay's two."""
+    overlay = OVERLAY_MEMBER.get(fingerprint.get("overlay", ""))
+    return MEMBERS[:3] if overlay is None else (JSON_MEMBER, overlay)
+
+
+def captions_folder(folder: Path, name: str) -> Path:
+    """Where the captions `name` of a cache lie. Raises UserError for what is no name."""
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"captions: {name!r} is no name for captions; expected up to 64 letters, digits and "
+            "- _ . (no dot in front), e.g. short."
+        )
+    return folder / CAPTIONS / name
+
+
+def caption_names(folder: Path) -> list[str]:
+    """Names of the captions that a cache has beside its own, sorted."""
+    found = (folder / CAPTIONS).glob("*/*.tar")
+    return sorted({path.parent.name for path in found})
+
+
+def overlay_folders(folder: Path) -> list[Path]:
+    """Every overlay of a cache."""
+    conditions = folder / CONDITIONS
+    captions = [folder / CAPTIONS / name for name in caption_names(folder)]
+    return captions + ([conditions] if any(conditions.glob("*.tar")) else [])
+
+
+def with_captions(index: CacheIndex, name: str) -> CacheIndex:
+    """The cache with the captions `name` in place of its own.
+
+    Samples that they lack keep the cache's own, as long as the same text encoder made both.
+    Raises UserError where there are no captions of that name, or where that would mix encoders.
+    """
+    folder = captions_folder(index.folder, name)
+    make = f"wanprep recaption --name {name} --shards {index.folder}"
+    if name not in (there := caption_names(index.folder)):
+        listed = f"; it has {', '.join(there)}" if there else ""
+        raise UserError(
+            f"captions: {index.folder} has no captions {name!r}{listed}. Make them: {make} "
+            "--train-data-meta FILE"
+        )
+    overlay = _overlay(index, folder)
+    text = overlay.index.fingerprint["text"]
+    if len(overlay.lacking) and (
+        differing := differences({"text": index.fingerprint["text"]}, {"text": text})
+    ):
+        fields = ", ".join(field for field, _, _ in differing)
+        raise UserError(
+            f"captions: {len(overlay.lacking)} of the {len(index)} samples in {index.folder} have "
+            f"no caption in {name!r} ({_keys(index, overlay)}), and the cache's own are of another "
+            f"text encoder ({fields} differ). Add the missing ones: {make}"
+        )
+    return replace(
+        index,
+        fingerprint={**index.fingerprint, "text": text},
+        overlays={**index.overlays, TEXT_MEMBER: overlay},
+    )
+
+
+def with_conditions(index: CacheIndex, model: str) -> CacheIndex:
+    """A text-to-video cache with the conditions that were added to it.
+
+    Raises UserError where samples have none, naming the command that adds them for `model`.
+    """
+    folder = index.folder / CONDITIONS
+    add = (
+        f"wanprep add-condition --shards {index.folder} --pretrained-model-name-or-path {model} "
+        "--train-data-dir DIR"
+    )
+    if folder not in overlay_folders(index.folder):
+        raise UserError(
+            f"shards: {index.folder} was encoded for text-to-video, without the conditions that an "
+            f"i2v model needs. Add them; the latents stay as they are: {add}"
+        )
+    overlay = _overlay(index, folder)
+    refuse_differences(
+        {"latents": overlay.index.fingerprint["latents"]},
+        {"latents": index.fingerprint["latents"]},
+        what=f"shards: {folder} belongs to another cache than {index.folder}",
+        cure=f"Delete that folder and make it again: {add}",
+    )
+    without = np.intersect1d(
+        overlay.lacking, np.flatnonzero(index.types != MEDIA_TYPES.index("text"))
+    )
+    if len(without):
+        raise UserError(
+            f"shards: {len(without)} of the {len(index)} samples in {index.folder} have no "
+            f"condition ({_keys(index, overlay)}). Add them: {add}"
+        )
+    return replace(
+        index,
+        fingerprint={**index.fingerprint, "mode": "i2v"},
+        overlays={**index.overlays, CONDITION_MEMBER: overlay},
+    )
+
+
+def _keys(index: CacheIndex, overlay: Overlay) -> str:
+    """The first few keys that an overlay lacks."""
+    named = ", ".join(index.key(int(row)) for row in overlay.lacking[:_NAMED])
+    return named + (", ..." if len(overlay.lacking) > _NAMED else "")
+
+
+def _overlay(index: CacheIndex, folder: Path) -> Overlay:
+    found = open_cache(folder)
+    return Overlay(index=found, rows=positions(index.keys, found.keys))
+
+
+def positions(keys: npt.NDArray[np.uint8], among: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """Where each of `keys` (N, 16) stands in `among` (M, 16), which is sorted; −1: nowhere."""
+    if not len(among):
+        return np.full(len(keys), -1, dtype=np.int64)
+    wanted, there = (np.ascontiguousarray(part).view("S16").reshape(-1) for part in (keys, among))
+    found = np.searchsorted(there, wanted).clip(max=len(there) - 1).astype(np.int64)
+    return np.where(there[found] == wanted, found, -1)
