@@ -131,7 +131,7 @@ def encode(
 
     from preprocess import report
     from preprocess.encode import encode as run_encode
-    from preprocess.encode import rejected_file
+    from preprocess.rejected import rejected_file
 
     outcome = run_encode(config, Console(stderr=True))
     if outcome.index is not None:
@@ -145,7 +145,7 @@ def encode(
             err=True,
         )
         raise typer.Exit(SIGNAL_EXIT + outcome.signum)
-    rejections = report.rejections(outcome.rejected, output / rejected_file(rank))
+    rejections = report.rejections(outcome.rejected, rejected_file(output, rank))
     if len(outcome.rejected) > max_bad:
         raise UserError(
             f"{rejections}\nThe other samples are encoded and can be trained on. Mend these and "

@@ -22,6 +22,14 @@ wanprep recaption --name other-encoder --same-captions --model my/wan
 # the shards of the bundled toy model
 wanprep recaption --name again --same-captions --model toy --shards toy-shards
 """
+CONDITION_EXAMPLES = """
+# a t2v cache in shards/ and its media in datasets/: train i2v on it too
+wanprep add-condition --model Wan-AI/Wan2.2-I2V-A14B-Diffusers
+wantrain distill --model Wan-AI/Wan2.2-I2V-A14B-Diffusers
+
+# the shards of the bundled toy model
+wanprep add-condition --model toy-i2v --train-data-dir toy-clips --shards toy-shards
+"""
 
 INPUT, CAPTIONS, OUTPUT, ENCODERS = "Input", "Captions", "Output", "Encoders"
 Dtype = Literal["bf16", "fp32"]
@@ -89,7 +97,68 @@ def recaption(
     typer.echo(f"next: wantrain distill --captions {name} --shards {shards}")
 
 
+def add_condition(
+    shards: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the shards, encoded for a t2v model.", rich_help_panel=INPUT)] = Path("shards"),
+    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="The i2v model that will be trained; its VAE must be the one of the shards.", rich_help_panel=INPUT)] = DEFAULT_MODEL,
+    train_data_dir: Annotated[Path, typer.Option(metavar="DIR", envvar="DATASET_NAME", help="Folder of the videos and images that were encoded.", rich_help_panel=INPUT)] = Path("datasets"),
+
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=ENCODERS)] = "auto",
+    num_workers: Annotated[int | None, typer.Option(metavar="N", min=1, help="Processes that decode media beside the VAE.", show_default="one a core but one, at most 8", rich_help_panel=ENCODERS)] = None,
+    decode_timeout: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="A file that takes longer to decode is given up and listed as rejected.", rich_help_panel=ENCODERS)] = 120,
+
+    max_bad: Annotated[int, typer.Option(metavar="N", min=0, help="Files that may be rejected before the exit code is 1.", rich_help_panel=OUTPUT)] = 0,
+) -> None:
+    """Add the i2v condition to shards of a t2v model.
+
+    The VAE encodes the first frame of every clip; the conditions go to shards of their own beside the others, in conditions. Latents and text stay as they are, and t2v models train on them as before. Each file must still be what was encoded. Run again, it encodes what is missing.
+
+    Next: wantrain distill --model I2V-MODEL --shards DIR
+    """
+    from rich.console import Console
+
+    from preprocess import report
+    from preprocess.conditions import ConditionConfig
+    from preprocess.conditions import add_condition as run_add_condition
+    from preprocess.ranks import this_rank
+    from preprocess.rejected import rejected_file
+    from preprocess.workers import default_workers
+
+    rank = this_rank()
+    done = run_add_condition(
+        ConditionConfig(
+            shards=shards,
+            model=model,
+            data_dir=train_data_dir,
+            device=rank.device(default_device()) if device == "auto" else device,
+            workers=default_workers(rank.local_world) if num_workers is None else num_workers,
+            decode_timeout=decode_timeout,
+            rank=rank,
+        ),
+        Console(stderr=True),
+    )
+    have = 0 if done.index is None else len(done.index)
+    typer.echo(f"{done.folder}: {report.count(have, 'condition')}, {done.written} of them new")
+    if done.signum is not None:
+        typer.echo(
+            f"interrupted, {report.count(done.left, 'sample')} to go. To continue, run the same "
+            "command again.",
+            err=True,
+        )
+        raise typer.Exit(SIGNAL_EXIT + done.signum)
+    if done.rejected:
+        listed = report.rejections(done.rejected, rejected_file(done.folder, rank))
+        if len(done.rejected) > max_bad:
+            raise UserError(
+                f"{listed}\nTheir samples have no condition, and `wantrain` refuses the shards for "
+                "i2v until they have: mend the files and run again, or take the samples out with "
+                "`wanprep remove`."
+            )
+        typer.echo(listed, err=True)
+    typer.echo(f"next: wantrain distill --pretrained-model-name-or-path {model} --shards {shards}")
+
+
 # fmt: on
 def add_commands(app: typer.Typer) -> None:
     """Make them commands of `wanprep`."""
     app.command(cls=Command, epilog=RECAPTION_EXAMPLES)(recaption)
+    app.command("add-condition", cls=Command, epilog=CONDITION_EXAMPLES)(add_condition)

@@ -6,10 +6,9 @@ The text encoder and the VAE are never in memory together. Everything that is co
 however the run ends, and the same command goes on from there.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,7 @@ from preprocess.index import caption_digest, settled_index
 from preprocess.media import MediaError
 from preprocess.passes import Times, latents_from_cache, latents_from_media, text_pass
 from preprocess.plan import Captions, Work, plan_work
-from preprocess.ranks import Rank
+from preprocess.rejected import rejected_file, write_rejected
 from preprocess.removal import unlisted
 from preprocess.text_cache import TextCache
 from preprocess.workers import WorkerPool
@@ -39,7 +38,6 @@ from preprocess.writer import (
 from shared.cache import CacheIndex, Prompt, committed_shards, read_prompts
 from shared.cli_support import say
 from shared.device import check_device
-from shared.durable import remove, write_bytes
 from shared.errors import UserError
 from shared.hashing import FileHasher
 from shared.interrupt import Interrupted, Interruption, catch_signals
@@ -49,7 +47,6 @@ from shared.schema import DTYPES, Sample
 if TYPE_CHECKING:
     from preprocess.encoders import LatentEncoder, TextEncoder
 
-REJECTED = "rejected.jsonl"
 COMPONENTS = ("vae", "text_encoder", "tokenizer")
 
 
@@ -124,9 +121,9 @@ def _encode(
         outcome.rejected = [*dataset.rejected, *rejected]
         if config.rank.number:  # what is wrong with the dataset is said once
             outcome.rejected = []
-        _write_rejected(config, outcome)
+        write_rejected(rejected_file(config.output, config.rank), outcome.rejected)
         if not planned:
-            listed = report.rejections(outcome.rejected, config.output / REJECTED)
+            listed = report.rejections(outcome.rejected, rejected_file(config.output, config.rank))
             raise UserError(f"dataset: {dataset.origin} has nothing that can be encoded.\n{listed}")
         if config.rank.world > 1:
             say(
@@ -319,23 +316,8 @@ def _say_plan(
         say(console, short)
 
 
-def rejected_file(rank: Rank) -> str:
-    """Name of the file that lists what this rank rejected."""
-    return REJECTED if rank.number == 0 else f"rejected-w{rank.number:03d}.jsonl"
-
-
-def _write_rejected(config: EncodeConfig, outcome: Outcome) -> None:
-    """`rejected.jsonl` of this run: whole, or absent where nothing was rejected."""
-    path = config.output / rejected_file(config.rank)
-    if outcome.rejected:
-        lines = [json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in outcome.rejected]
-        write_bytes(path, "".join(lines).encode("utf-8", "backslashreplace"))
-    else:
-        remove(path)
-
-
 def _finish(config: EncodeConfig, outcome: Outcome, planned: Sequence[Work]) -> None:
-    _write_rejected(config, outcome)
+    write_rejected(rejected_file(config.output, config.rank), outcome.rejected)
     if committed_shards(config.output):
         outcome.index = settled_index(config.output)
     committed = _committed(outcome.index)

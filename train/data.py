@@ -199,13 +199,13 @@ class MicroBatches:
             )
         if name not in tensors:
             raise UserError(
-                f"shards: {self._index.where(row, member)}: {member} holds {sorted(tensors)}, expected "
-                f"{name!r}. {REENCODE_SHARD}"
+                f"shards: {self._index.where(row, member)}: {member} holds "
+                f"{sorted(tensors)}, expected {name!r}. {REENCODE_SHARD}"
             )
         return tensors[name]
 
     def _misshapen(self, row: int, member: str, found: torch.Tensor, expected: str) -> UserError:
         return UserError(
-            f"shards: {self._index.where(row, member)}: {member} has shape {tuple(found.shape)}, expected "
-            f"{expected}. {REENCODE_SHARD}"
+            f"shards: {self._index.where(row, member)}: {member} has shape "
+            f"{tuple(found.shape)}, expected {expected}. {REENCODE_SHARD}"
         )

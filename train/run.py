@@ -77,9 +77,9 @@ class Run:
             f"model    {self.spec.folder} ({self.spec.mode}), expert {self.recipe.expert} "
             f"({component_of(self.recipe.expert)})",
             f"data     {len(self.index)} samples in {len(self.index.buckets)} bucket(s) of "
-            f"{config.shards}{self._captions()}; update batch {plan.batch_size} = {config.train_batch_size} x "
-            f"{config.gradient_accumulation_steps} accumulation; {plan.batches_per_epoch} updates "
-            f"an epoch ({plan.tail_samples} tail samples {again})",
+            f"{config.shards}{self._captions()}; update batch {plan.batch_size} = "
+            f"{config.train_batch_size} x {config.gradient_accumulation_steps} accumulation; "
+            f"{plan.batches_per_epoch} updates an epoch ({plan.tail_samples} tail samples {again})",
             f"steps    {steps} (shift {schedule.shift:g}); this expert owns {own}; start "
             f"{self.recipe.start}; score levels u in [{low:.3f}, {high:.3f}]",
             f"length   {until}: {self.generator_updates} generator updates, each after "

@@ -1,0 +1,336 @@
+"""Image-to-video conditions for a text-to-video cache: the first frame of every clip, encoded again.
+
+What was cut out of a file stands in `KEY.json`, so the media are all that is needed beside the
+cache: no size, stride or seed. The latents are neither read nor written.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from preprocess import report
+from preprocess.clips import Clip
+from preprocess.dataset import Rejected
+from preprocess.decode import fitted_frames, look
+from preprocess.index import settled_index
+from preprocess.media import MediaError
+from preprocess.overlays import base_cache, overlay_to_write
+from preprocess.ranks import Rank
+from preprocess.rejected import rejected_file, write_rejected
+from preprocess.workers import WorkerPool
+from preprocess.writer import ShardWriter
+from shared.buckets import Bucket
+from shared.cache import CacheIndex, MemberReader, committed_shards
+from shared.cli_support import say
+from shared.device import check_device
+from shared.errors import UserError
+from shared.fingerprint import FORMAT_VERSION, Fingerprint, model_fields, refuse_differences
+from shared.hashing import FileHasher
+from shared.interrupt import Interrupted, Interruption, catch_signals
+from shared.model_spec import ModelSpec, read_model_spec, resolve_model
+from shared.overlays import CONDITIONS
+from shared.schema import CONDITION_MEMBER, DTYPES, JSON_MEMBER, pack, sample_key
+
+if TYPE_CHECKING:
+    from preprocess.encoders import LatentEncoder
+
+SHARD_BYTES = 256_000_000
+# A key is a digest of content and a small number, of which only the digest can be had again.
+MOST_CAPTIONS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionConfig:
+    """One `wanprep add-condition`."""
+
+    shards: Path
+    model: str
+    """An i2v model with the VAE that encoded the cache."""
+    data_dir: Path
+    """What the names in the cache are relative to."""
+    device: str
+    workers: int
+    decode_timeout: float
+    rank: Rank = field(default_factory=Rank)
+
+
+@dataclass
+class Added:
+    """How a run ended."""
+
+    folder: Path
+    index: CacheIndex | None = None
+    """Of the overlay; None where nothing is committed yet."""
+    written: int = 0
+    """Samples that this run gave a condition."""
+    left: int = 0
+    """Samples of the cache that have none yet."""
+    rejected: list[Rejected] = field(default_factory=list)
+    signum: int | None = None
+    """The signal that ended the run early."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Clip:
+    """A clip of the cache, with its samples: one for each caption."""
+
+    rows: tuple[int, ...]
+    path: Path
+    source: str
+    type: Literal["video", "image"]
+    clip: Clip
+
+
+def add_condition(config: ConditionConfig, console: Console) -> Added:
+    """Give every sample of a text-to-video cache that has none the condition of its first frame.
+
+    Raises UserError for what the user can mend; files that are missing, changed or damaged are in
+    the outcome.
+    """
+    outcome = Added(folder=config.shards / CONDITIONS)
+    with catch_signals("stopping: committing what is encoded ...") as signals:
+        try:
+            with (
+                WorkerPool(config.workers, timeout=config.decode_timeout) as pool,
+                base_cache(config.shards) as base,
+            ):
+                _add(config, console, base, pool, signals, outcome)
+        except Interrupted as interrupted:
+            outcome.signum = interrupted.signum
+    return outcome
+
+
+def _add(
+    config: ConditionConfig,
+    console: Console,
+    base: CacheIndex,
+    pool: WorkerPool,
+    signals: Interruption,
+    outcome: Added,
+) -> None:
+    if base.fingerprint["mode"] != "t2v":
+        raise UserError(
+            f"shards: {config.shards} was encoded for {base.fingerprint['mode']}; only a t2v cache "
+            "can get conditions. There is nothing to add."
+        )
+    spec = _i2v_model(config)
+    check_device(config.device)
+    say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
+    hasher = FileHasher()
+    fingerprint = _fingerprint(config, base, spec, hasher, console)
+    cure = f"Delete {outcome.folder} and run this command again; the cache itself stays as it is."
+    with overlay_to_write(
+        outcome.folder, fingerprint, writer=config.rank.number, world=config.rank.world, cure=cure
+    ) as there:
+        outcome.index = there
+        mine = [row for row in range(len(base)) if config.rank.owns(base.key(row))]
+        todo = _clips(base, _missing(base, mine, there), config.data_dir)
+        outcome.left = sum(len(clip.rows) for clip in todo)
+        say(
+            console,
+            f"samples  {len(mine)}: {len(mine) - outcome.left} have a condition, {outcome.left} "
+            "to encode",
+        )
+        stored = DTYPES[base.fingerprint["latents"]["dtype"]]
+        writer = ShardWriter(
+            outcome.folder, fingerprint, shard_bytes=SHARD_BYTES, writer=config.rank.number
+        )
+
+        def encoder() -> "LatentEncoder":
+            from preprocess.encoders import LatentEncoder
+
+            dtype = DTYPES[base.fingerprint["latents"]["compute"]]
+            return LatentEncoder(spec, dtype=dtype, device=config.device)
+
+        reader = MemberReader(base)
+        try:
+            with report.bar(console, "looking into the media", len(todo)) as advance:
+                same = []
+                for clip, problem in _checked(base, todo, hasher, pool):
+                    advance()
+                    if problem is None:
+                        same.append(clip)
+                    else:
+                        outcome.rejected.append(Rejected(source=clip.source, reason=problem))
+            with report.bar(console, "encoding first frames", len(same)) as advance:
+                for clip, result in _conditions(same, encoder, pool):
+                    if isinstance(result, MediaError):
+                        rejected = Rejected(source=clip.source, reason=str(result))
+                        outcome.rejected.append(rejected)
+                    else:
+                        packed = pack(cond=result.to(stored))
+                        for row in clip.rows:
+                            members = {
+                                JSON_MEMBER: reader.raw(row, JSON_MEMBER),
+                                CONDITION_MEMBER: packed,
+                            }
+                            with signals.deferred():
+                                writer.add_members(base.key(row), clip.clip.bucket, members)
+                                outcome.written += 1
+                    advance()
+            with signals.deferred():
+                writer.close()
+                _finish(config, base, mine, outcome)
+        except BaseException:  # a signal, a full disk: what is encoded is kept
+            with signals.deferred(raise_after=False):
+                writer.rescue()
+                with suppress(OSError):
+                    _finish(config, base, mine, outcome)
+            raise
+        finally:
+            reader.close()
+
+
+def _i2v_model(config: ConditionConfig) -> ModelSpec:
+    spec = read_model_spec(resolve_model(config.model, ("vae",)))
+    if spec.mode != "i2v" or spec.image_dim is not None:
+        kind = "a Wan 2.1 i2v (CLIP)" if spec.image_dim is not None else f"a {spec.mode}"
+        raise UserError(
+            f"model: {spec.folder} is {kind} model; conditions are made for Wan 2.2 A14B i2v "
+            "models. Set --pretrained-model-name-or-path to one."
+        )
+    return spec
+
+
+def _fingerprint(
+    config: ConditionConfig,
+    base: CacheIndex,
+    spec: ModelSpec,
+    hasher: FileHasher,
+    console: Console,
+) -> Fingerprint:
+    """Refuses a VAE that is not the cache's."""
+    with console.status("digesting the VAE's weights (read once, then remembered)"):
+        vae = model_fields(spec, hasher)["latents"]
+    if vae["vae"] is None:
+        raise UserError(
+            f"model: {spec.folder / 'vae'} holds no weights. Download the whole vae folder."
+        )
+    refuse_differences(
+        {"latents": base.fingerprint["latents"]},
+        {"latents": vae},
+        what=f"shards: {config.shards} was encoded by another VAE than {spec.folder} has",
+        cure="Encode for this model into a folder of its own: wanprep encode --output DIR",
+    )
+    own = base.fingerprint["latents"]
+    return {
+        "format": FORMAT_VERSION,
+        "overlay": CONDITIONS,
+        "mode": spec.mode,
+        "latents": {**vae, "dtype": own["dtype"], "compute": own["compute"]},
+    }
+
+
+def _missing(base: CacheIndex, rows: Sequence[int], there: CacheIndex | None) -> list[int]:
+    have = set() if there is None else {there.key(row) for row in range(len(there))}
+    return [row for row in rows if base.key(row) not in have]
+
+
+def _clips(base: CacheIndex, rows: Sequence[int], data_dir: Path) -> list[_Clip]:
+    """The clips of these samples, each once, however many captions it has."""
+    found: dict[tuple[str, Clip], list[int]] = {}
+    types: dict[tuple[str, Clip], Literal["video", "image"]] = {}
+    reader = MemberReader(base)
+    try:
+        for row in rows:
+            info = reader.info(row)
+            if info["type"] == "text":  # has no first frame
+                continue
+            bucket = base.buckets[int(base.bucket_ids[row])]
+            clip = Clip(bucket=bucket, frame_indices=tuple(info["frame_indices"]))
+            name = (str(info["source"]), clip)
+            found.setdefault(name, []).append(row)
+            types[name] = info["type"]
+    finally:
+        reader.close()
+    return [
+        _Clip(
+            rows=tuple(rows),
+            path=data_dir / Path(source).expanduser(),
+            source=source,
+            type=types[source, clip],
+            clip=clip,
+        )
+        for (source, clip), rows in found.items()
+    ]
+
+
+def _checked(
+    base: CacheIndex, clips: Sequence[_Clip], hasher: FileHasher, pool: WorkerPool
+) -> Iterator[tuple[_Clip, str | None]]:
+    """Clips with None, or with why the file of that name is not the one that was encoded."""
+
+    def name(clip: _Clip) -> str | None:
+        with suppress(OSError, RuntimeError):
+            return hasher.name(clip.path)
+        return None
+
+    def known(clip: _Clip) -> str | None:
+        found = name(clip)
+        return None if found is None else hasher.known(found)
+
+    looked = pool.completed(
+        look,
+        ((clip, (clip.path, clip.type, known(clip))) for clip in clips),
+        source=lambda clip: clip.path,
+        ahead=4 * pool.workers,
+    )
+    for clip, future in looked:
+        try:
+            _, sha256 = future.result()
+        except (MediaError, OSError) as error:
+            yield clip, str(error)
+            continue
+        if (remembered := name(clip)) is not None:
+            hasher.remember(remembered, sha256)
+        transform = clip.clip.transform()
+        keys = {sample_key(sha256, transform, ordinal) for ordinal in range(MOST_CAPTIONS)}
+        if all(base.key(row) in keys for row in clip.rows):
+            yield clip, None
+        else:
+            yield clip, f"{clip.path}: its content is not what was encoded; `wanprep encode` again"
+
+
+def _conditions(
+    clips: Sequence[_Clip], encoder: Callable[[], "LatentEncoder"], pool: WorkerPool
+) -> Iterator[tuple[_Clip, torch.Tensor | MediaError]]:
+    """Clips with their condition (C, T, h, w), fp32, or the reason why there is none."""
+    if not clips:
+        return
+
+    def first_frame(clip: _Clip) -> tuple[Path, str, list[int], Bucket]:
+        bucket = Bucket(clip.clip.bucket.height, clip.clip.bucket.width, 1)
+        return clip.path, clip.type, [clip.clip.frame_indices[0]], bucket
+
+    decoded = pool.completed(
+        fitted_frames,
+        ((clip, first_frame(clip)) for clip in clips),
+        source=lambda clip: clip.path,
+        ahead=pool.workers + 2,
+    )
+    with closing(decoded):
+        latent_encoder = encoder()
+        for clip, future in decoded:
+            try:
+                first = future.result()
+                # The condition sees the first frame and how many there are.
+                frames = np.broadcast_to(first, (clip.clip.bucket.frames, *first.shape[1:]))
+                condition = latent_encoder.condition(frames)
+                if not bool(torch.isfinite(condition).all()):
+                    raise MediaError("the VAE gave NaN or infinite values")
+                yield clip, condition
+            except MediaError as error:
+                yield clip, error
+
+
+def _finish(config: ConditionConfig, base: CacheIndex, mine: Sequence[int], outcome: Added) -> None:
+    write_rejected(rejected_file(outcome.folder, config.rank), outcome.rejected)
+    if committed_shards(outcome.folder):
+        outcome.index = settled_index(outcome.folder)
+    outcome.left = len(_missing(base, mine, outcome.index))
