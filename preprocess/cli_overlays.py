@@ -31,7 +31,7 @@ wantrain distill --model Wan-AI/Wan2.2-I2V-A14B-Diffusers
 wanprep add-condition --model toy-i2v --train-data-dir toy-clips --shards toy-shards
 """
 
-INPUT, CAPTIONS, OUTPUT, ENCODERS = "Input", "Captions", "Output", "Encoders"
+INPUT, CAPTIONS, ENCODERS = "Input", "Captions", "Encoders"
 Dtype = Literal["bf16", "fp32"]
 
 
@@ -105,8 +105,6 @@ def add_condition(
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=ENCODERS)] = "auto",
     num_workers: Annotated[int | None, typer.Option(metavar="N", min=1, help="Processes that decode media beside the VAE.", show_default="one a core but one, at most 8", rich_help_panel=ENCODERS)] = None,
     decode_timeout: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="A file that takes longer to decode is given up and listed as rejected.", rich_help_panel=ENCODERS)] = 120,
-
-    max_bad: Annotated[int, typer.Option(metavar="N", min=0, help="Files that may be rejected before the exit code is 1.", rich_help_panel=OUTPUT)] = 0,
 ) -> None:
     """Add the i2v condition to shards of a t2v model.
 
@@ -147,13 +145,11 @@ def add_condition(
         raise typer.Exit(SIGNAL_EXIT + done.signum)
     if done.rejected:
         listed = report.rejections(done.rejected, rejected_file(done.folder, rank))
-        if len(done.rejected) > max_bad:
-            raise UserError(
-                f"{listed}\nTheir samples have no condition, and `wantrain` refuses the shards for "
-                "i2v until they have: mend the files and run again, or take the samples out with "
-                "`wanprep remove`."
-            )
-        typer.echo(listed, err=True)
+        raise UserError(
+            f"{listed}\nTheir samples have no condition, and `wantrain` refuses the shards for i2v "
+            "until they have: mend the files and run again, or take the samples out with "
+            "`wanprep remove`."
+        )
     typer.echo(f"next: wantrain distill --pretrained-model-name-or-path {model} --shards {shards}")
 
 

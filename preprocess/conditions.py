@@ -1,4 +1,4 @@
-"""Image-to-video conditions for a text-to-video cache: the first frame of every clip, encoded again.
+"""Image-to-video conditions for a text-to-video cache: every clip's first frame, encoded again.
 
 What was cut out of a file stands in `KEY.json`, so the media are all that is needed beside the
 cache: no size, stride or seed. The latents are neither read nor written.
@@ -319,8 +319,9 @@ def _conditions(
         for clip, future in decoded:
             try:
                 first = future.result()
-                # The condition sees the first frame and how many there are.
-                frames = np.broadcast_to(first, (clip.clip.bucket.frames, *first.shape[1:]))
+                # All that the condition sees: the first frame, and how many there are.
+                frames = np.zeros((clip.clip.bucket.frames, *first.shape[1:]), np.uint8)
+                frames[:1] = first
                 condition = latent_encoder.condition(frames)
                 if not bool(torch.isfinite(condition).all()):
                     raise MediaError("the VAE gave NaN or infinite values")

@@ -12,9 +12,7 @@ from shared.durable import remove, write_bytes
 
 def rejected_file(folder: Path, rank: Rank) -> Path:
     """Where this rank lists what it rejected."""
-    return folder / (
-        "rejected.jsonl" if rank.number == 0 else f"rejected-w{rank.number:03d}.jsonl"
-    )
+    return folder / ("rejected.jsonl" if rank.number == 0 else f"rejected-w{rank.number:03d}.jsonl")
 
 
 def write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:
