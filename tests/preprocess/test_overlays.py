@@ -1,4 +1,4 @@
-"""Captions and conditions added to a cache later: as a direct encode makes them, latents untouched."""
+"""Captions and conditions added to a cache later: what a direct encode makes, no latents moved."""
 
 import json
 import shutil
