@@ -28,7 +28,8 @@ wanprep add-condition --model Wan-AI/Wan2.2-I2V-A14B-Diffusers
 wantrain distill --model Wan-AI/Wan2.2-I2V-A14B-Diffusers
 
 # the shards of the bundled toy model
-wanprep add-condition --model toy-i2v --train-data-dir toy-clips --shards toy-shards
+wanprep add-condition --model toy-i2v --train-data-dir toy-clips \\
+    --shards toy-shards
 """
 
 INPUT, CAPTIONS, ENCODERS = "Input", "Captions", "Encoders"
@@ -99,12 +100,12 @@ def recaption(
 
 def add_condition(
     shards: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the shards, encoded for a t2v model.", rich_help_panel=INPUT)] = Path("shards"),
-    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="The i2v model that will be trained; its VAE must be the one of the shards.", rich_help_panel=INPUT)] = DEFAULT_MODEL,
+    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="The i2v model that will be trained, with the VAE of the shards: a folder, a hub id, or the bundled toy-i2v.", rich_help_panel=INPUT)] = DEFAULT_MODEL,
     train_data_dir: Annotated[Path, typer.Option(metavar="DIR", envvar="DATASET_NAME", help="Folder of the videos and images that were encoded.", rich_help_panel=INPUT)] = Path("datasets"),
 
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=ENCODERS)] = "auto",
-    num_workers: Annotated[int | None, typer.Option(metavar="N", min=1, help="Processes that decode media beside the VAE.", show_default="one a core but one, at most 8", rich_help_panel=ENCODERS)] = None,
-    decode_timeout: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="A file that takes longer to decode is given up and listed as rejected.", rich_help_panel=ENCODERS)] = 120,
+    num_workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that decode media beside the VAE.", show_default="one a core but one, at most 8", rich_help_panel=ENCODERS)] = None,
+    decode_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="A file that takes longer to decode is given up and listed as rejected.", rich_help_panel=ENCODERS)] = 120,
 ) -> None:
     """Add the i2v condition to shards of a t2v model.
 

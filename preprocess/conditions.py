@@ -59,6 +59,14 @@ class ConditionConfig:
     decode_timeout: float
     rank: Rank = field(default_factory=Rank)
 
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UserError(f"--num-workers: {self.workers} is too small; expected at least 1.")
+        if not self.decode_timeout > 0:
+            raise UserError(
+                f"--decode-timeout: {self.decode_timeout:g} is no time; expected seconds above 0."
+            )
+
 
 @dataclass
 class Added:

@@ -21,7 +21,7 @@ import train.cli
 ROOT = Path(__file__).parents[1]
 APPS = {"wanprep": preprocess.cli.app, "wantrain": train.cli.app}
 COMMANDS = [
-    (program, command.callback.__name__)
+    (program, command.name or command.callback.__name__)
     for program, app in APPS.items()
     for command in app.registered_commands
     if command.callback is not None
@@ -66,7 +66,7 @@ def function_of(program: str, name: str) -> Callable[..., None]:
     (found,) = (
         command.callback
         for command in APPS[program].registered_commands
-        if command.callback is not None and command.callback.__name__ == name
+        if command.callback is not None and name in (command.name, command.callback.__name__)
     )
     return found
 
