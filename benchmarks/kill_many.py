@@ -1,14 +1,15 @@
 """Kill `wanprep` again and again, rerun it, and compare with a run that nobody disturbed.
 
-A session is: encode a dataset; edit a caption, take a picture out, add one, encode again with
---prune; compact. Each try runs it in a process of its own until that is killed (kill -9), looks at
-what is left, runs the interrupted command and the rest again, and compares.
+A session is: encode a dataset; recaption it; edit a caption, take a picture out, add one, encode
+again with --prune; recaption again; add i2v conditions; remove a sample; compact. Each try runs it
+in a process of its own until that is killed (kill -9), looks at what is left, runs the interrupted
+command and the rest again, and compares.
 
     python benchmarks/kill_many.py points              # die at every write, fsync, rename, removal
     python benchmarks/kill_many.py points --fault enospc    # the disk is full from there on
     python benchmarks/kill_many.py random --tries 1000      # kill -9 from outside, at random times
 
-Processes are forked from one that has imported everything, so a try takes about a second. Exits
+Processes are forked from one that has imported everything, so a try takes two seconds. Exits
 with 1 at the first difference.
 """
 
@@ -34,19 +35,35 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from preprocess import compact, encode, encoders  # noqa: E402, F401 - imported before the forks
+import preprocess.compact  # noqa: E402 - these are imported before the forks
+import preprocess.conditions  # noqa: E402
+import preprocess.encode  # noqa: E402
+import preprocess.encoders  # noqa: E402
+import preprocess.recaption  # noqa: E402, F401
 from preprocess.cli import app  # noqa: E402
 from shared.cli_support import run  # noqa: E402
 from shared.durable import FAULT  # noqa: E402
 from tests.models import tiny_model  # noqa: E402
 
 Contents = dict[str, dict[str, bytes]]
-"""Key → member → bytes."""
+"""Key → member → bytes; of an overlay, FOLDER/KEY."""
+
+OVERLAYS = ("captions/words", "conditions")
+REMOVE = 5  # the step
+# Live samples after each step: of the cache, captions, conditions.
+SAMPLES = (4, 4 + 3, 4 + 2, 4 + 4, 4 + 4 + 4, 3 + 3 + 3, 3 + 3 + 3)
 
 
 def prepare(folder: Path) -> None:
     """The model and the dataset before and after the edit."""
     tiny_model(folder / "model", "t2v")
+    tiny_model(folder / "model-i2v", "i2v")  # with the same VAE
+    for name, pictures in (("words-before", (0, 1, 2)), ("words-after", (0, 2, 3, 4))):
+        words = [
+            {"file_path": f"{n}.png", "text": f"words {n}" + f" {name}" * (n == 0)}
+            for n in pictures
+        ]
+        (folder / f"{name}.json").write_text(json.dumps(words))
     for name, pictures in (("before", (0, 1, 2, 3)), ("after", (0, 2, 3, 4))):
         (folder / name).mkdir()
         for number in pictures:
@@ -60,12 +77,21 @@ def prepare(folder: Path) -> None:
 
 def steps(folder: Path, cache: Path) -> list[list[str]]:
     """The commands of a session."""
-    common = ["--model", str(folder / "model"), "--output", str(cache), "--size", "64"]
-    common += ["--device", "cpu", "--num-workers", "1", "--train-data-dir"]
+    encode = ["encode", "--model", str(folder / "model"), "--output", str(cache), "--size", "64"]
+    encode += ["--device", "cpu", "--num-workers", "1", "--train-data-dir"]
+    shards = ["--shards", str(cache)]
+    recaption = ["recaption", "--name", "words", "--model", str(folder / "model"), *shards]
+    recaption += ["--device", "cpu", "--train-data-dir", str(folder / "after")]
+    condition = ["add-condition", "--model", str(folder / "model-i2v"), *shards]
+    condition += ["--device", "cpu", "--num-workers", "1"]
     return [
-        ["encode", *common, str(folder / "before")],
-        ["encode", *common, str(folder / "after"), "--prune"],
-        ["compact", "--shards", str(cache)],
+        [*encode, str(folder / "before")],
+        [*recaption, "--train-data-meta", str(folder / "words-before.json")],
+        [*encode, str(folder / "after"), "--prune"],
+        [*recaption, "--train-data-meta", str(folder / "words-after.json")],
+        [*condition, "--train-data-dir", str(folder / "after")],
+        ["remove", *shards, "--sample", "3.png"],
+        ["compact", *shards],
     ]
 
 
@@ -107,8 +133,21 @@ def finish(child: int) -> int:
 def contents(cache: Path) -> Contents:
     """What lives, straight from the specification (shards/README.md), with none of our readers.
 
-    It starts no thread either (zarr would), so that this process can go on forking.
+    It starts no thread either (zarr would), so that this process can go on forking. Of an overlay
+    only what belongs to a sample of the cache.
     """
+    found = folder_contents(cache)
+    lying = {name: folder_contents(cache / name) for name in OVERLAYS}
+    return found | {
+        f"{name}/{key}": members
+        for name, overlay in lying.items()
+        for key, members in overlay.items()
+        if key in found
+    }
+
+
+def folder_contents(cache: Path) -> Contents:
+    """Of a cache or an overlay, by itself."""
 
     def age(path: Path) -> tuple[int, int]:
         writer, number = path.stem.split("-")[-2:]
@@ -161,15 +200,17 @@ def check_end(cache: Path, at: str, undisturbed: list[Contents]) -> None:
     found, wanted = contents(cache), undisturbed[-1]
     expect(found.keys() == wanted.keys(), f"{at}: {sorted(found)} instead of {sorted(wanted)}")
     expect(found == wanted, f"{at}: other bytes")
-    counts = [json.loads(path.read_text())["count"] for path in cache.glob("h*.json")]
-    expect(sum(counts) == len(wanted), f"{at}: {counts} samples in shards after compacting")
-    manifest = json.loads((cache / "manifest.json").read_text())
-    expect(manifest["samples"] == len(wanted), f"{at}: the index has other samples")
-    tars = {path.stem for path in cache.glob("*.tar")}
-    sidecars = {p.stem for p in cache.glob("*.json")} - {"manifest"}
-    expect(tars == sidecars, f"{at}: {tars ^ sidecars} is half there")
-    strange = [path.name for path in cache.iterdir() if path.suffix == ".tmp"]
-    expect(not strange, f"{at}: {strange} left over")
+    for folder in (cache, *(cache / name for name in OVERLAYS)):
+        lives = len(folder_contents(folder))
+        counts = [json.loads(path.read_text())["count"] for path in folder.glob("h*.json")]
+        expect(sum(counts) == lives, f"{at}: {folder}: {counts} samples after compacting")
+        manifest = json.loads((folder / "manifest.json").read_text())
+        expect(manifest["samples"] == lives, f"{at}: the index of {folder} has other samples")
+        tars = {path.stem for path in folder.glob("*.tar")}
+        sidecars = {p.stem for p in folder.glob("*.json")} - {"manifest"}
+        expect(tars == sidecars, f"{at}: {folder}: {tars ^ sidecars} is half there")
+        strange = [path.name for path in folder.iterdir() if path.suffix == ".tmp"]
+        expect(not strange, f"{at}: {folder}: {strange} left over")
 
 
 def attempt(
@@ -188,6 +229,8 @@ def attempt(
         explained = "error: " in said and "make room" in said and "Traceback" not in said
         expect(code == 1 and explained, f"{at}: exit {code}: {said}")
     step = check_left(cache, at, undisturbed)
+    if step == REMOVE and contents(cache) == undisturbed[REMOVE]:
+        step += 1  # what is removed already cannot be named again
     code = finish(session(folder, cache, step))
     expect(code == 0, f"{at}: the rerun ended with {code}: {_error(cache)}")
     check_end(cache, at, undisturbed)
@@ -207,8 +250,14 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, metavar="N", help="every Nth point only")
     parser.add_argument("--tries", type=int, default=20, metavar="N", help="kills at random times")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, metavar="M", help="begin no try after that time")
     arguments = parser.parse_args()
     begun = time.monotonic()
+
+    def late() -> bool:
+        minutes = arguments.minutes
+        return minutes is not None and time.monotonic() - begun > 60 * minutes
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # In a process of its own: nothing but imports may have happened when we fork.
@@ -219,7 +268,7 @@ def main() -> None:
         finish(child)
 
         undisturbed, plain = [], folder / "undisturbed"
-        for step in range(3):
+        for step in range(len(SAMPLES)):
             words = steps(folder, plain)
             child = os.fork()
             if not child:
@@ -229,8 +278,11 @@ def main() -> None:
                 os._exit(0)
             expect(finish(child) == 0, f"the undisturbed session fails at step {step}")
             undisturbed.append(contents(plain))
-        expect([len(one) for one in undisturbed] == [4, 4, 4], "unexpected samples")
-        expect(undisturbed[0] != undisturbed[1] == undisturbed[2], "the edit changed nothing")
+        found = tuple(len(one) for one in undisturbed)
+        expect(found == SAMPLES, f"{found} samples, expected {SAMPLES}")
+        expect(undisturbed[-2] == undisturbed[-1], "compacting changed something")
+        lying = sum(len(folder_contents(plain / name)) for name in OVERLAYS)
+        expect(len(folder_contents(plain)) + lying == SAMPLES[-1], "an orphan was not compacted")
 
         log = folder / "points.log"
         started = time.monotonic()
@@ -241,6 +293,8 @@ def main() -> None:
         tried = hit = 0
         if arguments.how == "points":
             for number in range(1, len(points) + 1, arguments.every):
+                if late():
+                    break
                 fault = f"{arguments.fault}@{number}"
                 hit += attempt(
                     folder,
@@ -252,6 +306,8 @@ def main() -> None:
         else:
             moments = random.Random(arguments.seed)
             for _ in range(arguments.tries):
+                if late():
+                    break
                 tried += 1
                 delay = moments.uniform(0, seconds)
 

@@ -289,9 +289,10 @@ def _captions(there: CacheIndex | None) -> dict[str, bytes]:
 
 
 def _leftover(base: CacheIndex, wanted: dict[int, str], there: CacheIndex | None) -> list[str]:
-    """Keys that the overlay has a caption for and the dataset has not."""
-    live = {base.key(row) for row in wanted}
-    return [key for key in _captions(there) if key not in live]
+    """Keys of samples that the overlay has a caption for and the dataset has not."""
+    committed = _captions(there)
+    keys = (base.key(row) for row in range(len(base)) if row not in wanted)
+    return [key for key in keys if key in committed]
 
 
 def _missing_prompts(
