@@ -176,12 +176,12 @@ def index(
     from preprocess import report
     from preprocess.index import build_index, check_shards
     from preprocess.removal import require_shards
-    from preprocess.writer import output_lock
+    from preprocess.writer import output_lock, refusals_explained
     from shared.overlays import overlay_folders
 
     require_shards(shards)
     for folder in (shards, *overlay_folders(shards)):
-        with output_lock(folder):
+        with output_lock(folder), refusals_explained(folder, "The shards are as they were."):
             check_shards(folder)
             typer.echo(report.contents(folder, build_index(folder)))
 

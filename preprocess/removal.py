@@ -57,8 +57,9 @@ def remove(folder: Path, wanted: Sequence[str], *, dry_run: bool) -> Removed:
     Nothing is written in a dry run, and nothing where one of the names fits no sample (UserError).
     """
     require_shards(folder)
-    with output_lock(folder), refusals_explained(folder, "Nothing was removed."):
-        index = fresh_index(folder)
+    with output_lock(folder):
+        with refusals_explained(folder, "Nothing was removed."):
+            index = fresh_index(folder)
         rows = {index.key(row): row for row in range(len(index))}
         names = sources(index, rows.values()) if not all(map(KEY.fullmatch, wanted)) else None
         chosen: dict[str, None] = {}
@@ -75,9 +76,12 @@ def remove(folder: Path, wanted: Sequence[str], *, dry_run: bool) -> Removed:
             chosen |= dict.fromkeys(fits)
         found = sources(index, [rows[key] for key in chosen])
         if not dry_run:
-            writer = ShardWriter(folder, index.fingerprint, shard_bytes=1)
-            writer.add_tombstones(chosen)
-            index = fresh_index(folder)
+            with refusals_explained(folder, "Nothing was removed."):
+                writer = ShardWriter(folder, index.fingerprint, shard_bytes=1)
+                writer.add_tombstones(chosen)
+            kept = f"The samples are removed, the index is old: wanprep index --shards {folder}"
+            with refusals_explained(folder, kept):
+                index = fresh_index(folder)
     return Removed(sources=found, index=index)
 
 

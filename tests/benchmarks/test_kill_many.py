@@ -27,8 +27,8 @@ def kill_many(*arguments: str) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("fault", "every"),
     [
-        ("kill", "70"),
-        ("enospc", "100"),
+        ("kill", "160"),
+        ("enospc", "270"),
         pytest.param("kill", "1", marks=pytest.mark.long),
         pytest.param("enospc", "1", marks=pytest.mark.long),
     ],
