@@ -70,6 +70,7 @@ def encode(
     model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that the shards are for: a folder in diffusers layout, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)] = DEFAULT_MODEL,
     train_data_dir: Annotated[Path, typer.Option(metavar="DIR", envvar="DATASET_NAME", help="Folder of videos and images; relative paths in the list start here.", rich_help_panel=INPUT)] = Path("datasets"),
     train_data_meta: Annotated[Path | None, typer.Option(metavar="FILE", envvar="DATASET_META_NAME", help="List of media and captions, .json, .jsonl or .csv: an entry has a path (file_path, video_path, image_path or file_name), a caption (text, caption or captions: one, or a list) and perhaps a type (video or image).", show_default="metadata.json, .jsonl or .csv in the data folder, else a.txt beside a.mp4", rich_help_panel=INPUT)] = None,
+    dataset_config: Annotated[Path | None, typer.Option(metavar="FILE", help="Several datasets in one TOML file, as for musubi-tuner or diffusion-pipe, in place of --train-data-dir; each may have its own sizes, frames and num_repeats.", show_default="one dataset", rich_help_panel=INPUT)] = None,
 
     size: Annotated[int, typer.Option(metavar="PX", help="Size of images and videos: the side, in pixels, of a square of the same area; 320 is 240P, 480 is 320P, 640 is 480P, 960 is 720P.", rich_help_panel=SAMPLES)] = 640,
     image_sample_size: Annotated[int | None, typer.Option(metavar="PX", help="Size of images alone, in pixels, meant as --size is.", show_default="--size", rich_help_panel=SAMPLES)] = None,
@@ -108,6 +109,7 @@ def encode(
         model=model,
         data_dir=train_data_dir,
         metadata=train_data_meta,
+        dataset_config=dataset_config,
         output=output,
         image_size=size if image_sample_size is None else image_sample_size,
         video_size=size if video_sample_size is None else video_sample_size,

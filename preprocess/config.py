@@ -48,6 +48,8 @@ class EncodeConfig:
     """Seconds after which a file that is being decoded is given up."""
     rank: Rank = field(default_factory=Rank)
     """This process's share of the work."""
+    dataset_config: Path | None = None
+    """TOML of several datasets, instead of `data_dir` and `metadata`."""
     prune: bool = False
     """Remove samples from the cache that the dataset does not give any more."""
 
@@ -64,6 +66,12 @@ class EncodeConfig:
             raise UserError(
                 f"--video-sample-n-frames: {self.frames} is not of the form 4n+1 "
                 f"(1, 5, 9, … 81); the nearest that is: {nearest}."
+            )
+        if self.dataset_config is not None and self.metadata is not None:
+            raise UserError(
+                f"--dataset-config: {self.dataset_config} and --train-data-meta (or "
+                f"DATASET_META_NAME) {self.metadata} are both given, expected one of them. A "
+                'dataset of the TOML file may name a list: metadata = "FILE".'
             )
         at_least = {
             "--video-sample-stride": (self.stride, 1),

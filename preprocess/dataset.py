@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from preprocess.media import ANIMATIONS, Kind
 from preprocess.metadata import CAPTION_FIELDS, NAMES, PATH_FIELDS, find_metadata, read_metadata
+from preprocess.sampling import Sampling
 from shared.errors import UserError, json_kind
 
 EXTENSIONS: dict[str, Literal["video", "image"]] = {
@@ -20,6 +21,9 @@ EXTENSIONS: dict[str, Literal["video", "image"]] = {
     **dict.fromkeys((".tif", ".tiff"), "image"),
 }
 """What a file is by its name; those of `media.ANIMATIONS` are videos if they move."""
+
+AS_ASKED = Sampling()
+"""As the command line says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,10 @@ class Entry:
     caption: str
     """Without surrounding whitespace, never empty."""
     type: Kind
+    sampling: Sampling = AS_ASKED
+    """What its dataset says about sizes and frames."""
+    repeats: int = 1
+    """How often an epoch shows it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +64,17 @@ class _BadEntryError(Exception):
     """Reason why one entry is left out."""
 
 
-def load_dataset(data_dir: Path, metadata: Path | None) -> Dataset:
+def load_dataset(
+    data_dir: Path,
+    metadata: Path | None,
+    *,
+    caption_suffix: str = ".txt",
+    kind: Literal["video", "image"] | None = None,
+) -> Dataset:
     """Read the dataset. `metadata=None`: the folder's metadata file if it has one, else its media.
+
+    `caption_suffix` is what the names of captions beside media end in. With a `kind`, a folder's
+    media of the other are passed over, and the files of a list are read as that kind.
 
     Raises UserError where there is no dataset at all; single bad entries are returned rejected.
     """
@@ -70,11 +87,13 @@ def load_dataset(data_dir: Path, metadata: Path | None) -> Dataset:
             )
         metadata = find_metadata(data_dir)
         if metadata is None:
-            return _from_folder(data_dir)
-    return _from_metadata(data_dir, metadata)
+            return _from_folder(data_dir, caption_suffix, kind)
+    return _from_metadata(data_dir, metadata, kind)
 
 
-def _from_metadata(data_dir: Path, metadata: Path) -> Dataset:
+def _from_metadata(
+    data_dir: Path, metadata: Path, kind: Literal["video", "image"] | None
+) -> Dataset:
     records = read_metadata(metadata)
     entries: list[Entry] = []
     rejected: list[Rejected] = []
@@ -82,7 +101,7 @@ def _from_metadata(data_dir: Path, metadata: Path) -> Dataset:
         try:
             if record.problem is not None:
                 raise _BadEntryError(record.problem)
-            entries += _entries(record.value, data_dir)
+            entries += _entries(record.value, data_dir, kind)
         except _BadEntryError as error:
             named = _named_path(record.value)
             rejected.append(Rejected(source=named or record.where, reason=str(error)))
@@ -101,7 +120,7 @@ def _named_path(item: Any) -> str | None:
     return next((path for path in given if isinstance(path, str) and path), None)
 
 
-def _entries(item: Any, data_dir: Path) -> list[Entry]:
+def _entries(item: Any, data_dir: Path, only: Literal["video", "image"] | None) -> list[Entry]:
     """One record, an entry for each of its captions.
 
     `width`, `height` and whatever else it holds are ignored: the file decides.
@@ -121,7 +140,7 @@ def _entries(item: Any, data_dir: Path) -> list[Entry]:
     said = item.get("type")
     if said and said not in ("video", "image"):
         raise _BadEntryError(f"type is {said!r}, expected 'video' or 'image'")
-    kind = said or implied or _kind(path)
+    kind = said or implied or only or _kind(path)
     source = _source(path, given, data_dir)
     return [_checked(path, source, caption, kind) for caption in _captions(item, captions)]
 
@@ -161,33 +180,39 @@ def _text(
     raise _BadEntryError(f"no {' or '.join(fields)}, expected {what}")
 
 
-def _from_folder(folder: Path) -> Dataset:
+def _from_folder(
+    folder: Path, caption_suffix: str, kind: Literal["video", "image"] | None
+) -> Dataset:
     entries: list[Entry] = []
     rejected: list[Rejected] = []
     files = sorted(_files(folder))
-    media = [path for path in files if path.suffix.lower() in EXTENSIONS]
+    media = [path for path in files if EXTENSIONS.get(path.suffix.lower()) in _KINDS[kind]]
     if not media:
         raise UserError(
             f"dataset: {folder} has no {' or '.join(NAMES)} and no media "
-            f"({' '.join(EXTENSIONS)}). "
+            f"({' '.join(name for name, one in EXTENSIONS.items() if one in _KINDS[kind])}). "
             "Set --train-data-dir (or DATASET_NAME) to a folder that has."
         )
-    captions = {path for path in files if path.suffix == ".txt"}
-    stems = {path.with_suffix("") for path in media}
+    captions = {path for path in files if path.suffix == caption_suffix}
+    stems = {path.with_suffix("") for path in files if path.suffix.lower() in EXTENSIONS}
     for path in files:
         # A caption says that somebody wanted this file: it must not be left out in silence.
-        captioned = path.suffix != ".txt" and path.with_suffix(".txt") in captions
+        is_caption = path.suffix == caption_suffix
+        captioned = not is_caption and path.with_suffix(caption_suffix) in captions
         if captioned and path.with_suffix("") not in stems:
             source = path.relative_to(folder).as_posix()
             rejected.append(Rejected(source=source, reason=f"unknown extension {path.suffix!r}"))
     for path in media:
         source = path.relative_to(folder).as_posix()
         try:
-            caption = _caption_beside(path)
-            entries.append(_checked(path, source, caption, _kind(path)))
+            caption = _caption_beside(path, caption_suffix)
+            entries.append(_checked(path, source, caption, kind or _kind(path)))
         except _BadEntryError as error:
             rejected.append(Rejected(source=source, reason=str(error)))
     return Dataset(origin=folder, entries=tuple(entries), rejected=tuple(rejected))
+
+
+_KINDS = {None: ("video", "image"), "video": ("video",), "image": ("image",)}
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -216,8 +241,8 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _caption_beside(path: Path) -> str:
-    text = path.with_suffix(".txt")
+def _caption_beside(path: Path, suffix: str) -> str:
+    text = path.with_suffix(suffix)
     try:
         return text.read_text(encoding="utf-8-sig")
     except OSError as error:

@@ -19,12 +19,19 @@ from preprocess import report
 from preprocess.background_writer import BackgroundWriter
 from preprocess.clips import ClipRule
 from preprocess.config import EncodeConfig
-from preprocess.dataset import Rejected, load_dataset
+from preprocess.dataset import Dataset, Rejected, load_dataset
+from preprocess.dataset_config import load_dataset_config
 from preprocess.fingerprint import encode_fingerprint, refuse_other_settings
 from preprocess.index import caption_digest, settled_index
 from preprocess.media import MediaError
-from preprocess.passes import Times, latents_from_cache, latents_from_media, text_pass
-from preprocess.plan import Captions, Work, plan_work
+from preprocess.passes import (
+    Times,
+    latents_from_cache,
+    latents_from_media,
+    text_pass,
+    texts_from_cache,
+)
+from preprocess.plan import Captions, Committed, Work, plan_work
 from preprocess.rejected import rejected_file, write_rejected
 from preprocess.removal import unlisted
 from preprocess.text_cache import TextCache
@@ -92,7 +99,7 @@ def _encode(
     outcome: Outcome,
 ) -> None:
     # What there is: the dataset and the model.
-    dataset = load_dataset(config.data_dir, config.metadata)
+    dataset = _dataset(config)
     spec = _encodable_model(config)
     say(console, f"dataset  {dataset.origin}: {len(dataset.entries)} usable")
     say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
@@ -170,6 +177,8 @@ def _encode(
         try:
             # Text pass: each caption once; the encoder is gone before the VAE comes.
             needed = list(dict.fromkeys([text for _, text in prompts] + captions))
+            if outcome.index is not None:
+                texts_from_cache(todo, committed, outcome.index, texts)
             with report.bar(console, "encoding captions", len(needed)) as advance:
                 text_pass(
                     needed,
@@ -229,6 +238,12 @@ def _encode(
             raise
 
 
+def _dataset(config: EncodeConfig) -> Dataset:
+    if config.dataset_config is not None:
+        return load_dataset_config(config.dataset_config)
+    return load_dataset(config.data_dir, config.metadata)
+
+
 def _encodable_model(config: EncodeConfig) -> ModelSpec:
     spec = read_model_spec(resolve_model(config.model, COMPONENTS))
     unsupported = {
@@ -260,15 +275,19 @@ def _clip_rule(config: EncodeConfig, spec: ModelSpec) -> ClipRule:
 def _committed(index: CacheIndex | None) -> Captions:
     if index is None:
         return {}
-    return {index.key(row): bytes(index.captions[row]) for row in range(len(index))}
+    captions, repeats = index.captions, index.repeats
+    return {
+        index.key(row): Committed(bytes(captions[row]), int(repeats[row]))
+        for row in range(len(index))
+    }
 
 
 def _missing(work: Work, committed: Captions) -> list[tuple[str, str]]:
-    """The (key, caption) of a clip that are not in the shards, or there with another caption."""
+    """The (key, caption) of a clip that the shards lack, or have with other words or repeats."""
     return [
         (key, caption)
         for key, caption in work.samples
-        if committed.get(key) != caption_digest(caption)
+        if committed.get(key) != Committed(caption_digest(caption), work.repeats)
     ]
 
 

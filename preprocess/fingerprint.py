@@ -19,6 +19,8 @@ from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec
 
 # Raise when `shared.buckets` maps some size to another bucket than before.
 BUCKET_TABLE_VERSION = 1
+BY_DATASET = "by dataset"
+"""Stands for settings that each dataset of a --dataset-config has for itself."""
 
 
 def encode_fingerprint(config: EncodeConfig, spec: ModelSpec, hasher: FileHasher) -> Fingerprint:
@@ -38,6 +40,15 @@ def encode_fingerprint(config: EncodeConfig, spec: ModelSpec, hasher: FileHasher
                 f"{component} folder, or set --pretrained-model-name-or-path (or MODEL_NAME) "
                 "to a complete model."
             )
+    media: dict[str, int | str] = {
+        "image_sample_size": config.image_size,
+        "video_sample_size": config.video_size,
+        "video_sample_stride": config.stride,
+        "video_sample_n_frames": config.frames,
+    }
+    if config.dataset_config is not None:
+        # The keys tell such samples apart; were the values here, no dataset could be added later.
+        media = dict.fromkeys(media, BY_DATASET)
     return {
         "format": FORMAT_VERSION,
         "mode": spec.mode,
@@ -52,11 +63,8 @@ def encode_fingerprint(config: EncodeConfig, spec: ModelSpec, hasher: FileHasher
         "media": {
             "resize": RESIZE_RULE,
             "bucket_table": BUCKET_TABLE_VERSION,
-            "image_sample_size": config.image_size,
-            "video_sample_size": config.video_size,
             "frame_rule": FRAME_RULE,
-            "video_sample_stride": config.stride,
-            "video_sample_n_frames": config.frames,
+            **media,
             "seed": config.seed,
         },
     }

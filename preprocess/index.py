@@ -64,6 +64,7 @@ class _Row:
     caption: bytes = b""
     type: int = 0
     tokens: int = 0
+    repeats: int = 1
     offset: list[int] = field(default_factory=lambda: [0] * len(MEMBERS))
     length: list[int] = field(default_factory=lambda: [0] * len(MEMBERS))
 
@@ -92,7 +93,7 @@ def settled_index(folder: Path) -> CacheIndex:
     with index_lock(folder):
         index = fresh_index(folder)
         _ = index.keys, index.captions, index.bucket_ids, index.shard_ids
-        _ = index.types, index.tokens, index.offsets, index.lengths
+        _ = index.types, index.tokens, index.repeats, index.offsets, index.lengths
         return index
 
 
@@ -334,6 +335,7 @@ def _read_details(row: _Row, suffix: str, stream: IO[bytes] | None) -> None:
         info = json.load(stream)
         row.caption = caption_digest(info["caption"])
         row.type = MEDIA_TYPES.index(info["type"])
+        row.repeats = int(info.get("repeats", 1))  # older shards have none
     else:
         # safetensors begins with its header's length (8 bytes, little endian) and the header.
         length = int.from_bytes(stream.read(8), "little")
@@ -350,6 +352,7 @@ def _columns(rows: list[_Row], shard: int) -> Columns:
         "shard": [shard] * len(rows),
         "type": [row.type for row in rows],
         "tokens": [row.tokens for row in rows],
+        "repeats": [row.repeats for row in rows],
         "offset": [row.offset for row in rows],
         "length": [row.length for row in rows],
     }

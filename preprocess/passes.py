@@ -13,15 +13,15 @@ import numpy.typing as npt
 import torch
 
 from preprocess.decode import fitted_frames
-from preprocess.index import check_shards
+from preprocess.index import caption_digest, check_shards
 from preprocess.media import MediaError
-from preprocess.plan import Work
+from preprocess.plan import Captions, Committed, Work
 from preprocess.text_cache import TextCache
 from preprocess.workers import WorkerPool
 from shared.cache import CacheIndex, MemberReader
 from shared.latent_rgb import ColourSums
 from shared.model_spec import ModelSpec
-from shared.schema import CONDITION_MEMBER, LATENTS_MEMBER
+from shared.schema import CONDITION_MEMBER, LATENTS_MEMBER, TEXT_MEMBER
 
 if TYPE_CHECKING:  # diffusers and transformers wait until an encoder is built
     from preprocess.encoders import LatentEncoder, TextEncoder
@@ -118,6 +118,35 @@ def latents_from_cache(work: Sequence[Work], cache: CacheIndex) -> Iterator[tupl
             condition = reader.read(row, CONDITION_MEMBER)
             cond = None if condition is None else condition["cond"]
             yield item, Encoded(latents=latents["latents"], condition=cond)
+    finally:
+        reader.close()
+
+
+def texts_from_cache(
+    work: Sequence[Work], committed: Captions, cache: CacheIndex, texts: TextCache
+) -> None:
+    """Put the embeddings of committed samples into `texts` that are to be written anew.
+
+    Their caption is the same: something else about them has changed.
+    """
+    same = {
+        key: caption
+        for item in work
+        for key, caption in item.samples
+        if (there := committed.get(key)) is not None
+        and there != Committed(there.caption, item.repeats)
+        and there.caption == caption_digest(caption)
+    }
+    if not same:
+        return
+    rows = {key: row for row in range(len(cache)) if (key := cache.key(row)) in same}
+    check_shards(cache.folder, {cache.shards[int(cache.shard_ids[row])] for row in rows.values()})
+    reader = MemberReader(cache)
+    try:
+        for key, row in rows.items():
+            text = reader.read(row, TEXT_MEMBER)
+            if text is not None and same[key] not in texts:
+                texts.put(same[key], text["text"])
     finally:
         reader.close()
 

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from preprocess.clips import Clip, ClipRule, choose_clip
+from preprocess.clips import Clip, ClipRule
 from preprocess.dataset import Entry, Rejected
 from preprocess.decode import look
 from preprocess.index import caption_digest
@@ -29,6 +29,8 @@ class Work:
     clip: Clip
     samples: tuple[tuple[str, str], ...]
     """(key, caption), in order of appearance."""
+    repeats: int
+    """How often an epoch shows it: the most that any of its datasets asks for."""
     home: str
     """Key of its first caption ordinal, whichever captions there are: decides whose work it is."""
 
@@ -49,11 +51,20 @@ class Work:
             fps=self.probe.fps,
             source_width=self.probe.width,
             source_height=self.probe.height,
+            repeats=self.repeats,
         )
 
 
-Captions = Mapping[str, bytes]
-"""Key → `caption_digest`, of the samples that are committed."""
+class Committed(NamedTuple):
+    """What a sample of the cache may be changed in without another key."""
+
+    caption: bytes
+    """`caption_digest`."""
+    repeats: int
+
+
+Captions = Mapping[str, Committed]
+"""By key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +93,7 @@ def plan_work(
     files: dict[tuple[Path, Kind], list[int]] = {}  # each opened once, however many captions
     for number, entry in enumerate(entries):
         files.setdefault((entry.path, entry.type), []).append(number)
-    found: dict[int, _Looked | Rejected] = {}
+    found: dict[int, list[_Looked] | Rejected] = {}
     names = {path: _name(hasher, path) for path, _ in files}
 
     def tasks() -> Iterator[tuple[list[int], tuple[Path, Kind, str | None]]]:
@@ -100,15 +111,22 @@ def plan_work(
         first = entries[numbers[0]]
         try:
             seen, sha256 = future.result()
-            if (name := names[first.path]) is not None:
-                hasher.remember(name, sha256)
-            clip = choose_clip(seen, seen.type, sha256, rule)
-            for number in numbers:
-                found[number] = _Looked(entry=entries[number], sha256=sha256, probe=seen, clip=clip)
         except (MediaError, OSError) as error:
             for number in numbers:
                 found[number] = Rejected(source=entries[number].source, reason=str(error))
-        for _ in numbers:
+                on_progress()
+            continue
+        if (name := names[first.path]) is not None:
+            hasher.remember(name, sha256)
+        for number in numbers:
+            entry = entries[number]
+            try:
+                found[number] = [
+                    _Looked(entry=entry, sha256=sha256, probe=seen, clip=clip)
+                    for clip in entry.sampling.clips(seen, seen.type, sha256, rule)
+                ]
+            except MediaError as error:
+                found[number] = Rejected(source=entry.source, reason=str(error))
             on_progress()
 
     clips: dict[tuple[str, Clip], list[_Looked]] = {}
@@ -118,8 +136,9 @@ def plan_work(
         if isinstance(one, Rejected):
             rejected[one] = None
         else:
-            clips.setdefault((one.sha256, one.clip), []).append(one)
-    there = set(committed.values())
+            for looked_at in one:
+                clips.setdefault((looked_at.sha256, looked_at.clip), []).append(looked_at)
+    there = {sample.caption for sample in committed.values()}
     works: list[Work] = []
     for same in clips.values():
         try:
@@ -152,7 +171,7 @@ def _work(found: list[_Looked], committed: Captions, there: set[bytes]) -> Work:
     for position, caption in enumerate(captions):
         if (digest := caption_digest(caption)) in there:
             ordinals = (position, *range(MOST_CAPTIONS))
-            its = (n for n in ordinals if committed.get(key(n)) == digest)
+            its = (n for n in ordinals if (at := committed.get(key(n))) and at.caption == digest)
             if (ordinal := next(its, None)) is not None:
                 kept[caption] = ordinal
     free = (n for n in range(MOST_CAPTIONS) if n not in kept.values())
@@ -162,5 +181,6 @@ def _work(found: list[_Looked], committed: Captions, there: set[bytes]) -> Work:
         probe=first.probe,
         clip=first.clip,
         samples=tuple((keys[caption], caption) for caption in captions),
+        repeats=max(looked.entry.repeats for looked in found),
         home=key(0),
     )

@@ -51,6 +51,7 @@ COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
     "shard": ("int32", ()),
     "type": ("uint8", ()),  # position in MEDIA_TYPES
     "tokens": ("int32", ()),
+    "repeats": ("int32", ()),  # how often an epoch shows the sample
     "offset": ("int64", (len(MEMBERS),)),  # of each member's bytes in the tar, in MEMBERS' order
     "length": ("int64", (len(MEMBERS),)),  # 0 where the sample has no such member
 }
@@ -237,6 +238,13 @@ class CacheIndex:
     @cached_property
     def tokens(self) -> npt.NDArray[np.int32]:
         return self._column("tokens")
+
+    @cached_property
+    def repeats(self) -> npt.NDArray[np.int32]:
+        """How often an epoch shows each sample; 1 in caches that are older than the column."""
+        if "repeats" not in self.column_sha256:
+            return np.ones(len(self), dtype=np.int32)
+        return self._column("repeats")
 
     @cached_property
     def offsets(self) -> npt.NDArray[np.int64]:

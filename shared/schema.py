@@ -52,6 +52,8 @@ class SampleInfo:
     """Frames per second of the source; None for an image."""
     source_width: int
     source_height: int
+    repeats: int = 1
+    """How often an epoch shows the sample."""
     tags: list[str] = field(default_factory=list)
 
     @property
@@ -59,7 +61,10 @@ class SampleInfo:
         return Bucket(self.height, self.width, self.frames)
 
     def to_bytes(self) -> bytes:
-        return json.dumps(asdict(self), ensure_ascii=False).encode()
+        fields = asdict(self)
+        if self.repeats == 1:  # what readers take it for, and what the first caches have
+            del fields["repeats"]
+        return json.dumps(fields, ensure_ascii=False).encode()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,6 +111,26 @@ ROWS: dict[str, tuple[str, str]] = {
         "error: dataset: {two} holds metadata.json, metadata.csv; expected one. Choose: "
         "--train-data-meta {two}/metadata.json",
     ),
+    "a key that no dataset has": (
+        ENCODE + "--dataset-config {bad_toml}",
+        "error: dataset: {bad_toml}: dataset 1: unknown key 'target_frame'. Expected: batch_size, "
+        "bucket_no_upscale, cache_directory, caption_extension, enable_ar_bucket, enable_bucket, "
+        "frame_buckets, image_directory, image_jsonl_file, image_sample_size, metadata, "
+        "multiple_target, num_repeats, path, resolution, resolutions, skip_empty_caption, "
+        "target_frames, video_directory, video_jsonl_file, video_sample_n_frames, "
+        "video_sample_size, video_sample_stride.",
+    ),
+    "a list and a file of datasets": (
+        ENCODE + "--dataset-config {bad_toml} --train-data-meta {missing_json}",
+        "error: --dataset-config: {bad_toml} and --train-data-meta (or DATASET_META_NAME) "
+        "{missing_json} are both given, expected one of them. A dataset of the TOML file may "
+        'name a list: metadata = "FILE".',
+    ),
+    "no file of datasets": (
+        ENCODE + "--dataset-config {nowhere}",
+        "error: --dataset-config: cannot read {nowhere} (No such file or directory). Expected a "
+        'TOML file such as:\n[[datasets]]\nvideo_directory = "clips"',
+    ),
     "a listed file is missing": (
         ENCODE + "--train-data-dir {data} --train-data-meta {missing_json}",
         "error: dataset: {missing_json} has nothing that can be encoded.\n"
@@ -490,6 +510,7 @@ def world(
     listed("nothing.jsonl", "")
     listed("fields.csv", "file_path,text\na.mp4,red, blue\n")
     listed("blank.json", json.dumps([{"file_path": "a.mp4", "text": " "}]))
+    listed("bad.toml", '[[datasets]]\npath = "data"\ntarget_frame = 1\n')
     listed("text.safetensors", "no tensors at all")
     (root / "two").mkdir()
     paths["two"] = root / "two"

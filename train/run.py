@@ -138,7 +138,8 @@ def prepare(config: DistillConfig) -> Run:
             "choice for the high-noise expert alone. Leave it out."
         )
     resolve_model(config.model, [component_of(expert)])
-    repeats = np.where(index.types == MEDIA_TYPES.index("video"), config.video_repeat, 1)
+    of_type = np.where(index.types == MEDIA_TYPES.index("video"), config.video_repeat, 1)
+    repeats = of_type * index.repeats.astype(np.int64)
     plan = BatchPlan(
         bucket_ids=index.bucket_ids,
         repeats=repeats,

@@ -1,0 +1,277 @@
+"""Several datasets in one TOML file, in the shape of musubi-tuner's and diffusion-pipe's.
+
+    [general]                      # for all datasets; diffusion-pipe writes these at the top
+    [[datasets]]                   # or diffusion-pipe's [[directory]]
+
+`docs/encode.md` lists the keys. A key without a meaning here is refused, not passed over: it would
+make other samples than its author believes.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from preprocess.config import LARGEST_SIZE, SMALLEST_SIZE
+from preprocess.dataset import Dataset, Entry, Rejected, load_dataset
+from preprocess.sampling import Resolution, Sampling
+from shared.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+TABLES = ("datasets", "directory")
+GENERAL = "general"
+
+# Where a dataset's media are → the only kind of media that counts there.
+FOLDERS = {"video_directory": "video", "image_directory": "image", "path": None}
+LISTS = {"video_jsonl_file": "video", "image_jsonl_file": "image", "metadata": None}
+
+# Keys of training, which has options of its own; they change nothing in a cache.
+IGNORED = ("batch_size", "cache_directory")
+# Keys that say what is done anyway, and the value that says it.
+FIXED: dict[str, Any] = {
+    "bucket_no_upscale": False,
+    "skip_empty_caption": True,
+    "multiple_target": False,
+    "enable_bucket": True,
+    "enable_ar_bucket": True,
+}
+# Keys that people may well bring, and why there is nothing to set.
+REFUSED = {
+    **dict.fromkeys(
+        ("min_ar", "max_ar", "num_ar_buckets", "ar_buckets", "size_buckets"),
+        "aspect buckets are Wan's fixed table (shards/README.md)",
+    ),
+    **dict.fromkeys(
+        ("control_directory", "control_path", "control_resolution", "no_resize_control"),
+        "there are no control images",
+    ),
+    "mask_path": "there are no masks",
+}
+
+
+class _BadValueError(Exception):
+    """What a key's value should have been."""
+
+
+def load_dataset_config(file: Path) -> Dataset:
+    """All datasets of a TOML file, in its order.
+
+    Raises UserError naming the file, the dataset, the key, what was found and what was expected.
+    """
+    general, tables = _tables(file)
+    parts = []
+    for number, table in enumerate(tables, start=1):
+        where = f"dataset: {file}: dataset {number}"
+        try:
+            parts.append(_load(file, where, {**general, **table}))
+        except _BadValueError as error:
+            raise UserError(f"{where}: {error}") from error
+    return Dataset(
+        origin=file,
+        entries=tuple(entry for part in parts for entry in part.entries),
+        rejected=tuple(one for part in parts for one in part.rejected),
+    )
+
+
+def _tables(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What is said for all datasets, and the datasets."""
+    example = '[[datasets]]\nvideo_directory = "clips"'
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"--dataset-config: cannot read {file} ({error.strerror}). Expected a TOML file such "
+            f"as:\n{example}"
+        ) from error
+    except ValueError as error:  # tomllib's and UnicodeDecodeError
+        raise UserError(f"--dataset-config: {file} is no TOML ({error}).") from error
+    found = [name for name in TABLES if name in content]
+    if len(found) != 1 or not isinstance(content[found[0]], list) or not content[found[0]]:
+        given = " and ".join(found) or "none"
+        raise UserError(
+            f"dataset: {file}: expected tables [[datasets]] (or [[directory]]), found {given}. "
+            f"Write:\n{example}"
+        )
+    tables = content.pop(found[0])
+    general = content.pop(GENERAL, {})
+    if not all(isinstance(table, dict) for table in (general, *tables)):
+        raise UserError(
+            f"dataset: {file}: {found[0]} must be tables and {GENERAL} one. Write:\n{example}"
+        )
+    general = {**content, **general}  # diffusion-pipe's stand at the top
+    for name in general:
+        if name in FOLDERS or name in LISTS:
+            raise UserError(
+                f"dataset: {file}: {name} stands outside of a dataset. Put it under [[datasets]]."
+            )
+    return general, tables
+
+
+def _load(file: Path, where: str, table: Mapping[str, Any]) -> Dataset:
+    """One dataset."""
+    sources = [name for name in (*FOLDERS, *LISTS) if name in table]
+    known = {*FOLDERS, *LISTS, *IGNORED, *FIXED, *READERS}
+    for name, value in table.items():
+        if name in REFUSED:
+            raise _BadValueError(f"{name} has no meaning here: {REFUSED[name]}. Delete the line.")
+        if name not in known:
+            raise _BadValueError(f"unknown key {name!r}. Expected: {', '.join(sorted(known))}.")
+        if name in FIXED and value is not FIXED[name]:
+            meant = str(FIXED[name]).lower()
+            raise _BadValueError(
+                f"{name} is {value!r}, only {meant} is supported. Delete the line."
+            )
+    values: dict[str, Any] = {}
+    for name, read in READERS.items():
+        if name in table:
+            try:
+                values[name] = read(table[name])
+            except _BadValueError as error:
+                found = table[name]
+                raise _BadValueError(f"{name} is {found!r}, expected {error}.") from error
+    folder = [name for name in sources if name in FOLDERS]
+    listed = [name for name in sources if name in LISTS]
+    if len(folder) > 1 or len(listed) > 1 or not sources:
+        raise _BadValueError(
+            f"its media are given by {' and '.join(sources) or 'nothing'}, expected one of "
+            f"{', '.join((*FOLDERS, *LISTS))}."
+        )
+    paths = {name: _path(file, name, table[name]) for name in sources}
+    kind = next((k for n in sources if (k := FOLDERS.get(n) or LISTS.get(n))), None)
+    metadata = paths[listed[0]] if listed else None
+    data_dir = paths[folder[0]] if folder else paths[listed[0]].parent
+    if folder and not data_dir.is_dir():
+        raise _BadValueError(f"{folder[0]}: there is no folder {data_dir}.")
+    if metadata is not None and not metadata.is_file():
+        raise _BadValueError(f"{listed[0]}: there is no file {metadata}.")
+    try:
+        loaded = load_dataset(
+            data_dir,
+            metadata,
+            caption_suffix=values.get("caption_extension", ".txt"),
+            kind=kind,  # type: ignore[arg-type]
+        )
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).removeprefix('dataset: ')}") from error
+    sampling = _sampling(values)
+    repeats = values.get("num_repeats", 1)
+
+    def named(source: str) -> str:
+        """As the file would be found from here: names of two folders must not be mixed up."""
+        return source if Path(source).is_absolute() else (data_dir / source).as_posix()
+
+    def own(entry: Entry) -> Entry:
+        return replace(entry, source=named(entry.source), sampling=sampling, repeats=repeats)
+
+    return Dataset(
+        origin=loaded.origin,
+        entries=tuple(own(entry) for entry in loaded.entries),
+        rejected=tuple(
+            Rejected(source=named(one.source), reason=one.reason) for one in loaded.rejected
+        ),
+    )
+
+
+def _path(file: Path, name: str, value: Any) -> Path:
+    """From the working folder, as both projects have it, or else from the file's own."""
+    if not isinstance(value, str) or not value:
+        raise _BadValueError(f"{name} is {value!r}, expected a path.")
+    path = Path(value).expanduser()
+    beside = file.parent / path
+    return beside if not path.exists() and beside.exists() else path
+
+
+def _sampling(values: Mapping[str, Any]) -> Sampling:
+    """What the keys say about sizes and frames."""
+    clash = [
+        ("resolution", "resolutions"),
+        ("target_frames", "frame_buckets"),
+        *(("video_sample_n_frames", name) for name in ("target_frames", "frame_buckets")),
+    ]
+    for one, other in clash:
+        if one in values and other in values:
+            raise _BadValueError(f"{one} and {other} are both given, expected one of them.")
+    single = values.get("resolution")
+    resolutions = values.get("resolutions", () if single is None else (single,))
+    lengths = values.get("target_frames", values.get("frame_buckets", ()))
+    if "frame_buckets" in values:  # 1 is for images there: a video is never cut down to a still
+        lengths = tuple(n for n in lengths if n > 1) or lengths
+    return Sampling(
+        image_size=values.get("image_sample_size"),
+        video_size=values.get("video_sample_size"),
+        resolutions=resolutions,
+        stride=values.get("video_sample_stride"),
+        frames=values.get("video_sample_n_frames"),
+        lengths=lengths,
+        every_length="target_frames" in values,
+    )
+
+
+def _integer(least: int, most: int | None = None) -> Callable[[Any], int]:
+    def read(value: Any) -> int:
+        fits = isinstance(value, int) and not isinstance(value, bool)
+        if not fits or value < least or (most is not None and value > most):
+            until = f" to {most}" if most is not None else ""
+            start = f"from {least}{until}" if until else f"of at least {least}"
+            raise _BadValueError(f"a whole number {start}")
+        return int(value)
+
+    return read
+
+
+_size = _integer(SMALLEST_SIZE, LARGEST_SIZE)
+
+
+def _frames(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or value % 4 != 1:
+        raise _BadValueError("frames of the form 4n+1 (1, 5, 9, … 81)")
+    return value
+
+
+def _lengths(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not value:
+        raise _BadValueError("a list of frames of the form 4n+1, as [1, 33, 81]")
+    return tuple(sorted({_frames(one) for one in value}))
+
+
+def _resolution(value: Any) -> Resolution | int:
+    try:
+        if isinstance(value, list):
+            width, height = (_size(side) for side in value)
+            return Resolution(width=width, height=height)
+        return _size(value)
+    except (_BadValueError, ValueError):
+        raise _BadValueError(
+            f"a size or [width, height] in pixels, each from {SMALLEST_SIZE} to {LARGEST_SIZE}"
+        ) from None
+
+
+def _resolutions(value: Any) -> tuple[Resolution | int, ...]:
+    if not isinstance(value, list) or not value:
+        raise _BadValueError("a list, as [512] or [[832, 480], [480, 832]]")
+    return tuple(dict.fromkeys(_resolution(one) for one in value))
+
+
+def _suffix(value: Any) -> str:
+    if not isinstance(value, str) or not value.startswith(".") or len(value) < 2:
+        raise _BadValueError('an ending such as ".txt"')
+    return value
+
+
+READERS: dict[str, Callable[[Any], Any]] = {
+    "caption_extension": _suffix,
+    "num_repeats": _integer(1),
+    "resolution": _resolution,
+    "resolutions": _resolutions,
+    "image_sample_size": _size,
+    "video_sample_size": _size,
+    "video_sample_stride": _integer(1),
+    "video_sample_n_frames": _frames,
+    "target_frames": _lengths,
+    "frame_buckets": _lengths,
+}
