@@ -206,10 +206,9 @@ ROWS: dict[str, tuple[str, str]] = {
     ),
     "shards of another model": (
         "wantrain distill --model {i2v} --shards {shards}",
-        "error: shards: {shards}/h48-w80-f9-w000-00001.tar: sample "
-        "<digest> has no cond.safetensors, which every i2v model "
-        "needs. Encode with this model: wanprep encode --pretrained-model-name-or-path {i2v} "
-        "--output <new folder>",
+        "error: shards: {shards} was encoded for text-to-video, without the conditions that an i2v "
+        "model needs. Add them; the latents stay as they are: wanprep add-condition --shards "
+        "{shards} --pretrained-model-name-or-path {i2v} --train-data-dir DIR",
     ),
     "model folder missing for training": (
         "wantrain distill --model {nowhere} --shards {shards}",
