@@ -48,7 +48,7 @@ from shared.errors import UserError
 from shared.fingerprint import FORMAT_VERSION, refuse_differences
 from shared.hashing import FileHasher, digest_of
 from shared.latent_rgb import ColourFit, LatentRgb, solve
-from shared.overlays import required_members
+from shared.overlays import made_by, required_members
 from shared.schema import JSON_MEMBER, KEY_BYTES, MEMBERS, TEXT_MEMBER
 
 # Rows of a column that are compressed and read together.
@@ -318,8 +318,8 @@ def _rows(folder: Path, sidecar: Sidecar, shard: int) -> Iterator[_Row]:
     except (_DamagedError, OSError, tarfile.TarError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"shards: {path} is damaged ({error}). Restore it, or delete it together with "
-            f"{Sidecar.path_for(path).name} and run `wanprep encode` again: it encodes only what "
-            "is missing."
+            f"{Sidecar.path_for(path).name} and run `{made_by(sidecar.fingerprint)}` again: it "
+            "encodes only what is missing."
         ) from error
     yield from rows.values()
 

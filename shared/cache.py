@@ -426,7 +426,12 @@ def read_prompts(folder: Path, shards: tuple[str, ...]) -> list[Prompt]:
         # Raw bytes, never `.decode()`: its default handlers would unpickle a hostile member.
         # A list, because braces in a plain string would be expanded.
         path = folder / name
-        dataset = webdataset.WebDataset([str(path)], shardshuffle=False, empty_check=False)
+        dataset = webdataset.WebDataset(
+            [str(path)],
+            shardshuffle=False,
+            empty_check=False,
+            nodesplitter=None,  # every rank reads it all
+        )
         try:
             for sample in dataset:
                 info = json.loads(sample[JSON_MEMBER])

@@ -34,6 +34,12 @@ def required_members(fingerprint: Fingerprint) -> tuple[str, ...]:
     return MEMBERS[:3] if overlay is None else (JSON_MEMBER, overlay)
 
 
+def made_by(fingerprint: Fingerprint) -> str:
+    """The command that makes such shards, for messages."""
+    made = {CAPTIONS: "wanprep recaption", CONDITIONS: "wanprep add-condition"}
+    return made.get(fingerprint.get("overlay", ""), "wanprep encode")
+
+
 def captions_folder(folder: Path, name: str) -> Path:
     """Where the captions `name` of a cache lie. Raises UserError for what is no name."""
     if not _NAME.fullmatch(name):

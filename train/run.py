@@ -58,7 +58,7 @@ class Run:
         if overlay is None:
             return ""
         own = len(overlay.lacking)
-        kept = f" ({own} samples without one keep the shards' own)" if own else ""
+        kept = f" ({own} of {len(self.index)} have none and keep the shards' own)" if own else ""
         return f" with the captions {self.config.captions!r}{kept}"
 
     def describe(self) -> list[str]:

@@ -334,3 +334,54 @@ def test_positions_of_keys() -> None:
     expected = [numbers.get(bytes(key), -1) for key in unique]
     assert positions(unique, there).tolist() == expected
     assert (positions(unique, there[:0]) == -1).all()
+
+
+def test_damaged_captions_are_named_and_encoded_again(
+    shards: Path, tiny_t2v: Path, count_calls: Calls
+) -> None:
+    command = (
+        *("recaption", "--shards", shards, "--model", tiny_t2v, "--name", "own"),
+        *("--same-captions", "--device", "cpu"),
+    )
+    assert wanprep(*command).code == 0
+    whole = Cache.open(shards / "captions" / "own").contents()
+    victim = next(p for p in sorted((shards / "captions" / "own").glob("h*f1-*.tar")))
+    victim.write_bytes(victim.read_bytes()[:3000])
+    ran = wanprep("index", "--shards", shards)
+    assert ran.code == 1 and f"{victim} is damaged" in ran.err
+    (shards / "captions" / "own" / "manifest.json").unlink()
+    ran = wanprep(*command)
+    assert ran.code == 1 and f"{victim} is damaged" in ran.err
+    assert "and run `wanprep recaption` again: it encodes only what is missing" in ran.err
+    victim.unlink()
+    victim.with_suffix(".json").unlink()
+    before = count_calls()["UMT5EncoderModel"]
+    assert "3 of them new" in wanprep(*command).out
+    assert count_calls()["UMT5EncoderModel"] == before + 3
+    assert Cache.open(shards / "captions" / "own").contents() == whole
+
+
+def test_ranks_share_the_captions_and_the_conditions(
+    data: Path, shards: Path, tiny_t2v: Path, tiny_i2v: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By key, one after the other here; what is there in the end is what one process makes."""
+    commands = [
+        ("recaption", "--name", "own", "--same-captions", "--model", tiny_t2v),
+        ("add-condition", "--train-data-dir", data, "--model", tiny_i2v),
+    ]
+    alone = Path(shutil.copytree(shards, shards.with_name("alone")))
+    for command in commands:
+        assert wanprep(*command, "--shards", alone, "--device", "cpu").code == 0
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        for command in commands:
+            ran = wanprep(*command, "--shards", shards, "--device", "cpu")
+            assert ran.code == 0, ran.err
+    for folder in ("captions/own", "conditions"):
+        together, one = Cache.open(shards / folder), Cache.open(alone / folder)
+        assert together.contents() == one.contents()
+        assert {name.split("-")[-2] for name in together.index.shards} == {"w000", "w001"}
+        assert len(together.index.prompt_shards) == len(one.index.prompt_shards)
+    ran = encode(tiny_t2v, data, shards)  # a rank reads the prompts that are there
+    assert ran.code == 0 and "0 to encode" in ran.err, ran.err
