@@ -12,6 +12,7 @@ from rich.console import Console
 from preprocess import report
 from preprocess.config import StoredDtype
 from preprocess.dataset import Dataset, Rejected, load_dataset
+from preprocess.dataset_config import load_dataset_config
 from preprocess.index import caption_digest, settled_index
 from preprocess.overlays import base_cache, overlay_to_write
 from preprocess.passes import Times, text_pass
@@ -47,6 +48,8 @@ class RecaptionConfig:
     data_dir: Path
     metadata: Path | None
     """As `EncodeConfig` has them; the media themselves are not opened."""
+    dataset_config: Path | None
+    """Several datasets in place of one."""
     same_captions: bool
     """The cache's own captions instead of a dataset's."""
     negative_prompt: str | None
@@ -106,7 +109,7 @@ def _recaption(
     outcome: Recaptioned,
 ) -> None:
     # Which caption each sample of the cache gets.
-    dataset = None if config.same_captions else load_dataset(config.data_dir, config.metadata)
+    dataset = None if config.same_captions else _dataset(config)
     if dataset is None:
         say(console, f"captions the {len(base)} of {config.shards}")
     else:
@@ -190,6 +193,12 @@ def _recaption(
                 with suppress(OSError):
                     _finish(base, mine, outcome)
             raise
+
+
+def _dataset(config: RecaptionConfig) -> Dataset:
+    if config.dataset_config is not None:
+        return load_dataset_config(config.dataset_config)
+    return load_dataset(config.data_dir, config.metadata)
 
 
 def _wanted(base: CacheIndex, dataset: Dataset | None, outcome: Recaptioned) -> dict[int, str]:

@@ -385,3 +385,34 @@ def test_ranks_share_the_captions_and_the_conditions(
         assert len(together.index.prompt_shards) == len(one.index.prompt_shards)
     ran = encode(tiny_t2v, data, shards)  # a rank reads the prompts that are there
     assert ran.code == 0 and "0 to encode" in ran.err, ran.err
+
+
+def test_a_cache_of_several_datasets(
+    data: Path,
+    tiny_t2v: Path,
+    tiny_i2v: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Files of the same name in two folders of a TOML file are two files here too."""
+    monkeypatch.chdir(tmp_path)
+    for folder, number in (("one", 0), ("two", 1)):
+        Path(folder).mkdir()
+        shutil.copy(data / f"{number}.png", Path(folder, "same.png"))
+        Path(folder, "same.txt").write_text(f"in {folder}")
+    tables = [f'[[datasets]]\nimage_directory = "{folder}"\n' for folder in ("one", "two")]
+    Path("data.toml").write_text("\n".join(tables))
+    ran = wanprep(
+        *("encode", "--model", tiny_t2v, "--dataset-config", "data.toml", "--output", "shards"),
+        *SETTINGS,
+    )
+    assert ran.code == 0, ran.err
+    Path("two", "same.txt").write_text("in two, edited")
+    common = ("--shards", "shards", "--device", "cpu")
+    recaption = ("recaption", "--name", "new", "--model", tiny_t2v, *common)
+    ran = wanprep(*recaption, "--dataset-config", "data.toml")
+    assert ran.code == 0 and "2 captions, 2 of them new" in ran.out, ran.err
+    own, new = (members(Path("shards"), name, "text.safetensors") for name in (None, "new"))
+    assert {source for source in own if own[source] != new[source]} == {"two/same.png"}
+    ran = wanprep("add-condition", "--model", tiny_i2v, "--train-data-dir", ".", *common)
+    assert ran.code == 0 and "2 conditions, 2 of them new" in ran.out, ran.err
