@@ -109,7 +109,9 @@ def session(folder: Path, cache: Path, first: int, fault: str = "") -> int:
         os.environ["WANDISTILL_CACHE"] = str(folder / "hashes")
         for number, words in enumerate(steps(folder, cache)):
             if number >= first:
-                cache.with_suffix(".step").write_text(str(number))
+                begun = cache.with_suffix(".begun")
+                begun.write_text(str(number))
+                begun.replace(cache.with_suffix(".step"))  # never seen empty, also when killed here
                 errors = io.StringIO()
                 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
                     try:
