@@ -21,10 +21,12 @@ from shared.durable import fsync_file, fsync_folder, temporary
 from shared.errors import UserError
 from shared.fingerprint import flatten
 from shared.hashing import digest_of
+from train.ema import Ema
 from train.export import safetensors_parts
 
 FORMAT_VERSION = 1
 STATE = "state.json"
+EMA_WEIGHTS = "generator_ema.safetensors"
 REPLACED_SUFFIX = ".replaced"
 _NAME = re.compile(r"checkpoint-(\d+)(?:\+(\d+))?")
 
@@ -37,24 +39,17 @@ class RoleState:
     """Under global names."""
     optimizer: torch.optim.AdamW
 
-    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """ "weights" and "optimizer", each name → whole tensor on the CPU."""
-        moments = {
+    def moments(self) -> dict[str, torch.Tensor]:
+        """ "name/moment" → what the optimizer holds of a parameter."""
+        return {
             f"{name}/{moment}": value
             for name, parameter in self.parameters.items()
             for moment, value in self.optimizer.state.get(parameter, {}).items()
         }
-        groups = {"weights": self.parameters, "optimizer": moments}
-        return {
-            group: {name: tensor.detach().cpu() for name, tensor in values.items()}
-            for group, values in groups.items()
-        }
 
-    def load(self, weights: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor]) -> None:
-        """Put back what `tensors` gave."""
-        for name, parameter in self.parameters.items():
-            parameter.data.copy_(weights[name])
-        for name_and_moment, value in optimizer.items():
+    def load_moments(self, moments: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `moments` gave."""
+        for name_and_moment, value in moments.items():
             name, moment = name_and_moment.rsplit("/", 1)
             parameter = self.parameters[name]
             # torch keeps Adam's step counter on the CPU, the moments beside the parameter.
@@ -69,6 +64,17 @@ class TrainState:
     roles: Mapping[str, RoleState]
     updates: int = 0
     """Optimizer steps of both roles so far: the one counter."""
+    ema: Ema | None = None
+    """Average of the generator's weights, where the run keeps one."""
+
+    def weights(self) -> dict[str, Mapping[str, torch.Tensor]]:
+        """File of a checkpoint → the weights in it, as they are held; the optimizers apart."""
+        files: dict[str, Mapping[str, torch.Tensor]] = {
+            f"{role}_weights.safetensors": state.parameters for role, state in self.roles.items()
+        }
+        if self.ema is not None:
+            files[EMA_WEIGHTS] = self.ema.weights
+        return files
 
 
 @dataclass(frozen=True)
@@ -120,18 +126,19 @@ def save_checkpoint(folder: Path, state: TrainState, identity: Identity, *, cycl
 
 def _write_checkpoint(building: Path, state: TrainState, identity: Identity) -> None:
     """Every file of a checkpoint, on disk when this returns."""
-
+    files = state.weights() | {
+        f"{role}_optimizer.safetensors": role_state.moments()
+        for role, role_state in state.roles.items()
+    }
     digests = {}
-    for role, role_state in state.roles.items():
-        for group, tensors in role_state.tensors().items():
-            file = building / f"{role}_{group}.safetensors"
-            digest = hashlib.sha256()
-            with file.open("wb") as stream:
-                for part in safetensors_parts(tensors):
-                    digest.update(part)
-                    stream.write(part)
-            fsync_file(file)
-            digests[file.name] = digest.hexdigest()
+    for name, held in files.items():
+        digest = hashlib.sha256()
+        with (building / name).open("wb") as stream:
+            for part in safetensors_parts({k: v.detach().cpu() for k, v in held.items()}):
+                digest.update(part)
+                stream.write(part)
+        fsync_file(building / name)
+        digests[name] = digest.hexdigest()
     content = {
         "format": FORMAT_VERSION,
         "updates": state.updates,
@@ -205,15 +212,16 @@ def load_checkpoint(path: Path, state: TrainState, identity: Identity) -> list[s
     content = _read_state(path)
     _refuse_other_identity(path, content["identity"], identity.fixed)
     loaded = {name: _read_tensors(path / name, sha) for name, sha in content["sha256"].items()}
+    for file, held in state.weights().items():
+        saved = loaded.get(file, {})
+        for name, tensor in held.items():
+            if name not in saved or saved[name].shape != tensor.shape:
+                raise _damaged(path, f"{file} lacks {name} in its shape")
+    for file, held in state.weights().items():
+        for name, tensor in held.items():
+            tensor.data.copy_(loaded[file][name])
     for role, role_state in state.roles.items():
-        weights = loaded.get(f"{role}_weights.safetensors", {})
-        for name, parameter in role_state.parameters.items():
-            if name not in weights or weights[name].shape != parameter.shape:
-                raise _damaged(path, f"{role}_weights.safetensors lacks {name} in its shape")
-    for role, role_state in state.roles.items():
-        role_state.load(
-            loaded[f"{role}_weights.safetensors"], loaded[f"{role}_optimizer.safetensors"]
-        )
+        role_state.load_moments(loaded[f"{role}_optimizer.safetensors"])
     state.updates = content["updates"]
     before, now = flatten(content["settings"]), flatten(identity.loose)
     return [

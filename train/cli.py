@@ -111,6 +111,9 @@ def distill(
     fake_guidance_scale: Annotated[float, typer.Option(metavar="X", help="CFG scale of the critic; 0 is no guidance.", rich_help_panel=DMD)] = 0.0,
     gen_update_interval: Annotated[int, typer.Option(metavar="N", help="Critic updates before each generator update.", rich_help_panel=DMD)] = 5,
 
+    ema_decay: Annotated[float, typer.Option(metavar="X", help="Save the average of the LoRA over the generator's updates, of which each keeps this share, e.g. 0.99; 0 saves the last weights.", rich_help_panel=DMD)] = 0.0,
+    ema_start: Annotated[int, typer.Option(metavar="N", help="Generator updates before the average of --ema-decay begins.", rich_help_panel=DMD)] = 100,
+
     rank: Annotated[int, typer.Option(metavar="N", help="Inner dimension of the LoRA matrices.", rich_help_panel=LORA)] = 64,
     network_alpha: Annotated[float, typer.Option(metavar="X", help="Strength of the LoRA: its output is multiplied by alpha / rank.", rich_help_panel=LORA)] = 32,
     target_name: Annotated[str, typer.Option(metavar="LIST", help="Layers of each block that get a LoRA, by Wan's or diffusers' names.", rich_help_panel=LORA)] = "q,k,v,ffn.0,ffn.2",
@@ -171,6 +174,8 @@ def distill(
         real_guidance_scale=real_guidance_scale,
         fake_guidance_scale=fake_guidance_scale,
         gen_update_interval=gen_update_interval,
+        ema_decay=ema_decay,
+        ema_start=ema_start,
         rank=rank,
         network_alpha=network_alpha,
         target_name=tuple(name for name in target_name.replace(",", " ").split()),

@@ -51,6 +51,10 @@ class DistillConfig:
     fake_guidance_scale: float
     gen_update_interval: int
     """Critic updates before each generator update."""
+    ema_decay: float
+    """Of the average of the generator's LoRA that is exported; 0: the last weights are."""
+    ema_start: int
+    """Generator updates before the average begins."""
 
     # LoRA and optimizer
     rank: int
@@ -97,11 +101,12 @@ class DistillConfig:
         if self.flow_shift is not None:
             _check("flow_shift", self.flow_shift, 0 < self.flow_shift < inf, "a number above 0")
         _check("target_name", "''", bool(self.target_name), "names of layers, e.g. q,k,v")
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("ema_decay", "adam_beta1", "adam_beta2"):
             _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "a number in [0, 1)")
         from_zero = (
             "dataloader_num_workers",
             "lr_warmup_steps",
+            "ema_start",
             "real_guidance_scale",
             "fake_guidance_scale",
             "adam_weight_decay",

@@ -26,6 +26,7 @@ from train.checkpoint import (
 from train.config import DistillConfig, check_writable, learning_rate
 from train.data import Batch, MicroBatches, PromptBank, load_prompt_bank
 from train.dmd import Recipe, critic_step, generator_step
+from train.ema import Ema
 from train.export import Provenance, write_loras
 from train.lora import LoraSpec, select_targets
 from train.progress import TrainProgress
@@ -60,6 +61,9 @@ def distill(config: DistillConfig, console: Console) -> int | None:
     )
     roles = Roles(transformer, lora, seed=config.seed)
     state = TrainState({name: _role_state(roles, name, config) for name in (GENERATOR, CRITIC)})
+    if config.ema_decay:
+        generator = state.roles[GENERATOR].parameters
+        state.ema = Ema.of(generator, decay=config.ema_decay, start=config.ema_start)
     identity = run_identity(run, lora, digest)
 
     if resume_from:
@@ -145,6 +149,8 @@ def _train(
             with signals.deferred():
                 role_state.optimizer.step()
                 state.updates = update + 1
+                if state.ema is not None and role == GENERATOR:
+                    state.ema.update(role_state.parameters, state.updates // run.cycle)
             role_state.optimizer.zero_grad(set_to_none=True)
 
             # What a watcher sees, and what survives a kill -9
@@ -181,7 +187,7 @@ def _leave_behind(
         generator_updates=state.updates // run.cycle,
         recipe={**identity.fixed["recipe"], **identity.loose},
     )
-    weights = state.roles[GENERATOR].parameters
+    weights = state.ema.weights if state.ema else state.roles[GENERATOR].parameters
     for path in write_loras(folder, weights, lora, provenance, DTYPES[run.config.save_precision]):
         say(f"LoRA     {path}")
 

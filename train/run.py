@@ -72,6 +72,12 @@ class Run:
         until = (
             "--max-train-steps" if config.max_train_steps else f"{config.num_train_epochs} epochs"
         )
+        ema = (
+            f"; the LoRA is their average (decay {config.ema_decay:g}) from update "
+            f"{config.ema_start + 1} on"
+            if config.ema_decay
+            else ""
+        )
         again = "shown again" if config.tail == "pad" else "left out"
         return [
             f"model    {self.spec.folder} ({self.spec.mode}), expert {self.recipe.expert} "
@@ -84,7 +90,7 @@ class Run:
             f"{self.recipe.start}; score levels u in [{low:.3f}, {high:.3f}]",
             f"length   {until}: {self.generator_updates} generator updates, each after "
             f"{config.gen_update_interval} critic updates = {self.updates} updates "
-            f"({epochs:.1f} epochs)",
+            f"({epochs:.1f} epochs){ema}",
         ]
 
 
@@ -201,6 +207,8 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
             "real_guidance_scale": recipe.real_guidance_scale,
             "fake_guidance_scale": recipe.fake_guidance_scale,
             "gen_update_interval": config.gen_update_interval,
+            "ema_decay": config.ema_decay,
+            "ema_start": config.ema_start,
         },
     }
     loose_names = (

@@ -233,7 +233,9 @@ def test_shards_of_another_model_are_refused_with_both_values(
     (other / "vae" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"latents\.mean: shards have \[.*\], expected \[.*0\.25"):
         distill(other, t2v_shards, tmp_path / "b")
-    with pytest.raises(UserError, match=r"without the conditions.*i2v model.*wanprep add-condition"):
+    with pytest.raises(
+        UserError, match=r"without the conditions.*i2v model.*wanprep add-condition"
+    ):
         distill(
             _with_encoders_of(tiny_t2v, tiny_i2v, tmp_path / "mixed"), t2v_shards, tmp_path / "c"
         )
