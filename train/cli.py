@@ -111,6 +111,7 @@ def distill(
     fake_guidance_scale: Annotated[float, typer.Option(metavar="X", help="CFG scale of the critic; 0 is no guidance.", rich_help_panel=DMD)] = 0.0,
     gen_update_interval: Annotated[int, typer.Option(metavar="N", help="Critic updates before each generator update.", rich_help_panel=DMD)] = 5,
 
+    fm_loss_weight: Annotated[float, typer.Option(metavar="X", help="Add flow matching on the cached latents, times this, to the generator's loss; 0 is DMD alone.", rich_help_panel=DMD)] = 0.0,
     ema_decay: Annotated[float, typer.Option(metavar="X", help="Save the average of the LoRA over the generator's updates, of which each keeps this share, e.g. 0.99; 0 saves the last weights.", rich_help_panel=DMD)] = 0.0,
     ema_start: Annotated[int, typer.Option(metavar="N", help="Generator updates before the average of --ema-decay begins.", rich_help_panel=DMD)] = 100,
 
@@ -174,6 +175,7 @@ def distill(
         real_guidance_scale=real_guidance_scale,
         fake_guidance_scale=fake_guidance_scale,
         gen_update_interval=gen_update_interval,
+        fm_loss_weight=fm_loss_weight,
         ema_decay=ema_decay,
         ema_start=ema_start,
         rank=rank,

@@ -51,6 +51,8 @@ class DistillConfig:
     fake_guidance_scale: float
     gen_update_interval: int
     """Critic updates before each generator update."""
+    fm_loss_weight: float
+    """Of flow matching on the cached latents in the generator's loss; 0: DMD alone."""
     ema_decay: float
     """Of the average of the generator's LoRA that is exported; 0: the last weights are."""
     ema_start: int
@@ -107,6 +109,7 @@ class DistillConfig:
             "dataloader_num_workers",
             "lr_warmup_steps",
             "ema_start",
+            "fm_loss_weight",
             "real_guidance_scale",
             "fake_guidance_scale",
             "adam_weight_decay",

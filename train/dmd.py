@@ -18,7 +18,7 @@ from train.flow import (
     per_sample,
     x0_from_velocity,
 )
-from train.losses import critic_loss, dmd_gradient, dmd_loss
+from train.losses import dmd_gradient, dmd_loss, flow_matching_loss
 from train.rng import choice, noise, uniform
 from train.roles import Roles
 
@@ -45,6 +45,8 @@ class Recipe:
     fake_guidance_scale: float
     """0 is no guidance here, the conditional prediction alone; not the formula at w = 0."""
     maths: Maths
+    fm_loss_weight: float
+    """Of flow matching on the cached latents in the generator's loss; 0: none."""
     seed: int
 
     @property
@@ -111,14 +113,14 @@ def rollout(
     return x0
 
 
-def draw_score_level(recipe: Recipe, batch: Batch) -> ScoreLevel:
+def draw_level(recipe: Recipe, batch: Batch, purpose: str = "score") -> ScoreLevel:
     """A noise level and noise for each sample, inside the expert's interval."""
     low, high = recipe.score_interval
-    u = low + (high - low) * uniform(recipe.seed, "score level", batch.update, batch.samples)
+    u = low + (high - low) * uniform(recipe.seed, f"{purpose} level", batch.update, batch.samples)
     u = u.to(batch.latents.device)
     sigma = recipe.schedule.score_sigma(u, floored=recipe.maths == "corrected")
     drawn = noise(
-        batch.latents.shape[1:], recipe.seed, "score noise", batch.update, batch.samples
+        batch.latents.shape[1:], recipe.seed, f"{purpose} noise", batch.update, batch.samples
     ).to(batch.latents.device)
     return ScoreLevel(per_sample(sigma), 1000.0 * sigma, drawn, u)
 
@@ -148,14 +150,26 @@ def generator_step(
     """
     x0 = rollout(roles, recipe, batch, last=exit_step(recipe, batch.update), with_gradient=True)
     with torch.no_grad():
-        level = draw_score_level(recipe, batch)
+        level = draw_level(recipe, batch)
         x_t = add_noise(x0.detach(), level.noise, level.sigma)
         with roles.critic():
             fake = _guided_x0(roles, x_t, level, batch, negative, recipe.fake_guidance_scale)
         with roles.teacher():
             real = _guided_x0(roles, x_t, level, batch, negative, recipe.real_guidance_scale)
         gradient = dmd_gradient(x0.detach(), real, fake)
-    return dmd_loss(x0, gradient)
+    loss = dmd_loss(x0, gradient)
+    if recipe.fm_loss_weight:
+        loss = loss + recipe.fm_loss_weight * _real_flow_matching(roles, recipe, batch)
+    return loss
+
+
+def _real_flow_matching(roles: Roles, recipe: Recipe, batch: Batch) -> torch.Tensor:
+    """How far the generator is from the velocities of the cached latents, scalar with a graph."""
+    level = draw_level(recipe, batch, "real")
+    x_t = add_noise(batch.latents, level.noise, level.sigma)
+    with roles.generator():
+        v = roles.velocity(x_t, level.timestep, batch.text, batch.condition)
+    return flow_matching_loss(v, level.noise, batch.latents)
 
 
 def critic_step(roles: Roles, recipe: Recipe, batch: Batch) -> torch.Tensor:
@@ -164,8 +178,8 @@ def critic_step(roles: Roles, recipe: Recipe, batch: Batch) -> torch.Tensor:
     Call `backward` inside `roles.critic()`.
     """
     x0 = rollout(roles, recipe, batch, last=exit_step(recipe, batch.update), with_gradient=False)
-    level = draw_score_level(recipe, batch)
+    level = draw_level(recipe, batch)
     x_t = add_noise(x0, level.noise, level.sigma)
     with roles.critic():
         v = roles.velocity(x_t, level.timestep, batch.text, batch.condition)
-    return critic_loss(v, level.noise, x0)
+    return flow_matching_loss(v, level.noise, x0)

@@ -36,8 +36,8 @@ def dmd_loss(x0_generated: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor
     return 0.5 * (x0_generated - target).square().mean()
 
 
-def critic_loss(
-    velocity: torch.Tensor, noise: torch.Tensor, x0_generated: torch.Tensor
+def flow_matching_loss(
+    velocity: torch.Tensor, noise: torch.Tensor, x0: torch.Tensor
 ) -> torch.Tensor:
-    """Flow matching on the generator's own samples: mean (v_φ − (ε − x̂0))²."""
-    return (velocity - (noise - x0_generated)).square().mean()
+    """mean (v̂ − (ε − x0))²: the critic's on generated x̂0, a generator's on cached latents."""
+    return (velocity - (noise - x0)).square().mean()

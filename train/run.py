@@ -135,6 +135,7 @@ def prepare(config: DistillConfig) -> Run:
         maths=config.recipe,
         real_guidance_scale=config.real_guidance_scale,
         fake_guidance_scale=config.fake_guidance_scale,
+        fm_loss_weight=config.fm_loss_weight,
         seed=config.seed,
     )
     _ = recipe.score_interval  # refuses an expert without steps
@@ -207,6 +208,7 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
             "real_guidance_scale": recipe.real_guidance_scale,
             "fake_guidance_scale": recipe.fake_guidance_scale,
             "gen_update_interval": config.gen_update_interval,
+            "fm_loss_weight": recipe.fm_loss_weight,
             "ema_decay": config.ema_decay,
             "ema_start": config.ema_start,
         },

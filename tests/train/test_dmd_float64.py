@@ -80,16 +80,18 @@ class _Reference:
                 x_t = (1 - sigma) * x0.detach() + sigma * self.drawn(f"rollout {step + 1}")
         return x0
 
-    def level(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def level(self, purpose: str = "score") -> tuple[torch.Tensor, torch.Tensor]:
         edge = self.boundary / (self.shift - (self.shift - 1) * self.boundary)
-        u = np.array([edge, edge]) * uniform(3, "score level", UPDATE, (0, 1)).double().numpy()
+        u = np.array([edge, edge]) * uniform(3, f"{purpose} level", UPDATE, (0, 1)).double().numpy()
         sigma = np.maximum(self.shift * u / (1 + (self.shift - 1) * u), 0.02)
-        return torch.from_numpy(sigma).view(2, 1, 1, 1, 1), self.drawn("score noise")
+        return torch.from_numpy(sigma).view(2, 1, 1, 1, 1), self.drawn(f"{purpose} noise")
 
 
-def test_generator_step(mode: str, tiny_t2v: Path, tiny_i2v: Path) -> None:
+@pytest.mark.parametrize("fm_loss_weight", [0.0, 0.7])
+def test_generator_step(mode: str, tiny_t2v: Path, tiny_i2v: Path, fm_loss_weight: float) -> None:
     roles, plain = _setup(mode, tiny_t2v, tiny_i2v)
-    batch, recipe = build_batch(mode, update=UPDATE), build_recipe(mode)
+    batch = build_batch(mode, update=UPDATE)
+    recipe = build_recipe(mode, fm_loss_weight=fm_loss_weight)
     loss = generator_step(roles, recipe, batch, NEGATIVE)
     with roles.generator():
         loss.backward()
@@ -107,8 +109,15 @@ def test_generator_step(mode: str, tiny_t2v: Path, tiny_i2v: Path) -> None:
         scale = (x0 - real).abs().flatten(1).mean(1).view(2, 1, 1, 1, 1)
         g = (fake - real) / scale
     x0.backward(g / g.numel())
+    expected = 0.5 * (g**2).mean()
+    if fm_loss_weight:
+        real_x0, (sigma, eps) = batch.latents.double(), reference.level("real")
+        _, v = reference.x0(student, (1 - sigma) * real_x0 + sigma * eps, sigma, batch.text)
+        matching = fm_loss_weight * ((v - (eps - real_x0)) ** 2).mean()
+        matching.backward()
+        expected = expected + matching
 
-    assert loss.item() == pytest.approx(0.5 * (g**2).mean().item(), rel=1e-4)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     _compare_lora_gradients(roles, GENERATOR, student)
 
 

@@ -75,9 +75,9 @@ def _finite_loss_with_nan_gradient(loss: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "call", "update", "left", "fault"),
     [
-        ("critic_loss", 5, 4, "checkpoint-1", _nan),  # first micro-step of its update
-        ("critic_loss", 8, 5, "checkpoint-1+1", _infinite),  # second one
-        ("critic_loss", 8, 5, "checkpoint-1+1", _finite_loss_with_nan_gradient),
+        ("flow_matching_loss", 5, 4, "checkpoint-1", _nan),  # first micro-step of its update
+        ("flow_matching_loss", 8, 5, "checkpoint-1+1", _infinite),  # second one
+        ("flow_matching_loss", 8, 5, "checkpoint-1+1", _finite_loss_with_nan_gradient),
         ("dmd_loss", 4, 6, "checkpoint-1+2", _nan),
         ("dmd_loss", 3, 6, "checkpoint-1+2", _finite_loss_with_nan_gradient),
     ],
@@ -87,7 +87,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(
     update: int, left: str, fault: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:  # fmt: skip
     out = tmp_path / "out"
-    role = "critic" if name == "critic_loss" else "generator"
+    role = "critic" if name == "flow_matching_loss" else "generator"
     with pytest.MonkeyPatch.context() as patch:
         strike(patch, name, call, fault)
         with pytest.raises(UserError, match=rf"before update {update} touched.*: {role} ") as said:
@@ -105,7 +105,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(
 def test_a_bad_first_update_leaves_nothing_to_mistake_for_a_result(
     tiny_t2v: Path, t2v_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    strike(monkeypatch, "critic_loss", 1, _nan)
+    strike(monkeypatch, "flow_matching_loss", 1, _nan)
     with pytest.raises(UserError, match="before update 1 touched the weights: critic loss nan"):
         distill(tiny_t2v, t2v_shards, tmp_path / "out", *RUN)
     assert not list_checkpoints(tmp_path / "out") and not final_bytes(tmp_path / "out")
@@ -117,7 +117,7 @@ def _raise(loss: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("name", "call", "left"),
-    [("critic_loss", 6, "checkpoint-1"), ("critic_loss", 7, "checkpoint-1+1"),
+    [("flow_matching_loss", 6, "checkpoint-1"), ("flow_matching_loss", 7, "checkpoint-1+1"),
      ("dmd_loss", 4, "checkpoint-1+2"), ("dmd_loss", 1, "checkpoint-0+2")],
 )  # fmt: skip
 def test_any_other_failure_keeps_the_last_whole_update(
@@ -137,13 +137,13 @@ FAILING = """
 import sys, train.dmd
 from train.cli import main
 calls = 0
-def critic_loss(*_):
+def flow_matching_loss(*_):
     global calls
     calls += 1
     if calls == 2:
         raise RuntimeError("injected")
     return real(*_)
-real, train.dmd.critic_loss = train.dmd.critic_loss, critic_loss
+real, train.dmd.flow_matching_loss = train.dmd.flow_matching_loss, flow_matching_loss
 main()
 """
 
@@ -180,7 +180,7 @@ def test_a_second_signal_does_not_lose_the_final_save(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.checkpoint, "fsync_file", kick)
-        strike(patch, "critic_loss", 7, stop)
+        strike(patch, "flow_matching_loss", 7, stop)
         with pytest.raises(SystemExit) as ended:
             wantrain(arguments(tiny_t2v, t2v_shards, out, *RUN), standalone_mode=False)
     assert seen >= 5

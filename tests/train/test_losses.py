@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from train.losses import critic_loss, dmd_gradient, dmd_loss
+from train.losses import dmd_gradient, dmd_loss, flow_matching_loss
 
 SHAPE = (3, 4, 2, 6, 5)
 
@@ -39,13 +39,15 @@ def test_derivative_of_dmd_loss_is_the_gradient_over_the_elements() -> None:
 
 def test_critic_loss_falls_to_zero_at_the_true_velocity_and_has_its_slope() -> None:
     v, noise, x0 = (t.double() for t in _three(2))
-    assert critic_loss(noise - x0, noise, x0).item() == 0
+    assert flow_matching_loss(noise - x0, noise, x0).item() == 0
     v.requires_grad_(True)
-    critic_loss(v, noise, x0).backward()
+    flow_matching_loss(v, noise, x0).backward()
     at, step = (1, 2, 0, 3, 4), 1e-5
     bumped = v.detach().clone()
     bumped[at] += step
     lowered = v.detach().clone()
     lowered[at] -= step
-    slope = (critic_loss(bumped, noise, x0) - critic_loss(lowered, noise, x0)) / (2 * step)
+    slope = (flow_matching_loss(bumped, noise, x0) - flow_matching_loss(lowered, noise, x0)) / (
+        2 * step
+    )
     assert abs(slope.item() - v.grad[at].item()) < 1e-9

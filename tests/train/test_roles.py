@@ -47,6 +47,7 @@ def build_recipe(mode: str, **changes: object) -> Recipe:
         "maths": "corrected",
         "real_guidance_scale": 6.0,
         "fake_guidance_scale": 0.0,
+        "fm_loss_weight": 0.0,
         "seed": 3,
     }
     return Recipe(**(values | changes))  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from diffusers import WanTransformer3DModel
 from tests.train.test_dmd_float64 import _merged
 from tests.train.test_roles import NEGATIVE, build_batch, build_recipe, build_roles
 from train.data import Batch
-from train.dmd import Recipe, critic_step, draw_score_level, exit_step, generator_step, rollout
+from train.dmd import Recipe, critic_step, draw_level, exit_step, generator_step, rollout
 from train.flow import Schedule
 from train.losses import dmd_gradient
 from train.rng import noise, uniform
@@ -123,7 +123,7 @@ def test_the_seeds_maths_walks_all_steps_and_bounds_levels_by_the_expert_alone(
 
     low = U_BOUNDARY if expert == "high" else 0.0
     high = U_BOUNDARY if expert == "low" else 1.0
-    levels = [draw_score_level(recipe, build_batch("i2v", update=update)) for update in range(400)]
+    levels = [draw_level(recipe, build_batch("i2v", update=update)) for update in range(400)]
     u = torch.cat([level.u for level in levels]).double().numpy()
     assert low <= u.min() < low + 0.01 and high - 0.01 < u.max() <= high
     sigma = torch.cat([level.sigma.flatten() for level in levels]).double().numpy()
@@ -137,7 +137,7 @@ LEVELS = [("high", "boundary"), ("high", "handover"), ("low", "boundary"), ("ful
 def test_score_levels_fill_the_interval_and_stay_inside(expert: str, floor: str) -> None:
     low, high = score_interval(expert, floor)
     recipe = recipe_of(expert, score_floor=floor)
-    levels = [draw_score_level(recipe, build_batch("i2v", update=update)) for update in range(400)]
+    levels = [draw_level(recipe, build_batch("i2v", update=update)) for update in range(400)]
     u = torch.cat([level.u for level in levels]).double().numpy()
     assert low <= u.min() < low + 0.02 * (high - low)
     assert high - 0.02 * (high - low) < u.max() <= high
