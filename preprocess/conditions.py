@@ -23,6 +23,7 @@ from preprocess.media import MediaError
 from preprocess.overlays import base_cache, overlay_to_write
 from preprocess.ranks import Rank
 from preprocess.rejected import rejected_file, write_rejected
+from preprocess.sources import stamp
 from preprocess.workers import WorkerPool
 from preprocess.writer import ShardWriter
 from shared.buckets import Bucket
@@ -274,13 +275,8 @@ def _checked(
 ) -> Iterator[tuple[_Clip, str | None]]:
     """Clips with None, or with why the file of that name is not the one that was encoded."""
 
-    def name(clip: _Clip) -> str | None:
-        with suppress(OSError, RuntimeError):
-            return hasher.name(clip.path)
-        return None
-
     def known(clip: _Clip) -> str | None:
-        found = name(clip)
+        found = stamp(clip.path, hasher)
         return None if found is None else hasher.known(found)
 
     looked = pool.completed(
@@ -295,7 +291,7 @@ def _checked(
         except (MediaError, OSError) as error:
             yield clip, str(error)
             continue
-        if (remembered := name(clip)) is not None:
+        if (remembered := stamp(clip.path, hasher)) is not None:
             hasher.remember(remembered, sha256)
         if _same_content({base.key(row) for row in clip.rows}, clip.clip, sha256):
             yield clip, None

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from preprocess.media import ANIMATIONS, Kind
 from preprocess.metadata import CAPTION_FIELDS, NAMES, PATH_FIELDS, find_metadata, read_metadata
 from preprocess.sampling import Sampling
+from preprocess.sources import Medium
 from shared.errors import UserError, json_kind
 
 EXTENSIONS: dict[str, Literal["video", "image"]] = {
@@ -30,7 +31,7 @@ AS_ASKED = Sampling()
 class Entry:
     """One medium with one caption, as listed; nothing about the file is known yet."""
 
-    path: Path
+    path: Medium
     source: str
     """As given; relative to the data folder where the file lies inside it."""
     caption: str
@@ -228,13 +229,13 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
 
 
-def _kind(path: Path) -> Kind | None:
+def _kind(path: Medium) -> Kind | None:
     """By its name. Whether one of those that may move does is seen where it is opened."""
     suffix = path.suffix.lower()
     return "auto" if suffix in ANIMATIONS else EXTENSIONS.get(suffix)
 
 
-def _exists(path: Path) -> bool:
+def _exists(path: Medium) -> bool:
     try:
         return path.exists()
     except OSError:  # a name that no file system takes
@@ -251,7 +252,7 @@ def _caption_beside(path: Path, suffix: str) -> str:
         raise _BadEntryError(f"the caption {text.name} is not UTF-8 text") from error
 
 
-def _checked(path: Path, source: str, caption: str, kind: Any) -> Entry:
+def _checked(path: Medium, source: str, caption: str, kind: Any) -> Entry:
     if not caption.strip():
         raise _BadEntryError("the caption is empty")
     if _encodable(caption) != caption:

@@ -1,7 +1,6 @@
 """What is done to a medium in a worker process. Imported there, so nothing heavy: no torch."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -9,20 +8,23 @@ import numpy.typing as npt
 
 from preprocess.clips import fit
 from preprocess.media import Kind, Probe, probe, read_frames
+from preprocess.sources import Medium, local_file
 from preprocess.worker_process import alive
 from shared.buckets import Bucket
 from shared.hashing import sha256_of
 
 
-def look(path: Path, kind: Kind, sha256: str | None) -> tuple[Probe, str]:
+def look(medium: Medium, kind: Kind, sha256: str | None) -> tuple[Probe, str]:
     """What a file holds, and its content's digest unless `sha256` is known. Raises MediaError."""
-    seen = probe(path, kind)
-    alive()
-    return seen, sha256 or sha256_of(path, on_progress=alive)
+    with local_file(medium, on_progress=alive) as path:
+        seen = probe(path, kind)
+        alive()
+        return seen, sha256 or sha256_of(path, on_progress=alive)
 
 
 def fitted_frames(
-    path: Path, kind: Literal["video", "image"], indices: Sequence[int], bucket: Bucket
+    medium: Medium, kind: Literal["video", "image"], indices: Sequence[int], bucket: Bucket
 ) -> npt.NDArray[np.uint8]:
     """(F, H, W, 3) uint8 RGB, as every encoder gets them. Raises MediaError."""
-    return fit(read_frames(path, kind, indices), bucket)
+    with local_file(medium, on_progress=alive) as path:
+        return fit(read_frames(path, kind, indices), bucket)

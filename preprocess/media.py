@@ -32,6 +32,7 @@ _SIXTEEN_BIT_MODES = {"I;16", "I;16L", "I;16B", "I;16N"}
 # Formats that hold stills as well as animations. PIL reads both: decord's FFmpeg knows no animated
 # WebP, and does not compose a GIF's frames on white.
 ANIMATIONS = (".gif", ".webp", ".apng", ".png")
+_ANIMATION = re.compile(rb"GIF8|\x89PNG\r\n\x1a\n|RIFF.{4}WEBP", re.DOTALL)
 _BROWSER_DELAY_MS = 100  # what browsers show where a frame's delay is missing or too short
 _SHORTEST_DELAY_MS = 20
 
@@ -107,9 +108,9 @@ def read_frames(
             frame = np.asarray(_on_white(ImageOps.exif_transpose(image)))
         yield frame
         return
-    if _is_animation(path):
-        with _named_failures(path, "video"):
-            animation = _open_image(path)
+    with _named_failures(path, "video"):
+        animation = _open_image(path) if _is_animation(path) else None
+    if animation is not None:
         with animation:
             for index in indices:
                 with _named_failures(path, f"frame {index}"):
@@ -142,7 +143,9 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _is_animation(path: Path) -> bool:
-    return path.suffix.lower() in ANIMATIONS
+    """By its first bytes: what is read may have no name."""
+    with path.open("rb") as stream:
+        return _ANIMATION.match(stream.read(12)) is not None
 
 
 def _animation_fps(image: Image.Image, frames: int) -> float:

@@ -1,9 +1,7 @@
 """From entries to work: content digests, clips, keys; the same clip of the same content once."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from preprocess.clips import Clip, ClipRule
@@ -11,6 +9,7 @@ from preprocess.dataset import Entry, Rejected
 from preprocess.decode import look
 from preprocess.index import caption_digest
 from preprocess.media import Kind, MediaError, Probe
+from preprocess.sources import Medium, stamp
 from preprocess.workers import WorkerPool
 from shared.hashing import FileHasher
 from shared.schema import SampleInfo, sample_key
@@ -90,13 +89,13 @@ def plan_work(
 
     A caption that is `committed` for its clip keeps its key, whatever stands before it today.
     """
-    files: dict[tuple[Path, Kind], list[int]] = {}  # each opened once, however many captions
+    files: dict[tuple[Medium, Kind], list[int]] = {}  # each opened once, however many captions
     for number, entry in enumerate(entries):
         files.setdefault((entry.path, entry.type), []).append(number)
     found: dict[int, list[_Looked] | Rejected] = {}
-    names = {path: _name(hasher, path) for path, _ in files}
+    names = {path: stamp(path, hasher) for path, _ in files}
 
-    def tasks() -> Iterator[tuple[list[int], tuple[Path, Kind, str | None]]]:
+    def tasks() -> Iterator[tuple[list[int], tuple[Medium, Kind, str | None]]]:
         for (path, kind), numbers in files.items():
             known = None if (name := names[path]) is None else hasher.known(name)
             yield numbers, (path, kind, known)
@@ -146,13 +145,6 @@ def plan_work(
         except MediaError as error:
             rejected[Rejected(source=same[0].entry.source, reason=str(error))] = None
     return works, list(rejected)
-
-
-def _name(hasher: FileHasher, path: Path) -> str | None:
-    """What the hasher remembers the file by; None where it cannot be asked for."""
-    with suppress(OSError, RuntimeError):  # missing, a name too long, a loop of links
-        return hasher.name(path)
-    return None
 
 
 def _work(found: list[_Looked], committed: Captions, there: set[bytes]) -> Work:

@@ -1,0 +1,113 @@
+"""Where a medium's bytes are, and how a decoder gets them: as a local file while it reads.
+
+Decoders want files with a path. What lies elsewhere (inside a tar) is copied to a file without a
+name, which is gone with the process that reads it, however that ends.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from preprocess.media import MediaError
+from shared.hashing import FileHasher
+
+_BLOCK_BYTES = 1 << 22
+
+
+class Packed(Protocol):
+    """A medium that is no file of its own. Its `str` names it in messages."""
+
+    @property
+    def suffix(self) -> str:
+        """What its name ends in, dot included."""
+
+    def exists(self) -> bool:
+        """Whether it seems to be there, without reading it."""
+
+    def stamp(self) -> str:
+        """Another string once its content is another: what a digest is remembered by.
+
+        Raises OSError where it can't be asked.
+        """
+
+    def content(self) -> Iterator[bytes]:
+        """Its bytes. Raises OSError, or MediaError where they can't be had."""
+
+
+Medium = Path | Packed
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarMember:
+    """A file inside an uncompressed tar."""
+
+    tar: Path
+    name: str
+    """As the tar says. Only a name: nothing is ever written to it."""
+    offset: int
+    """Where in the tar its bytes begin."""
+    length: int
+
+    def __str__(self) -> str:
+        return f"{self.tar}/{self.name}"
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.name).suffix
+
+    def exists(self) -> bool:
+        return self.tar.exists()
+
+    def stamp(self) -> str:
+        path = self.tar.resolve()
+        status = path.stat()
+        place = f"{self.name}|{self.offset}|{self.length}"
+        return f"{path}|{status.st_size}|{status.st_mtime_ns}|{place}"
+
+    def content(self) -> Iterator[bytes]:
+        left = self.length
+        with self.tar.open("rb") as stream:
+            stream.seek(self.offset)
+            while left:
+                block = stream.read(min(left, _BLOCK_BYTES))
+                if not block:
+                    raise MediaError(f"{self}: the tar ends {left} bytes before the file does")
+                left -= len(block)
+                yield block
+
+
+def stamp(medium: Medium, hasher: FileHasher) -> str | None:
+    """What the hasher remembers the medium by; None where it cannot be asked for."""
+    with suppress(OSError, RuntimeError):  # missing, a name too long, a loop of links
+        return hasher.name(medium) if isinstance(medium, Path) else medium.stamp()
+    return None
+
+
+@contextmanager
+def local_file(medium: Medium, on_progress: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """A path at which the medium can be read while the block runs.
+
+    MediaErrors that name this path leave the block naming the medium. `on_progress` is called
+    after every few megabytes that are copied.
+    """
+    if isinstance(medium, Path):
+        yield medium
+        return
+    named = not Path("/proc/self/fd").is_dir()  # elsewhere an open file has no path but its own
+    with tempfile.NamedTemporaryFile() if named else tempfile.TemporaryFile() as file:
+        try:
+            for block in medium.content():
+                file.write(block)
+                on_progress()
+            file.flush()
+        except OSError as error:
+            raise MediaError(f"{medium}: cannot be read ({error})") from error
+        path = Path(file.name if named else f"/proc/{os.getpid()}/fd/{file.fileno()}")
+        try:
+            yield path
+        except MediaError as error:
+            raise MediaError(str(error).replace(str(path), str(medium))) from error
