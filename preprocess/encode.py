@@ -246,16 +246,11 @@ def _dataset(config: EncodeConfig) -> Dataset:
 
 def _encodable_model(config: EncodeConfig) -> ModelSpec:
     spec = read_model_spec(resolve_model(config.model, COMPONENTS))
-    unsupported = {
-        "ti2v models (per-token timesteps, as Wan2.2-TI2V-5B)": spec.mode == "ti2v",
-        "models with CLIP image embeddings (as Wan 2.1 I2V)": spec.image_dim is not None,
-    }
-    for kind, found in unsupported.items():
-        if found:
-            raise UserError(
-                f"model: {spec.folder}: {kind} are not supported yet. Expected a Wan 2.2 A14B "
-                "model or a Wan 2.1 T2V model."
-            )
+    if spec.image_dim is not None:
+        raise UserError(
+            f"model: {spec.folder}: models with CLIP image embeddings (as Wan 2.1 I2V) are not "
+            "supported yet. Expected a Wan 2.2 model or a Wan 2.1 T2V model."
+        )
     check_device(config.device)
     return spec
 

@@ -105,6 +105,8 @@ def to_redo(differing: list[tuple[str, Any, Any]]) -> str:
     found, expected = modes[0]
     if (found, expected) == ("t2v", "i2v"):
         return "conditions only; latents and text embeddings would be the same"
+    if {found, expected} == {"t2v", "ti2v"}:
+        return "nothing: t2v and ti2v caches hold the same"
     if (found, expected) == ("i2v", "t2v"):
         return "nothing: t2v models with this VAE train on an i2v cache as it is"
     return "conditions; latents and text embeddings would be the same"

@@ -172,10 +172,14 @@ def _spec_from_configs(
 
 
 def _mode(folder: Path, index: dict[str, Any], in_channels: int, latent_channels: int) -> Mode:
-    if index.get("expand_timesteps"):
-        return "ti2v"
+    expanded = bool(index.get("expand_timesteps"))
     if in_channels == latent_channels:
-        return "t2v"
+        return "ti2v" if expanded else "t2v"
+    if expanded:
+        raise UserError(
+            f"model: {folder}/transformer/config.json has in_channels={in_channels}; with "
+            f"expand_timesteps (ti2v) expected the VAE's {latent_channels} latent channels."
+        )
     if in_channels == 2 * latent_channels + 4:
         return "i2v"
     raise UserError(

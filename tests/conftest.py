@@ -27,3 +27,10 @@ def tiny_t2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_i2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny two-expert image-to-video model in diffusers layout."""
     return tiny_model(tmp_path_factory.mktemp("models") / "tiny-i2v", "i2v")
+
+
+@pytest.fixture(scope="session")
+def tiny_ti2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of TI2V-5B's form: one expert, its own VAE, the first frame kept clean."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-ti2v"
+    return tiny_model(folder, "ti2v", two_experts=False)

@@ -14,7 +14,27 @@ TOKENIZER = Path(shared.__file__).parent / "toy" / "common" / "tokenizer"
 LATENT_CHANNELS = 16
 TEXT_DIM = 32
 BOUNDARY = {"t2v": 0.875, "i2v": 0.9}
-PIPELINE = {"t2v": "WanPipeline", "i2v": "WanImageToVideoPipeline"}
+PIPELINE = {"t2v": "WanPipeline", "i2v": "WanImageToVideoPipeline", "ti2v": "WanPipeline"}
+TI2V_CHANNELS = 48
+
+
+def tiny_ti2v_vae() -> AutoencoderKLWan:
+    """The Wan 2.2 VAE's form (TI2V-5B): strides (4, 16, 16), 48 channels, pixels in patches."""
+    return AutoencoderKLWan(
+        base_dim=8,
+        decoder_base_dim=12,
+        z_dim=TI2V_CHANNELS,
+        dim_mult=[1, 2, 4, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+        latents_mean=[0.03 * (channel - 20.3) for channel in range(TI2V_CHANNELS)],
+        latents_std=[0.4 + 0.05 * channel for channel in range(TI2V_CHANNELS)],
+    )
 
 
 def tiny_vae() -> AutoencoderKLWan:
@@ -32,12 +52,13 @@ def tiny_vae() -> AutoencoderKLWan:
 
 def tiny_transformer(mode: str, **overrides: Any) -> WanTransformer3DModel:
     """A Wan transformer of two layers; `overrides` replace fields of its config."""
+    inputs = {"t2v": LATENT_CHANNELS, "i2v": 2 * LATENT_CHANNELS + 4, "ti2v": TI2V_CHANNELS}
     config: dict[str, Any] = {
         "patch_size": (1, 2, 2),
         "num_attention_heads": 2,
         "attention_head_dim": 16,
-        "in_channels": LATENT_CHANNELS if mode == "t2v" else 2 * LATENT_CHANNELS + 4,
-        "out_channels": LATENT_CHANNELS,
+        "in_channels": inputs[mode],
+        "out_channels": TI2V_CHANNELS if mode == "ti2v" else LATENT_CHANNELS,
         "text_dim": TEXT_DIM,
         "freq_dim": 32,
         "ffn_dim": 48,
@@ -68,7 +89,7 @@ def tiny_text_encoder(vocabulary: int) -> UMT5EncoderModel:
 
 def tiny_model(
     folder: Path,
-    mode: Literal["t2v", "i2v"],
+    mode: Literal["t2v", "i2v", "ti2v"],
     *,
     two_experts: bool = True,
     seed: int = 0,
@@ -86,7 +107,7 @@ def tiny_model(
         torch.manual_seed(seed)
         components = {
             "text_encoder": tiny_text_encoder(len(tokenizer)),
-            "vae": tiny_vae(),
+            "vae": tiny_ti2v_vae() if mode == "ti2v" else tiny_vae(),
             "transformer": tiny_transformer(mode, **transformer),
         }
         if two_experts:
@@ -101,7 +122,7 @@ def tiny_model(
 
     index: dict[str, Any] = {
         "_class_name": PIPELINE[mode],
-        "expand_timesteps": False,
+        "expand_timesteps": mode == "ti2v",
         "boundary_ratio": BOUNDARY[mode] if two_experts else None,
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],

@@ -151,7 +151,12 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
     check_writable("--output", config.output)
     device = torch.device(config.device)
     pipeline = build_pipeline(
-        spec, loras=loras, dtype=DTYPES[config.dtype], device=device, offload=config.offload
+        spec,
+        from_image=image is not None,
+        loras=loras,
+        dtype=DTYPES[config.dtype],
+        device=device,
+        offload=config.offload,
     )
     kind = "teacher" if config.teacher else "student"
     rows, paths, records = [], [], []
@@ -253,6 +258,7 @@ def wrong_base(lora: TrainedLora, spec: ModelSpec) -> str | None:
 def build_pipeline(
     spec: ModelSpec,
     *,
+    from_image: bool,
     loras: Sequence[TrainedLora],
     dtype: torch.dtype,
     device: torch.device,
@@ -262,7 +268,7 @@ def build_pipeline(
 
     A `full` LoRA works alone at every step, so the second expert is left out.
     """
-    kind = WanImageToVideoPipeline if spec.mode == "i2v" else WanPipeline
+    kind = WanImageToVideoPipeline if from_image else WanPipeline
     alone = any(lora.provenance.expert == "full" for lora in loras) and spec.two_experts
     left_out = {"transformer_2": None, "boundary_ratio": None} if alone else {}
     transformers.utils.logging.disable_progress_bar()  # ours follows; two would tear each other

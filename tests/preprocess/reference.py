@@ -80,9 +80,9 @@ class Reference:
     """Float32 tensors as the pipeline computes them."""
 
     latents: torch.Tensor
-    """(16, T, h, w)"""
+    """(C, T, h, w)"""
     condition: torch.Tensor | None
-    """(16, T, h, w)"""
+    """i2v: (C, T, h, w); ti2v: (C, 1, h, w), of a video"""
     text: torch.Tensor
     """(512, D)"""
 
@@ -93,7 +93,7 @@ class Pipelines:
     def __init__(
         self, folder: Path, mode: str, *, vae: torch.dtype, text_encoder: torch.dtype
     ) -> None:
-        cls = {"t2v": WanPipeline, "i2v": WanImageToVideoPipeline}[mode]
+        cls = WanPipeline if mode == "t2v" else WanImageToVideoPipeline
         dtypes = {"vae": vae, "text_encoder": text_encoder, "default": torch.float32}
         self.mode = mode
         self.pipe = cls.from_pretrained(folder, torch_dtype=dtypes)
@@ -111,11 +111,8 @@ class Pipelines:
         inverse = 1.0 / torch.tensor(vae.config.latents_std).view(1, vae.config.z_dim, 1, 1, 1)
         latents = (raw - mean) * inverse
 
-        condition = None
-        if self.mode == "i2v":
-            # The stated exception: an image's condition is the encoding of zeros.
-            first = pixels[:, :, 0] if len(frames) > 1 else torch.zeros_like(pixels[:, :, 0])
-            _, both = pipe.prepare_latents(
+        def prepared(first: torch.Tensor) -> torch.Tensor:
+            return pipe.prepare_latents(
                 first,
                 batch_size=1,
                 num_channels_latents=vae.config.z_dim,
@@ -124,8 +121,15 @@ class Pipelines:
                 num_frames=len(frames),
                 dtype=torch.float32,
                 device=torch.device("cpu"),
-            )
-            condition = both[0, 4:]  # the mask's 4 channels are rebuilt, not cached
+            )[1][0]
+
+        condition = None
+        if self.mode == "i2v":
+            # The stated exception: an image's condition is the encoding of zeros.
+            first = pixels[:, :, 0] if len(frames) > 1 else torch.zeros_like(pixels[:, :, 0])
+            condition = prepared(first)[4:]  # the mask's 4 channels are rebuilt, not cached
+        elif self.mode == "ti2v" and len(frames) > 1:
+            condition = prepared(pixels[:, :, 0])
         text, _ = pipe.encode_prompt(
             caption, max_sequence_length=512, do_classifier_free_guidance=False
         )

@@ -176,7 +176,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda m: edit(m / "model_index.json", tokenizer=["transformers", "NoTokenizer"]),
         "names the tokenizer 'NoTokenizer'",
     ),
-    "ti2v": (lambda m: edit(m / "model_index.json", expand_timesteps=True), "not supported yet"),
     "clip": (lambda m: edit(m / "transformer/config.json", image_dim=1280), "not supported yet"),
     "first-last": (
         lambda m: edit(m / "transformer/config.json", pos_embed_seq_len=514),

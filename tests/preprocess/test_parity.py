@@ -51,6 +51,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("t2v", "fp32", "fp32", "fp32"),
         ("i2v", "bf16", "fp32", "bf16"),  # the defaults
         pytest.param("i2v", "fp32", "bf16", "fp32", marks=pytest.mark.long),
+        ("ti2v", "fp32", "fp32", "fp32"),
+        ("ti2v", "bf16", "bf16", "bf16"),
     ],
 )
 def test_the_cache_equals_the_pipeline(
@@ -85,8 +87,9 @@ def test_the_cache_equals_the_pipeline(
             size = VIDEO_SIZE
         else:
             indices, frames, size = [0], image_frame(path), IMAGE_SIZE
-        height, width = bucket(frames[0].height, frames[0].width, size)
-        assert height != width or source == "short.mp4"
+        multiple, stride, channels = (32, 16, 48) if mode == "ti2v" else (16, 8, 16)
+        height, width = bucket(frames[0].height, frames[0].width, size, multiple)
+        assert height != width or source == "short.mp4" or mode == "ti2v"
         reference = pipelines.of(fitted(frames, height, width), caption)
 
         row = cache.row(source=source)
@@ -98,7 +101,8 @@ def test_the_cache_equals_the_pipeline(
 
         latents = cache.tensor(row, "latents")
         assert latents.dtype == DTYPES[dtype]
-        assert latents.shape == (16, (len(frames) - 1) // 4 + 1, height // 8, width // 8)
+        grid = ((len(frames) - 1) // 4 + 1, height // stride, width // stride)
+        assert latents.shape == (channels, *grid)
         for number in range(latents.shape[1]):  # every latent frame
             assert torch.equal(latents[:, number], reference.latents[:, number].to(DTYPES[dtype]))
         assert reference.latents.std() > 0.05  # something was compared
@@ -110,6 +114,10 @@ def test_the_cache_equals_the_pipeline(
             assert not torch.equal(condition, latents)
         else:
             assert cache.raw(row, "cond.safetensors") == b""
+        if mode == "ti2v" and len(frames) > 1:
+            # Nothing more is cached: the pipeline's condition is the clip's own first latent frame.
+            assert reference.condition is not None
+            assert torch.equal(latents[:, :1], reference.condition.to(DTYPES[dtype]))
 
         text = cache.tensor(row, "text")
         padded = torch.zeros(512, text.shape[1], dtype=text.dtype)
@@ -119,9 +127,10 @@ def test_the_cache_equals_the_pipeline(
         assert (len(text) == 512) == (source == "short.mp4")
 
 
-def test_latents_are_causal(data: Path, tiny_i2v: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["i2v", "ti2v"])
+def test_latents_are_causal(mode: str, data: Path, request: pytest.FixtureRequest) -> None:
     """A shorter clip from the same start is a slice of the longer one's latents: what lets
-    training cut in time for free.
+    training cut in time for free, and what makes ti2v's condition a latent frame.
     """
     from preprocess.clips import fit
     from preprocess.encoders import LatentEncoder
@@ -129,7 +138,9 @@ def test_latents_are_causal(data: Path, tiny_i2v: Path, tmp_path: Path) -> None:
     from shared.buckets import Bucket
     from shared.model_spec import read_model_spec
 
-    encoder = LatentEncoder(read_model_spec(tiny_i2v), dtype=torch.float32, device="cpu")
-    frames = fit(read_frames(data / "bikes.mp4", "video", range(9)), Bucket(48, 96, 9))
+    model = read_model_spec(request.getfixturevalue(f"tiny_{mode}"))
+    encoder = LatentEncoder(model, dtype=torch.float32, device="cpu")
+    frames = fit(read_frames(data / "bikes.mp4", "video", range(9)), Bucket(64, 96, 9))
+    assert torch.equal(encoder.latents(frames[:1]), encoder.latents(frames)[:, :1])
     assert torch.equal(encoder.latents(frames[:5]), encoder.latents(frames)[:, :2])
     assert torch.equal(encoder.condition(frames[:5]), encoder.condition(frames)[:, :2])

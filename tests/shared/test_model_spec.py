@@ -67,6 +67,7 @@ def test_the_families(tmp_path: Path) -> None:
         ({"boundary_ratio": 0.9}, 16, "two experts need a boundary"),
         ({"transformer_2": ["a", "b"]}, 16, "two experts need a boundary"),
         ({}, 17, "in_channels=17"),
+        ({"expand_timesteps": True}, 36, r"expand_timesteps \(ti2v\) expected the VAE's 16"),
     ],
 )
 def test_contradictions_are_refused(

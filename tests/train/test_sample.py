@@ -75,6 +75,18 @@ def test_student_takes_the_trained_steps(
     assert Image.open(out / "student-sheet.png").width > 6 * 80
 
 
+@pytest.mark.parametrize("image", [False, True])
+def test_a_ti2v_teacher_takes_an_image_or_none(
+    image: bool, tiny_ti2v: Path, tmp_path: Path
+) -> None:
+    picture = np.random.default_rng(0).integers(0, 255, (70, 64, 3)).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "first.png")
+    more = ["--image", str(tmp_path / "first.png")] if image else []
+    size = ["--height", "64", "--width", "96"]
+    out = sample(tiny_ti2v, tmp_path / "out", "--teacher", "--steps", "2", *more, *size)
+    assert frames(out / "teacher-000.mp4").shape == (9, 64, 96, 3)
+
+
 def test_the_lora_decides_and_the_seed_repeats(
     tiny_t2v: Path, pair: list[str], tmp_path: Path
 ) -> None:
