@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -21,16 +20,11 @@ from preprocess.clips import ClipRule
 from preprocess.config import EncodeConfig
 from preprocess.dataset import Dataset, Rejected, load_dataset
 from preprocess.dataset_config import load_dataset_config
+from preprocess.engine import Engine, LocalEngine
 from preprocess.fingerprint import encode_fingerprint, refuse_other_settings
 from preprocess.index import caption_digest, settled_index
 from preprocess.media import MediaError
-from preprocess.passes import (
-    Times,
-    latents_from_cache,
-    latents_from_media,
-    text_pass,
-    texts_from_cache,
-)
+from preprocess.passes import Times, latents_from_cache, samples_of, texts_from_cache
 from preprocess.plan import Captions, Committed, Work, plan_work
 from preprocess.rejected import rejected_file, write_rejected
 from preprocess.removal import unlisted
@@ -49,10 +43,6 @@ from shared.errors import UserError
 from shared.hashing import FileHasher
 from shared.interrupt import Interrupted, Interruption, catch_signals
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
-from shared.schema import DTYPES, Sample
-
-if TYPE_CHECKING:
-    from preprocess.encoders import LatentEncoder, TextEncoder
 
 COMPONENTS = ("vae", "text_encoder", "tokenizer")
 
@@ -151,7 +141,6 @@ def _encode(
             unusable = {rejected.source for rejected in outcome.rejected}
             leftover = unlisted(outcome.index, live, unusable)
 
-        stored = DTYPES[config.dtype]
         texts = TextCache(config.output, fingerprint, config.rank.number)
         shards = ShardWriter(
             config.output,
@@ -160,19 +149,7 @@ def _encode(
             writer=config.rank.number,
         )
         writer = BackgroundWriter(shards)
-
-        # diffusers and transformers are imported when an encoder is built: a run that has nothing
-        # to encode does not wait for them.
-        def text_encoder() -> "TextEncoder":
-            from preprocess.encoders import TextEncoder
-
-            dtype = DTYPES[config.text_encoder_dtype]
-            return TextEncoder(spec.folder, dtype=dtype, device=config.device)
-
-        def latent_encoder() -> "LatentEncoder":
-            from preprocess.encoders import LatentEncoder
-
-            return LatentEncoder(spec, dtype=DTYPES[config.vae_dtype], device=config.device)
+        engine: Engine = LocalEngine(config, spec, pool, outcome.times)
 
         try:
             # Text pass: each caption once; the encoder is gone before the VAE comes.
@@ -180,14 +157,7 @@ def _encode(
             if outcome.index is not None:
                 texts_from_cache(todo, committed, outcome.index, texts)
             with report.bar(console, "encoding captions", len(needed)) as advance:
-                text_pass(
-                    needed,
-                    texts,
-                    text_encoder,
-                    stored=stored,
-                    times=outcome.times,
-                    on_progress=advance,
-                )
+                engine.encode_texts(needed, texts, on_progress=advance)
             if prompts:
                 with signals.deferred():
                     shards.add_prompts(
@@ -198,29 +168,21 @@ def _encode(
             known, new = _split(todo, committed)
             encoded = chain(
                 latents_from_cache(known, outcome.index) if outcome.index is not None else (),
-                latents_from_media(
-                    new, spec, latent_encoder, pool, stored=stored, times=outcome.times
-                ),
+                engine.encode_media(new, texts),
             )
             with report.bar(console, "encoding media", len(todo)) as advance:
                 for work, result in encoded:
+                    missing = _missing(work, committed)
                     if isinstance(result, MediaError):
                         source = work.entry.source
                         outcome.rejected.append(Rejected(source=source, reason=str(result)))
+                    elif result is None:
+                        outcome.written += len(missing)
                     else:
-                        colours = result.colours  # of the clip, so with its first sample only
-                        for key, caption in _missing(work, committed):
-                            sample = Sample(
-                                key=key,
-                                info=work.info(caption),
-                                latents=result.latents,
-                                text=texts.get(caption),
-                                cond=result.condition,
-                            )
+                        for sample, colours in samples_of(work, missing, result, texts):
                             with signals.deferred():
                                 writer.add(sample, colours)
                                 outcome.written += 1
-                            colours = None
                     advance()
             with signals.deferred():
                 writer.close()
@@ -232,6 +194,7 @@ def _encode(
                 texts.delete()
         except BaseException:  # a signal, a full disk, no memory: what is encoded is kept
             with signals.deferred(raise_after=False):
+                engine.rescue()
                 writer.rescue()
                 with suppress(OSError):
                     _finish(config, outcome, mine)

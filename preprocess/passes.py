@@ -21,7 +21,7 @@ from preprocess.workers import WorkerPool
 from shared.cache import CacheIndex, MemberReader
 from shared.latent_rgb import ColourSums
 from shared.model_spec import ModelSpec
-from shared.schema import CONDITION_MEMBER, LATENTS_MEMBER, TEXT_MEMBER
+from shared.schema import CONDITION_MEMBER, LATENTS_MEMBER, TEXT_MEMBER, Sample
 
 if TYPE_CHECKING:  # diffusers and transformers wait until an encoder is built
     from preprocess.encoders import LatentEncoder, TextEncoder
@@ -101,6 +101,26 @@ class Encoded:
     """(C, T, h, w), normalised; None for text-to-video."""
     colours: Callable[[], ColourSums] | None = None
     """Computes the sums for the latent → RGB map; None where the latents come from a shard."""
+
+
+def samples_of(
+    work: Work, wanted: Sequence[tuple[str, str]], encoded: Encoded, texts: TextCache
+) -> Iterator[tuple[Sample, Callable[[], ColourSums] | None]]:
+    """The samples of an encoded clip, one per (key, caption) of `wanted`.
+
+    Its colours come with the first: they are of the clip, and count once.
+    """
+    colours = encoded.colours
+    for key, caption in wanted:
+        sample = Sample(
+            key=key,
+            info=work.info(caption),
+            latents=encoded.latents,
+            text=texts.get(caption),
+            cond=encoded.condition,
+        )
+        yield sample, colours
+        colours = None
 
 
 def latents_from_cache(work: Sequence[Work], cache: CacheIndex) -> Iterator[tuple[Work, Encoded]]:

@@ -1,0 +1,90 @@
+"""Who runs the encoders: this process (here), or actors of a cluster (`ray_engine`)."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from preprocess.config import EncodeConfig
+from preprocess.media import MediaError
+from preprocess.passes import Encoded, Times, latents_from_media, text_pass
+from preprocess.plan import Work
+from preprocess.text_cache import TextCache
+from preprocess.workers import WorkerPool
+from shared.model_spec import ModelSpec
+from shared.schema import DTYPES
+
+if TYPE_CHECKING:  # diffusers and transformers wait until an encoder is built: a run that has
+    from preprocess.encoders import LatentEncoder, TextEncoder  # nothing to do needs neither
+
+
+class Engine(Protocol):
+    """The two passes of `encode`, in order; no device holds a text encoder and a VAE at once."""
+
+    def encode_texts(
+        self, captions: Sequence[str], texts: TextCache, *, on_progress: Callable[[], None]
+    ) -> None:
+        """Bring the embeddings into `texts` that it lacks."""
+
+    def encode_media(
+        self, works: Sequence[Work], texts: TextCache
+    ) -> Iterator[tuple[Work, Encoded | MediaError | None]]:
+        """Encode clips, in any order; one that fails comes with the reason.
+
+        None: its samples are in a shard already. A clip comes with those samples alone that are
+        to be written of it.
+        """
+
+    def rescue(self) -> None:
+        """After a signal or a failure: commit what is encoded and not yet in a shard."""
+
+
+class LocalEngine:
+    """This process: one encoder at a time, decoders beside it."""
+
+    def __init__(
+        self, config: EncodeConfig, spec: ModelSpec, pool: WorkerPool, times: Times
+    ) -> None:
+        self._config, self._spec, self._pool, self._times = config, spec, pool, times
+
+    def encode_texts(
+        self, captions: Sequence[str], texts: TextCache, *, on_progress: Callable[[], None]
+    ) -> None:
+        """Each caption once; the encoder has left memory when this returns."""
+        text_pass(
+            captions,
+            texts,
+            lambda: text_encoder(self._config, self._spec),
+            stored=DTYPES[self._config.dtype],
+            times=self._times,
+            on_progress=on_progress,
+        )
+
+    def encode_media(
+        self, works: Sequence[Work], texts: TextCache
+    ) -> Iterator[tuple[Work, Encoded | MediaError | None]]:
+        """Clips as they are decoded."""
+        return latents_from_media(
+            works,
+            self._spec,
+            lambda: latent_encoder(self._config, self._spec),
+            self._pool,
+            stored=DTYPES[self._config.dtype],
+            times=self._times,
+        )
+
+    def rescue(self) -> None:
+        """Nothing: what this process has encoded, `encode` has."""
+
+
+def text_encoder(config: EncodeConfig, spec: ModelSpec) -> "TextEncoder":
+    """Load the text encoder. Imports transformers."""
+    from preprocess.encoders import TextEncoder
+
+    dtype = DTYPES[config.text_encoder_dtype]
+    return TextEncoder(spec.folder, dtype=dtype, device=config.device)
+
+
+def latent_encoder(config: EncodeConfig, spec: ModelSpec) -> "LatentEncoder":
+    """Load the VAE. Imports diffusers."""
+    from preprocess.encoders import LatentEncoder
+
+    return LatentEncoder(spec, dtype=DTYPES[config.vae_dtype], device=config.device)
