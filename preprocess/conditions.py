@@ -31,7 +31,13 @@ from shared.cache import CacheIndex, MemberReader, committed_shards
 from shared.cli_support import say
 from shared.device import check_device
 from shared.errors import UserError
-from shared.fingerprint import FORMAT_VERSION, Fingerprint, model_fields, refuse_differences
+from shared.fingerprint import (
+    FORMAT_VERSION,
+    Fingerprint,
+    group_of,
+    model_fields,
+    refuse_differences,
+)
 from shared.hashing import FileHasher
 from shared.interrupt import Interrupted, Interruption, catch_signals
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
@@ -123,9 +129,10 @@ def _add(
     signals: Interruption,
     outcome: Added,
 ) -> None:
-    if base.fingerprint["mode"] != "t2v":
+    own = group_of(base.fingerprint, "latents", base.folder)
+    if (mode := base.fingerprint.get("mode")) != "t2v":
         raise UserError(
-            f"shards: {config.shards} was encoded for {base.fingerprint['mode']}; only a t2v cache "
+            f"shards: {config.shards} was encoded for {mode}; only a t2v cache "
             "can get conditions. There is nothing to add."
         )
     spec = _i2v_model(config)
@@ -146,7 +153,7 @@ def _add(
             f"samples  {len(mine)}: {len(mine) - outcome.left} have a condition, {outcome.left} "
             "to encode",
         )
-        stored = DTYPES[base.fingerprint["latents"]["dtype"]]
+        stored = DTYPES[own["dtype"]]
         writer = ShardWriter(
             outcome.folder, fingerprint, shard_bytes=SHARD_BYTES, writer=config.rank.number
         )
@@ -154,7 +161,7 @@ def _add(
         def encoder() -> "LatentEncoder":
             from preprocess.encoders import LatentEncoder
 
-            dtype = DTYPES[base.fingerprint["latents"]["compute"]]
+            dtype = DTYPES[own["compute"]]
             return LatentEncoder(spec, dtype=dtype, device=config.device)
 
         reader = MemberReader(base)

@@ -6,12 +6,12 @@ the two do not belong together.
 """
 
 import hashlib
-import json
-import tarfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+import os
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -20,21 +20,21 @@ from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
 from preprocess.writer import index_lock
+from shared.buckets import Bucket
 from shared.cache import (
-    COLUMNS,
     INDEX,
     MANIFEST,
-    MEDIA_TYPES,
+    MOST_MANIFEST,
     REENCODE_SHARD,
     CacheIndex,
     Sidecar,
     Tombstones,
     age,
-    column_digest,
     committed_shards,
     committed_tombstones,
     open_cache,
 )
+from shared.columns import COLUMNS, Columns, column_digest
 from shared.durable import (
     fault_point,
     fsync_file,
@@ -48,25 +48,24 @@ from shared.errors import UserError
 from shared.fingerprint import FORMAT_VERSION, refuse_differences
 from shared.hashing import FileHasher, digest_of
 from shared.latent_rgb import ColourFit, LatentRgb, solve
+from shared.model_spec import MAX_TEXT_TOKENS
 from shared.overlays import made_by, required_members
-from shared.schema import JSON_MEMBER, KEY_BYTES, MEMBERS, TEXT_MEMBER
+from shared.schema import (
+    JSON_MEMBER,
+    KEY_BYTES,
+    MEDIA_TYPES,
+    MEMBERS,
+    MOST_INFO_BYTES,
+    TEXT_MEMBER,
+    tensors_in,
+    unpack_info,
+)
+from shared.strict_json import parse
+from shared.tar import Member, members
+from shared.tensor_header import LENGTH_BYTES, MOST_HEADER
 
-# Rows of a column that are compressed and read together.
+# Rows of a column that are written and read together.
 CHUNK_ROWS = 1 << 16
-
-
-@dataclass
-class _Row:
-    """A sample as found in one tar."""
-
-    key: str
-    shard: int
-    caption: bytes = b""
-    type: int = 0
-    tokens: int = 0
-    repeats: int = 1
-    offset: list[int] = field(default_factory=lambda: [0] * len(MEMBERS))
-    length: list[int] = field(default_factory=lambda: [0] * len(MEMBERS))
 
 
 def caption_digest(caption: str) -> bytes:
@@ -78,7 +77,7 @@ def fresh_index(folder: Path) -> CacheIndex:
     """Open the cache's index, brought up to date first where it is missing, stale or damaged."""
     entries = _entries(folder)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = parse((folder / MANIFEST).read_bytes(), most=MOST_MANIFEST)
         if manifest["index"] == entries.digest:
             index = open_cache(folder)
             index.read_columns()
@@ -134,10 +133,6 @@ def _entries(folder: Path) -> _Entries:
     return _Entries(sidecars=committed_shards(folder), tombstones=committed_tombstones(folder))
 
 
-Columns = dict[str, npt.NDArray[Any]]
-"""Column name → values, as `COLUMNS` says."""
-
-
 def _reusable(folder: Path, entries: _Entries) -> tuple[set[str], Columns] | None:
     """The rows of the index that is there, and the shards that they stand for.
 
@@ -145,7 +140,7 @@ def _reusable(folder: Path, entries: _Entries) -> tuple[set[str], Columns] | Non
     that a row which it left out may count again.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = parse((folder / MANIFEST).read_bytes(), most=MOST_MANIFEST)
         known = {entry["name"]: entry["sha256"] for entry in manifest["shards"]}
         removed = {entry["name"]: entry["sha256"] for entry in manifest["tombstones"]}
         index = open_cache(folder)
@@ -172,22 +167,24 @@ def _write_index(
     folder: Path, entries: _Entries, reusable: tuple[set[str], Columns] | None
 ) -> CacheIndex:
     _refuse_mixed(folder, entries.sidecars)
-    known, columns = reusable or (set(), _columns([], 0))
-    samples = entries.samples
+    known, columns = reusable or (set(), _Rows(0, (), None).columns())
+    sidecars = entries.samples
     scanned = [
-        _columns(list(_rows(folder, sidecar, number)), number)
-        for number, sidecar in enumerate(samples)
+        _scanned(folder, sidecar, number)
+        for number, sidecar in enumerate(sidecars)
         if sidecar.shard not in known
     ]
     columns = {
-        name: np.concatenate([columns[name], *(new[name] for new in scanned)]) for name in COLUMNS
+        name: np.concatenate([columns[name], *(new.pop(name) for new in scanned)])
+        for name in COLUMNS
     }
-    columns = _live(columns, samples, entries.tombstones)
-    buckets = sorted({sidecar.bucket for sidecar in samples if sidecar.bucket})
-    bucket_of_shard = np.asarray([buckets.index(s.bucket) for s in samples if s.bucket], np.int32)
+    columns = _live(columns, sidecars, entries.tombstones)
+    buckets = sorted({sidecar.bucket for sidecar in sidecars if sidecar.bucket})
+    position = {bucket: number for number, bucket in enumerate(buckets)}
+    bucket_of_shard = np.asarray([position[s.bucket] for s in sidecars if s.bucket], np.int32)
     columns["bucket"] = bucket_of_shard[columns["shard"]]
     per_bucket = np.bincount(columns["bucket"], minlength=len(buckets))
-    latent_rgb = _latent_rgb(folder, samples)
+    latent_rgb = _latent_rgb(folder, sidecars)
 
     _write_zarr(folder, columns, entries.digest)
     manifest = {
@@ -198,7 +195,7 @@ def _write_index(
             {"height": b.height, "width": b.width, "frames": b.frames, "samples": int(count)}
             for b, count in zip(buckets, per_bucket, strict=True)
         ],
-        "shards": [_shard_entry(sidecar) for sidecar in samples],
+        "shards": [_shard_entry(sidecar) for sidecar in sidecars],
         "prompts": [_shard_entry(sidecar) for sidecar in entries.prompts],
         "tombstones": [
             {"name": removed.name, "sha256": removed.sha256, "count": len(removed.keys)}
@@ -249,7 +246,16 @@ def _latent_rgb(folder: Path, sidecars: list[Sidecar]) -> LatentRgb | None:
                 "this shard's share in the preview map and nothing else."
             ) from error
 
-    return solve(part(sidecar) for sidecar in sidecars if sidecar.latent_rgb is not None)
+    parts = (part(sidecar) for sidecar in sidecars if sidecar.latent_rgb is not None)
+    try:
+        return solve(parts)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(
+            f"sidecar: latent_rgb of the shards in {folder} does not agree ({error}). Set it to "
+            "null in the odd ones, which costs their share in the preview map and nothing else."
+        ) from error
 
 
 def check_shards(folder: Path, names: Iterable[str] | None = None) -> None:
@@ -259,6 +265,8 @@ def check_shards(folder: Path, names: Iterable[str] | None = None) -> None:
         if names is not None and sidecar.shard not in names:
             continue
         tar = folder / sidecar.shard
+        if not tar.is_file():  # a pipe would be waited for
+            raise UserError(f"shards: {tar} is no file. {REENCODE_SHARD}")
         found = hasher.sha256(tar)
         if found != sidecar.sha256:
             raise UserError(
@@ -288,78 +296,125 @@ def _refuse_mixed(folder: Path, sidecars: list[Sidecar]) -> None:
         )
 
 
-def _rows(folder: Path, sidecar: Sidecar, shard: int) -> Iterator[_Row]:
-    """The samples of one tar, by reading its headers, its JSON and the head of each text member."""
+def _scanned(folder: Path, sidecar: Sidecar, shard: int) -> Columns:
+    """The rows of one tar, from its headers, its JSON and the heads of its tensors.
+
+    Raises UserError where it holds anything that a cache's tar does not.
+    """
     path = folder / sidecar.shard
-    rows: dict[str, _Row] = {}
-    required = required_members(sidecar.fingerprint)
+    rows = _Rows(shard, required_members(sidecar.fingerprint), sidecar.bucket)
     try:
-        size = path.stat().st_size
-        if size != sidecar.bytes:
-            raise _DamagedError(f"it has {size} bytes, its sidecar says {sidecar.bytes}")
-        with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            for member in tar:
-                key, _, suffix = member.name.partition(".")
-                if suffix not in MEMBERS or len(bytes.fromhex(key)) != KEY_BYTES:
-                    raise _DamagedError(f"unexpected member {member.name!r}")
-                row = rows.setdefault(key, _Row(key, shard))
-                column = MEMBERS.index(suffix)
-                row.offset[column] = member.offset_data
-                row.length[column] = member.size
-                if suffix in (JSON_MEMBER, TEXT_MEMBER):
-                    _read_details(row, suffix, tar.extractfile(member))
-                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header of a large shard
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
+        with path.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size != sidecar.bytes:
+                raise ValueError(f"it has {size} bytes, its sidecar says {sidecar.bytes}")
+            for member in members(stream, size, MEMBERS):
+                rows.add(member, stream)
+        rows.finish()
         if len(rows) != sidecar.count:
-            raise _DamagedError(f"it holds {len(rows)} samples, its sidecar says {sidecar.count}")
-        for row in rows.values():
-            lacking = [name for name in required if not row.length[MEMBERS.index(name)]]
-            if lacking:
-                raise _DamagedError(f"sample {row.key} has no {lacking[0]}")
-    except (_DamagedError, OSError, tarfile.TarError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"it holds {len(rows)} samples, its sidecar says {sidecar.count}")
+    except (OSError, ValueError) as error:
         raise UserError(
             f"shards: {path} is damaged ({error}). Restore it, or delete it together with "
             f"{Sidecar.path_for(path).name} and run `{made_by(sidecar.fingerprint)}` again: it "
             "encodes only what is missing."
         ) from error
-    yield from rows.values()
+    return rows.columns()
 
 
-class _DamagedError(Exception):
-    """What is wrong with a tar."""
+class _Rows:
+    """Rows of one shard, packed as they are found: a large cache has millions of them.
+
+    `bucket` follows from the shard and is filled in later.
+    """
+
+    def __init__(self, shard: int, required: tuple[str, ...], bucket: Bucket | None) -> None:
+        self._shard = shard
+        self._required = required
+        self._bucket = bucket
+        self._keys = bytearray()
+        self._captions = bytearray()
+        self._types = bytearray()
+        self._tokens = array("q")
+        self._repeats = array("q")
+        self._places = array("q")  # per row the offsets of MEMBERS, then their lengths
+        self._key = ""
+        self._lacking: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def add(self, member: Member, stream: BinaryIO) -> None:
+        """The next member of the tar `stream`. Raises ValueError where it is none of ours."""
+        if member.key != self._key:
+            self.finish()
+            self._key = member.key
+            self._lacking = set(self._required)
+            self._keys += bytes.fromhex(member.key)
+            self._tokens.append(0)
+            self._places.extend(_NO_PLACES)
+        column = MEMBERS.index(member.suffix) - len(_NO_PLACES)
+        self._places[column], self._places[column + len(MEMBERS)] = member.offset, member.size
+        self._lacking.discard(member.suffix)
+        stream.seek(member.offset)
+        try:
+            if member.suffix == JSON_MEMBER:
+                self._add_info(stream.read(min(member.size, MOST_INFO_BYTES + 1)))
+            else:
+                self._add_tensors(member, stream)
+        except ValueError as error:
+            raise ValueError(f"{member.name}: {error}") from error
+
+    def finish(self) -> None:
+        """The last sample has no more members. Raises ValueError where it lacks one."""
+        if self._lacking:
+            lacking = next(name for name in MEMBERS if name in self._lacking)
+            raise ValueError(f"sample {self._key} has no {lacking}")
+
+    def _add_info(self, data: bytes) -> None:
+        info = unpack_info(data)
+        bucket = Bucket(info["height"], info["width"], info["frames"])
+        if bucket != self._bucket:
+            raise ValueError(f"a sample of {bucket} in a shard of {self._bucket}")
+        self._captions += caption_digest(info["caption"])
+        self._types.append(MEDIA_TYPES.index(info["type"]))
+        self._repeats.append(info.get("repeats", 1))  # older shards have none
+
+    def _add_tensors(self, member: Member, stream: BinaryIO) -> None:
+        head = stream.read(min(member.size, _HEAD_BYTES))
+        if int.from_bytes(head[:LENGTH_BYTES], "little") > _HEAD_BYTES - LENGTH_BYTES:
+            head += stream.read(min(member.size, LENGTH_BYTES + MOST_HEADER) - len(head))
+        tensors = tensors_in(head, member.size, member.suffix)
+        if member.suffix == TEXT_MEMBER:
+            tokens = tensors["text"].shape[0]
+            if tokens > MAX_TEXT_TOKENS:
+                raise ValueError(f"{tokens} tokens, expected at most {MAX_TEXT_TOKENS}")
+            self._tokens[-1] = tokens
+
+    def columns(self) -> Columns:
+        places = np.frombuffer(self._places, np.int64).reshape(-1, 2, len(MEMBERS))
+        values: Columns = {
+            "key": np.frombuffer(self._keys, np.uint8),
+            "caption": np.frombuffer(self._captions, np.uint8),
+            "bucket": np.zeros(len(self)),
+            "shard": np.full(len(self), self._shard),
+            "type": np.frombuffer(self._types, np.uint8),
+            "tokens": np.frombuffer(self._tokens, np.int64),
+            "repeats": np.frombuffer(self._repeats, np.int64),
+            "offset": places[:, 0],
+            "length": places[:, 1],
+        }
+        return {
+            name: values[name].astype(dtype).reshape(-1, *per_row)
+            for name, (dtype, per_row) in COLUMNS.items()
+        }
 
 
-def _read_details(row: _Row, suffix: str, stream: IO[bytes] | None) -> None:
-    if stream is None:
-        raise _DamagedError(f"{row.key}.{suffix} is not a file")
-    if suffix == JSON_MEMBER:
-        info = json.load(stream)
-        row.caption = caption_digest(info["caption"])
-        row.type = MEDIA_TYPES.index(info["type"])
-        row.repeats = int(info.get("repeats", 1))  # older shards have none
-    else:
-        # safetensors begins with its header's length (8 bytes, little endian) and the header.
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(min(length, row.length[MEMBERS.index(suffix)])))
-        row.tokens = int(header["text"]["shape"][0])
-
-
-def _columns(rows: list[_Row], shard: int) -> Columns:
-    """Rows of one shard. `bucket` follows from the shard and is filled in later."""
-    values: dict[str, list[Any]] = {
-        "key": [list(bytes.fromhex(row.key)) for row in rows],
-        "caption": [list(row.caption) for row in rows],
-        "bucket": [0] * len(rows),
-        "shard": [shard] * len(rows),
-        "type": [row.type for row in rows],
-        "tokens": [row.tokens for row in rows],
-        "repeats": [row.repeats for row in rows],
-        "offset": [row.offset for row in rows],
-        "length": [row.length for row in rows],
-    }
-    return {
-        name: np.asarray(values[name], dtype=dtype).reshape(-1, *per_row)
-        for name, (dtype, per_row) in COLUMNS.items()
-    }
+_NO_PLACES = (0,) * (2 * len(MEMBERS))
+# Of a tensor file, read at first: more than the headers that we write.
+_HEAD_BYTES = 512
 
 
 class _Store(LocalStore):
@@ -387,6 +442,9 @@ def _write_zarr(folder: Path, arrays: Columns, digest: str) -> None:
             shape=values.shape,
             dtype=values.dtype,
             chunks=(min(CHUNK_ROWS, max(1, len(values))), *per_row),
+            # As they are, each one: a reader sees in the files' sizes what it will get.
+            compressors=None,
+            config={"write_empty_chunks": True},
         )
         if len(values):
             array[:] = values

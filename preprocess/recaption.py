@@ -23,7 +23,7 @@ from shared.cache import CacheIndex, MemberReader, Prompt, committed_shards, rea
 from shared.cli_support import say
 from shared.device import check_device
 from shared.errors import UserError
-from shared.fingerprint import FORMAT_VERSION, TEXT_CLEANING, Fingerprint, model_fields
+from shared.fingerprint import FORMAT_VERSION, TEXT_CLEANING, Fingerprint, group_of, model_fields
 from shared.hashing import FileHasher
 from shared.interrupt import Interrupted, Interruption, catch_signals
 from shared.model_spec import MAX_TEXT_TOKENS, read_model_spec, resolve_model
@@ -267,7 +267,7 @@ def _fingerprint(config: RecaptionConfig, base: CacheIndex, console: Console) ->
                 "to a model that has it."
             )
     say(console, f"model    {spec.folder} on {config.device}")
-    own = base.fingerprint["text"]
+    own = group_of(base.fingerprint, "text", base.folder)
     return {
         "format": FORMAT_VERSION,
         "overlay": CAPTIONS,

@@ -13,7 +13,7 @@ import torch
 from shared.durable import DurableFile, remove_tree, rename, temporary
 from shared.fingerprint import Fingerprint
 from shared.hashing import digest_of
-from shared.schema import pack, unpack
+from shared.schema import TEXT_MEMBER, pack, unpack
 
 PREFIX = ".text-"
 _LENGTH_BYTES = 8  # safetensors: the header's length, little endian; the header; the tensors
@@ -42,7 +42,7 @@ class TextCache:
 
     def get(self, caption: str) -> torch.Tensor:
         """The embedding of a caption that is there."""
-        return unpack(self._path(caption).read_bytes())["text"]
+        return unpack(self._path(caption).read_bytes(), TEXT_MEMBER)["text"]
 
     def put(self, caption: str, text: torch.Tensor) -> None:
         """Store an embedding in the dtype that it has.

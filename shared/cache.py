@@ -5,32 +5,43 @@ Tars and sidecars are the truth. Manifest and index are derived from them by `wa
 """
 
 import hashlib
-import json
 import os
 import re
+import stat
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import webdataset
-import zarr
-from safetensors import SafetensorError
 
 from shared.buckets import Bucket
+from shared.columns import COLUMNS, Columns, column_digest, read_attributes, read_column
 from shared.errors import UserError
 from shared.fingerprint import FORMAT_VERSION, Fingerprint
 from shared.latent_rgb import LatentRgb
-from shared.model_spec import read_json
-from shared.schema import JSON_MEMBER, MEMBERS, TEXT_MEMBER, unpack
+from shared.model_spec import MAX_TEXT_TOKENS
+from shared.schema import (
+    JSON_MEMBER,
+    MEDIA_TYPES,
+    MEMBERS,
+    MOST_INFO_BYTES,
+    MOST_REPEATS,
+    TEXT_MEMBER,
+    unpack,
+    unpack_info,
+)
+from shared.strict_json import is_count, is_shallow, parse, read_object
+from shared.tar import Member, members
 
 # h480-w832-f81-w000-00012.tar: bucket, writer, number; tombstones-w000-00013.json counts on.
 _KEY = re.compile(r"[0-9a-f]{32}")
+_SHARD = re.compile(r"(?:h\d+-w\d+-f\d+|(?P<prompts>prompts))-w\d{3,}-\d{5,}\.tar")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _AGE = re.compile(r"-w(?P<writer>\d+)-(?P<number>\d+)\.(?:tar|json)$")
 
 REENCODE_SHARD = (
@@ -40,21 +51,10 @@ REENCODE_SHARD = (
 MANIFEST = "manifest.json"
 INDEX = "index.zarr"
 TOMBSTONES = "tombstones"
-MEDIA_TYPES = ("video", "image", "text")
-
-# index.zarr: column → (dtype, values per row). A row is one live sample; rows are sorted by key, so
-# that what is trained on does not depend on how an encode was cut into shards.
-COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
-    "key": ("uint8", (16,)),
-    "caption": ("uint8", (16,)),  # first 16 bytes of SHA-256 of the caption's UTF-8
-    "bucket": ("int32", ()),
-    "shard": ("int32", ()),
-    "type": ("uint8", ()),  # position in MEDIA_TYPES
-    "tokens": ("int32", ()),
-    "repeats": ("int32", ()),  # how often an epoch shows the sample
-    "offset": ("int64", (len(MEMBERS),)),  # of each member's bytes in the tar, in MEMBERS' order
-    "length": ("int64", (len(MEMBERS),)),  # 0 where the sample has no such member
-}
+# Bytes of JSON that are read at all; ten million samples need a tenth of it.
+MOST_MANIFEST = 1 << 30
+_MOST_SIDECAR, _MOST_TOMBSTONES = 1 << 24, 1 << 32
+_SAMPLES, _PROMPTS = "samples", "prompts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,24 +86,73 @@ class Sidecar:
 
     @classmethod
     def read(cls, path: Path) -> "Sidecar":
-        """Raises UserError when the file is damaged or of another format version."""
-        value = read_json(path, "sidecar")
+        """Raises UserError when the file is damaged, of another tar or of another version."""
+        cure = "If its tar is whole, delete the sidecar and the tar and run `wanprep encode` again."
+        value = read_object(path, "sidecar", most=_MOST_SIDECAR, cure=cure)
         check_format(value, path)
         try:
-            bucket = value["bucket"] and Bucket(**value["bucket"])
-            if (bucket is None) != (value["kind"] != "samples"):
-                raise TypeError(f"bucket is {bucket} for kind {value['kind']!r}")
-            if not isinstance(value["fingerprint"], dict):
-                raise TypeError("fingerprint is no object")
-            latent_rgb = value.get("latent_rgb")  # older shards have none
-            own = cls.__dataclass_fields__.keys() - {"bucket", "latent_rgb"}
-            fields = {name: value[name] for name in own}
-            return cls(**fields, bucket=bucket, latent_rgb=latent_rgb)
+            kind, bucket = value["kind"], value["bucket"]
+            if kind not in (_SAMPLES, _PROMPTS):
+                raise TypeError(f"kind is {kind!r:.40}")
+            if value["shard"] != (own := path.with_suffix(".tar").name):
+                raise UserError(
+                    f"sidecar: {path} is of {value['shard']!r:.80}, expected {own!r}. If both were "
+                    "renamed, write that name into its `shard`; else restore it, or delete it and "
+                    "its tar and run `wanprep encode` again."
+                )
+            if not is_shard_name(value["shard"], kind):
+                raise TypeError(f"{value['shard']} is no name of a shard with {kind}")
+            if (bucket is None) != (kind == _PROMPTS):
+                raise TypeError(f"bucket is {bucket!r:.40} for kind {kind!r}")
+            if not isinstance(value["sha256"], str) or not _SHA256.fullmatch(value["sha256"]):
+                raise TypeError(f"sha256 is {value['sha256']!r:.80}")
+            for name in ("bytes", "count"):
+                if not is_count(value[name]):
+                    raise TypeError(f"{name} is {value[name]!r:.40}")
+            if value.get("latent_rgb") is not None and not isinstance(value["latent_rgb"], dict):
+                raise TypeError("latent_rgb is no object")
+            return cls(
+                shard=value["shard"],
+                kind=kind,
+                sha256=value["sha256"],
+                bytes=value["bytes"],
+                count=value["count"],
+                bucket=None if bucket is None else _bucket(bucket),
+                fingerprint=_fingerprint(value["fingerprint"]),
+                latent_rgb=value.get("latent_rgb"),  # older shards have none
+            )
         except (KeyError, TypeError) as error:
             raise UserError(
-                f"sidecar: {path} lacks or misspells a field ({error}). If its tar is whole, "
-                "delete the sidecar and the tar and run `wanprep encode` again."
+                f"sidecar: {path} lacks or misspells a field ({error}). {cure}"
             ) from error
+
+
+def is_shard_name(name: object, kind: str) -> bool:
+    """Whether it names a file of this kind in a cache's own folder: no path, nothing else."""
+    found = _SHARD.fullmatch(name) if isinstance(name, str) else None
+    return found is not None and (found["prompts"] is not None) == (kind == _PROMPTS)
+
+
+def _bucket(value: Any) -> Bucket:
+    """Raises KeyError or TypeError for what is none."""
+    sides = value["height"], value["width"], value["frames"]
+    if not all(is_count(side, least=1, most=1 << 20) for side in sides):
+        raise TypeError(f"bucket is {value!r:.80}")
+    return Bucket(*sides)
+
+
+def _fingerprint(value: Any) -> Fingerprint:
+    """Raises TypeError for what is none."""
+    if not isinstance(value, dict):
+        raise TypeError("fingerprint is no object")
+    if not is_shallow(value):
+        raise TypeError("fingerprint is nested too deeply")
+    groups = ("latents", "text", "media")
+    if not all(isinstance(value.get(name, {}), dict) for name in groups):
+        raise TypeError("a group of the fingerprint is no object")
+    if not all(isinstance(value.get(name, ""), str) for name in ("mode", "overlay")):
+        raise TypeError("mode or overlay of the fingerprint is no text")
+    return value
 
 
 def check_format(value: dict[str, Any], path: Path) -> None:
@@ -145,17 +194,17 @@ class Tombstones:
     @classmethod
     def read(cls, path: Path) -> "Tombstones":
         """Raises UserError when the file is damaged: taken for empty it would revive samples."""
-        value = read_json(path, "shards")
+        cure = (
+            "Restore it, or delete it, which brings the samples that it removed back, and remove "
+            "them again: wanprep remove"
+        )
+        value = read_object(path, "shards", most=_MOST_TOMBSTONES, cure=cure)
         check_format(value, path)
         keys = value.get("keys")
         if not isinstance(keys, list) or not all(
             isinstance(key, str) and _KEY.fullmatch(key) for key in keys
         ):
-            raise UserError(
-                f"shards: {path} is damaged: its `keys` is no list of keys. Restore it, or delete "
-                "it, which brings the samples that it removed back, and remove them again: wanprep "
-                "remove"
-            )
+            raise UserError(f"shards: {path} is damaged: its `keys` is no list of keys. {cure}")
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         return cls(name=path.name, sha256=digest, keys=tuple(keys))
 
@@ -163,12 +212,6 @@ class Tombstones:
 def committed_tombstones(folder: Path) -> list[Tombstones]:
     """Every list of removed samples, by name."""
     return [Tombstones.read(path) for path in sorted(folder.glob(f"{TOMBSTONES}-*.json"))]
-
-
-def column_digest(values: npt.NDArray[Any]) -> str:
-    """SHA-256 (hex) of a column's values, row by row, little-endian."""
-    little = values.astype(values.dtype.newbyteorder("<"), copy=False)
-    return hashlib.sha256(np.ascontiguousarray(little)).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,8 +222,11 @@ class CacheIndex:
     fingerprint: Fingerprint
     digest: str
     """Of all shards' contents."""
+    samples: int
     buckets: tuple[Bucket, ...]
     shards: tuple[str, ...]
+    shard_bytes: tuple[int, ...]
+    """Size of each of `shards`."""
     prompt_shards: tuple[str, ...]
     column_sha256: dict[str, str]
     latent_rgb: LatentRgb | None
@@ -189,15 +235,23 @@ class CacheIndex:
     """Member → where it is read instead (`shared.overlays`)."""
 
     def __len__(self) -> int:
-        return len(self.bucket_ids)
+        return self.samples
 
     def _column(self, name: str) -> npt.NDArray[Any]:
         try:
-            values = np.asarray(zarr.open_group(self.folder / INDEX, mode="r")[name][:])  # type: ignore[index]
-        except Exception as error:  # a damaged chunk: zarr's and its codecs' many errors
+            values = read_column(self.folder / INDEX, name, self.samples)
+        except Exception as error:  # not as ours are, or a lost chunk; zarr's many errors
             raise self._damaged(name, str(error)) from error
         if column_digest(values) != self.column_sha256.get(name):
             raise self._damaged(name, "its values are not those that were written")
+        return values
+
+    def _within(self, name: str, least: int, most: int) -> npt.NDArray[Any]:
+        """A column whose values are all in this range."""
+        values = self._column(name)
+        if values.size and not (least <= int(values.min()) and int(values.max()) <= most):
+            found = f"{values.min()} … {values.max()}"
+            raise self._damaged(name, f"its values are {found}, expected {least} … {most}")
         return values
 
     def _damaged(self, column: str, why: str) -> UserError:
@@ -206,17 +260,14 @@ class CacheIndex:
             f"Rebuild it: wanprep index --shards {self.folder}"
         )
 
-    def _positions(self, column: str, listed: tuple[Any, ...]) -> npt.NDArray[np.int32]:
-        """A column of positions in one of the manifest's lists."""
-        positions = self._column(column)
-        if len(positions) and int(positions.max()) >= len(listed):
-            raise self._damaged(column, f"it goes beyond the {len(listed)} that {MANIFEST} lists")
-        return positions
-
     @cached_property
     def keys(self) -> npt.NDArray[np.uint8]:
-        """(N, 16) bytes."""
-        return self._column("key")
+        """(N, 16) bytes, ascending, none twice."""
+        keys = self._column("key")
+        ordered = keys.view("S16").reshape(-1)
+        if not bool((ordered[:-1] < ordered[1:]).all()):
+            raise self._damaged("key", "its keys do not ascend")
+        return keys
 
     @cached_property
     def captions(self) -> npt.NDArray[np.uint8]:
@@ -225,40 +276,58 @@ class CacheIndex:
 
     @cached_property
     def bucket_ids(self) -> npt.NDArray[np.int32]:
-        return self._positions("bucket", self.buckets)
+        """(N) positions in `buckets`."""
+        return self._within("bucket", 0, len(self.buckets) - 1)
 
     @cached_property
     def shard_ids(self) -> npt.NDArray[np.int32]:
-        return self._positions("shard", self.shards)
+        """(N) positions in `shards`."""
+        return self._within("shard", 0, len(self.shards) - 1)
 
     @cached_property
     def types(self) -> npt.NDArray[np.uint8]:
-        return self._column("type")
+        return self._within("type", 0, len(MEDIA_TYPES) - 1)
 
     @cached_property
     def tokens(self) -> npt.NDArray[np.int32]:
-        return self._column("tokens")
+        return self._within("tokens", 0, MAX_TEXT_TOKENS)
 
     @cached_property
     def repeats(self) -> npt.NDArray[np.int32]:
         """How often an epoch shows each sample; 1 in caches that are older than the column."""
         if "repeats" not in self.column_sha256:
             return np.ones(len(self), dtype=np.int32)
-        return self._column("repeats")
+        return self._within("repeats", 1, MOST_REPEATS)
 
     @cached_property
     def offsets(self) -> npt.NDArray[np.int64]:
         """(N, members)."""
-        return self._column("offset")
+        offsets = self._within("offset", 0, max(self.shard_bytes, default=0))
+        room = np.asarray(self.shard_bytes, dtype=np.int64)[self.shard_ids]
+        if bool((offsets > room[:, None] - self.lengths).any()):
+            raise self._damaged("offset", "members go beyond the end of their shard")
+        return offsets
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
         """(N, members)."""
-        return self._column("length")
+        return self._within("length", 0, max(self.shard_bytes, default=0))
 
-    def read_columns(self) -> dict[str, npt.NDArray[Any]]:
+    def read_columns(self) -> Columns:
         """Read (and so check) every column now."""
-        return {column: self._column(column) for column in COLUMNS}
+        read: Columns = {
+            "key": self.keys,
+            "caption": self.captions,
+            "bucket": self.bucket_ids,
+            "shard": self.shard_ids,
+            "type": self.types,
+            "tokens": self.tokens,
+            "repeats": self.repeats,
+            "offset": self.offsets,
+            "length": self.lengths,
+        }
+        assert read.keys() == COLUMNS.keys()
+        return read
 
     def key(self, row: int) -> str:
         return bytes(self.keys[row]).hex()
@@ -305,33 +374,38 @@ def open_cache(folder: Path) -> CacheIndex:
             )
         )
     rebuild = f"Rebuild it: wanprep index --shards {folder}"
-    manifest = read_json(manifest_path, "shards")
+    manifest = read_object(manifest_path, "shards", most=MOST_MANIFEST, cure=rebuild)
     check_format(manifest, manifest_path)
     try:
-        attributes = zarr.open_group(folder / INDEX, mode="r").attrs.asdict()
-    except Exception as error:
+        attributes = read_attributes(folder / INDEX)
+    except (OSError, ValueError) as error:
         raise UserError(f"shards: {folder / INDEX} is missing or damaged. {rebuild}") from error
     if attributes.get("digest") != manifest.get("index"):
         raise UserError(
-            f"shards: {INDEX} (digest {attributes.get('digest')}) does not belong to {MANIFEST} "
-            f"(expects {manifest.get('index')}); a run was interrupted between them. {rebuild}"
+            f"shards: {INDEX} (digest {attributes.get('digest')!r:.80}) does not belong to "
+            f"{MANIFEST} (expects {manifest.get('index')!r:.80}); a run was interrupted between "
+            f"them. {rebuild}"
         )
     try:
+        shards, shard_bytes = _listed(manifest["shards"], _SAMPLES)
+        prompt_shards, _ = _listed(manifest["prompts"], _PROMPTS)
+        if not is_count(manifest["samples"]):
+            raise TypeError(f"samples is {manifest['samples']!r:.40}")
+        if not isinstance(manifest["index"], str):
+            raise TypeError("index is no text")
         index = CacheIndex(
             folder=folder,
-            fingerprint=manifest["fingerprint"],
+            fingerprint=_fingerprint(manifest["fingerprint"]),
             digest=manifest["index"],
-            buckets=tuple(
-                Bucket(b["height"], b["width"], b["frames"]) for b in manifest["buckets"]
-            ),
-            shards=tuple(s["name"] for s in manifest["shards"]),
-            prompt_shards=tuple(s["name"] for s in manifest["prompts"]),
-            column_sha256=dict(attributes["sha256"]),  # type: ignore[arg-type]
+            samples=manifest["samples"],
+            buckets=tuple(_bucket(bucket) for bucket in manifest["buckets"]),
+            shards=shards,
+            shard_bytes=shard_bytes,
+            prompt_shards=prompt_shards,
+            column_sha256=attributes["sha256"],
             latent_rgb=LatentRgb.from_json(rgb) if (rgb := manifest.get("latent_rgb")) else None,
         )
-        if not isinstance(index.fingerprint, dict):
-            raise TypeError("fingerprint is no object")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"shards: {manifest_path} lacks or misspells a field ({error}). {rebuild}"
         ) from error
@@ -345,13 +419,23 @@ def open_cache(folder: Path) -> CacheIndex:
     return index
 
 
+def _listed(entries: Any, kind: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Names and sizes of the manifest's shards of a kind. Raises KeyError or TypeError."""
+    for entry in entries:
+        if not is_shard_name(entry["name"], kind):
+            raise TypeError(f"{entry['name']!r:.80} is no name of a shard with {kind}")
+        if not is_count(entry["bytes"]):
+            raise TypeError(f"bytes of {entry['name']} is {entry['bytes']!r:.40}")
+    return tuple(e["name"] for e in entries), tuple(e["bytes"] for e in entries)
+
+
 class MemberReader:
     """Reads single members of samples by byte range; keeps a few shard files open."""
 
     def __init__(self, index: CacheIndex, *, open_files: int = 32) -> None:
         self._index = index
         self._limit = open_files
-        self._descriptors: OrderedDict[Path, int] = OrderedDict()
+        self._files: OrderedDict[Path, tuple[int, int]] = OrderedDict()  # descriptor, size
 
     def read(self, row: int, member: str) -> dict[str, torch.Tensor] | None:
         """Tensors of one member of sample `row`; None where the sample lacks that member.
@@ -360,21 +444,17 @@ class MemberReader:
         """
         data = self.raw(row, member)
         try:
-            return unpack(data) if data else None
-        except SafetensorError as error:
+            return unpack(data, member) if data else None
+        except ValueError as error:
             raise self._damaged(row, member, error) from error
 
     def info(self, row: int) -> dict[str, Any]:
         """`KEY.json` of sample `row`. Raises UserError when it is damaged."""
+        data = self.raw(row, JSON_MEMBER)
         try:
-            value = json.loads(self.raw(row, JSON_MEMBER))
-            if not isinstance(value, dict):
-                raise ValueError("no JSON object")
-        except ValueError as error:  # UserError is one: it says enough itself
-            raise (
-                error if isinstance(error, UserError) else self._damaged(row, JSON_MEMBER, error)
-            ) from error
-        return value
+            return unpack_info(data)
+        except ValueError as error:
+            raise self._damaged(row, JSON_MEMBER, error) from error
 
     def raw(self, row: int, member: str) -> bytes:
         """The bytes of one member of sample `row`; empty where the sample lacks that member."""
@@ -382,8 +462,18 @@ class MemberReader:
         if length == 0:
             return b""
         try:
-            return os.pread(self._descriptor(shard), length, offset)
-        except OSError as error:
+            descriptor, size = self._open(shard)
+            if offset + length > size:
+                raise ValueError(
+                    f"the shard has {size} bytes, the member is said to end at {offset + length}"
+                )
+            if member == JSON_MEMBER and length > MOST_INFO_BYTES:
+                raise ValueError(f"{length} bytes, expected at most {MOST_INFO_BYTES}")
+            data = os.pread(descriptor, length, offset)
+            if len(data) < length:  # 2 GiB is the most that one call gives
+                raise ValueError(f"{len(data)} of {length} bytes could be read")
+            return data
+        except (OSError, ValueError) as error:
             raise self._damaged(row, member, error) from error
 
     def _damaged(self, row: int, member: str, error: Exception) -> UserError:
@@ -392,18 +482,23 @@ class MemberReader:
             f"{REENCODE_SHARD}"
         )
 
-    def _descriptor(self, shard: Path) -> int:
-        if shard in self._descriptors:
-            self._descriptors.move_to_end(shard)
-            return self._descriptors[shard]
-        if len(self._descriptors) >= self._limit:
-            os.close(self._descriptors.popitem(last=False)[1])
-        self._descriptors[shard] = os.open(shard, os.O_RDONLY)
-        return self._descriptors[shard]
+    def _open(self, shard: Path) -> tuple[int, int]:
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        if len(self._files) >= self._limit:
+            os.close(self._files.popitem(last=False)[1][0])
+        descriptor = os.open(shard, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(descriptor)
+            raise ValueError("the shard is no regular file")
+        self._files[shard] = descriptor, status.st_size
+        return self._files[shard]
 
     def close(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        while self._files:
+            os.close(self._files.popitem()[1][0])
 
 
 @dataclass(frozen=True)
@@ -423,24 +518,43 @@ def read_prompts(folder: Path, shards: tuple[str, ...]) -> list[Prompt]:
     """
     prompts = []
     for name in shards:
-        # Raw bytes, never `.decode()`: its default handlers would unpickle a hostile member.
-        # A list, because braces in a plain string would be expanded.
         path = folder / name
-        dataset = webdataset.WebDataset(
-            [str(path)],
-            shardshuffle=False,
-            empty_check=False,
-            nodesplitter=None,  # every rank reads it all
-        )
         try:
-            for sample in dataset:
-                info = json.loads(sample[JSON_MEMBER])
-                text = unpack(sample[TEXT_MEMBER])["text"]
-                prompts.append(Prompt(info["role"], info["prompt"], text))
-        except Exception as error:  # tar, JSON and safetensors errors, and a missing member
+            if not path.is_file():
+                raise ValueError("no file")
+            with path.open("rb") as stream:
+                size = os.fstat(stream.fileno()).st_size
+                found = list(members(stream, size, (JSON_MEMBER, TEXT_MEMBER)))
+                for info, text in zip(found[::2], found[1::2], strict=True):
+                    if info.key != text.key:
+                        raise ValueError(f"{info.key} lacks {JSON_MEMBER} or {TEXT_MEMBER}")
+                    prompts.append(_prompt(info, text, stream))
+        except (OSError, ValueError) as error:
             raise UserError(
-                f"shards: {path} is damaged ({type(error).__name__}: {error}). Restore it, or "
-                f"delete it together with {Sidecar.path_for(path).name} and run `wanprep encode` "
-                "again."
+                f"shards: {path} is damaged ({error}). Restore it, or delete it together with "
+                f"{Sidecar.path_for(path).name} and run `wanprep encode` again."
             ) from error
     return prompts
+
+
+_MOST_PROMPT_BYTES = 1 << 26
+"""Of one member: 512 tokens of 32,768 numbers."""
+
+
+def _bytes_of(stream: BinaryIO, member: Member) -> bytes:
+    if member.size > _MOST_PROMPT_BYTES:
+        raise ValueError(f"{member.name} has {member.size} bytes")
+    stream.seek(member.offset)
+    return stream.read(member.size)
+
+
+def _prompt(info: Member, text: Member, stream: BinaryIO) -> Prompt:
+    value = parse(_bytes_of(stream, info), most=MOST_INFO_BYTES)
+    if not isinstance(value, dict) or not all(
+        isinstance(value.get(name), str) for name in ("role", "prompt")
+    ):
+        raise ValueError(f"{info.name} has no role or no prompt")
+    tensor = unpack(_bytes_of(stream, text), TEXT_MEMBER)["text"]
+    if len(tensor) > MAX_TEXT_TOKENS:
+        raise ValueError(f"{text.name} has {len(tensor)} tokens")
+    return Prompt(value["role"], value["prompt"], tensor)

@@ -62,6 +62,22 @@ def model_fields(spec: ModelSpec, hasher: FileHasher) -> Fingerprint:
     }
 
 
+def group_of(fingerprint: Fingerprint, name: str, folder: Path) -> dict[str, Any]:
+    """`latents` or `text` of the fingerprint of the cache in `folder`, with dtypes that there are.
+
+    Raises UserError where it has none.
+    """
+    group: dict[str, Any] = fingerprint.get(name, {})
+    for field in ("dtype", "compute"):
+        if group.get(field) not in ("bf16", "fp32"):
+            raise UserError(
+                f"shards: {name}.{field} in the fingerprint of {folder} is {group.get(field)!r:.40}"
+                ", expected bf16 or fp32. Restore its sidecars (NAME.json beside NAME.tar), then: "
+                f"wanprep index --shards {folder}"
+            )
+    return group
+
+
 def flatten(fingerprint: Fingerprint, prefix: str = "") -> dict[str, Any]:
     """{"latents": {"vae": x}} → {"latents.vae": x}."""
     flat: dict[str, Any] = {}

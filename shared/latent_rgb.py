@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from shared.strict_json import is_count
+
 HOLD_OUT = 4
 """One sample in so many, chosen by its key, is kept from the fit."""
 R2_FLOOR = 0.5
@@ -25,6 +27,8 @@ R2_FLOOR = 0.5
 _COLOURS = 3
 # Singular values of XᵀX below this share of the largest are noise of the sums (float64).
 _RCOND = 1e-12
+# Sums of more cells than anyone has; products of two are still finite.
+_MOST_SUM = 1e100
 
 Array = npt.NDArray[np.float64]
 
@@ -79,10 +83,14 @@ class ColourSums:
     def from_json(cls, value: Any) -> "ColourSums":
         """Raises ValueError for anything that `to_json` does not write."""
         try:
-            samples, text = int(value["samples"]), value["sums"]
+            samples, text = value["samples"], value["sums"]
             numbers = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f8")
         except (KeyError, TypeError, binascii.Error) as error:
             raise ValueError(f"no sums of colours: {error}") from error
+        if not is_count(samples):
+            raise ValueError(f"samples is {samples!r:.40}")
+        if not bool((np.abs(numbers) < _MOST_SUM).all()):  # NaN is not below
+            raise ValueError("sums of colours hold numbers that no sums are")
         # n numbers = size·(size+1)/2 + 3·size + 3, with size = channels + 1.
         size = round((-7 + (49 + 8 * (len(numbers) - _COLOURS)) ** 0.5) / 2) if len(numbers) else 0
         triangle = size * (size + 1) // 2
@@ -118,9 +126,12 @@ class ColourFit:
     def from_json(cls, value: Any) -> "ColourFit":
         """Raises ValueError for anything that `to_json` does not write."""
         try:
-            return cls(ColourSums.from_json(value["fit"]), ColourSums.from_json(value["held_out"]))
+            fit, held_out = (ColourSums.from_json(value[side]) for side in ("fit", "held_out"))
         except (KeyError, TypeError) as error:
             raise ValueError(f"no sums of colours: {error}") from error
+        if len(fit.xx) != len(held_out.xx):
+            raise ValueError("sums of colours of two numbers of channels")
+        return cls(fit, held_out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +165,8 @@ class LatentRgb:
         weight, bias = np.array(value["weight"], float), np.array(value["bias"], float)
         if weight.ndim != 2 or weight.shape[1] != _COLOURS or bias.shape != (_COLOURS,):
             raise ValueError(f"latent_rgb has shapes {weight.shape} and {bias.shape}")
+        if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+            raise ValueError("latent_rgb holds infinite numbers")
         r2 = value["r2"]
         return cls(
             weight=weight,
@@ -196,9 +209,14 @@ def solve(parts: Iterable[ColourFit]) -> LatentRgb | None:
     """The map of least squared error over all parts; None where no frame was ever seen.
 
     With so few samples that none (or all) are held out, all are fitted and R² is unknown.
+    Raises ValueError where parts have another number of channels.
     """
     total: ColourFit | None = None
     for part in parts:
+        if total is not None and len(part.fit.xx) != len(total.fit.xx):
+            raise ValueError(
+                f"sums of colours of {len(part.fit.xx) - 1} and {len(total.fit.xx) - 1} channels"
+            )
         total = part if total is None else total + part
     if total is None or not (total.fit.cells or total.held_out.cells):
         return None
@@ -222,7 +240,8 @@ def _r2(sums: ColourSums, weights: Array) -> float | None:
         return None
     error = np.sum(sums.yy) - 2 * np.sum(weights * sums.xy) + np.sum(weights * (sums.xx @ weights))
     spread = np.sum(sums.yy - np.square(sums.xy[-1]) / sums.cells)
-    return float(1 - error / spread) if spread > 0 else None
+    r2 = float(1 - error / spread) if spread > 0 else np.nan
+    return r2 if np.isfinite(r2) else None
 
 
 def latents_to_rgb(latents: torch.Tensor, rgb: LatentRgb) -> npt.NDArray[np.uint8]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from shared.cache import MEDIA_TYPES, CacheIndex, Overlay, open_cache
 from shared.errors import UserError
-from shared.fingerprint import Fingerprint, differences, refuse_differences
+from shared.fingerprint import Fingerprint, differences, group_of, refuse_differences
 from shared.schema import CONDITION_MEMBER, JSON_MEMBER, MEMBERS, TEXT_MEMBER
 
 CAPTIONS = "captions"
@@ -78,9 +78,11 @@ def with_captions(index: CacheIndex, name: str) -> CacheIndex:
             "--train-data-meta FILE"
         )
     overlay = _overlay(index, folder)
-    text = overlay.index.fingerprint["text"]
+    text = group_of(overlay.index.fingerprint, "text", folder)
     if len(overlay.lacking) and (
-        differing := differences({"text": index.fingerprint["text"]}, {"text": text})
+        differing := differences(
+            {"text": group_of(index.fingerprint, "text", index.folder)}, {"text": text}
+        )
     ):
         fields = ", ".join(field for field, _, _ in differing)
         raise UserError(
@@ -112,8 +114,8 @@ def with_conditions(index: CacheIndex, model: str) -> CacheIndex:
         )
     overlay = _overlay(index, folder)
     refuse_differences(
-        {"latents": overlay.index.fingerprint["latents"]},
-        {"latents": index.fingerprint["latents"]},
+        {"latents": group_of(overlay.index.fingerprint, "latents", folder)},
+        {"latents": group_of(index.fingerprint, "latents", index.folder)},
         what=f"shards: {folder} belongs to another cache than {index.folder}",
         cure=f"Delete that folder and make it again: {add}",
     )

@@ -4,14 +4,18 @@
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 from shared.buckets import Bucket
 from shared.hashing import digest_of
+from shared.strict_json import is_count, parse
+from shared.tensor_header import TensorHeader, read_header
 
 # Suffix after the key's dot → the tensors inside. Order is the order in the tar.
 JSON_MEMBER = "json"
@@ -20,7 +24,18 @@ TEXT_MEMBER = "text.safetensors"
 CONDITION_MEMBER = "cond.safetensors"
 MEMBERS = (JSON_MEMBER, LATENTS_MEMBER, TEXT_MEMBER, CONDITION_MEMBER)
 
+# A safetensors member → the tensor that must be there, those that may be with their dimensions.
+_TENSORS: dict[str, tuple[str, dict[str, int]]] = {
+    LATENTS_MEMBER: ("latents", {"latents": 4}),
+    TEXT_MEMBER: ("text", {"text": 2}),
+    CONDITION_MEMBER: ("cond", {"cond": 4, "clip": 2}),
+}
+
 KEY_BYTES = 16
+MEDIA_TYPES = ("video", "image", "text")
+MOST_INFO_BYTES = 1 << 24
+"""Of `KEY.json`, which is mostly a caption."""
+MOST_REPEATS = 1_000_000
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 MediaType = Literal["video", "image", "text"]
@@ -97,6 +112,50 @@ def pack(**tensors: torch.Tensor) -> bytes:
     return safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()})
 
 
-def unpack(data: bytes) -> dict[str, torch.Tensor]:
-    """The named tensors of safetensors bytes. Raises safetensors.SafetensorError on bad bytes."""
-    return safetensors.torch.load(data)
+def tensors_in(head: bytes, total: int, member: str) -> Mapping[str, TensorHeader]:
+    """Shapes and dtypes of a safetensors member of `total` bytes, from its beginning.
+
+    Raises ValueError unless they are what such a member may hold.
+    """
+    found = read_header(head, total)
+    needed, allowed = _TENSORS[member]
+    if needed not in found or not found.keys() <= allowed.keys():
+        raise ValueError(f"it holds {sorted(found)}, expected {needed!r}")
+    for name, tensor in found.items():
+        if len(tensor.shape) != allowed[name]:
+            raise ValueError(
+                f"{name} has shape {tensor.shape}, expected {allowed[name]} dimensions"
+            )
+    return found
+
+
+def unpack(data: bytes, member: str) -> dict[str, torch.Tensor]:
+    """The named tensors of a safetensors member. Raises ValueError on anything else."""
+    tensors_in(data, len(data), member)
+    try:
+        return safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+def unpack_info(data: bytes) -> dict[str, Any]:
+    """`KEY.json` as an object with at least the fields below. Raises ValueError."""
+    info = parse(data, most=MOST_INFO_BYTES)
+    if not isinstance(info, dict):
+        raise ValueError("no JSON object")
+    indices = info.get("frame_indices")
+    fits = {
+        "caption": isinstance(info.get("caption"), str),
+        "type": info.get("type") in MEDIA_TYPES,
+        "source": isinstance(info.get("source"), str),
+        "width": is_count(info.get("width"), least=1),
+        "height": is_count(info.get("height"), least=1),
+        "frames": is_count(info.get("frames"), least=1),
+        "frame_indices": isinstance(indices, list) and all(map(is_count, indices)),
+        "repeats": is_count(info.get("repeats", 1), least=1, most=MOST_REPEATS),
+    }
+    for name, fit in fits.items():
+        if not fit:
+            found = f"{info[name]!r:.60}" if name in info else "missing"
+            raise ValueError(f"{name} is {found}")
+    return info

@@ -89,6 +89,14 @@ def load_prompt_bank(index: CacheIndex) -> PromptBank:
             f"Run `wanprep {'encode' if overlay is None else 'recaption'}` again; it adds what is "
             "missing."
         )
+    width = bank.fingerprint.get("text", {}).get("dim")
+    for role in ("empty", "negative"):
+        if (found := prompts[role].shape[1]) != width:
+            raise UserError(
+                f"shards: the {role} prompt of {bank.folder} has {found} numbers a token, expected "
+                f"{width}. Delete {', '.join(bank.prompt_shards)} with their .json and run "
+                f"`wanprep {'encode' if overlay is None else 'recaption'}` again."
+            )
     return PromptBank(empty=pad_text(prompts["empty"]), negative=pad_text(prompts["negative"]))
 
 
@@ -196,11 +204,6 @@ class MicroBatches:
                 f"shards: {self._index.where(row)} has no {member}, which every "
                 f"{self._spec.mode} model needs. Encode with this model: wanprep encode "
                 f"--pretrained-model-name-or-path {self._spec.folder} --output <new folder>"
-            )
-        if name not in tensors:
-            raise UserError(
-                f"shards: {self._index.where(row, member)}: {member} holds "
-                f"{sorted(tensors)}, expected {name!r}. {REENCODE_SHARD}"
             )
         return tensors[name]
 

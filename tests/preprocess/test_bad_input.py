@@ -229,6 +229,11 @@ def test_foreign_shards_are_named(data: Path, tiny_t2v: Path, tmp_path: Path) ->
         shutil.copy(path, one / path.name.replace("w000", "w001"))
     ran = wanprep("index", "--shards", one)
     assert ran.code == 1
+    assert "write that name into its `shard`" in ran.err  # as is done here:
+    for path in one.glob("*-w001-*.json"):
+        path.write_text(path.read_text().replace("w000", "w001"))
+    ran = wanprep("index", "--shards", one)
+    assert ran.code == 1
     assert "media.seed: shards have" in ran.err
 
     sidecar = next(one.glob("h64-*w001*.json"))

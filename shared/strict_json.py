@@ -1,0 +1,76 @@
+"""JSON from files of any origin: bounded, and nothing that JSON does not have."""
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from shared.errors import UserError, json_kind
+
+# Deeper than anything that a cache holds, and far from what recursive code can bear.
+MOST_LEVELS = 16
+
+
+def parse(data: bytes, *, most: int) -> Any:
+    """The value of UTF-8 JSON of at most `most` bytes.
+
+    Raises ValueError, also for NaN and Infinity, for a name that occurs twice in an object, and
+    for what is nested too deeply for the parser.
+    """
+    if len(data) > most:
+        raise ValueError(f"{len(data)} bytes of JSON, expected at most {most}")
+    try:
+        return _DECODER.decode(data.decode())
+    except RecursionError as error:
+        raise ValueError("JSON nested too deeply") from error
+
+
+def read_object(path: Path, what: str, *, most: int, cure: str) -> dict[str, Any]:
+    """A JSON object from a file. UserError names `what` and the file and ends with `cure`."""
+    try:
+        with path.open("rb") as stream:
+            value = parse(stream.read(most + 1), most=most)
+    except OSError as error:
+        raise UserError(
+            f"{what}: cannot read {path} ({error.strerror or error}). {cure}"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{what}: {path} is not valid JSON ({error}). {cure}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{what}: {path} holds {json_kind(value)}, expected an object. {cure}")
+    return value
+
+
+def is_count(value: object, *, least: int = 0, most: int = 1 << 62) -> bool:
+    """Whether a parsed value is a whole number in this range (true and false are none)."""
+    return type(value) is int and least <= value <= most
+
+
+def is_shallow(value: object) -> bool:
+    """Whether a parsed value is nested no deeper than `MOST_LEVELS`; walks without recursion."""
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return True
+    return False
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice[:40]!r} occurs twice")
+    return value
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_once)

@@ -1,0 +1,119 @@
+"""The tars of a cache, read by their headers alone and strictly.
+
+A shard is a plain ustar tar of regular files `KEY.suffix`: no folders, links, devices or extension
+headers, nothing before, between or after. So there is nothing to extract and nothing to interpret,
+and whatever else a file holds is refused before a byte of it is used. (`tarfile`, which reads all
+kinds of tar that there are, takes a tar that was cut between two members for a whole one.)
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO, NamedTuple
+
+BLOCK = 512
+MOST_PADDING = 1 << 20
+"""Zeros after the last member: tar programs fill up a record, which is rarely above 10 KiB."""
+
+_CUT_OFF = "it ends without the two blocks of zeros that close a tar: it is cut off"
+_ZEROS = bytes(BLOCK)
+_REGULAR = b"0"
+_MAGIC = b"ustar\x0000"
+_NO_LINK = bytes(100)
+_NO_PREFIX = bytes(155)
+_NAME = re.compile(rb"([0-9a-f]{32})\.([a-z][a-z0-9.]{0,62})\0+")
+_SIZE = re.compile(rb"[0-7]{11}[\0 ]")
+_CHECKSUM = re.compile(rb"[0-7]{6}(?:\0 | \0|\0\0)")
+
+
+class TarError(ValueError):
+    """What is wrong with a tar."""
+
+
+class Member(NamedTuple):
+    """One file inside."""
+
+    key: str
+    suffix: str
+    offset: int
+    """Where its bytes begin, in the tar."""
+    size: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.key}.{self.suffix}"
+
+
+def members(stream: BinaryIO, size: int, suffixes: Sequence[str]) -> Iterator[Member]:
+    """The files of a tar of `size` bytes, in order. The caller may move `stream` as it likes.
+
+    Those of one key lie together, in the order of `suffixes`, each once. Raises TarError at the
+    first thing that a cache's tar does not have; the caller has seen the members before it.
+    """
+    order = {suffix: position for position, suffix in enumerate(suffixes)}
+    seen: set[str] = set()
+    key, last = "", -1
+    for member in _files(stream, size):
+        position = order.get(member.suffix)
+        if position is None:
+            raise TarError(f"unexpected member {member.name}")
+        if member.key != key:
+            key, last = member.key, -1
+            if key in seen:
+                raise TarError(f"the sample of member {member.name} occurs twice")
+            seen.add(key)
+        if position <= last:
+            raise TarError(f"member {member.name} occurs twice or is out of order")
+        last = position
+        yield member
+
+
+def _files(stream: BinaryIO, size: int) -> Iterator[Member]:
+    if size % BLOCK:
+        raise TarError(f"its size, {size} bytes, is no multiple of {BLOCK}: it is cut off")
+    position = 0
+    while True:
+        stream.seek(position)
+        header = stream.read(BLOCK)
+        if header == _ZEROS:
+            break
+        if len(header) < BLOCK:
+            raise TarError(_CUT_OFF)
+        member = _member(header, position)
+        position = member.offset + -(-member.size // BLOCK) * BLOCK
+        if position > size:
+            left = max(size - member.offset, 0)
+            raise TarError(
+                f"{member.name} is said to have {member.size} bytes, the file has {left} left"
+            )
+        yield member
+    rest = size - position
+    if rest < 2 * BLOCK:
+        raise TarError(_CUT_OFF)
+    if rest > MOST_PADDING:
+        raise TarError(f"{rest} bytes follow its last member, expected at most {MOST_PADDING}")
+    stream.seek(position)
+    if stream.read(rest) != bytes(rest):
+        raise TarError(f"something follows its end, which is at byte {position}")
+
+
+def _member(header: bytes, position: int) -> Member:
+    """The file that a header at `position` announces."""
+    if header[257:265] != _MAGIC:
+        raise TarError(f"no ustar header at byte {position}")
+    checksum = header[148:156]
+    if not _CHECKSUM.fullmatch(checksum) or int(checksum[:6], 8) != (
+        sum(header) - sum(checksum) + 8 * ord(" ")
+    ):
+        raise TarError(f"the header at byte {position} has a wrong checksum")
+    name = _NAME.fullmatch(header[:100])
+    if name is None:
+        shown = header[:100].rstrip(b"\0").decode(errors="replace")
+        raise TarError(f"unexpected member {shown!r}")
+    if header[156:157] != _REGULAR or header[157:257] != _NO_LINK:
+        raise TarError(f"the member at byte {position} is no regular file")
+    if header[345:500] != _NO_PREFIX:
+        raise TarError(f"the member at byte {position} lies in a folder")
+    length = header[124:136]
+    if not _SIZE.fullmatch(length):
+        raise TarError(f"the header at byte {position} has no size")
+    return Member(name[1].decode(), name[2].decode(), position + BLOCK, int(length[:11], 8))
