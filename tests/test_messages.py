@@ -336,11 +336,6 @@ ROWS: dict[str, tuple[str, str]] = {
         "wantrain sample --model {t2v} --teacher --prompt ''",
         "error: --prompt: found an empty prompt, expected text.",
     ),
-    "distill a ti2v model": (
-        "wantrain distill --model {ti2v} --shards {shards} --output-dir {new} --max-train-steps 1",
-        "error: model: {ti2v} is a TI2V model, which `wantrain distill` does not train yet. Use a "
-        "t2v model or Wan 2.2 i2v.",
-    ),
     "i2v without image": (
         "wantrain sample --model {i2v} --teacher --prompt cat",
         "error: --image: {i2v} is an i2v model and needs a first frame: --image FILE.",
@@ -490,7 +485,6 @@ def world(
     tmp_path_factory: pytest.TempPathFactory,
     tiny_t2v: Path,
     tiny_i2v: Path,
-    tiny_ti2v: Path,
 ) -> World:
     """Everything that the rows name, good and bad."""
     root = tmp_path_factory.mktemp("world")
@@ -542,7 +536,7 @@ def world(
     paths["bare"] = root / "bare"
     shutil.copytree(shards, paths["bare"])
     (paths["bare"] / "manifest.json").unlink()
-    return paths | {"t2v": tiny_t2v, "i2v": tiny_i2v, "ti2v": tiny_ti2v, "shards": shards}
+    return paths | {"t2v": tiny_t2v, "i2v": tiny_i2v, "shards": shards}
 
 
 Say = Callable[[str], tuple[int, str]]

@@ -16,8 +16,9 @@ from shared.schema import CONDITION_MEMBER, LATENTS_MEMBER, TEXT_MEMBER
 from train.plan import BatchPlan, micro_batch
 from train.rng import counted_rng
 
-IMAGE = MEDIA_TYPES.index("image")
+VIDEO, IMAGE = MEDIA_TYPES.index("video"), MEDIA_TYPES.index("image")
 MASK_CHANNELS = 4
+TEXT_ONLY_SHARE = 0.5  # of a ti2v model's clips: it must go on to serve text to video, too
 READ_AHEAD = 2  # batches a thread
 
 
@@ -36,6 +37,9 @@ class Batch:
     """(B, 512, D), zeros after each caption's true length."""
     condition: torch.Tensor | None
     """i2v: (B, 4+C, T, H, W), mask then normalised condition latents; else None."""
+    noised: torch.Tensor | None = None
+    """ti2v: (B, 1, T, 1, 1), 0 on a latent frame that is the condition and so kept clean (the
+    first, or none of a sample that is text to video this time), 1 elsewhere; else None."""
 
     def to(self, device: torch.device) -> "Batch":
         """On `device`, latents and condition in fp32, in which the loop computes."""
@@ -49,6 +53,7 @@ class Batch:
             latents=move(self.latents).float(),
             text=move(self.text),
             condition=None if self.condition is None else move(self.condition).float(),
+            noised=None if self.noised is None else move(self.noised).float(),
         )
 
 
@@ -140,11 +145,19 @@ class MicroBatches:
         texts = [
             self._text(row, update, position) for row, position in zip(rows, positions, strict=True)
         ]
+        latents = torch.stack([self._latents(row, LATENTS_MEMBER, "latents") for row in rows])
+        noised = None
+        if self._spec.mode == "ti2v":
+            noised = torch.ones(len(rows), 1, latents.shape[2], 1, 1)
+            for number, (row, position) in enumerate(zip(rows, positions, strict=True)):
+                if self._keeps_first_frame(row, update, position):
+                    noised[number, :, 0] = 0
         return Batch(
             update=update,
             samples=tuple(positions),
             keys=tuple(self._index.key(row) for row in rows),
-            latents=torch.stack([self._latents(row, LATENTS_MEMBER, "latents") for row in rows]),
+            latents=latents,
+            noised=noised,
             text=torch.stack(texts),
             condition=None if conditions is None else torch.stack(conditions),
         )
@@ -168,6 +181,15 @@ class MicroBatches:
                 queue.extend(pool.submit(self.load, *item) for item in itertools.islice(wanted, 1))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def _keeps_first_frame(self, row: int, update: int, position: int) -> bool:
+        """ti2v: whether a sample is image to video this time. Of a single frame nothing would be
+        left to learn."""
+        bucket = self._index.buckets[int(self._index.bucket_ids[row])]
+        if int(self._index.types[row]) != VIDEO or bucket.frames == 1:
+            return False
+        draw = counted_rng(self._plan.seed, "text only", update, position).random()
+        return bool(draw >= TEXT_ONLY_SHARE)
 
     def _text(self, row: int, update: int, position: int) -> torch.Tensor:
         draw = counted_rng(self._plan.seed, "caption dropout", update, position).random()

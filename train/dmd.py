@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from shared.model_spec import TIMESTEPS
 from train.data import Batch
 from train.flow import (
     Expert,
@@ -66,12 +67,31 @@ class Recipe:
 
 @dataclass(frozen=True)
 class ScoreLevel:
-    """Where scores are compared: σ (B, 1, 1, 1, 1), t (B,) = 1000·σ, the noise, u before shift."""
+    """Where scores are compared: σ and t = 1000·σ over frames, the noise, u before shift (B,)."""
 
     sigma: torch.Tensor
     timestep: torch.Tensor
     noise: torch.Tensor
     u: torch.Tensor
+
+
+def _over_frames(
+    batch: Batch, sigma: float | torch.Tensor, timestep: float | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A level, one for all samples or (B,), as the batch's frames have it.
+
+    σ (B, 1, 1, 1, 1) and t (B,); with frames that are kept clean σ (B, 1, T, 1, 1) and t (B, T),
+    both 0 there: x_t is then the frame itself, and so is x̂0.
+    """
+    device, samples = batch.latents.device, len(batch.samples)
+    spread = [
+        torch.as_tensor(value, dtype=torch.float32, device=device).expand(samples)
+        for value in (sigma, timestep)
+    ]
+    if batch.noised is None:
+        return per_sample(spread[0]), spread[1]
+    sigmas, timesteps = (per_sample(value) * batch.noised for value in spread)
+    return sigmas, timesteps[:, 0, :, 0, 0]
 
 
 def exit_step(recipe: Recipe, update: int) -> int:
@@ -88,28 +108,31 @@ def rollout(
     """
     shape, device = batch.latents.shape[1:], batch.latents.device
     steps = [step for step in recipe.walk if step <= last]
-    sigmas = torch.tensor(recipe.schedule.sigmas, dtype=torch.float32, device=device)
-    timesteps = torch.tensor(recipe.schedule.timesteps, dtype=torch.float32, device=device)
+    levels = {
+        step: _over_frames(batch, recipe.schedule.sigmas[step], recipe.schedule.timesteps[step])
+        for step in steps
+    }
 
     def fresh_noise(step: int) -> torch.Tensor:
         drawn = noise(shape, recipe.seed, f"rollout {step}", batch.update, batch.samples)
         return drawn.to(device)
 
-    if recipe.start == "noise":
-        x_t = fresh_noise(steps[0])
-    else:
-        x_t = add_noise(batch.latents, fresh_noise(steps[0]), sigmas[steps[0]])
+    x_t = fresh_noise(steps[0])
+    if recipe.start == "latents":
+        x_t = add_noise(batch.latents, x_t, levels[steps[0]][0])
+    elif batch.noised is not None:  # a frame that is kept clean enters as it is cached
+        x_t = torch.where(batch.noised > 0, x_t, batch.latents)
 
     for step, following in zip(steps, [*steps[1:], None], strict=True):
         gradient_here = with_gradient and following is None
+        sigma, t = levels[step]
         with roles.generator(), torch.set_grad_enabled(gradient_here):
-            t = timesteps[step].expand(len(batch.samples))
             v = roles.velocity(x_t, t, batch.text, batch.condition)
-            x0 = x0_from_velocity(x_t, v, sigmas[step])
+            x0 = x0_from_velocity(x_t, v, sigma)
         if following is not None and recipe.pairing == "renoise":
-            x_t = add_noise(x0, fresh_noise(following), sigmas[following])
+            x_t = add_noise(x0, fresh_noise(following), levels[following][0])
         elif following is not None:
-            x_t = x_t + (sigmas[following] - sigmas[step]) * v
+            x_t = x_t + (levels[following][0] - sigma) * v
     return x0
 
 
@@ -122,7 +145,7 @@ def draw_level(recipe: Recipe, batch: Batch, purpose: str = "score") -> ScoreLev
     drawn = noise(
         batch.latents.shape[1:], recipe.seed, f"{purpose} noise", batch.update, batch.samples
     ).to(batch.latents.device)
-    return ScoreLevel(per_sample(sigma), 1000.0 * sigma, drawn, u)
+    return ScoreLevel(*_over_frames(batch, sigma, TIMESTEPS * sigma), drawn, u)
 
 
 def _guided_x0(
@@ -156,8 +179,8 @@ def generator_step(
             fake = _guided_x0(roles, x_t, level, batch, negative, recipe.fake_guidance_scale)
         with roles.teacher():
             real = _guided_x0(roles, x_t, level, batch, negative, recipe.real_guidance_scale)
-        gradient = dmd_gradient(x0.detach(), real, fake)
-    loss = dmd_loss(x0, gradient)
+        gradient = dmd_gradient(x0.detach(), real, fake, batch.noised)
+    loss = dmd_loss(x0, gradient, batch.noised)
     if recipe.fm_loss_weight:
         loss = loss + recipe.fm_loss_weight * _real_flow_matching(roles, recipe, batch)
     return loss
@@ -169,7 +192,7 @@ def _real_flow_matching(roles: Roles, recipe: Recipe, batch: Batch) -> torch.Ten
     x_t = add_noise(batch.latents, level.noise, level.sigma)
     with roles.generator():
         v = roles.velocity(x_t, level.timestep, batch.text, batch.condition)
-    return flow_matching_loss(v, level.noise, batch.latents)
+    return flow_matching_loss(v, level.noise, batch.latents, batch.noised)
 
 
 def critic_step(roles: Roles, recipe: Recipe, batch: Batch) -> torch.Tensor:
@@ -182,4 +205,4 @@ def critic_step(roles: Roles, recipe: Recipe, batch: Batch) -> torch.Tensor:
     x_t = add_noise(x0, level.noise, level.sigma)
     with roles.critic():
         v = roles.velocity(x_t, level.timestep, batch.text, batch.condition)
-    return flow_matching_loss(v, level.noise, x0)
+    return flow_matching_loss(v, level.noise, x0, batch.noised)

@@ -9,35 +9,49 @@ import torch
 NORMALISER_FLOOR = 1e-5
 
 
-def _sample_mean(x: torch.Tensor) -> torch.Tensor:
-    """Mean over everything but the batch, shape kept for broadcasting."""
-    return x.mean(dim=tuple(range(1, x.ndim)), keepdim=True)
+def _sample_mean(x: torch.Tensor, noised: torch.Tensor | None) -> torch.Tensor:
+    """Mean over everything but the batch where `noised` is 1, shape kept for broadcasting."""
+    dims = tuple(range(1, x.ndim))
+    if noised is None:
+        return x.mean(dim=dims, keepdim=True)
+    counted = noised.expand_as(x)
+    return (x * counted).sum(dim=dims, keepdim=True) / counted.sum(dim=dims, keepdim=True)
 
 
 def dmd_gradient(
-    x0_generated: torch.Tensor, x0_real: torch.Tensor, x0_fake: torch.Tensor
+    x0_generated: torch.Tensor,
+    x0_real: torch.Tensor,
+    x0_fake: torch.Tensor,
+    noised: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Direction from real to fake, normalised per sample (DMD, eq. 7-8).
 
     g = (x̂0_fake − x̂0_real) / max(mean|x̂0_generated − x̂0_real|, 1e-5).
 
-    All (B, C, T, H, W) fp32, without gradients.
+    All (B, C, T, H, W) fp32, without gradients; the mean is over elements where `noised`
+    (B, 1, T, 1, 1) is 1 (None: all).
     """
-    scale = _sample_mean((x0_generated - x0_real).abs()).clamp_min(NORMALISER_FLOOR)
+    scale = _sample_mean((x0_generated - x0_real).abs(), noised).clamp_min(NORMALISER_FLOOR)
     return (x0_fake - x0_real) / scale
 
 
-def dmd_loss(x0_generated: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+def dmd_loss(
+    x0_generated: torch.Tensor, gradient: torch.Tensor, noised: torch.Tensor | None = None
+) -> torch.Tensor:
     """Scalar whose derivative by x̂0_generated is `gradient` / number of elements.
 
-    ½·mean (x̂0 − sg(x̂0 − g))²; a mean, not a sum: clipping at 0.05 has to mean something.
+    ½·mean (x̂0 − sg(x̂0 − g))²; a mean, not a sum: clipping at 0.05 has to mean something. With
+    `noised` it is each sample's mean over those elements, then the mean over samples.
     """
     target = (x0_generated - gradient).detach()
-    return 0.5 * (x0_generated - target).square().mean()
+    return 0.5 * _sample_mean((x0_generated - target).square(), noised).mean()
 
 
 def flow_matching_loss(
-    velocity: torch.Tensor, noise: torch.Tensor, x0: torch.Tensor
+    velocity: torch.Tensor,
+    noise: torch.Tensor,
+    x0: torch.Tensor,
+    noised: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """mean (v̂ − (ε − x0))²: the critic's on generated x̂0, a generator's on cached latents."""
-    return (velocity - (noise - x0)).square().mean()
+    return _sample_mean((velocity - (noise - x0)).square(), noised).mean()

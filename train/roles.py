@@ -24,6 +24,7 @@ class Roles:
         for name in (GENERATOR, CRITIC):
             add_adapter(transformer, spec, name, seed=seed)
         self.transformer = transformer
+        self._patch: tuple[int, int, int] = transformer.config.patch_size  # type: ignore[union-attr, assignment]
         self.lora = spec
         self._layers = [m for m in transformer.modules() if isinstance(m, LoraLayer)]
         for layer in self._layers:
@@ -82,11 +83,16 @@ class Roles:
 
         Args:
             x_t: (B, C, T, H, W) fp32 noisy latents.
-            timestep: (B,) fp32 in 0..1000, never rounded.
+            timestep: (B,) fp32 in 0..1000, never rounded; or (B, T), one for each latent frame
+                (ti2v), which the transformer is told for each of the frame's tokens.
             text: (B, 512, D).
             condition: (B, 4+C, T, H, W) for i2v, concatenated to the channels; else None.
         """
         assert timestep.dtype == torch.float32
+        if timestep.ndim == 2:
+            _, high, wide = self._patch
+            tokens = (x_t.shape[-2] // high) * (x_t.shape[-1] // wide)
+            timestep = timestep.repeat_interleave(tokens, dim=1)
         inputs = x_t if condition is None else torch.cat([x_t, condition], dim=1)
         # Autocast is entered per pass, not around the step: its cache of cast weights would hand
         # copies made under no_grad to the pass that needs gradients, and the LoRA would get none.

@@ -102,10 +102,10 @@ def prepare(config: DistillConfig) -> Run:
     check_device(config.device)
     folder = resolve_model(config.model, [])  # the configs decide which expert is needed
     spec = read_model_spec(folder)
-    if spec.mode == "ti2v" or spec.image_dim is not None:
+    if spec.image_dim is not None:
         raise UserError(
-            f"model: {folder} is {'a TI2V' if spec.mode == 'ti2v' else 'a Wan 2.1 i2v (CLIP)'} "
-            "model, which `wantrain distill` does not train yet. Use a t2v model or Wan 2.2 i2v."
+            f"model: {folder} is a Wan 2.1 i2v (CLIP) model, which `wantrain distill` does not "
+            "train yet. Use a t2v or ti2v model, or Wan 2.2 i2v."
         )
     index = open_cache(config.shards)
     if config.captions is not None:

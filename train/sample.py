@@ -343,7 +343,8 @@ class VisitedSteps:
 
     def _record(self, expert: str) -> Any:
         def hook(module: Any, args: Any, kwargs: Any) -> None:
-            self.visited.append((expert, float(kwargs["timestep"].flatten()[0])))
+            # Of ti2v models every token has one, 0 in a first frame that is given: the last counts.
+            self.visited.append((expert, float(kwargs["timestep"].flatten()[-1])))
 
         return hook
 
