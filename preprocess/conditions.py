@@ -23,7 +23,8 @@ from preprocess.media import MediaError
 from preprocess.overlays import base_cache, overlay_to_write
 from preprocess.ranks import Rank
 from preprocess.rejected import rejected_file, write_rejected
-from preprocess.sources import stamp
+from preprocess.sources import Medium, stamp
+from preprocess.tars import base_folder, medium_at
 from preprocess.workers import WorkerPool
 from preprocess.writer import ShardWriter
 from shared.buckets import Bucket
@@ -96,7 +97,7 @@ class _Clip:
     """A clip of the cache, with its samples: one for each caption."""
 
     rows: tuple[int, ...]
-    path: Path
+    path: Medium
     source: str
     type: Literal["video", "image"]
     clip: Clip
@@ -268,7 +269,7 @@ def _clips(base: CacheIndex, rows: Sequence[int], data_dir: Path) -> list[_Clip]
     return [
         _Clip(
             rows=tuple(rows),
-            path=data_dir / Path(source).expanduser(),
+            path=medium_at(base_folder(data_dir) / Path(source).expanduser()),
             source=source,
             type=types[source, clip],
             clip=clip,
@@ -323,7 +324,7 @@ def _conditions(
     if not clips:
         return
 
-    def first_frame(clip: _Clip) -> tuple[Path, str, list[int], Bucket]:
+    def first_frame(clip: _Clip) -> tuple[Medium, str, list[int], Bucket]:
         bucket = Bucket(clip.clip.bucket.height, clip.clip.bucket.width, 1)
         return clip.path, clip.type, [clip.clip.frame_indices[0]], bucket
 

@@ -1,4 +1,5 @@
-"""Which media and captions there are: a metadata file, or a folder with captions beside the media.
+"""Which media and captions there are: a metadata file, a folder with captions beside the media, or
+WebDataset tars.
 
 Nothing is decoded here. An entry that cannot be used is rejected with a reason; the rest goes on.
 """
@@ -10,10 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from preprocess.media import ANIMATIONS, Kind
+from preprocess.media import ANIMATIONS, Kind, MediaError
 from preprocess.metadata import CAPTION_FIELDS, NAMES, PATH_FIELDS, find_metadata, read_metadata
 from preprocess.sampling import Sampling
-from preprocess.sources import Medium
+from preprocess.sources import Medium, TarMember
+from preprocess.tars import (
+    TarSample,
+    base_folder,
+    is_tars,
+    medium_at,
+    member_name,
+    named_tars,
+    read_tar,
+    tars_among,
+)
 from shared.errors import UserError, json_kind
 
 EXTENSIONS: dict[str, Literal["video", "image"]] = {
@@ -74,22 +85,25 @@ def load_dataset(
 ) -> Dataset:
     """Read the dataset. `metadata=None`: the folder's metadata file if it has one, else its media.
 
+    `data_dir` may also be a folder of WebDataset tars, a tar, or a pattern of tars.
     `caption_suffix` is what the names of captions beside media end in. With a `kind`, a folder's
     media of the other are passed over, and the files of a list are read as that kind.
 
     Raises UserError where there is no dataset at all; single bad entries are returned rejected.
     """
     if metadata is None:
+        if is_tars(data_dir):
+            return _from_tars(data_dir, named_tars(data_dir), caption_suffix, kind)
         if not data_dir.is_dir():
             raise UserError(
                 f"dataset: no folder {data_dir}. Set --train-data-dir (or DATASET_NAME) to a "
                 "folder of videos and images with a metadata.json (or .jsonl, .csv), or with "
-                "same-named .txt captions beside them."
+                "same-named .txt captions beside them, or of WebDataset tars."
             )
         metadata = find_metadata(data_dir)
         if metadata is None:
             return _from_folder(data_dir, caption_suffix, kind)
-    return _from_metadata(data_dir, metadata, kind)
+    return _from_metadata(base_folder(data_dir), metadata, kind)
 
 
 def _from_metadata(
@@ -136,7 +150,7 @@ def _entries(item: Any, data_dir: Path, only: Literal["video", "image"] | None) 
         raise _BadEntryError(f"{' and '.join(captions)} differ, expected one of them")
     path_field, name = _text(item, paths, PATH_FIELDS, "the path of a file")
     given = Path(name).expanduser() if name.startswith("~/") else Path(name)
-    path = given if given.is_absolute() else data_dir / given
+    path = medium_at(given if given.is_absolute() else data_dir / given)
     implied = {"video_path": "video", "image_path": "image"}.get(path_field)
     said = item.get("type")
     if said and said not in ("video", "image"):
@@ -188,6 +202,14 @@ def _from_folder(
     rejected: list[Rejected] = []
     files = sorted(_files(folder))
     media = [path for path in files if EXTENSIONS.get(path.suffix.lower()) in _KINDS[kind]]
+    if tars := tars_among(files):
+        if media:
+            raise UserError(
+                f"dataset: {folder} holds media ({media[0].relative_to(folder)}) and tars "
+                f"({tars[0].relative_to(folder)}), expected one of both. For the tars: "
+                f"--train-data-dir '{folder}/*.tar'; for the media move the tars elsewhere."
+            )
+        return _from_tars(folder, tars, caption_suffix, kind)
     if not media:
         raise UserError(
             f"dataset: {folder} has no {' or '.join(NAMES)} and no media "
@@ -211,6 +233,82 @@ def _from_folder(
         except _BadEntryError as error:
             rejected.append(Rejected(source=source, reason=str(error)))
     return Dataset(origin=folder, entries=tuple(entries), rejected=tuple(rejected))
+
+
+def _from_tars(
+    named: Path, tars: list[Path], caption_suffix: str, kind: Literal["video", "image"] | None
+) -> Dataset:
+    """Samples of WebDataset tars: `named` as a folder or a pattern."""
+    base = base_folder(named)
+    entries: list[Entry] = []
+    rejected: list[Rejected] = []
+    for tar in tars:
+        listing = read_tar(tar)
+        source = _source(tar, tar, base)
+        for sample in listing.samples:
+            try:
+                entries += _tar_entries(sample, source, caption_suffix, kind)
+            except (_BadEntryError, MediaError, OSError) as error:
+                name = _encodable(f"{source}/{sample.key}")
+                rejected.append(Rejected(source=name, reason=str(error)))
+        if listing.problem is not None:
+            rejected.append(Rejected(source=_encodable(source), reason=listing.problem))
+    if not entries and not rejected:
+        raise UserError(
+            f"dataset: the tars of {named} hold no media with captions. Expected WebDataset "
+            f"samples: KEY.mp4 (or .jpg, .png …) with KEY{caption_suffix} or KEY.json beside it."
+        )
+    return Dataset(origin=named, entries=tuple(entries), rejected=tuple(rejected))
+
+
+def _tar_entries(
+    sample: TarSample, tar: str, caption_suffix: str, only: Literal["video", "image"] | None
+) -> list[Entry]:
+    """One sample of a tar, an entry for each of its captions; none of one without any sign of them.
+
+    Of its members the medium and the caption count, the others (cls, npy, …) are never read.
+    """
+    kinds = {name: EXTENSIONS.get(f".{name}") for name in sample.members}
+    media = [name for name, kind in kinds.items() if kind in _KINDS[only]]
+    text = caption_suffix.removeprefix(".").lower()
+    if not media:
+        captioned = text in sample.members or "json" in sample.members
+        if only is not None or not captioned:  # of the other kind, or a file that is no sample
+            return []
+        members = ", ".join(sample.members)
+        raise _BadEntryError(
+            f"no medium (.mp4, .jpg, …) among its members: {members}. WebDataset splits names at "
+            "the first dot, and links don't count"
+        )
+    if sample.twice is not None:
+        raise _BadEntryError(f"{sample.twice} occurs twice in the tar")
+    if len(media) > 1:
+        raise _BadEntryError(
+            f"several media ({', '.join(media)}), expected one. If these are videos with stills, "
+            "choose by --dataset-config: video_directory or image_directory"
+        )
+    medium = sample.members[media[0]]
+    captions = _tar_captions(sample, text)
+    source = f"{tar}/{member_name(medium)}"
+    return [_checked(medium, source, caption, only or _kind(medium)) for caption in captions]
+
+
+def _tar_captions(sample: TarSample, extension: str) -> list[str]:
+    """`KEY.txt`, or where there is none what `KEY.json` says under a caption's names."""
+    found = extension if extension in sample.members else "json"
+    if found not in sample.members:
+        raise _BadEntryError(f"no caption: no {extension} and no json beside the medium")
+    try:
+        content = sample.text(found).decode("utf-8-sig")
+        if found != "json":
+            return [content]
+        item = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        form = "JSON" if found == "json" else "UTF-8 text"
+        raise _BadEntryError(f"the caption in {found} is not {form} ({error})") from error
+    if not isinstance(item, dict):
+        raise _BadEntryError(f"json holds {json_kind(item)}, expected an object")
+    return _captions(item, _filled(item, CAPTION_FIELDS))
 
 
 _KINDS = {None: ("video", "image"), "video": ("video",), "image": ("image",)}
@@ -269,8 +367,13 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _source(path: Path, given: Path, data_dir: Path) -> str:
+def _source(path: Medium, given: Path, data_dir: Path) -> str:
     """How the file is named in the cache: no absolute path where a relative one will do."""
+    if isinstance(path, TarMember):
+        tar = next(parent for parent in given.parents if parent.name == path.tar.name)
+        return f"{_source(path.tar, tar, data_dir)}/{member_name(path)}"
+    if not isinstance(path, Path):
+        return str(path)
     try:
         return path.resolve().relative_to(data_dir.resolve()).as_posix()
     except (ValueError, OSError, RuntimeError):  # outside the folder, or a loop of links

@@ -16,6 +16,7 @@ from typing import Any
 from preprocess.config import LARGEST_SIZE, SMALLEST_SIZE
 from preprocess.dataset import Dataset, Entry, Rejected, load_dataset
 from preprocess.sampling import Resolution, Sampling
+from preprocess.tars import base_folder, is_tars
 from shared.errors import UserError
 
 if sys.version_info >= (3, 11):
@@ -145,7 +146,7 @@ def _load(file: Path, where: str, table: Mapping[str, Any]) -> Dataset:
     kind = next((k for n in sources if (k := FOLDERS.get(n) or LISTS.get(n))), None)
     metadata = paths[listed[0]] if listed else None
     data_dir = paths[folder[0]] if folder else paths[listed[0]].parent
-    if folder and not data_dir.is_dir():
+    if folder and not data_dir.is_dir() and not is_tars(data_dir):
         raise _BadValueError(f"{folder[0]}: there is no folder {data_dir}.")
     if metadata is not None and not metadata.is_file():
         raise _BadValueError(f"{listed[0]}: there is no file {metadata}.")
@@ -163,7 +164,8 @@ def _load(file: Path, where: str, table: Mapping[str, Any]) -> Dataset:
 
     def named(source: str) -> str:
         """As the file would be found from here: names of two folders must not be mixed up."""
-        return source if Path(source).is_absolute() else (data_dir / source).as_posix()
+        here = base_folder(data_dir)
+        return source if Path(source).is_absolute() else (here / source).as_posix()
 
     def own(entry: Entry) -> Entry:
         return replace(entry, source=named(entry.source), sampling=sampling, repeats=repeats)

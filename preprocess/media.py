@@ -211,7 +211,7 @@ def _named_failures(path: Path, what: str) -> Iterator[None]:
         yield
     except (MediaError, UserError):
         raise
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise MediaError(f"{path}: there is no such file") from error
     except Exception as error:  # decoders raise RuntimeError, DECORDError, OSError, SyntaxError …
         if path.is_file() and path.stat().st_size == 0:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from preprocess.index import fresh_index
 from preprocess.writer import ShardWriter, output_lock, refusals_explained
@@ -34,11 +34,16 @@ def sources(index: CacheIndex, rows: Iterable[int]) -> dict[str, str]:
 def unlisted(index: CacheIndex, live: Collection[str], unusable: Collection[str]) -> list[str]:
     """Keys of the cache that are not `live`.
 
-    Samples of `unusable` files are left alone: a disk that is not mounted today is no reason to
-    throw away what was encoded from it.
+    Samples of `unusable` files, or in `unusable` tars, are left alone: a disk that is not mounted
+    today is no reason to throw away what was encoded from it.
     """
     rows = [row for row in range(len(index)) if index.key(row) not in live]
-    return [key for key, source in sources(index, rows).items() if source not in unusable]
+
+    def usable(source: str) -> bool:
+        at = PurePosixPath(source)  # of what lies in a tar, the tar may be what is unusable
+        return source not in unusable and not any(str(above) in unusable for above in at.parents)
+
+    return [key for key, source in sources(index, rows).items() if usable(source)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,7 +61,7 @@ ROWS: dict[str, tuple[str, str]] = {
         ENCODE + "--train-data-dir {nowhere}",
         "error: dataset: no folder {nowhere}. Set --train-data-dir (or DATASET_NAME) to a "
         "folder of videos and images with a metadata.json (or .jsonl, .csv), or with "
-        "same-named .txt captions beside them.",
+        "same-named .txt captions beside them, or of WebDataset tars.",
     ),
     "empty data folder": (
         ENCODE + "--train-data-dir {empty}",
@@ -105,6 +105,17 @@ ROWS: dict[str, tuple[str, str]] = {
         "path (file_path | video_path | image_path | file_name) and a caption (text | "
         "caption | captions) in each entry. Set --train-data-meta (or DATASET_META_NAME) to "
         "such a file.",
+    ),
+    "a pattern without tars": (
+        ENCODE + "--train-data-dir {data}/*.tar",
+        "error: dataset: no tar fits {data}/*.tar. Set --train-data-dir (or DATASET_NAME) to a "
+        "folder, a tar or a pattern such as 'clips/{000..099}.tar'.",
+    ),
+    "a tar that is not there": (
+        ENCODE + "--train-data-dir {nowhere}.tar",
+        "error: dataset: {nowhere}.tar has nothing that can be encoded.\n"
+        "1 rejected, listed in {new}/rejected.jsonl:\n"
+        "  nowhere.tar: there is no such file",
     ),
     "two metadata files": (
         ENCODE + "--train-data-dir {two}",

@@ -1,0 +1,182 @@
+"""WebDataset tars of media: which tars there are, and where in them each sample's files lie.
+
+Only headers are read here, and captions, as bytes: nothing is unpacked and nothing unpickled,
+whatever a member is called. Decoders get a medium by its place in the tar (`preprocess.sources`).
+"""
+
+import re
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+
+from braceexpand import braceexpand
+from webdataset.tariterators import base_plus_ext
+
+from preprocess.media import MediaError
+from preprocess.sources import Medium, TarMember
+from preprocess.writer import SHARD_NAME
+from shared.errors import UserError
+
+SUFFIX = ".tar"
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+_WILD = re.compile(r"[{*?\[]")
+_MOST_TEXT_BYTES = 4 << 20
+"""Of a caption, or of the JSON that holds it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarSample:
+    """Members of one tar that share their name up to the first dot."""
+
+    key: str
+    members: dict[str, TarMember]
+    """By what follows that dot, in lower case."""
+    twice: str | None
+    """A name that occurs more than once; None where all differ."""
+
+    def text(self, extension: str) -> bytes:
+        """What a small member holds. Raises MediaError, or OSError."""
+        member = self.members[extension]
+        if member.length > _MOST_TEXT_BYTES:
+            raise MediaError(f"{extension} has {member.length} bytes, too many for a caption")
+        return b"".join(member.content())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """What a tar holds."""
+
+    samples: tuple[TarSample, ...]
+    problem: str | None
+    """Why what follows them can't be read; None where nothing does."""
+
+
+def is_tars(data_dir: Path) -> bool:
+    """Whether this names tars, one or by a pattern as `clips/{000..099}.tar`, and no folder."""
+    return data_dir.name.lower().endswith((SUFFIX, *COMPRESSED)) and not data_dir.is_dir()
+
+
+def base_folder(data_dir: Path) -> Path:
+    """The folder that names are relative to: of a pattern, what stands before its first wildcard.
+
+    A folder is its own.
+    """
+    if not is_tars(data_dir):
+        return data_dir
+    fixed: list[str] = []
+    for part in data_dir.parent.parts:
+        if _WILD.search(part):
+            break
+        fixed.append(part)
+    return Path(*fixed)
+
+
+def named_tars(pattern: Path) -> list[Path]:
+    """The tars that a pattern stands for, in its order; braces name them, wildcards find them.
+
+    Raises UserError where it finds none or cannot be understood.
+    """
+    try:
+        names = list(braceexpand(str(pattern)))
+    except ValueError as error:
+        raise UserError(
+            f"--train-data-dir: {pattern} has braces that don't fit ({error}). Expected a pattern "
+            "such as 'clips/{000..099}.tar'."
+        ) from error
+    found: list[Path] = []
+    for name in names:
+        path = Path(name)
+        if re.search(r"[*?\[]", name) and not path.exists():
+            base = base_folder(path)
+            found += sorted(base.glob(str(path.relative_to(base))))
+        else:
+            found.append(path)
+    if not found:
+        raise UserError(
+            f"dataset: no tar fits {pattern}. Set --train-data-dir (or DATASET_NAME) to a folder, "
+            "a tar or a pattern such as 'clips/{000..099}.tar'."
+        )
+    return found
+
+
+def tars_among(files: Iterable[Path]) -> list[Path]:
+    """Tars of media, compressed ones too; shards that wandistill wrote are none."""
+    names = (SUFFIX, *COMPRESSED)
+    return [
+        path
+        for path in files
+        if path.name.lower().endswith(names) and not SHARD_NAME.fullmatch(path.name)
+    ]
+
+
+def read_tar(tar: Path) -> Listing:
+    """The samples of a tar, in its order. Whatever is wrong with it is in the listing."""
+    if tar.name.lower().endswith(COMPRESSED):
+        return Listing(
+            samples=(),
+            problem="a compressed tar can only be read from its beginning; unpack it to a plain "
+            "one: gunzip (media hardly get smaller by it)",
+        )
+    members, problem = _members(tar)
+    named: dict[str, dict[str, TarMember]] = {}
+    twice: dict[str, str] = {}
+    for member in members:
+        key, extension = base_plus_ext(member.name)
+        if key is None or extension is None:  # hidden, or without an ending
+            continue
+        fields = named.setdefault(key, {})
+        if extension.lower() in fields:
+            twice[key] = member.name
+        fields[extension.lower()] = member
+    samples = tuple(
+        TarSample(key=key, members=fields, twice=twice.get(key)) for key, fields in named.items()
+    )
+    return Listing(samples=samples, problem=problem)
+
+
+def _members(tar: Path) -> tuple[list[TarMember], str | None]:
+    """Files of a tar that lie in it in one piece, and why there are no more."""
+    found: list[TarMember] = []
+    try:
+        size = tar.stat().st_size
+        with tar.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+            for header in archive:
+                archive.members = []  # type: ignore[attr-defined]  # or it keeps every header
+                if not header.isreg() or header.issparse():
+                    continue
+                if header.offset_data + header.size > size:
+                    return found, f"the tar ends inside of {header.name}: it is cut off"
+                found.append(
+                    TarMember(
+                        tar=tar,
+                        name=header.name,
+                        offset=header.offset_data,
+                        length=header.size,
+                    )
+                )
+    except FileNotFoundError:
+        return found, "there is no such file"
+    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+        whole = f" after {len(found)} files" if found else ""
+        return found, f"the tar is damaged{whole} ({error})"
+    return found, None
+
+
+def medium_at(path: Path) -> Medium:
+    """The medium of a path that may lead into a tar: `clips/000.tar/KEY.mp4`."""
+    for parent in reversed(path.parents):
+        if parent.suffix.lower() == SUFFIX and parent.is_file():
+            return _by_name(parent).get(path.relative_to(parent).as_posix(), path)
+    return path
+
+
+def member_name(member: TarMember) -> str:
+    """The name of a member as part of a path, without `./` and the like in front."""
+    return PurePosixPath(member.name.lstrip("/")).as_posix()
+
+
+@lru_cache(maxsize=16)
+def _by_name(tar: Path) -> dict[str, TarMember]:
+    return {member_name(member): member for member in _members(tar)[0]}
