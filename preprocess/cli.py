@@ -7,7 +7,6 @@ import typer
 
 from preprocess import cli_cache, cli_overlays
 from shared.cli_support import Command, new_app, run
-from shared.device import default_device
 from shared.errors import UserError
 from shared.interrupt import SIGNAL_EXIT
 from shared.model_spec import DEFAULT_MODEL, DEFAULT_NEGATIVE_PROMPT
@@ -73,15 +72,28 @@ def encode(
     dataset_config: Annotated[Path | None, typer.Option(metavar="FILE", help="Several datasets in one TOML file, as for musubi-tuner or diffusion-pipe, in place of --train-data-dir; each may have its own sizes, frames and num_repeats.", show_default="one dataset", rich_help_panel=INPUT)] = None,
 
     size: Annotated[int, typer.Option(metavar="PX", help="Size of images and videos: the side, in pixels, of a square of the same area; 320 is 240P, 480 is 320P, 640 is 480P, 960 is 720P.", rich_help_panel=SAMPLES)] = 640,
-    image_sample_size: Annotated[int | None, typer.Option(metavar="PX", help="Size of images alone, in pixels, meant as --size is.", show_default="--size", rich_help_panel=SAMPLES)] = None,
-    video_sample_size: Annotated[int | None, typer.Option(metavar="PX", help="Size of videos alone, in pixels, meant as --size is.", show_default="--size", rich_help_panel=SAMPLES)] = None,
-    video_sample_stride: Annotated[int, typer.Option(metavar="N", help="Take one of every N frames of a video.", rich_help_panel=SAMPLES)] = 2,
+    image_sample_size: Annotated[int | None, typer.Option(metavar="PX", help="Size of images alone, in pixels, meant as --size is; the largest where sizes are drawn.", show_default="--size", rich_help_panel=SAMPLES)] = None,
+    video_sample_size: Annotated[int | None, typer.Option(metavar="PX", help="Size of videos alone, in pixels, meant as --size is; the smallest, or 512, where sizes are drawn.", show_default="--size", rich_help_panel=SAMPLES)] = None,
+    token_sample_size: Annotated[int | None, typer.Option(metavar="PX", help="Size, in pixels, at which a clip of all frames has the most tokens that one may have; counts with the token length option below.", show_default="--size", rich_help_panel=SAMPLES)] = None,
+    enable_bucket: Annotated[bool, typer.Option("--enable-bucket/--no-enable-bucket", help="Resize each sample to the nearest of 41 aspect ratios; off: to a square, cropped at the centre.", show_default="on", rich_help_panel=SAMPLES)] = True,
+    random_hw_adapt: Annotated[bool, typer.Option("--random-hw-adapt", help="Draw each sample's size: a video's between 512 and the size of videos, an image's between that and the size of images.", show_default="off", rich_help_panel=SAMPLES)] = False,
+    training_with_video_token_length: Annotated[bool, typer.Option("--training-with-video-token-length", help="Take fewer frames at larger sizes, so that a clip keeps to the tokens of the token size; sizes that are drawn then go from that of videos to that of images in steps of 128.", show_default="off", rich_help_panel=SAMPLES)] = False,
+    fix_sample_size: Annotated[tuple[int, int] | None, typer.Option(metavar="H W", help="Height and width of every sample, in pixels, in place of sizes, buckets and the two options above.", show_default="off", rich_help_panel=SAMPLES)] = None,
+    random_ratio_crop: Annotated[bool, typer.Option("--random-ratio-crop", help="Draw each sample's aspect ratio, from 1:2.4 to 2.4:1, instead of taking the nearest; what is over is cropped.", show_default="off", rich_help_panel=SAMPLES)] = False,
+    video_sample_stride: Annotated[int | None, typer.Option(metavar="N", help="Take one of every N frames of a video.", show_default="2", rich_help_panel=SAMPLES)] = None,
+    fps: Annotated[float | None, typer.Option("--fps", metavar="F", help="Take F frames of each second of a video, those nearest in time, in place of every N-th; a slower video is taken as it is.", show_default="--video-sample-stride", rich_help_panel=SAMPLES)] = None,
     video_sample_n_frames: Annotated[int, typer.Option(metavar="N", help="Most frames of a clip after the stride, of the form 4n+1; a shorter video gives its largest 4n+1.", rich_help_panel=SAMPLES)] = 81,
-    seed: Annotated[int, typer.Option(metavar="N", help="Decides where in a video a clip starts.", rich_help_panel=SAMPLES)] = 42,
+    clips: Annotated[Literal["first", "random", "uniform", "chunk"], typer.Option("--clips", help="Where clips are cut out of a video: at its start, where the seed says, spread evenly, or the whole of it in consecutive clips.", rich_help_panel=SAMPLES)] = "random",
+    clips_per_video: Annotated[int, typer.Option(metavar="N", help="How many clips of a video, with --clips random or uniform.", rich_help_panel=SAMPLES)] = 1,
+    variants: Annotated[int, typer.Option(metavar="K", help="Encode each medium K times, with all that is drawn (size, ratio, start) drawn anew; equal ones once.", rich_help_panel=SAMPLES)] = 1,
+    video_repeat: Annotated[int, typer.Option(metavar="N", help="How often an epoch of training shows a video while it shows an image once; changed later without any encoding.", rich_help_panel=SAMPLES)] = 1,
+    train_mode: Annotated[Literal["normal", "i2v", "ti2v"] | None, typer.Option("--train-mode", help="What the shards are for; normal with an i2v model leaves the conditions out.", show_default="as the model is", rich_help_panel=SAMPLES)] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Decides all that is drawn: where in a video a clip starts, sizes, ratios.", rich_help_panel=SAMPLES)] = 42,
 
     negative_prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the teacher's guidance (CFG) leads away from; encoded once for the whole cache.", show_default="Wan's published one", rich_help_panel=ENCODERS)] = DEFAULT_NEGATIVE_PROMPT,
     vae_dtype: Annotated[Dtype, typer.Option(help="Number format that the VAE computes in.", rich_help_panel=ENCODERS)] = "fp32",
     text_encoder_dtype: Annotated[Dtype, typer.Option(help="Number format that the text encoder computes in.", rich_help_panel=ENCODERS)] = "bf16",
+    vae_mini_batch: Annotated[int, typer.Option(metavar="N", help="Taken for the sake of VideoX-Fun's scripts: clips go through the VAE one at a time, since together they would get other bits.", rich_help_panel=ENCODERS)] = 1,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=ENCODERS)] = "auto",
     num_workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that decode and resize media beside the encoders; each holds one clip in memory.", show_default="one a core but one, at most 8", rich_help_panel=ENCODERS)] = None,
     decode_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="A file that takes longer to decode is given up and listed as rejected.", rich_help_panel=ENCODERS)] = 120,
@@ -98,36 +110,10 @@ def encode(
 
     Next: wantrain distill --shards DIR
     """
-    from preprocess.config import EncodeConfig
-    from preprocess.ranks import this_rank
-    from preprocess.workers import default_workers
+    options = dict(locals())  # nothing but the parameters yet
+    from preprocess.config import config_of
 
-    rank = this_rank()
-    if device == "auto":
-        device = rank.device(default_device())
-    config = EncodeConfig(
-        model=model,
-        data_dir=train_data_dir,
-        metadata=train_data_meta,
-        dataset_config=dataset_config,
-        output=output,
-        image_size=size if image_sample_size is None else image_sample_size,
-        video_size=size if video_sample_size is None else video_sample_size,
-        stride=video_sample_stride,
-        frames=video_sample_n_frames,
-        negative_prompt=negative_prompt,
-        seed=seed,
-        dtype=dtype,
-        vae_dtype=vae_dtype,
-        text_encoder_dtype=text_encoder_dtype,
-        shard_size_mb=shard_size_mb,
-        max_bad=max_bad,
-        prune=prune,
-        device=device,
-        rank=rank,
-        workers=default_workers(rank.local_world) if num_workers is None else num_workers,
-        decode_timeout=decode_timeout,
-    )
+    config = config_of(**options)
 
     from rich.console import Console
 
@@ -147,7 +133,7 @@ def encode(
             err=True,
         )
         raise typer.Exit(SIGNAL_EXIT + outcome.signum)
-    rejections = report.rejections(outcome.rejected, rejected_file(output, rank))
+    rejections = report.rejections(outcome.rejected, rejected_file(output, config.rank))
     if len(outcome.rejected) > max_bad:
         raise UserError(
             f"{rejections}\nThe other samples are encoded and can be trained on. Mend these and "

@@ -1,21 +1,29 @@
 """What is cut out of a medium: which frames, which bucket, and the pixels. No I/O.
 
-The rule of the design brief, sections 2 and 3: every stride-th frame, 4n+1 of them, from a start
-drawn from the seed and the file's content; resized to cover its bucket (bilinear, antialiased, in
-uint8) and centre-cropped.
+The rule of the design brief, sections 2 and 3: frames at a stride or a frame rate, 4n+1 of them,
+from a start drawn from the seed and the file's content; resized to cover its bucket (bilinear,
+antialiased, in uint8) and centre-cropped.
 """
 
-import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from preprocess.draws import Draws
 from preprocess.media import Frame, MediaError, Probe
-from shared.buckets import Bucket, bucket_size, frame_count
+from preprocess.sizes import (
+    RATIO_CROPS,
+    adapted_sizes,
+    adapted_weights,
+    budget_frames,
+    token_sizes,
+)
+from shared.buckets import BASE_SIZE, Bucket, nearest_base, scaled_size
 from shared.resize import fit_to
 
 RESIZE_RULE = "cover, PIL bilinear (antialiased, uint8), centre crop"
@@ -25,6 +33,9 @@ FRAME_RULE = "every stride-th frame, largest 4n+1, start uniform by SHA-256 of s
 # resized strip (as long as the ratio says) would eat the memory.
 MOST_EXTREME_RATIO = 16
 
+Clips = Literal["first", "random", "uniform", "chunk"]
+"""Where in a video its clips are taken."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClipRule:
@@ -33,12 +44,32 @@ class ClipRule:
     image_size: int
     video_size: int
     stride: int
+    """Every stride-th source frame is taken."""
     frames: int
+    """Most frames of a clip, 4n+1."""
     seed: int
     multiple: int
     """Both sides of a bucket are multiples of this many pixels."""
     temporal_stride: int
     """Pixel frames per latent frame."""
+    fps: float | None = None
+    """Frames a second that are taken, in place of every stride-th; a slower video whole."""
+    token_budget: bool = False
+    """Shorten clips until they have no more tokens than `frames` at `token_size`."""
+    token_size: int = BASE_SIZE
+    adapt: bool = False
+    """Draw the size (random_hw_adapt)."""
+    buckets: bool = True
+    """False: a square of the size, whatever the medium's shape."""
+    fixed_size: tuple[int, int] | None = None
+    """(height, width) of every sample, in place of sizes, budget and buckets."""
+    ratio_crop: bool = False
+    """Draw the aspect ratio instead of taking the nearest."""
+    clips: Clips = "random"
+    clips_per_video: int = 1
+    """How many, where `clips` is random or uniform."""
+    variants: int = 1
+    """How often all that is drawn is drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +78,8 @@ class Clip:
 
     bucket: Bucket
     frame_indices: tuple[int, ...]
+    asked: int = field(default=1, compare=False)
+    """Frames that it would have, were the source long enough."""
 
     def transform(self) -> dict[str, Any]:
         """What, beside the media's bytes, decides the pixels; enters the sample's key."""
@@ -54,8 +87,10 @@ class Clip:
         return {"size": size, "frames": list(self.frame_indices)}
 
 
-def choose_clip(probe: Probe, kind: Literal["video", "image"], sha256: str, rule: ClipRule) -> Clip:
-    """The clip of a medium whose content has the hex digest `sha256`.
+def choose_clips(
+    probe: Probe, kind: Literal["video", "image"], sha256: str, rule: ClipRule
+) -> tuple[Clip, ...]:
+    """The clips of a medium whose content has the hex digest `sha256`, each once.
 
     A pure function of its arguments, so every machine chooses the same. Raises MediaError where
     nothing can be cut out.
@@ -65,27 +100,105 @@ def choose_clip(probe: Probe, kind: Literal["video", "image"], sha256: str, rule
         raise MediaError(
             f"{probe.width}x{probe.height} pixels: a side ratio over {MOST_EXTREME_RATIO}:1"
         )
-    size = rule.video_size if kind == "video" else rule.image_size
-    height, width = bucket_size(probe.height, probe.width, size=size, multiple=rule.multiple)
+    variants = (Draws(seed=rule.seed, sha256=sha256, variant=n) for n in range(rule.variants))
+    drawn = (clip for draws in variants for clip in _variant(probe, kind, draws, rule))
+    return tuple(dict.fromkeys(drawn))
+
+
+def _variant(
+    probe: Probe, kind: Literal["video", "image"], draws: Draws, rule: ClipRule
+) -> Iterator[Clip]:
+    size = _size(probe, kind, draws, rule)
+    height, width = _shape(probe, size, draws, rule)
     if kind == "image":
-        return Clip(bucket=Bucket(height, width, 1), frame_indices=(0,))
-    frames = frame_count(
-        probe.frames,
-        wanted=rule.frames,
-        stride=rule.stride,
-        temporal_stride=rule.temporal_stride,
-    )
-    span = (frames - 1) * rule.stride + 1
-    start = _uniform(probe.frames - span + 1, f"{rule.seed}:{sha256}:clip start")
-    return Clip(
-        bucket=Bucket(height, width, frames),
-        frame_indices=tuple(range(start, start + span, rule.stride)),
-    )
+        yield Clip(bucket=Bucket(height, width, 1), frame_indices=(0,))
+        return
+    asked = rule.frames
+    if rule.token_budget and rule.fixed_size is None:
+        asked = budget_frames(
+            size,
+            frames=asked,
+            token_size=rule.token_size,
+            temporal_stride=rule.temporal_stride,
+        )
+    for indices in _windows(probe, asked, draws, rule):
+        bucket = Bucket(height, width, len(indices))
+        yield Clip(bucket=bucket, frame_indices=indices, asked=asked)
 
 
-def _uniform(choices: int, seed: str) -> int:
-    """A draw from 0..choices-1. 256 bits leave the modulo no bias, and no library can change it."""
-    return int.from_bytes(hashlib.sha256(seed.encode()).digest(), "big") % choices
+def _size(probe: Probe, kind: Literal["video", "image"], draws: Draws, rule: ClipRule) -> int:
+    own = rule.image_size if kind == "image" else rule.video_size
+    if not rule.adapt:
+        return own
+    both = {"image_size": rule.image_size, "video_size": rule.video_size}
+    if rule.token_budget:
+        sizes = token_sizes(kind, **both, source=(probe.height, probe.width))
+        return sizes[draws.uniform(len(sizes), "size")]
+    sizes = adapted_sizes(kind, **both)
+    return sizes[draws.weighted(adapted_weights(len(sizes)), "size")]
+
+
+def _shape(probe: Probe, size: int, draws: Draws, rule: ClipRule) -> tuple[int, int]:
+    """(height, width) of the bucket."""
+    if rule.fixed_size is not None:
+        height, width = (side // rule.multiple * rule.multiple for side in rule.fixed_size)
+        return height, width
+    if not rule.buckets:
+        base = (BASE_SIZE, BASE_SIZE)
+    elif rule.ratio_crop:
+        base, _ = RATIO_CROPS[draws.weighted([often for _, often in RATIO_CROPS], "ratio")]
+    else:
+        base = nearest_base(probe.height, probe.width)
+    return scaled_size(base, size, rule.multiple)
+
+
+def frame_step(probe: Probe, rule: ClipRule) -> float:
+    """Source frames from one frame of a clip to the next, perhaps no whole number; at least 1."""
+    if rule.fps is None:
+        return rule.stride
+    if probe.fps is None or not 0 < probe.fps < math.inf:
+        raise MediaError(f"the file tells no frame rate ({probe.fps}), which --fps goes by")
+    return max(1.0, probe.fps / rule.fps)
+
+
+def reachable(available: int, step: float) -> int:
+    """How many frames a source of `available` frames gives at this step."""
+    count = max(0, int(available / step) + 2)
+    while count and _offset(count - 1, step) >= available:
+        count -= 1
+    return count
+
+
+def longest(frames: int, temporal_stride: int) -> int:
+    """The largest 4n+1 of so many frames, which are at least one."""
+    return (frames - 1) // temporal_stride * temporal_stride + 1
+
+
+def _offset(number: int, step: float) -> int:
+    """The source frame nearest in time to `number` steps. Ascends strictly, for steps ≥ 1."""
+    return math.floor(number * step + 0.5)
+
+
+def _windows(probe: Probe, asked: int, draws: Draws, rule: ClipRule) -> Iterator[tuple[int, ...]]:
+    """Source frames of each clip, ascending."""
+    step = frame_step(probe, rule)
+    there = reachable(probe.frames, step)
+    frames = longest(min(asked, there), rule.temporal_stride)
+    offsets = [_offset(number, step) for number in range(frames)]
+    places = probe.frames - offsets[-1]
+    if rule.clips == "chunk":
+        # The rest is dropped, unless there is nothing else.
+        for first in range(0, max(1, there // asked) * frames, frames):
+            yield tuple(_offset(number, step) for number in range(first, first + frames))
+        return
+    for number in range(1 if rule.clips == "first" else rule.clips_per_video):
+        start = 0
+        if rule.clips == "random":
+            start = draws.uniform(places, "clip start" + (f" {number}" if number else ""))
+        elif rule.clips == "uniform":
+            gaps = rule.clips_per_video - 1
+            start = (places - 1) * number // gaps if gaps else (places - 1) // 2
+        yield tuple(start + offset for offset in offsets)
 
 
 def fit(frames: Iterable[Frame], bucket: Bucket) -> npt.NDArray[np.uint8]:

@@ -1,13 +1,19 @@
 """The settings of one encode run, checked once at the edge."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from preprocess.ranks import Rank
+from preprocess.clips import Clips
+from preprocess.ranks import Rank, this_rank
+from shared.device import default_device
 from shared.errors import UserError
 
 StoredDtype = Literal["bf16", "fp32"]
+TrainMode = Literal["normal", "i2v", "ti2v"]
+
+DEFAULT_STRIDE = 2
 
 # The smallest size whose base bucket still gives a few latents a side; the largest that Wan knows
 # is 960 (720P), and four times that is a typing error.
@@ -52,9 +58,32 @@ class EncodeConfig:
     """TOML of several datasets, instead of `data_dir` and `metadata`."""
     prune: bool = False
     """Remove samples from the cache that the dataset does not give any more."""
+    token_size: int = 640
+    """With `token_budget`: the size at which a clip of `frames` just fills it."""
+    token_budget: bool = False
+    """training_with_video_token_length: larger sizes get fewer frames."""
+    adapt: bool = False
+    """random_hw_adapt: sizes are drawn, not fixed."""
+    buckets: bool = True
+    """enable_bucket: the nearest aspect ratio; False: squares."""
+    fixed_size: tuple[int, int] | None = None
+    """fix_sample_size, (height, width)."""
+    ratio_crop: bool = False
+    """random_ratio_crop: a drawn aspect ratio."""
+    fps: float | None = None
+    """Frames a second that are taken, in place of `stride`."""
+    clips: Clips = "random"
+    clips_per_video: int = 1
+    variants: int = 1
+    """How often all that is drawn is drawn for each medium."""
+    video_repeat: int = 1
+    """How often an epoch shows a video, times what its dataset says."""
+    train_mode: TrainMode | None = None
+    """None: as the model is."""
 
     def __post_init__(self) -> None:
-        for option, size in (("image", self.image_size), ("video", self.video_size)):
+        sizes = {"image": self.image_size, "video": self.video_size, "token": self.token_size}
+        for option, size in sizes.items():
             if not SMALLEST_SIZE <= size <= LARGEST_SIZE:
                 raise UserError(
                     f"--size or --{option}-sample-size: {size} is not between {SMALLEST_SIZE} and "
@@ -77,12 +106,111 @@ class EncodeConfig:
             "--video-sample-stride": (self.stride, 1),
             "--shard-size-mb": (self.shard_size_mb, 1),
             "--max-bad": (self.max_bad, 0),
+            "--variants": (self.variants, 1),
+            "--clips-per-video": (self.clips_per_video, 1),
+            "--video-repeat": (self.video_repeat, 1),
             "--num-workers": (self.workers, 1),
         }
         for option, (value, least) in at_least.items():
             if value < least:
                 raise UserError(f"{option}: {value} is too small; expected at least {least}.")
+        self._check_shapes()
+        self._check_clips()
         if not self.decode_timeout > 0:
             raise UserError(
                 f"--decode-timeout: {self.decode_timeout:g} is no time; expected seconds above 0."
             )
+
+    def _check_shapes(self) -> None:
+        if self.fixed_size is not None:
+            if not all(SMALLEST_SIZE <= side <= LARGEST_SIZE for side in self.fixed_size):
+                raise UserError(
+                    f"--fix-sample-size: {self.fixed_size[0]} {self.fixed_size[1]} is not a height "
+                    f"and a width between {SMALLEST_SIZE} and {LARGEST_SIZE} pixels."
+                )
+            if self.ratio_crop or not self.buckets:
+                other = "--random-ratio-crop" if self.ratio_crop else "--no-enable-bucket"
+                raise UserError(
+                    f"--fix-sample-size and {other} are both given, expected one of them: a size "
+                    "that is fixed leaves no shape to choose."
+                )
+        if self.ratio_crop and not self.buckets:
+            raise UserError(
+                "--random-ratio-crop and --no-enable-bucket are both given, expected one of them: "
+                "squares have one ratio."
+            )
+        if (
+            self.adapt
+            and self.token_budget
+            and self.fixed_size is None
+            and self.image_size < self.video_size
+        ):
+            raise UserError(
+                f"--image-sample-size: {self.image_size} is smaller than --video-sample-size "
+                f"{self.video_size}. With --random-hw-adapt and --training-with-video-token-length "
+                "sizes are drawn from --video-sample-size up to --image-sample-size; set both to "
+                "one value for a fixed size."
+            )
+
+    def _check_clips(self) -> None:
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise UserError(f"--fps: {self.fps:g} is no frame rate; expected a number above 0.")
+        if self.clips_per_video > 1 and self.clips in ("first", "chunk"):
+            raise UserError(
+                f"--clips-per-video: {self.clips_per_video} has no meaning with --clips "
+                f"{self.clips}; it goes with --clips random or uniform."
+            )
+
+
+def config_of(
+    *,
+    train_data_dir: Path,
+    train_data_meta: Path | None,
+    size: int,
+    image_sample_size: int | None,
+    video_sample_size: int | None,
+    token_sample_size: int | None,
+    enable_bucket: bool,
+    random_hw_adapt: bool,
+    training_with_video_token_length: bool,
+    fix_sample_size: tuple[int, int] | None,
+    random_ratio_crop: bool,
+    video_sample_stride: int | None,
+    video_sample_n_frames: int,
+    vae_mini_batch: int,
+    device: str,
+    num_workers: int | None,
+    **same: Any,
+) -> EncodeConfig:
+    """The settings as the command line names them; those in `same` have one name everywhere.
+
+    Raises UserError, naming the option.
+    """
+    from preprocess.workers import default_workers
+
+    if same["fps"] is not None and video_sample_stride is not None:
+        raise UserError(
+            f"--fps {same['fps']:g} and --video-sample-stride {video_sample_stride} are both "
+            "given, expected one of them: each says which frames are taken."
+        )
+    if vae_mini_batch < 1:
+        raise UserError(f"--vae-mini-batch: {vae_mini_batch} is too small; expected at least 1.")
+    rank = this_rank()
+    return EncodeConfig(
+        data_dir=train_data_dir,
+        metadata=train_data_meta,
+        image_size=size if image_sample_size is None else image_sample_size,
+        video_size=size if video_sample_size is None else video_sample_size,
+        token_size=size if token_sample_size is None else token_sample_size,
+        buckets=enable_bucket,
+        adapt=random_hw_adapt,
+        token_budget=training_with_video_token_length,
+        fixed_size=fix_sample_size,
+        ratio_crop=random_ratio_crop,
+        stride=DEFAULT_STRIDE if video_sample_stride is None else video_sample_stride,
+        frames=video_sample_n_frames,
+        device=rank.device(default_device()) if device == "auto" else device,
+        workers=default_workers(rank.local_world) if num_workers is None else num_workers,
+        rank=rank,
+        **same,
+    )

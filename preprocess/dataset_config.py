@@ -7,12 +7,14 @@
 make other samples than its author believes.
 """
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from preprocess.clips import Clips
 from preprocess.config import LARGEST_SIZE, SMALLEST_SIZE
 from preprocess.dataset import Dataset, Entry, Rejected, load_dataset
 from preprocess.sampling import Resolution, Sampling
@@ -38,8 +40,24 @@ FIXED: dict[str, Any] = {
     "bucket_no_upscale": False,
     "skip_empty_caption": True,
     "multiple_target": False,
-    "enable_bucket": True,
-    "enable_ar_bucket": True,
+}
+# Keys → the field of `ClipRule` that they set.
+OWN = {
+    "image_sample_size": "image_size",
+    "video_sample_size": "video_size",
+    "token_sample_size": "token_size",
+    "training_with_video_token_length": "token_budget",
+    "random_hw_adapt": "adapt",
+    "enable_bucket": "buckets",
+    "enable_ar_bucket": "buckets",
+    "fix_sample_size": "fixed_size",
+    "random_ratio_crop": "ratio_crop",
+    "video_sample_stride": "stride",
+    "video_sample_n_frames": "frames",
+    "fps": "fps",
+    "clips": "clips",
+    "clips_per_video": "clips_per_video",
+    "variants": "variants",
 }
 # Keys that people may well bring, and why there is nothing to set.
 REFUSED = {
@@ -194,6 +212,10 @@ def _sampling(values: Mapping[str, Any]) -> Sampling:
         ("resolution", "resolutions"),
         ("target_frames", "frame_buckets"),
         *(("video_sample_n_frames", name) for name in ("target_frames", "frame_buckets")),
+        ("fps", "video_sample_stride"),
+        ("enable_bucket", "enable_ar_bucket"),
+        ("fix_sample_size", "random_ratio_crop"),
+        *(("fix_sample_size", name) for name in ("resolution", "resolutions")),
     ]
     for one, other in clash:
         if one in values and other in values:
@@ -204,11 +226,8 @@ def _sampling(values: Mapping[str, Any]) -> Sampling:
     if "frame_buckets" in values:  # 1 is for images there: a video is never cut down to a still
         lengths = tuple(n for n in lengths if n > 1) or lengths
     return Sampling(
-        image_size=values.get("image_sample_size"),
-        video_size=values.get("video_sample_size"),
+        own={field: values[name] for name, field in OWN.items() if name in values},
         resolutions=resolutions,
-        stride=values.get("video_sample_stride"),
-        frames=values.get("video_sample_n_frames"),
         lengths=lengths,
         every_length="target_frames" in values,
     )
@@ -227,6 +246,34 @@ def _integer(least: int, most: int | None = None) -> Callable[[Any], int]:
 
 
 _size = _integer(SMALLEST_SIZE, LARGEST_SIZE)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _BadValueError("true or false")
+    return value
+
+
+def _rate(value: Any) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise _BadValueError("frames a second above 0")
+    return float(value)
+
+
+def _clips(value: Any) -> str:
+    if value not in get_args(Clips):
+        raise _BadValueError(f"one of {', '.join(get_args(Clips))}")
+    return str(value)
+
+
+def _side_by_side(value: Any) -> tuple[int, int]:
+    try:
+        height, width = (_size(side) for side in value)
+    except (_BadValueError, TypeError, ValueError):
+        raise _BadValueError(
+            f"[height, width] in pixels, each from {SMALLEST_SIZE} to {LARGEST_SIZE}"
+        ) from None
+    return height, width
 
 
 def _frames(value: Any) -> int:
@@ -272,6 +319,17 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "resolutions": _resolutions,
     "image_sample_size": _size,
     "video_sample_size": _size,
+    "token_sample_size": _size,
+    "training_with_video_token_length": _flag,
+    "random_hw_adapt": _flag,
+    "enable_bucket": _flag,
+    "enable_ar_bucket": _flag,
+    "fix_sample_size": _side_by_side,
+    "random_ratio_crop": _flag,
+    "fps": _rate,
+    "clips": _clips,
+    "clips_per_video": _integer(1),
+    "variants": _integer(1),
     "video_sample_stride": _integer(1),
     "video_sample_n_frames": _frames,
     "target_frames": _lengths,

@@ -29,6 +29,7 @@ from preprocess.plan import Captions, Committed, Work, plan_work
 from preprocess.rejected import rejected_file, write_rejected
 from preprocess.removal import unlisted
 from preprocess.text_cache import TextCache
+from preprocess.train_mode import in_train_mode
 from preprocess.workers import WorkerPool
 from preprocess.writer import (
     ShardWriter,
@@ -114,6 +115,7 @@ def _encode(
                 pool,
                 committed=committed,
                 on_progress=advance,
+                video_repeat=config.video_repeat,
             )
         outcome.rejected = [*dataset.rejected, *rejected]
         if config.rank.number:  # what is wrong with the dataset is said once
@@ -209,6 +211,7 @@ def _dataset(config: EncodeConfig) -> Dataset:
 
 def _encodable_model(config: EncodeConfig) -> ModelSpec:
     spec = read_model_spec(resolve_model(config.model, COMPONENTS))
+    spec = in_train_mode(spec, config.train_mode)
     if spec.image_dim is not None:
         raise UserError(
             f"model: {spec.folder}: models with CLIP image embeddings (as Wan 2.1 I2V) are not "
@@ -227,6 +230,16 @@ def _clip_rule(config: EncodeConfig, spec: ModelSpec) -> ClipRule:
         seed=config.seed,
         multiple=spec.side_multiple,
         temporal_stride=spec.stride[0],
+        fps=config.fps,
+        token_budget=config.token_budget,
+        token_size=config.token_size,
+        adapt=config.adapt,
+        buckets=config.buckets,
+        fixed_size=config.fixed_size,
+        ratio_crop=config.ratio_crop,
+        clips=config.clips,
+        clips_per_video=config.clips_per_video,
+        variants=config.variants,
     )
 
 
@@ -289,7 +302,7 @@ def _say_plan(
                 else "they stay and are trained on. To remove them: --prune"
             ),
         )
-    if short := report.short_clips(planned, config.frames):
+    if short := report.short_clips(planned):
         say(console, short)
 
 

@@ -1,6 +1,7 @@
 """The fingerprint of a cache that `encode` writes: every setting that changes its bytes."""
 
 from pathlib import Path
+from typing import Any
 
 from preprocess.clips import FRAME_RULE, RESIZE_RULE
 from preprocess.config import EncodeConfig
@@ -19,6 +20,7 @@ from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec
 
 # Raise when `shared.buckets` maps some size to another bucket than before.
 BUCKET_TABLE_VERSION = 1
+OFF = "off"
 BY_DATASET = "by dataset"
 """Stands for settings that each dataset of a --dataset-config has for itself."""
 
@@ -40,11 +42,20 @@ def encode_fingerprint(config: EncodeConfig, spec: ModelSpec, hasher: FileHasher
                 f"{component} folder, or set --pretrained-model-name-or-path (or MODEL_NAME) "
                 "to a complete model."
             )
-    media: dict[str, int | str] = {
-        "image_sample_size": config.image_size,
-        "video_sample_size": config.video_size,
-        "video_sample_stride": config.stride,
+    by_fps, fixed = config.fps is not None, config.fixed_size is not None
+    media: dict[str, Any] = {
+        "image_sample_size": OFF if fixed else config.image_size,
+        "video_sample_size": OFF if fixed else config.video_size,
+        "token_sample_size": config.token_size if config.token_budget and not fixed else OFF,
+        "enable_bucket": config.buckets,
+        "random_hw_adapt": config.adapt and not fixed,
+        "random_ratio_crop": config.ratio_crop,
+        "fix_sample_size": list(config.fixed_size) if config.fixed_size else OFF,
+        "video_sample_stride": OFF if by_fps else config.stride,
+        "fps": config.fps if by_fps else OFF,
         "video_sample_n_frames": config.frames,
+        "clips": config.clips,
+        "clips_per_video": config.clips_per_video,
     }
     if config.dataset_config is not None:
         # The keys tell such samples apart; were the values here, no dataset could be added later.

@@ -84,10 +84,12 @@ def plan_work(
     *,
     committed: Captions,
     on_progress: Callable[[], None],
+    video_repeat: int = 1,
 ) -> tuple[list[Work], list[Rejected]]:
     """Look into every file and decide what is to be encoded, in the dataset's order.
 
     A caption that is `committed` for its clip keeps its key, whatever stands before it today.
+    Videos are shown `video_repeat` times as often as their dataset says.
     """
     files: dict[tuple[Medium, Kind], list[int]] = {}  # each opened once, however many captions
     for number, entry in enumerate(entries):
@@ -141,13 +143,13 @@ def plan_work(
     works: list[Work] = []
     for same in clips.values():
         try:
-            works.append(_work(same, committed, there))
+            works.append(_work(same, committed, there, video_repeat))
         except MediaError as error:
             rejected[Rejected(source=same[0].entry.source, reason=str(error))] = None
     return works, list(rejected)
 
 
-def _work(found: list[_Looked], committed: Captions, there: set[bytes]) -> Work:
+def _work(found: list[_Looked], committed: Captions, there: set[bytes], video_repeat: int) -> Work:
     first = found[0]
     captions = dict.fromkeys(looked.entry.caption for looked in found)  # duplicates once, in order
     if len(captions) > MOST_CAPTIONS:
@@ -173,6 +175,7 @@ def _work(found: list[_Looked], committed: Captions, there: set[bytes]) -> Work:
         probe=first.probe,
         clip=first.clip,
         samples=tuple((keys[caption], caption) for caption in captions),
-        repeats=max(looked.entry.repeats for looked in found),
+        repeats=max(looked.entry.repeats for looked in found)
+        * (video_repeat if first.probe.type == "video" else 1),
         home=key(0),
     )

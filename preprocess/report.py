@@ -59,16 +59,18 @@ def bar(console: Console, title: str, total: int) -> Iterator[Bar]:
         yield Bar(progress, progress.add_task(title, total=total))
 
 
-def short_clips(work: Sequence[Work], frames: int) -> str | None:
-    """The line about videos that are shorter than asked; None if there are none."""
-    short = [item for item in work if item.type == "video" and item.clip.bucket.frames < frames]
+def short_clips(work: Sequence[Work]) -> str | None:
+    """The line about clips that are shorter than asked; None if there are none."""
+    short = [item for item in work if item.clip.bucket.frames < item.clip.asked]
     if not short:
         return None
     named = [f"{item.entry.source} ({item.clip.bucket.frames})" for item in short[:_NAMED]]
     more = [f"{len(short) - _NAMED} more"] if len(short) > _NAMED else []
-    found = count(len(short), "video")
+    asked = sorted({item.clip.asked for item in short})
+    fewer = f"{asked[0]}" if len(asked) == 1 else f"{asked[0]} to {asked[-1]}"
+    found = count(len({item.entry.source for item in short}), "video")
     return (
-        f"short    {found} with fewer than {frames} frames at this stride, taken at the largest "
+        f"short    {found} with fewer than {fewer} frames at this stride, taken at the largest "
         f"4n+1 there is: {', '.join(named + more)}"
     )
 

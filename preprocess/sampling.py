@@ -1,13 +1,13 @@
 """How one of several datasets is cut, where it says so itself instead of the command line."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-from preprocess.clips import Clip, ClipRule, choose_clip
+from preprocess.clips import Clip, ClipRule, choose_clips, frame_step, reachable
 from preprocess.media import MediaError, Probe
-from shared.buckets import bucket_size, frame_count
+from shared.buckets import bucket_size
 
 _NAMED_STEP = 160
 
@@ -35,14 +35,12 @@ class Resolution:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """What a dataset says; None: as the command line says."""
+    """What a dataset says; the rest is as the command line says."""
 
-    image_size: int | None = None
-    video_size: int | None = None
+    own: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Fields of `ClipRule`."""
     resolutions: tuple[Resolution | int, ...] = ()
-    """Sizes of images and videos, in place of the two above; a sample in each of them."""
-    stride: int | None = None
-    frames: int | None = None
+    """Sizes of images and videos, in place of those in `own`; a sample in each of them."""
     lengths: tuple[int, ...] = ()
     """Frames that a video may have, ascending, in place of `frames`; a shorter one is rejected."""
     every_length: bool = False
@@ -57,20 +55,20 @@ class Sampling:
         """
         return tuple(
             dict.fromkeys(
-                choose_clip(probe, kind, sha256, one)
+                clip
                 for sized in self._sized(rule)
                 for one in self._long(sized, probe, kind)
+                for clip in choose_clips(probe, kind, sha256, one)
             )
         )
 
     def _sized(self, rule: ClipRule) -> Iterator[ClipRule]:
-        given = {
-            "image_size": self.image_size,
-            "video_size": self.video_size,
-            "stride": self.stride,
-            "frames": self.frames,
-        }
-        own = replace(rule, **{name: value for name, value in given.items() if value is not None})
+        own = replace(rule, **self.own)
+        # What the command line says in another way must not outlive what the dataset says.
+        if "stride" in self.own:
+            own = replace(own, fps=self.own.get("fps"))
+        if self.resolutions or {"image_size", "video_size"} & self.own.keys():
+            own = replace(own, fixed_size=self.own.get("fixed_size"))
         for one in self.resolutions:
             size = one if isinstance(one, int) else one.size(rule.multiple)
             yield replace(own, image_size=size, video_size=size)
@@ -83,11 +81,12 @@ class Sampling:
         if kind == "image" or not self.lengths:
             yield rule
             return
-        step = {"stride": rule.stride, "temporal_stride": rule.temporal_stride}
-        fitting = [n for n in self.lengths if frame_count(probe.frames, wanted=n, **step) == n]
+        step = frame_step(probe, rule)
+        there = reachable(probe.frames, step)
+        fitting = [length for length in self.lengths if length <= there]
         if not fitting:
             raise MediaError(
-                f"{probe.frames} frames at stride {rule.stride}: fewer than {self.lengths[0]}, the "
+                f"{probe.frames} frames at stride {step:g}: fewer than {self.lengths[0]}, the "
                 "least that its dataset asks for"
             )
         for frames in fitting if self.every_length else fitting[-1:]:

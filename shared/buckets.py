@@ -1,4 +1,4 @@
-"""Which size and length a sample gets: aspect buckets and the frame rule.
+"""Which shapes samples have: aspect buckets.
 
 Sizes here are pixels, (height, width); frames are counted in pixels' time (4n+1), not in latents.
 """
@@ -62,9 +62,3 @@ def nearest_base(height: int, width: int) -> tuple[int, int]:
 def bucket_size(height: int, width: int, *, size: int, multiple: int) -> tuple[int, int]:
     """(height, width) in pixels to which a `height`×`width` source is resized and cropped."""
     return scaled_size(nearest_base(height, width), size, multiple)
-
-
-def frame_count(available: int, *, wanted: int, stride: int, temporal_stride: int = 4) -> int:
-    """Largest 4n+1 ≤ `wanted` that `available` source frames give at `stride`; 0 if none."""
-    reachable = min(wanted, (available - 1) // stride + 1) if available > 0 else 0
-    return (reachable - 1) // temporal_stride * temporal_stride + 1 if reachable > 0 else 0

@@ -33,8 +33,10 @@ SEED_ENCODE = """
   --pretrained_model_name_or_path=models/Diffusion_Transformer/Wan2.2-I2V-A14B
   --train_data_dir=datasets/internal_datasets/
   --train_data_meta=datasets/internal_datasets/metadata.json
-  --image_sample_size=640 --video_sample_size=640
-  --video_sample_stride=2 --video_sample_n_frames=81 --seed=42
+  --image_sample_size=640 --video_sample_size=640 --token_sample_size=640
+  --video_sample_stride=2 --video_sample_n_frames=81 --video_repeat=1 --seed=42
+  --vae_mini_batch=1 --random_hw_adapt --training_with_video_token_length --enable_bucket
+  --train_mode="i2v"
 """
 SEED_DISTILL = """
   --pretrained_model_name_or_path=models/Diffusion_Transformer/Wan2.2-I2V-A14B

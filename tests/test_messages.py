@@ -125,11 +125,13 @@ ROWS: dict[str, tuple[str, str]] = {
     "a key that no dataset has": (
         ENCODE + "--dataset-config {bad_toml}",
         "error: dataset: {bad_toml}: dataset 1: unknown key 'target_frame'. Expected: batch_size, "
-        "bucket_no_upscale, cache_directory, caption_extension, enable_ar_bucket, enable_bucket, "
-        "frame_buckets, image_directory, image_jsonl_file, image_sample_size, metadata, "
-        "multiple_target, num_repeats, path, resolution, resolutions, skip_empty_caption, "
-        "target_frames, video_directory, video_jsonl_file, video_sample_n_frames, "
-        "video_sample_size, video_sample_stride.",
+        "bucket_no_upscale, cache_directory, caption_extension, clips, clips_per_video, "
+        "enable_ar_bucket, enable_bucket, fix_sample_size, fps, frame_buckets, image_directory, "
+        "image_jsonl_file, image_sample_size, metadata, multiple_target, num_repeats, path, "
+        "random_hw_adapt, random_ratio_crop, resolution, resolutions, skip_empty_caption, "
+        "target_frames, token_sample_size, training_with_video_token_length, variants, "
+        "video_directory, video_jsonl_file, video_sample_n_frames, video_sample_size, "
+        "video_sample_stride.",
     ),
     "a list and a file of datasets": (
         ENCODE + "--dataset-config {bad_toml} --train-data-meta {missing_json}",
@@ -182,6 +184,50 @@ ROWS: dict[str, tuple[str, str]] = {
         ENCODE + "--train-data-dir {data} --video-sample-stride 0",
         "error: --video-sample-stride: 0 is too small; expected at least 1.",
     ),
+    "a stride and a frame rate": (
+        ENCODE + "--train-data-dir {data} --fps 16 --video-sample-stride 2",
+        "error: --fps 16 and --video-sample-stride 2 are both given, expected one of them: each "
+        "says which frames are taken.",
+    ),
+    "frame rate 0": (
+        ENCODE + "--train-data-dir {data} --fps 0",
+        "error: --fps: 0 is no frame rate; expected a number above 0.",
+    ),
+    "a fixed size that is too small": (
+        ENCODE + "--train-data-dir {data} --fix-sample-size 480 16",
+        "error: --fix-sample-size: 480 16 is not a height and a width between 32 and 4096 pixels.",
+    ),
+    "a fixed size and drawn ratios": (
+        ENCODE + "--train-data-dir {data} --fix-sample-size 64 96 --random-ratio-crop",
+        "error: --fix-sample-size and --random-ratio-crop are both given, expected one of them: a "
+        "size that is fixed leaves no shape to choose.",
+    ),
+    "squares and drawn ratios": (
+        ENCODE + "--train-data-dir {data} --no-enable-bucket --random-ratio-crop",
+        "error: --random-ratio-crop and --no-enable-bucket are both given, expected one of them: "
+        "squares have one ratio.",
+    ),
+    "drawn sizes the wrong way round": (
+        ENCODE + "--train-data-dir {data} --random_hw_adapt --training_with_video_token_length "
+        "--image_sample_size 32",
+        "error: --image-sample-size: 32 is smaller than --video-sample-size 64. With "
+        "--random-hw-adapt and --training-with-video-token-length sizes are drawn from "
+        "--video-sample-size up to --image-sample-size; set both to one value for a fixed size.",
+    ),
+    "several first clips": (
+        ENCODE + "--train-data-dir {data} --clips chunk --clips-per-video 2",
+        "error: --clips-per-video: 2 has no meaning with --clips chunk; it goes with --clips "
+        "random or uniform.",
+    ),
+    "no repeat": (
+        ENCODE + "--train-data-dir {data} --video_repeat 0",
+        "error: --video-repeat: 0 is too small; expected at least 1.",
+    ),
+    "a mode that the model has not": (
+        ENCODE + "--train-data-dir {data} --train_mode i2v",
+        "error: --train-mode: i2v, but {t2v} is a t2v model; expected normal. Leave the option "
+        "out, or choose another model with --pretrained-model-name-or-path (or MODEL_NAME).",
+    ),
     "size is no number": (
         ENCODE + "--size big",
         "Error: Invalid value for '--size': Input should be a valid integer, unable to parse "
@@ -190,7 +236,7 @@ ROWS: dict[str, tuple[str, str]] = {
     "option with a typo": (
         "wanprep encode --train-dat-dir x",
         "Error: No such option: --train-dat-dir (Possible options: --train-data-dir, "
-        "--train-data-meta)",
+        "--train-data-meta, --train-mode)",
     ),
     "unknown device": (
         ENCODE + "--train-data-dir {data} --device gpu",

@@ -1,12 +1,14 @@
 """Which frames, which bucket, which pixels."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from preprocess.clips import Clip, ClipRule, choose_clip, fit
+from preprocess.clips import Clip, ClipRule, choose_clips, fit
 from preprocess.media import MediaError, Probe
 from shared.buckets import Bucket
 
@@ -27,7 +29,7 @@ def video(frames: int, height: int = 720, width: int = 1280) -> Probe:
 
 
 def test_a_long_video_gives_the_frames_asked_for() -> None:
-    clip = choose_clip(video(1000), "video", SHA, RULE)
+    (clip,) = choose_clips(video(1000), "video", SHA, RULE)
     assert clip.bucket == Bucket(480, 832, 81)
     assert np.diff(clip.frame_indices).tolist() == [2] * 80
 
@@ -37,17 +39,17 @@ def test_the_start_is_pinned() -> None:
     dataset, and a re-run would encode all of it again.
     """
     starts = [
-        choose_clip(video(1000), "video", f"{number:064x}", RULE).frame_indices[0]
+        choose_clips(video(1000), "video", f"{number:064x}", RULE)[0].frame_indices[0]
         for number in range(4)
     ]
     assert starts == [651, 631, 449, 245]
 
 
 def test_seed_and_content_decide_the_start_and_nothing_else() -> None:
-    first = choose_clip(video(1000), "video", SHA, RULE)
-    assert choose_clip(video(1000), "video", SHA, RULE) == first
+    first = choose_clips(video(1000), "video", SHA, RULE)
+    assert choose_clips(video(1000), "video", SHA, RULE) == first
     starts = {
-        choose_clip(video(1000), "video", f"{number:064x}", RULE).frame_indices[0]
+        choose_clips(video(1000), "video", f"{number:064x}", RULE)[0].frame_indices[0]
         for number in range(300)
     }
     assert len(starts) > 200
@@ -56,7 +58,7 @@ def test_seed_and_content_decide_the_start_and_nothing_else() -> None:
 
 def test_an_image_is_one_frame_at_the_image_size() -> None:
     probe = Probe(frames=1, height=900, width=600, fps=None)
-    clip = choose_clip(probe, "image", SHA, RULE)
+    (clip,) = choose_clips(probe, "image", SHA, RULE)
     assert clip == Clip(bucket=Bucket(608, 416, 1), frame_indices=(0,))
 
 
@@ -78,7 +80,7 @@ def test_any_clip_lies_inside_its_video(
         multiple=16,
         temporal_stride=4,
     )
-    clip = choose_clip(video(available), "video", SHA, rule)
+    (clip,) = choose_clips(video(available), "video", SHA, rule)
     indices = clip.frame_indices
     assert len(indices) == clip.bucket.frames
     assert len(indices) % 4 == 1 and len(indices) <= wanted
@@ -87,9 +89,28 @@ def test_any_clip_lies_inside_its_video(
     assert len(indices) + 4 > wanted or (len(indices) + 3) * stride + 1 > available
 
 
+@pytest.mark.parametrize(
+    ("available", "wanted", "stride", "expected"),
+    [
+        (1000, 81, 2, 81),
+        (161, 81, 2, 81),
+        (160, 81, 2, 77),
+        (132, 81, 2, 65),
+        (5, 81, 1, 5),
+        (4, 81, 1, 1),
+        (1, 81, 2, 1),
+        (9, 5, 2, 5),
+    ],
+)
+def test_frame_count(available: int, wanted: int, stride: int, expected: int) -> None:
+    rule = replace(RULE, frames=wanted, stride=stride)
+    (clip,) = choose_clips(video(available), "video", SHA, rule)
+    assert clip.bucket.frames == len(clip.frame_indices) == expected
+
+
 def test_a_strip_is_refused() -> None:
     with pytest.raises(MediaError, match="side ratio over 16:1"):
-        choose_clip(video(9, height=2, width=2000), "video", SHA, RULE)
+        choose_clips(video(9, height=2, width=2000), "video", SHA, RULE)
 
 
 @given(

@@ -10,7 +10,6 @@ from shared.buckets import (
     BASE_BUCKETS,
     Bucket,
     bucket_size,
-    frame_count,
     nearest_base,
 )
 from shared.resize import centre_crop, cover_size
@@ -64,24 +63,6 @@ def test_any_source_gets_a_bucket(height: int, width: int, size: int, multiple: 
     assert bucket_size(width, height, size=size, multiple=multiple) == bucket[::-1]
     # Never more pixels than the size promises (up to a side's minimum).
     assert math.prod(bucket) <= max(size * size * 1.1, multiple * multiple * 4)
-
-
-@pytest.mark.parametrize(
-    ("available", "wanted", "stride", "expected"),
-    [
-        (1000, 81, 2, 81),
-        (161, 81, 2, 81),
-        (160, 81, 2, 77),
-        (132, 81, 2, 65),
-        (5, 81, 1, 5),
-        (4, 81, 1, 1),
-        (1, 81, 2, 1),
-        (0, 81, 2, 0),
-        (9, 5, 2, 5),
-    ],
-)
-def test_frame_count(available: int, wanted: int, stride: int, expected: int) -> None:
-    assert frame_count(available, wanted=wanted, stride=stride) == expected
 
 
 @given(source=st.tuples(SIDES, SIDES), target=st.tuples(SIDES, SIDES))

@@ -1,0 +1,32 @@
+"""Random choices as pure functions of (seed, content, purpose, variant), the same everywhere."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """The draws of one variant of one medium."""
+
+    seed: int
+    sha256: str
+    """Hex digest of the medium's bytes."""
+    variant: int = 0
+    """Variant 0 draws what is drawn where nobody asks for variants."""
+
+    def uniform(self, choices: int, purpose: str) -> int:
+        """0 … choices−1. 256 bits leave the modulo no bias, and no library can change it."""
+        seed = f"{self.seed}:{self.sha256}:{purpose}"
+        if self.variant:
+            seed += f":{self.variant}"
+        return int.from_bytes(hashlib.sha256(seed.encode()).digest(), "big") % choices
+
+    def weighted(self, weights: Sequence[int], purpose: str) -> int:
+        """0 … len(weights)−1, each as often as its weight says."""
+        drawn = self.uniform(sum(weights), purpose)
+        for number, weight in enumerate(weights):
+            drawn -= weight
+            if drawn < 0:
+                return number
+        raise AssertionError("uniform stays below the sum of the weights")
