@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 import typer
 
 from preprocess import cli_cache, cli_overlays
-from shared.cli_support import Command, new_app, run
+from preprocess.remote import shards_folder
+from shared.cli_support import Command, echo, new_app, run
 from shared.errors import UserError
 from shared.interrupt import SIGNAL_EXIT
 from shared.model_spec import DEFAULT_MODEL, DEFAULT_NEGATIVE_PROMPT
@@ -98,7 +99,7 @@ def encode(
     num_workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that decode and resize media beside the encoders; each holds one clip in memory.", show_default="one a core but one, at most 8", rich_help_panel=ENCODERS)] = None,
     decode_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="A file that takes longer to decode is given up and listed as rejected.", rich_help_panel=ENCODERS)] = 120,
 
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the shards; what is in it already is kept and not encoded again.", rich_help_panel=OUTPUT)] = Path("shards"),
+    output: Annotated[Path, typer.Option(parser=shards_folder, metavar="DIR|URL", help="Folder of the shards; what is in it already is kept and not encoded again.", rich_help_panel=OUTPUT)] = Path("shards"),
     dtype: Annotated[Dtype, typer.Option(help="Number format of the tensors in the shards.", rich_help_panel=OUTPUT)] = "bf16",
     shard_size_mb: Annotated[int, typer.Option(metavar="MB", help="Megabytes at which a shard is closed and the next begun.", rich_help_panel=OUTPUT)] = 256,
     prune: Annotated[bool, typer.Option("--prune", help="Remove samples from the shards that the dataset does not give any more: files that were taken out, or cut otherwise now.", show_default="off", rich_help_panel=OUTPUT)] = False,
@@ -123,11 +124,11 @@ def encode(
 
     outcome = run_encode(config, Console(stderr=True))
     if outcome.index is not None:
-        typer.echo(report.contents(output, outcome.index))
+        echo(report.contents(output, outcome.index))
         if preview := report.preview(outcome.index):
-            typer.echo(preview)
+            echo(preview)
     if outcome.signum is not None:
-        typer.echo(
+        echo(
             f"interrupted, {report.count(outcome.left, 'sample')} to go. To continue, run the same command "
             "again.",
             err=True,
@@ -140,20 +141,20 @@ def encode(
             f"run again, or accept them with --max-bad {len(outcome.rejected)}."
         )
     if outcome.rejected:
-        typer.echo(rejections, err=True)
+        echo(rejections, err=True)
     if outcome.removed:
-        typer.echo(
+        echo(
             f"{report.count(outcome.removed, 'sample')} removed that the dataset does not give any "
             f"more; to have the room back: wanprep compact --shards {output}"
         )
     if outcome.written == 0 and outcome.removed == 0:
-        typer.echo("nothing to do: every usable sample of the dataset is in the shards")
-    typer.echo(f"next: wantrain distill --shards {output}")
+        echo("nothing to do: every usable sample of the dataset is in the shards")
+    echo(f"next: wantrain distill --shards {output}")
 
 
 @app.command(cls=Command, epilog=INDEX_EXAMPLES)
 def index(
-    shards: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
+    shards: Annotated[Path, typer.Option(parser=shards_folder, metavar="DIR|URL", help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
 ) -> None:
     """Rebuild manifest.json and index.zarr from the shards.
 
@@ -165,13 +166,15 @@ def index(
     from preprocess.index import build_index, check_shards
     from preprocess.removal import require_shards
     from preprocess.writer import output_lock, refusals_explained
+    from shared.mirror import mirror_of
     from shared.overlays import overlay_folders
 
     require_shards(shards)
     for folder in (shards, *overlay_folders(shards)):
         with output_lock(folder), refusals_explained(folder, "The shards are as they were."):
-            check_shards(folder)
-            typer.echo(report.contents(folder, build_index(folder)))
+            if mirror_of(folder) is None:  # a store checks what it keeps
+                check_shards(folder)
+            echo(report.contents(folder, build_index(folder)))
 
 
 # fmt: on

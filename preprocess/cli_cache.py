@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from shared.cli_support import Command
+from preprocess.remote import shards_folder
+from shared.cli_support import Command, echo
 
 REMOVE_EXAMPLES = """
 # a clip and a whole folder, as the dataset names them: what would go
@@ -31,7 +32,7 @@ INPUT, OUTPUT = "Input", "Output"
 # fmt: off
 def remove(
     sample: Annotated[list[str], typer.Option("--sample", metavar="NAME", help="What to remove: a key, or a file as the dataset names it, where * and ? stand for any characters; may be given several times.", rich_help_panel=INPUT)],
-    shards: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
+    shards: Annotated[Path, typer.Option(parser=shards_folder, metavar="DIR|URL", help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be removed, then stop.", show_default="off", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Remove samples from a cache.
@@ -45,17 +46,17 @@ def remove(
 
     removed = remove_samples(shards, sample, dry_run=dry_run)
     for key, source in sorted(removed.sources.items(), key=lambda item: item[::-1]):
-        typer.echo(f"{key}  {source}")
+        echo(f"{key}  {source}")
     number = report.count(len(removed.sources), "sample")
     if dry_run:
-        typer.echo(f"{number} would be removed; nothing was")
+        echo(f"{number} would be removed; nothing was")
     else:
-        typer.echo(f"{number} removed, {len(removed.index)} left in {shards}")
-        typer.echo(f"next: wanprep compact --shards {shards}, to have the room back")
+        echo(f"{number} removed, {len(removed.index)} left in {shards}")
+        echo(f"next: wanprep compact --shards {shards}, to have the room back")
 
 
 def compact(
-    shards: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
+    shards: Annotated[Path, typer.Option(parser=shards_folder, metavar="DIR|URL", help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
     shard_size_mb: Annotated[int, typer.Option(metavar="MB", min=1, help="Megabytes at which a new shard is closed and the next begun.", rich_help_panel=OUTPUT)] = 256,
 ) -> None:
     """Give back the room of removed and replaced samples.
@@ -68,9 +69,9 @@ def compact(
     from preprocess.compact import compact_with_overlays
 
     done = compact_with_overlays(shards, shard_bytes=shard_size_mb * 1_000_000)
-    typer.echo(report.contents(shards, done.index))
+    echo(report.contents(shards, done.index))
     dropped = report.count(done.dropped, "dead sample")
-    typer.echo(f"compacted: {dropped} dropped, {done.freed / 1e6:.1f} MB freed")
+    echo(f"compacted: {dropped} dropped, {done.freed / 1e6:.1f} MB freed")
 
 
 # fmt: on

@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from shared.cli_support import Command
+from preprocess.remote import shards_folder
+from shared.cli_support import Command, echo
 from shared.device import default_device
 from shared.errors import UserError
 from shared.interrupt import SIGNAL_EXIT
@@ -46,7 +47,7 @@ def recaption(
     negative_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What the teacher's guidance (CFG) leads away from, when these captions are trained on.", show_default="the one in the shards", rich_help_panel=CAPTIONS)] = None,
     prune: Annotated[bool, typer.Option("--prune", help="Remove captions that an earlier list of this name gave and this one does not.", show_default="off", rich_help_panel=CAPTIONS)] = False,
 
-    shards: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
+    shards: Annotated[Path, typer.Option(parser=shards_folder, metavar="DIR|URL", help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
     model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model whose text encoder is used: a folder in diffusers layout, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=ENCODERS)] = DEFAULT_MODEL,
     text_encoder_dtype: Annotated[Dtype | None, typer.Option(help="Number format that the text encoder computes in.", show_default="as for the shards", rich_help_panel=ENCODERS)] = None,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=ENCODERS)] = "auto",
@@ -83,25 +84,25 @@ def recaption(
         Console(stderr=True),
     )
     have = 0 if done.index is None else len(done.index)
-    typer.echo(f"{done.folder}: {report.count(have, 'caption')}, {done.written} of them new")
+    echo(f"{done.folder}: {report.count(have, 'caption')}, {done.written} of them new")
     if done.signum is not None:
-        typer.echo(
+        echo(
             f"interrupted, {report.count(done.left, 'caption')} to go. To continue, run the same "
             "command again.",
             err=True,
         )
         raise typer.Exit(SIGNAL_EXIT + done.signum)
     if done.removed:
-        typer.echo(f"{report.count(done.removed, 'caption')} removed that the list does not give any more")
+        echo(f"{report.count(done.removed, 'caption')} removed that the list does not give any more")
     for line in report.unmatched_captions(done):
-        typer.echo(line, err=True)
+        echo(line, err=True)
     if have == 0:
         raise UserError(f"captions: no caption for {shards} was encoded.")
-    typer.echo(f"next: wantrain distill --captions {name} --shards {shards}")
+    echo(f"next: wantrain distill --captions {name} --shards {shards}")
 
 
 def add_condition(
-    shards: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the shards, encoded for a t2v model.", rich_help_panel=INPUT)] = Path("shards"),
+    shards: Annotated[Path, typer.Option(parser=shards_folder, metavar="DIR|URL", help="Folder of the shards, encoded for a t2v model.", rich_help_panel=INPUT)] = Path("shards"),
     model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="The i2v model that will be trained, with the VAE of the shards: a folder, a hub id, or the bundled toy-i2v.", rich_help_panel=INPUT)] = DEFAULT_MODEL,
     train_data_dir: Annotated[Path, typer.Option(metavar="DIR", envvar="DATASET_NAME", help="Folder (or tars) of the videos and images that were encoded.", rich_help_panel=INPUT)] = Path("datasets"),
 
@@ -138,9 +139,9 @@ def add_condition(
         Console(stderr=True),
     )
     have = 0 if done.index is None else len(done.index)
-    typer.echo(f"{done.folder}: {report.count(have, 'condition')}, {done.written} of them new")
+    echo(f"{done.folder}: {report.count(have, 'condition')}, {done.written} of them new")
     if done.signum is not None:
-        typer.echo(
+        echo(
             f"interrupted, {report.count(done.left, 'sample')} to go. To continue, run the same "
             "command again.",
             err=True,
@@ -153,7 +154,7 @@ def add_condition(
             "until they have: mend the files and run again, or take the samples out with "
             "`wanprep remove`."
         )
-    typer.echo(f"next: wantrain distill --pretrained-model-name-or-path {model} --shards {shards}")
+    echo(f"next: wantrain distill --pretrained-model-name-or-path {model} --shards {shards}")
 
 
 # fmt: on

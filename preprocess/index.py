@@ -19,6 +19,7 @@ import zarr
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
+from preprocess.shard_rows import stored_rows
 from preprocess.writer import index_lock
 from shared.buckets import Bucket
 from shared.cache import (
@@ -48,6 +49,7 @@ from shared.errors import UserError
 from shared.fingerprint import FORMAT_VERSION, refuse_differences
 from shared.hashing import FileHasher, digest_of
 from shared.latent_rgb import ColourFit, LatentRgb, solve
+from shared.mirror import mirror_of, pull, shard_file
 from shared.model_spec import MAX_TEXT_TOKENS
 from shared.overlays import made_by, required_members
 from shared.schema import (
@@ -75,16 +77,22 @@ def caption_digest(caption: str) -> bytes:
 
 def fresh_index(folder: Path) -> CacheIndex:
     """Open the cache's index, brought up to date first where it is missing, stale or damaged."""
-    entries = _entries(folder)
-    try:
-        manifest = parse((folder / MANIFEST).read_bytes(), most=MOST_MANIFEST)
-        if manifest["index"] == entries.digest:
-            index = open_cache(folder)
-            index.read_columns()
+    while True:
+        in_store = pull(folder)
+        entries = _entries(folder)
+        try:
+            manifest = parse((folder / MANIFEST).read_bytes(), most=MOST_MANIFEST)
+            if manifest["index"] == entries.digest:
+                index = open_cache(folder)
+                index.read_columns()
+                return index
+        except (OSError, ValueError, KeyError, TypeError):  # UserError is a ValueError
+            pass
+        index = _write_index(folder, entries, _reusable(folder, entries))
+        if not in_store:
             return index
-    except (OSError, ValueError, KeyError, TypeError):  # UserError is a ValueError
-        pass
-    return _write_index(folder, entries, _reusable(folder, entries))
+        # Another writer may have put its index between our objects, or its shards after we
+        # looked; whoever writes last finds it here and writes again.
 
 
 def settled_index(folder: Path) -> CacheIndex:
@@ -103,7 +111,9 @@ def build_index(folder: Path) -> CacheIndex:
     edited caption replaces the old sample. A key whose newest mention is a tombstone is left out.
     Raises UserError naming a damaged shard, or two shards that were made with different settings.
     """
-    return _write_index(folder, _entries(folder), None)
+    pull(folder)
+    index = _write_index(folder, _entries(folder), None)
+    return fresh_index(folder) if mirror_of(folder) else index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +180,7 @@ def _write_index(
     known, columns = reusable or (set(), _Rows(0, (), None).columns())
     sidecars = entries.samples
     scanned = [
-        _scanned(folder, sidecar, number)
+        _shard_columns(folder, sidecar, number)
         for number, sidecar in enumerate(sidecars)
         if sidecar.shard not in known
     ]
@@ -267,7 +277,7 @@ def check_shards(folder: Path, names: Iterable[str] | None = None) -> None:
         tar = folder / sidecar.shard
         if not tar.is_file():  # a pipe would be waited for
             raise UserError(f"shards: {tar} is no file. {REENCODE_SHARD}")
-        found = hasher.sha256(tar)
+        found = hasher.sha256(shard_file(tar))
         if found != sidecar.sha256:
             raise UserError(
                 f"shards: {tar} is damaged: its SHA-256 is {found[:12]}…, the sidecar says "
@@ -296,17 +306,22 @@ def _refuse_mixed(folder: Path, sidecars: list[Sidecar]) -> None:
         )
 
 
-def _scanned(folder: Path, sidecar: Sidecar, shard: int) -> Columns:
+def _shard_columns(folder: Path, sidecar: Sidecar, shard: int) -> Columns:
+    columns = stored_rows(folder, sidecar) or scan_shard(folder, sidecar)
+    return {**columns, "shard": np.full_like(columns["shard"], shard)}
+
+
+def scan_shard(folder: Path, sidecar: Sidecar) -> Columns:
     """The rows of one tar, from its headers, its JSON and the heads of its tensors.
 
-    Raises UserError where it holds anything that a cache's tar does not.
+    `shard` and `bucket` are 0. Raises UserError where it holds anything that no cache's tar does.
     """
     path = folder / sidecar.shard
-    rows = _Rows(shard, required_members(sidecar.fingerprint), sidecar.bucket)
+    rows = _Rows(0, required_members(sidecar.fingerprint), sidecar.bucket)
     try:
         if not path.is_file():  # a pipe would be waited for
             raise ValueError("it is no file")
-        with path.open("rb") as stream:
+        with shard_file(path).open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             if size != sidecar.bytes:
                 raise ValueError(f"it has {size} bytes, its sidecar says {sidecar.bytes}")

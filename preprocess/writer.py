@@ -34,6 +34,7 @@ from shared.errors import UserError
 from shared.fingerprint import Fingerprint
 from shared.hashing import digest_of
 from shared.latent_rgb import ColourFit, ColourSums
+from shared.mirror import mirror_of
 from shared.schema import JSON_MEMBER, KEY_BYTES, TEXT_MEMBER, Sample, pack
 
 # h480-w832-f81-w000-00012.tar: bucket, writer, number. The number is higher than all that were
@@ -284,8 +285,11 @@ def index_lock(folder: Path) -> Iterator[None]:
 def remove_abandoned(folder: Path, world: int) -> None:
     """Delete what killed writers left whose numbers the `world` writers of this run don't use.
 
-    Those below `world` clean up after themselves; a writer that lives holds its lock.
+    Those below `world` clean up after themselves; a writer that lives holds its lock. On an object
+    store nobody sees locks, so `compact`, which wants no other writer, cleans up there.
     """
+    if mirror_of(folder) is not None:
+        return
     leftovers = {
         int(name["writer"]) for path in folder.iterdir() if (name := _ABANDONED(path.name))
     }

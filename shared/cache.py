@@ -24,6 +24,7 @@ from shared.columns import COLUMNS, Columns, column_digest, read_attributes, rea
 from shared.errors import UserError
 from shared.fingerprint import FORMAT_VERSION, Fingerprint
 from shared.latent_rgb import LatentRgb
+from shared.mirror import is_elsewhere, open_shard, read_range, shard_file
 from shared.model_spec import MAX_TEXT_TOKENS
 from shared.schema import (
     JSON_MEMBER,
@@ -85,8 +86,11 @@ class Sidecar:
         return {"format": FORMAT_VERSION, **self.__dict__, "bucket": bucket}
 
     @classmethod
-    def read(cls, path: Path) -> "Sidecar":
-        """Raises UserError when the file is damaged, of another tar or of another version."""
+    def read(cls, path: Path, *, final: Path | None = None) -> "Sidecar":
+        """Raises UserError when the file is damaged, of another tar or of another version.
+
+        `final`: the name that it will have, where it lies under a temporary one.
+        """
         cure = "If its tar is whole, delete the sidecar and the tar and run `wanprep encode` again."
         value = read_object(path, "sidecar", most=_MOST_SIDECAR, cure=cure)
         check_format(value, path)
@@ -94,7 +98,7 @@ class Sidecar:
             kind, bucket = value["kind"], value["bucket"]
             if kind not in (_SAMPLES, _PROMPTS):
                 raise TypeError(f"kind is {kind!r:.40}")
-            if value["shard"] != (own := path.with_suffix(".tar").name):
+            if value["shard"] != (own := (final or path).with_suffix(".tar").name):
                 raise UserError(
                     f"sidecar: {path} is of {value['shard']!r:.80}, expected {own!r}. If both were "
                     "renamed, write that name into its `shard`; else restore it, or delete it and "
@@ -462,6 +466,8 @@ class MemberReader:
         if length == 0:
             return b""
         try:
+            if member == JSON_MEMBER and is_elsewhere(shard):  # no reason to fetch all of it
+                return read_range(shard, offset, min(length, MOST_INFO_BYTES + 1))
             descriptor, size = self._open(shard)
             if offset + length > size:
                 raise ValueError(
@@ -473,6 +479,8 @@ class MemberReader:
             if len(data) < length:  # 2 GiB is the most that one call gives
                 raise ValueError(f"{len(data)} of {length} bytes could be read")
             return data
+        except UserError:
+            raise
         except (OSError, ValueError) as error:
             raise self._damaged(row, member, error) from error
 
@@ -488,7 +496,7 @@ class MemberReader:
             return self._files[shard]
         if len(self._files) >= self._limit:
             os.close(self._files.popitem(last=False)[1][0])
-        descriptor = os.open(shard, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
+        descriptor = open_shard(shard, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             os.close(descriptor)
@@ -522,7 +530,7 @@ def read_prompts(folder: Path, shards: tuple[str, ...]) -> list[Prompt]:
         try:
             if not path.is_file():
                 raise ValueError("no file")
-            with path.open("rb") as stream:
+            with shard_file(path).open("rb") as stream:
                 size = os.fstat(stream.fileno()).st_size
                 found = list(members(stream, size, (JSON_MEMBER, TEXT_MEMBER)))
                 for info, text in zip(found[::2], found[1::2], strict=True):

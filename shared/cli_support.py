@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from shared.errors import UserError
 from shared.help_page import HelpPage
+from shared.mirror import pull_mirrors, shown
 
 # The seed document writes --train_data_dir, people of this century --train-data-dir: both are read.
 CONTEXT = {
@@ -22,6 +23,11 @@ CONTEXT = {
 
 class Command(HelpPage):
     """A command with a help page; what it can't do without is shown by an example in its errors."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it; what its options name in an object store is looked at before."""
+        pull_mirrors()
+        return super().invoke(ctx)
 
     def get_usage(self, ctx: Any) -> str:
         """What click prints above an error."""
@@ -53,7 +59,7 @@ def run(app: Callable[[], Any]) -> None:
     try:
         app()
     except UserError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        typer.secho(f"error: {shown(str(error))}", fg="red", err=True)
         sys.exit(1)
 
 
@@ -73,4 +79,9 @@ def new_app(help_text: str, examples: str) -> typer.Typer:
 
 def say(console: Console, text: str, style: str | None = None) -> None:
     """A line as it is: rich would read [brackets] in file names as markup, and wrap paths."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    console.print(shown(text), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def echo(text: str, *, err: bool = False) -> None:
+    """A line of output."""
+    typer.echo(shown(text), err=err)

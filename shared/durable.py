@@ -1,7 +1,8 @@
 """Files that appear whole or not at all: write beside, fsync, rename, fsync the folder.
 
 Everything that changes a cache goes through here, so that a test can make any single write, fsync,
-rename or removal the last one (`FAULT`).
+rename, upload or removal the last one (`FAULT`), and so that a folder can have a replica, which is
+changed first, in the same order.
 """
 
 import errno
@@ -11,7 +12,7 @@ import signal
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -58,6 +59,32 @@ def fault_point(what: str, path: Path) -> None:
     faults = _faults()
     if faults is not None and faults.due(what, path):
         faults.fail(what, path)
+
+
+class Replica(Protocol):
+    """What is kept like a folder, elsewhere. Raises OSError where it can't be."""
+
+    def put(self, written: Path, final: Path) -> None:
+        """A file or folder, whole under a temporary name, is about to become `final`."""
+
+    def removed(self, path: Path) -> None:
+        """A file is about to be deleted, here or only there."""
+
+
+_replicas: dict[Path, Replica] = {}
+
+
+def replicate(folder: Path, replica: Replica | None) -> None:
+    """Let `replica` follow what is renamed and removed below `folder`; None: no more."""
+    _replicas.pop(folder, None)
+    if replica is not None:
+        _replicas[folder] = replica
+
+
+def _replica(path: Path) -> Replica | None:
+    if not _replicas:
+        return None
+    return next((_replicas[up] for up in path.parents if up in _replicas), None)
 
 
 class DurableFile:
@@ -108,12 +135,16 @@ def fsync_file(path: Path) -> None:
 
 def rename(path: Path, final: Path) -> None:
     """Atomic where `final` is a file or nothing; `fsync_folder` makes it durable."""
+    if replica := _replica(final):
+        replica.put(path, final)
     fault_point("rename", final)
     path.replace(final)
 
 
 def remove(path: Path) -> None:
     """Delete a file if it is there."""
+    if replica := _replica(path):
+        replica.removed(path)
     fault_point("remove", path)
     path.unlink(missing_ok=True)
 

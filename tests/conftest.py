@@ -1,6 +1,7 @@
 """What every test may use: no network, tiny models."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 for variable in ("MODEL_NAME", "DATASET_NAME", "DATASET_META_NAME"):
     os.environ.pop(variable, None)  # a developer's shell must not decide what is tested
 
+from tests import object_store  # noqa: E402 - after the environment is set
 from tests.models import tiny_model  # noqa: E402 - after the environment is set
 
 
@@ -34,3 +36,10 @@ def tiny_ti2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model of TI2V-5B's form: one expert, its own VAE, the first frame kept clean."""
     folder = tmp_path_factory.mktemp("models") / "tiny-ti2v"
     return tiny_model(folder, "ti2v", two_experts=False)
+
+
+@pytest.fixture(scope="session")
+def store() -> Iterator[object_store.ObjectStore]:
+    """An S3 server."""
+    with object_store.running() as server:
+        yield server

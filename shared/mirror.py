@@ -1,0 +1,525 @@
+"""A cache on an object store, worked on through a folder here.
+
+The folder (the mirror) holds what is small, as it lies in the store: sidecars, tombstones, manifest
+and index. A tar is an empty file in it; its bytes are fetched whole when they are asked for, and
+kept in a store of shards by content that all mirrors of this machine share, up to a limit. What
+`shared.durable` renames or removes in the folder is put to the store or removed there first, one
+whole object after the other: so a store goes through the states that a folder goes through, and
+what holds for a killed run there holds here.
+
+The store is what counts: `Mirror.pull` makes the folder like it.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from shared.durable import (
+    TEMPORARY_SUFFIX,
+    fault_point,
+    replicate,
+    temporary,
+    write_bytes,
+)
+from shared.errors import UserError, first_line
+from shared.hashing import cache_folder, sha256_of
+
+Result = TypeVar("Result")
+
+_URL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://")
+_LOCAL = ("file", "local")
+
+# What of a cache lies in the store; nothing else below the URL is looked at.
+_FOLDER = r"(?:captions/[A-Za-z0-9_][A-Za-z0-9._-]*/|conditions/)?"
+_COUNTED = re.compile(_FOLDER + r"[a-z][a-z0-9-]*-w\d{3}-\d{5,}\.(?:tar|json|rows\.safetensors)")
+_DERIVED = re.compile(_FOLDER + r"(?:manifest\.json|index\.zarr/[A-Za-z0-9_./-]+)")
+_WRITTEN_ONLY = re.compile(_FOLDER + r"rejected(?:-w\d{3})?\.jsonl")
+
+ROWS_SUFFIX = ".rows.safetensors"
+"""Beside a tar in the store: its rows of the index, so that an index needs no tar."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SIGNATURES = ("ETag", "etag", "md5Hash", "content_settings", "mtime", "LastModified", "created")
+_THREADS = 16
+_WAITS = (1, 2, 4, 8, 16, 32)  # seconds between the attempts at one object
+
+DEFAULT_SHARD_CACHE_GB = 100
+_limit_bytes = DEFAULT_SHARD_CACHE_GB * 10**9
+
+
+def is_url(text: str) -> bool:
+    """Whether it names a place that `fsspec` knows rather than a folder."""
+    return _URL.match(text) is not None
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL, and the path in it.
+
+    Raises UserError where the package for the protocol is missing or the protocol is unknown.
+    """
+    import fsspec
+    from fsspec.registry import known_implementations
+
+    found = _URL.match(url)
+    assert found is not None, url
+    protocol = found["protocol"].lower()
+    try:
+        options = {"use_listings_cache": False} if protocol == "s3" else {}
+        return fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        hint = known_implementations.get(protocol, {}).get("err") or str(error)
+        install = 'pip install "wandistill[s3]"' if protocol in ("s3", "s3a") else hint
+        raise UserError(f"{url}: {protocol}:// needs a package: {install}") from error
+    except ValueError as error:
+        raise UserError(
+            f"{url}: {first_line(error)}. Expected a folder or a URL that fsspec knows, e.g. "
+            "s3://bucket/shards"
+        ) from error
+
+
+@contextmanager
+def explained(url: str) -> Iterator[None]:
+    """Turn what a store answers into a UserError that says what can be done."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # each store has exceptions of its own
+        raise UserError(f"{url}: {_why(error)}") from error
+
+
+def _why(error: BaseException) -> str:
+    kind = type(error).__name__
+    if isinstance(error, FileNotFoundError):
+        return "there is no such bucket or object. Make the bucket, or correct the URL."
+    if isinstance(error, PermissionError):
+        return (
+            "access is denied. Give this process credentials that may list, read and write there, "
+            "as fsspec and the store's own tools take them (environment, ~/.aws, ~/.config/fsspec)."
+        )
+    if "Credentials" in kind:
+        return (
+            f"no credentials ({first_line(error)}). Set them as the store's own tools take them "
+            "(for S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws)."
+        )
+    return (
+        f"the store does not answer as expected ({first_line(error)}). Is its address right "
+        "(for S3: AWS_ENDPOINT_URL), and is it up?"
+    )
+
+
+def _for_good(error: BaseException) -> bool:
+    """Whether trying again is of no use."""
+    return isinstance(error, (FileNotFoundError, PermissionError, UserError)) or (
+        "Credentials" in type(error).__name__
+    )
+
+
+def _patiently(what: str, attempt: Callable[[], Result]) -> Result:
+    """Its result; a store that is not there for a minute does not end a long run.
+
+    Raises OSError, as a disk would.
+    """
+    for wait in (*_WAITS, None):
+        try:
+            return attempt()
+        except Exception as error:
+            if wait is None or _for_good(error):
+                raise OSError(errno.EIO, f"{what}: {_why(error)}") from error
+            time.sleep(wait)
+    raise AssertionError
+
+
+class Mirror:
+    """The folder here of one cache in a store."""
+
+    def __init__(self, url: str, *, writer: int | None) -> None:
+        """`writer`: number of the one writer that works through this folder; None: a reader.
+
+        A writer has the folder for itself; readers share one.
+        """
+        self.url = url.rstrip("/")
+        self.writes = writer is not None
+        role = "read" if writer is None else f"w{writer:03d}"
+        name = hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        self.folder = (cache_folder() / "mirrors" / name / role).absolute()
+        self.before_sidecar: Callable[[Path, Path], None] = lambda written, final: None
+        """Called before a sidecar goes to the store, with its temporary file and its place."""
+        self._state = self.folder / ".state.json"
+        self._own: set[str] = set()
+        """Put by this process, so what is in the store is what is here."""
+        self._sha256: dict[Path, str] = {}
+
+    @cached_property
+    def _store(self) -> tuple[Any, str]:
+        return filesystem(self.url)
+
+    @property
+    def _fs(self) -> Any:
+        return self._store[0]
+
+    @property
+    def _root(self) -> str:
+        return self._store[1].rstrip("/")
+
+    # From the store.
+
+    def pull(self) -> None:
+        """Make the folder like the store. Raises UserError where the store can't be read."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _flock(self.folder / ".pull"), explained(self.url):
+            listed = self._listing()
+            known = self._known()
+            missing = []
+            for name, signature in listed.items():
+                here = self.folder / name
+                if name.endswith(".tar"):
+                    here.parent.mkdir(parents=True, exist_ok=True)
+                    here.touch()
+                elif not (here.exists() and (known.get(name) == signature or name in self._own)):
+                    missing.append(name)
+            with ThreadPoolExecutor(_THREADS) as pool:
+                gone = {name for name in pool.map(self._fetch_small, missing) if name}
+            for path in [*self.folder.rglob("*")]:
+                name = path.relative_to(self.folder).as_posix()
+                if name not in listed and self._mirrored(name) and path.is_file():
+                    path.unlink(missing_ok=True)
+            state = {name: value for name, value in listed.items() if name not in gone}
+            write_bytes(self._state, json.dumps(state).encode())
+            self._sha256.clear()
+
+    def sha256(self, tar: Path) -> str:
+        """A shard's digest, by its sidecar or by the manifest. UserError where neither has it."""
+        if tar not in self._sha256:
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                sidecar = json.loads(tar.with_suffix(".json").read_bytes())
+                self._sha256[tar] = str(sidecar["sha256"])
+        if tar not in self._sha256:
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                manifest = json.loads((tar.parent / "manifest.json").read_bytes())
+                for entry in (*manifest["shards"], *manifest["prompts"]):
+                    self._sha256.setdefault(tar.with_name(entry["name"]), str(entry["sha256"]))
+        if tar not in self._sha256:
+            raise UserError(
+                f"shards: {tar} stands in no sidecar and in no manifest. Rebuild the manifest: "
+                f"wanprep index --shards {tar.parent}"
+            )
+        if not _SHA256.fullmatch(self._sha256[tar]):  # it becomes a file's name
+            raise UserError(f"shards: what is said of {tar} is no SHA-256. Restore its sidecar.")
+        return self._sha256[tar]
+
+    def _listing(self) -> dict[str, str]:
+        """Name → what tells whether it has changed, of everything that is mirrored."""
+        self._fs.invalidate_cache()
+        try:
+            found = self._fs.find(self._root, detail=True)
+        except FileNotFoundError:
+            if not self._fs.exists(self._root.split("/")[0]):
+                raise
+            found = {}
+        prefix = self._root + "/"
+        names = {path.removeprefix(prefix): info for path, info in found.items()}
+        return {
+            name: _signature(info)
+            for name, info in names.items()
+            if self._mirrored(name) and self._wanted(name)
+        }
+
+    def _mirrored(self, name: str) -> bool:
+        fits = _COUNTED.fullmatch(name) or _DERIVED.fullmatch(name)
+        return fits is not None and ".." not in name and not name.endswith(TEMPORARY_SUFFIX)
+
+    def _wanted(self, name: str) -> bool:
+        """Readers need no sidecars: the manifest says as much."""
+        return self.writes or name.endswith(".tar") or _COUNTED.fullmatch(name) is None
+
+    def _known(self) -> dict[str, str]:
+        with suppress(OSError, ValueError):
+            found = json.loads(self._state.read_text())
+            if isinstance(found, dict):
+                return found
+        return {}
+
+    def _fetch_small(self, name: str) -> str | None:
+        """Its name where it is gone: another writer replaced or removed it meanwhile."""
+        final = self.folder / name
+        final.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            data = self._fs.cat_file(self._path(name))
+        except FileNotFoundError:
+            final.unlink(missing_ok=True)
+            return name
+        beside = temporary(final)
+        beside.write_bytes(data)
+        beside.replace(final)
+        return None
+
+    def fetch_shard(self, name: str, target: Path) -> None:
+        """The whole tar `name` as the file `target`. Raises OSError."""
+        _patiently(
+            f"{self.url}/{name}", lambda: self._fs.get_file(self._path(name), os.fspath(target))
+        )
+
+    def read_range(self, path: Path, offset: int, length: int) -> bytes:
+        """Some bytes of a tar, straight from the store. Raises OSError."""
+        name = self._name(path)
+        data: bytes = _patiently(
+            f"{self.url}/{name}",
+            lambda: self._fs.cat_file(self._path(name), start=offset, end=offset + length),
+        )
+        return data
+
+    # To the store: what `shared.durable` calls before it does the same here.
+
+    def put(self, written: Path, final: Path) -> None:
+        """Put the file or the folder `written` to where `final` will be. Raises OSError."""
+        name = self._name(final)
+        if written.is_dir():
+            if final.name.endswith(".zarr"):
+                self._put_folder(written, name)
+            return
+        if not (self._mirrored(name) or _WRITTEN_ONLY.fullmatch(name)):
+            return
+        tar = final.with_suffix(".tar")
+        commits = final.suffix == ".json" and tar.exists() and _whole(tar)
+        if commits:
+            self.before_sidecar(written, final)
+        self._put_file(written, name)
+        if commits:
+            _keep(tar, str(json.loads(written.read_bytes())["sha256"]))
+
+    def _put_file(self, written: Path, name: str) -> None:
+        fault_point("upload", self.folder / name)
+        _patiently(
+            f"{self.url}/{name}", lambda: self._fs.put_file(os.fspath(written), self._path(name))
+        )
+        if _COUNTED.fullmatch(name):
+            self._own.add(name)
+
+    def _put_folder(self, written: Path, name: str) -> None:
+        """The file that describes it last; then what the folder of that name had more."""
+        files = [path for path in sorted(written.rglob("*")) if path.is_file()]
+        files.sort(key=lambda path: path.parent == written)
+        for path in files:
+            self._put_file(path, f"{name}/{path.relative_to(written).as_posix()}")
+        self._fs.invalidate_cache()
+        there = {path.relative_to(written).as_posix() for path in files}
+        before = _patiently(self.url, lambda: self._fs.find(self._path(name)))
+        for path in before:
+            if path.removeprefix(self._path(name) + "/") not in there:
+                _patiently(self.url, lambda path=path: self._remove(path))  # type: ignore[misc]
+
+    def removed(self, path: Path) -> None:
+        """Remove an object, if it is there. Raises OSError."""
+        name = self._name(path)
+        if self._mirrored(name) or _WRITTEN_ONLY.fullmatch(name):
+            fault_point("remove", path)
+            for gone in [name, *self._rows_of(path)]:
+                _patiently(f"{self.url}/{gone}", lambda gone=gone: self._remove(self._path(gone)))  # type: ignore[misc]
+                self._own.discard(gone)
+
+    def _rows_of(self, path: Path) -> list[str]:
+        """The name of a shard's rows, which go with it."""
+        rows = path.with_suffix(ROWS_SUFFIX)
+        rows.unlink(missing_ok=True)
+        return [self._name(rows)] if _COUNTED.fullmatch(self._name(rows)) else []
+
+    def _remove(self, path: str) -> None:
+        with suppress(FileNotFoundError):
+            self._fs.rm_file(path)
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+
+def _signature(info: Mapping[str, Any]) -> str:
+    """Changes when the object does, as far as the store tells."""
+    told = [str(info[key]) for key in _SIGNATURES if info.get(key) is not None]
+    return "|".join([str(info.get("size")), *told])
+
+
+# Mirrors of this process.
+
+_mirrors: dict[Path, Mirror] = {}
+
+
+def mirror_of(path: Path) -> Mirror | None:
+    """The mirror that a file or folder lies in."""
+    if not _mirrors:
+        return None
+    return next((_mirrors[up] for up in (path, *path.parents) if up in _mirrors), None)
+
+
+def local_folder(location: str | Path, *, writer: int | None) -> Path:
+    """A folder as it is; for a URL its mirror's, which `pull_mirrors` fills."""
+    if isinstance(location, Path) or not is_url(location):
+        return Path(location)
+    protocol, _, path = location.partition("://")
+    if protocol.lower() in _LOCAL:
+        return Path(path)
+    mirror = Mirror(location, writer=writer)
+    if mirror.folder not in _mirrors:
+        _mirrors[mirror.folder] = mirror
+        replicate(mirror.folder, mirror)
+    return mirror.folder
+
+
+def pull_mirrors() -> None:
+    """Make every mirror of this process like its store."""
+    for mirror in _mirrors.values():
+        mirror.pull()
+
+
+def pull(folder: Path) -> bool:
+    """Make the mirror that `folder` lies in like its store; False where it lies in none."""
+    mirror = mirror_of(folder)
+    if mirror is None:
+        return False
+    mirror.pull()
+    return True
+
+
+def shown(text: str) -> str:
+    """`text` for people: URLs in place of mirrors' folders."""
+    for folder, mirror in _mirrors.items():
+        text = text.replace(str(folder), mirror.url)
+    return text
+
+
+# Whole shards, by content.
+
+
+def limit_shard_cache(gigabytes: float) -> None:
+    """How much room fetched shards may take on this machine."""
+    global _limit_bytes
+    _limit_bytes = int(gigabytes * 10**9)
+
+
+def shard_cache() -> Path:
+    """Where whole shards of stores lie."""
+    return cache_folder() / "shards"
+
+
+def _keep(tar: Path, sha256: str) -> None:
+    """Move a tar that is in the store now to the fetched ones; an empty file takes its place."""
+    kept = _kept(sha256)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    tar.replace(kept)
+    tar.touch()
+    _evict(kept)
+
+
+def _kept(sha256: str) -> Path:
+    return shard_cache() / f"{sha256}.tar"
+
+
+def is_elsewhere(tar: Path) -> bool:
+    """Whether a shard's bytes lie in a store and not here."""
+    mirror = mirror_of(tar)
+    return mirror is not None and not _whole(tar) and not _kept(mirror.sha256(tar)).exists()
+
+
+def _whole(tar: Path) -> bool:
+    """No tar is empty."""
+    return tar.stat().st_size > 0
+
+
+def shard_file(tar: Path) -> Path:
+    """The file that holds a shard's bytes, fetched and checked where it lies in a store.
+
+    Raises OSError where it can't be fetched, UserError where it is not what its sidecar says.
+    """
+    mirror = mirror_of(tar)
+    if mirror is None or _whole(tar):
+        return tar
+    sha256 = mirror.sha256(tar)
+    kept = _kept(sha256)
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with _flock(kept.with_suffix(".lock")):  # one process fetches, the others wait
+            if not kept.exists():
+                _fetch(mirror, tar, sha256, kept)
+    os.utime(kept)  # the least recently used goes first
+    return kept
+
+
+def read_range(tar: Path, offset: int, length: int) -> bytes:
+    """Some bytes of a shard that `is_elsewhere`, straight from the store. Raises OSError."""
+    mirror = mirror_of(tar)
+    assert mirror is not None, tar
+    return mirror.read_range(tar, offset, length)
+
+
+def open_shard(tar: Path, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a shard's bytes; they stay readable when another process needs the room."""
+    while True:
+        try:
+            return os.open(shard_file(tar), flags)
+        except FileNotFoundError:
+            if mirror_of(tar) is None:
+                raise
+
+
+def _fetch(mirror: Mirror, tar: Path, sha256: str, kept: Path) -> None:
+    name = tar.relative_to(mirror.folder).as_posix()
+    beside = temporary(kept)
+    try:
+        mirror.fetch_shard(name, beside)
+        found = sha256_of(beside)
+        if found != sha256:
+            raise UserError(
+                f"shards: {mirror.url}/{name} is damaged: its SHA-256 is {found[:12]}…, expected "
+                f"{sha256[:12]}…. Restore the object, or delete it with its .json and run "
+                "`wanprep encode` again."
+            )
+        beside.replace(kept)
+    finally:
+        beside.unlink(missing_ok=True)
+    _evict(kept)
+
+
+def _evict(newest: Path) -> None:
+    """Delete the shards that were not read for longest, until the rest is within the limit."""
+    found = []
+    for path in shard_cache().glob("*.tar"):
+        with suppress(FileNotFoundError):
+            status = path.stat()
+            found.append((status.st_mtime_ns, status.st_size, path))
+    total = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if total <= _limit_bytes:
+            break
+        if path != newest:
+            path.unlink(missing_ok=True)
+            total -= size
+
+
+@contextmanager
+def _flock(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def forget_mirrors() -> None:
+    """Close every mirror of this process; for a process that runs several commands."""
+    for folder in [*_mirrors]:
+        del _mirrors[folder]
+        replicate(folder, None)
