@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ FORMAT_VERSION = 1
 STATE = "state.json"
 EMA_WEIGHTS = "generator_ema.safetensors"
 REPLACED_SUFFIX = ".replaced"
+REMOVED_SUFFIX = ".removed"
 _NAME = re.compile(r"checkpoint-(\d+)(?:\+(\d+))?")
 
 
@@ -124,6 +125,15 @@ def save_checkpoint(folder: Path, state: TrainState, identity: Identity, *, cycl
     return final
 
 
+def remove_oldest(folder: Path, keep: int) -> None:
+    """Delete all checkpoints of `folder` but the `keep` newest."""
+    for path in list_checkpoints(folder)[:-keep]:
+        # Under a name that is none first: half a checkpoint must not be found.
+        path.rename(path.with_name(path.name + REMOVED_SUFFIX))
+    for doomed in folder.glob(f"checkpoint-*{REMOVED_SUFFIX}"):
+        shutil.rmtree(doomed)
+
+
 def _write_checkpoint(building: Path, state: TrainState, identity: Identity) -> None:
     """Every file of a checkpoint, on disk when this returns."""
     files = state.weights() | {
@@ -152,11 +162,18 @@ def _write_checkpoint(building: Path, state: TrainState, identity: Identity) -> 
     fsync_folder(building)
 
 
-def find_checkpoint(output_dir: Path, wanted: str | None) -> Path | None:
+class DamagedCheckpointError(UserError):
+    """A checkpoint whose files are not what was written."""
+
+
+def find_checkpoint(
+    output_dir: Path, wanted: str | None, on_damaged: Callable[[str], None] = lambda _: None
+) -> Path | None:
     """The checkpoint that `--resume-from-checkpoint` means: a path, a name, or "latest".
 
-    None where "latest" finds no checkpoint (a first start) or nothing is wanted. UserError when a
-    path has none, or when a run would be started over the checkpoints of an earlier one.
+    "latest" is the newest that is whole; `on_damaged` hears of those that are not. None where it
+    finds no checkpoint (a first start) or nothing is wanted. UserError when a path has none, when
+    all are damaged, or when a run would be started over the checkpoints of an earlier one.
     """
     _restore_replaced(output_dir)
     existing = list_checkpoints(output_dir)
@@ -168,7 +185,16 @@ def find_checkpoint(output_dir: Path, wanted: str | None) -> Path | None:
             )
         return None
     if wanted == "latest":
-        return existing[-1] if existing else None
+        for path in reversed(existing):
+            try:
+                _check(path)
+            except DamagedCheckpointError as error:
+                if path == existing[0]:
+                    raise
+                on_damaged(str(error).split(". ")[0])
+            else:
+                return path
+        return None
     for path in (Path(wanted), output_dir / wanted):
         if (path / STATE).exists():
             return path
@@ -177,6 +203,12 @@ def find_checkpoint(output_dir: Path, wanted: str | None) -> Path | None:
         f"--resume-from-checkpoint: {wanted} is not a checkpoint (no {STATE} in it). "
         f"In {output_dir} there are: {names}."
     )
+
+
+def _check(path: Path) -> None:
+    """Raise DamagedCheckpointError unless every file of a checkpoint is as it was written."""
+    for name, digest in _read_state(path)["sha256"].items():
+        _read_bytes(path / name, digest)
 
 
 def _restore_replaced(folder: Path) -> None:
@@ -270,6 +302,10 @@ def _refuse_other_identity(path: Path, found: dict[str, Any], expected: dict[str
 
 
 def _read_tensors(file: Path, sha256: str) -> dict[str, torch.Tensor]:
+    return load(_read_bytes(file, sha256))
+
+
+def _read_bytes(file: Path, sha256: str) -> bytes:
     try:
         data = file.read_bytes()
     except OSError as error:
@@ -279,14 +315,14 @@ def _read_tensors(file: Path, sha256: str) -> dict[str, torch.Tensor]:
         raise _damaged(
             file.parent, f"{file.name} has SHA-256 {found[:12]}…, expected {sha256[:12]}…"
         )
-    return load(data)
+    return data
 
 
-def _damaged(path: Path, why: str) -> UserError:
+def _damaged(path: Path, why: str) -> DamagedCheckpointError:
     others = [other.name for other in list_checkpoints(path.parent) if other != path]
     cure = (
         f"Resume from an earlier one: --resume-from-checkpoint {others[-1]}"
         if others
         else "There is no other checkpoint beside it; start anew with another --output-dir."
     )
-    return UserError(f"checkpoint: {path} is damaged: {why}. {cure}")
+    return DamagedCheckpointError(f"checkpoint: {path} is damaged: {why}. {cure}")

@@ -99,6 +99,7 @@ def distill(
     max_train_steps: Annotated[int | None, typer.Option(metavar="N", help="Generator updates of the run, in place of epochs.", show_default="as many as the epochs have", rich_help_panel=LENGTH)] = None,
     num_train_epochs: Annotated[int, typer.Option(metavar="N", help="Epochs of the run: passes over the shards, which the updates of both roles use up.", rich_help_panel=LENGTH)] = 100,
     checkpointing_steps: Annotated[int, typer.Option(metavar="N", help="Generator updates from one checkpoint to the next.", rich_help_panel=LENGTH)] = 50,
+    checkpoints_total_limit: Annotated[int | None, typer.Option(metavar="N", help="Checkpoints that are kept; the oldest are deleted after each new one.", show_default="all", rich_help_panel=LENGTH)] = None,
     resume_from_checkpoint: Annotated[str | None, typer.Option(metavar="DIR|latest", help="Checkpoint to go on from: its folder, or latest (a new run where there is none yet).", show_default="a new run", rich_help_panel=LENGTH)] = None,
 
     denoising_step_indices_list: Annotated[str, typer.Option(metavar="LIST", help="The student's steps, as timesteps before the shift: 1000 is pure noise, 0 the clip.", rich_help_panel=DMD)] = "1000,750,500,250",
@@ -132,6 +133,7 @@ def distill(
     gradient_accumulation_steps: Annotated[int, typer.Option(metavar="N", help="Forward and backward passes in one update.", rich_help_panel=DATA)] = 1,
     video_repeat: Annotated[int, typer.Option(metavar="N", help="Times that a video occurs in an epoch; an image occurs once.", rich_help_panel=DATA)] = 1,
     caption_dropout: Annotated[float, typer.Option(metavar="X", help="Share of captions, 0 to 1, replaced by the empty prompt.", rich_help_panel=DATA)] = 0.1,
+    random_frame_crop: Annotated[bool, typer.Option("--random-frame-crop", help="In one update of ten, show clips up to a random frame only, 4n+1 from 5 on, so that the LoRA knows shorter clips, too.", show_default="off", rich_help_panel=DATA)] = False,
     tail: Annotated[Literal["pad", "drop"], typer.Option(help="What becomes of a bucket's last, short batch: filled with its samples again, or left out.", rich_help_panel=DATA)] = "pad",
     dataloader_num_workers: Annotated[int, typer.Option(metavar="N", help="Threads that read ahead; 0 reads in the loop.", rich_help_panel=DATA)] = 8,
 
@@ -162,6 +164,7 @@ def distill(
         max_train_steps=max_train_steps,
         num_train_epochs=num_train_epochs,
         checkpointing_steps=checkpointing_steps,
+        checkpoints_total_limit=checkpoints_total_limit,
         resume_from_checkpoint=resume_from_checkpoint,
         save_precision=save_precision,
         denoising_step_indices_list=_numbers(
@@ -193,6 +196,7 @@ def distill(
         gradient_accumulation_steps=gradient_accumulation_steps,
         video_repeat=video_repeat,
         caption_dropout=caption_dropout,
+        random_frame_crop=random_frame_crop,
         tail=tail,
         dataloader_num_workers=dataloader_num_workers,
         mixed_precision=mixed_precision,

@@ -36,6 +36,8 @@ class DistillConfig:
     num_train_epochs: int
     checkpointing_steps: int
     """Generator updates between checkpoints."""
+    checkpoints_total_limit: int | None
+    """Checkpoints that are kept, the newest; None: all."""
     resume_from_checkpoint: str | None
     save_precision: Literal["bf16", "fp32"]
 
@@ -77,6 +79,8 @@ class DistillConfig:
     gradient_accumulation_steps: int
     video_repeat: int
     caption_dropout: float
+    random_frame_crop: bool
+    """Show the beginning of clips only in one update of ten."""
     tail: Tail
     dataloader_num_workers: int
     mixed_precision: Precision
@@ -96,8 +100,9 @@ class DistillConfig:
         whole = "a whole number from 1"
         for name in at_least_one:
             _check(name, getattr(self, name), getattr(self, name) >= 1, whole)
-        if self.max_train_steps is not None:
-            _check("max_train_steps", self.max_train_steps, self.max_train_steps >= 1, whole)
+        for name in ("max_train_steps", "checkpoints_total_limit"):
+            if (limit := getattr(self, name)) is not None:
+                _check(name, limit, limit >= 1, whole)
         for name in ("network_alpha", "learning_rate", "learning_rate_critic", "max_grad_norm"):
             _check(name, getattr(self, name), 0 < getattr(self, name) < inf, "a number above 0")
         if self.flow_shift is not None:

@@ -62,6 +62,14 @@ def pad_text(text: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(text, (0, 0, 0, MAX_TEXT_TOKENS - text.shape[0]))
 
 
+def cropped_frames(frames: int, seed: int, update: int) -> int:
+    """Latent frames that an update shows of clips of `frames`: all in 90% of updates, else 2 to
+    frames − 1, evenly (VideoX-Fun's shares). The same for all samples of the update."""
+    rng = counted_rng(seed, "frame crop", update)
+    shorter = range(2, frames)
+    return shorter[int(rng.integers(len(shorter)))] if shorter and rng.random() >= 0.9 else frames
+
+
 def condition_with_mask(cond: torch.Tensor, *, is_image: bool) -> torch.Tensor:
     """(C, T, H, W) condition latents → (4+C, T, H, W): ones in latent frame 0 of videos.
 
@@ -116,15 +124,18 @@ class MicroBatches:
         *,
         empty_text: torch.Tensor,
         caption_dropout: float,
+        frame_crop: bool,
         accumulation: int,
         rank: int,
         world_size: int,
     ) -> None:
+        """`frame_crop`: now and then show the beginning of clips only (`cropped_frames`)."""
         self._index = index
         self._plan = plan
         self._spec = spec
         self._empty_text = empty_text
         self._caption_dropout = caption_dropout
+        self._frame_crop = frame_crop
         self._accumulation = accumulation
         self._rank = rank
         self._world_size = world_size
@@ -146,6 +157,12 @@ class MicroBatches:
             self._text(row, update, position) for row, position in zip(rows, positions, strict=True)
         ]
         latents = torch.stack([self._latents(row, LATENTS_MEMBER, "latents") for row in rows])
+        condition = None if conditions is None else torch.stack(conditions)
+        if self._frame_crop:
+            # The VAE is causal: this *is* the encoding of the shorter clip, to the bit.
+            frames = cropped_frames(latents.shape[2], self._plan.seed, update)
+            latents = latents[:, :, :frames]
+            condition = None if condition is None else condition[:, :, :frames]
         noised = None
         if self._spec.mode == "ti2v":
             noised = torch.ones(len(rows), 1, latents.shape[2], 1, 1)
@@ -159,7 +176,7 @@ class MicroBatches:
             latents=latents,
             noised=noised,
             text=torch.stack(texts),
-            condition=None if conditions is None else torch.stack(conditions),
+            condition=condition,
         )
 
     def ahead(self, *, start: int, stop: int, workers: int) -> Generator[Batch, None, None]:

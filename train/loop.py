@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -20,6 +21,7 @@ from train.checkpoint import (
     checkpoint_name,
     find_checkpoint,
     load_checkpoint,
+    remove_oldest,
     save_checkpoint,
     set_later_aside,
 )
@@ -38,7 +40,11 @@ def distill(config: DistillConfig, console: Console) -> int | None:
     """Train until the end or a signal. Returns the signal's number, None at the end."""
     say = partial(cli_support.say, console)
     run = prepare(config)
-    resume_from = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
+    resume_from = find_checkpoint(
+        config.output_dir,
+        config.resume_from_checkpoint,
+        on_damaged=lambda why: say(f"resume   {why}; an earlier one is taken"),
+    )
     check_writable("--output-dir", config.output_dir)
     for line in run.describe():
         say(line)
@@ -109,6 +115,7 @@ def _train(
         run.spec,
         empty_text=bank.empty,
         caption_dropout=config.caption_dropout,
+        frame_crop=config.random_frame_crop,
         accumulation=config.gradient_accumulation_steps,
         rank=0,
         world_size=1,
@@ -159,7 +166,7 @@ def _train(
                 logs.add_scalar(f"{name}/{role}", value, state.updates)
             if state.updates % (run.cycle * config.checkpointing_steps) == 0:
                 with signals.deferred():
-                    save_checkpoint(config.output_dir, state, identity, cycle=run.cycle)
+                    _save(run, state, identity)
 
 
 def _leave_behind(
@@ -173,7 +180,7 @@ def _leave_behind(
     """A checkpoint of the last update, unless there is one, and the LoRA files."""
     folder = run.config.output_dir
     if not (folder / checkpoint_name(state.updates, run.cycle)).exists():
-        say(f"saved    {save_checkpoint(folder, state, identity, cycle=run.cycle)}")
+        say(f"saved    {_save(run, state, identity)}")
     provenance = Provenance(
         expert=run.recipe.expert,
         mode=run.spec.mode,
@@ -190,6 +197,14 @@ def _leave_behind(
     weights = state.ema.weights if state.ema else state.roles[GENERATOR].parameters
     for path in write_loras(folder, weights, lora, provenance, DTYPES[run.config.save_precision]):
         say(f"LoRA     {path}")
+
+
+def _save(run: Run, state: TrainState, identity: Identity) -> Path:
+    """A checkpoint, and the oldest deleted where there are more than wanted; its path."""
+    saved = save_checkpoint(run.config.output_dir, state, identity, cycle=run.cycle)
+    if run.config.checkpoints_total_limit is not None:
+        remove_oldest(run.config.output_dir, run.config.checkpoints_total_limit)
+    return saved
 
 
 def _role_state(roles: Roles, name: str, config: DistillConfig) -> RoleState:

@@ -216,8 +216,8 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
     loose_names = (
         "seed", "learning_rate", "learning_rate_critic", "lr_warmup_steps", "adam_beta1",
         "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "train_batch_size",
-        "gradient_accumulation_steps", "video_repeat", "caption_dropout", "tail",
-        "mixed_precision",
+        "gradient_accumulation_steps", "video_repeat", "caption_dropout", "random_frame_crop",
+        "tail", "mixed_precision",
     )  # fmt: skip
     loose: dict[str, Any] = {name: getattr(config, name) for name in loose_names}
     loose["shards"] = run.index.digest

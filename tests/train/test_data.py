@@ -15,7 +15,13 @@ from train.plan import BatchPlan
 
 
 def _dataset(
-    shards: Path, model: Path, *, dropout: float = 0.0, batch: int = 2, **cut: int
+    shards: Path,
+    model: Path,
+    *,
+    dropout: float = 0.0,
+    batch: int = 2,
+    frame_crop: bool = False,
+    **cut: int,
 ) -> MicroBatches:
     index = open_cache(shards)
     plan = BatchPlan(index.bucket_ids, np.ones(len(index), np.int64), batch, seed=4)
@@ -25,6 +31,7 @@ def _dataset(
         read_model_spec(model),
         empty_text=load_prompt_bank(index).empty,
         caption_dropout=dropout,
+        frame_crop=frame_crop,
         **({"accumulation": 1, "rank": 0, "world_size": 1} | cut),  # type: ignore[arg-type]
     )
 

@@ -222,6 +222,44 @@ def test_damaged_checkpoint_is_named(
         _resume_copy(finished, tmp_path / "out", tiny_t2v, t2v_shards, damage=file)
 
 
+def test_latest_skips_a_damaged_checkpoint_and_names_it(
+    finished: Path,
+    tiny_t2v: Path,
+    t2v_shards: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    common = ("--mixed-precision", "no", "--gradient-accumulation-steps", "2")
+    out = tmp_path / "out"
+    distill(
+        tiny_t2v, t2v_shards, out, "--max-train-steps", "3", *common, "--checkpointing-steps", "1"
+    )
+    damaged = out / "checkpoint-3" / "critic_weights.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(bytes(data))
+    distill(
+        tiny_t2v, t2v_shards, out, "--max-train-steps", "4", *common,
+        "--resume-from-checkpoint", "latest",
+    )  # fmt: skip
+    said = " ".join(capfd.readouterr().err.split())
+    assert "checkpoint-3 is damaged: critic_weights.safetensors has SHA-256" in said
+    assert "from" in said and "checkpoint-2 at update 6" in said
+    assert final_bytes(out) == final_bytes(finished)
+    assert (out / "checkpoint-3.aside").exists()
+
+
+def test_only_the_newest_checkpoints_are_kept(
+    tiny_t2v: Path, t2v_shards: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out" / "checkpoint-0.removed").mkdir(parents=True)  # a kill left it
+    out = distill(
+        tiny_t2v, t2v_shards, tmp_path / "out", "--max-train-steps", "5", "--checkpointing-steps",
+        "2", "--checkpoints-total-limit", "2",
+    )  # fmt: skip
+    assert sorted(path.name for path in out.glob("checkpoint*")) == ["checkpoint-4", "checkpoint-5"]
+
+
 def test_shards_of_another_model_are_refused_with_both_values(
     t2v_shards: Path, i2v_shards: Path, tiny_t2v: Path, tiny_i2v: Path, tmp_path: Path
 ) -> None:
