@@ -18,6 +18,7 @@ from preprocess import report
 from preprocess.clips import Clip
 from preprocess.dataset import Rejected
 from preprocess.decode import fitted_frames, look
+from preprocess.fingerprint import refuse_absent
 from preprocess.index import settled_index
 from preprocess.media import MediaError
 from preprocess.overlays import base_cache, overlay_to_write
@@ -34,7 +35,9 @@ from shared.device import check_device
 from shared.errors import UserError
 from shared.fingerprint import (
     FORMAT_VERSION,
+    LACKING,
     Fingerprint,
+    cache_mode,
     group_of,
     model_fields,
     refuse_differences,
@@ -131,12 +134,14 @@ def _add(
     outcome: Added,
 ) -> None:
     own = group_of(base.fingerprint, "latents", base.folder)
-    if (mode := base.fingerprint.get("mode")) != "t2v":
-        raise UserError(
-            f"shards: {config.shards} was encoded for {mode}; only a t2v cache "
-            "can get conditions. There is nothing to add."
-        )
     spec = _i2v_model(config)
+    mode = base.fingerprint.get("mode")
+    if mode not in LACKING[cache_mode(spec)]:
+        raise UserError(
+            f"shards: {config.shards} was encoded for {mode}; only a "
+            f"{' or '.join(LACKING[cache_mode(spec)])} cache can get the conditions of "
+            f"{spec.folder}. There is nothing to add."
+        )
     check_device(config.device)
     say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
     hasher = FileHasher()
@@ -181,7 +186,7 @@ def _add(
                         rejected = Rejected(source=clip.source, reason=str(result))
                         outcome.rejected.append(rejected)
                     else:
-                        packed = pack(cond=result.to(stored))
+                        packed = pack(**{name: part.to(stored) for name, part in result.items()})
                         for row in clip.rows:
                             members = {
                                 JSON_MEMBER: reader.raw(row, JSON_MEMBER),
@@ -205,12 +210,11 @@ def _add(
 
 
 def _i2v_model(config: ConditionConfig) -> ModelSpec:
-    spec = read_model_spec(resolve_model(config.model, ("vae",)))
-    if spec.mode != "i2v" or spec.image_dim is not None:
-        kind = "a Wan 2.1 i2v (CLIP)" if spec.image_dim is not None else f"a {spec.mode}"
+    spec = read_model_spec(resolve_model(config.model, ("vae", "image_encoder", "image_processor")))
+    if spec.mode != "i2v":
         raise UserError(
-            f"model: {spec.folder} is {kind} model; conditions are made for Wan 2.2 A14B i2v "
-            "models. Set --pretrained-model-name-or-path to one."
+            f"model: {spec.folder} is a {spec.mode} model; conditions are made for i2v models. Set "
+            "--pretrained-model-name-or-path to one."
         )
     return spec
 
@@ -223,12 +227,13 @@ def _fingerprint(
     console: Console,
 ) -> Fingerprint:
     """Refuses a VAE that is not the cache's."""
-    with console.status("digesting the VAE's weights (read once, then remembered)"):
-        vae = model_fields(spec, hasher)["latents"]
-    if vae["vae"] is None:
-        raise UserError(
-            f"model: {spec.folder / 'vae'} holds no weights. Download the whole vae folder."
-        )
+    with console.status("digesting the encoders' weights (read once, then remembered)"):
+        fields = model_fields(spec, hasher)
+    made_by: Fingerprint = {
+        group: fields[group] for group in ("latents", "image") if group in fields
+    }
+    refuse_absent(spec, made_by)
+    vae = made_by["latents"]
     refuse_differences(
         {"latents": base.fingerprint["latents"]},
         {"latents": vae},
@@ -239,7 +244,8 @@ def _fingerprint(
     return {
         "format": FORMAT_VERSION,
         "overlay": CONDITIONS,
-        "mode": spec.mode,
+        "mode": cache_mode(spec),
+        **made_by,
         "latents": {**vae, "dtype": own["dtype"], "compute": own["compute"]},
     }
 
@@ -319,8 +325,8 @@ def _same_content(keys: set[str], clip: Clip, sha256: str) -> bool:
 
 def _conditions(
     clips: Sequence[_Clip], encoder: Callable[[], "LatentEncoder"], pool: WorkerPool
-) -> Iterator[tuple[_Clip, torch.Tensor | MediaError]]:
-    """Clips with their condition (C, T, h, w), fp32, or the reason why there is none."""
+) -> Iterator[tuple[_Clip, dict[str, torch.Tensor] | MediaError]]:
+    """Clips with their condition (`cond`, of Wan 2.1 `clip`), fp32, or why there is none."""
     if not clips:
         return
 
@@ -343,7 +349,7 @@ def _conditions(
                 frames = np.zeros((clip.clip.bucket.frames, *first.shape[1:]), np.uint8)
                 frames[:1] = first
                 condition = latent_encoder.condition(frames)
-                if not bool(torch.isfinite(condition).all()):
+                if not all(bool(torch.isfinite(part).all()) for part in condition.values()):
                     raise MediaError("the VAE gave NaN or infinite values")
                 yield clip, condition
             except MediaError as error:

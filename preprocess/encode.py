@@ -45,7 +45,7 @@ from shared.hashing import FileHasher
 from shared.interrupt import Interrupted, Interruption, catch_signals
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
 
-COMPONENTS = ("vae", "text_encoder", "tokenizer")
+COMPONENTS = ("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor")
 
 
 @dataclass
@@ -212,11 +212,6 @@ def _dataset(config: EncodeConfig) -> Dataset:
 def _encodable_model(config: EncodeConfig) -> ModelSpec:
     spec = read_model_spec(resolve_model(config.model, COMPONENTS))
     spec = in_train_mode(spec, config.train_mode)
-    if spec.image_dim is not None:
-        raise UserError(
-            f"model: {spec.folder}: models with CLIP image embeddings (as Wan 2.1 I2V) are not "
-            "supported yet. Expected a Wan 2.2 model or a Wan 2.1 T2V model."
-        )
     check_device(config.device)
     return spec
 

@@ -1,4 +1,6 @@
-"""The frozen encoders: captions → text embeddings, frames → latents. Sole user of the real models.
+"""The frozen encoders: captions → text embeddings, frames → latents and conditions.
+
+Sole user of the real models.
 
 Representations, each made in one place:
 
@@ -6,6 +8,7 @@ Representations, each made in one place:
     pixels      (1, 3, F, H, W) fp32 in [−1, 1]                     `to_pixels`
     raw latents (1, C, T, h, w) fp32, the posterior's mode           `LatentEncoder._raw`
     latents     (C, T, h, w) fp32, (raw − mean)·(1/std)              `LatentEncoder._normalised`
+    clip        (tokens, D) fp32, of one frame (H, W, 3) uint8       `ImageEncoder.encode`
 
 What comes out is to the bit what diffusers' Wan pipelines compute for the same frames and prompt.
 """
@@ -21,7 +24,8 @@ import torch
 import transformers
 from diffusers import AutoencoderKLWan
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from transformers import UMT5EncoderModel
+from PIL import Image
+from transformers import CLIPVisionModel, UMT5EncoderModel
 
 from shared.errors import UserError, first_line
 from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec, read_json
@@ -67,11 +71,50 @@ class TextEncoder:
         return text
 
 
+class ImageEncoder:
+    """The CLIP vision model of Wan 2.1 i2v, as `WanImageToVideoPipeline.encode_image` uses it.
+
+    In fp32, as diffusers' documentation loads it: one frame a clip is a small part of the work.
+    """
+
+    def __init__(self, spec: ModelSpec, *, device: str) -> None:
+        """Load `image_encoder` and `image_processor`; UserError where they don't fit."""
+        folder = spec.folder / "image_encoder"
+        # PIL's resizing, also where torchvision is installed: the same bits on every machine.
+        pil = hasattr(transformers, "CLIPImageProcessorPil")  # before transformers 5 it's the only
+        processor = transformers.CLIPImageProcessorPil if pil else transformers.CLIPImageProcessor
+        self._processor = _load(processor, spec.folder / "image_processor")
+        model, report = _load(
+            CLIPVisionModel, folder, dtype=torch.float32, output_loading_info=True
+        )
+        _refuse_missing(report, folder)
+        if model.config.hidden_size != spec.image_dim:
+            raise UserError(
+                f"model: {folder} gives embeddings of width {model.config.hidden_size}, the "
+                f"transformer takes {spec.image_dim} (image_dim). Download the folder again."
+            )
+        self._model = model.to(device).eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def encode(self, frame: npt.NDArray[np.uint8]) -> torch.Tensor:
+        """(H, W, 3) uint8 RGB → (tokens, D), fp32 on the CPU: the last hidden state but one.
+
+        Bytes, because the processor would rescale floats in 0…1 a second time.
+        """
+        inputs = self._processor(images=Image.fromarray(frame), return_tensors="pt")
+        outputs = self._model(**inputs.to(self._model.device), output_hidden_states=True)
+        hidden: torch.Tensor = outputs.hidden_states[-2][0]
+        return hidden.cpu()
+
+
 class LatentEncoder:
-    """The Wan VAE with the pipelines' normalisation."""
+    """The Wan VAE with the pipelines' normalisation; with CLIP beside it where the model has it.
+
+    CLIP (1.3 GB in bf16) stays beside the VAE, so that a frame is decoded once for both.
+    """
 
     def __init__(self, spec: ModelSpec, *, dtype: torch.dtype, device: str) -> None:
-        """Load `vae` of a model folder; UserError if it is damaged."""
+        """Load `vae` (and CLIP) of a model folder; UserError if they are damaged."""
         folder = spec.folder / "vae"
         vae, report = _load(AutoencoderKLWan, folder, torch_dtype=dtype, output_loading_info=True)
         _refuse_missing(report, folder)
@@ -80,6 +123,7 @@ class LatentEncoder:
         self._mean = torch.tensor(spec.latents_mean).view(per_channel).to(device)
         self._inverse_std = 1.0 / torch.tensor(spec.latents_std).view(per_channel).to(device)
         self._of_zeros = lru_cache(maxsize=8)(self._encode_zeros)
+        self._image = None if spec.image_dim is None else ImageEncoder(spec, device=device)
 
     @torch.inference_mode()
     def latents(self, frames: npt.NDArray[np.uint8]) -> torch.Tensor:
@@ -87,17 +131,22 @@ class LatentEncoder:
         return self._normalised(self._raw(to_pixels(frames, self._vae.device)))
 
     @torch.inference_mode()
-    def condition(self, frames: npt.NDArray[np.uint8]) -> torch.Tensor:
-        """The i2v condition (C, T, h, w), fp32 on the CPU: first frame, then zeros, encoded.
+    def condition(self, frames: npt.NDArray[np.uint8]) -> dict[str, torch.Tensor]:
+        """The i2v condition by the names in the shards, fp32 on the CPU.
 
-        For a single frame it would be the target itself, so that is the encoding of zeros (and
-        the mask of such a sample is 0 in training).
+        `cond` (C, T, h, w): first frame, then zeros, encoded. For models with CLIP also `clip`
+        (tokens, D), of the first frame. For a single frame both would give the target away, so
+        `cond` is the encoding of zeros and `clip` is zeros (and the mask is 0 in training).
         """
+        clip = None if self._image is None else self._image.encode(frames[0])
         if len(frames) == 1:
-            return self._of_zeros(*frames.shape[1:3])
-        first = to_pixels(frames[:1], self._vae.device)
-        zeros = first.new_zeros(1, 3, len(frames) - 1, *first.shape[-2:])
-        return self._normalised(self._raw(torch.cat([first, zeros], dim=2)))
+            cond = self._of_zeros(*frames.shape[1:3])
+            clip = None if clip is None else torch.zeros_like(clip)
+        else:
+            first = to_pixels(frames[:1], self._vae.device)
+            zeros = first.new_zeros(1, 3, len(frames) - 1, *first.shape[-2:])
+            cond = self._normalised(self._raw(torch.cat([first, zeros], dim=2)))
+        return {"cond": cond} if clip is None else {"cond": cond, "clip": clip}
 
     def _encode_zeros(self, height: int, width: int) -> torch.Tensor:
         zeros = torch.zeros(1, 3, 1, height, width, device=self._vae.device)

@@ -9,8 +9,10 @@ from shared.cache import Sidecar
 from shared.errors import UserError
 from shared.fingerprint import (
     FORMAT_VERSION,
+    LACKING,
     TEXT_CLEANING,
     Fingerprint,
+    cache_mode,
     differences,
     model_fields,
     refuse_differences,
@@ -31,17 +33,7 @@ def encode_fingerprint(config: EncodeConfig, spec: ModelSpec, hasher: FileHasher
     Raises UserError where a component that encoding needs has no weights.
     """
     fields = model_fields(spec, hasher)
-    for group, name, component in (
-        ("latents", "vae", "vae"),
-        ("text", "encoder", "text_encoder"),
-        ("text", "tokenizer", "tokenizer"),
-    ):
-        if fields[group][name] is None:
-            raise UserError(
-                f"model: {spec.folder / component} holds no weights. Download the whole "
-                f"{component} folder, or set --pretrained-model-name-or-path (or MODEL_NAME) "
-                "to a complete model."
-            )
+    refuse_absent(spec, fields)
     by_fps, fixed = config.fps is not None, config.fixed_size is not None
     media: dict[str, Any] = {
         "image_sample_size": OFF if fixed else config.image_size,
@@ -60,9 +52,10 @@ def encode_fingerprint(config: EncodeConfig, spec: ModelSpec, hasher: FileHasher
     if config.dataset_config is not None:
         # The keys tell such samples apart; were the values here, no dataset could be added later.
         media = dict.fromkeys(media, BY_DATASET)
+    image = {"image": fields["image"]} if "image" in fields else {}
     return {
         "format": FORMAT_VERSION,
-        "mode": spec.mode,
+        "mode": cache_mode(spec),
         "latents": {**fields["latents"], "dtype": config.dtype, "compute": config.vae_dtype},
         "text": {
             **fields["text"],
@@ -71,6 +64,7 @@ def encode_fingerprint(config: EncodeConfig, spec: ModelSpec, hasher: FileHasher
             "max_length": MAX_TEXT_TOKENS,
             "cleaning": TEXT_CLEANING,
         },
+        **image,
         "media": {
             "resize": RESIZE_RULE,
             "bucket_table": BUCKET_TABLE_VERSION,
@@ -79,6 +73,23 @@ def encode_fingerprint(config: EncodeConfig, spec: ModelSpec, hasher: FileHasher
             "seed": config.seed,
         },
     }
+
+
+def refuse_absent(spec: ModelSpec, fields: Fingerprint) -> None:
+    """Raise UserError where a component behind these fields of the model has no weights."""
+    for group, name, component in (
+        ("latents", "vae", "vae"),
+        ("text", "encoder", "text_encoder"),
+        ("text", "tokenizer", "tokenizer"),
+        ("image", "encoder", "image_encoder"),
+        ("image", "processor", "image_processor"),
+    ):
+        if group in fields and fields[group][name] is None:
+            raise UserError(
+                f"model: {spec.folder / component} holds no weights. Download the whole "
+                f"{component} folder, or set --pretrained-model-name-or-path (or MODEL_NAME) "
+                "to a complete model."
+            )
 
 
 def refuse_other_settings(
@@ -108,6 +119,6 @@ def _cure(folder: Path, found: Fingerprint, expected: Fingerprint) -> str:
             f"--same-captions --shards {folder} with this model, and wantrain distill --captions "
             f"NAME. {otherwise}"
         )
-    if changed == {"mode"} and (found["mode"], expected["mode"]) == ("t2v", "i2v"):
+    if changed <= {"mode", "image"} and found["mode"] in LACKING.get(expected["mode"], ()):
         return f"To add them: wanprep add-condition --shards {folder} with this model. {otherwise}"
     return otherwise

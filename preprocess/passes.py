@@ -97,8 +97,8 @@ class Encoded:
 
     latents: torch.Tensor
     """(C, T, h, w), normalised."""
-    condition: torch.Tensor | None
-    """(C, T, h, w), normalised; None for text-to-video."""
+    condition: dict[str, torch.Tensor] | None
+    """`cond` (C, T, h, w), normalised, and of Wan 2.1 `clip` (tokens, D); None but for i2v."""
     colours: Callable[[], ColourSums] | None = None
     """Computes the sums for the latent → RGB map; None where the latents come from a shard."""
 
@@ -117,7 +117,7 @@ def samples_of(
             info=work.info(caption),
             latents=encoded.latents,
             text=texts.get(caption),
-            cond=encoded.condition,
+            **(encoded.condition or {}),
         )
         yield sample, colours
         colours = None
@@ -136,8 +136,7 @@ def latents_from_cache(work: Sequence[Work], cache: CacheIndex) -> Iterator[tupl
             latents = reader.read(row, LATENTS_MEMBER)
             assert latents is not None, "build_index refuses samples without latents"
             condition = reader.read(row, CONDITION_MEMBER)
-            cond = None if condition is None else condition["cond"]
-            yield item, Encoded(latents=latents["latents"], condition=cond)
+            yield item, Encoded(latents=latents["latents"], condition=condition)
     finally:
         reader.close()
 
@@ -216,12 +215,12 @@ def _encode(
 ) -> Encoded:
     latents = encoder.latents(frames)
     condition = encoder.condition(frames) if spec.mode == "i2v" else None
-    for tensor in (latents, condition):
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+    for tensor in (latents, *(condition or {}).values()):
+        if not bool(torch.isfinite(tensor).all()):
             raise MediaError("the VAE gave NaN or infinite values; try --vae-dtype fp32")
     latents = latents.to(stored)
     return Encoded(
         latents=latents,
-        condition=None if condition is None else condition.to(stored),
+        condition=condition and {name: part.to(stored) for name, part in condition.items()},
         colours=partial(ColourSums.of, frames, latents),
     )

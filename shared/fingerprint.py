@@ -36,8 +36,23 @@ def component_digest(folder: Path, hasher: FileHasher) -> str | None:
     return digest_of([hasher.combined(weights), config])
 
 
+def _json_digest(path: Path) -> str | None:
+    """Digest of a JSON file by its values; None where there is none."""
+    return digest_of(read_json(path, "model")) if path.exists() else None
+
+
 def _files(folder: Path) -> Iterator[Path]:
     return (file for file in sorted(folder.glob("*")) if file.is_file())
+
+
+WITH_CLIP = "i2v+clip"
+# Mode of a cache → modes of caches that lack its conditions and nothing else.
+LACKING = {"i2v": ("t2v",), WITH_CLIP: ("t2v", "i2v")}
+
+
+def cache_mode(spec: ModelSpec) -> str:
+    """Mode of the cache that a model needs: which members, and tensors in them, samples have."""
+    return spec.mode if spec.image_dim is None else WITH_CLIP
 
 
 def model_fields(spec: ModelSpec, hasher: FileHasher) -> Fingerprint:
@@ -46,7 +61,14 @@ def model_fields(spec: ModelSpec, hasher: FileHasher) -> Fingerprint:
     Stage two computes it without building any encoder. A digest is None where that component's
     weights are absent (a training machine may hold transformers only).
     """
+    image = {
+        "encoder": component_digest(spec.folder / "image_encoder", hasher),
+        "processor": _json_digest(spec.folder / "image_processor" / "preprocessor_config.json"),
+        "dim": spec.image_dim,
+        "compute": "fp32",
+    }
     return {
+        **({} if spec.image_dim is None else {"image": image}),
         "latents": {
             "vae": component_digest(spec.folder / "vae", hasher),
             "channels": spec.latent_channels,
@@ -109,23 +131,21 @@ def to_redo(differing: list[tuple[str, Any, Any]]) -> str:
     """
     pixels = [field for field, _, _ in differing if field.split(".")[0] in ("latents", "media")]
     words = [field for field, _, _ in differing if field.startswith("text.")]
+    seen = [field for field, _, _ in differing if field.startswith("image.")]
     modes = [(found, expected) for field, found, expected in differing if field == "mode"]
-    known = len(pixels) + len(words) + len(modes)
+    known = len(pixels) + len(words) + len(seen) + len(modes)
     if known < len(differing) or (pixels and words):
         return "everything: latents, conditions and text"
     if pixels:
         return "latents and conditions; the text embeddings would be the same"
+    lacking = seen or any(found in LACKING.get(expected, ()) for found, expected in modes)
     if words:
-        also = ", and conditions" if modes and "i2v" in modes[0][1:] else ""
+        also = ", and conditions" if lacking else ""
         return f"text embeddings only{also}; the latents would be the same"
-    found, expected = modes[0]
-    if (found, expected) == ("t2v", "i2v"):
+    if lacking:
         return "conditions only; latents and text embeddings would be the same"
-    if {found, expected} == {"t2v", "ti2v"}:
-        return "nothing: t2v and ti2v caches hold the same"
-    if (found, expected) == ("i2v", "t2v"):
-        return "nothing: t2v models with this VAE train on an i2v cache as it is"
-    return "conditions; latents and text embeddings would be the same"
+    found, expected = modes[0]
+    return f"nothing: {expected} models with this VAE train on {found} caches as they are"
 
 
 def refuse_differences(found: Fingerprint, expected: Fingerprint, *, what: str, cure: str) -> None:

@@ -155,10 +155,18 @@ def _spec_from_configs(
             f"{transformer['pos_embed_seq_len']}); wandistill trains t2v, i2v and ti2v models."
         )
     channels = int(vae["z_dim"])
+    mode = _mode(folder, index, int(transformer["in_channels"]), channels)
+    image_dim = transformer.get("image_dim")
+    if image_dim is not None and mode != "i2v":
+        raise UserError(
+            f"model: {folder}/transformer/config.json has image_dim={image_dim} with "
+            f"in_channels={transformer['in_channels']} ({mode}); only i2v models take CLIP image "
+            "embeddings."
+        )
     spatial = int(vae.get("scale_factor_spatial") or 8)
     return ModelSpec(
         folder=folder,
-        mode=_mode(folder, index, int(transformer["in_channels"]), channels),
+        mode=mode,
         two_experts=two_experts,
         boundary=None if boundary is None else float(boundary),
         latent_channels=channels,
@@ -167,7 +175,7 @@ def _spec_from_configs(
         latents_mean=tuple(map(float, vae["latents_mean"])),
         latents_std=tuple(map(float, vae["latents_std"])),
         text_dim=int(transformer["text_dim"]),
-        image_dim=transformer.get("image_dim"),
+        image_dim=image_dim,
     )
 
 

@@ -94,6 +94,8 @@ class Sample:
     """(tokens, D) at the caption's true length; training pads with zeros to 512."""
     cond: torch.Tensor | None = None
     """(C, T, H, W), normalised encoding of [first frame, zeros …]; i2v caches only."""
+    clip: torch.Tensor | None = None
+    """(tokens, D), the CLIP vision model's view of the first frame; Wan 2.1 i2v caches only."""
 
     def members(self) -> dict[str, bytes]:
         """Suffix → bytes, in tar order."""
@@ -103,7 +105,8 @@ class Sample:
             TEXT_MEMBER: pack(text=self.text),
         }
         if self.cond is not None:
-            packed[CONDITION_MEMBER] = pack(cond=self.cond)
+            clip = {} if self.clip is None else {"clip": self.clip}
+            packed[CONDITION_MEMBER] = pack(cond=self.cond, **clip)
         return packed
 
 

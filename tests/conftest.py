@@ -43,3 +43,10 @@ def store() -> Iterator[object_store.ObjectStore]:
     """An S3 server."""
     with object_store.running() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def tiny_wan21_i2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of Wan 2.1 i2v's form: one expert, CLIP image embeddings."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-wan21-i2v"
+    return tiny_model(folder, "wan21-i2v", two_experts=False)

@@ -6,7 +6,14 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
-from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 import shared
 
@@ -14,8 +21,15 @@ TOKENIZER = Path(shared.__file__).parent / "toy" / "common" / "tokenizer"
 LATENT_CHANNELS = 16
 TEXT_DIM = 32
 BOUNDARY = {"t2v": 0.875, "i2v": 0.9}
-PIPELINE = {"t2v": "WanPipeline", "i2v": "WanImageToVideoPipeline", "ti2v": "WanPipeline"}
+PIPELINE = {
+    "t2v": "WanPipeline",
+    "i2v": "WanImageToVideoPipeline",
+    "ti2v": "WanPipeline",
+    "wan21-i2v": "WanImageToVideoPipeline",
+}
 TI2V_CHANNELS = 48
+IMAGE_DIM, IMAGE_SIZE = 24, 42
+Mode = Literal["t2v", "i2v", "ti2v", "wan21-i2v"]
 
 
 def tiny_ti2v_vae() -> AutoencoderKLWan:
@@ -52,7 +66,8 @@ def tiny_vae() -> AutoencoderKLWan:
 
 def tiny_transformer(mode: str, **overrides: Any) -> WanTransformer3DModel:
     """A Wan transformer of two layers; `overrides` replace fields of its config."""
-    inputs = {"t2v": LATENT_CHANNELS, "i2v": 2 * LATENT_CHANNELS + 4, "ti2v": TI2V_CHANNELS}
+    i2v = 2 * LATENT_CHANNELS + 4
+    inputs = {"t2v": LATENT_CHANNELS, "i2v": i2v, "wan21-i2v": i2v, "ti2v": TI2V_CHANNELS}
     config: dict[str, Any] = {
         "patch_size": (1, 2, 2),
         "num_attention_heads": 2,
@@ -67,7 +82,24 @@ def tiny_transformer(mode: str, **overrides: Any) -> WanTransformer3DModel:
         "qk_norm": "rms_norm_across_heads",
         "rope_max_seq_len": 256,
     }
+    if mode == "wan21-i2v":
+        config |= {"image_dim": IMAGE_DIM, "added_kv_proj_dim": 32}
     return WanTransformer3DModel(**(config | overrides))
+
+
+def tiny_image_encoder() -> CLIPVisionModel:
+    """Random CLIP ViT: (B, 3, 42, 42) pixels to (B, 10, IMAGE_DIM)."""
+    config = CLIPVisionConfig(
+        hidden_size=IMAGE_DIM,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=IMAGE_SIZE,
+        patch_size=14,
+        hidden_act="gelu",
+        initializer_range=0.2,
+    )
+    return CLIPVisionModel(config)
 
 
 def tiny_text_encoder(vocabulary: int) -> UMT5EncoderModel:
@@ -89,7 +121,7 @@ def tiny_text_encoder(vocabulary: int) -> UMT5EncoderModel:
 
 def tiny_model(
     folder: Path,
-    mode: Literal["t2v", "i2v", "ti2v"],
+    mode: Mode,
     *,
     two_experts: bool = True,
     seed: int = 0,
@@ -112,6 +144,12 @@ def tiny_model(
         }
         if two_experts:
             components["transformer_2"] = tiny_transformer(mode, **transformer)
+        if mode == "wan21-i2v":
+            components["image_encoder"] = tiny_image_encoder()
+            CLIPImageProcessorPil(
+                size={"shortest_edge": IMAGE_SIZE},
+                crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+            ).save_pretrained(folder / "image_processor")
     for name, component in components.items():
         for parameter in component.parameters():
             parameter.data = parameter.data.to(dtype)
@@ -133,5 +171,10 @@ def tiny_model(
     }
     if mode == "i2v":
         index |= {"image_encoder": [None, None], "image_processor": [None, None]}
+    if mode == "wan21-i2v":
+        index |= {
+            "image_encoder": ["transformers", "CLIPVisionModel"],
+            "image_processor": ["transformers", "CLIPImageProcessor"],
+        }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     return folder

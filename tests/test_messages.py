@@ -393,6 +393,17 @@ ROWS: dict[str, tuple[str, str]] = {
         "wantrain sample --model {t2v} --teacher --prompt ''",
         "error: --prompt: found an empty prompt, expected text.",
     ),
+    "distill a Wan 2.1 i2v model": (
+        "wantrain distill --model {wan21} --shards {shards} --output-dir {new} --max-train-steps 1",
+        "error: model: {wan21} is a Wan 2.1 i2v (CLIP) model, which `wantrain distill` does not "
+        "train yet. Use a t2v or ti2v model, or Wan 2.2 i2v.",
+    ),
+    "clip of another width": (
+        "wanprep encode --model {narrow} --size 64 --video-sample-n-frames 5 "
+        "--train-data-dir {data} --output {new}",
+        "error: model: {narrow}/image_encoder gives embeddings of width 24, the transformer takes "
+        "32 (image_dim). Download the folder again.",
+    ),
     "i2v without image": (
         "wantrain sample --model {i2v} --teacher --prompt cat",
         "error: --image: {i2v} is an i2v model and needs a first frame: --image FILE.",
@@ -542,6 +553,7 @@ def world(
     tmp_path_factory: pytest.TempPathFactory,
     tiny_t2v: Path,
     tiny_i2v: Path,
+    tiny_wan21_i2v: Path,
 ) -> World:
     """Everything that the rows name, good and bad."""
     root = tmp_path_factory.mktemp("world")
@@ -584,6 +596,9 @@ def world(
     index = json.loads((paths["one"] / "model_index.json").read_text())
     del index["transformer_2"]
     (paths["one"] / "model_index.json").write_text(json.dumps(index | {"boundary_ratio": None}))
+    paths["narrow"] = Path(shutil.copytree(tiny_wan21_i2v, root / "narrow"))
+    config = json.loads((paths["narrow"] / "transformer/config.json").read_text())
+    (paths["narrow"] / "transformer/config.json").write_text(json.dumps(config | {"image_dim": 32}))
     paths["other"] = tiny_model(root / "other", "t2v", seed=5)
     paths["foreign.safetensors"] = root / "foreign.safetensors"
     save_file({"x": torch.zeros(2)}, paths["foreign.safetensors"])
@@ -593,7 +608,12 @@ def world(
     paths["bare"] = root / "bare"
     shutil.copytree(shards, paths["bare"])
     (paths["bare"] / "manifest.json").unlink()
-    return paths | {"t2v": tiny_t2v, "i2v": tiny_i2v, "shards": shards}
+    return paths | {
+        "t2v": tiny_t2v,
+        "i2v": tiny_i2v,
+        "wan21": tiny_wan21_i2v,
+        "shards": shards,
+    }
 
 
 Say = Callable[[str], tuple[int, str]]

@@ -271,14 +271,15 @@ def build_pipeline(
     kind = WanImageToVideoPipeline if from_image else WanPipeline
     alone = any(lora.provenance.expert == "full" for lora in loras) and spec.two_experts
     left_out = {"transformer_2": None, "boundary_ratio": None} if alone else {}
+    dtypes = {"vae": torch.float32, "default": dtype}
+    if spec.image_dim is not None:
+        dtypes["image_encoder"] = torch.float32  # as the shards' embeddings were computed
     transformers.utils.logging.disable_progress_bar()  # ours follows; two would tear each other
     try:
         with warnings.catch_warnings():
             # diffusers renames torch_dtype to dtype; its older releases know the old name only.
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            pipeline = kind.from_pretrained(
-                spec.folder, torch_dtype={"vae": torch.float32, "default": dtype}, **left_out
-            )
+            pipeline = kind.from_pretrained(spec.folder, torch_dtype=dtypes, **left_out)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"model: cannot load {spec.folder}: {first_line(error)}. Expected a whole "

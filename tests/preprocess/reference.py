@@ -85,6 +85,8 @@ class Reference:
     """i2v: (C, T, h, w); ti2v: (C, 1, h, w), of a video"""
     text: torch.Tensor
     """(512, D)"""
+    clip: torch.Tensor | None = None
+    """Wan 2.1 i2v: (tokens, D)"""
 
 
 class Pipelines:
@@ -123,8 +125,12 @@ class Pipelines:
                 device=torch.device("cpu"),
             )[1][0]
 
-        condition = None
-        if self.mode == "i2v":
+        condition, clip = None, None
+        if self.mode == "wan21-i2v":
+            clip = pipe.encode_image(frames[0])[0]
+            # The stated exception: an image's embedding would give its target away.
+            clip = clip if len(frames) > 1 else torch.zeros_like(clip)
+        if self.mode in ("i2v", "wan21-i2v"):
             # The stated exception: an image's condition is the encoding of zeros.
             first = pixels[:, :, 0] if len(frames) > 1 else torch.zeros_like(pixels[:, :, 0])
             condition = prepared(first)[4:]  # the mask's 4 channels are rebuilt, not cached
@@ -133,7 +139,7 @@ class Pipelines:
         text, _ = pipe.encode_prompt(
             caption, max_sequence_length=512, do_classifier_free_guidance=False
         )
-        return Reference(latents=latents[0], condition=condition, text=text[0])
+        return Reference(latents=latents[0], condition=condition, text=text[0], clip=clip)
 
 
 def array(frames: list[Image.Image]) -> np.ndarray:

@@ -176,7 +176,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda m: edit(m / "model_index.json", tokenizer=["transformers", "NoTokenizer"]),
         "names the tokenizer 'NoTokenizer'",
     ),
-    "clip": (lambda m: edit(m / "transformer/config.json", image_dim=1280), "not supported yet"),
+    "clip": (lambda m: edit(m / "transformer/config.json", image_dim=1280), "only i2v models take"),
     "first-last": (
         lambda m: edit(m / "transformer/config.json", pos_embed_seq_len=514),
         "is a first-last-frame model",

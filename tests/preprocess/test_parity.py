@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -53,6 +54,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param("i2v", "fp32", "bf16", "fp32", marks=pytest.mark.long),
         ("ti2v", "fp32", "fp32", "fp32"),
         ("ti2v", "bf16", "bf16", "bf16"),
+        ("wan21-i2v", "fp32", "fp32", "fp32"),
+        ("wan21-i2v", "bf16", "fp32", "bf16"),
     ],
 )
 def test_the_cache_equals_the_pipeline(
@@ -64,7 +67,7 @@ def test_the_cache_equals_the_pipeline(
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
-    model = request.getfixturevalue(f"tiny_{mode}")
+    model = request.getfixturevalue(f"tiny_{mode.replace('-', '_')}")
     ran = wanprep(
         *("encode", "--model", model, "--train-data-dir", data, "--output", tmp_path),
         *("--video-sample-size", VIDEO_SIZE, "--image-sample-size", IMAGE_SIZE, "--seed", SEED),
@@ -107,12 +110,18 @@ def test_the_cache_equals_the_pipeline(
             assert torch.equal(latents[:, number], reference.latents[:, number].to(DTYPES[dtype]))
         assert reference.latents.std() > 0.05  # something was compared
 
-        if mode == "i2v":
+        if mode in ("i2v", "wan21-i2v"):
             assert reference.condition is not None
             condition = cache.tensor(row, "cond")
             assert torch.equal(condition, reference.condition.to(DTYPES[dtype]))
             assert not torch.equal(condition, latents)
-        else:
+            member = safetensors.torch.load(cache.raw(row, "cond.safetensors"))
+            assert sorted(member) == (["clip", "cond"] if mode == "wan21-i2v" else ["cond"])
+        if mode == "wan21-i2v":
+            assert reference.clip is not None and reference.clip.shape == (10, 24)
+            assert torch.equal(member["clip"], reference.clip.to(DTYPES[dtype]))
+            assert (float(reference.clip.std()) > 0.1) == (len(frames) > 1)
+        if mode in ("t2v", "ti2v"):
             assert cache.raw(row, "cond.safetensors") == b""
         if mode == "ti2v" and len(frames) > 1:
             # Nothing more is cached: the pipeline's condition is the clip's own first latent frame.
@@ -143,4 +152,5 @@ def test_latents_are_causal(mode: str, data: Path, request: pytest.FixtureReques
     frames = fit(read_frames(data / "bikes.mp4", "video", range(9)), Bucket(64, 96, 9))
     assert torch.equal(encoder.latents(frames[:1]), encoder.latents(frames)[:, :1])
     assert torch.equal(encoder.latents(frames[:5]), encoder.latents(frames)[:, :2])
-    assert torch.equal(encoder.condition(frames[:5]), encoder.condition(frames)[:, :2])
+    short, long = encoder.condition(frames[:5])["cond"], encoder.condition(frames)["cond"]
+    assert torch.equal(short, long[:, :2])

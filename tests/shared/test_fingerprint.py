@@ -132,7 +132,10 @@ def test_every_field_says_what_it_would_cost(tiny_i2v: Path, tmp_path: Path) -> 
     [
         ({"mode": "t2v"}, {"mode": "i2v"}, "conditions only; latents and text embeddings"),
         ({"mode": "i2v"}, {"mode": "t2v"}, "nothing: t2v models"),
-        ({"mode": "t2v"}, {"mode": "ti2v"}, "nothing: t2v and ti2v caches hold the same"),
+        ({"mode": "t2v"}, {"mode": "ti2v"}, "nothing: ti2v models"),
+        ({"mode": "i2v"}, {"mode": "i2v+clip"}, "conditions only; latents and text embeddings"),
+        ({"mode": "i2v+clip"}, {"mode": "i2v"}, "nothing: i2v models"),
+        ({"image": {"dim": 1}}, {"image": {"dim": 2}}, "conditions only; latents and text"),
         (
             {"text": {"dim": 1}, "media": {"seed": 1}},
             {"text": {"dim": 2}, "media": {"seed": 2}},
