@@ -79,6 +79,7 @@ class HandMade:
             spec,
             empty_text=bank.empty,
             caption_dropout=0.1,
+            frame_crop=False,
             accumulation=2,
             rank=0,
             world_size=1,
