@@ -307,13 +307,13 @@ def _checked(
             continue
         if (remembered := stamp(clip.path, hasher)) is not None:
             hasher.remember(remembered, sha256)
-        if _same_content({base.key(row) for row in clip.rows}, clip.clip, sha256):
+        if same_content({base.key(row) for row in clip.rows}, clip.clip, sha256):
             yield clip, None
         else:
             yield clip, f"{clip.path}: its content is not what was encoded; `wanprep encode` again"
 
 
-def _same_content(keys: set[str], clip: Clip, sha256: str) -> bool:
+def same_content(keys: set[str], clip: Clip, sha256: str) -> bool:
     """Whether all `keys` are of this clip of the file with this digest."""
     transform = clip.transform()
     for ordinal in range(MOST_CAPTIONS):

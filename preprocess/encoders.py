@@ -148,6 +148,14 @@ class LatentEncoder:
             cond = self._normalised(self._raw(torch.cat([first, zeros], dim=2)))
         return {"cond": cond} if clip is None else {"cond": cond, "clip": clip}
 
+    @torch.inference_mode()
+    def frames(self, latents: torch.Tensor) -> npt.NDArray[np.uint8]:
+        """Latents (C, T, h, w) as a cache holds them → frames (F, H, W, 3) uint8 RGB."""
+        raw = latents.unsqueeze(0).float().to(self._vae.device) / self._inverse_std + self._mean
+        pixels = self._vae.decode(raw.to(self._vae.dtype)).sample[0].float()
+        levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        return levels.permute(1, 2, 3, 0).cpu().numpy()
+
     def _encode_zeros(self, height: int, width: int) -> torch.Tensor:
         zeros = torch.zeros(1, 3, 1, height, width, device=self._vae.device)
         return self._normalised(self._raw(zeros))

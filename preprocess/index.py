@@ -134,9 +134,14 @@ class _Entries:
     @property
     def digest(self) -> str:
         """Changes with any of them."""
-        shards = [[sidecar.shard, sidecar.sha256] for sidecar in self.sidecars]
-        removed = [[tombstones.name, tombstones.sha256] for tombstones in self.tombstones]
-        return digest_of([FORMAT_VERSION, shards + removed])
+        return entries_digest(self.sidecars, self.tombstones)
+
+
+def entries_digest(sidecars: list[Sidecar], tombstones: list[Tombstones]) -> str:
+    """The digest of an index of these, each list by name."""
+    shards = [[sidecar.shard, sidecar.sha256] for sidecar in sidecars]
+    removed = [[dead.name, dead.sha256] for dead in tombstones]
+    return digest_of([FORMAT_VERSION, shards + removed])
 
 
 def _entries(folder: Path) -> _Entries:

@@ -1,6 +1,6 @@
 """What `wanprep` tells people: progress on stderr, the summary on stdout."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,12 +9,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
 from preprocess.dataset import Rejected
@@ -57,6 +59,23 @@ def bar(console: Console, title: str, total: int) -> Iterator[Bar]:
     )
     with progress:
         yield Bar(progress, progress.add_task(title, total=total))
+
+
+@contextmanager
+def byte_bar(console: Console, title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar over bytes while the block runs; what it yields takes how many came."""
+    progress = Progress(
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=total == 0,
+    )
+    with progress:
+        task = progress.add_task(title, total=total)
+        yield lambda number: progress.advance(task, number)
 
 
 def short_clips(work: Sequence[Work]) -> str | None:

@@ -78,7 +78,7 @@ def _files(stream: BinaryIO, size: int) -> Iterator[Member]:
             break
         if len(header) < BLOCK:
             raise TarError(_CUT_OFF)
-        member = _member(header, position)
+        member = member_at(header, position)
         position = member.offset + -(-member.size // BLOCK) * BLOCK
         if position > size:
             left = max(size - member.offset, 0)
@@ -96,8 +96,8 @@ def _files(stream: BinaryIO, size: int) -> Iterator[Member]:
         raise TarError(f"something follows its end, which is at byte {position}")
 
 
-def _member(header: bytes, position: int) -> Member:
-    """The file that a header at `position` announces."""
+def member_at(header: bytes, position: int) -> Member:
+    """The file that a header (512 bytes) at `position` announces. Raises TarError."""
     if header[257:265] != _MAGIC:
         raise TarError(f"no ustar header at byte {position}")
     checksum = header[148:156]

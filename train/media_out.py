@@ -1,36 +1,13 @@
-"""Clips to files that people open: mp4 and contact sheets."""
+"""Contact sheets: clips as one picture."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-Clip = npt.NDArray[np.uint8]
-"""(F, H, W, 3) RGB."""
+from shared.mp4 import Clip
 
 _MARGIN, _LABEL_HEIGHT, _MIN_TILE = 4, 16, 96
-
-
-def write_mp4(path: Path, clip: Clip, fps: int) -> None:
-    """H.264, good quality, playable everywhere (odd sides are padded to even ones)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _, height, width, _ = clip.shape
-    padded = np.pad(clip, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    writer = imageio_ffmpeg.write_frames(
-        str(path),
-        (padded.shape[2], padded.shape[1]),
-        fps=fps,
-        codec="libx264",
-        macro_block_size=2,
-        output_params=["-crf", "16"],
-    )
-    writer.send(None)
-    for frame in padded:
-        writer.send(np.ascontiguousarray(frame))
-    writer.close()
 
 
 def contact_sheet(rows: Sequence[tuple[str, Clip]], *, columns: int = 6) -> Image.Image:

@@ -39,6 +39,7 @@ from shared.model_spec import (
     read_model_spec,
     resolve_model,
 )
+from shared.mp4 import Clip, write_mp4
 from shared.resize import fit_to
 from shared.schema import DTYPES
 from train.base import base_digest, component_of
@@ -46,7 +47,7 @@ from train.config import check_writable
 from train.dmd import Pairing
 from train.export import Provenance, read_provenance
 from train.flow import Schedule
-from train.media_out import Clip, contact_sheet, write_mp4
+from train.media_out import contact_sheet
 from train.rng import counted_rng
 
 TEACHER_STEPS, TEACHER_GUIDANCE = 40, 5.0

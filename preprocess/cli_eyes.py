@@ -1,0 +1,92 @@
+"""The commands of `wanprep` that look at a cache and change nothing: `inspect`, `verify`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shared.cli_support import Command
+from shared.device import default_device
+from shared.errors import UserError
+from shared.model_spec import DEFAULT_MODEL
+
+VERIFY_EXAMPLES = """
+# read every shard in shards/ and say what is wrong
+wanprep verify
+
+# and five samples through the VAE, compared with their files
+wanprep verify --decode 5 --train-data-dir my/clips --output decoded
+
+# the shards of the bundled toy model
+wanprep verify --shards toy-shards --decode 2 --model toy \\
+    --train-data-dir toy-clips --output toy-decoded
+"""
+
+INPUT, DECODE, OUTPUT = "Input", "Decoding", "Output"
+
+
+# fmt: off
+def verify(
+    shards: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
+
+    decode: Annotated[int, typer.Option(metavar="N", help="Draw N samples and decode them with the VAE.", rich_help_panel=DECODE)] = 0,
+    sample: Annotated[list[str] | None, typer.Option("--sample", metavar="KEY", help="Decode this sample; may be given several times.", show_default="none", rich_help_panel=DECODE)] = None,
+    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="A model with the VAE that encoded the shards: a folder, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=DECODE)] = DEFAULT_MODEL,
+    train_data_dir: Annotated[Path, typer.Option(metavar="DIR", envvar="DATASET_NAME", help="Folder of the videos and images that were encoded, to compare with.", rich_help_panel=DECODE)] = Path("datasets"),
+    seed: Annotated[int, typer.Option(metavar="N", help="Decides which samples are drawn.", rich_help_panel=DECODE)] = 42,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=DECODE)] = "auto",
+    decode_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="A source that takes longer to decode is given up.", rich_help_panel=DECODE)] = 120,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the decoded samples, an mp4 each (images: PNG).", rich_help_panel=OUTPUT)] = Path("decoded"),
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the findings to a file, as JSON; - is stdout.", show_default="none", rich_help_panel=OUTPUT)] = None,
+) -> None:
+    """Check every shard, and name what is wrong by file and sample.
+
+    Reads all of it once: checksums, members, shapes, NaN, empty text, the index against the tars; captions and conditions beside the shards too. Changes nothing, and may run beside a wanprep that encodes. The exit code is 1 where something is wrong. What a finding means and how to mend it stands with it.
+
+    Next: wantrain distill --shards DIR
+    """
+    from rich.console import Console
+
+    from preprocess import verify_report
+    from preprocess.decoded import DecodeConfig, decode_samples, findings
+    from preprocess.verify import verify as run_verify
+
+    console = Console(stderr=True)
+    config = DecodeConfig(
+        shards=shards,
+        model=model,
+        data_dir=train_data_dir,
+        output=output,
+        count=decode,
+        keys=tuple(sample or ()),
+        seed=seed,
+        device=default_device() if device == "auto" else device,
+        decode_timeout=decode_timeout,
+    )
+    verified = run_verify(shards, console)
+    quiet = json is not None and str(json) == "-"
+    if not quiet:
+        for line in verify_report.lines(verified.findings):
+            typer.echo(line)
+        typer.echo(verify_report.summary(verified))
+    if decode or sample:
+        done = decode_samples(config, console)
+        also = findings(config, done)
+        verified.findings += also
+        if not quiet:
+            for line in [*map(verify_report.decoded, done), *verify_report.lines(also)]:
+                typer.echo(line)
+    if json is not None:
+        text = verify_report.as_json(verified)
+        if quiet:
+            typer.echo(text)
+        else:
+            json.write_text(text + "\n")
+    if verified.errors:
+        raise UserError(verify_report.failure(verified))
+
+
+# fmt: on
+def add_commands(app: typer.Typer) -> None:
+    """Make them commands of `wanprep`."""
+    app.command(cls=Command, epilog=VERIFY_EXAMPLES)(verify)

@@ -1,0 +1,237 @@
+"""Samples of a cache through the VAE, back to pictures that can be looked at and measured.
+
+What the VAE gives back is compared with the frames that it was given: PSNR of uint8 RGB.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from rich.console import Console
+
+from preprocess import report
+from preprocess.clips import Clip
+from preprocess.conditions import same_content
+from preprocess.decode import fitted_frames, look
+from preprocess.findings import Finding
+from preprocess.media import MediaError
+from preprocess.tars import base_folder, medium_at
+from preprocess.workers import WorkerPool, default_workers
+from shared.cache import MEDIA_TYPES, CacheIndex, MemberReader, open_cache
+from shared.device import check_device
+from shared.errors import UserError
+from shared.fingerprint import model_fields, refuse_differences
+from shared.hashing import FileHasher
+from shared.model_spec import ModelSpec, read_model_spec, resolve_model
+from shared.mp4 import write_mp4
+from shared.schema import DTYPES, LATENTS_MEMBER
+
+if TYPE_CHECKING:
+    from preprocess.encoders import LatentEncoder
+
+PSNR_FLOOR = 20.0
+"""dB. Wan's VAEs give over 30 on most clips; below this the picture is another one."""
+_DEFAULT_FPS = 16.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """One `wanprep verify --decode`."""
+
+    shards: Path
+    model: str
+    """A model with the VAE that encoded the cache."""
+    data_dir: Path
+    """What the names in the cache are relative to."""
+    output: Path
+    count: int
+    """How many samples are drawn; beside those of `keys`."""
+    keys: tuple[str, ...]
+    seed: int
+    device: str
+    decode_timeout: float
+
+    def __post_init__(self) -> None:
+        if self.count < 0:
+            raise UserError(f"--decode: {self.count} samples are too few; expected 0 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """One sample, decoded."""
+
+    key: str
+    source: str
+    path: Path
+    """An mp4; a PNG of an image."""
+    psnr: float | None
+    """dB over all frames; None where there was nothing to compare with."""
+    why: str | None
+    """Why there was nothing."""
+
+
+def decode_samples(config: DecodeConfig, console: Console) -> list[Decoded]:
+    """Write what the VAE makes of some samples to `output`; how near it comes to their source.
+
+    Raises UserError for an unknown key, and for a model whose VAE is not the cache's.
+    """
+    index = open_cache(config.shards)
+    rows = _chosen(config, index)
+    spec = read_model_spec(resolve_model(config.model, ("vae",)))
+    check_device(config.device)
+    hasher = FileHasher()
+    with console.status("digesting the VAE's weights (read once, then remembered)"):
+        vae = model_fields(spec, hasher)["latents"]
+    if vae["vae"] is None:
+        raise UserError(
+            f"model: {spec.folder / 'vae'} holds no weights. Download the whole vae folder."
+        )
+    refuse_differences(
+        {"latents": index.fingerprint["latents"]},
+        {"latents": vae},
+        what=f"shards: {config.shards} was encoded by another VAE than {spec.folder} has",
+        cure="Decode with that VAE: set --pretrained-model-name-or-path to a model that has it.",
+    )
+    config.output.mkdir(parents=True, exist_ok=True)
+    with (
+        report.bar(console, "decoding samples", len(rows)) as advance,
+        WorkerPool(default_workers(), timeout=config.decode_timeout) as pool,
+    ):
+        done = []
+        for one in _decoded(config, index, rows, spec, pool):
+            advance()
+            done.append(one)
+        return done
+
+
+def findings(config: DecodeConfig, done: Sequence[Decoded]) -> list[Finding]:
+    """What is worth saying of decoded samples: pictures far from their source, sources gone."""
+    found = []
+    for one in done:
+        if one.psnr is None:
+            found.append(
+                Finding(
+                    severity="note",
+                    code="source-missing",
+                    file=one.path.name,
+                    key=one.key,
+                    found=str(one.why),
+                    expected="the file that was encoded",
+                    cure="set --train-data-dir to the folder of the media",
+                )
+            )
+        elif one.psnr < PSNR_FLOOR:
+            found.append(
+                Finding(
+                    severity="error",
+                    code="psnr",
+                    file=one.path.name,
+                    key=one.key,
+                    found=f"{one.psnr:.1f} dB against {one.source}",
+                    expected=f"at least {PSNR_FLOOR:g} dB",
+                    cure=f"look at {one.path}; if it is not the source: wanprep remove --shards "
+                    f"{config.shards} --sample {one.key}, then `wanprep encode` again",
+                )
+            )
+    return found
+
+
+def _chosen(config: DecodeConfig, index: CacheIndex) -> list[int]:
+    """Rows of the keys that were named, then of those that the seed draws."""
+    rows = []
+    for wanted in config.keys:
+        try:
+            key = np.frombuffer(bytes.fromhex(wanted), np.uint8)
+            (row,) = np.flatnonzero((index.keys == key).all(axis=1))
+        except (ValueError, TypeError):
+            raise UserError(
+                f"--sample: {wanted!r} is no key of the {len(index)} samples in {config.shards}. "
+                "Keys are 32 hex digits; wanprep inspect shows some."
+            ) from None
+        rows.append(int(row))
+    media = np.flatnonzero(index.types != MEDIA_TYPES.index("text"))
+    drawn = np.random.default_rng(config.seed).permutation(media)
+    return rows + [int(row) for row in drawn if row not in rows][: config.count]
+
+
+def _decoded(
+    config: DecodeConfig,
+    index: CacheIndex,
+    rows: Sequence[int],
+    spec: ModelSpec,
+    pool: WorkerPool,
+) -> Iterator[Decoded]:
+    if not rows:
+        return
+    from preprocess.encoders import LatentEncoder
+
+    dtype = DTYPES[index.fingerprint["latents"]["compute"]]
+    vae = LatentEncoder(spec, dtype=dtype, device=config.device)
+    reader = MemberReader(index)
+    try:
+        for row in rows:
+            yield _decode(config, index, row, reader, vae, pool)
+    finally:
+        reader.close()
+
+
+def _decode(
+    config: DecodeConfig,
+    index: CacheIndex,
+    row: int,
+    reader: MemberReader,
+    vae: "LatentEncoder",
+    pool: WorkerPool,
+) -> Decoded:
+    info = reader.info(row)
+    tensors = reader.read(row, LATENTS_MEMBER)
+    if tensors is None:
+        raise UserError(f"--sample: {index.where(row)} has no latents: it is a caption alone.")
+    frames = vae.frames(tensors["latents"])
+    key = index.key(row)
+    path = config.output / f"{key}.{'png' if len(frames) == 1 else 'mp4'}"
+    if len(frames) == 1:
+        Image.fromarray(frames[0]).save(path)
+    else:
+        write_mp4(path, frames, playing_fps(info) or _DEFAULT_FPS)
+    try:
+        measured, why = psnr(frames, _source(config, index, row, info, pool)), None
+    except (MediaError, OSError) as error:
+        measured, why = None, str(error)
+    return Decoded(key=key, source=str(info["source"]), path=path, psnr=measured, why=why)
+
+
+def _source(
+    config: DecodeConfig, index: CacheIndex, row: int, info: dict[str, Any], pool: WorkerPool
+) -> npt.NDArray[np.uint8]:
+    """The frames that the VAE was given. Raises MediaError where the file is not there any more."""
+    path = medium_at(base_folder(config.data_dir) / Path(str(info["source"])).expanduser())
+    clip = Clip(
+        bucket=index.buckets[int(index.bucket_ids[row])],
+        frame_indices=tuple(info["frame_indices"]),
+    )
+    _, sha256 = pool.submit(path, look, path, info["type"], None).result()
+    if not same_content({index.key(row)}, clip, sha256):
+        raise MediaError(f"{path}: its content is not what was encoded")
+    frames: npt.NDArray[np.uint8] = pool.submit(
+        path, fitted_frames, path, info["type"], list(clip.frame_indices), clip.bucket
+    ).result()
+    return frames
+
+
+def playing_fps(info: dict[str, Any]) -> float | None:
+    """Frames a second of a sample as it is played; None for an image."""
+    indices, fps = info["frame_indices"], info["fps"]
+    if not fps or len(indices) < 2:
+        return None
+    return float(fps) * (len(indices) - 1) / (indices[-1] - indices[0])
+
+
+def psnr(frames: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8]) -> float:
+    """Peak signal to noise of two clips (F, H, W, 3), dB; infinite where they are the same."""
+    error = np.square(frames.astype(np.float64) - source.astype(np.float64)).mean()
+    return float(10 * np.log10(255**2 / error)) if error > 0 else float("inf")

@@ -1,0 +1,223 @@
+"""What a sample must be, from its shard's fingerprint and bucket; and whether it is. No I/O."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shared.buckets import Bucket
+from shared.errors import json_kind
+from shared.fingerprint import Fingerprint
+from shared.overlays import required_members
+from shared.schema import (
+    CONDITION_MEMBER,
+    DTYPES,
+    JSON_MEMBER,
+    LATENTS_MEMBER,
+    MEDIA_TYPES,
+    MOST_INFO_BYTES,
+    TEXT_MEMBER,
+    unpack,
+)
+from shared.strict_json import parse
+from shared.tensor_header import read_header
+
+# Bytes of a member beyond its tensors, or of a whole JSON, that nobody needs.
+_MOST_OVERHEAD = MOST_INFO_BYTES
+# Two encodings of one frame differ by rounding at most, and where a GPU adds in another order.
+_ROUNDING = 0.02
+_OF_SPREAD = 0.1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with a sample; `preprocess.findings` has the codes."""
+
+    code: str
+    found: str
+    expected: str
+    member: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What a shard's fingerprint and bucket say of each of its samples."""
+
+    bucket: Bucket | None
+    """None in the prompt bank."""
+    required: tuple[str, ...]
+    allowed: tuple[str, ...]
+    latents: tuple[int, ...] | None
+    """(C, T, h, w); None where there are none."""
+    latents_dtype: torch.dtype | None
+    text_dim: int | None
+    text_length: int | None
+    text_dtype: torch.dtype | None
+
+    @classmethod
+    def of(cls, fingerprint: Fingerprint, bucket: Bucket | None) -> "Expected":
+        """Raises KeyError, TypeError or ValueError for a fingerprint that lacks a field."""
+        required = required_members(fingerprint) if bucket else (JSON_MEMBER, TEXT_MEMBER)
+        own, shape = fingerprint.get("latents"), None
+        if bucket is not None and own is not None:
+            time, high, wide = map(int, own["stride"])
+            shape = bucket.latent_shape(int(own["channels"]), (time, high, wide))
+        text = fingerprint.get("text") if TEXT_MEMBER in required else None
+        if LATENTS_MEMBER in required and fingerprint["mode"] == "i2v":
+            required = (*required, CONDITION_MEMBER)
+        return cls(
+            bucket=bucket,
+            required=required,
+            allowed=required,
+            latents=shape,
+            latents_dtype=None if own is None else DTYPES[own["dtype"]],
+            text_dim=None if text is None else int(text["dim"]),
+            text_length=None if text is None else int(text["max_length"]),
+            text_dtype=None if text is None else DTYPES[text["dtype"]],
+        )
+
+    def most_bytes(self, suffix: str) -> int:
+        """More than this a member cannot have, so a hostile one never fills the memory."""
+        tensor = 0
+        if suffix == TEXT_MEMBER and self.text_dim and self.text_length:
+            tensor = 4 * self.text_dim * self.text_length
+        elif suffix in (LATENTS_MEMBER, CONDITION_MEMBER) and self.latents:
+            tensor = 4 * torch.Size(self.latents).numel()
+        return _MOST_OVERHEAD + tensor
+
+
+def check_info(data: bytes, expected: Expected) -> Iterator[Problem | dict[str, Any]]:
+    """Problems of `KEY.json`, then the object itself where there is one."""
+    try:
+        info = parse(data, most=MOST_INFO_BYTES)
+    except ValueError as error:
+        yield Problem("json-damaged", f"no JSON ({error})", "a JSON object")
+        return
+    if not isinstance(info, dict):
+        yield Problem("json-damaged", json_kind(info), "an object")
+        return
+    if expected.bucket is None:
+        kinds: dict[str, type | tuple[type, ...]] = {"role": str, "prompt": str}
+    else:
+        kinds = {
+            "caption": str,
+            "type": str,
+            "source": str,
+            "width": int,
+            "height": int,
+            "frames": int,
+            "frame_indices": list,
+        }
+    wrong = set()
+    for name, kind in kinds.items():
+        if not isinstance(info.get(name), kind) or isinstance(info[name], bool):
+            wrong.add(name)
+            has = f"{name} is {json_kind(info[name])}" if name in info else f"no {name}"
+            kind_name = {str: "a string", int: "a number", list: "a list"}[kind]  # type: ignore[index]
+            yield Problem("json-field", has, kind_name)
+    if expected.bucket is not None:
+        yield from _check_bucket(info, expected.bucket, wrong)
+    yield info
+
+
+def _check_bucket(info: dict[str, Any], bucket: Bucket, wrong: set[str]) -> Iterator[Problem]:
+    if "type" not in wrong and info["type"] not in MEDIA_TYPES:
+        yield Problem("json-field", f"type is {info['type']!r}", " or ".join(MEDIA_TYPES))
+    for name in ("width", "height", "frames"):
+        if name not in wrong and info[name] != getattr(bucket, name):
+            yield Problem(
+                "json-bucket", f"{name} {info[name]}", f"{getattr(bucket, name)}, as its shard says"
+            )
+    if "frame_indices" in wrong or info.get("type") == "text":
+        return
+    indices = info["frame_indices"]
+    if len(indices) != bucket.frames:
+        yield Problem("json-bucket", f"{len(indices)} frame_indices", f"{bucket.frames} of them")
+    if not all(isinstance(i, int) and i >= 0 for i in indices) or indices != sorted(indices):
+        yield Problem("json-field", "frame_indices that do not ascend", "numbers of frames")
+
+
+def check_tensors(suffix: str, data: bytes, expected: Expected) -> Iterator[Problem | torch.Tensor]:
+    """Problems of a safetensors member, then its main tensor: text always, else if it has none."""
+    problems = []
+    for item in _check_tensors(suffix, data, expected):
+        if isinstance(item, Problem):
+            problems.append(item)
+            yield item
+        elif suffix == TEXT_MEMBER or not problems:
+            yield item
+
+
+def _check_tensors(
+    suffix: str, data: bytes, expected: Expected
+) -> Iterator[Problem | torch.Tensor]:
+    name = suffix.partition(".")[0]
+    try:
+        header = read_header(data, len(data))
+    except ValueError as error:
+        yield Problem("tensor-damaged", f"no safetensors ({error})", "a safetensors file")
+        return
+    try:
+        tensors = unpack(data, suffix)
+    except ValueError as error:
+        code = f"{name}-shape" if list(header) == [name] else "tensor-name"
+        yield Problem(code, str(error), "that")
+        return
+    tensor = tensors[name]
+    dtype = expected.text_dtype if suffix == TEXT_MEMBER else expected.latents_dtype
+    if dtype is not None and tensor.dtype != dtype:
+        yield Problem("dtype", _dtype(tensor.dtype), _dtype(dtype))
+    for other, values in tensors.items():
+        yield from _check_finite(other, values)
+    if suffix == TEXT_MEMBER:
+        shape_is_right = (
+            tensor.ndim == 2
+            and tensor.shape[1] == expected.text_dim
+            and 1 <= len(tensor) <= (expected.text_length or 0)
+        )
+        if not shape_is_right:
+            yield Problem(
+                "text-shape",
+                f"shape {tuple(tensor.shape)}",
+                f"1 to {expected.text_length} rows of {expected.text_dim}",
+            )
+        elif not bool(tensor.any()):
+            yield Problem("text-zero", f"{len(tensor)} rows of zeros", "an embedding")
+    elif tuple(tensor.shape) != expected.latents:
+        yield Problem(f"{name}-shape", f"shape {tuple(tensor.shape)}", f"{expected.latents}")
+    elif bool((tensor == tensor.view(-1)[0]).all()):
+        yield Problem(f"{name}-constant", f"only {float(tensor.view(-1)[0]):g}", "a picture")
+    yield tensor
+
+
+def _check_finite(name: str, values: torch.Tensor) -> Iterator[Problem]:
+    bad = 0
+    if values.is_floating_point():
+        bad = values.numel() - int(torch.isfinite(values).sum())
+    if bad:
+        yield Problem(
+            "not-finite", f"{bad} of {values.numel()} values of {name} are NaN or infinite", "none"
+        )
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_condition(
+    info: Mapping[str, Any], latents: torch.Tensor | None, cond: torch.Tensor | None
+) -> Iterator[Problem]:
+    """The VAE is causal: first latent frame of a video's condition = that of its latents."""
+    if latents is None or cond is None or info.get("type") != "video":
+        return
+    own, first = latents[:, 0].float(), cond[:, 0].float()  # (C, h, w)
+    off = float((own - first).abs().mean())
+    spread = float((own - own.mean(dim=(1, 2), keepdim=True)).abs().mean())
+    if off > _ROUNDING + _OF_SPREAD * spread:
+        yield Problem(
+            "cond-foreign",
+            f"its first frame is {off:.2f} off the latents', which vary by {spread:.2f}",
+            "the same frame",
+            CONDITION_MEMBER,
+        )

@@ -1,0 +1,583 @@
+"""`wanprep verify`: everything that is wrong with a cache, named by shard, key and member.
+
+Each tar is read once, from its start to its end. Nothing is changed, and what a running writer has
+not committed is not looked at.
+"""
+
+import fcntl
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+
+from preprocess import report
+from preprocess.findings import Finding, Severity
+from preprocess.index import entries_digest
+from preprocess.removal import require_shards
+from preprocess.sample_check import Expected, Problem
+from preprocess.verify_shard import Row, ShardReport, check_shard
+from preprocess.writer import LOCK, SHARD_NAME
+from shared.cache import (
+    INDEX,
+    MANIFEST,
+    MOST_MANIFEST,
+    TOMBSTONES,
+    CacheIndex,
+    Sidecar,
+    Tombstones,
+    age,
+    check_format,
+    open_cache,
+)
+from shared.columns import read_attributes
+from shared.durable import TEMPORARY_SUFFIX
+from shared.errors import UserError, first_line
+from shared.fingerprint import differences
+from shared.hashing import digest_of
+from shared.latent_rgb import ColourFit
+from shared.overlays import CONDITIONS, made_by, overlay_folders, positions
+from shared.schema import MEMBERS
+from shared.strict_json import read_object
+
+_NEEDED_PROMPTS = ("empty", "negative")
+# Codes that keep `wanprep index`, and so `wanprep remove`, from reading the shard at all.
+_UNREADABLE = {
+    "member-missing",
+    "member-unexpected",
+    "member-duplicate",
+    "member-order",
+    "key-duplicate",
+    "json-damaged",
+    "json-field",
+    "tensor-damaged",
+    "tensor-name",
+    "count",
+}
+
+
+@dataclass
+class Verified:
+    """What was read, and what was found."""
+
+    folder: Path
+    shards: int = 0
+    samples: int = 0
+    """In the shards, the dead ones included."""
+    bytes: int = 0
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def errors(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.severity == "error"]
+
+
+def verify(folder: Path, console: Console) -> Verified:
+    """Check a cache and all that lies beside it.
+
+    Raises UserError where there are no shards, or where somebody compacts them just now.
+    """
+    if not any(folder.glob("*.tar")):
+        require_shards(folder)
+    outcome = Verified(folder=folder)
+    folders = [folder, *overlay_folders(folder)]
+    with ExitStack() as locks:
+        for path in folders:
+            locks.enter_context(_nobody_compacts(path))
+        checks = [_Folder(folder, path) for path in folders]
+        total = sum(check.bytes for check in checks)
+        with report.byte_bar(console, "reading shards", total) as advance:
+            for check in checks:
+                check.run(advance)
+                outcome.shards += len(check.sidecars)
+                outcome.samples += check.samples
+                outcome.findings += check.findings
+        outcome.bytes = total
+        for overlay in checks[1:]:
+            outcome.findings += _beside(checks[0], overlay)
+    return outcome
+
+
+@contextmanager
+def _shared_lock(path: Path, how: int) -> Iterator[None]:
+    """A lock file held if it is there: nothing is written, a cache may lie on a read-only disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # nobody has ever taken it
+        yield
+        return
+    try:
+        fcntl.flock(descriptor, how)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _nobody_compacts(folder: Path) -> Iterator[None]:
+    """What is committed stays there; UserError while somebody has the folder for himself."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(_shared_lock(folder / LOCK, fcntl.LOCK_SH | fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise UserError(
+                f"--shards: another wanprep removes or compacts shards in {folder}. Wait for it to "
+                "end."
+            ) from error
+        yield
+
+
+def _writers_at_work(folder: Path) -> bool:
+    """Whether some `wanprep` adds to the folder: it holds the lock of its number."""
+    for path in folder.glob(f"{LOCK}-w*"):
+        try:
+            with _shared_lock(path, fcntl.LOCK_SH | fcntl.LOCK_NB):
+                pass
+        except BlockingIOError:
+            return True
+    return False
+
+
+class _Folder:
+    """A cache or an overlay: what is committed in it, and what is wrong with that."""
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        self.folder = folder
+        self.findings: list[Finding] = []
+        self.samples = 0
+        self._prefix = "" if folder == root else f"{folder.relative_to(root)}/"
+        self._rebuild = f"wanprep index --shards {root}"
+        self._writing = _writers_at_work(folder)
+        # The index first: what is committed after it was read is newer, not lost.
+        with _shared_lock(folder / f"{LOCK}-index", fcntl.LOCK_SH):  # for a moment: waits
+            self.manifest = self._read_manifest()
+            self.index, self._order = self._read_index()
+        self.sidecars = self._read_sidecars()
+        self._tombstones = self._read_tombstones()
+        self._writing = self._writing or _writers_at_work(folder)
+        self._removed = {
+            bytes.fromhex(key): max(age(dead.name) for dead in dying)
+            for key, dying in self._by_key(self._tombstones).items()
+        }
+        common = Counter(digest_of(s.fingerprint) for s in self.sidecars).most_common(1)
+        self._digest = common[0][0] if common else ""
+        self.fingerprint: dict[str, Any] = next(
+            (s.fingerprint for s in self.sidecars if digest_of(s.fingerprint) == self._digest), {}
+        )
+        self.bytes = sum(_size(folder / sidecar.shard) for sidecar in self.sidecars)
+        self._current = self._is_current()
+
+    # What is read before any tar.
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.folder / MANIFEST
+        try:
+            manifest = read_object(path, "shards", most=MOST_MANIFEST, cure="")
+            check_format(manifest, path)
+            for name in ("shards", "prompts", "tombstones"):
+                _ = {entry["name"]: entry["sha256"] for entry in manifest[name]}
+        except (UserError, KeyError, TypeError) as error:
+            self._add("manifest-damaged", MANIFEST, _why(error, path), "a manifest", self._rebuild)
+            return {}
+        return manifest
+
+    def _read_index(self) -> tuple[CacheIndex | None, npt.NDArray[np.intp]]:
+        """The index with every column read, and its rows in the order of their shards."""
+        nothing = np.zeros(0, dtype=np.intp)
+        if not self.manifest:
+            return None, nothing
+        path = self.folder / INDEX
+        try:
+            digest = read_attributes(path).get("digest")
+        except (OSError, ValueError) as error:
+            self._add("index-damaged", INDEX, first_line(error), "a Zarr group", self._rebuild)
+            return None, nothing
+        if digest != self.manifest["index"]:
+            self._stale(f"digest {digest}", f"{self.manifest['index']}, as {MANIFEST} says")
+            return None, nothing
+        listed = [entry["name"] for entry in self.manifest["shards"] + self.manifest["prompts"]]
+        lost = [name for name in listed if not (self.folder / name).exists()]
+        for name in lost:
+            self._add(
+                "tar-missing",
+                name,
+                f"no such file, but {MANIFEST} lists it",
+                "the shard",
+                f"restore {name}, or leave its samples out: {self._rebuild}",
+            )
+        if lost:
+            return None, nothing
+        try:
+            index = open_cache(self.folder)
+            # All of it now: a writer may replace the file at any time after.
+            _ = index.keys, index.captions, index.bucket_ids, index.types
+            _ = index.tokens, index.repeats, index.offsets, index.lengths
+            shard_ids = index.shard_ids
+        except UserError as error:
+            self._add("index-damaged", INDEX, _why(error, path), "an index", self._rebuild)
+            return None, nothing
+        return index, np.argsort(shard_ids, kind="stable")
+
+    def _read_sidecars(self) -> list[Sidecar]:
+        found = []
+        listed = self._listed("shards") | self._listed("prompts")
+        names = {path.name: path for path in self.folder.iterdir()}
+        for name, path in sorted(names.items()):
+            stem = SHARD_NAME.fullmatch(name.replace(".json", ".tar"))
+            if stem is None or name.startswith(TOMBSTONES):
+                continue
+            if path.suffix == ".json":
+                tar = Path(name).with_suffix(".tar").name
+                if tar not in names and tar not in listed:
+                    cure = f"restore {tar}, or delete {name}"
+                    self._add("tar-missing", tar, "no such file", "the tar of the sidecar", cure)
+                continue
+            beside = Sidecar.path_for(path)
+            if beside.name not in names:
+                if name in listed:
+                    cure = (
+                        f"restore {beside.name}, or run `wanprep encode` again and {self._rebuild}"
+                    )
+                    self._add("sidecar-missing", name, f"no {beside.name}", "it", cure)
+                elif not self._writing:
+                    cure = "nothing: the next run of its writer removes it"
+                    self._add(
+                        "sidecar-missing", name, f"no {beside.name}", "it", cure, severity="note"
+                    )
+                continue
+            if (sidecar := self._read_sidecar(beside, name)) is not None:
+                found.append(sidecar)
+        leftovers = [name for name in names if name.endswith(TEMPORARY_SUFFIX)]
+        if leftovers and not self._writing:
+            self._add(
+                "sidecar-missing",
+                leftovers[0],
+                f"{report.count(len(leftovers), 'file')} that a run did not finish",
+                "none",
+                "nothing: the next run removes them",
+                severity="note",
+            )
+        return found
+
+    def _read_sidecar(self, path: Path, tar: str) -> Sidecar | None:
+        cure = f"restore {path.name}, or delete it with {tar} and run `wanprep encode` again"
+        try:
+            sidecar = Sidecar.read(path)
+            bucket = sidecar.bucket
+            if bucket and not tar.startswith(f"h{bucket.height}-w{bucket.width}-f{bucket.frames}-"):
+                raise ValueError(f"its bucket is {bucket}, which is not what its name says")
+            Expected.of(sidecar.fingerprint, bucket)
+            if sidecar.latent_rgb is not None:
+                ColourFit.from_json(sidecar.latent_rgb)
+        except (KeyError, TypeError, ValueError) as error:  # UserError is a ValueError
+            self._add("sidecar-damaged", path.name, _why(error, path), "a sidecar", cure)
+            return None
+        return sidecar
+
+    def _read_tombstones(self) -> list[Tombstones]:
+        found = []
+        for path in sorted(self.folder.glob(f"{TOMBSTONES}-*.json")):
+            try:
+                found.append(Tombstones.read(path))
+            except UserError as error:
+                cure = (
+                    f"restore {path.name}, or delete it, which brings the samples that it removed "
+                    "back, and remove them again: wanprep remove"
+                )
+                self._add("tombstones-damaged", path.name, _why(error, path), "keys", cure)
+        return found
+
+    @staticmethod
+    def _by_key(tombstones: list[Tombstones]) -> dict[str, list[Tombstones]]:
+        found: dict[str, list[Tombstones]] = {}
+        for dead in tombstones:
+            for key in dead.keys:
+                found.setdefault(key, []).append(dead)
+        return found
+
+    def _is_current(self) -> bool:
+        """Whether the index is of all that is committed."""
+        if self.index is None:
+            return False
+        unreadable = {"sidecar-damaged", "sidecar-missing", "tar-missing", "tombstones-damaged"}
+        if any(f.code in unreadable and f.severity == "error" for f in self.findings):
+            return False
+        digest = entries_digest(self.sidecars, self._tombstones)
+        if digest != self.index.digest:
+            self._stale(f"digest {self.index.digest[:12]}…", f"{digest[:12]}… of what is committed")
+            return False
+        self._check_manifest()
+        return True
+
+    def _check_manifest(self) -> None:
+        """The manifest's lists and numbers against what they are derived from."""
+        assert self.index is not None
+
+        def entries(kind: str) -> list[dict[str, Any]]:
+            return [
+                {"name": s.shard, "sha256": s.sha256, "bytes": s.bytes, "count": s.count}
+                for s in self.sidecars
+                if s.kind == kind
+            ]
+
+        per_bucket = np.bincount(self.index.bucket_ids, minlength=len(self.index.buckets))
+        derived = {
+            "samples": len(self.index),
+            "buckets": [
+                {"height": b.height, "width": b.width, "frames": b.frames, "samples": int(number)}
+                for b, number in zip(self.index.buckets, per_bucket, strict=True)
+            ],
+            "shards": entries("samples"),
+            "prompts": entries("prompts"),
+            "fingerprint": self.fingerprint,
+        }
+        for name, value in derived.items():
+            if self.manifest.get(name) != value:
+                self._add(
+                    "manifest-damaged",
+                    MANIFEST,
+                    f"{name} is not what the shards give",
+                    "what `wanprep index` writes",
+                    self._rebuild,
+                )
+
+    def _stale(self, found: str, expected: str) -> None:
+        severity: Severity = "note" if self._writing else "error"
+        cure = "nothing: the writer at work updates it" if self._writing else self._rebuild
+        self._add("index-stale", INDEX, found, expected, cure, severity=severity)
+
+    # The tars.
+
+    def run(self, on_bytes: Callable[[int], None]) -> None:
+        """Read every committed tar."""
+        roles: set[str] = set()
+        for sidecar in self.sidecars:
+            if digest_of(sidecar.fingerprint) != self._digest:
+                fields = differences(sidecar.fingerprint, self.fingerprint)
+                named = ", ".join(f"{name} {value!r}" for name, value, _ in fields)
+                expected = ", ".join(f"{value!r}" for _, _, value in fields)
+                cure = "move the shards of one kind (tars with their .json) to another folder"
+                self._add("fingerprint-mixed", sidecar.shard, named, expected, cure)
+            path = self.folder / sidecar.shard
+            try:
+                expected_of = Expected.of(sidecar.fingerprint, sidecar.bucket)
+                found = check_shard(path, sidecar, expected_of, on_bytes)
+            except OSError as error:
+                cure = _redo_shard(sidecar)
+                self._add("tar-damaged", sidecar.shard, f"{error}", "a file to read", cure)
+                continue
+            self.samples += len(found.rows) if sidecar.kind == "samples" else 0
+            roles |= found.roles
+            self._report(sidecar, found)
+        if self.fingerprint.get("overlay") != CONDITIONS:
+            for role in _NEEDED_PROMPTS:
+                if role not in roles and self.sidecars and not self._writing:
+                    command = made_by(self.fingerprint)
+                    self._add(
+                        "prompt-missing",
+                        "prompts-*.tar",
+                        f"no prompt of role {role!r}",
+                        "one",
+                        f"run `{command}` again: it encodes what is missing",
+                    )
+
+    def _report(self, sidecar: Sidecar, found: ShardReport) -> None:
+        """Findings of one tar, and what the index says of it."""
+        whole = found.sound and not any(p.code in _UNREADABLE for _, p in found.problems)
+        for key, problem in found.problems:
+            self._add_problem(sidecar, key, problem, whole=whole)
+        if found.damage is not None:
+            lost = self._lost(sidecar, found.damage.offset)
+            key = lost[0] if lost else found.last_key
+            code = "tar-truncated" if found.damage.truncated else "tar-damaged"
+            behind = f"; {report.count(len(lost), 'sample')} from there on" if lost else ""
+            problem = Problem(code, f"{found.damage}{behind}", "a whole tar")
+            self._add_problem(sidecar, key, problem, whole=False)
+        readable = found.sound and found.damage is None
+        if sidecar.kind != "samples" or self.index is None or not readable:
+            return
+        known = {entry["name"]: entry["sha256"] for entry in self.manifest["shards"]}
+        if known.get(sidecar.shard) != sidecar.sha256:
+            return
+        rows = {self.index.key(int(row)): int(row) for row in self._rows(sidecar)}
+        for key, row in rows.items():
+            if key not in found.rows:
+                self._add_row(sidecar, key, "a row", "none: the tar has no such sample")
+            else:
+                self._compare(sidecar, key, row, found.rows[key])
+        if self._current:
+            for key in found.rows.keys() - rows.keys():
+                if not self._is_dead(key, sidecar):
+                    self._add_row(sidecar, key, "no row", "one: the tar has the sample")
+
+    def _compare(self, sidecar: Sidecar, key: str, row: int, found: Row) -> None:
+        assert self.index is not None
+        says = {
+            "caption": bytes(self.index.captions[row]).hex(),
+            "type": int(self.index.types[row]),
+            "tokens": int(self.index.tokens[row]),
+            "repeats": int(self.index.repeats[row]),
+        }
+        holds = {
+            "caption": found.caption.hex(),
+            "type": found.type,
+            "tokens": found.tokens,
+            "repeats": found.repeats,
+        }
+        for column, member in enumerate(MEMBERS):
+            says[f"{member} at"] = int(self.index.offsets[row, column])
+            says[f"{member} bytes"] = int(self.index.lengths[row, column])
+            holds[f"{member} at"] = found.offset[column]
+            holds[f"{member} bytes"] = found.length[column]
+        wrong = [name for name in says if says[name] != holds[name]]
+        if self.index.buckets[int(self.index.bucket_ids[row])] != sidecar.bucket:
+            wrong.append("bucket")
+            says["bucket"] = str(self.index.buckets[int(self.index.bucket_ids[row])])
+            holds["bucket"] = str(sidecar.bucket)
+        if wrong:
+            self._add_row(
+                sidecar,
+                key,
+                ", ".join(f"{name} {says[name]}" for name in wrong),
+                ", ".join(str(holds[name]) for name in wrong),
+            )
+
+    def _rows(self, sidecar: Sidecar) -> npt.NDArray[np.intp]:
+        """Rows of the index that lie in a shard."""
+        assert self.index is not None
+        if sidecar.shard not in self.index.shards:
+            return np.zeros(0, dtype=np.intp)
+        number = self.index.shards.index(sidecar.shard)
+        ordered = self.index.shard_ids[self._order]
+        first, last = np.searchsorted(ordered, [number, number + 1])
+        return self._order[first:last]
+
+    def _lost(self, sidecar: Sidecar, offset: int) -> list[str]:
+        """Keys of the samples that lie, by the index, at or behind an offset; in that order."""
+        if self.index is None or sidecar.kind != "samples":
+            return []
+        rows = self._rows(sidecar)
+        ends = (self.index.offsets + self.index.lengths)[rows].max(axis=1, initial=0)
+        behind = rows[ends > offset]
+        return [self.index.key(int(row)) for row in behind[np.argsort(ends[ends > offset])]]
+
+    def _is_dead(self, key: str, sidecar: Sidecar) -> bool:
+        """Whether a newer shard or tombstone replaces what this shard says of the sample."""
+        when = age(sidecar.shard)
+        if self._removed.get(bytes.fromhex(key), (-1, -1)) > when:
+            return True
+        if self.index is None:
+            return False
+        wanted = np.frombuffer(bytes.fromhex(key), np.uint8).reshape(1, -1)
+        row = int(positions(wanted, self.index.keys)[0])
+        return row >= 0 and age(self.index.shards[int(self.index.shard_ids[row])]) > when
+
+    # Making findings.
+
+    def _add_problem(
+        self, sidecar: Sidecar, key: str | None, problem: Problem, *, whole: bool
+    ) -> None:
+        severity: Severity = "error"
+        cure = _redo_shard(sidecar)
+        if key is not None and sidecar.kind == "samples" and whole:
+            again = made_by(sidecar.fingerprint)
+            cure = f"wanprep remove --shards {self.folder} --sample {key}; then run `{again}` again"
+            if self._is_dead(key, sidecar):
+                severity, cure = "note", f"wanprep compact --shards {self.folder}: it is dead"
+        self._add(
+            problem.code,
+            sidecar.shard,
+            problem.found,
+            problem.expected,
+            cure,
+            key=key,
+            member=problem.member,
+            severity=severity,
+        )
+
+    def _add_row(self, sidecar: Sidecar, key: str, found: str, expected: str) -> None:
+        found = f"the row for {sidecar.shard} has {found}" if found != "no row" else found
+        self._add("index-row", INDEX, found, expected, self._rebuild, key=key)
+
+    def _add(
+        self,
+        code: str,
+        file: str,
+        found: str,
+        expected: str,
+        cure: str,
+        *,
+        key: str | None = None,
+        member: str | None = None,
+        severity: Severity = "error",
+    ) -> None:
+        self.findings.append(
+            Finding(
+                severity=severity,
+                code=code,
+                file=self._prefix + file,
+                key=key,
+                member=member,
+                found=found,
+                expected=expected,
+                cure=cure,
+            )
+        )
+
+    def _listed(self, name: str) -> set[str]:
+        return {entry["name"] for entry in self.manifest.get(name, [])}
+
+
+def _beside(base: _Folder, overlay: _Folder) -> list[Finding]:
+    """What does not fit between a cache and an overlay of it."""
+    before = len(overlay.findings)
+    own, latents = base.fingerprint.get("latents"), overlay.fingerprint.get("latents")
+    if own and latents:
+        for name, found, expected in differences({"latents": latents}, {"latents": own}):
+            cure = f"delete {overlay.folder} and run `wanprep add-condition` again"
+            overlay._add("overlay-foreign", MANIFEST, f"{name} {found!r}", f"{expected!r}", cure)
+    if base.index is not None and overlay.index is not None:
+        orphans = int((positions(overlay.index.keys, base.index.keys) < 0).sum())
+        if orphans:
+            overlay._add(
+                "overlay-orphans",
+                INDEX,
+                f"{report.count(orphans, 'sample')} that the cache does not have",
+                "none",
+                f"wanprep compact --shards {base.folder}",
+                severity="note",
+            )
+    return overlay.findings[before:]
+
+
+def _redo_shard(sidecar: Sidecar) -> str:
+    return (
+        f"restore {sidecar.shard}, or delete it with its sidecar and run "
+        f"`{made_by(sidecar.fingerprint)}` again: it encodes only what is missing"
+    )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _why(error: Exception, path: Path) -> str:
+    """The first line of an error, the file's folder left out."""
+    if isinstance(error, KeyError):
+        return f"no {error.args[0]!r}"
+    return str(error).replace(str(path), path.name).split("\n")[0].rstrip(".")

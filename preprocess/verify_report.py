@@ -1,0 +1,64 @@
+"""What `wanprep verify` tells people, and programs."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from preprocess.decoded import Decoded
+from preprocess.findings import Finding
+from preprocess.report import count
+from preprocess.verify import Verified
+
+
+def lines(findings: Iterable[Finding]) -> Iterator[str]:
+    """Each finding on a line, the cure below the last one that it mends."""
+    cure = ""
+    for finding in findings:
+        if cure and finding.cure != cure:
+            yield f"      cure: {cure}"
+        yield str(finding)
+        cure = finding.cure
+    if cure:
+        yield f"      cure: {cure}"
+
+
+def summary(verified: Verified) -> str:
+    """What was read, and whether it is sound."""
+    read = (
+        f"{verified.folder}: {count(verified.samples, 'sample')} in "
+        f"{count(verified.shards, 'shard')}, {verified.bytes / 1e6:.1f} MB read"
+    )
+    return f"{read}; {'no errors' if not verified.errors else _numbers(verified)}"
+
+
+def _numbers(verified: Verified) -> str:
+    codes = Counter(finding.code for finding in verified.errors)
+    listed = ", ".join(f"{code} {number}" for code, number in sorted(codes.items()))
+    return f"{count(len(verified.errors), 'error')} ({listed})"
+
+
+def failure(verified: Verified) -> str:
+    """The last line where something is wrong."""
+    files = {finding.file for finding in verified.errors}
+    return (
+        f"verify: {count(len(verified.errors), 'error')} in {count(len(files), 'file')} of "
+        f"{verified.folder}; each cure stands with its finding."
+    )
+
+
+def decoded(one: Decoded) -> str:
+    """A line about a decoded sample."""
+    near = "no source" if one.psnr is None else f"{one.psnr:.1f} dB"
+    return f"{one.path}  {near}  {one.source}"
+
+
+def as_json(verified: Verified) -> str:
+    """Everything that was found, for scripts."""
+    value = {
+        "shards": str(verified.folder),
+        "samples": verified.samples,
+        "bytes": verified.bytes,
+        "errors": len(verified.errors),
+        "findings": [finding.to_json() for finding in verified.findings],
+    }
+    return json.dumps(value, indent=2, ensure_ascii=False)
