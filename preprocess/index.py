@@ -335,6 +335,8 @@ def scan_shard(folder: Path, sidecar: Sidecar) -> Columns:
         rows.finish()
         if len(rows) != sidecar.count:
             raise ValueError(f"it holds {len(rows)} samples, its sidecar says {sidecar.count}")
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(
             f"shards: {path} is damaged ({error}). Restore it, or delete it together with "

@@ -24,7 +24,7 @@ from shared.columns import COLUMNS, Columns, column_digest, read_attributes, rea
 from shared.errors import UserError
 from shared.fingerprint import FORMAT_VERSION, Fingerprint
 from shared.latent_rgb import LatentRgb
-from shared.mirror import is_elsewhere, open_shard, read_range, shard_file
+from shared.mirror import is_remote, open_shard, read_range, reading, shard_file
 from shared.model_spec import MAX_TEXT_TOKENS
 from shared.schema import (
     JSON_MEMBER,
@@ -420,6 +420,7 @@ def open_cache(folder: Path) -> CacheIndex:
             f"shards: {manifest_path} lists {len(missing)} shard(s) that are gone, the first "
             f"{missing[0]}. Restore them, or leave them out: wanprep index --shards {folder}"
         )
+    reading(folder, dict(zip(index.shards, index.shard_bytes, strict=True)))
     return index
 
 
@@ -466,16 +467,18 @@ class MemberReader:
         if length == 0:
             return b""
         try:
-            if member == JSON_MEMBER and is_elsewhere(shard):  # no reason to fetch all of it
-                return read_range(shard, offset, min(length, MOST_INFO_BYTES + 1))
-            descriptor, size = self._open(shard)
-            if offset + length > size:
-                raise ValueError(
-                    f"the shard has {size} bytes, the member is said to end at {offset + length}"
-                )
             if member == JSON_MEMBER and length > MOST_INFO_BYTES:
                 raise ValueError(f"{length} bytes, expected at most {MOST_INFO_BYTES}")
-            data = os.pread(descriptor, length, offset)
+            if is_remote(shard, small=member == JSON_MEMBER):
+                data = read_range(shard, offset, length)
+            else:
+                descriptor, size = self._open(shard)
+                if offset + length > size:
+                    raise ValueError(
+                        f"the shard has {size} bytes, the member is said to end at "
+                        f"{offset + length}"
+                    )
+                data = os.pread(descriptor, length, offset)
             if len(data) < length:  # 2 GiB is the most that one call gives
                 raise ValueError(f"{len(data)} of {length} bytes could be read")
             return data
@@ -537,6 +540,8 @@ def read_prompts(folder: Path, shards: tuple[str, ...]) -> list[Prompt]:
                     if info.key != text.key:
                         raise ValueError(f"{info.key} lacks {JSON_MEMBER} or {TEXT_MEMBER}")
                     prompts.append(_prompt(info, text, stream))
+        except UserError:
+            raise
         except (OSError, ValueError) as error:
             raise UserError(
                 f"shards: {path} is damaged ({error}). Restore it, or delete it together with "

@@ -53,6 +53,8 @@ _SIGNATURES = ("ETag", "etag", "md5Hash", "content_settings", "mtime", "LastModi
 _THREADS = 16
 _WAITS = (1, 2, 4, 8, 16, 32)  # seconds between the attempts at one object
 
+_ABANDONED_SECONDS = 24 * 3600
+
 DEFAULT_SHARD_CACHE_GB = 100
 _limit_bytes = DEFAULT_SHARD_CACHE_GB * 10**9
 
@@ -102,6 +104,8 @@ def _why(error: BaseException) -> str:
     kind = type(error).__name__
     if isinstance(error, FileNotFoundError):
         return "there is no such bucket or object. Make the bucket, or correct the URL."
+    if _is_full(error):
+        return f"there is no room for it here, in {shard_cache()}. Make room there."
     if isinstance(error, PermissionError):
         return (
             "access is denied. Give this process credentials that may list, read and write there, "
@@ -120,9 +124,15 @@ def _why(error: BaseException) -> str:
 
 def _for_good(error: BaseException) -> bool:
     """Whether trying again is of no use."""
-    return isinstance(error, (FileNotFoundError, PermissionError, UserError)) or (
-        "Credentials" in type(error).__name__
+    return (
+        isinstance(error, (FileNotFoundError, PermissionError, UserError))
+        or "Credentials" in type(error).__name__
+        or _is_full(error)
     )
+
+
+def _is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _patiently(what: str, attempt: Callable[[], Result]) -> Result:
@@ -138,6 +148,14 @@ def _patiently(what: str, attempt: Callable[[], Result]) -> Result:
                 raise OSError(errno.EIO, f"{what}: {_why(error)}") from error
             time.sleep(wait)
     raise AssertionError
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"shards: {error.strerror}") from error
 
 
 class Mirror:
@@ -159,6 +177,9 @@ class Mirror:
         self._own: set[str] = set()
         """Put by this process, so what is in the store is what is here."""
         self._sha256: dict[Path, str] = {}
+        self._in_pieces: set[Path] = set()
+        self.bytes = 0
+        """Of the shards that are read through it; 0 in a writer."""
 
     @cached_property
     def _store(self) -> tuple[Any, str]:
@@ -264,19 +285,38 @@ class Mirror:
         beside.replace(final)
         return None
 
+    def read(self, folder: Path, shards: Mapping[str, int]) -> None:
+        """A cache in it is about to be read, name → bytes of its shards.
+
+        As many as fit in the shard cache are fetched whole; reading the others whole as well would
+        be fetching them again for nearly every sample.
+        """
+        if self.writes:
+            return
+        for name, size in shards.items():
+            self.bytes += size
+            if self.bytes > _limit_bytes:
+                self._in_pieces.add(folder / name)
+
+    def in_pieces(self, tar: Path) -> bool:
+        """Whether members of this shard are read one by one."""
+        return tar in self._in_pieces
+
     def fetch_shard(self, name: str, target: Path) -> None:
-        """The whole tar `name` as the file `target`. Raises OSError."""
-        _patiently(
-            f"{self.url}/{name}", lambda: self._fs.get_file(self._path(name), os.fspath(target))
-        )
+        """The whole tar `name` as the file `target`. Raises UserError where it can't be had."""
+        with _readable():
+            _patiently(
+                f"{self.url}/{name}", lambda: self._fs.get_file(self._path(name), os.fspath(target))
+            )
 
     def read_range(self, path: Path, offset: int, length: int) -> bytes:
-        """Some bytes of a tar, straight from the store. Raises OSError."""
+        """Some bytes of a tar, straight from the store. Raises UserError where it can't."""
         name = self._name(path)
-        data: bytes = _patiently(
-            f"{self.url}/{name}",
-            lambda: self._fs.cat_file(self._path(name), start=offset, end=offset + length),
-        )
+        with _readable():
+            data: bytes = _patiently(
+                f"{self.url}/{name}",
+                lambda: self._fs.cat_file(self._path(name), start=offset, end=offset + length),
+            )
         return data
 
     # To the store: what `shared.durable` calls before it does the same here.
@@ -363,6 +403,11 @@ def mirror_of(path: Path) -> Mirror | None:
     return next((_mirrors[up] for up in (path, *path.parents) if up in _mirrors), None)
 
 
+def shards_to_read(location: str | Path) -> Path:
+    """What `wantrain --shards` takes: a folder as it is, a URL as its mirror's folder."""
+    return local_folder(location, writer=None)
+
+
 def local_folder(location: str | Path, *, writer: int | None) -> Path:
     """A folder as it is; for a URL its mirror's, which `pull_mirrors` fills."""
     if isinstance(location, Path) or not is_url(location):
@@ -381,6 +426,25 @@ def pull_mirrors() -> None:
     """Make every mirror of this process like its store."""
     for mirror in _mirrors.values():
         mirror.pull()
+
+
+def reading(folder: Path, shards: Mapping[str, int]) -> None:
+    """`Mirror.read`, where the cache in `folder` lies in a store."""
+    if mirror := mirror_of(folder):
+        mirror.read(folder, shards)
+
+
+def described(folder: Path) -> list[str]:
+    """A line on where the shards of a store go; none for a folder."""
+    mirror = mirror_of(folder)
+    if mirror is None:
+        return []
+    gigabytes = f"{mirror.bytes / 1e9:.1f} GB of shards"
+    beyond = max(0, mirror.bytes - _limit_bytes) / 1e9
+    line = f"store    {gigabytes}, fetched whole into {shard_cache()}"
+    if beyond:
+        line += f"; the rest, {beyond:.1f} GB, is read sample by sample (--shard-cache-gb)"
+    return [line]
 
 
 def pull(folder: Path) -> bool:
@@ -403,8 +467,10 @@ def shown(text: str) -> str:
 
 
 def limit_shard_cache(gigabytes: float) -> None:
-    """How much room fetched shards may take on this machine."""
+    """How much room fetched shards may take on this machine. UserError for less than none."""
     global _limit_bytes
+    if not gigabytes >= 0:
+        raise UserError(f"--shard-cache-gb: found {gigabytes:g}, expected 0 or more.")
     _limit_bytes = int(gigabytes * 10**9)
 
 
@@ -426,10 +492,14 @@ def _kept(sha256: str) -> Path:
     return shard_cache() / f"{sha256}.tar"
 
 
-def is_elsewhere(tar: Path) -> bool:
-    """Whether a shard's bytes lie in a store and not here."""
+def is_remote(tar: Path, *, small: bool) -> bool:
+    """Whether bytes of a shard are best read straight from a store: `small` ones, or of a shard
+    that will not be fetched.
+    """
     mirror = mirror_of(tar)
-    return mirror is not None and not _whole(tar) and not _kept(mirror.sha256(tar)).exists()
+    if mirror is None or not (small or mirror.in_pieces(tar)):
+        return False
+    return not _whole(tar) and not _kept(mirror.sha256(tar)).exists()
 
 
 def _whole(tar: Path) -> bool:
@@ -440,7 +510,7 @@ def _whole(tar: Path) -> bool:
 def shard_file(tar: Path) -> Path:
     """The file that holds a shard's bytes, fetched and checked where it lies in a store.
 
-    Raises OSError where it can't be fetched, UserError where it is not what its sidecar says.
+    Raises UserError where it can't be fetched or is not what its sidecar says.
     """
     mirror = mirror_of(tar)
     if mirror is None or _whole(tar):
@@ -449,15 +519,17 @@ def shard_file(tar: Path) -> Path:
     kept = _kept(sha256)
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with _flock(kept.with_suffix(".lock")):  # one process fetches, the others wait
+        with _flock(kept.with_name(f".lock-{sha256[:2]}")):  # one process fetches, the others wait
             if not kept.exists():
                 _fetch(mirror, tar, sha256, kept)
-    os.utime(kept)  # the least recently used goes first
+    now = time.time_ns()  # finer than the kernel's own idea of now
+    with suppress(FileNotFoundError):
+        os.utime(kept, ns=(now, now))  # the least recently used goes first
     return kept
 
 
 def read_range(tar: Path, offset: int, length: int) -> bytes:
-    """Some bytes of a shard that `is_elsewhere`, straight from the store. Raises OSError."""
+    """Some bytes of a shard that `is_remote`. Raises UserError."""
     mirror = mirror_of(tar)
     assert mirror is not None, tar
     return mirror.read_range(tar, offset, length)
@@ -493,6 +565,10 @@ def _fetch(mirror: Mirror, tar: Path, sha256: str, kept: Path) -> None:
 
 def _evict(newest: Path) -> None:
     """Delete the shards that were not read for longest, until the rest is within the limit."""
+    for left in shard_cache().glob(f"*{TEMPORARY_SUFFIX}"):  # of a process that was killed
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+                left.unlink()
     found = []
     for path in shard_cache().glob("*.tar"):
         with suppress(FileNotFoundError):

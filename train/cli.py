@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from shared.cli_support import Command, new_app, run
+from shared.cli_support import Command, echo, new_app, run
 from shared.device import default_device
 from shared.errors import UserError
+from shared.mirror import DEFAULT_SHARD_CACHE_GB, limit_shard_cache, shards_to_read
 from shared.model_spec import DEFAULT_MODEL
 
 PROGRAM_EXAMPLES = """
@@ -87,7 +88,8 @@ def _numbers(text: str, option: str) -> tuple[float, ...]:
 @app.command(cls=Command, epilog=DISTILL_EXAMPLES)
 def distill(
     model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that is distilled: a folder in diffusers layout, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)] = DEFAULT_MODEL,
-    shards: Annotated[Path, typer.Option(metavar="DIR", help="Folder of shards that `wanprep encode` made.", rich_help_panel=INPUT)] = Path("shards"),
+    shards: Annotated[Path, typer.Option(parser=shards_to_read, metavar="DIR|URL", help="Folder of shards that `wanprep encode` made.", rich_help_panel=INPUT)] = Path("shards"),
+    shard_cache_gb: Annotated[float, typer.Option(metavar="GB", help="Room on this machine for whole shards of an object store (s3://bucket/shards); what is beyond is read sample by sample.", rich_help_panel=INPUT)] = DEFAULT_SHARD_CACHE_GB,
     captions: Annotated[str | None, typer.Option(metavar="NAME", help="Captions that `wanprep recaption --name NAME` made, in place of the shards' own.", show_default="the shards' own", rich_help_panel=INPUT)] = None,
     boundary_type: Annotated[Literal["low", "high", "full"] | None, typer.Option(help="Expert to train: the one for low or for high noise, or full for a model with one transformer (or one LoRA for all steps).", show_default="low where the model has two experts, else full", rich_help_panel=INPUT)] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Decides every random number of the run.", rich_help_panel=INPUT)] = 42,
@@ -154,6 +156,7 @@ def distill(
     from train.loop import distill as train
     from train.run import prepare, resolved_configuration
 
+    limit_shard_cache(shard_cache_gb)
     config = DistillConfig(
         model=model,
         shards=shards,
@@ -206,9 +209,9 @@ def distill(
     console = Console(stderr=True)
     if dry_run:
         planned = prepare(config)
-        print(resolved_configuration(planned))
+        echo(resolved_configuration(planned))
         for line in planned.describe():
-            print(line)
+            echo(line)
         return
     stopped_by = train(config, console)
     if stopped_by is not None:

@@ -11,6 +11,7 @@ from shared.device import check_device
 from shared.errors import UserError
 from shared.fingerprint import Fingerprint, differences, model_fields, refuse_differences
 from shared.hashing import FileHasher
+from shared.mirror import described
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
 from shared.overlays import with_captions, with_conditions
 from shared.schema import TEXT_MEMBER
@@ -86,6 +87,7 @@ class Run:
             f"{config.shards}{self._captions()}; update batch {plan.batch_size} = "
             f"{config.train_batch_size} x {config.gradient_accumulation_steps} accumulation; "
             f"{plan.batches_per_epoch} updates an epoch ({plan.tail_samples} tail samples {again})",
+            *described(config.shards),
             f"steps    {steps} (shift {schedule.shift:g}); this expert owns {own}; start "
             f"{self.recipe.start}; score levels u in [{low:.3f}, {high:.3f}]",
             f"length   {until}: {self.generator_updates} generator updates, each after "
