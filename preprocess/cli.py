@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from preprocess import cli_cache, cli_eyes, cli_overlays
+from preprocess import cli_cache, cli_eyes, cli_overlays, cli_plan
 from preprocess.remote import shards_folder
 from shared.cli_support import Command, echo, new_app, run
 from shared.errors import UserError
@@ -178,6 +178,7 @@ def index(
 
 
 # fmt: on
+cli_plan.add_command(app, encode)
 cli_cache.add_commands(app)
 cli_overlays.add_commands(app)
 cli_eyes.add_commands(app)

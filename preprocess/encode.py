@@ -28,6 +28,7 @@ from preprocess.passes import Times, latents_from_cache, samples_of, texts_from_
 from preprocess.plan import Captions, Committed, Work, plan_work
 from preprocess.rejected import rejected_file, write_rejected
 from preprocess.removal import unlisted
+from preprocess.speed import remember_speed
 from preprocess.text_cache import TextCache
 from preprocess.train_mode import in_train_mode
 from preprocess.workers import WorkerPool
@@ -90,8 +91,8 @@ def _encode(
     outcome: Outcome,
 ) -> None:
     # What there is: the dataset and the model.
-    dataset = _dataset(config)
-    spec = _encodable_model(config)
+    dataset = dataset_of(config)
+    spec = encodable_model(config)
     say(console, f"dataset  {dataset.origin}: {len(dataset.entries)} usable")
     say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
     hasher = FileHasher()
@@ -104,13 +105,13 @@ def _encode(
         sidecars = committed_shards(config.output)
         refuse_other_settings(config.output, sidecars, fingerprint)
         outcome.index = settled_index(config.output) if sidecars else None
-        committed = _committed(outcome.index)
+        committed = committed_samples(outcome.index)
 
         # What is missing of the dataset.
         with report.bar(console, "looking into the media", len(dataset.entries)) as advance:
             planned, rejected = plan_work(
                 dataset.entries,
-                _clip_rule(config, spec),
+                clip_rule(config, spec),
                 hasher,
                 pool,
                 committed=committed,
@@ -131,10 +132,10 @@ def _encode(
                 f"writer w{config.rank.number:03d}",
             )
         mine = [work for work in planned if config.rank.owns(work.home)]
-        todo = [work for work in mine if _missing(work, committed)]
-        captions = [caption for work in todo for _, caption in _missing(work, committed)]
+        todo = [work for work in mine if missing_of(work, committed)]
+        captions = [caption for work in todo for _, caption in missing_of(work, committed)]
         # One prompt bank is enough; the first rank brings it.
-        prompts = _missing_prompts(config, outcome.index) if config.rank.number == 0 else []
+        prompts = missing_prompts(config, outcome.index) if config.rank.number == 0 else []
         outcome.left = len(captions)
         _say_plan(console, config, planned, mine, committed, outcome)
         leftover: list[str] = []
@@ -174,7 +175,7 @@ def _encode(
             )
             with report.bar(console, "encoding media", len(todo)) as advance:
                 for work, result in encoded:
-                    missing = _missing(work, committed)
+                    missing = missing_of(work, committed)
                     if isinstance(result, MediaError):
                         source = work.entry.source
                         outcome.rejected.append(Rejected(source=source, reason=str(result)))
@@ -194,6 +195,7 @@ def _encode(
                     outcome.removed = len(leftover)
                 _finish(config, outcome, mine)
                 texts.delete()
+                remember_speed(config, fingerprint, outcome.times)
         except BaseException:  # a signal, a full disk, no memory: what is encoded is kept
             with signals.deferred(raise_after=False):
                 engine.rescue()
@@ -203,20 +205,23 @@ def _encode(
             raise
 
 
-def _dataset(config: EncodeConfig) -> Dataset:
+def dataset_of(config: EncodeConfig) -> Dataset:
+    """What is to be encoded, as listed."""
     if config.dataset_config is not None:
         return load_dataset_config(config.dataset_config)
     return load_dataset(config.data_dir, config.metadata)
 
 
-def _encodable_model(config: EncodeConfig) -> ModelSpec:
+def encodable_model(config: EncodeConfig) -> ModelSpec:
+    """The model whose encoders are used. Raises UserError for one that cannot be encoded for."""
     spec = read_model_spec(resolve_model(config.model, COMPONENTS))
     spec = in_train_mode(spec, config.train_mode)
     check_device(config.device)
     return spec
 
 
-def _clip_rule(config: EncodeConfig, spec: ModelSpec) -> ClipRule:
+def clip_rule(config: EncodeConfig, spec: ModelSpec) -> ClipRule:
+    """What the command line says about samples."""
     return ClipRule(
         image_size=config.image_size,
         video_size=config.video_size,
@@ -238,7 +243,8 @@ def _clip_rule(config: EncodeConfig, spec: ModelSpec) -> ClipRule:
     )
 
 
-def _committed(index: CacheIndex | None) -> Captions:
+def committed_samples(index: CacheIndex | None) -> Captions:
+    """What is in the shards."""
     if index is None:
         return {}
     captions, repeats = index.captions, index.repeats
@@ -248,7 +254,7 @@ def _committed(index: CacheIndex | None) -> Captions:
     }
 
 
-def _missing(work: Work, committed: Captions) -> list[tuple[str, str]]:
+def missing_of(work: Work, committed: Captions) -> list[tuple[str, str]]:
     """The (key, caption) of a clip that the shards lack, or have with other words or repeats."""
     return [
         (key, caption)
@@ -266,7 +272,7 @@ def _split(todo: Sequence[Work], committed: Captions) -> tuple[list[Work], list[
     return known, new
 
 
-def _missing_prompts(config: EncodeConfig, index: CacheIndex | None) -> list[tuple[str, str]]:
+def missing_prompts(config: EncodeConfig, index: CacheIndex | None) -> list[tuple[str, str]]:
     """(role, prompt) of the prompt bank that are not there yet; the last entry of a role counts."""
     there = read_prompts(config.output, index.prompt_shards) if index is not None else []
     last = {prompt.role: prompt.prompt for prompt in there}
@@ -297,16 +303,17 @@ def _say_plan(
                 else "they stay and are trained on. To remove them: --prune"
             ),
         )
-    if short := report.short_clips(planned):
-        say(console, short)
+    for line in (report.short_clips(planned), report.slow_videos(planned, config.fps)):
+        if line:
+            say(console, line)
 
 
 def _finish(config: EncodeConfig, outcome: Outcome, planned: Sequence[Work]) -> None:
     write_rejected(rejected_file(config.output, config.rank), outcome.rejected)
     if committed_shards(config.output):
         outcome.index = settled_index(config.output)
-    committed = _committed(outcome.index)
-    outcome.left = sum(len(_missing(work, committed)) for work in planned)
+    committed = committed_samples(outcome.index)
+    outcome.left = sum(len(missing_of(work, committed)) for work in planned)
 
 
 @contextmanager

@@ -37,6 +37,12 @@ class Times:
     """Waiting for a clip to be decoded and resized."""
     writing: float = 0.0
     """Waiting for shards to be written."""
+    captions: int = 0
+    """How many the text encoder took, and the seconds in it."""
+    caption_seconds: float = 0.0
+    pixels: int = 0
+    """Pixels of all frames that the VAE took; the seconds in it, and of waiting for them."""
+    media_seconds: float = 0.0
 
     @contextmanager
     def encoding(self) -> Iterator[None]:
@@ -75,8 +81,11 @@ def text_pass(
     text_encoder = encoder()
     try:
         for caption in missing:
+            began = time.perf_counter()
             with times.encoding():
                 text = text_encoder.encode(caption).to(stored)
+            times.captions += 1
+            times.caption_seconds += time.perf_counter() - began
             texts.put(caption, text)
             on_progress()
     finally:
@@ -197,6 +206,7 @@ def latents_from_media(
     with closing(decoded):
         latent_encoder = encoder()
         while True:
+            began = time.perf_counter()
             with times.waiting():
                 item, frames = next(decoded, (None, None))
             if item is None or frames is None:
@@ -204,6 +214,9 @@ def latents_from_media(
             try:
                 with times.encoding():
                     encoded = _encode(latent_encoder, frames.result(), spec, stored)
+                bucket = item.clip.bucket
+                times.pixels += bucket.height * bucket.width * bucket.frames
+                times.media_seconds += time.perf_counter() - began
                 yield item, encoded
             except MediaError as error:
                 yield item, error

@@ -94,6 +94,26 @@ def short_clips(work: Sequence[Work]) -> str | None:
     )
 
 
+def slow_sources(work: Sequence[Work], fps: float | None) -> dict[str, float]:
+    """Videos slower than the frame rate asked for, with theirs."""
+    return {
+        item.entry.source: item.probe.fps
+        for item in work
+        if item.probe.fps is not None
+        and (asked := item.entry.sampling.frame_rate(fps)) is not None
+        and item.probe.fps < asked
+    }
+
+
+def slow_videos(work: Sequence[Work], fps: float | None) -> str | None:
+    """The line about videos slower than the frame rate asked for; None if there are none."""
+    slow = slow_sources(work, fps)
+    if not slow:
+        return None
+    named = _named([f"{source} ({rate:g})" for source, rate in slow.items()])
+    return f"slow     {count(len(slow), 'video')} slower than asked, taken as they are: {named}"
+
+
 def contents(folder: Path, index: CacheIndex) -> str:
     """What a cache holds, bucket by bucket."""
     lines = [f"{folder}: {count(len(index), 'sample')} in {count(len(index.shards), 'shard')}"]

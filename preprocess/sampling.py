@@ -62,11 +62,14 @@ class Sampling:
             )
         )
 
+    def frame_rate(self, asked: float | None) -> float | None:
+        """Frames a second that are taken, where the command line says `asked`."""
+        return self.own.get("fps", None if "stride" in self.own else asked)
+
     def _sized(self, rule: ClipRule) -> Iterator[ClipRule]:
         own = replace(rule, **self.own)
         # What the command line says in another way must not outlive what the dataset says.
-        if "stride" in self.own:
-            own = replace(own, fps=self.own.get("fps"))
+        own = replace(own, fps=self.frame_rate(rule.fps))
         if self.resolutions or {"image_size", "video_size"} & self.own.keys():
             own = replace(own, fixed_size=self.own.get("fixed_size"))
         for one in self.resolutions:

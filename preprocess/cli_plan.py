@@ -1,0 +1,153 @@
+"""`wanprep plan`: the options of `wanprep encode`, and what it would do with them."""
+
+import inspect
+import json as json_format
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shared.cli_support import Command
+from shared.errors import UserError
+
+if TYPE_CHECKING:
+    from preprocess.foresee import Change, Foreseen
+
+PLAN_EXAMPLES = """
+# what `wanprep encode` would do with datasets/
+wanprep plan
+
+# at 720P, with a time estimate from a few clips that are encoded now
+wanprep plan --size 960 --train-data-dir my/clips --measure
+
+# the toy clips
+wanprep plan --model toy --train-data-dir toy-clips --size 64 \\
+    --video-sample-n-frames 17 --video-sample-stride 1 --output toy-shards
+"""
+PLAN = "Plan"
+_NAMED = 5  # of a list, so many are printed
+
+
+def add_command(app: typer.Typer, encode: Callable[..., None]) -> None:
+    """Make `plan` a command of `wanprep`, with every option that `encode` has."""
+    app.command(name="plan", cls=Command, epilog=PLAN_EXAMPLES)(_with_options_of(encode, plan))
+
+
+# fmt: off
+def plan(
+    measure: Annotated[bool, typer.Option("--measure", help="Encode a few clips and captions first, to know how long the run will take; nothing of it is kept but the speed.", show_default="off", rich_help_panel=PLAN)] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print it all as JSON, with every file named.", show_default="off", rich_help_panel=PLAN)] = False,
+    **options: Any,
+) -> None:
+    """Say what `wanprep encode` would do with the same options.
+
+    How many samples of which shape there will be, what is in the shards already, what is rejected, shortened or upscaled and why, the disk that it takes and the time. Media are looked into as by encode; no encoder is built (but see --measure), and nothing is written to the output folder. The exit code is 1 where more than --max-bad would be rejected.
+
+    Next: wanprep encode, with the same options
+    """
+    from rich.console import Console
+
+    from preprocess.config import config_of
+    from preprocess.foresee import foresee
+
+    config = config_of(**options)
+    foreseen = foresee(config, Console(stderr=True), measure=measure)
+    if json:
+        typer.echo(json_format.dumps(foreseen.to_json(), indent=1, ensure_ascii=False))
+    else:
+        for line in page(foreseen, config.output):
+            typer.echo(line)
+    if len(foreseen.rejected) > config.max_bad:
+        raise UserError(
+            f"{len(foreseen.rejected)} of the dataset would be rejected, more than --max-bad "
+            f"{config.max_bad}. Mend them, or accept them with --max-bad {len(foreseen.rejected)}."
+        )
+
+
+# fmt: on
+def _with_options_of(
+    encode: Callable[..., None], command: Callable[..., None]
+) -> Callable[..., None]:
+    """`command`, whose `**options` are declared as `encode` declares them."""
+    given = inspect.signature(encode).parameters.values()
+    own = [
+        parameter
+        for parameter in inspect.signature(command).parameters.values()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    parameters = [*given, *own]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in parameters} | {"return": None}
+    return command
+
+
+def page(plan: "Foreseen", output: Path) -> list[str]:
+    """What people read."""
+    head = ("shape", "samples", "in shards", "new", "shortened", "upscaled", "new MB")
+    rows = [
+        (
+            f"{one.bucket.width}x{one.bucket.height}, "
+            + ("image" if one.bucket.frames == 1 else f"{one.bucket.frames} frames"),
+            *map(str, (one.samples, one.samples - one.new, one.new, one.shortened, one.upscaled)),
+            f"{one.new_bytes / 1e6:.2f}",
+        )
+        for one in plan.buckets
+    ]
+    counts = (plan.samples, plan.there, plan.new)
+    short = (sum(one.shortened for one in plan.buckets), sum(one.upscaled for one in plan.buckets))
+    new_bytes = sum(one.new_bytes for one in plan.buckets)
+    total = ("in all", *map(str, counts + short), f"{new_bytes / 1e6:.2f}")
+    widths = [max(map(len, column)) for column in zip(head, *rows, total, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+        for row in (head, *rows, total)
+    ]
+    rejected = [f"{one.source}: {one.reason}" for one in plan.rejected]
+    lines += _listed("rejected", rejected)
+    lines += _listed("shortened", _said(plan.shortened))
+    lines += _listed("upscaled", _said(plan.upscaled))
+    lines += _listed("slow", _said(plan.slow))
+    if plan.source_frames:
+        share = plan.dropped_frames / plan.source_frames
+        lines.append(
+            f"frames   {plan.dropped_frames} of {plan.source_frames} ({share:.0%}) of the videos "
+            "lie in no clip"
+        )
+    if plan.leftover:
+        lines.append(f"leftover {plan.leftover} in {output} are not in this dataset")
+    if plan.epoch != plan.samples:
+        lines.append(f"epoch    {plan.epoch} samples, repeats counted")
+    lines.append(f"disk     about {plan.new_bytes / 1e6:.2f} MB more in {output}, prompts included")
+    lines.append(f"time     {_time(plan)}")
+    return lines
+
+
+def _said(changes: "tuple[Change, ...]") -> list[str]:
+    return [f"{change.source}: {change.said}" for change in changes]
+
+
+def _listed(title: str, entries: list[str]) -> list[str]:
+    if not entries:
+        return []
+    more = [f"  ... {len(entries) - _NAMED} more (--json names all)"]
+    rest = more if len(entries) > _NAMED else []
+    return [f"{title} {len(entries)}:", *(f"  {entry}" for entry in entries[:_NAMED]), *rest]
+
+
+def _time(plan: "Foreseen") -> str:
+    if not plan.new:
+        return "nothing to encode"
+    if plan.seconds is None:
+        return (
+            "unknown: these encoders have not run on this device yet. To know it, add --measure, "
+            "which encodes a few clips"
+        )
+    minutes = round(plan.seconds / 60)
+    if plan.seconds < 90:
+        about = f"{plan.seconds:.0f} s" if plan.seconds >= 1 else "a second"
+    else:
+        about = f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+    return (
+        f"about {about} in one process, as fast as measured here before (without loading weights)"
+    )

@@ -1,0 +1,358 @@
+"""What `wanprep encode` would do, by the same steps up to the encoders: `wanprep plan`.
+
+Nothing is written to the output folder. An encoder is built only to measure its speed.
+"""
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from preprocess import report
+from preprocess.config import EncodeConfig
+from preprocess.dataset import Rejected
+from preprocess.encode import (
+    clip_rule,
+    committed_samples,
+    dataset_of,
+    encodable_model,
+    missing_of,
+    missing_prompts,
+)
+from preprocess.engine import LocalEngine
+from preprocess.fingerprint import encode_fingerprint, refuse_other_settings
+from preprocess.index import build_index
+from preprocess.media import MediaError
+from preprocess.passes import Times
+from preprocess.plan import Work, plan_work
+from preprocess.speed import Speed, known_speed, remember_speed
+from preprocess.text_cache import TextCache
+from preprocess.workers import WorkerPool
+from shared.buckets import Bucket
+from shared.cache import CacheIndex, Sidecar, committed_shards, committed_tombstones
+from shared.cli_support import say
+from shared.errors import UserError
+from shared.fingerprint import Fingerprint
+from shared.hashing import FileHasher
+from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec
+from shared.schema import DTYPES
+
+_BLOCK = 512  # of a tar: a header of one, content rounded up
+_TENSOR_HEADER = 96  # bytes that safetensors puts before a tensor, about
+_CLIP_TOKENS = 257
+_MEASURED = 3  # clips and captions that --measure encodes
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketPlan:
+    """Samples of one shape."""
+
+    bucket: Bucket
+    samples: int
+    new: int
+    shortened: int
+    upscaled: int
+    new_bytes: int
+    """About what the new ones take in shards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """Something that becomes of a medium, for the reader to see."""
+
+    source: str
+    said: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreseen:
+    """What a run would find and do."""
+
+    buckets: tuple[BucketPlan, ...]
+    samples: int
+    new: int
+    leftover: int
+    """Samples in the shards that the dataset does not give (any more)."""
+    epoch: int
+    """Samples that an epoch shows, repeats counted."""
+    rejected: tuple[Rejected, ...]
+    shortened: tuple[Change, ...]
+    upscaled: tuple[Change, ...]
+    slow: tuple[Change, ...]
+    """Videos slower than the frame rate asked for."""
+    source_frames: int
+    """Of all videos."""
+    dropped_frames: int
+    """Of these, how many lie before, between and after the clips."""
+    new_bytes: int
+    seconds: float | None
+    """In the encoders; None where their speed is not known."""
+
+    @property
+    def there(self) -> int:
+        """Samples that are in the shards already."""
+        return self.samples - self.new
+
+    def to_json(self) -> dict[str, Any]:
+        """For scripts: names as here, buckets with their sides."""
+
+        def changes(found: Sequence[Change]) -> list[dict[str, str]]:
+            return [{"source": change.source, "change": change.said} for change in found]
+
+        return {
+            "samples": self.samples,
+            "in_shards": self.there,
+            "new": self.new,
+            "leftover": self.leftover,
+            "samples_an_epoch": self.epoch,
+            "bytes": self.new_bytes,
+            "seconds": self.seconds,
+            "source_frames": self.source_frames,
+            "dropped_frames": self.dropped_frames,
+            "buckets": [
+                {
+                    "width": plan.bucket.width,
+                    "height": plan.bucket.height,
+                    "frames": plan.bucket.frames,
+                    "samples": plan.samples,
+                    "in_shards": plan.samples - plan.new,
+                    "new": plan.new,
+                    "shortened": plan.shortened,
+                    "upscaled": plan.upscaled,
+                    "bytes": plan.new_bytes,
+                }
+                for plan in self.buckets
+            ],
+            "rejected": [{"source": one.source, "reason": one.reason} for one in self.rejected],
+            "shortened": changes(self.shortened),
+            "upscaled": changes(self.upscaled),
+            "slow": changes(self.slow),
+        }
+
+
+def foresee(config: EncodeConfig, console: Console, *, measure: bool = False) -> Foreseen:
+    """What `encode` would do with this configuration.
+
+    `measure`: encode a few clips and captions now, to know the speed. Raises UserError where
+    `encode` would refuse to begin.
+    """
+    with WorkerPool(config.workers, timeout=config.decode_timeout) as pool:
+        dataset = dataset_of(config)
+        spec = encodable_model(config)
+        say(console, f"dataset  {dataset.origin}: {len(dataset.entries)} usable")
+        say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
+        hasher = FileHasher()
+        with console.status("digesting the encoders' weights (read once, then remembered)"):
+            fingerprint = encode_fingerprint(config, spec, hasher)
+        sidecars = committed_shards(config.output) if config.output.is_dir() else []
+        refuse_other_settings(config.output, sidecars, fingerprint)
+        index = index_without_writing(config.output, sidecars)
+        committed = committed_samples(index)
+        with report.bar(console, "looking into the media", len(dataset.entries)) as advance:
+            planned, rejected = plan_work(
+                dataset.entries,
+                clip_rule(config, spec),
+                hasher,
+                pool,
+                committed=committed,
+                on_progress=advance,
+                video_repeat=config.video_repeat,
+            )
+        new = [(work, missing) for work in planned if (missing := missing_of(work, committed))]
+        unseen = [work for work, _ in new if not any(key in committed for key, _ in work.samples)]
+        prompts = [text for _, text in missing_prompts(config, index)]
+        captions = list(dict.fromkeys([*prompts, *(text for _, m in new for _, text in m)]))
+        if measure and unseen:
+            _measure(config, spec, fingerprint, pool, unseen, captions)
+
+    tokens = dict(zip(captions, _token_counts(spec.folder, captions), strict=True))
+    live = {key for work in planned for key, _ in work.samples}
+    gone = {work.home: missing for work, missing in new}
+    return Foreseen(
+        buckets=tuple(_buckets(config, spec, planned, gone, tokens)),
+        samples=len(live),
+        new=sum(len(missing) for _, missing in new),
+        leftover=len(committed.keys() - live),
+        epoch=sum(work.repeats * len(work.samples) for work in planned),
+        rejected=(*dataset.rejected, *rejected),
+        shortened=tuple(_shortened(planned)),
+        upscaled=tuple(_upscaled(planned)),
+        slow=tuple(_slow(planned, config.fps)),
+        **_frames(planned),
+        new_bytes=sum(_bytes(config, spec, work, missing, tokens) for work, missing in new)
+        + sum(_tensor(config, tokens[text], spec.text_dim) for text in prompts),
+        seconds=_seconds(known_speed(config, fingerprint), unseen, captions),
+    )
+
+
+def index_without_writing(folder: Path, sidecars: Sequence[Sidecar]) -> CacheIndex | None:
+    """The index of a cache as it is now, derived beside it: the one in the folder may be stale.
+
+    None where nothing is committed.
+    """
+    if not sidecars:
+        return None
+    with tempfile.TemporaryDirectory() as name:
+        beside = Path(name)
+        for sidecar in sidecars:
+            for path in (folder / sidecar.shard, Sidecar.path_for(folder / sidecar.shard)):
+                (beside / path.name).symlink_to(path.resolve())
+        for tombstones in committed_tombstones(folder):
+            (beside / tombstones.name).symlink_to((folder / tombstones.name).resolve())
+        index = build_index(beside)
+        _ = index.keys, index.captions, index.repeats  # read while they are there
+        return replace(index, folder=folder)
+
+
+def _measure(
+    config: EncodeConfig,
+    spec: ModelSpec,
+    fingerprint: Fingerprint,
+    pool: WorkerPool,
+    works: Sequence[Work],
+    captions: Sequence[str],
+) -> None:
+    """Encode a few and remember how long it took."""
+    times = Times()
+    engine = LocalEngine(config, spec, pool, times)
+    middle = sorted(works, key=_pixels)[len(works) // 2]
+    with tempfile.TemporaryDirectory() as name:
+        texts = TextCache(Path(name), fingerprint, 0)
+        engine.encode_texts(captions[:_MEASURED], texts, on_progress=lambda: None)
+        results = engine.encode_media([middle] * _MEASURED, texts)
+        for number, (_, result) in enumerate(results):
+            if isinstance(result, MediaError):
+                raise UserError(f"--measure: {result}")
+            if number == 0:  # was slower: buffers were allocated, kernels chosen
+                times.pixels, times.media_seconds = 0, 0.0
+    remember_speed(config, fingerprint, times)
+
+
+def _pixels(work: Work) -> int:
+    bucket = work.clip.bucket
+    return bucket.height * bucket.width * bucket.frames
+
+
+def _seconds(speed: Speed, works: Sequence[Work], captions: Sequence[str]) -> float | None:
+    megapixels = sum(map(_pixels, works)) / 1e6
+    parts = ((speed.megapixel, megapixels), (speed.caption, len(captions)))
+    if any(one is None and units for one, units in parts):
+        return None
+    return sum((one or 0.0) * units for one, units in parts)
+
+
+def _token_counts(folder: Path, captions: Sequence[str]) -> list[int]:
+    """Tokens of each caption; about, where the tokenizer has no fast form."""
+    file = folder / "tokenizer" / "tokenizer.json"
+    if file.is_file():
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.no_padding()
+        counts = [len(found.ids) for found in tokenizer.encode_batch(list(captions))]
+    else:
+        counts = [len(caption.encode()) // 4 + 1 for caption in captions]
+    return [min(MAX_TEXT_TOKENS, number) for number in counts]
+
+
+def _tensor(config: EncodeConfig, *shape: int) -> int:
+    """Bytes of a member with one tensor, its tar header included."""
+    values = DTYPES[config.dtype].itemsize
+    for side in shape:
+        values *= side
+    return _BLOCK + ceil((values + _TENSOR_HEADER) / _BLOCK) * _BLOCK
+
+
+def _bytes(
+    config: EncodeConfig,
+    spec: ModelSpec,
+    work: Work,
+    missing: Sequence[tuple[str, str]],
+    tokens: dict[str, int],
+) -> int:
+    """Bytes in the shards of what is missing of a clip."""
+    latents = _tensor(config, *work.clip.bucket.latent_shape(spec.latent_channels, spec.stride))
+    each = latents * (2 if spec.mode == "i2v" else 1)
+    if spec.image_dim is not None:
+        each += _tensor(config, _CLIP_TOKENS, spec.image_dim)
+    total = 0
+    for _, caption in missing:
+        info = _BLOCK + ceil(len(work.info(caption).to_bytes()) / _BLOCK) * _BLOCK
+        total += each + info + _tensor(config, tokens[caption], spec.text_dim)
+    return total
+
+
+def _buckets(
+    config: EncodeConfig,
+    spec: ModelSpec,
+    planned: Sequence[Work],
+    missing: dict[str, list[tuple[str, str]]],
+    tokens: dict[str, int],
+) -> Iterable[BucketPlan]:
+    by_bucket: dict[Bucket, list[Work]] = {}
+    for work in planned:
+        by_bucket.setdefault(work.clip.bucket, []).append(work)
+    for bucket, works in sorted(by_bucket.items()):
+        gone = [(work, missing.get(work.home, [])) for work in works]
+        yield BucketPlan(
+            bucket=bucket,
+            samples=sum(len(work.samples) for work in works),
+            new=sum(len(which) for _, which in gone),
+            shortened=sum(len(w.samples) for w in works if _is_short(w)),
+            upscaled=sum(len(w.samples) for w in works if _upscaling(w) > 1),
+            new_bytes=sum(_bytes(config, spec, work, which, tokens) for work, which in gone),
+        )
+
+
+def _is_short(work: Work) -> bool:
+    return work.type == "video" and work.clip.bucket.frames < work.clip.asked
+
+
+def _upscaling(work: Work) -> float:
+    """How much larger than the source a sample is shown; 1 or less: no pixel is made up."""
+    bucket, probe = work.clip.bucket, work.probe
+    return max(bucket.height / probe.height, bucket.width / probe.width)
+
+
+def _shortened(planned: Sequence[Work]) -> Iterable[Change]:
+    for work in filter(_is_short, planned):
+        said = f"{work.clip.asked} frames asked, {work.clip.bucket.frames} taken of"
+        yield Change(source=work.entry.source, said=f"{said} {work.probe.frames}")
+
+
+def _upscaled(planned: Sequence[Work]) -> Iterable[Change]:
+    for work in planned:
+        if (factor := _upscaling(work)) > 1:
+            probe, bucket = work.probe, work.clip.bucket
+            sizes = f"{probe.width}x{probe.height} to {bucket.width}x{bucket.height}"
+            yield Change(source=work.entry.source, said=f"{sizes}, {factor:.2f} times as large")
+
+
+def _slow(planned: Sequence[Work], fps: float | None) -> Iterable[Change]:
+    for source, rate in report.slow_sources(planned, fps).items():
+        yield Change(source=source, said=f"{rate:g} frames a second, taken as they are")
+
+
+def _frames(planned: Sequence[Work]) -> dict[str, int]:
+    """Frames of all videos, and those outside of every clip."""
+    spans: dict[str, list[tuple[int, int]]] = {}
+    length: dict[str, int] = {}
+    for work in planned:
+        if work.type == "video":
+            indices = work.clip.frame_indices
+            spans.setdefault(work.entry.source, []).append((indices[0], indices[-1] + 1))
+            length[work.entry.source] = work.probe.frames
+    inside = 0
+    for windows in spans.values():
+        reached = 0
+        for start, end in sorted(windows):
+            inside += max(0, end - max(start, reached))
+            reached = max(reached, end)
+    return {
+        "source_frames": sum(length.values()),
+        "dropped_frames": sum(length.values()) - inside,
+    }
