@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shared.cli_support import Command
+from shared.cli_support import Command, echo
 from shared.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,10 +54,10 @@ def plan(
     config = config_of(**options)
     foreseen = foresee(config, Console(stderr=True), measure=measure)
     if json:
-        typer.echo(json_format.dumps(foreseen.to_json(), indent=1, ensure_ascii=False))
+        echo(json_format.dumps(foreseen.to_json(), indent=1, ensure_ascii=False))
     else:
         for line in page(foreseen, config.output):
-            typer.echo(line)
+            echo(line)
     if len(foreseen.rejected) > config.max_bad:
         raise UserError(
             f"{len(foreseen.rejected)} of the dataset would be rejected, more than --max-bad "

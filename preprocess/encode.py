@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 
@@ -105,7 +107,7 @@ def _encode(
         sidecars = committed_shards(config.output)
         refuse_other_settings(config.output, sidecars, fingerprint)
         outcome.index = settled_index(config.output) if sidecars else None
-        committed = committed_samples(outcome.index)
+        committed = _committed(outcome.index)
 
         # What is missing of the dataset.
         with report.bar(console, "looking into the media", len(dataset.entries)) as advance:
@@ -135,7 +137,8 @@ def _encode(
         todo = [work for work in mine if missing_of(work, committed)]
         captions = [caption for work in todo for _, caption in missing_of(work, committed)]
         # One prompt bank is enough; the first rank brings it.
-        prompts = missing_prompts(config, outcome.index) if config.rank.number == 0 else []
+        bank = outcome.index.prompt_shards if outcome.index is not None else ()
+        prompts = missing_prompts(config, bank) if config.rank.number == 0 else []
         outcome.left = len(captions)
         _say_plan(console, config, planned, mine, committed, outcome)
         leftover: list[str] = []
@@ -243,14 +246,19 @@ def clip_rule(config: EncodeConfig, spec: ModelSpec) -> ClipRule:
     )
 
 
-def committed_samples(index: CacheIndex | None) -> Captions:
-    """What is in the shards."""
+def _committed(index: CacheIndex | None) -> Captions:
     if index is None:
         return {}
-    captions, repeats = index.captions, index.repeats
+    return committed_samples(index.keys, index.captions, index.repeats)
+
+
+def committed_samples(
+    keys: npt.NDArray[np.uint8], captions: npt.NDArray[np.uint8], repeats: npt.NDArray[np.int32]
+) -> Captions:
+    """What is in the shards, from columns of the index."""
     return {
-        index.key(row): Committed(bytes(captions[row]), int(repeats[row]))
-        for row in range(len(index))
+        bytes(keys[row]).hex(): Committed(bytes(captions[row]), int(repeats[row]))
+        for row in range(len(keys))
     }
 
 
@@ -272,9 +280,9 @@ def _split(todo: Sequence[Work], committed: Captions) -> tuple[list[Work], list[
     return known, new
 
 
-def missing_prompts(config: EncodeConfig, index: CacheIndex | None) -> list[tuple[str, str]]:
-    """(role, prompt) of the prompt bank that are not there yet; the last entry of a role counts."""
-    there = read_prompts(config.output, index.prompt_shards) if index is not None else []
+def missing_prompts(config: EncodeConfig, bank: tuple[str, ...]) -> list[tuple[str, str]]:
+    """(role, prompt) that the bank's shards lack; the last entry of a role counts."""
+    there = read_prompts(config.output, bank)
     last = {prompt.role: prompt.prompt for prompt in there}
     wanted = {"empty": "", "negative": config.negative_prompt}
     return [(role, text) for role, text in wanted.items() if last.get(role) != text]
@@ -312,7 +320,7 @@ def _finish(config: EncodeConfig, outcome: Outcome, planned: Sequence[Work]) -> 
     write_rejected(rejected_file(config.output, config.rank), outcome.rejected)
     if committed_shards(config.output):
         outcome.index = settled_index(config.output)
-    committed = committed_samples(outcome.index)
+    committed = _committed(outcome.index)
     outcome.left = sum(len(missing_of(work, committed)) for work in planned)
 
 

@@ -5,7 +5,7 @@ Nothing is written to the output folder. An encoder is built only to measure its
 
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,15 @@ from preprocess.encode import (
 )
 from preprocess.engine import LocalEngine
 from preprocess.fingerprint import encode_fingerprint, refuse_other_settings
-from preprocess.index import build_index
+from preprocess.index import live_columns
 from preprocess.media import MediaError
 from preprocess.passes import Times
-from preprocess.plan import Work, plan_work
+from preprocess.plan import Captions, Work, plan_work
 from preprocess.speed import Speed, known_speed, remember_speed
 from preprocess.text_cache import TextCache
 from preprocess.workers import WorkerPool
 from shared.buckets import Bucket
-from shared.cache import CacheIndex, Sidecar, committed_shards, committed_tombstones
+from shared.cache import committed_shards
 from shared.cli_support import say
 from shared.errors import UserError
 from shared.fingerprint import Fingerprint
@@ -150,8 +150,11 @@ def foresee(config: EncodeConfig, console: Console, *, measure: bool = False) ->
             fingerprint = encode_fingerprint(config, spec, hasher)
         sidecars = committed_shards(config.output) if config.output.is_dir() else []
         refuse_other_settings(config.output, sidecars, fingerprint)
-        index = index_without_writing(config.output, sidecars)
-        committed = committed_samples(index)
+        committed: Captions = {}
+        bank: tuple[str, ...] = ()
+        if sidecars:
+            columns, bank = live_columns(config.output)
+            committed = committed_samples(columns["key"], columns["caption"], columns["repeats"])
         with report.bar(console, "looking into the media", len(dataset.entries)) as advance:
             planned, rejected = plan_work(
                 dataset.entries,
@@ -164,7 +167,7 @@ def foresee(config: EncodeConfig, console: Console, *, measure: bool = False) ->
             )
         new = [(work, missing) for work in planned if (missing := missing_of(work, committed))]
         unseen = [work for work, _ in new if not any(key in committed for key, _ in work.samples)]
-        prompts = [text for _, text in missing_prompts(config, index)]
+        prompts = [text for _, text in missing_prompts(config, bank)]
         captions = list(dict.fromkeys([*prompts, *(text for _, m in new for _, text in m)]))
         if measure and unseen:
             _measure(config, spec, fingerprint, pool, unseen, captions)
@@ -187,25 +190,6 @@ def foresee(config: EncodeConfig, console: Console, *, measure: bool = False) ->
         + sum(_tensor(config, tokens[text], spec.text_dim) for text in prompts),
         seconds=_seconds(known_speed(config, fingerprint), unseen, captions),
     )
-
-
-def index_without_writing(folder: Path, sidecars: Sequence[Sidecar]) -> CacheIndex | None:
-    """The index of a cache as it is now, derived beside it: the one in the folder may be stale.
-
-    None where nothing is committed.
-    """
-    if not sidecars:
-        return None
-    with tempfile.TemporaryDirectory() as name:
-        beside = Path(name)
-        for sidecar in sidecars:
-            for path in (folder / sidecar.shard, Sidecar.path_for(folder / sidecar.shard)):
-                (beside / path.name).symlink_to(path.resolve())
-        for tombstones in committed_tombstones(folder):
-            (beside / tombstones.name).symlink_to((folder / tombstones.name).resolve())
-        index = build_index(beside)
-        _ = index.keys, index.captions, index.repeats  # read while they are there
-        return replace(index, folder=folder)
 
 
 def _measure(

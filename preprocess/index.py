@@ -104,6 +104,13 @@ def settled_index(folder: Path) -> CacheIndex:
         return index
 
 
+def live_columns(folder: Path) -> tuple[Columns, tuple[str, ...]]:
+    """The index's columns as they would be now, and the prompts' shards; nothing is written."""
+    entries = _entries(folder)
+    columns = _columns(folder, entries, _reusable(folder, entries))
+    return columns, tuple(sidecar.shard for sidecar in entries.prompts)
+
+
 def build_index(folder: Path) -> CacheIndex:
     """Write `index.zarr` and `manifest.json` from the committed shards alone; open the result.
 
@@ -178,9 +185,8 @@ def _renumbered(
     return np.asarray([numbers[name] for name in old], dtype=np.int32)[positions]
 
 
-def _write_index(
-    folder: Path, entries: _Entries, reusable: tuple[set[str], Columns] | None
-) -> CacheIndex:
+def _columns(folder: Path, entries: _Entries, reusable: tuple[set[str], Columns] | None) -> Columns:
+    """The live rows, by key; `bucket` is not filled in."""
     _refuse_mixed(folder, entries.sidecars)
     known, columns = reusable or (set(), _Rows(0, (), None).columns())
     sidecars = entries.samples
@@ -193,7 +199,14 @@ def _write_index(
         name: np.concatenate([columns[name], *(new.pop(name) for new in scanned)])
         for name in COLUMNS
     }
-    columns = _live(columns, sidecars, entries.tombstones)
+    return _live(columns, sidecars, entries.tombstones)
+
+
+def _write_index(
+    folder: Path, entries: _Entries, reusable: tuple[set[str], Columns] | None
+) -> CacheIndex:
+    columns = _columns(folder, entries, reusable)
+    sidecars = entries.samples
     buckets = sorted({sidecar.bucket for sidecar in sidecars if sidecar.bucket})
     position = {bucket: number for number, bucket in enumerate(buckets)}
     bucket_of_shard = np.asarray([position[s.bucket] for s in sidecars if s.bucket], np.int32)
