@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from shared.cli_support import Command
+from preprocess.remote import shards_folder
+from shared.cli_support import Command, echo
 from shared.device import default_device
 from shared.errors import UserError
 from shared.model_spec import DEFAULT_MODEL
@@ -27,7 +28,7 @@ INPUT, DECODE, OUTPUT = "Input", "Decoding", "Output"
 
 # fmt: off
 def verify(
-    shards: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
+    shards: Annotated[Path, typer.Option(parser=shards_folder, metavar="DIR|URL", help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
 
     decode: Annotated[int, typer.Option(metavar="N", help="Draw N samples and decode them with the VAE.", rich_help_panel=DECODE)] = 0,
     sample: Annotated[list[str] | None, typer.Option("--sample", metavar="KEY", help="Decode this sample; may be given several times.", show_default="none", rich_help_panel=DECODE)] = None,
@@ -67,19 +68,19 @@ def verify(
     quiet = json is not None and str(json) == "-"
     if not quiet:
         for line in verify_report.lines(verified.findings):
-            typer.echo(line)
-        typer.echo(verify_report.summary(verified))
+            echo(line)
+        echo(verify_report.summary(verified))
     if decode or sample:
         done = decode_samples(config, console)
         also = findings(config, done)
         verified.findings += also
         if not quiet:
             for line in [*map(verify_report.decoded, done), *verify_report.lines(also)]:
-                typer.echo(line)
+                echo(line)
     if json is not None:
         text = verify_report.as_json(verified)
         if quiet:
-            typer.echo(text)
+            echo(text)
         else:
             json.write_text(text + "\n")
     if verified.errors:

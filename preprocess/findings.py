@@ -32,6 +32,8 @@ CODES = {
     "cond-shape": "a condition of another shape than the latents",
     "cond-constant": "a condition that is one value throughout",
     "cond-foreign": "a condition whose first frame is not the latents' first frame",
+    "clip-shape": "CLIP embeddings of another width than the fingerprint says",
+    "clip-zero": "CLIP embeddings that are all zeros",
     "text-shape": "text of another width than the fingerprint says, or longer than its maximum",
     "text-zero": "text that is all zeros",
     "not-finite": "NaN or infinite values",

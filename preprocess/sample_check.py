@@ -8,7 +8,7 @@ import torch
 
 from shared.buckets import Bucket
 from shared.errors import json_kind
-from shared.fingerprint import Fingerprint
+from shared.fingerprint import WITH_CLIP, Fingerprint
 from shared.overlays import required_members
 from shared.schema import (
     CONDITION_MEMBER,
@@ -51,6 +51,8 @@ class Expected:
     latents: tuple[int, ...] | None
     """(C, T, h, w); None where there are none."""
     latents_dtype: torch.dtype | None
+    clip_dim: int | None
+    """Width of the CLIP embeddings that lie beside a condition; None where there are none."""
     text_dim: int | None
     text_length: int | None
     text_dtype: torch.dtype | None
@@ -64,7 +66,7 @@ class Expected:
             time, high, wide = map(int, own["stride"])
             shape = bucket.latent_shape(int(own["channels"]), (time, high, wide))
         text = fingerprint.get("text") if TEXT_MEMBER in required else None
-        if LATENTS_MEMBER in required and fingerprint["mode"] == "i2v":
+        if LATENTS_MEMBER in required and fingerprint["mode"] in ("i2v", WITH_CLIP):
             required = (*required, CONDITION_MEMBER)
         return cls(
             bucket=bucket,
@@ -72,10 +74,15 @@ class Expected:
             allowed=required,
             latents=shape,
             latents_dtype=None if own is None else DTYPES[own["dtype"]],
+            clip_dim=int(fingerprint["image"]["dim"]) if "image" in fingerprint else None,
             text_dim=None if text is None else int(text["dim"]),
             text_length=None if text is None else int(text["max_length"]),
             text_dtype=None if text is None else DTYPES[text["dtype"]],
         )
+
+    @property
+    def of_images(self) -> bool:
+        return self.bucket is not None and self.bucket.frames == 1
 
     def most_bytes(self, suffix: str) -> int:
         """More than this a member cannot have, so a hostile one never fills the memory."""
@@ -170,6 +177,8 @@ def _check_tensors(
         yield Problem("dtype", _dtype(tensor.dtype), _dtype(dtype))
     for other, values in tensors.items():
         yield from _check_finite(other, values)
+    if suffix == CONDITION_MEMBER:
+        yield from _check_clip(tensors.get("clip"), expected)
     if suffix == TEXT_MEMBER:
         shape_is_right = (
             tensor.ndim == 2
@@ -189,6 +198,19 @@ def _check_tensors(
     elif bool((tensor == tensor.view(-1)[0]).all()):
         yield Problem(f"{name}-constant", f"only {float(tensor.view(-1)[0]):g}", "a picture")
     yield tensor
+
+
+def _check_clip(clip: torch.Tensor | None, expected: Expected) -> Iterator[Problem]:
+    """CLIP embeddings (tokens, D) are there where the fingerprint says so; zeros for images."""
+    if (clip is None) != (expected.clip_dim is None):
+        has, wanted = ("no clip", "it") if clip is None else ("a clip", "none: no model has one")
+        yield Problem("tensor-name", has, wanted)
+    elif clip is not None and clip.shape[1] != expected.clip_dim:
+        yield Problem("clip-shape", f"shape {tuple(clip.shape)}", f"rows of {expected.clip_dim}")
+    elif clip is not None and clip.dtype != expected.latents_dtype:
+        yield Problem("dtype", f"clip {_dtype(clip.dtype)}", f"{expected.latents_dtype}")
+    elif clip is not None and not bool(clip.any()) and not expected.of_images:
+        yield Problem("clip-zero", f"{len(clip)} rows of zeros", "an embedding")
 
 
 def _check_finite(name: str, values: torch.Tensor) -> Iterator[Problem]:

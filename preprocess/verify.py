@@ -176,7 +176,7 @@ class _Folder:
         self.fingerprint: dict[str, Any] = next(
             (s.fingerprint for s in self.sidecars if digest_of(s.fingerprint) == self._digest), {}
         )
-        self.bytes = sum(_size(folder / sidecar.shard) for sidecar in self.sidecars)
+        self.bytes = sum(sidecar.bytes for sidecar in self.sidecars)
         self._current = self._is_current()
 
     # What is read before any tar.
@@ -374,9 +374,9 @@ class _Folder:
             try:
                 expected_of = Expected.of(sidecar.fingerprint, sidecar.bucket)
                 found = check_shard(path, sidecar, expected_of, on_bytes)
-            except OSError as error:
-                cure = _redo_shard(sidecar)
-                self._add("tar-damaged", sidecar.shard, f"{error}", "a file to read", cure)
+            except (OSError, UserError) as error:
+                why = _why(error, path)
+                self._add("tar-damaged", sidecar.shard, why, "a tar to read", _redo_shard(sidecar))
                 continue
             self.samples += len(found.rows) if sidecar.kind == "samples" else 0
             roles |= found.roles
@@ -567,13 +567,6 @@ def _redo_shard(sidecar: Sidecar) -> str:
         f"restore {sidecar.shard}, or delete it with its sidecar and run "
         f"`{made_by(sidecar.fingerprint)}` again: it encodes only what is missing"
     )
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
 
 
 def _why(error: Exception, path: Path) -> str:

@@ -521,6 +521,34 @@ def test_conditions_beside_it_are_checked_too(world: World, tmp_path: Path) -> N
     assert bad["key"] == members[1][0].split(".")[0] and "add-condition" in bad["cure"]
 
 
+@pytest.mark.parametrize("mode", ["ti2v", "wan21-i2v"])
+def test_every_family_is_clean(mode: Any, world: World, tmp_path: Path) -> None:
+    other = World(
+        world.data, tiny_model(tmp_path / mode, mode, two_experts=False), tmp_path / "shards"
+    )
+    assert wanprep(*other.encode(other.shards)).code == 0
+    code, findings, said = verify(other.shards)
+    assert (code, findings) == (0, []), said
+    if mode == "ti2v":
+        return
+    tar = sample_tars(other.shards)[0]
+    members = read_tar(tar)
+    tensors = load(members[3][1])
+    for clip, code in (
+        (None, "tensor-name"),
+        (torch.zeros_like(tensors["clip"]), "clip-zero"),
+        (tensors["clip"][:, 1:], "clip-shape"),
+        (tensors["clip"] * float("inf"), "not-finite"),
+    ):
+        with_it = {} if clip is None else {"clip": clip.contiguous()}
+        members[3] = members[3][0], save({"cond": tensors["cond"], **with_it})
+        write_tar(tar, members)
+        sign(tar)
+        _, findings, _ = verify(other.shards)
+        (bad,) = (f for f in findings if f["key"])
+        assert f"{bad['key']}.{bad['member']}" == members[3][0] and bad["code"] == code
+
+
 def test_the_cure_of_a_sick_sample_cures_it(world: World, shards: Path) -> None:
     (tar,) = (tar for tar in sample_tars(shards) if "-f9-" in tar.name)
     members, key, _ = changed("NaN latents", read_tar(tar), random.Random(0))
