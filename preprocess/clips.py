@@ -78,13 +78,15 @@ class Clip:
 
     bucket: Bucket
     frame_indices: tuple[int, ...]
+    """Empty where there is no medium, but a caption alone."""
     asked: int = field(default=1, compare=False)
     """Frames that it would have, were the source long enough."""
 
     def transform(self) -> dict[str, Any]:
         """What, beside the media's bytes, decides the pixels; enters the sample's key."""
         size = [self.bucket.height, self.bucket.width]
-        return {"size": size, "frames": list(self.frame_indices)}
+        frames = list(self.frame_indices) or self.bucket.frames  # the latter without a medium
+        return {"size": size, "frames": frames}
 
 
 def choose_clips(

@@ -46,7 +46,7 @@ from shared.hashing import FileHasher
 from shared.interrupt import Interrupted, Interruption, catch_signals
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
 from shared.overlays import CONDITIONS
-from shared.schema import CONDITION_MEMBER, DTYPES, JSON_MEMBER, pack, sample_key
+from shared.schema import CONDITION_MEMBER, DTYPES, JSON_MEMBER, MEDIA_TYPES, pack, sample_key
 
 if TYPE_CHECKING:
     from preprocess.encoders import LatentEncoder
@@ -151,7 +151,8 @@ def _add(
         outcome.folder, fingerprint, writer=config.rank.number, world=config.rank.world, cure=cure
     ) as there:
         outcome.index = there
-        mine = [row for row in range(len(base)) if config.rank.owns(base.key(row))]
+        media = np.flatnonzero(base.types != MEDIA_TYPES.index("text"))  # a caption has no frame
+        mine = [int(row) for row in media if config.rank.owns(base.key(int(row)))]
         todo = _clips(base, _missing(base, mine, there), config.data_dir)
         outcome.left = sum(len(clip.rows) for clip in todo)
         say(
@@ -263,8 +264,6 @@ def _clips(base: CacheIndex, rows: Sequence[int], data_dir: Path) -> list[_Clip]
     try:
         for row in rows:
             info = reader.info(row)
-            if info["type"] == "text":  # has no first frame
-                continue
             bucket = base.buckets[int(base.bucket_ids[row])]
             clip = Clip(bucket=bucket, frame_indices=tuple(info["frame_indices"]))
             name = (str(info["source"]), clip)

@@ -6,13 +6,21 @@ Nothing is decoded here. An entry that cannot be used is rejected with a reason;
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from preprocess.media import ANIMATIONS, Kind, MediaError
-from preprocess.metadata import CAPTION_FIELDS, NAMES, PATH_FIELDS, find_metadata, read_metadata
+from preprocess.metadata import (
+    CAPTION_FIELDS,
+    CAPTION_ONLY_FIELDS,
+    NAMES,
+    PATH_FIELDS,
+    Record,
+    find_metadata,
+    read_metadata,
+)
 from preprocess.sampling import Sampling
 from preprocess.sources import Medium, TarMember
 from preprocess.tars import (
@@ -42,9 +50,10 @@ AS_ASKED = Sampling()
 class Entry:
     """One medium with one caption, as listed; nothing about the file is known yet."""
 
-    path: Medium
+    path: Medium | None
+    """None: there is only the caption."""
     source: str
-    """As given; relative to the data folder where the file lies inside it."""
+    """As given; relative to the data folder where the file lies inside it. "" without a medium."""
     caption: str
     """Without surrounding whitespace, never empty."""
     type: Kind
@@ -52,6 +61,11 @@ class Entry:
     """What its dataset says about sizes and frames."""
     repeats: int = 1
     """How often an epoch shows it."""
+    shape: tuple[int, int] | None = None
+    """(height, width) of a medium that the caption would fit, where it has none; only their ratio
+    counts. None: not said."""
+    frames: int | None = None
+    """Most frames that such a medium would have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,21 +126,76 @@ def _from_metadata(
     records = read_metadata(metadata)
     entries: list[Entry] = []
     rejected: list[Rejected] = []
+    captions_only = kind is None and _captions_only(records)
     for record in records:
         try:
             if record.problem is not None:
                 raise _BadEntryError(record.problem)
-            entries += _entries(record.value, data_dir, kind)
+            if _is_text(record.value) or (captions_only and isinstance(record.value, dict)):
+                entries += _text_entries(record.value, kind)
+            else:
+                entries += _entries(record.value, data_dir, kind)
         except _BadEntryError as error:
             named = _named_path(record.value)
             rejected.append(Rejected(source=named or record.where, reason=str(error)))
-    nothing_found = not any(_exists(entry.path) for entry in entries)
+    nothing_found = not any(entry.path is None or _exists(entry.path) for entry in entries)
     if records and nothing_found and not data_dir.is_dir():
         raise UserError(
             f"dataset: no folder {data_dir}, and no file that {metadata} lists is there. Set "
             "--train-data-dir (or DATASET_NAME) to the folder that its paths are relative to."
         )
     return Dataset(origin=metadata, entries=tuple(entries), rejected=tuple(rejected))
+
+
+def _is_text(item: Any) -> bool:
+    return isinstance(item, dict) and item.get("type") == "text"
+
+
+def _captions_only(records: Sequence[Record]) -> bool:
+    """Whether a list is one of captions: no entry has, or seems to have, a path or another type.
+
+    Where some have one, an entry without is a mistake; so is a path under a name that isn't known.
+    """
+    values = [record.value for record in records if isinstance(record.value, dict)]
+    return all(
+        value.keys() <= set(CAPTION_ONLY_FIELDS) and value.get("type", "text") in (None, "", "text")
+        for value in values
+    )
+
+
+def _text_entries(item: dict[str, Any], only: Literal["video", "image"] | None) -> list[Entry]:
+    """Captions without a medium, an entry for each."""
+    if only is not None:
+        raise _BadEntryError(f"a caption without a medium among {only}s")
+    if paths := _filled(item, PATH_FIELDS):
+        raise _BadEntryError(f"type is 'text' and {' and '.join(paths)} is given, expected one")
+    captions = _captions(item, _filled_captions(item))
+    shape = {name: _whole_number(item, name) for name in ("height", "width", "frames")}
+    height, width = shape["height"], shape["width"]
+    if (height is None) != (width is None):
+        raise _BadEntryError("of width and height only one is given, expected both or none")
+    return [
+        _checked(
+            None,
+            "",
+            caption,
+            "text",
+            shape=None if height is None or width is None else (height, width),
+            frames=shape["frames"],
+        )
+        for caption in captions
+    ]
+
+
+def _whole_number(item: dict[str, Any], name: str) -> int | None:
+    value = item.get(name)
+    if _blank(value):
+        return None
+    if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit():  # of a CSV
+        value = int(value) if len(value) < 10 else 0
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise _BadEntryError(f"{name} is {json.dumps(value)}, expected a whole number from 1")
+    return value
 
 
 def _named_path(item: Any) -> str | None:
@@ -145,16 +214,19 @@ def _entries(item: Any, data_dir: Path, only: Literal["video", "image"] | None) 
     paths = _filled(item, PATH_FIELDS)
     if len(paths) > 1:
         raise _BadEntryError(f"{' and '.join(paths)} are both given, expected one of them")
-    captions = _filled(item, CAPTION_FIELDS)
-    if len(captions) > 1 and len({json.dumps(value) for value in captions.values()}) > 1:
-        raise _BadEntryError(f"{' and '.join(captions)} differ, expected one of them")
+    captions = _filled_captions(item)
+    if not paths and not any(field in item for field in PATH_FIELDS):
+        raise _BadEntryError(
+            f"no {' or '.join(PATH_FIELDS)}, expected the path of a file; a caption that stands "
+            'for itself says so: "type": "text"'
+        )
     path_field, name = _text(item, paths, PATH_FIELDS, "the path of a file")
     given = Path(name).expanduser() if name.startswith("~/") else Path(name)
     path = medium_at(given if given.is_absolute() else data_dir / given)
     implied = {"video_path": "video", "image_path": "image"}.get(path_field)
     said = item.get("type")
     if said and said not in ("video", "image"):
-        raise _BadEntryError(f"type is {said!r}, expected 'video' or 'image'")
+        raise _BadEntryError(f"type is {said!r}, expected 'video', 'image' or 'text'")
     kind = said or implied or only or _kind(path)
     source = _source(path, given, data_dir)
     return [_checked(path, source, caption, kind) for caption in _captions(item, captions)]
@@ -176,6 +248,13 @@ def _captions(item: dict[str, Any], filled: dict[str, Any]) -> list[str]:
 def _filled(item: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
     """Those of `fields` that hold something: tables leave blanks, JSON may say null."""
     return {field: item[field] for field in fields if not _blank(item.get(field))}
+
+
+def _filled_captions(item: dict[str, Any]) -> dict[str, Any]:
+    captions = _filled(item, CAPTION_FIELDS)
+    if len(captions) > 1 and len({json.dumps(value) for value in captions.values()}) > 1:
+        raise _BadEntryError(f"{' and '.join(captions)} differ, expected one of them")
+    return captions
 
 
 def _blank(value: Any) -> bool:
@@ -350,16 +429,23 @@ def _caption_beside(path: Path, suffix: str) -> str:
         raise _BadEntryError(f"the caption {text.name} is not UTF-8 text") from error
 
 
-def _checked(path: Medium, source: str, caption: str, kind: Any) -> Entry:
+def _checked(
+    path: Medium | None, source: str, caption: str, kind: Any, **without_medium: Any
+) -> Entry:
     if not caption.strip():
         raise _BadEntryError("the caption is empty")
     if _encodable(caption) != caption:
         raise _BadEntryError("the caption holds lone surrogates, which are no characters")
     if kind is None:
-        raise _BadEntryError(
-            f"unknown extension {path.suffix!r}; give the entry a type, video or image"
-        )
-    return Entry(path=path, source=_encodable(source), caption=caption.strip(), type=kind)
+        suffix = "" if path is None else path.suffix
+        raise _BadEntryError(f"unknown extension {suffix!r}; give the entry a type, video or image")
+    return Entry(
+        path=path,
+        source=_encodable(source),
+        caption=caption.strip(),
+        type=kind,
+        **without_medium,
+    )
 
 
 def _encodable(text: str) -> str:

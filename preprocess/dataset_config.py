@@ -186,7 +186,8 @@ def _load(file: Path, where: str, table: Mapping[str, Any]) -> Dataset:
         return source if Path(source).is_absolute() else (here / source).as_posix()
 
     def own(entry: Entry) -> Entry:
-        return replace(entry, source=named(entry.source), sampling=sampling, repeats=repeats)
+        source = "" if entry.path is None else named(entry.source)
+        return replace(entry, source=source, sampling=sampling, repeats=repeats)
 
     return Dataset(
         origin=loaded.origin,

@@ -26,7 +26,7 @@ from preprocess.engine import Engine, LocalEngine
 from preprocess.fingerprint import encode_fingerprint, refuse_other_settings
 from preprocess.index import caption_digest, settled_index
 from preprocess.media import MediaError
-from preprocess.passes import Times, latents_from_cache, samples_of, texts_from_cache
+from preprocess.passes import Encoded, Times, latents_from_cache, samples_of, texts_from_cache
 from preprocess.plan import Captions, Committed, Work, plan_work
 from preprocess.rejected import rejected_file, write_rejected
 from preprocess.removal import unlisted
@@ -95,6 +95,7 @@ def _encode(
     # What there is: the dataset and the model.
     dataset = dataset_of(config)
     spec = encodable_model(config)
+    refuse_captions_alone(dataset, spec)
     say(console, f"dataset  {dataset.origin}: {len(dataset.entries)} usable")
     say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
     hasher = FileHasher()
@@ -171,8 +172,10 @@ def _encode(
                     )
 
             # VAE pass. A clip that only has a new caption takes its latents from the old shard.
-            known, new = _split(todo, committed)
+            captions_alone, known, new = _split(todo, committed)
+            nothing = Encoded(latents=None, condition=None)
             encoded = chain(
+                ((work, nothing) for work in captions_alone),
                 latents_from_cache(known, outcome.index) if outcome.index is not None else (),
                 engine.encode_media(new, texts),
             )
@@ -223,6 +226,17 @@ def encodable_model(config: EncodeConfig) -> ModelSpec:
     return spec
 
 
+def refuse_captions_alone(dataset: Dataset, spec: ModelSpec) -> None:
+    """UserError where an i2v model would get samples without a first frame."""
+    alone = sum(entry.path is None for entry in dataset.entries)
+    if alone and spec.mode == "i2v":
+        raise UserError(
+            f"dataset: {dataset.origin} has {report.count(alone, 'caption')} without a medium, and "
+            f"{spec.folder} is an i2v model, which wants a first frame of each sample. Encode them "
+            "for text-to-video (--train-mode normal, --output DIR), or leave them out."
+        )
+
+
 def clip_rule(config: EncodeConfig, spec: ModelSpec) -> ClipRule:
     """What the command line says about samples."""
     return ClipRule(
@@ -271,13 +285,15 @@ def missing_of(work: Work, committed: Captions) -> list[tuple[str, str]]:
     ]
 
 
-def _split(todo: Sequence[Work], committed: Captions) -> tuple[list[Work], list[Work]]:
-    """Clips whose latents are in the shards under some caption, and clips that are new."""
+def _split(todo: Sequence[Work], committed: Captions) -> tuple[list[Work], list[Work], list[Work]]:
+    """Captions without media; clips whose latents are in the shards under some caption; others."""
+    alone: list[Work] = []
     known: list[Work] = []
     new: list[Work] = []
     for work in todo:
-        (known if any(key in committed for key, _ in work.samples) else new).append(work)
-    return known, new
+        there = any(key in committed for key, _ in work.samples)
+        (alone if work.type == "text" else known if there else new).append(work)
+    return alone, known, new
 
 
 def missing_prompts(config: EncodeConfig, bank: tuple[str, ...]) -> list[tuple[str, str]]:

@@ -22,6 +22,7 @@ from preprocess.encode import (
     encodable_model,
     missing_of,
     missing_prompts,
+    refuse_captions_alone,
 )
 from preprocess.engine import LocalEngine
 from preprocess.fingerprint import encode_fingerprint, refuse_other_settings
@@ -143,6 +144,7 @@ def foresee(config: EncodeConfig, console: Console, *, measure: bool = False) ->
     with WorkerPool(config.workers, timeout=config.decode_timeout) as pool:
         dataset = dataset_of(config)
         spec = encodable_model(config)
+        refuse_captions_alone(dataset, spec)
         say(console, f"dataset  {dataset.origin}: {len(dataset.entries)} usable")
         say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
         hasher = FileHasher()
@@ -166,7 +168,11 @@ def foresee(config: EncodeConfig, console: Console, *, measure: bool = False) ->
                 video_repeat=config.video_repeat,
             )
         new = [(work, missing) for work in planned if (missing := missing_of(work, committed))]
-        unseen = [work for work, _ in new if not any(key in committed for key, _ in work.samples)]
+        unseen = [
+            work
+            for work, _ in new
+            if work.type != "text" and not any(key in committed for key, _ in work.samples)
+        ]
         prompts = [text for _, text in missing_prompts(config, bank)]
         captions = list(dict.fromkeys([*prompts, *(text for _, m in new for _, text in m)]))
         if measure and unseen:
@@ -263,6 +269,8 @@ def _bytes(
     each = latents * (2 if spec.mode == "i2v" else 1)
     if spec.image_dim is not None:
         each += _tensor(config, _CLIP_TOKENS, spec.image_dim)
+    if work.type == "text":  # a caption alone
+        each = 0
     total = 0
     for _, caption in missing:
         info = _BLOCK + ceil(len(work.info(caption).to_bytes()) / _BLOCK) * _BLOCK
@@ -299,19 +307,22 @@ def _is_short(work: Work) -> bool:
 def _upscaling(work: Work) -> float:
     """How much larger than the source a sample is shown; 1 or less: no pixel is made up."""
     bucket, probe = work.clip.bucket, work.probe
+    if probe is None:
+        return 0
     return max(bucket.height / probe.height, bucket.width / probe.width)
 
 
 def _shortened(planned: Sequence[Work]) -> Iterable[Change]:
     for work in filter(_is_short, planned):
-        said = f"{work.clip.asked} frames asked, {work.clip.bucket.frames} taken of"
-        yield Change(source=work.entry.source, said=f"{said} {work.probe.frames}")
+        if work.probe is not None:
+            said = f"{work.clip.asked} frames asked, {work.clip.bucket.frames} taken of"
+            yield Change(source=work.entry.source, said=f"{said} {work.probe.frames}")
 
 
 def _upscaled(planned: Sequence[Work]) -> Iterable[Change]:
     for work in planned:
-        if (factor := _upscaling(work)) > 1:
-            probe, bucket = work.probe, work.clip.bucket
+        probe, bucket = work.probe, work.clip.bucket
+        if probe is not None and (factor := _upscaling(work)) > 1:
             sizes = f"{probe.width}x{probe.height} to {bucket.width}x{bucket.height}"
             yield Change(source=work.entry.source, said=f"{sizes}, {factor:.2f} times as large")
 
@@ -326,7 +337,7 @@ def _frames(planned: Sequence[Work]) -> dict[str, int]:
     spans: dict[str, list[tuple[int, int]]] = {}
     length: dict[str, int] = {}
     for work in planned:
-        if work.type == "video":
+        if work.probe is not None and work.type == "video":
             indices = work.clip.frame_indices
             spans.setdefault(work.entry.source, []).append((indices[0], indices[-1] + 1))
             length[work.entry.source] = work.probe.frames

@@ -55,6 +55,7 @@ from shared.overlays import made_by, required_members
 from shared.schema import (
     JSON_MEMBER,
     KEY_BYTES,
+    LATENTS_MEMBER,
     MEDIA_TYPES,
     MEMBERS,
     MOST_INFO_BYTES,
@@ -404,6 +405,11 @@ class _Rows:
 
     def finish(self) -> None:
         """The last sample has no more members. Raises ValueError where it lacks one."""
+        if self._key and JSON_MEMBER not in self._lacking and self._types[-1] == _TEXT:
+            column = MEMBERS.index(LATENTS_MEMBER) - len(MEMBERS)
+            if self._places[column]:
+                raise ValueError(f"sample {self._key} is a caption alone, but has latents")
+            self._lacking.discard(LATENTS_MEMBER)
         if self._lacking:
             lacking = next(name for name in MEMBERS if name in self._lacking)
             raise ValueError(f"sample {self._key} has no {lacking}")
@@ -447,6 +453,7 @@ class _Rows:
         }
 
 
+_TEXT = MEDIA_TYPES.index("text")
 _NO_PLACES = (0,) * (2 * len(MEMBERS))
 # Of a tensor file, read at first: more than the headers that we write.
 _HEAD_BYTES = 512

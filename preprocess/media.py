@@ -46,8 +46,8 @@ _HDR = re.compile(r"\b(smpte2084|arib-std-b67)\b")
 _HEADER_SECONDS = 60
 
 
-Kind = Literal["video", "image", "auto"]
-"""What a file is to be read as; auto: one of `ANIMATIONS`, a video if it moves."""
+Kind = Literal["video", "image", "auto", "text"]
+"""What a file is to be read as; auto: one of `ANIMATIONS`, a video if it moves; text: no file."""
 
 
 class MediaError(Exception):

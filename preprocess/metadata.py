@@ -1,4 +1,7 @@
-"""Metadata files, JSON, JSON lines or CSV, as records: what a line says, not yet what it means."""
+"""Metadata files as records: what a line says, not yet what it means.
+
+JSON, JSON lines, CSV; and plain text with a caption a line, which stands for no media.
+"""
 
 import csv
 import io
@@ -14,6 +17,8 @@ NAMES = ("metadata.json", "metadata.jsonl", "metadata.csv")
 PATH_FIELDS = ("file_path", "video_path", "image_path", "file_name")
 """VideoX-Fun's; musubi-tuner's and others'; Hugging Face datasets'."""
 CAPTION_FIELDS = ("text", "caption", "captions")
+CAPTION_ONLY_FIELDS = (*CAPTION_FIELDS, "type", "width", "height", "frames")
+"""An entry with no others, and no path, may be a caption without a medium."""
 _FORM = f"a path ({' | '.join(PATH_FIELDS)}) and a caption ({' | '.join(CAPTION_FIELDS)})"
 
 
@@ -41,17 +46,19 @@ def find_metadata(data_dir: Path) -> Path | None:
 
 
 def read_metadata(path: Path) -> list[Record]:
-    """All records of a .json, .jsonl or .csv file. UserError where the file as a whole is unusable.
+    """All records of a .json, .jsonl, .csv or .txt file; of the last, a caption a line.
 
-    A bad line of a .jsonl or .csv file is returned as a Record with a problem.
+    UserError where the file as a whole is unusable; a bad line of a .jsonl or .csv file is returned
+    as a Record with a problem.
     """
-    readers = {".json": _json, ".jsonl": _json_lines, ".csv": _csv}
+    readers = {".json": _json, ".jsonl": _json_lines, ".csv": _csv, ".txt": _lines}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         found = f"ends in {path.suffix!r}" if path.suffix else "has no ending"
         raise UserError(
-            f"dataset: {path} {found}, expected .json, .jsonl or .csv with {_FORM} in each entry. "
-            "Set --train-data-meta (or DATASET_META_NAME) to such a file."
+            f"dataset: {path} {found}, expected .json, .jsonl or .csv with {_FORM} in each entry, "
+            "or .txt with a caption a line and no media. Set --train-data-meta (or "
+            "DATASET_META_NAME) to such a file."
         )
     try:
         text = path.read_bytes().decode("utf-8-sig")  # bytes: line ends inside captions are kept
@@ -72,6 +79,14 @@ def read_metadata(path: Path) -> list[Record]:
             "set --train-data-meta (or DATASET_META_NAME) to another file."
         )
     return records
+
+
+def _lines(path: Path, text: str) -> list[Record]:
+    return [
+        Record(where=f"{path.name} line {number}", value={"caption": line, "type": "text"})
+        for number, line in enumerate(text.split("\n"), start=1)
+        if line.strip()
+    ]
 
 
 def _json(path: Path, text: str) -> list[Record]:
@@ -153,7 +168,10 @@ def _csv(path: Path, text: str) -> list[Record]:
 
 
 def _check_header(path: Path, header: list[str]) -> None:
-    for what, fields in (("path", PATH_FIELDS), ("caption", CAPTION_FIELDS)):
+    wanted = {"path": PATH_FIELDS, "caption": CAPTION_FIELDS}
+    if set(header) <= set(CAPTION_ONLY_FIELDS):
+        del wanted["path"]
+    for what, fields in wanted.items():
         if not set(fields) & set(header):
             cure = f"Rename the column that has the {what}s"
             if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):

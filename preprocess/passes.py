@@ -104,8 +104,8 @@ def _release_memory() -> None:
 class Encoded:
     """What the VAE makes of one clip, on the CPU in the dtype of the cache."""
 
-    latents: torch.Tensor
-    """(C, T, h, w), normalised."""
+    latents: torch.Tensor | None
+    """(C, T, h, w), normalised; None of a caption without a medium."""
     condition: dict[str, torch.Tensor] | None
     """`cond` (C, T, h, w), normalised, and of Wan 2.1 `clip` (tokens, D); None but for i2v."""
     colours: Callable[[], ColourSums] | None = None

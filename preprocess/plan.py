@@ -1,8 +1,9 @@
 """From entries to work: content digests, clips, keys; the same clip of the same content once."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from preprocess.clips import Clip, ClipRule
 from preprocess.dataset import Entry, Rejected
@@ -12,7 +13,7 @@ from preprocess.media import Kind, MediaError, Probe
 from preprocess.sources import Medium, stamp
 from preprocess.workers import WorkerPool
 from shared.hashing import FileHasher
-from shared.schema import SampleInfo, sample_key
+from shared.schema import MediaType, SampleInfo, sample_key
 
 MOST_CAPTIONS = 64
 """Captions of one clip: all ordinals below are looked through for one that is committed."""
@@ -24,7 +25,8 @@ class Work:
 
     entry: Entry
     """The first entry that brought the clip."""
-    probe: Probe
+    probe: Probe | None
+    """None: a caption without a medium."""
     clip: Clip
     samples: tuple[tuple[str, str], ...]
     """(key, caption), in order of appearance."""
@@ -34,8 +36,8 @@ class Work:
     """Key of its first caption ordinal, whichever captions there are: decides whose work it is."""
 
     @property
-    def type(self) -> Literal["video", "image"]:
-        return self.probe.type
+    def type(self) -> MediaType:
+        return "text" if self.probe is None else self.probe.type
 
     def info(self, caption: str) -> SampleInfo:
         """The sample's `KEY.json`."""
@@ -47,9 +49,9 @@ class Work:
             height=self.clip.bucket.height,
             frames=self.clip.bucket.frames,
             frame_indices=list(self.clip.frame_indices),
-            fps=self.probe.fps,
-            source_width=self.probe.width,
-            source_height=self.probe.height,
+            fps=None if self.probe is None else self.probe.fps,
+            source_width=None if self.probe is None else self.probe.width,
+            source_height=None if self.probe is None else self.probe.height,
             repeats=self.repeats,
         )
 
@@ -68,11 +70,11 @@ Captions = Mapping[str, Committed]
 
 @dataclass(frozen=True, kw_only=True)
 class _Looked:
-    """What opening one entry's file told."""
+    """What opening one entry's file told, or the caption where there is none."""
 
     entry: Entry
     sha256: str
-    probe: Probe
+    probe: Probe | None
     clip: Clip
 
 
@@ -92,9 +94,13 @@ def plan_work(
     Videos are shown `video_repeat` times as often as their dataset says.
     """
     files: dict[tuple[Medium, Kind], list[int]] = {}  # each opened once, however many captions
-    for number, entry in enumerate(entries):
-        files.setdefault((entry.path, entry.type), []).append(number)
     found: dict[int, list[_Looked] | Rejected] = {}
+    for number, entry in enumerate(entries):
+        if entry.path is None:
+            found[number] = _of_caption(entry, rule)
+            on_progress()
+        else:
+            files.setdefault((entry.path, entry.type), []).append(number)
     names = {path: stamp(path, hasher) for path, _ in files}
 
     def tasks() -> Iterator[tuple[list[int], tuple[Medium, Kind, str | None]]]:
@@ -109,7 +115,7 @@ def plan_work(
         ahead=4 * pool.workers,
     )
     for numbers, future in looked:
-        first = entries[numbers[0]]
+        path = entries[numbers[0]].path
         try:
             seen, sha256 = future.result()
         except (MediaError, OSError) as error:
@@ -117,7 +123,7 @@ def plan_work(
                 found[number] = Rejected(source=entries[number].source, reason=str(error))
                 on_progress()
             continue
-        if (name := names[first.path]) is not None:
+        if path is not None and (name := names[path]) is not None:
             hasher.remember(name, sha256)
         for number in numbers:
             entry = entries[number]
@@ -149,6 +155,12 @@ def plan_work(
     return works, list(rejected)
 
 
+def _of_caption(entry: Entry, rule: ClipRule) -> list[_Looked]:
+    sha256 = hashlib.sha256(entry.caption.encode()).hexdigest()
+    clips = entry.sampling.caption_clips(sha256, rule, shape=entry.shape, frames=entry.frames)
+    return [_Looked(entry=entry, sha256=sha256, probe=None, clip=clip) for clip in clips]
+
+
 def _work(found: list[_Looked], committed: Captions, there: set[bytes], video_repeat: int) -> Work:
     first = found[0]
     captions = dict.fromkeys(looked.entry.caption for looked in found)  # duplicates once, in order
@@ -176,6 +188,6 @@ def _work(found: list[_Looked], committed: Captions, there: set[bytes], video_re
         clip=first.clip,
         samples=tuple((keys[caption], caption) for caption in captions),
         repeats=max(looked.entry.repeats for looked in found)
-        * (video_repeat if first.probe.type == "video" else 1),
+        * (video_repeat if first.probe is not None and first.probe.type == "video" else 1),
         home=key(0),
     )

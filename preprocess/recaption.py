@@ -213,6 +213,8 @@ def _wanted(base: CacheIndex, dataset: Dataset | None, outcome: Recaptioned) -> 
     if dataset is not None:
         outcome.rejected = dataset.rejected
         for entry in dataset.entries:
+            if entry.path is None:
+                continue
             given.setdefault(entry.source, {})[entry.caption] = None
     wanted: dict[int, str] = {}
     clips: dict[tuple[Any, ...], int] = {}
@@ -221,6 +223,8 @@ def _wanted(base: CacheIndex, dataset: Dataset | None, outcome: Recaptioned) -> 
     for row, info in _infos(base, range(len(base))):
         source, caption = str(info["source"]), info["caption"]
         if dataset is not None:
+            if info["type"] == "text":  # it is its caption: another would be another sample
+                continue
             new = list(given.get(source, ()))
             clip = (source, int(base.bucket_ids[row]), *info["frame_indices"])
             ordinal = clips[clip] = clips.get(clip, -1) + 1

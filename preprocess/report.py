@@ -23,6 +23,7 @@ from preprocess.dataset import Rejected
 from preprocess.plan import Work
 from shared.cache import CacheIndex
 from shared.latent_rgb import R2_FLOOR
+from shared.schema import MEDIA_TYPES
 
 if TYPE_CHECKING:
     from preprocess.recaption import Recaptioned
@@ -99,7 +100,8 @@ def slow_sources(work: Sequence[Work], fps: float | None) -> dict[str, float]:
     return {
         item.entry.source: item.probe.fps
         for item in work
-        if item.probe.fps is not None
+        if item.probe is not None
+        and item.probe.fps is not None
         and (asked := item.entry.sampling.frame_rate(fps)) is not None
         and item.probe.fps < asked
     }
@@ -118,9 +120,12 @@ def contents(folder: Path, index: CacheIndex) -> str:
     """What a cache holds, bucket by bucket."""
     lines = [f"{folder}: {count(len(index), 'sample')} in {count(len(index.shards), 'shard')}"]
     samples = np.bincount(index.bucket_ids, minlength=len(index.buckets))
-    for bucket, number in zip(index.buckets, samples, strict=True):
+    text = index.bucket_ids[index.types == MEDIA_TYPES.index("text")]
+    alone = np.bincount(text, minlength=len(index.buckets))
+    for bucket, number, captions in zip(index.buckets, samples, alone, strict=True):
         length = "image" if bucket.frames == 1 else f"{bucket.frames} frames"
-        lines.append(f"  {bucket.width}x{bucket.height}, {length}: {number}")
+        which = f" ({captions} of them captions alone)" if captions else ""
+        lines.append(f"  {bucket.width}x{bucket.height}, {length}: {number}{which}")
     return "\n".join(lines)
 
 

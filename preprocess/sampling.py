@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from preprocess.caption_clips import caption_clips
 from preprocess.clips import Clip, ClipRule, choose_clips, frame_step, reachable
 from preprocess.media import MediaError, Probe
 from shared.buckets import bucket_size
@@ -65,6 +66,25 @@ class Sampling:
     def frame_rate(self, asked: float | None) -> float | None:
         """Frames a second that are taken, where the command line says `asked`."""
         return self.own.get("fps", None if "stride" in self.own else asked)
+
+    def caption_clips(
+        self,
+        sha256: str,
+        rule: ClipRule,
+        *,
+        shape: tuple[int, int] | None,
+        frames: int | None,
+    ) -> tuple[Clip, ...]:
+        """The buckets of a caption without a medium; see `preprocess.caption_clips`."""
+        lengths = self.lengths if self.every_length else self.lengths[-1:]
+        return tuple(
+            dict.fromkeys(
+                clip
+                for sized in self._sized(rule)
+                for one in [replace(sized, frames=length) for length in lengths] or [sized]
+                for clip in caption_clips(sha256, one, shape=shape, frames=frames)
+            )
+        )
 
     def _sized(self, rule: ClipRule) -> Iterator[ClipRule]:
         own = replace(rule, **self.own)

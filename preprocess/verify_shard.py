@@ -176,11 +176,14 @@ def _fill(row: Row, info: dict[str, Any]) -> None:
 
 
 def _finish(sample: _Sample, expected: Expected) -> Iterator[tuple[str, Problem]]:
-    of_media = (LATENTS_MEMBER, CONDITION_MEMBER)
-    captions_alone = sample.info.get("type") == "text"
+    alone = sample.info.get("type") == "text"  # a caption without a medium
     for suffix in expected.required:
-        if suffix not in sample.seen and not (captions_alone and suffix in of_media):
+        needless = alone and suffix in (LATENTS_MEMBER, CONDITION_MEMBER)
+        if suffix not in sample.seen and not needless:
             yield sample.key, Problem("member-missing", "no such member", "it", suffix)
+        if suffix in sample.seen and needless:
+            only = f"{JSON_MEMBER} {TEXT_MEMBER}, as its type is text"
+            yield sample.key, Problem("member-unexpected", f"a .{suffix}", only)
     latents, cond = (sample.tensors.get(name) for name in (LATENTS_MEMBER, CONDITION_MEMBER))
     for problem in check_condition(sample.info, latents, cond):
         yield sample.key, problem

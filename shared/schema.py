@@ -65,8 +65,9 @@ class SampleInfo:
     """Which frames of the source, in order; [0] for an image."""
     fps: float | None
     """Frames per second of the source; None for an image."""
-    source_width: int
-    source_height: int
+    source_width: int | None
+    source_height: int | None
+    """None without a medium, where `source` is "", `frame_indices` empty and `fps` None."""
     repeats: int = 1
     """How often an epoch shows the sample."""
     tags: list[str] = field(default_factory=list)
@@ -88,8 +89,8 @@ class Sample:
 
     key: str
     info: SampleInfo
-    latents: torch.Tensor
-    """(C, T, H, W), normalised: (x − mean)·(1/std)."""
+    latents: torch.Tensor | None
+    """(C, T, H, W), normalised: (x − mean)·(1/std). None where there is only a caption."""
     text: torch.Tensor
     """(tokens, D) at the caption's true length; training pads with zeros to 512."""
     cond: torch.Tensor | None = None
@@ -99,11 +100,10 @@ class Sample:
 
     def members(self) -> dict[str, bytes]:
         """Suffix → bytes, in tar order."""
-        packed = {
-            JSON_MEMBER: self.info.to_bytes(),
-            LATENTS_MEMBER: pack(latents=self.latents),
-            TEXT_MEMBER: pack(text=self.text),
-        }
+        packed = {JSON_MEMBER: self.info.to_bytes()}
+        if self.latents is not None:
+            packed[LATENTS_MEMBER] = pack(latents=self.latents)
+        packed[TEXT_MEMBER] = pack(text=self.text)
         if self.cond is not None:
             clip = {} if self.clip is None else {"clip": self.clip}
             packed[CONDITION_MEMBER] = pack(cond=self.cond, **clip)

@@ -103,8 +103,8 @@ ROWS: dict[str, tuple[str, str]] = {
         ENCODE + "--train-data-dir {data} --train-data-meta {a_yaml}",
         "error: dataset: {a_yaml} ends in '.yaml', expected .json, .jsonl or .csv with a "
         "path (file_path | video_path | image_path | file_name) and a caption (text | "
-        "caption | captions) in each entry. Set --train-data-meta (or DATASET_META_NAME) to "
-        "such a file.",
+        "caption | captions) in each entry, or .txt with a caption a line and no media. Set "
+        "--train-data-meta (or DATASET_META_NAME) to such a file.",
     ),
     "a pattern without tars": (
         ENCODE + "--train-data-dir {data}/*.tar",
@@ -116,6 +116,19 @@ ROWS: dict[str, tuple[str, str]] = {
         "error: dataset: {nowhere}.tar has nothing that can be encoded.\n"
         "1 rejected, listed in {new}/rejected.jsonl:\n"
         "  nowhere.tar: there is no such file",
+    ),
+    "captions without media for an i2v model": (
+        ENCODE.replace("{t2v}", "{i2v}") + "--train-data-meta {prompts_txt}",
+        "error: dataset: {prompts_txt} has 2 captions without a medium, and {i2v} is an i2v model, "
+        "which wants a first frame of each sample. Encode them for text-to-video (--train-mode "
+        "normal, --output DIR), or leave them out.",
+    ),
+    "a list that lacks its paths": (
+        ENCODE + "--train-data-dir {data} --train-data-meta {pathless_json}",
+        "error: dataset: {pathless_json} has nothing that can be encoded.\n"
+        "1 rejected, listed in {new}/rejected.jsonl:\n"
+        "  pathless.json[0]: no file_path or video_path or image_path or file_name, expected the "
+        'path of a file; a caption that stands for itself says so: "type": "text"',
     ),
     "two metadata files": (
         ENCODE + "--train-data-dir {two}",
@@ -572,6 +585,8 @@ def world(
     listed("dict.json", "{}")
     listed("columns.csv", "path;text\n")
     listed("a.yaml", "")
+    listed("prompts.txt", "a cat\na dog\n")
+    listed("pathless.json", json.dumps([{"path": "a.mp4", "text": "t"}]))
     listed("missing.json", json.dumps([{"file_path": "lost.mp4", "text": "t"}]))
     listed("lines.json", '{"file_path": "a.mp4", "text": "t"}\n' * 2)
     listed("caption.csv", "file_path,prompt\n")

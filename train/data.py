@@ -16,7 +16,7 @@ from shared.schema import CONDITION_MEMBER, LATENTS_MEMBER, TEXT_MEMBER
 from train.plan import BatchPlan, micro_batch
 from train.rng import counted_rng
 
-VIDEO, IMAGE = MEDIA_TYPES.index("video"), MEDIA_TYPES.index("image")
+VIDEO, IMAGE, TEXT = (MEDIA_TYPES.index(name) for name in ("video", "image", "text"))
 MASK_CHANNELS = 4
 TEXT_ONLY_SHARE = 0.5  # of a ti2v model's clips: it must go on to serve text to video, too
 READ_AHEAD = 2  # batches a thread
@@ -32,7 +32,7 @@ class Batch:
     """Positions inside the update batch: the global sample numbers of `train.rng`."""
     keys: tuple[str, ...]
     latents: torch.Tensor
-    """(B, C, T, H, W), normalised."""
+    """(B, C, T, H, W), normalised; zeros of a caption without a medium."""
     text: torch.Tensor
     """(B, 512, D), zeros after each caption's true length."""
     condition: torch.Tensor | None
@@ -156,7 +156,7 @@ class MicroBatches:
         texts = [
             self._text(row, update, position) for row, position in zip(rows, positions, strict=True)
         ]
-        latents = torch.stack([self._latents(row, LATENTS_MEMBER, "latents") for row in rows])
+        latents = torch.stack([self._target(row) for row in rows])
         condition = None if conditions is None else torch.stack(conditions)
         if self._frame_crop:
             # The VAE is causal: this *is* the encoding of the shorter clip, to the bit.
@@ -210,7 +210,8 @@ class MicroBatches:
 
     def _text(self, row: int, update: int, position: int) -> torch.Tensor:
         draw = counted_rng(self._plan.seed, "caption dropout", update, position).random()
-        if draw < self._caption_dropout:
+        # Of a caption alone nothing would be left.
+        if draw < self._caption_dropout and int(self._index.types[row]) != TEXT:
             return self._empty_text
         text = self._read(row, TEXT_MEMBER, "text")
         if (
@@ -220,6 +221,14 @@ class MicroBatches:
         ):
             raise self._misshapen(row, TEXT_MEMBER, text, f"(up to 512, {self._spec.text_dim})")
         return pad_text(text)
+
+    def _target(self, row: int) -> torch.Tensor:
+        """(C, T, H, W) latents; zeros of that shape where there is only a caption."""
+        if int(self._index.types[row]) != TEXT:
+            return self._latents(row, LATENTS_MEMBER, "latents")
+        bucket = self._index.buckets[int(self._index.bucket_ids[row])]
+        shape = bucket.latent_shape(self._spec.latent_channels, self._spec.stride)
+        return torch.zeros(shape, dtype=self._empty_text.dtype)
 
     def _condition(self, row: int) -> torch.Tensor:
         cond = self._latents(row, CONDITION_MEMBER, "cond")

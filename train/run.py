@@ -146,6 +146,7 @@ def prepare(config: DistillConfig) -> Run:
             f"--score-floor: found {config.score_floor} with --boundary-type {expert}; it is a "
             "choice for the high-noise expert alone. Leave it out."
         )
+    _refuse_captions_alone(config, spec, index, recipe)
     resolve_model(config.model, [component_of(expert)])
     of_type = np.where(index.types == MEDIA_TYPES.index("video"), config.video_repeat, 1)
     repeats = of_type * index.repeats.astype(np.int64)
@@ -164,6 +165,35 @@ def prepare(config: DistillConfig) -> Run:
         recipe=recipe,
         generator_updates=config.max_train_steps or _updates_in_epochs(config, plan),
     )
+
+
+def _refuse_captions_alone(
+    config: DistillConfig, spec: ModelSpec, index: CacheIndex, recipe: Recipe
+) -> None:
+    """Samples that are captions without a medium train only what begins and ends in noise."""
+    alone = int(np.count_nonzero(index.types == MEDIA_TYPES.index("text")))
+    if not alone:
+        return
+    have = (
+        f"{alone} of the {len(index)} samples in {config.shards} are captions without a medium, "
+        "which have no latents"
+    )
+    if spec.mode == "i2v":
+        raise UserError(
+            f"shards: {have} and no first frame for an i2v model. Encode the media into a folder "
+            "of their own, or train a t2v model on these."
+        )
+    if recipe.start == "latents":
+        given = "" if config.start else f", the default of the {recipe.expert}-noise expert"
+        raise UserError(
+            f"--start: latents{given}, but {have}. Begin from noise: --start noise; or encode the "
+            "media into a folder of their own."
+        )
+    if recipe.fm_loss_weight:
+        raise UserError(
+            f"--fm-loss-weight: {recipe.fm_loss_weight:g}, but {have}, which this loss learns "
+            "from. Leave it out, or encode the media into a folder of their own."
+        )
 
 
 def _cure(config: DistillConfig, found: Fingerprint, expected: Fingerprint) -> str:
