@@ -136,12 +136,29 @@ def read_tar(tar: Path) -> Listing:
     return Listing(samples=samples, problem=problem)
 
 
+# What tarfile raises on bytes that are no tar, beside its own error.
+_TAR_ERRORS = (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, RecursionError)
+
+
+class _Header(tarfile.TarInfo):
+    """A header that never leads back: older Pythons read one of negative size for ever
+    (CVE-2025-8194)."""
+
+    def _block(self, count: int) -> int:
+        if count < 0:
+            raise tarfile.HeaderError("a size below zero")
+        return -(-count // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
 def _members(tar: Path) -> tuple[list[TarMember], str | None]:
     """Files of a tar that lie in it in one piece, and why there are no more."""
     found: list[TarMember] = []
     try:
         size = tar.stat().st_size
-        with tar.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+        with (
+            tar.open("rb") as stream,
+            tarfile.open(fileobj=stream, mode="r:", tarinfo=_Header) as archive,
+        ):
             for header in archive:
                 archive.members = []  # type: ignore[attr-defined]  # or it keeps every header
                 if not header.isreg() or header.issparse():
@@ -158,7 +175,7 @@ def _members(tar: Path) -> tuple[list[TarMember], str | None]:
                 )
     except FileNotFoundError:
         return found, "there is no such file"
-    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+    except _TAR_ERRORS as error:
         whole = f" after {len(found)} files" if found else ""
         return found, f"the tar is damaged{whole} ({error})"
     return found, None

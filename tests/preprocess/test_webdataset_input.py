@@ -380,6 +380,24 @@ def test_damaged_tars(folder: Path, tmp_path: Path) -> None:
     assert all("damaged" in rejected[name] for name in cuts if name != "cut-data.tar"), rejected
 
 
+@pytest.mark.parametrize("kind", [b"0", b"x", b"L"])
+def test_a_size_below_zero_does_not_lead_back(kind: bytes, tmp_path: Path) -> None:
+    """Python's own reader goes round in circles there (CVE-2025-8194)."""
+    write_tar(
+        tmp_path / "a.tar", [{"__key__": n, "mp4": b"x" * 99, "txt": b"t"} for n in ("one", "two")]
+    )
+    content = bytearray((tmp_path / "a.tar").read_bytes())
+    header = content.index(b"two.mp4") // 512 * 512
+    content[header + 124 : header + 136] = b"\xff" * 10 + b"\xf8\x00"  # −2048
+    content[header + 156 : header + 157] = kind
+    content[header + 148 : header + 156] = b" " * 8
+    content[header + 148 : header + 156] = b"%06o\0 " % sum(content[header : header + 512])
+    (tmp_path / "a.tar").write_bytes(content)
+    entries, rejected = loaded(tmp_path)
+    assert entries == [("a.tar/one.mp4", "t")]
+    assert rejected["a.tar"].endswith("(a size below zero)")
+
+
 def test_a_tar_that_shrinks_while_it_is_read(tars: Path, tmp_path: Path) -> None:
     tar = Path(shutil.copy(tars / "00001.tar", tmp_path / "a.tar"))
     member = medium_at(tar / "tall.mp4")
