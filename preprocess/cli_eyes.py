@@ -11,6 +11,16 @@ from shared.device import default_device
 from shared.errors import UserError
 from shared.model_spec import DEFAULT_MODEL
 
+INSPECT_EXAMPLES = """
+# what is in shards/
+wanprep inspect
+
+# and a page with pictures, captions and charts
+wanprep inspect --html shards.html --samples 48
+
+# the shards of the bundled toy model
+wanprep inspect --shards toy-shards --html toy-shards.html
+"""
 VERIFY_EXAMPLES = """
 # read every shard in shards/ and say what is wrong
 wanprep verify
@@ -27,6 +37,34 @@ INPUT, DECODE, OUTPUT = "Input", "Decoding", "Output"
 
 
 # fmt: off
+def inspect(
+    shards: Annotated[Path, typer.Option(parser=shards_folder, metavar="DIR|URL", help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
+
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page too, one file with everything in it: samples as pictures with their captions, and the tables as charts.", show_default="none", rich_help_panel=OUTPUT)] = None,
+    samples: Annotated[int, typer.Option(metavar="N", min=0, help="Samples on the page, drawn across the buckets.", rich_help_panel=OUTPUT)] = 24,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Decides which samples are drawn.", rich_help_panel=OUTPUT)] = 42,
+) -> None:
+    """Show what is in a cache.
+
+    Buckets, lengths, captions, bytes, settings, what lies beside the shards, and how good previews are: pictures on the page are made of latents by a linear map that was fitted while encoding, so no VAE is needed. Reads the index, which is quick for any number of samples; for the lengths of videos it reads at most 2000 of them.
+
+    Next: wanprep verify --shards DIR
+    """
+    from rich.console import Console
+
+    from preprocess.inspect_cache import overview
+    from preprocess.inspect_report import print_overview, saved
+
+    found = overview(shards, seed=seed)
+    console = Console()
+    print_overview(found, console if console.is_terminal else Console(width=max(110, console.width)))
+    if html is not None:
+        from preprocess.inspect_page import write_page
+
+        number = write_page(html, found, samples=samples, seed=seed)
+        echo(saved(html, number))
+
+
 def verify(
     shards: Annotated[Path, typer.Option(parser=shards_folder, metavar="DIR|URL", help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
 
@@ -90,4 +128,5 @@ def verify(
 # fmt: on
 def add_commands(app: typer.Typer) -> None:
     """Make them commands of `wanprep`."""
+    app.command(cls=Command, epilog=INSPECT_EXAMPLES)(inspect)
     app.command(cls=Command, epilog=VERIFY_EXAMPLES)(verify)

@@ -36,6 +36,11 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def printable(text: str) -> str:
+    """Text of any origin on one line of a terminal, which obeys control characters."""
+    return "".join(letter if letter.isprintable() else "�" for letter in text)
+
+
 class Bar:
     """One progress bar; calling it advances by one."""
 

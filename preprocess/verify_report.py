@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from preprocess.decoded import Decoded
 from preprocess.findings import Finding
-from preprocess.report import count
+from preprocess.report import count, printable
 from preprocess.verify import Verified
 
 
@@ -16,7 +16,7 @@ def lines(findings: Iterable[Finding]) -> Iterator[str]:
     for finding in findings:
         if cure and finding.cure != cure:
             yield f"      cure: {cure}"
-        yield str(finding)
+        yield printable(str(finding))
         cure = finding.cure
     if cure:
         yield f"      cure: {cure}"
@@ -49,7 +49,7 @@ def failure(verified: Verified) -> str:
 def decoded(one: Decoded) -> str:
     """A line about a decoded sample."""
     near = "no source" if one.psnr is None else f"{one.psnr:.1f} dB"
-    return f"{one.path}  {near}  {one.source}"
+    return f"{one.path}  {near}  {printable(one.source)}"
 
 
 def as_json(verified: Verified) -> str:

@@ -57,6 +57,20 @@ ROWS: dict[str, tuple[str, str]] = {
         "error: model: cannot read {partial}/vae/config.json (No such file or directory). "
         "Download the whole folder again.",
     ),
+    "nothing to inspect": (
+        "wanprep inspect --shards {empty}",
+        "error: shards: {empty} has no manifest.json. Make shards first: wanprep encode --size 640 "
+        "--output {empty}",
+    ),
+    "nothing to verify": (
+        "wanprep verify --shards {empty}",
+        "error: --shards: no shards in {empty}. Make some: wanprep encode --output {empty}",
+    ),
+    "a sample that is not there": (
+        "wanprep verify --shards {shards} --sample 12 --model {t2v} --train-data-dir {data}",
+        "error: --sample: '12' is no key of the 6 samples in {shards}. Keys are 32 hex digits; "
+        "wanprep inspect shows some.",
+    ),
     "no data folder": (
         ENCODE + "--train-data-dir {nowhere}",
         "error: dataset: no folder {nowhere}. Set --train-data-dir (or DATASET_NAME) to a "

@@ -1,0 +1,204 @@
+"""`wanprep inspect` on a terminal."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from preprocess import report
+from preprocess.inspect_cache import SHORT_TOKENS, Histogram, Overview, histogram
+from shared.latent_rgb import R2_FLOOR
+from shared.mirror import shown
+
+_BAR = 32  # characters of the longest bar
+_DIGEST = 12  # of a digest, so many digits are shown
+
+
+def size(bytes_: float) -> str:
+    """12.3 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if bytes_ < 1000:
+            return f"{bytes_:.0f} {unit}" if unit == "B" else f"{bytes_:.1f} {unit}"
+        bytes_ /= 1000
+    return f"{bytes_:.2f} TB"
+
+
+def facts(found: Overview) -> Iterator[tuple[str, str]]:
+    """(name, value) of what is no table and no chart."""
+    types = ", ".join(f"{number} {name}" for name, number in found.types.items() if number)
+    yield "samples", f"{found.samples} ({types or 'none'})"
+    if found.epoch != found.samples:
+        yield "epoch", f"{found.epoch} samples, repeats counted"
+    yield "shards", f"{found.shards}, {size(sum(found.bytes.values()))} with index and sidecars"
+    if found.dead:
+        yield (
+            "dead",
+            f"{report.count(found.dead, 'sample')}, {size(found.dead_bytes)}: wanprep compact",
+        )
+    if found.tombstones:
+        yield "removed", f"{report.count(found.tombstones, 'key')} in tombstones"
+    yield "captions", captions(found)
+    if found.captions.most_common is not None:
+        said = report.printable(found.captions.most_common)
+        said = said if len(said) <= 80 else said[:79] + "…"
+        yield (
+            "most common",
+            f"{report.count(found.captions.most_common_samples, 'sample')} have “{said}”",
+        )
+    for overlay in found.overlays:
+        lacks = f", {overlay.lacking} of the cache without" if overlay.lacking else ""
+        orphans = f", {overlay.orphans} of samples that are gone" if overlay.orphans else ""
+        yield (
+            overlay.name,
+            f"{report.count(overlay.samples, 'sample')}, {size(overlay.bytes)}{lacks}{orphans}",
+        )
+    yield from fingerprint(found)
+    yield "preview", preview(found)
+
+
+def captions(found: Overview) -> str:
+    """How many differ, and which ones to look at."""
+    said, parts = found.captions, []
+    parts.append(f"{said.distinct} different")
+    if said.empty:
+        parts.append(f"{said.empty} empty")
+    if said.short > said.empty:
+        parts.append(f"{said.short - said.empty} of at most {SHORT_TOKENS} tokens")
+    parts.append(f"longest {said.longest} tokens")
+    if said.cut:
+        parts.append(f"{said.cut} as long as is read, perhaps cut off")
+    return ", ".join(parts)
+
+
+def fingerprint(found: Overview) -> Iterator[tuple[str, str]]:
+    """The settings that decided the bytes, as far as people ask for them."""
+    settings = found.fingerprint
+    yield "mode", str(settings.get("mode"))
+    latents, text = settings.get("latents", {}), settings.get("text", {})
+    stride = "×".join(map(str, latents.get("stride", ())))
+    yield (
+        "latents",
+        f"{latents.get('channels')} channels, stride {stride}, {latents.get('dtype')}; VAE "
+        f"{str(latents.get('vae'))[:_DIGEST]}, computed in {latents.get('compute')}",
+    )
+    yield (
+        "text",
+        f"width {text.get('dim')}, at most {text.get('max_length')} tokens, {text.get('dtype')}; "
+        f"encoder {str(text.get('encoder'))[:_DIGEST]}, computed in {text.get('compute')}",
+    )
+    media = settings.get("media", {})
+    chosen = {
+        name.replace("_sample", ""): value
+        for name, value in media.items()
+        if name not in ("resize", "frame_rule", "bucket_table")
+    }
+    yield "media", ", ".join(f"{name} {value}" for name, value in chosen.items())
+
+
+def preview(found: Overview) -> str:
+    """How good the latent → RGB map is."""
+    rgb = found.latent_rgb
+    if rgb is None:
+        return "no latent → RGB map: the cache was encoded before there was one"
+    fitted = f"latent → RGB map fitted to {report.count(rgb.samples, 'sample')}"
+    if rgb.r2 is None:
+        return f"{fitted}, none held out: R² unknown"
+    line = f"{fitted}, R² {rgb.r2:.2f} on {rgb.held_out} held out"
+    return line if rgb.r2 >= R2_FLOOR else f"{line}; WARNING: below {R2_FLOOR}, previews mislead"
+
+
+def durations_note(found: Overview) -> str:
+    """Of which videos the durations are."""
+    if len(found.seconds) == found.seconds_of:
+        return f"all {report.count(found.seconds_of, 'video')}"
+    return f"{len(found.seconds)} drawn of {report.count(found.seconds_of, 'video')}"
+
+
+def print_overview(found: Overview, console: Console) -> None:
+    """Tables and histograms; `console` is stdout's."""
+    say = Text(f"{shown(str(found.folder))}", style="bold")
+    console.print(say)
+    table = Table.grid(padding=(0, 2))
+    for name, value in facts(found):
+        warns = "WARNING" in value
+        table.add_row(Text(name, style="dim"), Text(value, style="yellow" if warns else ""))
+    console.print(table)
+    for about in (_buckets(found), _bytes(found)):
+        console.print()
+        console.print(about)
+    _histogram(console, "Text tokens a sample", histogram(found.tokens), "tokens")
+    if len(found.seconds):
+        _histogram(
+            console,
+            f"Seconds a video ({durations_note(found)})",
+            histogram(found.seconds),
+            "s",
+        )
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2))
+
+
+def _buckets(found: Overview) -> Table:
+    table = Table(
+        title="Buckets", title_justify="left", title_style="bold", box=None, padding=(0, 2)
+    )
+    repeated = found.epoch != found.samples
+    columns = ["bucket", "latents", "samples", *(["an epoch"] if repeated else [])]
+    for name in [*columns, "text tokens", "bytes"]:
+        table.add_column(name, justify="left" if name == "bucket" else "right", header_style="dim")
+    latents = found.fingerprint.get("latents", {})
+    for row in found.buckets:
+        shape = ""
+        if latents:
+            shape = "×".join(
+                map(str, row.bucket.latent_shape(latents["channels"], tuple(latents["stride"])))
+            )
+        what = "image" if row.bucket.frames == 1 else f"{row.bucket.frames} frames"
+        table.add_row(
+            f"{row.bucket.width}×{row.bucket.height}, {what}",
+            shape,
+            str(row.samples),
+            *([str(row.epoch)] if repeated else []),
+            f"{row.tokens:.1f}",
+            size(row.bytes),
+        )
+    return table
+
+
+def _bytes(found: Overview) -> Table:
+    table = Table(title="Bytes", title_justify="left", title_style="bold", box=None, padding=(0, 2))
+    for name in ("component", "bytes", "share", ""):
+        table.add_column(
+            name, justify="right" if name in ("bytes", "share") else "left", header_style="dim"
+        )
+    total = max(1, sum(found.bytes.values()))
+    most = max([1, *found.bytes.values()])
+    for name, bytes_ in found.bytes.items():
+        bar = _bar(bytes_, most)
+        table.add_row(name, size(bytes_), f"{100 * bytes_ / total:.1f}%", Text(bar, style="cyan"))
+    return table
+
+
+def _histogram(console: Console, title: str, bars: Histogram, unit: str) -> None:
+    table = _table(title)
+    table.add_column(unit, justify="right", header_style="dim")
+    table.add_column("samples", justify="right", header_style="dim")
+    table.add_column("")
+    most = max([1, *bars.counts])
+    for low, high, number in zip(bars.edges, bars.edges[1:], bars.counts, strict=False):
+        table.add_row(f"{low:g} – {high:g}", str(number), Text(_bar(number, most), style="cyan"))
+    console.print()
+    console.print(table)
+
+
+def _bar(value: int, most: int) -> str:
+    return "█" * max(round(_BAR * value / most), 1 if value else 0)
+
+
+def saved(path: Path, number: int) -> str:
+    """The line about the page that was written."""
+    return f"{path}: {report.count(number, 'sample')} to look at, {size(path.stat().st_size)}"
