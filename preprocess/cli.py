@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from preprocess import cli_cache, cli_eyes, cli_overlays, cli_plan
-from preprocess.remote import shards_folder
+from preprocess.remote import media_folder, metadata_file, shards_folder
 from shared.cli_support import Command, echo, new_app, run
 from shared.errors import UserError
 from shared.interrupt import SIGNAL_EXIT
@@ -68,8 +68,8 @@ def wanprep() -> None:
 @app.command(cls=Command, epilog=ENCODE_EXAMPLES)
 def encode(
     model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that the shards are for: a folder in diffusers layout, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)] = DEFAULT_MODEL,
-    train_data_dir: Annotated[Path, typer.Option(metavar="DIR", envvar="DATASET_NAME", help="Folder of videos and images, where relative paths in the list start; or WebDataset tars: a folder of them, one, or a quoted pattern such as 'clips/{000..099}.tar'.", rich_help_panel=INPUT)] = Path("datasets"),
-    train_data_meta: Annotated[Path | None, typer.Option(metavar="FILE", envvar="DATASET_META_NAME", help="List of media and captions, .json, .jsonl or .csv: an entry has a path (file_path, video_path, image_path or file_name), a caption (text, caption or captions: one, or a list) and perhaps a type (video or image). Or a list of captions without media: entries without a path, or .txt with one a line.", show_default="metadata.json, .jsonl or .csv in the data folder, else a.txt beside a.mp4", rich_help_panel=INPUT)] = None,
+    train_data_dir: Annotated[Path, typer.Option(parser=media_folder, metavar="DIR|URL", envvar="DATASET_NAME", help="Folder of videos and images, where relative paths in the list start; or WebDataset tars: a folder of them, one, or a quoted pattern such as 'clips/{000..099}.tar'.", rich_help_panel=INPUT)] = Path("datasets"),
+    train_data_meta: Annotated[Path | None, typer.Option(parser=metadata_file, metavar="FILE|URL", envvar="DATASET_META_NAME", help="List of media and captions, .json, .jsonl or .csv: an entry has a path (file_path, video_path, image_path or file_name), a caption (text, caption or captions: one, or a list) and perhaps a type (video or image). Or a list of captions without media: entries without a path, or .txt with one a line.", show_default="metadata.json, .jsonl or .csv in the data folder, else a.txt beside a.mp4", rich_help_panel=INPUT)] = None,
     dataset_config: Annotated[Path | None, typer.Option(metavar="FILE", help="Several datasets in one TOML file, as for musubi-tuner or diffusion-pipe, in place of --train-data-dir; each may have its own sizes, frames and num_repeats.", show_default="one dataset", rich_help_panel=INPUT)] = None,
 
     size: Annotated[int, typer.Option(metavar="PX", help="Size of images and videos: the side, in pixels, of a square of the same area; 320 is 240P, 480 is 320P, 640 is 480P, 960 is 720P.", rich_help_panel=SAMPLES)] = 640,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from preprocess.remote import shards_folder
+from preprocess.remote import media_folder, shards_folder
 from shared.cli_support import Command, echo
 from shared.device import default_device
 from shared.errors import UserError
@@ -71,7 +71,7 @@ def verify(
     decode: Annotated[int, typer.Option(metavar="N", help="Draw N samples and decode them with the VAE.", rich_help_panel=DECODE)] = 0,
     sample: Annotated[list[str] | None, typer.Option("--sample", metavar="KEY", help="Decode this sample; may be given several times.", show_default="none", rich_help_panel=DECODE)] = None,
     model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="A model with the VAE that encoded the shards: a folder, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=DECODE)] = DEFAULT_MODEL,
-    train_data_dir: Annotated[Path, typer.Option(metavar="DIR", envvar="DATASET_NAME", help="Folder of the videos and images that were encoded, to compare with.", rich_help_panel=DECODE)] = Path("datasets"),
+    train_data_dir: Annotated[Path, typer.Option(parser=media_folder, metavar="DIR|URL", envvar="DATASET_NAME", help="Folder of the videos and images that were encoded, to compare with.", rich_help_panel=DECODE)] = Path("datasets"),
     seed: Annotated[int, typer.Option(metavar="N", help="Decides which samples are drawn.", rich_help_panel=DECODE)] = 42,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=DECODE)] = "auto",
     decode_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="A source that takes longer to decode is given up.", rich_help_panel=DECODE)] = 120,

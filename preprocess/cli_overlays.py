@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from preprocess.remote import shards_folder
+from preprocess.remote import media_folder, metadata_file, shards_folder
 from shared.cli_support import Command, echo
 from shared.device import default_device
 from shared.errors import UserError
@@ -40,8 +40,8 @@ Dtype = Literal["bf16", "fp32"]
 # fmt: off
 def recaption(
     name: Annotated[str, typer.Option(metavar="NAME", help="What the captions are called; wantrain distill --captions NAME uses them.", rich_help_panel=CAPTIONS)],
-    train_data_dir: Annotated[Path, typer.Option(metavar="DIR", envvar="DATASET_NAME", help="Folder (or tars) that the files of the list are relative to; the media need not be there.", rich_help_panel=CAPTIONS)] = Path("datasets"),
-    train_data_meta: Annotated[Path | None, typer.Option(metavar="FILE", envvar="DATASET_META_NAME", help="List of files and captions, as wanprep encode takes it.", show_default="metadata.json, .jsonl or .csv in the data folder, else a.txt beside a.mp4", rich_help_panel=CAPTIONS)] = None,
+    train_data_dir: Annotated[Path, typer.Option(parser=media_folder, metavar="DIR|URL", envvar="DATASET_NAME", help="Folder (or tars) that the files of the list are relative to; the media need not be there.", rich_help_panel=CAPTIONS)] = Path("datasets"),
+    train_data_meta: Annotated[Path | None, typer.Option(parser=metadata_file, metavar="FILE|URL", envvar="DATASET_META_NAME", help="List of files and captions, as wanprep encode takes it.", show_default="metadata.json, .jsonl or .csv in the data folder, else a.txt beside a.mp4", rich_help_panel=CAPTIONS)] = None,
     dataset_config: Annotated[Path | None, typer.Option(metavar="FILE", help="Several datasets in one TOML file, as wanprep encode takes it, in place of --train-data-dir.", show_default="one dataset", rich_help_panel=CAPTIONS)] = None,
     same_captions: Annotated[bool, typer.Option("--same-captions", help="No list: encode the captions that the shards have, for a model with another text encoder.", show_default="off", rich_help_panel=CAPTIONS)] = False,
     negative_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What the teacher's guidance (CFG) leads away from, when these captions are trained on.", show_default="the one in the shards", rich_help_panel=CAPTIONS)] = None,
@@ -104,7 +104,7 @@ def recaption(
 def add_condition(
     shards: Annotated[Path, typer.Option(parser=shards_folder, metavar="DIR|URL", help="Folder of the shards, encoded for a t2v model.", rich_help_panel=INPUT)] = Path("shards"),
     model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="The i2v model that will be trained, with the VAE of the shards: a folder, a hub id, or the bundled toy-i2v.", rich_help_panel=INPUT)] = DEFAULT_MODEL,
-    train_data_dir: Annotated[Path, typer.Option(metavar="DIR", envvar="DATASET_NAME", help="Folder (or tars) of the videos and images that were encoded.", rich_help_panel=INPUT)] = Path("datasets"),
+    train_data_dir: Annotated[Path, typer.Option(parser=media_folder, metavar="DIR|URL", envvar="DATASET_NAME", help="Folder (or tars) of the videos and images that were encoded.", rich_help_panel=INPUT)] = Path("datasets"),
 
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=ENCODERS)] = "auto",
     num_workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that decode media beside the VAE.", show_default="one a core but one, at most 8", rich_help_panel=ENCODERS)] = None,

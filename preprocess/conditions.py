@@ -25,7 +25,7 @@ from preprocess.overlays import base_cache, overlay_to_write
 from preprocess.ranks import Rank
 from preprocess.rejected import rejected_file, write_rejected
 from preprocess.sources import Medium, stamp
-from preprocess.tars import base_folder, medium_at
+from preprocess.tars import base_folder, medium_named
 from preprocess.workers import WorkerPool
 from preprocess.writer import ShardWriter
 from shared.buckets import Bucket
@@ -274,7 +274,7 @@ def _clips(base: CacheIndex, rows: Sequence[int], data_dir: Path) -> list[_Clip]
     return [
         _Clip(
             rows=tuple(rows),
-            path=medium_at(base_folder(data_dir) / Path(source).expanduser()),
+            path=medium_named(base_folder(data_dir), source),
             source=source,
             type=types[source, clip],
             clip=clip,

@@ -21,13 +21,14 @@ from preprocess.metadata import (
     find_metadata,
     read_metadata,
 )
+from preprocess.remote_media import RemoteFile, name_below, stored
 from preprocess.sampling import Sampling
 from preprocess.sources import Medium, TarMember
 from preprocess.tars import (
     TarSample,
     base_folder,
     is_tars,
-    medium_at,
+    medium_named,
     member_name,
     named_tars,
     read_tar,
@@ -222,7 +223,7 @@ def _entries(item: Any, data_dir: Path, only: Literal["video", "image"] | None) 
         )
     path_field, name = _text(item, paths, PATH_FIELDS, "the path of a file")
     given = Path(name).expanduser() if name.startswith("~/") else Path(name)
-    path = medium_at(given if given.is_absolute() else data_dir / given)
+    path = medium_named(data_dir, name)
     implied = {"video_path": "video", "image_path": "image"}.get(path_field)
     said = item.get("type")
     if said and said not in ("video", "image"):
@@ -308,7 +309,7 @@ def _from_folder(
         source = path.relative_to(folder).as_posix()
         try:
             caption = _caption_beside(path, caption_suffix)
-            entries.append(_checked(path, source, caption, kind or _kind(path)))
+            entries.append(_checked(stored(path), source, caption, kind or _kind(path)))
         except _BadEntryError as error:
             rejected.append(Rejected(source=source, reason=str(error)))
     return Dataset(origin=folder, entries=tuple(entries), rejected=tuple(rejected))
@@ -458,6 +459,8 @@ def _source(path: Medium, given: Path, data_dir: Path) -> str:
     if isinstance(path, TarMember):
         tar = next(parent for parent in given.parents if parent.name == path.tar.name)
         return f"{_source(path.tar, tar, data_dir)}/{member_name(path)}"
+    if isinstance(path, RemoteFile):
+        return name_below(path.url, data_dir)
     if not isinstance(path, Path):
         return str(path)
     try:

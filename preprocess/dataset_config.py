@@ -17,9 +17,11 @@ from typing import Any, get_args
 from preprocess.clips import Clips
 from preprocess.config import LARGEST_SIZE, SMALLEST_SIZE
 from preprocess.dataset import Dataset, Entry, Rejected, load_dataset
+from preprocess.remote_media import media_folder, metadata_file
 from preprocess.sampling import Resolution, Sampling
 from preprocess.tars import base_folder, is_tars
 from shared.errors import UserError
+from shared.mirror import followed, is_url
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -160,10 +162,16 @@ def _load(file: Path, where: str, table: Mapping[str, Any]) -> Dataset:
             f"its media are given by {' and '.join(sources) or 'nothing'}, expected one of "
             f"{', '.join((*FOLDERS, *LISTS))}."
         )
-    paths = {name: _path(file, name, table[name]) for name in sources}
+    suffix = values.get("caption_extension", ".txt")
+    paths = {name: _path(file, name, table[name], suffix) for name in sources}
     kind = next((k for n in sources if (k := FOLDERS.get(n) or LISTS.get(n))), None)
     metadata = paths[listed[0]] if listed else None
-    data_dir = paths[folder[0]] if folder else paths[listed[0]].parent
+    if folder:
+        data_dir = paths[folder[0]]
+    elif is_url(table[listed[0]]):
+        data_dir = _pulled(media_folder(table[listed[0]].rpartition("/")[0]))
+    else:
+        data_dir = paths[listed[0]].parent
     if folder and not data_dir.is_dir() and not is_tars(data_dir):
         raise _BadValueError(f"{folder[0]}: there is no folder {data_dir}.")
     if metadata is not None and not metadata.is_file():
@@ -172,7 +180,7 @@ def _load(file: Path, where: str, table: Mapping[str, Any]) -> Dataset:
         loaded = load_dataset(
             data_dir,
             metadata,
-            caption_suffix=values.get("caption_extension", ".txt"),
+            caption_suffix=suffix,
             kind=kind,  # type: ignore[arg-type]
         )
     except UserError as error:
@@ -183,7 +191,11 @@ def _load(file: Path, where: str, table: Mapping[str, Any]) -> Dataset:
     def named(source: str) -> str:
         """As the file would be found from here: names of two folders must not be mixed up."""
         here = base_folder(data_dir)
-        return source if Path(source).is_absolute() else (here / source).as_posix()
+        if is_url(source) or Path(source).is_absolute():
+            return source
+        if (store := followed(data_dir)) is not None:
+            return f"{store.url}/{source}"
+        return (here / source).as_posix()
 
     def own(entry: Entry) -> Entry:
         source = "" if entry.path is None else named(entry.source)
@@ -198,10 +210,21 @@ def _load(file: Path, where: str, table: Mapping[str, Any]) -> Dataset:
     )
 
 
-def _path(file: Path, name: str, value: Any) -> Path:
+def _pulled(path: Path) -> Path:
+    """A store's folder or file, looked at now: only here is it known which there are."""
+    if (found := followed(path)) is not None:
+        found.pull()
+    return path
+
+
+def _path(file: Path, name: str, value: Any, caption_suffix: str) -> Path:
     """From the working folder, as both projects have it, or else from the file's own."""
     if not isinstance(value, str) or not value:
         raise _BadValueError(f"{name} is {value!r}, expected a path.")
+    if is_url(value):
+        if name in LISTS:
+            return _pulled(metadata_file(value))
+        return _pulled(media_folder(value, caption_suffix=caption_suffix))
     path = Path(value).expanduser()
     beside = file.parent / path
     return beside if not path.exists() and beside.exists() else path

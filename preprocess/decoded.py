@@ -19,7 +19,7 @@ from preprocess.conditions import same_content
 from preprocess.decode import fitted_frames, look
 from preprocess.findings import Finding
 from preprocess.media import MediaError
-from preprocess.tars import base_folder, medium_at
+from preprocess.tars import base_folder, medium_named
 from preprocess.workers import WorkerPool, default_workers
 from shared.cache import MEDIA_TYPES, CacheIndex, MemberReader, open_cache
 from shared.device import check_device
@@ -209,7 +209,7 @@ def _source(
     config: DecodeConfig, index: CacheIndex, row: int, info: dict[str, Any], pool: WorkerPool
 ) -> npt.NDArray[np.uint8]:
     """The frames that the VAE was given. Raises MediaError where the file is not there any more."""
-    path = medium_at(base_folder(config.data_dir) / Path(str(info["source"])).expanduser())
+    path = medium_named(base_folder(config.data_dir), str(info["source"]))
     clip = Clip(
         bucket=index.buckets[int(index.bucket_ids[row])],
         frame_indices=tuple(info["frame_indices"]),

@@ -10,6 +10,8 @@ from preprocess.dataset import Entry, Rejected
 from preprocess.decode import look
 from preprocess.index import caption_digest
 from preprocess.media import Kind, MediaError, Probe
+from preprocess.probe_memo import ProbeMemo
+from preprocess.remote_media import RemoteFile
 from preprocess.sources import Medium, stamp
 from preprocess.workers import WorkerPool
 from shared.hashing import FileHasher
@@ -102,11 +104,27 @@ def plan_work(
         else:
             files.setdefault((entry.path, entry.type), []).append(number)
     names = {path: stamp(path, hasher) for path, _ in files}
+    probes = ProbeMemo() if any(isinstance(path, RemoteFile) for path in names) else None
+
+    def take(numbers: list[int], seen: Probe, sha256: str) -> None:
+        for number in numbers:
+            entry = entries[number]
+            try:
+                found[number] = [
+                    _Looked(entry=entry, sha256=sha256, probe=seen, clip=clip)
+                    for clip in entry.sampling.clips(seen, seen.type, sha256, rule)
+                ]
+            except MediaError as error:
+                found[number] = Rejected(source=entry.source, reason=str(error))
+            on_progress()
 
     def tasks() -> Iterator[tuple[list[int], tuple[Medium, Kind, str | None]]]:
         for (path, kind), numbers in files.items():
             known = None if (name := names[path]) is None else hasher.known(name)
-            yield numbers, (path, kind, known)
+            if probes and name and known and (seen := probes.known(name, kind)):
+                take(numbers, seen, known)  # to look into it would be to download it
+            else:
+                yield numbers, (path, kind, known)
 
     looked = pool.completed(
         look,
@@ -125,16 +143,9 @@ def plan_work(
             continue
         if path is not None and (name := names[path]) is not None:
             hasher.remember(name, sha256)
-        for number in numbers:
-            entry = entries[number]
-            try:
-                found[number] = [
-                    _Looked(entry=entry, sha256=sha256, probe=seen, clip=clip)
-                    for clip in entry.sampling.clips(seen, seen.type, sha256, rule)
-                ]
-            except MediaError as error:
-                found[number] = Rejected(source=entry.source, reason=str(error))
-            on_progress()
+            if probes and isinstance(path, RemoteFile):
+                probes.remember(name, entries[numbers[0]].type, seen)
+        take(numbers, seen, sha256)
 
     clips: dict[tuple[str, Clip], list[_Looked]] = {}
     rejected: dict[Rejected, None] = {}  # a file once, however many captions

@@ -1,4 +1,7 @@
-"""Caches in object stores, as stage one writes them: through a mirror of this rank's own."""
+"""What the options of stage one take: folders, and URLs of object stores.
+
+A cache is written through a mirror of this rank's own.
+"""
 
 from pathlib import Path
 
@@ -15,6 +18,20 @@ def shards_folder(location: str | Path) -> Path:
         return open_for_writing(location, writer=this_rank().number)
     except UserError as error:  # a ValueError, of which the command line would show the value alone
         raise typer.BadParameter(str(error)) from error
+
+
+def media_folder(location: str | Path) -> Path:
+    """What `--train-data-dir` takes: a folder as it is, a URL as the folder that lists it."""
+    from preprocess import remote_media
+
+    return remote_media.media_folder(location)
+
+
+def metadata_file(location: str | Path) -> Path:
+    """What `--train-data-meta` takes: a file as it is, a URL as a copy of it."""
+    from preprocess import remote_media
+
+    return remote_media.metadata_file(location)
 
 
 def open_for_writing(location: str | Path, *, writer: int) -> Path:

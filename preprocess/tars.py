@@ -15,6 +15,7 @@ from braceexpand import braceexpand
 from webdataset.tariterators import base_plus_ext
 
 from preprocess.media import MediaError
+from preprocess.remote_media import remote_named
 from preprocess.sources import Medium, TarMember
 from preprocess.writer import SHARD_NAME
 from shared.errors import UserError
@@ -179,6 +180,15 @@ def _members(tar: Path) -> tuple[list[TarMember], str | None]:
         whole = f" after {len(found)} files" if found else ""
         return found, f"the tar is damaged{whole} ({error})"
     return found, None
+
+
+def medium_named(data_dir: Path, name: str) -> Medium:
+    """The medium that a dataset calls `name`: in a store, in a tar or a file of its own."""
+    remote = remote_named(data_dir, name)
+    if remote is not None:
+        return remote
+    given = Path(name).expanduser() if name.startswith("~/") else Path(name)
+    return medium_at(given if given.is_absolute() else data_dir / given)
 
 
 def medium_at(path: Path) -> Medium:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -17,6 +17,7 @@ from preprocess.sample_check import (
 )
 from preprocess.tar_stream import HashedStream, Member, TarDamage, members
 from shared.cache import MEDIA_TYPES, Sidecar
+from shared.errors import UserError
 from shared.mirror import shard_file
 from shared.schema import CONDITION_MEMBER, JSON_MEMBER, LATENTS_MEMBER, MEMBERS, TEXT_MEMBER
 
@@ -51,6 +52,14 @@ class ShardReport:
     """Whether these are the bytes that the sidecar says."""
 
 
+def _bytes_of(tar: Path) -> BinaryIO:
+    """Raises OSError, also where a store has other bytes than were put there."""
+    try:
+        return shard_file(tar).open("rb")
+    except UserError as error:
+        raise OSError(str(error)) from error
+
+
 def check_shard(
     path: Path, sidecar: Sidecar, expected: Expected, on_bytes: Callable[[int], None]
 ) -> ShardReport:
@@ -62,7 +71,7 @@ def check_shard(
     report = ShardReport()
     if not path.is_file():  # a pipe would be waited for
         raise OSError(f"{path} is no file")
-    with shard_file(path).open("rb") as raw:
+    with _bytes_of(path) as raw:
         stream = HashedStream(raw, on_bytes)
         try:
             for key, problem in _samples(members(stream), expected, report):

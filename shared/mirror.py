@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from shared.durable import (
     TEMPORARY_SUFFIX,
@@ -97,10 +97,11 @@ def explained(url: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # each store has exceptions of its own
-        raise UserError(f"{url}: {_why(error)}") from error
+        raise UserError(f"{url}: {why(error)}") from error
 
 
-def _why(error: BaseException) -> str:
+def why(error: BaseException) -> str:
+    """What a store's error means, and what can be done about it."""
     kind = type(error).__name__
     if isinstance(error, FileNotFoundError):
         return "there is no such bucket or object. Make the bucket, or correct the URL."
@@ -145,7 +146,7 @@ def _patiently(what: str, attempt: Callable[[], Result]) -> Result:
             return attempt()
         except Exception as error:
             if wait is None or _for_good(error):
-                raise OSError(errno.EIO, f"{what}: {_why(error)}") from error
+                raise OSError(errno.EIO, f"{what}: {why(error)}") from error
             time.sleep(wait)
     raise AssertionError
 
@@ -198,7 +199,7 @@ class Mirror:
     def pull(self) -> None:
         """Make the folder like the store. Raises UserError where the store can't be read."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _flock(self.folder / ".pull"), explained(self.url):
+        with flock(self.folder / ".pull"), explained(self.url):
             listed = self._listing()
             known = self._known()
             missing = []
@@ -251,7 +252,7 @@ class Mirror:
         prefix = self._root + "/"
         names = {path.removeprefix(prefix): info for path, info in found.items()}
         return {
-            name: _signature(info)
+            name: signature_of(info)
             for name, info in names.items()
             if self._mirrored(name) and self._wanted(name)
         }
@@ -385,7 +386,7 @@ class Mirror:
         return f"{self._root}/{name}"
 
 
-def _signature(info: Mapping[str, Any]) -> str:
+def signature_of(info: Mapping[str, Any]) -> str:
     """Changes when the object does, as far as the store tells."""
     told = [str(info[key]) for key in _SIGNATURES if info.get(key) is not None]
     return "|".join([str(info.get("size")), *told])
@@ -393,7 +394,21 @@ def _signature(info: Mapping[str, Any]) -> str:
 
 # Mirrors of this process.
 
+
+class Followed(Protocol):
+    """Something in a store that is made like it before a command runs."""
+
+    url: str
+    folder: Path
+    """Here; or a file."""
+
+    def pull(self) -> None:
+        """Raises UserError where the store can't be read."""
+
+
 _mirrors: dict[Path, Mirror] = {}
+_followed: dict[Path, Followed] = {}
+"""The mirrors, and what stage one reads."""
 
 
 def mirror_of(path: Path) -> Mirror | None:
@@ -412,20 +427,37 @@ def local_folder(location: str | Path, *, writer: int | None) -> Path:
     """A folder as it is; for a URL its mirror's, which `pull_mirrors` fills."""
     if isinstance(location, Path) or not is_url(location):
         return Path(location)
-    protocol, _, path = location.partition("://")
-    if protocol.lower() in _LOCAL:
-        return Path(path)
+    if local := is_local(location):
+        return local
     mirror = Mirror(location, writer=writer)
     if mirror.folder not in _mirrors:
         _mirrors[mirror.folder] = mirror
         replicate(mirror.folder, mirror)
-    return mirror.folder
+    return follow(mirror)
+
+
+def is_local(url: str) -> Path | None:
+    """The path that a file:// URL names; None for any other."""
+    protocol, _, path = url.partition("://")
+    return Path(path) if protocol.lower() in _LOCAL else None
+
+
+def follow(thing: Followed) -> Path:
+    """Have `pull_mirrors` pull it, and its URL shown in its place; where it is here."""
+    return _followed.setdefault(thing.folder, thing).folder
+
+
+def followed(path: Path) -> Followed | None:
+    """What was followed into the folder that a path lies in."""
+    if not _followed:
+        return None
+    return next((_followed[up] for up in (path, *path.parents) if up in _followed), None)
 
 
 def pull_mirrors() -> None:
-    """Make every mirror of this process like its store."""
-    for mirror in _mirrors.values():
-        mirror.pull()
+    """Make everything that this process follows like it is in the store."""
+    for thing in [*_followed.values()]:
+        thing.pull()
 
 
 def reading(folder: Path, shards: Mapping[str, int]) -> None:
@@ -458,8 +490,8 @@ def pull(folder: Path) -> bool:
 
 def shown(text: str) -> str:
     """`text` for people: URLs in place of mirrors' folders."""
-    for folder, mirror in _mirrors.items():
-        text = text.replace(str(folder), mirror.url)
+    for folder, thing in _followed.items():
+        text = text.replace(str(folder), thing.url)
     return text
 
 
@@ -519,7 +551,7 @@ def shard_file(tar: Path) -> Path:
     kept = _kept(sha256)
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with _flock(kept.with_name(f".lock-{sha256[:2]}")):  # one process fetches, the others wait
+        with flock(kept.with_name(f".lock-{sha256[:2]}")):  # one process fetches, the others wait
             if not kept.exists():
                 _fetch(mirror, tar, sha256, kept)
     now = time.time_ns()  # finer than the kernel's own idea of now
@@ -584,7 +616,8 @@ def _evict(newest: Path) -> None:
 
 
 @contextmanager
-def _flock(path: Path) -> Iterator[None]:
+def flock(path: Path) -> Iterator[None]:
+    """A lock file, held by one process or thread at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
     try:
@@ -599,3 +632,4 @@ def forget_mirrors() -> None:
     for folder in [*_mirrors]:
         del _mirrors[folder]
         replicate(folder, None)
+    _followed.clear()

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -25,6 +27,8 @@ class ObjectStore:
     """A running server, and what a process needs to reach it."""
 
     port: int
+    log: Path
+    """A line for each request."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -58,6 +62,20 @@ class ObjectStore:
         found = [path.removeprefix(root) for path in self.files().find(root)]
         return [name for name in found if "index.zarr/" not in name]
 
+    def upload(self, folder: Path, prefix: str) -> str:
+        """URL of a copy of a folder, hidden files left out."""
+        for path in folder.rglob("*"):
+            name = path.relative_to(folder).as_posix()
+            if path.is_file() and not name.startswith("."):
+                self.files().put_file(str(path), f"{BUCKET}/{prefix}/{name}")
+        return f"s3://{BUCKET}/{prefix}"
+
+    def fetched(self, prefix: str) -> list[str]:
+        """Names of what was read below a prefix so far, in order."""
+        begin = f"GET /{BUCKET}/{prefix}/"
+        lines = [line for line in self.log.read_text().splitlines() if begin in line]
+        return [line.split(begin)[1].split(" ")[0] for line in lines]
+
     def deny(self, after: int) -> None:
         """Refuse everybody whom the server does not know, after so many requests more."""
         self._post("/moto-api/reset-auth", str(after).encode())
@@ -75,12 +93,14 @@ def running() -> Iterator[ObjectStore]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    store = ObjectStore(port)
+    log = Path(tempfile.mkdtemp(prefix="wandistill-s3-")) / "log"
+    with log.open("wb") as stream:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            stdout=subprocess.DEVNULL,
+            stderr=stream,
+        )
+    store = ObjectStore(port, log)
     try:
         deadline = time.monotonic() + 60
         while True:
@@ -94,6 +114,7 @@ def running() -> Iterator[ObjectStore]:
     finally:
         server.kill()
         server.wait()
+        shutil.rmtree(log.parent)
 
 
 @contextmanager

@@ -20,12 +20,7 @@ SHORT = ("--max-train-steps", "2", "--mixed-precision", "no")
 @pytest.fixture(scope="module")
 def bucket(store: ObjectStore, t2v_shards: Path) -> str:
     """URL of a copy of a folder of shards."""
-    files = store.files()
-    for path in t2v_shards.rglob("*"):
-        name = path.relative_to(t2v_shards).as_posix()
-        if path.is_file() and not name.startswith("."):
-            files.put_file(str(path), f"{BUCKET}/train/{name}")
-    return f"s3://{BUCKET}/train"
+    return store.upload(t2v_shards, "train")
 
 
 @pytest.fixture(scope="module")
