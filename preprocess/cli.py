@@ -50,11 +50,12 @@ app = new_app(
     PROGRAM_EXAMPLES,
 )
 
-INPUT, SAMPLES, ENCODERS, OUTPUT = (
+INPUT, SAMPLES, ENCODERS, OUTPUT, CLUSTER = (
     "Input",
     "What a sample is",
     "Encoders",
     "Output",
+    "Cluster",
 )
 Dtype = Literal["bf16", "fp32"]
 
@@ -104,6 +105,10 @@ def encode(
     shard_size_mb: Annotated[int, typer.Option(metavar="MB", help="Megabytes at which a shard is closed and the next begun.", rich_help_panel=OUTPUT)] = 256,
     prune: Annotated[bool, typer.Option("--prune", help="Remove samples from the shards that the dataset does not give any more: files that were taken out, or cut otherwise now.", show_default="off", rich_help_panel=OUTPUT)] = False,
     max_bad: Annotated[int, typer.Option(metavar="N", help="Samples that may be rejected before the exit code is 1; the others are encoded all the same.", rich_help_panel=OUTPUT)] = 0,
+
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="Where the encoders run: local is this process (or one per GPU under torchrun, accelerate, srun); ray is a Ray cluster, whose nodes may come and go.", rich_help_panel=CLUSTER)] = "local",
+    ray_address: Annotated[str | None, typer.Option(metavar="HOST:PORT", envvar="RAY_ADDRESS", help="Head node of the Ray cluster, or auto: the cluster that this machine is part of. Run the command on one of its nodes.", show_default="a cluster of this machine alone", rich_help_panel=CLUSTER)] = None,
+    ray_actors: Annotated[int | None, typer.Option(metavar="N", help="Ray actors at most; each has an encoder (a GPU of its own, if there are any) and --num-workers decoders.", show_default="as many as there is room for", rich_help_panel=CLUSTER)] = None,
 ) -> None:
     """Encode videos, images and captions into shards, once.
 

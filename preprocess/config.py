@@ -9,6 +9,7 @@ from preprocess.clips import Clips
 from preprocess.ranks import Rank, this_rank
 from shared.device import default_device
 from shared.errors import UserError
+from shared.mirror import mirror_of
 
 StoredDtype = Literal["bf16", "fp32"]
 TrainMode = Literal["normal", "i2v", "ti2v"]
@@ -81,6 +82,13 @@ class EncodeConfig:
     train_mode: TrainMode | None = None
     """None: as the model is."""
 
+    engine: Literal["local", "ray"] = "local"
+    """Where the encoders run: in this process, or in actors of a Ray cluster."""
+    ray_address: str | None = None
+    """HOST:PORT of a head node; None: a cluster of this machine alone (`ray_cluster.LOCAL`)."""
+    ray_actors: int | None = None
+    """Actors at most; None: as many as the cluster has room for."""
+
     def __post_init__(self) -> None:
         sizes = {"image": self.image_size, "video": self.video_size, "token": self.token_size}
         for option, size in sizes.items():
@@ -102,7 +110,26 @@ class EncodeConfig:
                 f"DATASET_META_NAME) {self.metadata} are both given, expected one of them. A "
                 'dataset of the TOML file may name a list: metadata = "FILE".'
             )
+        if self.engine == "ray" and self.rank.world > 1:
+            raise UserError(
+                f"--engine ray: started as rank {self.rank.number} of {self.rank.world}. Ray "
+                "shares the work out by itself: start one process, without torchrun or srun."
+            )
+        if self.engine == "ray" and (self.ray_address or "").startswith("ray://"):
+            raise UserError(
+                f"--ray-address: {self.ray_address} is a Ray Client's; expected HOST:PORT of the "
+                "head node, and the command run on one of the cluster's nodes."
+            )
+        if self.engine == "ray" and (mirror := mirror_of(self.output)) is not None:
+            raise UserError(
+                f"--engine ray: --output is {mirror.url}, and embeddings wait in it for the other "
+                "actors. Expected a folder that all nodes share; ranks (torchrun, srun) write to "
+                "object stores."
+            )
+        if self.engine == "local" and self.ray_actors is not None:
+            raise UserError(f"--ray-actors: {self.ray_actors} without --engine ray. Add that.")
         at_least = {
+            "--ray-actors": (1 if self.ray_actors is None else self.ray_actors, 1),
             "--video-sample-stride": (self.stride, 1),
             "--shard-size-mb": (self.shard_size_mb, 1),
             "--max-bad": (self.max_bad, 0),
@@ -180,6 +207,7 @@ def config_of(
     vae_mini_batch: int,
     device: str,
     num_workers: int | None,
+    engine: Literal["local", "ray"] = "local",
     **same: Any,
 ) -> EncodeConfig:
     """The settings as the command line names them; those in `same` have one name everywhere.
@@ -209,7 +237,9 @@ def config_of(
         ratio_crop=random_ratio_crop,
         stride=DEFAULT_STRIDE if video_sample_stride is None else video_sample_stride,
         frames=video_sample_n_frames,
-        device=rank.device(default_device()) if device == "auto" else device,
+        # A cluster's nodes may have what this machine lacks.
+        device=rank.device(default_device()) if (device, engine) == ("auto", "local") else device,
+        engine=engine,
         workers=default_workers(rank.local_world) if num_workers is None else num_workers,
         rank=rank,
         **same,

@@ -7,12 +7,12 @@ however the run ends, and the same command goes on from there.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from rich.console import Console
 
@@ -22,12 +22,12 @@ from preprocess.clips import ClipRule
 from preprocess.config import EncodeConfig
 from preprocess.dataset import Dataset, Rejected, load_dataset
 from preprocess.dataset_config import load_dataset_config
-from preprocess.engine import Engine, LocalEngine
+from preprocess.engine import COMPONENTS, Engine, LocalEngine
 from preprocess.fingerprint import encode_fingerprint, refuse_other_settings
-from preprocess.index import caption_digest, settled_index
+from preprocess.index import settled_index
 from preprocess.media import MediaError
 from preprocess.passes import Encoded, Times, latents_from_cache, samples_of, texts_from_cache
-from preprocess.plan import Captions, Committed, Work, plan_work
+from preprocess.plan import Captions, Work, committed_of, missing_of, plan_work
 from preprocess.rejected import rejected_file, write_rejected
 from preprocess.removal import unlisted
 from preprocess.speed import remember_speed
@@ -48,7 +48,8 @@ from shared.hashing import FileHasher
 from shared.interrupt import Interrupted, Interruption, catch_signals
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
 
-COMPONENTS = ("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor")
+if TYPE_CHECKING:  # ray is imported where a cluster is asked for
+    from preprocess.ray_cluster import Cluster
 
 
 @dataclass
@@ -75,11 +76,18 @@ def encode(config: EncodeConfig, console: Console) -> Outcome:
     Raises UserError for what the user can mend; rejected samples and signals are in the outcome.
     """
     outcome = Outcome()
-    with catch_signals("stopping: committing what is encoded ...") as signals:
+    with ExitStack() as held:
+        cluster = None
+        if config.engine == "ray":
+            from preprocess.ray_cluster import connected
+
+            cluster = held.enter_context(connected(config))
+            config = replace(config, device=cluster.device)
+        signals = held.enter_context(catch_signals("stopping: committing what is encoded ..."))
         try:
             # First of all: the workers get up while weights are digested.
             with WorkerPool(config.workers, timeout=config.decode_timeout) as pool:
-                _encode(config, console, pool, signals, outcome)
+                _encode(config, console, pool, cluster, signals, outcome)
         except Interrupted as interrupted:
             outcome.signum = interrupted.signum
     return outcome
@@ -89,6 +97,7 @@ def _encode(
     config: EncodeConfig,
     console: Console,
     pool: WorkerPool,
+    cluster: "Cluster | None",
     signals: Interruption,
     outcome: Outcome,
 ) -> None:
@@ -98,6 +107,8 @@ def _encode(
     refuse_captions_alone(dataset, spec)
     say(console, f"dataset  {dataset.origin}: {len(dataset.entries)} usable")
     say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
+    if cluster is not None:
+        say(console, f"cluster  {cluster.described()}; an actor takes {cluster.demand}")
     hasher = FileHasher()
     with console.status("digesting the encoders' weights (read once, then remembered)"):
         fingerprint = encode_fingerprint(config, spec, hasher)
@@ -108,7 +119,7 @@ def _encode(
         sidecars = committed_shards(config.output)
         refuse_other_settings(config.output, sidecars, fingerprint)
         outcome.index = settled_index(config.output) if sidecars else None
-        committed = _committed(outcome.index)
+        committed = committed_of(outcome.index)
 
         # What is missing of the dataset.
         with report.bar(console, "looking into the media", len(dataset.entries)) as advance:
@@ -157,6 +168,10 @@ def _encode(
         )
         writer = BackgroundWriter(shards)
         engine: Engine = LocalEngine(config, spec, pool, outcome.times)
+        if cluster is not None:
+            from preprocess.ray_engine import RayEngine
+
+            engine = RayEngine(cluster, config, spec, fingerprint, signals, partial(say, console))
 
         try:
             # Text pass: each caption once; the encoder is gone before the VAE comes.
@@ -222,7 +237,8 @@ def encodable_model(config: EncodeConfig) -> ModelSpec:
     """The model whose encoders are used. Raises UserError for one that cannot be encoded for."""
     spec = read_model_spec(resolve_model(config.model, COMPONENTS))
     spec = in_train_mode(spec, config.train_mode)
-    check_device(config.device)
+    if config.engine == "local":
+        check_device(config.device)
     return spec
 
 
@@ -258,31 +274,6 @@ def clip_rule(config: EncodeConfig, spec: ModelSpec) -> ClipRule:
         clips_per_video=config.clips_per_video,
         variants=config.variants,
     )
-
-
-def _committed(index: CacheIndex | None) -> Captions:
-    if index is None:
-        return {}
-    return committed_samples(index.keys, index.captions, index.repeats)
-
-
-def committed_samples(
-    keys: npt.NDArray[np.uint8], captions: npt.NDArray[np.uint8], repeats: npt.NDArray[np.int32]
-) -> Captions:
-    """What is in the shards, from columns of the index."""
-    return {
-        bytes(keys[row]).hex(): Committed(bytes(captions[row]), int(repeats[row]))
-        for row in range(len(keys))
-    }
-
-
-def missing_of(work: Work, committed: Captions) -> list[tuple[str, str]]:
-    """The (key, caption) of a clip that the shards lack, or have with other words or repeats."""
-    return [
-        (key, caption)
-        for key, caption in work.samples
-        if committed.get(key) != Committed(caption_digest(caption), work.repeats)
-    ]
 
 
 def _split(todo: Sequence[Work], committed: Captions) -> tuple[list[Work], list[Work], list[Work]]:
@@ -336,7 +327,7 @@ def _finish(config: EncodeConfig, outcome: Outcome, planned: Sequence[Work]) -> 
     write_rejected(rejected_file(config.output, config.rank), outcome.rejected)
     if committed_shards(config.output):
         outcome.index = settled_index(config.output)
-    committed = _committed(outcome.index)
+    committed = committed_of(outcome.index)
     outcome.left = sum(len(missing_of(work, committed)) for work in planned)
 
 

@@ -15,6 +15,9 @@ from shared.schema import DTYPES
 if TYPE_CHECKING:  # diffusers and transformers wait until an encoder is built: a run that has
     from preprocess.encoders import LatentEncoder, TextEncoder  # nothing to do needs neither
 
+COMPONENTS = ("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor")
+"""Folders of a model that an engine loads."""
+
 
 class Engine(Protocol):
     """The two passes of `encode`, in order; no device holds a text encoder and a VAE at once."""

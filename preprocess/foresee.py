@@ -17,10 +17,8 @@ from preprocess.config import EncodeConfig
 from preprocess.dataset import Rejected
 from preprocess.encode import (
     clip_rule,
-    committed_samples,
     dataset_of,
     encodable_model,
-    missing_of,
     missing_prompts,
     refuse_captions_alone,
 )
@@ -29,7 +27,7 @@ from preprocess.fingerprint import encode_fingerprint, refuse_other_settings
 from preprocess.index import live_columns
 from preprocess.media import MediaError
 from preprocess.passes import Times
-from preprocess.plan import Captions, Work, plan_work
+from preprocess.plan import Captions, Work, committed_samples, missing_of, plan_work
 from preprocess.speed import Speed, known_speed, remember_speed
 from preprocess.text_cache import TextCache
 from preprocess.workers import WorkerPool

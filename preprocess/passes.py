@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -187,7 +187,7 @@ def latents_from_media(
     *,
     stored: torch.dtype,
     times: Times,
-) -> Iterator[tuple[Work, Encoded | MediaError]]:
+) -> Generator[tuple[Work, Encoded | MediaError], None, None]:
     """Decode, fit and encode clips, as they are decoded; a clip that fails comes with the reason.
 
     The VAE is built only if there is work; the next clips are decoded while it is busy. Adds to

@@ -5,6 +5,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from preprocess.clips import Clip, ClipRule
 from preprocess.dataset import Entry, Rejected
 from preprocess.decode import look
@@ -14,6 +17,7 @@ from preprocess.probe_memo import ProbeMemo
 from preprocess.remote_media import RemoteFile
 from preprocess.sources import Medium, stamp
 from preprocess.workers import WorkerPool
+from shared.cache import CacheIndex
 from shared.hashing import FileHasher
 from shared.schema import MediaType, SampleInfo, sample_key
 
@@ -68,6 +72,32 @@ class Committed(NamedTuple):
 
 Captions = Mapping[str, Committed]
 """By key."""
+
+
+def committed_of(index: CacheIndex | None) -> Captions:
+    """What is in the shards; None: nothing."""
+    if index is None:
+        return {}
+    return committed_samples(index.keys, index.captions, index.repeats)
+
+
+def committed_samples(
+    keys: npt.NDArray[np.uint8], captions: npt.NDArray[np.uint8], repeats: npt.NDArray[np.int32]
+) -> Captions:
+    """What is in the shards, from columns of the index."""
+    return {
+        bytes(keys[row]).hex(): Committed(bytes(captions[row]), int(repeats[row]))
+        for row in range(len(keys))
+    }
+
+
+def missing_of(work: Work, committed: Captions) -> list[tuple[str, str]]:
+    """The (key, caption) of a clip that the shards lack, or have with other words or repeats."""
+    return [
+        (key, caption)
+        for key, caption in work.samples
+        if committed.get(key) != Committed(caption_digest(caption), work.repeats)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,8 @@ import re
 import tarfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 
 import webdataset
@@ -43,6 +44,8 @@ SHARD_NAME = re.compile(
     r"(?:h\d+-w\d+-f\d+|prompts|tombstones)-w(?P<writer>\d{3})-(?P<number>\d{5,})\.tar"
 )
 LOCK = ".lock"
+MOST_WRITERS = 1000
+"""w000 … w999."""
 
 # Each open shard is an open file; more buckets than this are written in turns.
 MOST_OPEN_SHARDS = 128
@@ -273,6 +276,28 @@ def writer_lock(folder: Path, writer: int) -> Iterator[None]:
         _locked(folder, f"{LOCK}-w{writer:03d}", fcntl.LOCK_EX, patience=_PATIENCE),
     ):
         yield
+
+
+@contextmanager
+def free_writer_lock(folder: Path, first: int) -> Iterator[int]:
+    """`writer_lock` of a number that no living writer has: `first`, else one of those after it.
+
+    Never 0, and beyond 999 begins at 1 again.
+    """
+    with ExitStack() as held:
+        held.enter_context(_locked(folder, LOCK, fcntl.LOCK_SH, patience=_PATIENCE))
+        refused: UserError | None = None
+        for number in chain(range(first, MOST_WRITERS), range(1, first)):
+            try:
+                lock = _locked(folder, f"{LOCK}-w{number:03d}", fcntl.LOCK_EX, patience=0)
+                held.enter_context(lock)
+                refused = None
+                break
+            except UserError as error:
+                refused = error
+        if refused is not None:
+            raise refused
+        yield number
 
 
 @contextmanager

@@ -1,0 +1,202 @@
+"""What runs on the nodes: one actor holds one encoder and does the work of `passes` with it.
+
+A media actor writes the shards itself, under a writer number of its own, so no tensor travels. It
+decodes one lease while it encodes another (Ray calls `work` in threads).
+"""
+
+import os
+import socket
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ray
+
+from preprocess.background_writer import BackgroundWriter
+from preprocess.config import EncodeConfig
+from preprocess.engine import COMPONENTS, latent_encoder, text_encoder
+from preprocess.fingerprint import encode_fingerprint
+from preprocess.media import MediaError
+from preprocess.passes import Times, latents_from_media, samples_of
+from preprocess.plan import Work
+from preprocess.ray_fleet import Joined
+from preprocess.sources import Medium
+from preprocess.text_cache import TextCache
+from preprocess.workers import WorkerPool
+from preprocess.writer import ShardWriter, free_writer_lock
+from shared.device import check_device
+from shared.errors import UserError
+from shared.fingerprint import Fingerprint, refuse_differences
+from shared.hashing import FileHasher
+from shared.model_spec import ModelSpec, resolve_model
+from shared.schema import DTYPES
+
+if TYPE_CHECKING:
+    from preprocess.encoders import LatentEncoder, TextEncoder
+
+RUN_MARK = ".lock-ray"
+"""File in the output folder that says which run writes there: whoever reads it sees the folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orders:
+    """What an actor is told when it is created."""
+
+    config: EncodeConfig
+    """Of the driver, with the device decided."""
+    spec: ModelSpec
+    """Of the model as the driver sees it."""
+    fingerprint: Fingerprint
+    run: str
+    """Content of `RUN_MARK`."""
+    folder: Path
+    """Where the driver runs: what relative paths begin at."""
+    medium: Medium | None
+    """One that every node must see."""
+    first_writer: int
+    """The writer number that is tried first."""
+
+
+class TextActor:
+    """Captions → embeddings, into the text cache that lies in the output folder."""
+
+    def __init__(self, orders: Orders) -> None:
+        self._orders = orders
+        self._texts = TextCache(orders.config.output, orders.fingerprint)
+        self._encoder: TextEncoder | None = None
+
+    def start(self) -> Joined:
+        """Check the node and load the encoder. UserError where the node cannot be used."""
+        spec = _checked_node(self._orders)
+        self._encoder = text_encoder(self._orders.config, spec)
+        return _joined(writer=None)
+
+    def work(self, captions: Sequence[str]) -> dict[int, str]:
+        """Encode captions; none is ever rejected."""
+        assert self._encoder is not None, "start comes first"
+        for caption in captions:
+            text = self._encoder.encode(caption).to(DTYPES[self._orders.config.dtype])
+            self._texts.put(caption, text)
+        return {}
+
+    def finish(self, rescue: bool) -> None:
+        """Nothing: an embedding is on disk as soon as it is made."""
+
+
+class MediaActor:
+    """Clips → shards, with the embeddings that text actors left."""
+
+    def __init__(self, orders: Orders) -> None:
+        self._orders = orders
+        self._texts = TextCache(orders.config.output, orders.fingerprint)
+        self._held = ExitStack()
+        self._turn = threading.Lock()
+        """Who has it has the encoder and the writer."""
+        self._stopping = threading.Event()
+
+    def start(self) -> Joined:
+        """Check the node, take a writer number, load the VAE. UserError: it cannot be used."""
+        config = self._orders.config
+        self._spec = _checked_node(self._orders)
+        self._pool = self._held.enter_context(
+            WorkerPool(config.workers, timeout=config.decode_timeout)
+        )
+        number = self._held.enter_context(
+            free_writer_lock(config.output, self._orders.first_writer)
+        )
+        shards = ShardWriter(
+            config.output,
+            self._orders.fingerprint,
+            shard_bytes=config.shard_size_mb * 1_000_000,
+            writer=number,
+        )
+        self._writer = BackgroundWriter(shards)
+        self._encoder = latent_encoder(config, self._spec)
+        return _joined(writer=number)
+
+    def work(self, works: Sequence[Work]) -> dict[int, str]:
+        """Encode clips into shards; which were rejected (position), and why.
+
+        Their samples are committed when a shard is full, or by `finish`.
+        """
+        numbers = {id(work): number for number, work in enumerate(works)}
+        rejected: dict[int, str] = {}
+        with ExitStack() as turn:
+
+            def encoder() -> "LatentEncoder":  # asked for once the first clips are being decoded
+                turn.enter_context(self._turn)
+                return self._encoder
+
+            encoded = latents_from_media(
+                works,
+                self._spec,
+                encoder,
+                self._pool,
+                stored=DTYPES[self._orders.config.dtype],
+                times=Times(),
+            )
+            with closing(encoded):
+                for work, result in encoded:
+                    if self._stopping.is_set():
+                        break
+                    if isinstance(result, MediaError):
+                        rejected[numbers[id(work)]] = str(result)
+                        continue
+                    for sample, colours in samples_of(work, work.samples, result, self._texts):
+                        self._writer.add(sample, colours)
+        return rejected
+
+    def finish(self, rescue: bool) -> None:
+        """Commit open shards, after the clip that is being encoded, and let go of everything.
+
+        `rescue`: the run has failed or was stopped; commit what can be.
+        """
+        self._stopping.set()
+        with self._turn:
+            if rescue:
+                self._writer.rescue()
+            else:
+                self._writer.close()
+        self._held.close()
+
+
+def _joined(writer: int | None) -> Joined:
+    node = ray.get_runtime_context().get_node_id()
+    return Joined(host=socket.gethostname(), node=node, pid=os.getpid(), writer=writer)
+
+
+def _checked_node(orders: Orders) -> ModelSpec:
+    """The model as this node sees it, once the node is known to see what the driver sees."""
+    try:
+        _check_folders(orders)
+        spec = replace(orders.spec, folder=resolve_model(orders.config.model, COMPONENTS))
+        check_device(orders.config.device)
+        refuse_differences(
+            encode_fingerprint(orders.config, spec, FileHasher()),
+            orders.fingerprint,
+            what=f"the model in {spec.folder} is another one there, or another wandistill",
+            cure="Copy the model to that node again, and install the same version.",
+        )
+        return spec
+    except UserError as error:
+        raise UserError(f"node {socket.gethostname()}: {error}") from error
+
+
+def _check_folders(orders: Orders) -> None:
+    with suppress(OSError):  # a node may lack it where all paths are absolute
+        os.chdir(orders.folder)  # before the decoders start, which inherit it
+    output = orders.config.output
+    mark = output / RUN_MARK
+    if not mark.exists() or mark.read_text() != orders.run:
+        raise UserError(
+            f"--output: {output} is not the folder there that it is where the command runs. "
+            "Expected one that all nodes of the cluster share."
+        )
+    if orders.medium is not None and not orders.medium.exists():
+        raise UserError(
+            f"--train-data-dir: {orders.medium} is not there. Expected the media under the same "
+            "path on every node."
+        )

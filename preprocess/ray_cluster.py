@@ -1,0 +1,129 @@
+"""The Ray cluster that a run uses: joined, or started on this machine; what it has room for."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from preprocess.config import EncodeConfig
+from shared.device import default_device
+from shared.errors import UserError, first_line
+
+LOCAL = "local"
+"""The address that stands for a cluster of this machine alone, which lasts as long as the run."""
+
+# Captions and messages are all that passes through it; Ray would take a third of the memory.
+_OBJECT_STORE_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """A connection, and what one actor asks of a node."""
+
+    own: bool
+    """Started by this run, on this machine."""
+    device: str
+    """That actors compute on."""
+    cpus: int
+    gpus: int
+    most: int | None
+    """Actors at most; None: as many as there is room for."""
+
+    @property
+    def demand(self) -> str:
+        """What one actor needs, in words."""
+        return f"{self.cpus} CPU" + (f" and {self.gpus} GPU" if self.gpus else "")
+
+    def room(self) -> int:
+        """Actors that the nodes which live now could hold if they did nothing else."""
+        room = 0
+        for resources in _living():
+            each = [resources.get("CPU", 0) // self.cpus]
+            if self.gpus:
+                each.append(resources.get("GPU", 0) // self.gpus)
+            room += int(min(each))
+        return room if self.most is None else self.most
+
+    def described(self) -> str:
+        """The nodes and what they have."""
+        nodes = _living()
+        cpus = sum(int(resources.get("CPU", 0)) for resources in nodes)
+        gpus = sum(int(resources.get("GPU", 0)) for resources in nodes)
+        plural = "" if len(nodes) == 1 else "s"
+        return f"{len(nodes)} node{plural}, {cpus} CPU" + (f", {gpus} GPU" if gpus else "")
+
+
+@contextmanager
+def connected(config: EncodeConfig) -> Iterator[Cluster]:
+    """Join the cluster of `config.ray_address`, or start one; leave it, or end it, at the end.
+
+    Takes over SIGTERM, so it comes before `catch_signals`. Raises UserError where Ray is not
+    installed, there is no such cluster, or the one of this machine has no room for an actor.
+    """
+    # Read when ray is imported: no word to its makers, and GPUs are hidden from who asks for none.
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError(
+            "--engine ray: Ray is not installed. Install it on every node: "
+            "pip install 'wandistill[ray]'."
+        ) from error
+    address = config.ray_address or LOCAL
+    own = address == LOCAL
+    options: dict[str, Any] = {}
+    if own:
+        cores = len(os.sched_getaffinity(0))
+        options = {
+            # Two actors on two cores are slow, but they are what --ray-actors 2 asks for.
+            "num_cpus": max(cores, (config.ray_actors or 1) * (1 + config.workers)),
+            "object_store_memory": _OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+        }
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
+    except Exception as error:  # ConnectionError, ValueError, RuntimeError, a bare Exception …
+        raise UserError(
+            f"--ray-address: cannot {'start' if own else 'join'} the cluster {address} "
+            f"({first_line(error)}). Expected HOST:PORT of a head node, the command run on one of "
+            "the cluster's nodes with the Ray and Python versions that the cluster has; "
+            f"{LOCAL} starts one on this machine."
+        ) from error
+    try:
+        yield _cluster(config, own)
+    finally:
+        ray.shutdown()
+
+
+def _cluster(config: EncodeConfig, own: bool) -> Cluster:
+    nodes = _living()
+    device = config.device
+    if device == "auto":
+        has_gpu = any(resources.get("GPU", 0) for resources in nodes)
+        device = "cuda" if has_gpu or (own and default_device() == "cuda") else "cpu"
+    gpus = 1 if device.partition(":")[0] == "cuda" else 0
+    # An encoder and its decoders, but no more than keeps a GPU idle for want of cores.
+    shares = [
+        int(resources.get("CPU", 0) // max(1, resources.get("GPU", 0)))
+        for resources in nodes
+        if bool(resources.get("GPU", 0)) or not gpus
+    ]
+    usable = [share for share in shares if share]
+    cpus = max(1, min([1 + config.workers, *usable]))
+    cluster = Cluster(own=own, device=device, cpus=cpus, gpus=gpus, most=config.ray_actors)
+    if own and gpus and not any(resources.get("GPU", 0) for resources in nodes):
+        raise UserError(
+            f"--device: found {device}, but this machine has no GPU that Ray can see. Expected "
+            "auto or cpu, or --ray-address of a cluster that has some."
+        )
+    return cluster
+
+
+def _living() -> list[dict[str, float]]:
+    """The resources of each living node."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -1,0 +1,159 @@
+"""`wanprep encode --engine ray`: the two passes of `encode` on the nodes of a Ray cluster.
+
+The driver decides what is to be done and derives the index; actors (`ray_actors`) hold the
+encoders, and everything big goes from them into the output folder, which all nodes share. All text
+actors are gone before the first media actor comes.
+"""
+
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+
+from preprocess.config import EncodeConfig
+from preprocess.index import settled_index
+from preprocess.media import MediaError
+from preprocess.passes import Encoded, latents_from_cache
+from preprocess.plan import Captions, Work, committed_of, missing_of
+from preprocess.ray_actors import RUN_MARK, MediaActor, Orders, TextActor
+from preprocess.ray_cluster import Cluster
+from preprocess.ray_fleet import Fleet
+from preprocess.sources import Medium
+from preprocess.text_cache import TextCache
+from preprocess.writer import MOST_WRITERS, remove_abandoned
+from shared.cache import CacheIndex, committed_shards
+from shared.durable import write_bytes
+from shared.errors import UserError
+from shared.fingerprint import Fingerprint
+from shared.interrupt import Interruption
+from shared.model_spec import ModelSpec
+
+Item = TypeVar("Item")
+
+# Items that an actor gets at once, and how many must wait before another actor is worth its start.
+_CLIPS, _CLIPS_WORTH = 8, 2
+_CAPTIONS, _CAPTIONS_WORTH = 32, 256
+
+
+class RayEngine:
+    """Actors on a cluster."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        config: EncodeConfig,
+        spec: ModelSpec,
+        fingerprint: Fingerprint,
+        signals: Interruption,
+        say: Callable[[str], None],
+    ) -> None:
+        self._cluster, self._signals, self._say = cluster, signals, say
+        self._config, self._spec = config, spec
+        self._fingerprint = fingerprint
+        self._run = uuid.uuid4().hex
+        self._fleet: Fleet[Any] | None = None
+
+    def encode_texts(
+        self, captions: Sequence[str], texts: TextCache, *, on_progress: Callable[[], None]
+    ) -> None:
+        """Each caption once; the actors are gone when this returns."""
+        missing = [caption for caption in captions if caption not in texts]
+        for _ in range(len(captions) - len(missing)):
+            on_progress()
+
+        def unfinished(given: Sequence[str]) -> list[str]:
+            return [caption for caption in given if caption not in texts]
+
+        fleet = self._new_fleet(TextActor, None, unfinished, lease=_CAPTIONS, worth=_CAPTIONS_WORTH)
+        for caption, reason in fleet.run(missing):
+            if reason is not None:
+                raise UserError(f"text encoder: cannot encode {caption[:60]!r}: {reason}")
+            on_progress()
+
+    def encode_media(
+        self, works: Sequence[Work], texts: TextCache
+    ) -> Iterator[tuple[Work, Encoded | MediaError | None]]:
+        """Clips in any order, as actors are done with them."""
+        medium = works[0].entry.path if works else None
+        fleet = self._new_fleet(
+            MediaActor, medium, self._without_samples, lease=_CLIPS, worth=_CLIPS_WORTH
+        )
+        rejected: set[int] = set()
+        for work, reason in fleet.run(works):
+            if reason is not None:
+                rejected.add(id(work))
+            yield work, None if reason is None else MediaError(reason)
+        remove_abandoned(self._config.output, world=1)  # of actors that died
+        yield from self._half_committed([work for work in works if id(work) not in rejected])
+
+    def rescue(self) -> None:
+        """Let the actors commit, and end them."""
+        if self._fleet is not None:
+            self._fleet.rescue()
+
+    def _new_fleet(
+        self,
+        kind: type,
+        medium: Medium | None,
+        unfinished: Callable[[Sequence[Item]], Sequence[Item]],
+        *,
+        lease: int,
+        worth: int,
+    ) -> Fleet[Item]:
+        write_bytes(self._config.output / RUN_MARK, self._run.encode())
+        actor: Any = ray.remote(kind).options(
+            num_cpus=self._cluster.cpus,
+            num_gpus=self._cluster.gpus,
+            max_restarts=0,
+            max_concurrency=3,  # two leases, and `finish`
+            scheduling_strategy="SPREAD",
+        )
+
+        def hire(number: int) -> Any:
+            return actor.remote(
+                Orders(
+                    config=self._config,
+                    spec=self._spec,
+                    fingerprint=self._fingerprint,
+                    run=self._run,
+                    folder=Path.cwd(),
+                    medium=medium,
+                    first_writer=1 + (number - 1) % (MOST_WRITERS - 1),  # 0 is the driver's
+                )
+            )
+
+        fleet: Fleet[Item] = Fleet(
+            hire,
+            room=self._cluster.room,
+            demand=self._cluster.demand,
+            unfinished=unfinished,
+            lease=lease,
+            worth=worth,
+            signals=self._signals,
+            say=self._say,
+        )
+        self._fleet = fleet
+        return fleet
+
+    def _committed(self) -> tuple[CacheIndex | None, Captions]:
+        """What is in the shards now, whoever wrote it."""
+        there = committed_shards(self._config.output)
+        index = settled_index(self._config.output) if there else None
+        return index, committed_of(index)
+
+    def _without_samples(self, works: Sequence[Work]) -> list[Work]:
+        """Clips of which nothing is committed. (They had nothing before the run either.)"""
+        _, committed = self._committed()
+        return [work for work in works if not any(key in committed for key, _ in work.samples)]
+
+    def _half_committed(self, works: Sequence[Work]) -> Iterator[tuple[Work, Encoded]]:
+        """Clips whose actor died between two of their captions: the rest, without the VAE."""
+        index, committed = self._committed()
+        missing = {work.home: missing_of(work, committed) for work in works}
+        half = [work for work in works if 0 < len(missing[work.home]) < len(work.samples)]
+        if index is not None and half:
+            for work, encoded in latents_from_cache(half, index):
+                yield replace(work, samples=tuple(missing[work.home])), encoded
