@@ -108,7 +108,7 @@ def encode(
 
     engine: Annotated[Literal["local", "ray"], typer.Option(help="Where the encoders run: local is this process (or one per GPU under torchrun, accelerate, srun); ray is a Ray cluster, whose nodes may come and go.", rich_help_panel=CLUSTER)] = "local",
     ray_address: Annotated[str | None, typer.Option(metavar="HOST:PORT", envvar="RAY_ADDRESS", help="Head node of the Ray cluster, or auto: the cluster that this machine is part of. Run the command on one of its nodes.", show_default="a cluster of this machine alone", rich_help_panel=CLUSTER)] = None,
-    ray_actors: Annotated[int | None, typer.Option(metavar="N", help="Ray actors at most; each has an encoder (a GPU of its own, if there are any) and --num-workers decoders.", show_default="as many as there is room for", rich_help_panel=CLUSTER)] = None,
+    ray_actors: Annotated[int | None, typer.Option(metavar="N", help="Actors at most; each has an encoder, on a GPU of its own if there are any, and decoders (--num-workers).", show_default="as many as there is room for", rich_help_panel=CLUSTER)] = None,
 ) -> None:
     """Encode videos, images and captions into shards, once.
 
