@@ -56,7 +56,7 @@ def plan(
     if json:
         echo(json_format.dumps(foreseen.to_json(), indent=1, ensure_ascii=False))
     else:
-        for line in page(foreseen, config.output):
+        for line in page(foreseen, config.output, prune=config.prune):
             echo(line)
     if len(foreseen.rejected) > config.max_bad:
         raise UserError(
@@ -82,7 +82,7 @@ def _with_options_of(
     return command
 
 
-def page(plan: "Foreseen", output: Path) -> list[str]:
+def page(plan: "Foreseen", output: Path, *, prune: bool) -> list[str]:
     """What people read."""
     head = ("shape", "samples", "in shards", "new", "shortened", "upscaled", "new MB")
     rows = [
@@ -115,7 +115,8 @@ def page(plan: "Foreseen", output: Path) -> list[str]:
             "lie in no clip"
         )
     if plan.leftover:
-        lines.append(f"leftover {plan.leftover} in {output} are not in this dataset")
+        then = "would be removed" if prune else "stay (but see --prune)"
+        lines.append(f"leftover {plan.leftover} in {output} are not in this dataset and {then}")
     if plan.epoch != plan.samples:
         lines.append(f"epoch    {plan.epoch} samples, repeats counted")
     lines.append(f"disk     about {plan.new_bytes / 1e6:.2f} MB more in {output}, prompts included")

@@ -186,9 +186,9 @@ def foresee(config: EncodeConfig, console: Console, *, measure: bool = False) ->
         leftover=len(committed.keys() - live),
         epoch=sum(work.repeats * len(work.samples) for work in planned),
         rejected=(*dataset.rejected, *rejected),
-        shortened=tuple(_shortened(planned)),
-        upscaled=tuple(_upscaled(planned)),
-        slow=tuple(_slow(planned, config.fps)),
+        shortened=_once(_shortened(planned)),
+        upscaled=_once(_upscaled(planned)),
+        slow=_once(_slow(planned, config.fps)),
         **_frames(planned),
         new_bytes=sum(_bytes(config, spec, work, missing, tokens) for work, missing in new)
         + sum(_tensor(config, tokens[text], spec.text_dim) for text in prompts),
@@ -296,6 +296,11 @@ def _buckets(
             upscaled=sum(len(w.samples) for w in works if _upscaling(w) > 1),
             new_bytes=sum(_bytes(config, spec, work, which, tokens) for work, which in gone),
         )
+
+
+def _once(changes: Iterable[Change]) -> tuple[Change, ...]:
+    """Variants and captions of one medium are often changed alike."""
+    return tuple(dict.fromkeys(changes))
 
 
 def _is_short(work: Work) -> bool:
