@@ -1,5 +1,6 @@
 """What a sample must be, from its shard's fingerprint and bucket; and whether it is. No I/O."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -175,8 +176,12 @@ def _check_tensors(
     dtype = expected.text_dtype if suffix == TEXT_MEMBER else expected.latents_dtype
     if dtype is not None and tensor.dtype != dtype:
         yield Problem("dtype", _dtype(tensor.dtype), _dtype(dtype))
+    ranges = {other: _Range.of(values) for other, values in tensors.items()}
     for other, values in tensors.items():
-        yield from _check_finite(other, values)
+        if not ranges[other].finite:
+            bad = values.numel() - int(torch.isfinite(values).sum())
+            found = f"{bad} of {values.numel()} values of {other} are NaN or infinite"
+            yield Problem("not-finite", found, "none")
     if suffix == CONDITION_MEMBER:
         yield from _check_clip(tensors.get("clip"), expected)
     if suffix == TEXT_MEMBER:
@@ -191,12 +196,12 @@ def _check_tensors(
                 f"shape {tuple(tensor.shape)}",
                 f"1 to {expected.text_length} rows of {expected.text_dim}",
             )
-        elif not bool(tensor.any()):
+        elif ranges[name].zero:
             yield Problem("text-zero", f"{len(tensor)} rows of zeros", "an embedding")
     elif tuple(tensor.shape) != expected.latents:
         yield Problem(f"{name}-shape", f"shape {tuple(tensor.shape)}", f"{expected.latents}")
-    elif bool((tensor == tensor.view(-1)[0]).all()):
-        yield Problem(f"{name}-constant", f"only {float(tensor.view(-1)[0]):g}", "a picture")
+    elif ranges[name].low == ranges[name].high:
+        yield Problem(f"{name}-constant", f"only {ranges[name].low:g}", "a picture")
     yield tensor
 
 
@@ -209,18 +214,29 @@ def _check_clip(clip: torch.Tensor | None, expected: Expected) -> Iterator[Probl
         yield Problem("clip-shape", f"shape {tuple(clip.shape)}", f"rows of {expected.clip_dim}")
     elif clip is not None and clip.dtype != expected.latents_dtype:
         yield Problem("dtype", f"clip {_dtype(clip.dtype)}", f"{expected.latents_dtype}")
-    elif clip is not None and not bool(clip.any()) and not expected.of_images:
+    elif clip is not None and _Range.of(clip).zero and not expected.of_images:
         yield Problem("clip-zero", f"{len(clip)} rows of zeros", "an embedding")
 
 
-def _check_finite(name: str, values: torch.Tensor) -> Iterator[Problem]:
-    bad = 0
-    if values.is_floating_point():
-        bad = values.numel() - int(torch.isfinite(values).sum())
-    if bad:
-        yield Problem(
-            "not-finite", f"{bad} of {values.numel()} values of {name} are NaN or infinite", "none"
-        )
+@dataclass(frozen=True)
+class _Range:
+    """Lowest and highest value: one fast pass that tells all that is asked of the values."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: torch.Tensor) -> "_Range":
+        low, high = torch.aminmax(values)  # NaN where there is any
+        return cls(float(low), float(high))
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
+    @property
+    def zero(self) -> bool:
+        return self.low == self.high == 0
 
 
 def _dtype(dtype: torch.dtype) -> str:
