@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.models import LATENT_CHANNELS
+from tests.preprocess import reference
 from tests.preprocess.conftest import PICTURES, Cache, render_clip, wanprep
 
 Flags = tuple[object, ...]
@@ -307,3 +308,51 @@ def test_the_seeds_shell_block(
     assert (info["width"], info["height"], info["frames"]) == (832, 480, 5)
     assert np.diff(info["frame_indices"]).tolist() == [2] * 4
     assert cache.tensor(0, "cond").shape == cache.tensor(0, "latents").shape == (16, 2, 60, 104)
+
+
+@pytest.mark.parametrize(
+    ("flags", "shape", "frames"),
+    [
+        (("--no-enable-bucket", "--fps", 10), (64, 64), [0, 2, 3, 5, 6]),
+        (("--fix-sample-size", 100, 50, "--video-sample-stride", 3), (96, 48), [0, 3, 6, 9, 12]),
+    ],
+)
+def test_what_is_encoded_is_what_the_pipeline_makes_of_it(
+    flags: Flags,
+    shape: tuple[int, int],
+    frames: list[int],
+    media: Path,
+    tiny_i2v: Path,
+    tmp_path: Path,
+) -> None:
+    """To the bit, from frames and a crop that are worked out without our code."""
+    cache = encoded(
+        *(tiny_i2v, media, tmp_path, "--size", 64, "--video-sample-n-frames", 5, "--clips"),
+        *("first", "--dtype", "fp32", "--text-encoder-dtype", "fp32", *flags),
+    )
+    row = cache.row(source="clip.mp4")
+    pipelines = reference.Pipelines(tiny_i2v, "i2v", vae=torch.float32, text_encoder=torch.float32)
+    pictures = reference.video_frames(media / "clip.mp4", frames)
+    expected = pipelines.of(reference.fitted(pictures, *shape), "a clip")
+    assert torch.equal(cache.tensor(row, "latents"), expected.latents)
+    assert expected.condition is not None
+    assert torch.equal(cache.tensor(row, "cond"), expected.condition)
+
+
+def test_a_mini_batch_changes_no_byte(media: Path, tiny_t2v: Path, tmp_path: Path) -> None:
+    flags = (*BASE, "--clips", "chunk")
+    one = encoded(tiny_t2v, media, tmp_path / "one", *flags)
+    four = encoded(tiny_t2v, media, tmp_path / "four", *flags, "--vae_mini_batch", 4)
+    assert one.contents() == four.contents()
+    assert one.index.fingerprint == four.index.fingerprint
+
+
+def test_the_mode_decides_the_disk(media: Path, tiny_i2v: Path, tmp_path: Path) -> None:
+    def taken(*flags: object) -> int:
+        ran = wanprep(*command("plan", tiny_i2v, media, tmp_path, "--json", *BASE, *flags))
+        return int(json.loads(ran.out)["bytes"])
+
+    # 16 channels of 3 x 6 x 10 and 1 x 6 x 8 in bf16, each in a tar's blocks of 512 bytes.
+    conditions = 512 * (2 + -(-(16 * 3 * 6 * 10 * 2 + 96) // 512) - (-(16 * 48 * 2 + 96) // 512))
+    assert taken() == taken("--train-mode", "i2v")
+    assert taken() - taken("--train-mode", "normal") == conditions
