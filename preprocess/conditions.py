@@ -252,7 +252,7 @@ def _fingerprint(
 
 
 def _missing(base: CacheIndex, rows: Sequence[int], there: CacheIndex | None) -> list[int]:
-    have = set() if there is None else {there.key(row) for row in range(len(there))}
+    have = set() if there is None else set(there.hex_keys())
     return [row for row in rows if base.key(row) not in have]
 
 

@@ -210,7 +210,9 @@ def _encode(
                     advance()
             with signals.deferred():
                 writer.close()
-                outcome.times.writing = writer.waited
+                outcome.times.end_media(writing=writer.waited)
+                if went := report.where_time_went(outcome.times):
+                    say(console, went)
                 if leftover:
                     shards.add_tombstones(leftover)
                     outcome.removed = len(leftover)

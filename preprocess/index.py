@@ -80,7 +80,7 @@ def fresh_index(folder: Path) -> CacheIndex:
     """Open the cache's index, brought up to date first where it is missing, stale or damaged."""
     while True:
         in_store = pull(folder)
-        entries = _entries(folder)
+        entries = entries_of(folder)
         try:
             manifest = parse((folder / MANIFEST).read_bytes(), most=MOST_MANIFEST)
             if manifest["index"] == entries.digest:
@@ -89,7 +89,7 @@ def fresh_index(folder: Path) -> CacheIndex:
                 return index
         except (OSError, ValueError, KeyError, TypeError):  # UserError is a ValueError
             pass
-        index = _write_index(folder, entries, _reusable(folder, entries))
+        index = write_index(folder, entries, _reusable(folder, entries))
         if not in_store:
             return index
         # Another writer may have put its index between our objects, or its shards after we
@@ -107,7 +107,7 @@ def settled_index(folder: Path) -> CacheIndex:
 
 def live_columns(folder: Path) -> tuple[Columns, tuple[str, ...]]:
     """The index's columns as they would be now, and the prompts' shards; nothing is written."""
-    entries = _entries(folder)
+    entries = entries_of(folder)
     columns = _columns(folder, entries, _reusable(folder, entries))
     return columns, tuple(sidecar.shard for sidecar in entries.prompts)
 
@@ -120,12 +120,12 @@ def build_index(folder: Path) -> CacheIndex:
     Raises UserError naming a damaged shard, or two shards that were made with different settings.
     """
     pull(folder)
-    index = _write_index(folder, _entries(folder), None)
+    index = write_index(folder, entries_of(folder), None)
     return fresh_index(folder) if mirror_of(folder) else index
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Entries:
+class Entries:
     """Everything that an index is made from, each list by name."""
 
     sidecars: list[Sidecar]
@@ -152,11 +152,12 @@ def entries_digest(sidecars: list[Sidecar], tombstones: list[Tombstones]) -> str
     return digest_of([FORMAT_VERSION, shards + removed])
 
 
-def _entries(folder: Path) -> _Entries:
-    return _Entries(sidecars=committed_shards(folder), tombstones=committed_tombstones(folder))
+def entries_of(folder: Path) -> Entries:
+    """What is committed in a folder."""
+    return Entries(sidecars=committed_shards(folder), tombstones=committed_tombstones(folder))
 
 
-def _reusable(folder: Path, entries: _Entries) -> tuple[set[str], Columns] | None:
+def _reusable(folder: Path, entries: Entries) -> tuple[set[str], Columns] | None:
     """The rows of the index that is there, and the shards that they stand for.
 
     None where it cannot be built upon: a shard or a tombstone that it knew is gone or another, so
@@ -186,7 +187,7 @@ def _renumbered(
     return np.asarray([numbers[name] for name in old], dtype=np.int32)[positions]
 
 
-def _columns(folder: Path, entries: _Entries, reusable: tuple[set[str], Columns] | None) -> Columns:
+def _columns(folder: Path, entries: Entries, reusable: tuple[set[str], Columns] | None) -> Columns:
     """The live rows, by key; `bucket` is not filled in."""
     _refuse_mixed(folder, entries.sidecars)
     known, columns = reusable or (set(), _Rows(0, (), None).columns())
@@ -203,9 +204,13 @@ def _columns(folder: Path, entries: _Entries, reusable: tuple[set[str], Columns]
     return _live(columns, sidecars, entries.tombstones)
 
 
-def _write_index(
-    folder: Path, entries: _Entries, reusable: tuple[set[str], Columns] | None
+def write_index(
+    folder: Path, entries: Entries, reusable: tuple[set[str], Columns] | None
 ) -> CacheIndex:
+    """Write index and manifest of these shards; open the result.
+
+    `reusable`: names of shards with all their rows, which are then not read again.
+    """
     columns = _columns(folder, entries, reusable)
     sidecars = entries.samples
     buckets = sorted({sidecar.bucket for sidecar in sidecars if sidecar.bucket})

@@ -43,6 +43,33 @@ class Times:
     pixels: int = 0
     """Pixels of all frames that the VAE took; the seconds in it, and of waiting for them."""
     media_seconds: float = 0.0
+    clips: int = 0
+    """That the VAE encoded."""
+    vae: float = 0.0
+    """Of `encoders`, the VAE's (and CLIP's) part."""
+    decoders: float = 0.0
+    """What the clips took the decoders, summed over them; beside the VAE, so mostly hidden."""
+    media: float = 0.0
+    """Wall time from the VAE's being loaded until the last shard is committed."""
+    _media_began: float | None = None
+
+    def begin_media(self) -> None:
+        """The VAE is loaded."""
+        self._media_began = time.perf_counter()
+
+    def end_media(self, *, writing: float) -> None:
+        """Every shard is committed; the loop has waited for the writer so many seconds."""
+        self.writing = writing
+        if self._media_began is not None:
+            self.media = time.perf_counter() - self._media_began
+
+    @contextmanager
+    def encoding_clip(self) -> Iterator[None]:
+        before = self.encoders
+        with self.encoding():
+            yield
+        self.vae += self.encoders - before
+        self.clips += 1
 
     @contextmanager
     def encoding(self) -> Iterator[None]:
@@ -134,7 +161,7 @@ def samples_of(
 
 def latents_from_cache(work: Sequence[Work], cache: CacheIndex) -> Iterator[tuple[Work, Encoded]]:
     """Clips of which some caption is committed already: the latents of that sample, as stored."""
-    rows = {cache.key(row): row for row in range(len(cache))} if work else {}
+    rows = {key: row for row, key in enumerate(cache.hex_keys())} if work else {}
     reader = MemberReader(cache)
     copied = [rows[key] for item in work for key, _ in item.samples if key in rows]
     used = {cache.shards[int(cache.shard_ids[row])] for row in copied}
@@ -167,7 +194,7 @@ def texts_from_cache(
     }
     if not same:
         return
-    rows = {key: row for row in range(len(cache)) if (key := cache.key(row)) in same}
+    rows = {key: row for row, key in enumerate(cache.hex_keys()) if key in same}
     check_shards(cache.folder, {cache.shards[int(cache.shard_ids[row])] for row in rows.values()})
     reader = MemberReader(cache)
     try:
@@ -203,16 +230,19 @@ def latents_from_media(
     decoded = pool.completed(
         fitted_frames, tasks, source=lambda item: item.entry.path, ahead=pool.workers + 2
     )
+    busy = pool.busy
     with closing(decoded):
         latent_encoder = encoder()
+        times.begin_media()
         while True:
             began = time.perf_counter()
             with times.waiting():
                 item, frames = next(decoded, (None, None))
             if item is None or frames is None:
+                times.decoders += pool.busy - busy
                 return
             try:
-                with times.encoding():
+                with times.encoding_clip():
                     encoded = _encode(latent_encoder, frames.result(), spec, stored)
                 bucket = item.clip.bucket
                 times.pixels += bucket.height * bucket.width * bucket.frames

@@ -18,6 +18,7 @@ from preprocess.remote_media import RemoteFile
 from preprocess.sources import Medium, stamp
 from preprocess.workers import WorkerPool
 from shared.cache import CacheIndex
+from shared.columns import hex_keys
 from shared.hashing import FileHasher
 from shared.schema import MediaType, SampleInfo, sample_key
 
@@ -85,9 +86,10 @@ def committed_samples(
     keys: npt.NDArray[np.uint8], captions: npt.NDArray[np.uint8], repeats: npt.NDArray[np.int32]
 ) -> Captions:
     """What is in the shards, from columns of the index."""
+    digests, width = captions.tobytes(), captions.shape[1]
     return {
-        bytes(keys[row]).hex(): Committed(bytes(captions[row]), int(repeats[row]))
-        for row in range(len(keys))
+        key: Committed(digests[row * width : (row + 1) * width], count)
+        for row, (key, count) in enumerate(zip(hex_keys(keys), repeats.tolist(), strict=True))
     }
 
 

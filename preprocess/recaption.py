@@ -298,7 +298,7 @@ def _missing(base: CacheIndex, wanted: dict[int, str], there: CacheIndex | None)
 def _captions(there: CacheIndex | None) -> dict[str, bytes]:
     if there is None:
         return {}
-    return {there.key(row): bytes(there.captions[row]) for row in range(len(there))}
+    return {key: bytes(there.captions[row]) for row, key in enumerate(there.hex_keys())}
 
 
 def _leftover(base: CacheIndex, wanted: dict[int, str], there: CacheIndex | None) -> list[str]:

@@ -37,7 +37,7 @@ def unlisted(index: CacheIndex, live: Collection[str], unusable: Collection[str]
     Samples of `unusable` files, or in `unusable` tars, are left alone: a disk that is not mounted
     today is no reason to throw away what was encoded from it.
     """
-    rows = [row for row in range(len(index)) if index.key(row) not in live]
+    rows = [row for row, key in enumerate(index.hex_keys()) if key not in live]
 
     def usable(source: str) -> bool:
         at = PurePosixPath(source)  # of what lies in a tar, the tar may be what is unusable
@@ -65,7 +65,7 @@ def remove(folder: Path, wanted: Sequence[str], *, dry_run: bool) -> Removed:
     with output_lock(folder):
         with refusals_explained(folder, "Nothing was removed."):
             index = fresh_index(folder)
-        rows = {index.key(row): row for row in range(len(index))}
+        rows = {key: row for row, key in enumerate(index.hex_keys())}
         names = sources(index, rows.values()) if not all(map(KEY.fullmatch, wanted)) else None
         chosen: dict[str, None] = {}
         for name in wanted:

@@ -26,6 +26,7 @@ from shared.latent_rgb import R2_FLOOR
 from shared.schema import MEDIA_TYPES
 
 if TYPE_CHECKING:
+    from preprocess.passes import Times
     from preprocess.recaption import Recaptioned
 
 _NAMED = 3  # of a long list, so many are named
@@ -146,6 +147,19 @@ def preview(index: CacheIndex) -> str | None:
     if rgb.r2 < R2_FLOOR:
         line += f"; below {R2_FLOOR}, so previews without a VAE mislead"
     return line
+
+
+def where_time_went(times: "Times") -> str | None:
+    """The line about the media pass; None where this process had no clip to encode."""
+    if not times.clips:
+        return None
+    rest = times.media - times.vae - times.decoding - times.writing
+    return (
+        f"time     media {times.media:.1f} s: in the encoders {times.vae:.1f}, waiting for "
+        f"decoders {times.decoding:.1f}, for the disk {times.writing:.1f}, else {rest:.1f}; "
+        f"a clip {times.vae / times.clips:.2f} s to encode, beside it "
+        f"{times.decoders / times.clips:.2f} s to decode"
+    )
 
 
 def unmatched_captions(done: "Recaptioned") -> list[str]:

@@ -54,6 +54,8 @@ class WorkerPool:
     def __init__(self, workers: int, *, timeout: float) -> None:
         """`timeout`: seconds that a task may take (`worker_process.alive` starts them anew)."""
         self.workers = workers
+        self.busy = 0.0
+        """Seconds that tasks have taken so far, summed over the workers."""
         self._timeout = timeout
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self._own = threading.local()
@@ -128,11 +130,15 @@ class WorkerPool:
 
     def _run(self, source: object, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         worker = self._worker()
+        began = time.perf_counter()
         try:
             return worker.run(function, arguments, self._timeout)
         except _LostError as lost:
             self._drop(worker)
             raise MediaError(f"{source}: {lost}") from None
+        finally:
+            with self._lock:
+                self.busy += time.perf_counter() - began
 
     def _worker(self) -> "_Worker":
         """This thread's worker, started where there is none."""

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from shared.buckets import Bucket
-from shared.columns import COLUMNS, Columns, column_digest, read_attributes, read_column
+from shared.columns import COLUMNS, Columns, column_digest, hex_keys, read_attributes, read_column
 from shared.errors import UserError
 from shared.fingerprint import FORMAT_VERSION, Fingerprint
 from shared.latent_rgb import LatentRgb
@@ -335,6 +335,10 @@ class CacheIndex:
 
     def key(self, row: int) -> str:
         return bytes(self.keys[row]).hex()
+
+    def hex_keys(self) -> list[str]:
+        """`key` of every row."""
+        return hex_keys(self.keys)
 
     def place(self, row: int, member: str) -> tuple[Path, int, int]:
         """Shard file, offset and length of a member's bytes; length 0 where there is none."""

@@ -1,0 +1,231 @@
+"""A million samples in an index: seconds and memory to write it, open it, plan from it, rebuild it.
+
+    python benchmarks/index_million.py                     # synthetic rows, no tars
+    python benchmarks/index_million.py --tars 100000       # real tars, rebuilt by `wanprep index`
+
+Synthetic rows go through the code that writes the index of every cache and are opened as `wantrain`
+and `wanprep encode` open it; each step runs in a process of its own, whose peak memory is shown.
+With `--tars`, samples of a few hundred bytes a member are written by the real writer, the index is
+thrown away, and the console script makes it again from the tars alone; so the time is that of
+headers and JSON, not of gigabytes. Everything lies in a temporary folder, which is removed.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+SHARD_SAMPLES = 256
+"""Samples of a synthetic shard: of 1 MB each in a shard of 256 MB."""
+SAMPLE_BYTES = 1_000_000
+FINGERPRINT = {"format": 1, "mode": "t2v"}
+
+
+def write(folder: Path, samples: int) -> None:
+    """Sidecars (their tars empty, but long), rows as they come from tars, index and manifest."""
+    import numpy as np
+
+    from preprocess.index import entries_of, write_index
+    from shared.buckets import Bucket
+    from shared.cache import Sidecar
+    from shared.schema import MEMBERS
+
+    buckets = [Bucket(480, 832, 81), Bucket(832, 480, 81), Bucket(640, 640, 1)]
+    shards = -(-samples // SHARD_SAMPLES)
+    with timed("sidecars (not part of it)"):
+        for number in range(shards):
+            bucket = buckets[number % len(buckets)]
+            stem = f"h{bucket.height}-w{bucket.width}-f{bucket.frames}-w000-{number:05d}"
+            tar = folder / f"{stem}.tar"
+            with tar.open("wb") as stream:
+                stream.truncate(SHARD_SAMPLES * SAMPLE_BYTES)
+            sidecar = Sidecar(
+                shard=tar.name,
+                kind="samples",
+                sha256=f"{number:064x}",
+                bytes=SHARD_SAMPLES * SAMPLE_BYTES,
+                count=SHARD_SAMPLES,
+                bucket=bucket,
+                fingerprint=FINGERPRINT,
+            )
+            Sidecar.path_for(tar).write_text(json.dumps(sidecar.to_json()))
+    with timed("read sidecars"):
+        entries = entries_of(folder)
+    random = np.random.default_rng(1)
+    place = np.arange(samples, dtype=np.int64) % SHARD_SAMPLES * SAMPLE_BYTES
+    columns = {
+        "key": random.integers(0, 256, (samples, 16), np.uint8),
+        "caption": random.integers(0, 256, (samples, 16), np.uint8),
+        "bucket": np.zeros(samples, np.int32),
+        "shard": np.arange(samples, dtype=np.int32) // SHARD_SAMPLES,
+        "type": np.zeros(samples, np.uint8),
+        "tokens": random.integers(1, 513, samples, np.int32),
+        "repeats": np.ones(samples, np.int32),
+        "offset": place[:, None] + np.arange(len(MEMBERS)) * 1000,
+        "length": np.full((samples, len(MEMBERS)), 900, np.int64),
+    }
+    with timed("sort, write index.zarr and manifest"):
+        write_index(folder, entries, ({sidecar.shard for sidecar in entries.samples}, columns))
+
+
+def read(folder: Path) -> None:
+    """As `wantrain` does."""
+    from shared.cache import open_cache
+    from train.plan import BatchPlan
+
+    with timed("open"):
+        index = open_cache(folder)
+    with timed("read and check all columns"):
+        index.read_columns()
+    with timed("plan, first batch"):
+        plan = BatchPlan(index.bucket_ids, index.repeats, 64, seed=1)
+        rows = plan.batch(0)
+    with timed("batch 1,000,000 (another epoch)"):
+        plan.batch(1_000_000)
+    with timed("where the members of a batch lie"):
+        for row in rows:
+            index.place(int(row), "json")
+
+
+def again(folder: Path) -> None:
+    """As `wanprep encode` does when there is nothing to do, without looking into the media."""
+    from preprocess.index import settled_index
+    from preprocess.plan import committed_of
+
+    with timed("sidecars, index, columns"):
+        index = settled_index(folder)
+    with timed("what is committed"):
+        committed = committed_of(index)
+    keys = index.hex_keys()
+    with timed("look every sample up"):
+        assert all(key in committed for key in keys)
+
+
+def write_tars(folder: Path, samples: int) -> None:
+    import torch
+
+    from preprocess.writer import ShardWriter
+    from shared.schema import Sample, SampleInfo, sample_key
+
+    writer = ShardWriter(folder, FINGERPRINT, shard_bytes=64_000_000)
+    latents, text, cond = torch.zeros(2, 3, 4, 4), torch.zeros(8, 8), torch.ones(2, 3, 4, 4)
+    with timed("write tars (not part of it)"):
+        for number in range(samples):
+            info = SampleInfo(
+                caption=f"sample {number}, as a caption of some length may have it",
+                type="video",
+                source=f"clips/{number}.mp4",
+                width=32,
+                height=32,
+                frames=9,
+                frame_indices=list(range(0, 18, 2)),
+                fps=16.0,
+                source_width=40,
+                source_height=36,
+            )
+            key = sample_key(str(number), {}, 0)
+            writer.add(Sample(key=key, info=info, latents=latents, text=text, cond=cond))
+        writer.close()
+
+
+def rebuild(folder: Path, samples: int) -> None:
+    """The console script's work, from tars alone."""
+    from shared.cache import open_cache
+
+    before = time.perf_counter()
+    command = [Path(sys.executable).with_name("wanprep"), "index", "--shards", folder]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    seconds = time.perf_counter() - before
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = used.ru_utime + used.ru_stime
+    assert len(open_cache(folder)) == samples
+    print(f"{'wanprep index, all of it':<44}{seconds:8.2f} s {cpu:8.2f} s CPU")
+    each = f"{seconds / samples * 1e6:8.0f} µs {cpu / samples * 1e6:7.0f} µs CPU"
+    print(f"{'  a sample':<44}{each}")
+    print(f"{'  peak memory':<44}{used.ru_maxrss / 1024:8.0f} MiB")
+    # Beside it: the headers of the same tars, by our reader and by Python's.
+    from shared.schema import MEMBERS
+    from shared.tar import members
+
+    tars = sorted(folder.glob("*.tar"))[:4]
+    for name, walk in (("shared.tar", None), ("tarfile", tarfile.open)):
+        before, count = time.process_time(), 0
+        for path in tars:
+            with path.open("rb") as stream:
+                if walk is None:
+                    count += sum(1 for _ in members(stream, path.stat().st_size, MEMBERS))
+                else:
+                    with walk(fileobj=stream, mode="r:") as tar:
+                        count += sum(1 for _ in tar)
+        each = f"{(time.process_time() - before) / count * 1e6:8.1f} µs CPU a member"
+        print(f"{f'  headers alone, {name}':<44}{each}")
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Wall time, and CPU time, which a busy machine does not stretch as much."""
+    before, cpu = time.perf_counter(), time.process_time()
+    yield
+    seconds, cpu = time.perf_counter() - before, time.process_time() - cpu
+    print(f"{what:<44}{seconds:8.2f} s {cpu:8.2f} s CPU", flush=True)
+
+
+STEPS: dict[str, Callable[..., Any]] = {
+    "write": write,
+    "read": lambda folder, samples: read(folder),
+    "again": lambda folder, samples: again(folder),
+    "write-tars": write_tars,
+    "rebuild": rebuild,
+}
+TITLES = {
+    "write": "writing the index",
+    "read": "opening it, as wantrain does",
+    "again": "opening it, as wanprep encode does",
+    "write-tars": "tars",
+    "rebuild": "rebuilding the index from tars alone",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--samples", type=int, default=1_000_000, help="synthetic rows")
+    parser.add_argument("--tars", type=int, metavar="N", help="real tars of N samples instead")
+    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    samples = args.tars or args.samples
+    if args.step:
+        STEPS[args.step](args.folder, samples)
+        if args.step != "rebuild":
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            print(f"{'peak memory':<44}{peak:8.0f} MiB")
+        return
+    folder = Path(tempfile.mkdtemp(prefix="index-"))
+    try:
+        print(f"{samples:,} samples")
+        for step in ("write-tars", "rebuild") if args.tars else ("write", "read", "again"):
+            print(f"\n{TITLES[step]}")
+            own = ["--step", step, "--folder", str(folder), "--samples", str(samples)]
+            subprocess.run([sys.executable, __file__, *own], check=True)
+            if step == "write-tars":
+                shutil.rmtree(folder / "index.zarr", ignore_errors=True)
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
