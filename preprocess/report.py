@@ -155,8 +155,8 @@ def where_time_went(times: "Times") -> str | None:
         return None
     rest = times.media - times.vae - times.decoding - times.writing
     return (
-        f"time     media {times.media:.1f} s: in the encoders {times.vae:.1f}, waiting for "
-        f"decoders {times.decoding:.1f}, for the disk {times.writing:.1f}, else {rest:.1f}; "
+        f"time     media {times.media:.2f} s: in the encoders {times.vae:.2f}, waiting for "
+        f"decoders {times.decoding:.2f}, for the disk {times.writing:.2f}, else {rest:.2f}; "
         f"a clip {times.vae / times.clips:.2f} s to encode, beside it "
         f"{times.decoders / times.clips:.2f} s to decode"
     )

@@ -7,9 +7,11 @@ from pathlib import Path
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "encode_overlap.py"
 
 
-def test_too_small_a_run_says_nothing_and_exits_with_2() -> None:
+def test_its_exit_code_is_its_verdict() -> None:
+    """One clip: too little to hide anything behind, and a busy machine may take long all the same."""
     command = [sys.executable, BENCHMARK, "--images", "0", "--videos", "1", "--size", "64"]
     ran = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert ran.returncode == 2, ran.stdout + ran.stderr
-    assert "wall time of the media pass" in ran.stdout and "waiting for the disk" in ran.stdout
-    assert "says nothing: expected at least 0.2 s and 0.1 s a sample" in ran.stdout
+    assert "wall time of the media pass" in ran.stdout, ran.stdout + ran.stderr
+    assert "waiting for the disk" in ran.stdout
+    verdicts = {0: "1.05: reached)", 1: "1.05: missed)", 2: "says nothing: expected at least"}
+    assert verdicts[ran.returncode] in ran.stdout
