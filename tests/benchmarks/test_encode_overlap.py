@@ -8,7 +8,7 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "encode_overlap.py"
 
 
 def test_its_exit_code_is_its_verdict() -> None:
-    """One clip: too little to hide anything behind, and a busy machine may take long all the same."""
+    """One clip is too little to hide anything behind; a busy machine may take long all the same."""
     command = [sys.executable, BENCHMARK, "--images", "0", "--videos", "1", "--size", "64"]
     ran = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert "wall time of the media pass" in ran.stdout, ran.stdout + ran.stderr
