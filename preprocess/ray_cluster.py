@@ -2,8 +2,9 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,7 @@ def connected(config: EncodeConfig) -> Iterator[Cluster]:
     Takes over SIGTERM, so it comes before `catch_signals`. Raises UserError where Ray is not
     installed, there is no such cluster, or the one of this machine has no room for an actor.
     """
-    # Read when ray is imported: no word to its makers, and GPUs are hidden from who asks for none.
+    # Read when ray is imported: no word to its makers; the second spares users a warning.
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
@@ -89,11 +90,12 @@ def connected(config: EncodeConfig) -> Iterator[Cluster]:
         raise UserError(
             f"--ray-address: cannot {'start' if own else 'join'} the cluster {address} "
             f"({first_line(error)}). Expected HOST:PORT of a head node, the command run on one of "
-            "the cluster's nodes with the Ray and Python versions that the cluster has; "
-            f"{LOCAL} starts one on this machine."
+            "the cluster's nodes with its Ray and Python versions and, where it asks for a token, "
+            f"RAY_AUTH_MODE=token; {LOCAL} starts one on this machine."
         ) from error
     try:
-        yield _cluster(config, own)
+        with redirect_stdout(sys.stderr):  # Ray's threads print about dead workers as they learn
+            yield _cluster(config, own)
     finally:
         ray.shutdown()
 

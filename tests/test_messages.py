@@ -33,6 +33,22 @@ SAMPLE = "wantrain sample --model {t2v} --prompt cat --output {new} "
 TEACHER = SAMPLE + "--teacher --height 64 --width 96 --num-frames 5 "
 
 ROWS: dict[str, tuple[str, str]] = {
+    "actors without an engine for them": (
+        ENCODE + "--train-data-dir {data} --ray-actors 2",
+        "error: --ray-actors: 2 without --engine ray. Add that.",
+    ),
+    "a Ray Client's address": (
+        ENCODE + "--train-data-dir {data} --engine ray --ray-address ray://head:10001",
+        "error: --ray-address: ray://head:10001 is a Ray Client's; expected HOST:PORT of the head "
+        "node, and the command run on one of the cluster's nodes.",
+    ),
+    "Ray and an object store": (
+        "wanprep encode --model {t2v} --train-data-dir {data} --output memory://shards "
+        "--engine ray",
+        "error: --engine ray: --output is memory://shards, and embeddings wait in it for the other "
+        "actors. Expected a folder that all nodes share; ranks (torchrun, srun) write to object "
+        "stores.",
+    ),
     "model folder missing": (
         "wanprep encode --model {nowhere} --train-data-dir {data} --output {new}",
         "error: model: no folder '{nowhere}'. Set --pretrained-model-name-or-path (or "
