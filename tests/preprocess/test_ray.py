@@ -119,6 +119,7 @@ def _lives(process: int) -> bool:
         return False
 
 
+@pytest.mark.long
 def test_a_stop_commits_and_leaves_no_process(
     pictures: Path, tiny_i2v: Path, alone: Cache, tmp_path: Path
 ) -> None:
@@ -259,6 +260,7 @@ def test_what_would_befall_every_actor_ends_the_run(
     assert len(list(tmp_path.iterdir())) >= 4
 
 
+@pytest.mark.long
 def test_actors_that_never_come_up_end_the_run(small_cluster: None, tmp_path: Path) -> None:
     (tmp_path / "no start").touch()
     with catch_signals("") as signals:
