@@ -70,6 +70,8 @@ class Verified:
     shards: int = 0
     samples: int = 0
     """In the shards, the dead ones included."""
+    beside: int = 0
+    """Captions and conditions in the shards beside them."""
     bytes: int = 0
     findings: list[Finding] = field(default_factory=list)
 
@@ -96,7 +98,10 @@ def verify(folder: Path, console: Console) -> Verified:
             for check in checks:
                 check.run(advance)
                 outcome.shards += len(check.sidecars)
-                outcome.samples += check.samples
+                if check is checks[0]:
+                    outcome.samples = check.samples
+                else:
+                    outcome.beside += check.samples
                 outcome.findings += check.findings
         outcome.bytes = total
         for overlay in checks[1:]:

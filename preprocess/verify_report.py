@@ -24,8 +24,9 @@ def lines(findings: Iterable[Finding]) -> Iterator[str]:
 
 def summary(verified: Verified) -> str:
     """What was read, and whether it is sound."""
+    beside = f" and {verified.beside} captions or conditions" if verified.beside else ""
     read = (
-        f"{verified.folder}: {count(verified.samples, 'sample')} in "
+        f"{verified.folder}: {count(verified.samples, 'sample')}{beside} in "
         f"{count(verified.shards, 'shard')}, {verified.bytes / 1e6:.1f} MB read"
     )
     return f"{read}; {'no errors' if not verified.errors else _numbers(verified)}"
@@ -57,6 +58,7 @@ def as_json(verified: Verified) -> str:
     value = {
         "shards": str(verified.folder),
         "samples": verified.samples,
+        "beside": verified.beside,
         "bytes": verified.bytes,
         "errors": len(verified.errors),
         "findings": [finding.to_json() for finding in verified.findings],
