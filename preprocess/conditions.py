@@ -142,6 +142,11 @@ def _add(
             f"{' or '.join(LACKING[cache_mode(spec)])} cache can get the conditions of "
             f"{spec.folder}. There is nothing to add."
         )
+    if len(base) and bool((base.types == MEDIA_TYPES.index("text")).all()):
+        raise UserError(
+            f"shards: the samples in {config.shards} are captions without media; there is no first "
+            "frame to encode."
+        )
     check_device(config.device)
     say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
     hasher = FileHasher()

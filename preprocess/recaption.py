@@ -239,6 +239,12 @@ def _wanted(base: CacheIndex, dataset: Dataset | None, outcome: Recaptioned) -> 
     outcome.unused = tuple(
         source for source, new in given.items() if new.keys() - used.get(source, set())
     )
+    if not wanted and not without:
+        raise UserError(
+            f"captions: the samples in {base.folder} are captions without media, which stay as "
+            "they are. Edit their list and run `wanprep encode` again; for another text encoder: "
+            "--same-captions."
+        )
     if not wanted:
         raise UserError(
             f"captions: no file of {dataset.origin if dataset else base.folder} is in "

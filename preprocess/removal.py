@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+
 from preprocess.index import fresh_index
 from preprocess.writer import ShardWriter, output_lock, refusals_explained
 from shared.cache import CacheIndex, MemberReader, committed_shards
 from shared.errors import UserError
+from shared.schema import MEDIA_TYPES
 
 KEY = re.compile(r"[0-9a-f]{32}")
 
@@ -91,4 +94,5 @@ def remove(folder: Path, wanted: Sequence[str], *, dry_run: bool) -> Removed:
 
 
 def _example(index: CacheIndex) -> str:
-    return next(iter(sources(index, range(min(1, len(index)))).values()), "clips/a.mp4")
+    media = np.flatnonzero(index.types != MEDIA_TYPES.index("text"))  # the others have no source
+    return next(iter(sources(index, map(int, media[:1])).values()), "clips/a.mp4")

@@ -195,7 +195,9 @@ def medium_at(path: Path) -> Medium:
     """The medium of a path that may lead into a tar: `clips/000.tar/KEY.mp4`."""
     for parent in reversed(path.parents):
         if parent.suffix.lower() == SUFFIX and parent.is_file():
-            return _by_name(parent).get(path.relative_to(parent).as_posix(), path)
+            status = parent.stat()
+            members = _by_name(parent, status.st_size, status.st_mtime_ns)
+            return members.get(path.relative_to(parent).as_posix(), path)
     return path
 
 
@@ -205,5 +207,6 @@ def member_name(member: TarMember) -> str:
 
 
 @lru_cache(maxsize=16)
-def _by_name(tar: Path) -> dict[str, TarMember]:
+def _by_name(tar: Path, size: int, changed: int) -> dict[str, TarMember]:
+    """Remembered for as long as the tar has this size and time."""
     return {member_name(member): member for member in _members(tar)[0]}

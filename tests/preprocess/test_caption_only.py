@@ -289,6 +289,25 @@ def test_recaption_and_add_condition_leave_them(
     ).err  # fmt: skip
 
 
+def test_what_a_cache_of_nothing_else_says(
+    encoded: Path, prompts: Path, tiny_i2v: Path, tiny_t2v: Path, tmp_path: Path
+) -> None:
+    shards = Path(shutil.copytree(encoded, tmp_path / "shards"))
+    (tmp_path / "new.jsonl").write_text('{"file_path": "a.mp4", "text": "new"}')
+    (tmp_path / "a.mp4").touch()
+    where = ("--shards", shards, "--train-data-dir", tmp_path, "--device", "cpu")
+    ran = wanprep("add-condition", "--model", tiny_i2v, *where)
+    assert ran.code == 1 and "there is no first frame to encode" in ran.err
+    recaption = ("recaption", "--model", tiny_t2v, "--name", "x", *where)
+    ran = wanprep(*recaption, "--train-data-meta", tmp_path / "new.jsonl")
+    assert ran.code == 1 and "captions without media, which stay as they are" in ran.err
+    assert not (shards / "captions").exists() and not (shards / "conditions").exists()
+    ran = wanprep(*recaption, "--same-captions")
+    assert ran.code == 0 and "3 captions" in ran.out, ran.err
+    ran = wanprep("remove", "--shards", shards, "--sample", "nope*")
+    assert ran.code == 1 and "e.g. 'clips/a.mp4'" in ran.err
+
+
 def test_an_i2v_model_is_refused(prompts: Path, tiny_i2v: Path, tmp_path: Path) -> None:
     ran = encode(tiny_i2v, tmp_path / "s", "--train-data-meta", prompts)
     assert ran.code == 1 and "has 4 captions without a medium" in ran.err
