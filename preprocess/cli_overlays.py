@@ -48,7 +48,7 @@ def recaption(
     prune: Annotated[bool, typer.Option("--prune", help="Remove captions that an earlier list of this name gave and this one does not.", show_default="off", rich_help_panel=CAPTIONS)] = False,
 
     shards: Annotated[Path, typer.Option(parser=shards_folder, metavar="DIR|URL", help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
-    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model whose text encoder is used: a folder in diffusers layout, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=ENCODERS)] = DEFAULT_MODEL,
+    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model whose text encoder is used: a folder of diffusers or Wan, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=ENCODERS)] = DEFAULT_MODEL,
     text_encoder_dtype: Annotated[Dtype | None, typer.Option(help="Number format that the text encoder computes in.", show_default="as for the shards", rich_help_panel=ENCODERS)] = None,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=ENCODERS)] = "auto",
 ) -> None:

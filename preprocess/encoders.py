@@ -25,10 +25,12 @@ import transformers
 from diffusers import AutoencoderKLWan
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from PIL import Image
-from transformers import CLIPVisionModel, UMT5EncoderModel
+from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
 
+from shared import original_weights
 from shared.errors import UserError, first_line
 from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec, read_json
+from shared.original_layout import is_original
 
 
 class TextEncoder:
@@ -36,11 +38,16 @@ class TextEncoder:
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, device: str) -> None:
         """Load `tokenizer` and `text_encoder` of a model folder; UserError if they are damaged."""
-        self._tokenizer = _load_tokenizer(folder)
-        model, report = _load(
-            UMT5EncoderModel, folder / "text_encoder", dtype=dtype, output_loading_info=True
-        )
-        _refuse_missing(report, folder / "text_encoder")
+        if is_original(folder):
+            transformers.utils.logging.disable_progress_bar()
+            self._tokenizer = original_weights.load_tokenizer(AutoTokenizer, folder)
+            model = original_weights.load_text_encoder(UMT5EncoderModel, folder, dtype=dtype)
+        else:
+            self._tokenizer = _load_tokenizer(folder)
+            model, report = _load(
+                UMT5EncoderModel, folder / "text_encoder", dtype=dtype, output_loading_info=True
+            )
+            _refuse_missing(report, folder / "text_encoder")
         self._model = model.to(device).eval().requires_grad_(False)
 
     @torch.inference_mode()
@@ -83,11 +90,18 @@ class ImageEncoder:
         # PIL's resizing, also where torchvision is installed: the same bits on every machine.
         pil = hasattr(transformers, "CLIPImageProcessorPil")  # before transformers 5 it's the only
         processor = transformers.CLIPImageProcessorPil if pil else transformers.CLIPImageProcessor
-        self._processor = _load(processor, spec.folder / "image_processor")
-        model, report = _load(
-            CLIPVisionModel, folder, dtype=torch.float32, output_loading_info=True
-        )
-        _refuse_missing(report, folder)
+        if is_original(spec.folder):
+            model = original_weights.load_image_encoder(
+                CLIPVisionModel, spec.folder, dtype=torch.float32
+            )
+            settings = original_weights.processor_config(model.config.image_size)
+            self._processor = processor(**settings)
+        else:
+            self._processor = _load(processor, spec.folder / "image_processor")
+            model, report = _load(
+                CLIPVisionModel, folder, dtype=torch.float32, output_loading_info=True
+            )
+            _refuse_missing(report, folder)
         if model.config.hidden_size != spec.image_dim:
             raise UserError(
                 f"model: {folder} gives embeddings of width {model.config.hidden_size}, the "
@@ -116,8 +130,13 @@ class LatentEncoder:
     def __init__(self, spec: ModelSpec, *, dtype: torch.dtype, device: str) -> None:
         """Load `vae` (and CLIP) of a model folder; UserError if they are damaged."""
         folder = spec.folder / "vae"
-        vae, report = _load(AutoencoderKLWan, folder, torch_dtype=dtype, output_loading_info=True)
-        _refuse_missing(report, folder)
+        if is_original(spec.folder):
+            vae = original_weights.load_vae(AutoencoderKLWan, spec.folder, dtype=dtype)
+        else:
+            vae, report = _load(
+                AutoencoderKLWan, folder, torch_dtype=dtype, output_loading_info=True
+            )
+            _refuse_missing(report, folder)
         self._vae = vae.to(device).eval().requires_grad_(False)
         per_channel = (1, spec.latent_channels, 1, 1, 1)
         self._mean = torch.tensor(spec.latents_mean).view(per_channel).to(device)

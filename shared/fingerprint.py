@@ -4,46 +4,18 @@ A fingerprint is a plain nested dict of JSON values, so that it can be stored in
 by a person, and compared field by field.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from shared.component import component_digest, processor_digest
 from shared.errors import UserError
-from shared.hashing import FileHasher, digest_of
-from shared.model_spec import ModelSpec, read_json
+from shared.hashing import FileHasher
+from shared.model_spec import ModelSpec
 
 FORMAT_VERSION = 1
 TEXT_CLEANING = "ftfy, html unescape twice, whitespace"
 
 Fingerprint = dict[str, Any]
-
-
-def component_digest(folder: Path, hasher: FileHasher) -> str | None:
-    """Digest of a component's weights and config; None where its weights are not on this machine.
-
-    Works from file content, so that a renamed or copied folder is the same component, and from the
-    config without diffusers' bookkeeping fields, which change with the library version.
-    """
-    weights = [f for f in _files(folder) if f.suffix in {".safetensors", ".bin", ".model"}]
-    if not weights:
-        weights = [f for f in _files(folder) if f.name == "tokenizer.json"]
-    if not weights:
-        return None
-    config_file = folder / "config.json"
-    config = read_json(config_file, "model") if config_file.exists() else {}
-    config = {key: value for key, value in config.items() if not key.startswith("_")}
-    config.pop("transformers_version", None)
-    return digest_of([hasher.combined(weights), config])
-
-
-def _json_digest(path: Path) -> str | None:
-    """Digest of a JSON file by its values; None where there is none."""
-    return digest_of(read_json(path, "model")) if path.exists() else None
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (file for file in sorted(folder.glob("*")) if file.is_file())
-
 
 WITH_CLIP = "i2v+clip"
 # Mode of a cache → modes of caches that lack its conditions and nothing else.
@@ -62,23 +34,23 @@ def model_fields(spec: ModelSpec, hasher: FileHasher) -> Fingerprint:
     weights are absent (a training machine may hold transformers only).
     """
     image = {
-        "encoder": component_digest(spec.folder / "image_encoder", hasher),
-        "processor": _json_digest(spec.folder / "image_processor" / "preprocessor_config.json"),
+        "encoder": component_digest(spec.folder, "image_encoder", hasher),
+        "processor": processor_digest(spec.folder),
         "dim": spec.image_dim,
         "compute": "fp32",
     }
     return {
         **({} if spec.image_dim is None else {"image": image}),
         "latents": {
-            "vae": component_digest(spec.folder / "vae", hasher),
+            "vae": component_digest(spec.folder, "vae", hasher),
             "channels": spec.latent_channels,
             "stride": list(spec.stride),
             "mean": list(spec.latents_mean),
             "std": list(spec.latents_std),
         },
         "text": {
-            "encoder": component_digest(spec.folder / "text_encoder", hasher),
-            "tokenizer": component_digest(spec.folder / "tokenizer", hasher),
+            "encoder": component_digest(spec.folder, "text_encoder", hasher),
+            "tokenizer": component_digest(spec.folder, "tokenizer", hasher),
             "dim": spec.text_dim,
         },
     }

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from shared import original_layout
 from shared.errors import UserError, first_line, json_kind
 from shared.toy_model import TOY_MODELS, toy_folder
 
@@ -85,6 +86,7 @@ def resolve_model(name: str, components: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", *(f"{component}/*" for component in components)]
+    wanted += [pattern for part in components for pattern in original_layout.PATTERNS.get(part, ())]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:
@@ -117,18 +119,26 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def read_model_spec(folder: Path) -> ModelSpec:
-    """Read the model's facts from `model_index.json` and the components' `config.json`."""
-    if not (folder / "model_index.json").is_file():
-        original = (folder / "Wan2.1_VAE.pth").exists() or (folder / "high_noise_model").exists()
+    """Read the model's facts from `model_index.json` and the components' `config.json`.
+
+    Of a folder in Wan's original layout: from what `shared.original_layout` makes of its own.
+    """
+    original = original_layout.is_original(folder)
+    if not original and not (folder / "model_index.json").is_file():
         raise UserError(
-            f"model: {folder} has no model_index.json, so it is not in diffusers layout"
-            + (" (it looks like Wan's original layout)" if original else "")
-            + f". Use the repository whose name ends in -Diffusers, e.g. {DEFAULT_MODEL}."
+            f"model: {folder} has neither a model_index.json (diffusers' layout) nor "
+            "high_noise_model/config.json or a WanModel's config.json (Wan's original layout). "
+            f"Download a whole repository, e.g. {DEFAULT_MODEL}."
         )
-    index = read_json(folder / "model_index.json", "model")
-    transformer = read_json(folder / "transformer" / "config.json", "model")
-    vae = read_json(folder / "vae" / "config.json", "model")
     try:
+        if original:
+            index = original_layout.model_index(folder)
+            transformer = original_layout.transformer_config(folder)
+            vae = original_layout.vae_config(folder)
+        else:
+            index = read_json(folder / "model_index.json", "model")
+            transformer = read_json(folder / "transformer" / "config.json", "model")
+            vae = read_json(folder / "vae" / "config.json", "model")
         return _spec_from_configs(folder, index, transformer, vae)
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):

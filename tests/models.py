@@ -28,7 +28,7 @@ PIPELINE = {
     "wan21-i2v": "WanImageToVideoPipeline",
 }
 TI2V_CHANNELS = 48
-IMAGE_DIM, IMAGE_SIZE = 24, 42
+IMAGE_DIM, IMAGE_SIZE = 32, 42
 Mode = Literal["t2v", "i2v", "ti2v", "wan21-i2v"]
 
 
@@ -93,7 +93,7 @@ def tiny_image_encoder() -> CLIPVisionModel:
         hidden_size=IMAGE_DIM,
         intermediate_size=40,
         num_hidden_layers=3,
-        num_attention_heads=2,
+        num_attention_heads=16,  # as in the original code, where no file says it
         image_size=IMAGE_SIZE,
         patch_size=14,
         hidden_act="gelu",
@@ -126,12 +126,14 @@ def tiny_model(
     two_experts: bool = True,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    vae: AutoencoderKLWan | None = None,
     **transformer: Any,
 ) -> Path:
     """Write a whole model to `folder` (diffusers layout) and return it.
 
     Every weight is random from `seed`, and the experts differ. `transformer` overrides fields of
-    the transformers' config (a wider one for a memory test). Weights are stored in `dtype`.
+    the transformers' config (a wider one for a memory test), `vae` the VAE. Weights are stored in
+    `dtype`.
     """
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     tokenizer.save_pretrained(folder / "tokenizer")
@@ -139,7 +141,7 @@ def tiny_model(
         torch.manual_seed(seed)
         components = {
             "text_encoder": tiny_text_encoder(len(tokenizer)),
-            "vae": tiny_ti2v_vae() if mode == "ti2v" else tiny_vae(),
+            "vae": vae or (tiny_ti2v_vae() if mode == "ti2v" else tiny_vae()),
             "transformer": tiny_transformer(mode, **transformer),
         }
         if two_experts:

@@ -64,9 +64,9 @@ ROWS: dict[str, tuple[str, str]] = {
     ),
     "model folder is no model": (
         "wanprep encode --model {empty} --train-data-dir {data} --output {new}",
-        "error: model: {empty} has no model_index.json, so it is not in diffusers layout. Use"
-        " the repository whose name ends in -Diffusers, e.g. "
-        "Wan-AI/Wan2.2-I2V-A14B-Diffusers.",
+        "error: model: {empty} has neither a model_index.json (diffusers' layout) nor "
+        "high_noise_model/config.json or a WanModel's config.json (Wan's original layout). "
+        "Download a whole repository, e.g. Wan-AI/Wan2.2-I2V-A14B-Diffusers.",
     ),
     "model lacks its vae": (
         "wanprep encode --model {partial} --size 64 --train-data-dir {data} --output {new}",
@@ -444,8 +444,8 @@ ROWS: dict[str, tuple[str, str]] = {
     "clip of another width": (
         "wanprep encode --model {narrow} --size 64 --video-sample-n-frames 5 "
         "--train-data-dir {data} --output {new}",
-        "error: model: {narrow}/image_encoder gives embeddings of width 24, the transformer takes "
-        "32 (image_dim). Download the folder again.",
+        "error: model: {narrow}/image_encoder gives embeddings of width 32, the transformer takes "
+        "48 (image_dim). Download the folder again.",
     ),
     "i2v without image": (
         "wantrain sample --model {i2v} --teacher --prompt cat",
@@ -643,7 +643,7 @@ def world(
     (paths["one"] / "model_index.json").write_text(json.dumps(index | {"boundary_ratio": None}))
     paths["narrow"] = Path(shutil.copytree(tiny_wan21_i2v, root / "narrow"))
     config = json.loads((paths["narrow"] / "transformer/config.json").read_text())
-    (paths["narrow"] / "transformer/config.json").write_text(json.dumps(config | {"image_dim": 32}))
+    (paths["narrow"] / "transformer/config.json").write_text(json.dumps(config | {"image_dim": 48}))
     paths["other"] = tiny_model(root / "other", "t2v", seed=5)
     paths["foreign.safetensors"] = root / "foreign.safetensors"
     save_file({"x": torch.zeros(2)}, paths["foreign.safetensors"])

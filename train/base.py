@@ -4,7 +4,7 @@ import hashlib
 import json
 import struct
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -14,6 +14,8 @@ from torch import nn
 from shared.errors import UserError, first_line
 from shared.hashing import digest_of
 from shared.model_spec import ModelSpec
+from shared.original_layout import expert_folder, is_original
+from shared.original_weights import converted, load_transformer
 from train.flow import Expert
 
 Precision = Literal["bf16", "no"]
@@ -39,26 +41,13 @@ def load_base(
 
     Raises UserError naming the folder when the weights are missing or damaged.
     """
-    component = component_of(expert)
-    try:
-        # Never .to(bf16): it would destroy the modules that diffusers keeps in fp32.
-        transformer, report = WanTransformer3DModel.from_pretrained(
-            spec.folder,
-            subfolder=component,
-            torch_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-            output_loading_info=True,
-            use_safetensors=True,
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    if is_original(spec.folder):
+        transformer = load_transformer(
+            WanTransformer3DModel, spec.folder, component_of(expert), dtype=dtype
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"model: cannot load {spec.folder / component}: {first_line(error)}. "
-            "Expected a WanTransformer3DModel in diffusers layout; download the folder again."
-        ) from error
-    if report["missing_keys"]:  # diffusers fills them with random numbers and only warns
-        raise UserError(
-            f"model: {spec.folder / component} lacks {len(report['missing_keys'])} weights, the "
-            f"first {min(report['missing_keys'])}. Download the folder again."
-        )
+    else:
+        transformer = _from_diffusers(spec, component_of(expert), dtype)
     transformer.requires_grad_(False)
     transformer.to(device)
     if gradient_checkpointing:
@@ -74,13 +63,38 @@ def load_base(
     return transformer
 
 
-def base_digest(folder: Path) -> str:
+def _from_diffusers(spec: ModelSpec, component: str, dtype: torch.dtype) -> Any:
+    try:
+        # Never .to(bf16): it would destroy the modules that diffusers keeps in fp32.
+        transformer, report = WanTransformer3DModel.from_pretrained(
+            spec.folder,
+            subfolder=component,
+            torch_dtype=dtype,
+            output_loading_info=True,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"model: cannot load {spec.folder / component}: {first_line(error)}. "
+            "Expected a WanTransformer3DModel in diffusers layout; download the folder again."
+        ) from error
+    if report["missing_keys"]:  # diffusers fills them with random numbers and only warns
+        raise UserError(
+            f"model: {spec.folder / component} lacks {len(report['missing_keys'])} weights, the "
+            f"first {min(report['missing_keys'])}. Download the folder again."
+        )
+    return transformer
+
+
+def base_digest(model: Path, component: str) -> str:
     """Identity of a transformer's weights without reading 28 GB: the first 4 KiB of every tensor.
 
-    Over tensors by name, so that it doesn't depend on how the weights are cut into files. Raises
-    UserError when there are no readable safetensors in `folder`.
+    Over tensors by diffusers' names, so that neither the layout of the folder nor how the weights
+    are cut into files decides. Raises UserError when there are no readable safetensors.
     """
-    parts: list[list[object]] = []
+    original = is_original(model)
+    folder = expert_folder(model, component) if original else model / component
+    parts: dict[str, list[object]] = {}
     try:
         for file in sorted(folder.glob("*.safetensors")):
             with file.open("rb") as stream:
@@ -92,14 +106,16 @@ def base_digest(folder: Path) -> str:
                         stream.seek(8 + length + begin)
                         start = stream.read(min(end - begin, _PROBE_BYTES))
                         digest = hashlib.sha256(start).hexdigest()
-                        parts.append([name, tensor["dtype"], tensor["shape"], digest])
+                        parts[name] = [tensor["dtype"], tensor["shape"], digest]
     except (OSError, struct.error, ValueError, KeyError, MemoryError) as error:
         raise UserError(
             f"model: {file} is damaged ({type(error).__name__}: {error}). Download it again."
         ) from error
     if not parts:
         raise UserError(
-            f"model: {folder} holds no safetensors; pickled weights are not read. Use a diffusers "
+            f"model: {folder} holds no safetensors; pickled weights are not read. Use a "
             "folder with safetensors."
         )
-    return digest_of(sorted(parts, key=str))
+    if original:
+        parts = converted(component, parts)
+    return digest_of(sorted(([name, *part] for name, part in parts.items()), key=str))

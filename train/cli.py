@@ -87,7 +87,7 @@ def _numbers(text: str, option: str) -> tuple[float, ...]:
 # fmt: off
 @app.command(cls=Command, epilog=DISTILL_EXAMPLES)
 def distill(
-    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that is distilled: a folder in diffusers layout, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)] = DEFAULT_MODEL,
+    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that is distilled: a folder of diffusers or Wan, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)] = DEFAULT_MODEL,
     shards: Annotated[Path, typer.Option(parser=shards_to_read, metavar="DIR|URL", help="Folder of shards that `wanprep encode` made.", rich_help_panel=INPUT)] = Path("shards"),
     shard_cache_gb: Annotated[float, typer.Option(metavar="GB", help="Room on this machine for whole shards of an object store (s3://bucket/shards); what is beyond is read sample by sample.", rich_help_panel=INPUT)] = DEFAULT_SHARD_CACHE_GB,
     captions: Annotated[str | None, typer.Option(metavar="NAME", help="Captions that `wanprep recaption --name NAME` made, in place of the shards' own.", show_default="the shards' own", rich_help_panel=INPUT)] = None,
@@ -229,7 +229,7 @@ def sample(
     image: Annotated[Path | None, typer.Option(metavar="FILE", help="First frame, for i2v models; resized to cover the clip and cropped at the centre.", show_default="none", rich_help_panel=SHOWN)] = None,
 
     lora: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="LoRA of `wantrain distill`; give it twice for a high and a low one, in any order.", show_default="none: give --teacher", rich_help_panel=MODEL)] = None,
-    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that the LoRAs are of: a folder in diffusers layout, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=MODEL)] = DEFAULT_MODEL,
+    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that the LoRAs are of: a folder of diffusers or Wan, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=MODEL)] = DEFAULT_MODEL,
 
     height: Annotated[int, typer.Option(metavar="PX", help="Height in pixels, a multiple of 16.", rich_help_panel=CLIP)] = 480,
     width: Annotated[int, typer.Option(metavar="PX", help="Width in pixels, a multiple of 16.", rich_help_panel=CLIP)] = 832,

@@ -52,7 +52,7 @@ def distill(config: DistillConfig, console: Console) -> int | None:
     # Base, adapters, optimizers
     device = torch.device(config.device)
     bank = load_prompt_bank(run.index)
-    digest = base_digest(run.spec.folder / component_of(run.recipe.expert))
+    digest = base_digest(run.spec.folder, component_of(run.recipe.expert))
     transformer = load_base(
         run.spec,
         run.recipe.expert,

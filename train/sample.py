@@ -16,18 +16,21 @@ import numpy as np
 import torch
 import transformers
 from diffusers import (
+    AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchLCMScheduler,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
+    WanTransformer3DModel,
 )
 from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError
+from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
 
-from shared import cli_support
+from shared import cli_support, original_weights
 from shared.device import check_device
 from shared.durable import write_json
 from shared.errors import UserError, first_line
@@ -40,6 +43,7 @@ from shared.model_spec import (
     resolve_model,
 )
 from shared.mp4 import Clip, write_mp4
+from shared.original_layout import is_original
 from shared.resize import fit_to
 from shared.schema import DTYPES
 from train.base import base_digest, component_of
@@ -247,7 +251,7 @@ def read_loras(paths: Sequence[Path], spec: ModelSpec) -> list[TrainedLora]:
 
 def wrong_base(lora: TrainedLora, spec: ModelSpec) -> str | None:
     """A warning where the LoRA was trained on other weights than the model's, else None."""
-    found = base_digest(spec.folder / component_of(lora.provenance.expert))
+    found = base_digest(spec.folder, component_of(lora.provenance.expert))
     if found == lora.provenance.base:
         return None
     return (
@@ -280,7 +284,12 @@ def build_pipeline(
         with warnings.catch_warnings():
             # diffusers renames torch_dtype to dtype; its older releases know the old name only.
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            pipeline = kind.from_pretrained(spec.folder, torch_dtype=dtypes, **left_out)
+            if is_original(spec.folder):
+                pipeline = _original_pipeline(kind, spec, dtype, alone=alone)
+            else:
+                pipeline = kind.from_pretrained(spec.folder, torch_dtype=dtypes, **left_out)
+    except UserError:
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"model: cannot load {spec.folder}: {first_line(error)}. Expected a whole "
@@ -304,6 +313,36 @@ def build_pipeline(
         pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _original_pipeline(kind: Any, spec: ModelSpec, dtype: torch.dtype, *, alone: bool) -> Any:
+    """The pipeline of a folder in Wan's original layout, its dtypes as `from_pretrained` has them.
+
+    `alone`: without the second expert.
+    """
+    folder = spec.folder
+    transformer = partial(original_weights.load_transformer, WanTransformer3DModel, folder)
+    two = spec.two_experts and not alone
+    parts: dict[str, Any] = {
+        "tokenizer": original_weights.load_tokenizer(AutoTokenizer, folder),
+        "text_encoder": original_weights.load_text_encoder(UMT5EncoderModel, folder, dtype=dtype),
+        "vae": original_weights.load_vae(AutoencoderKLWan, folder, dtype=torch.float32),
+        "transformer": transformer("transformer", dtype=dtype),
+        "transformer_2": None,
+        "scheduler": teacher_scheduler(spec.flow_shift),
+        "boundary_ratio": spec.boundary if two else None,
+        "expand_timesteps": spec.mode == "ti2v",
+    }
+    if two:
+        parts["transformer_2"] = transformer("transformer_2", dtype=dtype)
+    if kind is WanImageToVideoPipeline:
+        parts |= {"image_encoder": None, "image_processor": None}
+    if spec.image_dim is not None:
+        encoder = original_weights.load_image_encoder(CLIPVisionModel, folder, dtype=torch.float32)
+        settings = original_weights.processor_config(encoder.config.image_size)
+        processor = transformers.CLIPImageProcessor(**settings)
+        parts |= {"image_encoder": encoder, "image_processor": processor}
+    return kind(**parts)
 
 
 def student_scheduler(schedule: Schedule, pairing: Pairing, generator: torch.Generator) -> Any:

@@ -154,7 +154,7 @@ def edit(path: Path, **fields: object) -> None:
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no index": (lambda m: (m / "model_index.json").unlink(), "has no model_index.json"),
+    "no index": (lambda m: (m / "model_index.json").unlink(), "has neither a model_index.json"),
     "cut index": (lambda m: truncate(m / "model_index.json"), "is not valid JSON"),
     "no vae config": (lambda m: (m / "vae/config.json").unlink(), "cannot read"),
     "no vae weights": (lambda m: (m / "vae" / WEIGHTS).unlink(), "vae holds no weights"),

@@ -9,9 +9,9 @@ import safetensors.torch
 
 from preprocess.config import EncodeConfig
 from preprocess.fingerprint import encode_fingerprint
+from shared.component import component_digest
 from shared.errors import UserError
 from shared.fingerprint import (
-    component_digest,
     differences,
     flatten,
     model_fields,
@@ -29,25 +29,25 @@ def hasher(tmp_path: Path) -> FileHasher:
 def test_a_component_is_known_by_its_content(
     tiny_t2v: Path, tmp_path: Path, hasher: FileHasher
 ) -> None:
-    original = component_digest(tiny_t2v / "vae", hasher)
-    copy = tmp_path / "another-name"
+    original = component_digest(tiny_t2v, "vae", hasher)
+    copy = tmp_path / "another-name" / "vae"
     shutil.copytree(tiny_t2v / "vae", copy)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"_diffusers_version": "9.9"}))
-    assert component_digest(copy, hasher) == original
+    assert component_digest(copy.parent, "vae", hasher) == original
 
     (copy / "config.json").write_text(json.dumps(config | {"latents_mean": [0.0] * 16}))
-    assert component_digest(copy, hasher) != original
+    assert component_digest(copy.parent, "vae", hasher) != original
     (copy / "config.json").write_text(json.dumps(config))
-    assert component_digest(copy, hasher) == original
+    assert component_digest(copy.parent, "vae", hasher) == original
 
     file = copy / "diffusion_pytorch_model.safetensors"
     weights = safetensors.torch.load_file(file)
     weights[next(iter(weights))].view(-1)[0] += 1
     safetensors.torch.save_file(weights, file)
-    assert component_digest(copy, hasher) != original
+    assert component_digest(copy.parent, "vae", hasher) != original
     file.unlink()
-    assert component_digest(copy, hasher) is None
+    assert component_digest(copy.parent, "vae", hasher) is None
 
 
 def test_absent_weights_are_unknown_not_different(

@@ -77,10 +77,41 @@ def test_contradictions_are_refused(
         read_model_spec(configs(tmp_path, index=index, in_channels=in_channels, spatial=8))
 
 
-def test_an_original_layout_is_recognised(tmp_path: Path) -> None:
-    (tmp_path / "Wan2.1_VAE.pth").touch()
-    with pytest.raises(UserError, match="looks like Wan's original layout"):
-        read_model_spec(tmp_path)
+# The config files of the published repositories, as far as they are read.
+A14B = {
+    "dim": 5120, "eps": 1e-6, "ffn_dim": 13824, "freq_dim": 256, "in_dim": 36, "num_heads": 40,
+    "num_layers": 40, "out_dim": 16, "model_type": "i2v", "_class_name": "WanModel",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("experts", "fields", "expected"),
+    [
+        (2, {}, ("i2v", 0.9, 16, (4, 8, 8), 16, None)),
+        (2, {"model_type": "t2v", "in_dim": 16}, ("t2v", 0.875, 16, (4, 8, 8), 16, None)),
+        (1, {"model_type": "t2v", "in_dim": 16}, ("t2v", None, 16, (4, 8, 8), 16, None)),
+        (1, {}, ("i2v", None, 16, (4, 8, 8), 16, 1280)),  # Wan 2.1
+        (
+            1,
+            {"model_type": "ti2v", "in_dim": 48, "out_dim": 48},
+            ("ti2v", None, 48, (4, 16, 16), 32, None),
+        ),
+    ],
+)
+def test_the_families_in_the_original_layout(
+    experts: int, fields: dict[str, object], expected: tuple[object, ...], tmp_path: Path
+) -> None:
+    """From config.json alone, before any weight is on the machine."""
+    for name in ("high_noise_model", "low_noise_model") if experts == 2 else (".",):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "config.json").write_text(json.dumps(A14B | fields))
+    spec = read_model_spec(tmp_path)
+    assert expected == (
+        spec.mode, spec.boundary, spec.latent_channels, spec.stride, spec.side_multiple,
+        spec.image_dim,
+    )  # fmt: skip
+    assert (spec.text_dim, spec.patch, spec.two_experts) == (4096, (1, 2, 2), experts == 2)
+    assert len(spec.latents_mean) == len(spec.latents_std) == spec.latent_channels
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/where", "plain", "a/b/c"])

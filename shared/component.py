@@ -1,0 +1,174 @@
+"""Which component of a model this is: a digest of its weights and of what its config decides.
+
+The same weights have the same digest in diffusers' and in Wan's original layout, in one file or cut
+into several, as bf16 or written out in fp32: none of that changes what an encoder computes.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from shared import original_layout, original_weights
+from shared.errors import UserError
+from shared.hashing import FileHasher, digest_of
+from shared.model_spec import read_json
+
+# Raise when a digest of the same weights becomes another: it is part of the memo's names.
+_VERSION = 1
+_CHUNK = 1 << 22  # values
+# What of a config decides outputs beside the shapes of the weights, with the classes' defaults. By
+# the class that the config is of; of any other class every field counts.
+_DECIDING: Mapping[str, Mapping[str, Any]] = {
+    "AutoencoderKLWan": {
+        "attn_scales": [],
+        "dim_mult": [1, 2, 4, 4],
+        "is_residual": False,
+        "latents_mean": None,
+        "latents_std": None,
+        "patch_size": None,
+        "temperal_downsample": [False, True, True],
+    },
+    "umt5": {
+        "d_kv": 64,
+        "feed_forward_proj": "gated-gelu",
+        "layer_norm_epsilon": 1e-6,
+        "num_heads": 6,
+        "relative_attention_max_distance": 128,
+        "relative_attention_num_buckets": 32,
+    },
+    "clip_vision_model": {
+        "hidden_act": "quick_gelu",
+        "image_size": 224,
+        "layer_norm_eps": 1e-5,
+        "num_attention_heads": 12,
+        "patch_size": 32,
+    },
+}
+_CLASS = {"vae": "AutoencoderKLWan", "text_encoder": "umt5", "image_encoder": "clip_vision_model"}
+# CLIPImageProcessor's own defaults.
+_PROCESSOR: Mapping[str, Any] = {
+    "crop_size": {"height": 224, "width": 224},
+    "do_center_crop": True,
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "size": {"shortest_edge": 224},
+}
+# Other names of the same weight: by transformers' version, or of tied ones.
+_ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
+
+
+def component_digest(model: Path, component: str, hasher: FileHasher) -> str | None:
+    """Digest of a component of the model in a folder; None where its weights are not there.
+
+    Remembered by the files' sizes and times of change. Weights that cannot be read count by their
+    bytes: whoever loads them says what is wrong.
+    """
+    original = original_layout.is_original(model)
+    if original:
+        files = original_layout.component_files(model, component)
+    else:
+        files = [file for file in sorted((model / component).glob("*")) if file.is_file()]
+    weights = [f for f in files if f.suffix in {".safetensors", ".bin", ".pth", ".model"}]
+    if component == "tokenizer":
+        weights = weights or [file for file in files if file.name == "tokenizer.json"]
+        return hasher.combined(weights) if weights else None
+    if not weights:
+        return None
+    remembered = digest_of([_VERSION, component, *(hasher.name(file) for file in weights)])
+    # The original layout's configs follow from the weights, so one memo holds both.
+    config = {} if original else _config(model / component)
+    remembered = digest_of([remembered, config])
+    digest = hasher.known(remembered)
+    if digest is None:
+        try:
+            if original:
+                state = original_weights.read_state(model, component)
+                found = original_weights.config_of(model, component, state)
+                config = _deciding(found, _CLASS[component])
+                values = _values(iter(state.items()))
+            else:
+                values = _values(_safetensors(weights))
+        except (UserError, SafetensorError, OSError):
+            values = hasher.combined(weights)
+        digest = digest_of([values, config])
+        hasher.remember(remembered, digest)
+    return digest
+
+
+def processor_digest(model: Path) -> str | None:
+    """Digest of what the image processor of a folder does; None where there is none."""
+    if original_layout.is_original(model):
+        files = original_layout.component_files(model, "image_encoder")
+        if not files:
+            return None
+        state = original_weights.read_state(model, "image_encoder")
+        size = original_weights.config_of(model, "image_encoder", state)["image_size"]
+        found = original_weights.processor_config(size)
+    else:
+        path = model / "image_processor" / "preprocessor_config.json"
+        if not path.exists():
+            return None
+        found = read_json(path, "model")
+    return digest_of({name: found.get(name, default) for name, default in _PROCESSOR.items()})
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    config = read_json(path, "model") if path.exists() else {}
+    kind = str(config.get("_class_name") or config.get("model_type"))
+    if kind in _DECIDING:
+        return _deciding(config, kind)
+    bookkeeping = ("transformers_version",)
+    return {k: v for k, v in config.items() if not k.startswith("_") and k not in bookkeeping}
+
+
+def _deciding(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    return {name: config.get(name, default) for name, default in _DECIDING[kind].items()}
+
+
+def _safetensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - it is no dictionary
+                yield name, tensors.get_tensor(name)
+
+
+def _values(tensors: Iterator[tuple[str, torch.Tensor]]) -> str:
+    """One digest of all tensors' names, shapes and values."""
+    digests: dict[str, str] = {}
+    for name, tensor in tensors:
+        name = name.removeprefix("vision_model.")
+        if not name.endswith("position_ids"):  # counts up; only old files have it
+            digests[_ALIASES.get(name, name)] = _value_digest(tensor)
+    return digest_of(sorted(digests.items()))
+
+
+def _value_digest(tensor: torch.Tensor) -> str:
+    running = hashlib.sha256(repr(list(tensor.shape)).encode())
+    for chunk in tensor.detach().reshape(-1).split(_CHUNK):
+        narrow = _narrowest(chunk).contiguous()
+        running.update(str(narrow.dtype).encode())
+        running.update(narrow.view(torch.uint8).numpy())
+    return running.hexdigest()
+
+
+def _narrowest(values: torch.Tensor) -> torch.Tensor:
+    """The same values as bf16 or fp16 if either holds them exactly, else fp32."""
+    if not values.is_floating_point() or values.dtype == torch.bfloat16:
+        return values
+    wide = values.float()
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = wide.to(dtype)
+        if torch.equal(narrow.float(), wide):
+            return narrow
+    return wide

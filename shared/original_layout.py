@@ -1,0 +1,226 @@
+"""Model folders in Wan's original layout, told in diffusers' terms: which file is which component,
+and what diffusers' config files would say.
+
+    high_noise_model/ low_noise_model/      two experts (Wan 2.2 A14B), or else in the folder itself
+      config.json, *.safetensors            one transformer (Wan 2.1, TI2V-5B)
+    Wan2.1_VAE.pth or Wan2.2_VAE.pth
+    models_t5_umt5-xxl-enc-bf16.pth, google/umt5-xxl/
+    models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth     Wan 2.1 i2v
+
+Only JSON and the headers of safetensors are read here.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shared.errors import UserError
+
+HIGH, LOW = "high_noise_model", "low_noise_model"
+TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
+TOKENIZER = "google/umt5-xxl"
+IMAGE_ENCODER = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+# Component → what to download of a repository in this layout.
+PATTERNS: Mapping[str, tuple[str, ...]] = {
+    "*": ("*.pth", "*.safetensors"),
+    "transformer": (f"{HIGH}/*", "diffusion_pytorch_model*"),
+    "transformer_2": (f"{LOW}/*",),
+    "vae": ("Wan2.?_VAE.pth",),
+    "text_encoder": (TEXT_ENCODER,),
+    "tokenizer": (f"{TOKENIZER}/*",),
+    "image_encoder": (IMAGE_ENCODER,),
+}
+# Switch of the experts as published (the original code has it in Python, no file says it).
+BOUNDARIES = {"i2v": 0.9, "t2v": 0.875}
+CLIP_DIM, UMT5_DIM = 1280, 4096
+_HEADER_LIMIT = 100_000_000
+
+# The published configs of the two VAEs, which have no config file in this layout. What a smaller
+# VAE has otherwise (base_dim, decoder_base_dim) comes from the weights.
+_WAN_21_VAE: dict[str, Any] = {
+    "_class_name": "AutoencoderKLWan",
+    "base_dim": 96,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+    "dropout": 0.0,
+    "latents_mean": [
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    ],
+    "latents_std": [
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+    ],
+}  # fmt: skip
+_WAN_22_VAE: dict[str, Any] = {
+    **_WAN_21_VAE,
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 16,
+    "latents_mean": [
+        -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
+        -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
+        -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+        -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
+        -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
+        0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+    ],
+    "latents_std": [
+        0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
+        0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
+        0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+        0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
+        0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
+        0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+    ],
+}  # fmt: skip
+# Latent channels of the transformer → file and config of its VAE.
+_VAES = {16: ("Wan2.1_VAE.pth", _WAN_21_VAE), 48: ("Wan2.2_VAE.pth", _WAN_22_VAE)}
+
+
+def is_original(folder: Path) -> bool:
+    """Whether a folder is a model in the original layout."""
+    if (folder / "model_index.json").exists():
+        return False
+    if (folder / HIGH / "config.json").exists() or (folder / LOW / "config.json").exists():
+        return True
+    try:
+        return bool(json.loads((folder / "config.json").read_bytes())["_class_name"] == "WanModel")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def expert_folder(folder: Path, component: str) -> Path:
+    """Where the weights of `transformer` (the high-noise expert, or the only one) or
+    `transformer_2` lie."""
+    if component == "transformer_2":
+        return folder / LOW
+    return folder / HIGH if (folder / HIGH).exists() or (folder / LOW).exists() else folder
+
+
+def component_files(folder: Path, component: str) -> list[Path]:
+    """The files with a component's weights (of the tokenizer: all of it) that are there."""
+    if component in ("transformer", "transformer_2"):
+        return sorted(expert_folder(folder, component).glob("*.safetensors"))
+    if component == "tokenizer":
+        return sorted(file for file in (folder / TOKENIZER).glob("*") if file.is_file())
+    name = {
+        "vae": lambda: _VAES[_latent_channels(folder)][0],
+        "text_encoder": lambda: TEXT_ENCODER,
+        "image_encoder": lambda: IMAGE_ENCODER,
+    }[component]()
+    return [folder / name] if (folder / name).exists() else []
+
+
+def model_index(folder: Path) -> dict[str, Any]:
+    """The fields of `model_index.json` that decide what the model is. Raises UserError."""
+    kind = _config(folder, "transformer").get("model_type")
+    if kind not in ("t2v", "i2v", "ti2v"):
+        raise UserError(
+            f"model: {expert_folder(folder, 'transformer')}/config.json has model_type={kind!r}; "
+            "wandistill takes t2v, i2v and ti2v models."
+        )
+    two = expert_folder(folder, "transformer") != folder
+    return {
+        "transformer_2": ["diffusers", "WanTransformer3DModel"] if two else [None, None],
+        "boundary_ratio": BOUNDARIES.get(kind) if two else None,
+        "expand_timesteps": kind == "ti2v",
+    }
+
+
+def transformer_config(folder: Path, component: str = "transformer") -> dict[str, Any]:
+    """diffusers' config of an expert, from its config.json and the shapes of its weights.
+
+    What the original config leaves out (text_dim, patch_size, whether there are CLIP embeddings)
+    is read from the safetensors' headers where they are on this machine. Raises UserError.
+    """
+    config = _config(folder, component)
+    shapes = _shapes(expert_folder(folder, component))
+    patch = shapes.get("patch_embedding.weight", [0, 0, *config.get("patch_size", (1, 2, 2))])[2:]
+    text = shapes.get("text_embedding.0.weight", [0, config.get("text_dim", UMT5_DIM)])[1]
+    if shapes:
+        image = shapes.get("img_emb.proj.1.weight", [0, None])[1]
+    else:  # the Wan 2.1 models take CLIP's embeddings; the ones with two experts don't
+        one = expert_folder(folder, component) == folder
+        image = CLIP_DIM if one and config.get("model_type") == "i2v" else None
+    dim = int(config["dim"])
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "patch_size": list(patch),
+        "num_attention_heads": int(config["num_heads"]),
+        "attention_head_dim": dim // int(config["num_heads"]),
+        "in_channels": int(config["in_dim"]),
+        "out_channels": int(config["out_dim"]),
+        "text_dim": text,
+        "freq_dim": int(config["freq_dim"]),
+        "ffn_dim": int(config["ffn_dim"]),
+        "num_layers": int(config["num_layers"]),
+        "cross_attn_norm": bool(config.get("cross_attn_norm", True)),
+        "qk_norm": "rms_norm_across_heads" if config.get("qk_norm", True) else None,
+        "eps": float(config["eps"]),
+        "image_dim": image,
+        "added_kv_proj_dim": None if image is None else dim,
+        "pos_embed_seq_len": shapes["img_emb.emb_pos"][1] if "img_emb.emb_pos" in shapes else None,
+    }
+
+
+def vae_config(folder: Path) -> dict[str, Any]:
+    """diffusers' published config of the VAE that belongs to the transformer's latent channels."""
+    return dict(_VAES[_latent_channels(folder)][1])
+
+
+def _latent_channels(folder: Path) -> int:
+    channels = _config(folder, "transformer").get("out_dim")
+    if channels not in _VAES:
+        known = " and ".join(f"{number} ({name})" for number, (name, _) in _VAES.items())
+        raise UserError(
+            f"model: {expert_folder(folder, 'transformer')}/config.json has out_dim={channels!r}; "
+            f"the original VAEs have {known} latent channels."
+        )
+    return int(channels)
+
+
+def _config(folder: Path, component: str) -> dict[str, Any]:
+    path = expert_folder(folder, component) / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError("no object")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model: cannot read {path} ({getattr(error, 'strerror', None) or error}). Download "
+            "the whole folder again."
+        ) from error
+    return config
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    """Name → shape of all tensors in the safetensors files of a folder, by their headers."""
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with file.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                if length > _HEADER_LIMIT:
+                    raise ValueError("its header has no end")
+                header = json.loads(stream.read(length))
+            shapes |= {
+                name.removeprefix("model.diffusion_model."): tensor["shape"]
+                for name, tensor in header.items()
+                if name != "__metadata__"
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"model: {file} is damaged ({type(error).__name__}: {error}). Download it again."
+            ) from error
+    return shapes
