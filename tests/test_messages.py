@@ -299,6 +299,15 @@ ROWS: dict[str, tuple[str, str]] = {
         "error: shards: {nowhere} has no manifest.json. Make shards first: wanprep encode "
         "--size 640 --output {nowhere}",
     ),
+    "less than no room for shards of a store": (
+        "wantrain distill --model {t2v} --shards {shards} --shard-cache-gb -1",
+        "error: --shard-cache-gb: found -1, expected 0 or more.",
+    ),
+    "a URL of an unknown kind": (
+        "wantrain distill --model {t2v} --shards s4://bucket/shards",
+        "error: s4://bucket/shards: ValueError: Protocol not known: s4. Expected a folder or a URL "
+        "that fsspec knows, e.g. s3://bucket/shards",
+    ),
     "empty shards": (
         "wantrain distill --model {t2v} --shards {empty}",
         "error: shards: {empty} has no manifest.json. Make shards first: wanprep encode "

@@ -3,8 +3,12 @@
 import hashlib
 import json
 import random
+import socket
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -232,6 +236,92 @@ def test_a_cache_in_a_bucket_is_changed_like_one_in_a_folder(
     assert len(copied.contents()) == 9 * 4 and copied.contents().items() <= wanted.items()
     overlay = Cache.open(copied.folder / "captions" / "short")
     assert {overlay.info(row)["caption"] for row in range(9)} == {"short 1", "short 2", "short 3"}
+
+
+@pytest.mark.parametrize("damage", ["another chunk", "no manifest", "another manifest"])
+def test_an_index_that_is_not_of_one_piece_is_made_again(
+    damage: str, here: ObjectStore, local: Cache, tmp_path: Path
+) -> None:
+    """As two ranks may leave it that wrote theirs at once, had not both looked again."""
+    url = here.upload(local.folder, f"torn/{damage}")  # a copy of a folder: no rows beside tars
+    root = f"{BUCKET}/torn/{damage}"
+    files = here.files()
+    if damage == "another chunk":
+        chunk = files.cat_file(f"{root}/index.zarr/offset/c/0/0")
+        files.pipe_file(f"{root}/index.zarr/offset/c/0/0", chunk[::-1])
+    elif damage == "no manifest":
+        files.rm_file(f"{root}/manifest.json")
+    else:
+        manifest = json.loads(files.cat_file(f"{root}/manifest.json"))
+        files.pipe_file(f"{root}/manifest.json", json.dumps({**manifest, "index": "0"}).encode())
+    ran = wanprep("remove", "--shards", url, "--sample", "0-0.png")
+    assert ran.code == 0 and "11 left" in ran.out, ran.err
+    copied = Cache.open(here.download(f"torn/{damage}", tmp_path / "copied"))
+    assert len(copied.index.read_columns()["key"]) == 11
+    assert copied.contents().items() <= local.contents().items()
+
+
+class _Outage:
+    """Forwards a port to a server until told to refuse, then for some seconds to nobody."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._refuse_until = 0.0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.refused = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def begin(self, seconds: float) -> None:
+        self._refuse_until = time.monotonic() + seconds
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                if time.monotonic() < self._refuse_until:
+                    self.refused += 1
+                    client.close()
+                    continue
+                server = socket.create_connection(("127.0.0.1", self._target))
+                for one, other in ((client, server), (server, client)):
+                    threading.Thread(target=self._copy, args=(one, other), daemon=True).start()
+
+    def _copy(self, one: socket.socket, other: socket.socket) -> None:
+        with suppress(OSError):
+            while data := one.recv(1 << 16):
+                if time.monotonic() < self._refuse_until:
+                    break
+                other.sendall(data)
+        one.close()
+        other.close()
+
+
+@pytest.mark.long
+def test_a_store_that_is_away_for_half_a_minute_costs_half_a_minute(
+    store: ObjectStore, local: Cache, pictures: Path, tiny_t2v: Path, tmp_path: Path
+) -> None:
+    outage = _Outage(store.port)
+    environment = {**store.environment, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{outage.port}"}
+    process = wanprep_process(
+        *command(tiny_t2v, pictures, f"s3://{BUCKET}/outage"),
+        cwd=REPOSITORY,
+        WANDISTILL_CACHE=str(tmp_path / "cache"),
+        **environment,
+    )
+    while not sidecars(store, "outage"):  # the prompts are there, the media are encoded now
+        assert process.poll() is None
+        time.sleep(0.05)
+    outage.begin(30)
+    _, err = process.communicate(timeout=300)
+    outage.close()
+    assert process.returncode == 0, err
+    assert outage.refused > 0
+    copied = Cache.open(store.download("outage", tmp_path / "copied"))
+    assert copied.contents() == local.contents()
 
 
 def test_a_bucket_that_is_not_there(here: ObjectStore, pictures: Path, tiny_t2v: Path) -> None:
