@@ -25,7 +25,7 @@ def in_train_mode(
         return spec
     own = next(name for name, mode in _MODES.items() if mode == spec.mode)
     raise UserError(
-        f"--train-mode: {train_mode}, but {spec.folder} is a {spec.mode} model; expected {own}. "
-        "Leave the option out, or choose another model with --pretrained-model-name-or-path (or "
-        "MODEL_NAME)."
+        f"--train-mode: {train_mode}, but {spec.folder} is a model for {spec.mode}; expected "
+        f"{own}. Leave the option out, or choose another model with "
+        "--pretrained-model-name-or-path (or MODEL_NAME)."
     )

@@ -268,7 +268,7 @@ ROWS: dict[str, tuple[str, str]] = {
     ),
     "a mode that the model has not": (
         ENCODE + "--train-data-dir {data} --train_mode i2v",
-        "error: --train-mode: i2v, but {t2v} is a t2v model; expected normal. Leave the option "
+        "error: --train-mode: i2v, but {t2v} is a model for t2v; expected normal. Leave the option "
         "out, or choose another model with --pretrained-model-name-or-path (or MODEL_NAME).",
     ),
     "size is no number": (
