@@ -523,6 +523,18 @@ ROWS: dict[str, tuple[str, str]] = {
         "error: --output: cannot write to /proc/nothing (No such file or directory). Choose "
         "another folder.",
     ),
+    "a prompt bank that is cut off": (
+        "wantrain distill --model {t2v} --shards {cut} --output-dir {new} --max-train-steps 1",
+        "error: shards: {cut}/prompts-w000-00000.tar is damaged (it ends without the two blocks of "
+        "zeros that close a tar: it is cut off). Restore it, or delete it together with "
+        "prompts-w000-00000.json and run `wanprep encode` again.",
+    ),
+    "a sidecar of another file": (
+        "wanprep index --shards {astray}",
+        "error: sidecar: {astray}/prompts-w000-00000.json is of '../../etc/passwd', expected "
+        "'prompts-w000-00000.tar'. If both were renamed, write that name into its `shard`; else "
+        "restore it, or delete it and its tar and run `wanprep encode` again.",
+    ),
     "shards without manifest": (
         "wantrain distill --model {t2v} --shards {bare} --output-dir {new}",
         "error: shards: {bare} has no manifest.json. Rebuild it: wanprep index --shards {bare}",
@@ -662,6 +674,13 @@ def world(
     paths["bare"] = root / "bare"
     shutil.copytree(shards, paths["bare"])
     (paths["bare"] / "manifest.json").unlink()
+    for name in ("cut", "astray"):
+        paths[name] = Path(shutil.copytree(shards, root / name))
+    prompts = paths["cut"] / "prompts-w000-00000.tar"
+    prompts.write_bytes(prompts.read_bytes()[:1024])
+    sidecar = paths["astray"] / "prompts-w000-00000.json"
+    value = json.loads(sidecar.read_text())
+    sidecar.write_text(json.dumps(value | {"shard": "../../etc/passwd"}))
     return paths | {
         "t2v": tiny_t2v,
         "i2v": tiny_i2v,
