@@ -14,7 +14,7 @@ from preprocess.writer import free_writer_lock, writer_lock
 from shared.cache import committed_shards
 from shared.errors import UserError
 from shared.interrupt import Interruption, catch_signals
-from tests.preprocess.conftest import REPOSITORY, Cache, wanprep, wanprep_process
+from tests.preprocess.conftest import REPOSITORY, Cache, wanprep, wanprep_process, write_metadata
 
 pytest.importorskip("ray", reason="the ray extra is not installed")
 
@@ -96,6 +96,34 @@ def test_an_actor_killed_on_the_way_costs_nothing(
 
     ran = wanprep(*command(tiny_i2v, pictures, tmp_path))
     assert ran.code == 0 and "nothing to do" in ran.out, ran.err
+
+
+@pytest.mark.long
+def test_a_clip_of_which_one_caption_is_committed(
+    pictures: Path, tiny_i2v: Path, tmp_path: Path
+) -> None:
+    """Its actor died between two shards: the other captions get the latents of the first."""
+    data, output, expected = tmp_path / "data", tmp_path / "shards", tmp_path / "alone"
+    data.mkdir()
+    captions = ["one", "two", "three", "four", "five"]  # a shard closes after 6 to 9 samples
+    entries = [
+        {"file_path": str(path), "captions": captions} for path in sorted(pictures.glob("*.png"))
+    ]
+    write_metadata(data, entries)
+    run = Run(*command(tiny_i2v, data, output), *ON_RAY[:2], "--ray-actors", 1)
+    killed = run.actor(writer=1)
+    run.until(output, "h*-w001-*.json")
+    os.kill(killed, signal.SIGKILL)
+    code, err = run.end()
+    assert code == 0, err
+    assert list(output.glob("h*-w000-*.tar"))  # by the driver, which has no VAE
+    assert samples_written(output) == 60
+    ran = wanprep(*command(tiny_i2v, data, expected))
+    assert ran.code == 0, ran.err
+    assert Cache.open(output).contents() == Cache.open(expected).contents()
+    rgb, alone = Cache.open(output).index.latent_rgb, Cache.open(expected).index.latent_rgb
+    assert rgb is not None and alone is not None
+    assert (rgb.samples, rgb.held_out) == (alone.samples, alone.held_out)  # a clip counts once
 
 
 def _descendants(process: int) -> set[int]:
