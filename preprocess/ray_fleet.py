@@ -149,8 +149,8 @@ class Fleet(Generic[Item]):
         elif now - self._lonely_since > _PATIENCE_SECONDS:
             self._lonely_since = now + 10 * _PATIENCE_SECONDS
             self._say(
-                f"waiting  no actor is up yet: it is loading, or there is no node with {self._demand} "
-                "that nobody else uses (see `ray status`)"
+                f"waiting  no actor is up yet: it is loading, or there is no node with "
+                f"{self._demand} that nobody else uses (see `ray status`)"
             )
 
     def _give(self) -> None:
