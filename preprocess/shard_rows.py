@@ -12,6 +12,8 @@ from safetensors.numpy import save
 from shared.cache import Sidecar
 from shared.columns import COLUMNS, Columns, column_digest
 from shared.mirror import ROWS_SUFFIX
+from shared.model_spec import MAX_TEXT_TOKENS
+from shared.schema import MEDIA_TYPES, MOST_REPEATS
 
 
 def pack_rows(columns: Columns, sha256: str) -> bytes:
@@ -38,6 +40,11 @@ def _fits(columns: Columns, sidecar: Sidecar) -> bool:
     for name, (dtype, per_row) in COLUMNS.items():
         if columns[name].dtype != dtype or columns[name].shape != (sidecar.count, *per_row):
             return False
+    most = {"type": len(MEDIA_TYPES) - 1, "tokens": MAX_TEXT_TOKENS, "repeats": MOST_REPEATS}
+    if any(((columns[name] < 0) | (columns[name] > last)).any() for name, last in most.items()):
+        return False
+    if (columns["repeats"] < 1).any():
+        return False
     offsets, lengths = columns["offset"], columns["length"]
     sizes_fit = (offsets >= 0) & (lengths >= 0) & (lengths <= sidecar.bytes - offsets)
     return bool(sizes_fit.all())

@@ -20,10 +20,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from preprocess.index import build_index
-from shared.cache import MANIFEST, open_cache, read_prompts
+from preprocess.index import build_index, scan_shard
+from preprocess.shard_rows import pack_rows, stored_rows
+from shared.cache import MANIFEST, Sidecar, open_cache, read_prompts
 from shared.columns import COLUMNS
 from shared.errors import UserError
+from shared.mirror import ROWS_SUFFIX
 from shared.schema import JSON_MEMBER, LATENTS_MEMBER, MEMBERS, TEXT_MEMBER
 from tests.preprocess import hostile
 from tests.preprocess.conftest import REPOSITORY, wanprep
@@ -384,6 +386,26 @@ def test_a_shard_that_is_a_pipe(folder: Path) -> None:
     assert f"{tar} is no file" in refused(folder)
     with pytest.raises(UserError, match="no regular file"):
         read(folder)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("type", 3), ("tokens", 513), ("tokens", -1), ("repeats", 0), ("repeats", 10**9),
+     ("offset", -1), ("length", 2**62)],
+)  # fmt: skip
+def test_rows_beside_a_shard_that_lie(folder: Path, column: str, value: int) -> None:
+    """Rows that a store holds beside a tar are left alone where no tar could have them."""
+    contents = read(folder)
+    tar = shard(folder)
+    sidecar = Sidecar.read(Sidecar.path_for(tar))
+    columns = scan_shard(folder, sidecar)
+    path = tar.with_suffix(ROWS_SUFFIX)
+    path.write_bytes(pack_rows(columns, sidecar.sha256))
+    assert stored_rows(folder, sidecar) is not None  # the control
+    columns[column][0] = value
+    path.write_bytes(pack_rows(columns, sidecar.sha256))
+    assert stored_rows(folder, sidecar) is None
+    assert rebuilt(folder) == contents
 
 
 # No pickle, whatever lies there.
