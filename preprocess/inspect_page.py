@@ -23,7 +23,7 @@ from preprocess.inspect_cache import (
     nice_step,
     seconds_of,
 )
-from preprocess.inspect_report import durations_note, facts, size
+from preprocess.inspect_report import KINDS, durations_note, facts, size
 from shared.cache import MemberReader
 from shared.durable import write_bytes
 from shared.latent_rgb import R2_FLOOR, latents_to_rgb
@@ -70,7 +70,9 @@ def read_cards(found: Overview, rows: Sequence[int]) -> list[Card]:
             if tensors is not None and found.latent_rgb is not None:
                 frames = latents_to_rgb(tensors["latents"], found.latent_rgb)
                 picture = thumbnail(frames, seconds)
-            length = f"{info['frames']} frames" if info["frames"] > 1 else str(info["type"])
+            length = f"{info['frames']} frames" if info["frames"] > 1 else "image"
+            if info["type"] == "text":
+                length += ", " + KINDS["text"]
             what = [f"{info['width']}×{info['height']}", length]
             what += [f"{seconds:.1f} s"] if seconds is not None else []
             what += [f"{int(found.index.tokens[row])} tokens"]
@@ -152,7 +154,7 @@ def page(found: Overview, cards: Sequence[Card]) -> str:
 
 def _lead(found: Overview) -> str:
     kinds = " and ".join(
-        f"{number:,} {name}{'s' if number != 1 else ''}"
+        f"{number:,} {KINDS[name]}{'s' if number != 1 and name != 'text' else ''}"
         for name, number in found.types.items()
         if number
     )

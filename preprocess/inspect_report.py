@@ -12,6 +12,7 @@ from preprocess.inspect_cache import SHORT_TOKENS, Histogram, Overview, histogra
 from shared.latent_rgb import R2_FLOOR
 from shared.mirror import shown
 
+KINDS = {"video": "video", "image": "image", "text": "caption alone"}
 _BAR = 32  # characters of the longest bar
 _DIGEST = 12  # of a digest, so many digits are shown
 
@@ -27,7 +28,7 @@ def size(bytes_: float) -> str:
 
 def facts(found: Overview) -> Iterator[tuple[str, str]]:
     """(name, value) of what is no table and no chart."""
-    types = ", ".join(f"{number} {name}" for name, number in found.types.items() if number)
+    types = ", ".join(f"{number} {KINDS[name]}" for name, number in found.types.items() if number)
     yield "samples", f"{found.samples} ({types or 'none'})"
     if found.epoch != found.samples:
         yield "epoch", f"{found.epoch} samples, repeats counted"
@@ -97,11 +98,18 @@ def fingerprint(found: Overview) -> Iterator[tuple[str, str]]:
     yield "media", ", ".join(f"{name} {value}" for name, value in chosen.items())
 
 
+def no_map(found: Overview) -> str:
+    """Why a cache has no latent → RGB map."""
+    if found.types["text"] == found.samples:
+        return "captions alone have no pictures"
+    return "this cache was encoded before there was one"
+
+
 def preview(found: Overview) -> str:
     """How good the latent → RGB map is."""
     rgb = found.latent_rgb
     if rgb is None:
-        return "no latent → RGB map: the cache was encoded before there was one"
+        return f"no latent → RGB map: {no_map(found)}"
     fitted = f"latent → RGB map fitted to {report.count(rgb.samples, 'sample')}"
     if rgb.r2 is None:
         return f"{fitted}, none held out: R² unknown"

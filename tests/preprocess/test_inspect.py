@@ -270,3 +270,18 @@ def test_a_chart_has_axes_with_units() -> None:
     assert heights[0] / heights[1] == pytest.approx(3 / 5, rel=1e-3)
     assert ">tokens<" in svg and ">samples<" in svg
     assert all(f">{edge}<" in svg for edge in (0, 10, 20))
+
+
+def test_captions_alone(tmp_path: Path) -> None:
+    listed = tmp_path / "captions.jsonl"
+    listed.write_text("".join(json.dumps({"text": f"caption {n}"}) + "\n" for n in range(3)))
+    model, shards, page = tmp_path / "model", tmp_path / "shards", tmp_path / "page.html"
+    encode = ("encode", "--model", tiny_model(model, "t2v"), "--train-data-meta", listed)
+    ran = wanprep(*encode, "--output", shards, "--size", 64, "--device", "cpu")
+    assert ran.code == 0, ran.err
+    ran = wanprep("verify", "--shards", shards, "--decode", 2, "--model", model)
+    assert ran.code == 0 and "3 samples in" in ran.out, ran.out + ran.err
+    ran = wanprep("inspect", "--shards", shards, "--html", page)
+    assert ran.code == 0 and "3 caption alone" in ran.out
+    assert "captions alone have no pictures" in page.read_text()
+    assert page.read_text().count("<article>") == 3
