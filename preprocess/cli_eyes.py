@@ -78,7 +78,7 @@ def verify(
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the decoded samples, an mp4 each (images: PNG).", rich_help_panel=OUTPUT)] = Path("decoded"),
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the findings to a file, as JSON; - is stdout.", show_default="none", rich_help_panel=OUTPUT)] = None,
 ) -> None:
-    """Check every shard, and name what is wrong by file and sample.
+    """Check every shard; name what is wrong, by file and sample.
 
     Reads all of it once: checksums, members, shapes, NaN, empty text, the index against the tars; captions and conditions beside the shards too. Changes nothing, and may run beside a wanprep that encodes. The exit code is 1 where something is wrong. What a finding means and how to mend it stands with it.
 
