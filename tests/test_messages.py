@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 import preprocess.cli
 import train.cli
+from shared.mirror import forget_mirrors
 from tests.models import tiny_model
 from tests.preprocess.conftest import render_clip
 from tests.train.conftest import encode, write_dataset
@@ -711,6 +712,7 @@ def say(
         monkeypatch.setenv("COLUMNS", "200")
         with pytest.raises(SystemExit) as ended:  # any other exception would be a traceback
             MAINS[words[0]]()
+        forget_mirrors()  # a process of its own would know none
         said = capsys.readouterr().err
         for name, path in sorted(world.items(), key=lambda item: -len(str(item[1]))):
             said = said.replace(str(path), "{" + name.replace(".", "_") + "}")
