@@ -709,6 +709,7 @@ def say(
             for word in shlex.split(line)
         ]
         monkeypatch.setattr(sys, "argv", words)
+        forget_mirrors()  # a process runs one command: an earlier row's store is not this one's
         monkeypatch.setenv("COLUMNS", "200")
         with pytest.raises(SystemExit) as ended:  # any other exception would be a traceback
             MAINS[words[0]]()
