@@ -107,10 +107,15 @@ def with_conditions(index: CacheIndex, model: str) -> CacheIndex:
         f"wanprep add-condition --shards {index.folder} --pretrained-model-name-or-path {model} "
         "--train-data-dir DIR"
     )
+    lacks = (
+        "image-to-video without the CLIP embeddings that this model needs"
+        if index.fingerprint.get("mode") == "i2v"
+        else "text-to-video, without the conditions that an i2v model needs"
+    )
     if folder not in overlay_folders(index.folder):
         raise UserError(
-            f"shards: {index.folder} was encoded for text-to-video, without the conditions that an "
-            f"i2v model needs. Add them; the latents stay as they are: {add}"
+            f"shards: {index.folder} was encoded for {lacks}. Add them; the latents stay as they "
+            f"are: {add}"
         )
     overlay = _overlay(index, folder)
     refuse_differences(
@@ -119,6 +124,7 @@ def with_conditions(index: CacheIndex, model: str) -> CacheIndex:
         what=f"shards: {folder} belongs to another cache than {index.folder}",
         cure=f"Delete that folder and make it again: {add}",
     )
+    theirs = overlay.index.fingerprint
     without = np.intersect1d(
         overlay.lacking, np.flatnonzero(index.types != MEDIA_TYPES.index("text"))
     )
@@ -129,7 +135,10 @@ def with_conditions(index: CacheIndex, model: str) -> CacheIndex:
         )
     return replace(
         index,
-        fingerprint={**index.fingerprint, "mode": "i2v"},
+        fingerprint={
+            **index.fingerprint,
+            **{name: theirs[name] for name in ("mode", "image") if name in theirs},
+        },
         overlays={**index.overlays, CONDITION_MEMBER: overlay},
     )
 

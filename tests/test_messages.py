@@ -446,11 +446,6 @@ ROWS: dict[str, tuple[str, str]] = {
         "wantrain sample --model {t2v} --teacher --prompt ''",
         "error: --prompt: found an empty prompt, expected text.",
     ),
-    "distill a Wan 2.1 i2v model": (
-        "wantrain distill --model {wan21} --shards {shards} --output-dir {new} --max-train-steps 1",
-        "error: model: {wan21} is a Wan 2.1 i2v (CLIP) model, which `wantrain distill` does not "
-        "train yet. Use a t2v or ti2v model, or Wan 2.2 i2v.",
-    ),
     "clip of another width": (
         "wanprep encode --model {narrow} --size 64 --video-sample-n-frames 5 "
         "--train-data-dir {data} --output {new}",
@@ -685,7 +680,6 @@ def world(
     return paths | {
         "t2v": tiny_t2v,
         "i2v": tiny_i2v,
-        "wan21": tiny_wan21_i2v,
         "shards": shards,
     }
 

@@ -37,6 +37,9 @@ class Batch:
     """(B, 512, D), zeros after each caption's true length."""
     condition: torch.Tensor | None
     """i2v: (B, 4+C, T, H, W), mask then normalised condition latents; else None."""
+    image: torch.Tensor | None = None
+    """Wan 2.1 i2v: (B, tokens, D), CLIP's embedding of the first frame (zeros of an image);
+    else None."""
     noised: torch.Tensor | None = None
     """ti2v: (B, 1, T, 1, 1), 0 on a latent frame that is the condition and so kept clean (the
     first, or none of a sample that is text to video this time), 1 elsewhere; else None."""
@@ -53,6 +56,7 @@ class Batch:
             latents=move(self.latents).float(),
             text=move(self.text),
             condition=None if self.condition is None else move(self.condition).float(),
+            image=None if self.image is None else move(self.image),
             noised=None if self.noised is None else move(self.noised).float(),
         )
 
@@ -152,12 +156,13 @@ class MicroBatches:
         )
         update_batch = self._plan.batch(update)
         rows = [int(update_batch[position]) for position in positions]
-        conditions = [self._condition(row) for row in rows] if self._spec.mode == "i2v" else None
+        conditions = [self._condition(row) for row in rows] if self._spec.mode == "i2v" else []
         texts = [
             self._text(row, update, position) for row, position in zip(rows, positions, strict=True)
         ]
         latents = torch.stack([self._target(row) for row in rows])
-        condition = None if conditions is None else torch.stack(conditions)
+        condition = torch.stack([cond for cond, _ in conditions]) if conditions else None
+        images = [image for _, image in conditions if image is not None]
         if self._frame_crop:
             # The VAE is causal: this *is* the encoding of the shorter clip, to the bit.
             frames = cropped_frames(latents.shape[2], self._plan.seed, update)
@@ -177,6 +182,7 @@ class MicroBatches:
             noised=noised,
             text=torch.stack(texts),
             condition=condition,
+            image=torch.stack(images) if images else None,
         )
 
     def ahead(self, *, start: int, stop: int, workers: int) -> Generator[Batch, None, None]:
@@ -213,7 +219,7 @@ class MicroBatches:
         # Of a caption alone nothing would be left.
         if draw < self._caption_dropout and int(self._index.types[row]) != TEXT:
             return self._empty_text
-        text = self._read(row, TEXT_MEMBER, "text")
+        text = self._read(row, TEXT_MEMBER)["text"]
         if (
             text.ndim != 2
             or text.shape[0] > MAX_TEXT_TOKENS
@@ -225,25 +231,32 @@ class MicroBatches:
     def _target(self, row: int) -> torch.Tensor:
         """(C, T, H, W) latents; zeros of that shape where there is only a caption."""
         if int(self._index.types[row]) != TEXT:
-            return self._latents(row, LATENTS_MEMBER, "latents")
+            return self._checked(row, LATENTS_MEMBER, self._read(row, LATENTS_MEMBER)["latents"])
         bucket = self._index.buckets[int(self._index.bucket_ids[row])]
         shape = bucket.latent_shape(self._spec.latent_channels, self._spec.stride)
         return torch.zeros(shape, dtype=self._empty_text.dtype)
 
-    def _condition(self, row: int) -> torch.Tensor:
-        cond = self._latents(row, CONDITION_MEMBER, "cond")
-        return condition_with_mask(cond, is_image=int(self._index.types[row]) == IMAGE)
+    def _condition(self, row: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(4+C, T, H, W), and CLIP's (tokens, D) where the model takes it."""
+        tensors = self._read(row, CONDITION_MEMBER)
+        cond = self._checked(row, CONDITION_MEMBER, tensors["cond"])
+        with_mask = condition_with_mask(cond, is_image=int(self._index.types[row]) == IMAGE)
+        if (width := self._spec.image_dim) is None:
+            return with_mask, None
+        image = tensors.get("clip", cond.new_zeros(0, 0))
+        if image.shape[1] != width:
+            raise self._misshapen(row, CONDITION_MEMBER, image, f"(tokens, {width}) as clip")
+        return with_mask, image
 
-    def _latents(self, row: int, member: str, name: str) -> torch.Tensor:
-        """(C, T, H, W) of the sample's bucket."""
-        latents = self._read(row, member, name)
+    def _checked(self, row: int, member: str, latents: torch.Tensor) -> torch.Tensor:
+        """`latents` if they are (C, T, H, W) of the sample's bucket."""
         bucket = self._index.buckets[int(self._index.bucket_ids[row])]
         expected = bucket.latent_shape(self._spec.latent_channels, self._spec.stride)
         if latents.shape != expected:
             raise self._misshapen(row, member, latents, str(expected))
         return latents
 
-    def _read(self, row: int, member: str, name: str) -> torch.Tensor:
+    def _read(self, row: int, member: str) -> dict[str, torch.Tensor]:
         if not hasattr(self._local, "reader"):
             self._local.reader = MemberReader(self._index)
         tensors = self._local.reader.read(row, member)
@@ -253,7 +266,7 @@ class MicroBatches:
                 f"{self._spec.mode} model needs. Encode with this model: wanprep encode "
                 f"--pretrained-model-name-or-path {self._spec.folder} --output <new folder>"
             )
-        return tensors[name]
+        return dict(tensors)
 
     def _misshapen(self, row: int, member: str, found: torch.Tensor, expected: str) -> UserError:
         return UserError(

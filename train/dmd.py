@@ -127,7 +127,7 @@ def rollout(
         gradient_here = with_gradient and following is None
         sigma, t = levels[step]
         with roles.generator(), torch.set_grad_enabled(gradient_here):
-            v = roles.velocity(x_t, t, batch.text, batch.condition)
+            v = roles.velocity(x_t, t, batch.text, batch.condition, batch.image)
             x0 = x0_from_velocity(x_t, v, sigma)
         if following is not None and recipe.pairing == "renoise":
             x_t = add_noise(x0, fresh_noise(following), levels[following][0])
@@ -157,10 +157,13 @@ def _guided_x0(
     scale: float,
 ) -> torch.Tensor:
     """x̂0 of the active role at a score level; a scale of 0 or 1 is no guidance."""
-    v = roles.velocity(x_t, level.timestep, batch.text, batch.condition)
+    v = roles.velocity(x_t, level.timestep, batch.text, batch.condition, batch.image)
     if scale not in (0, 1):
         unconditional = negative.expand(len(batch.samples), -1, -1)
-        v = guide(v, roles.velocity(x_t, level.timestep, unconditional, batch.condition), scale)
+        v_unconditional = roles.velocity(
+            x_t, level.timestep, unconditional, batch.condition, batch.image
+        )
+        v = guide(v, v_unconditional, scale)
     return x0_from_velocity(x_t, v, level.sigma)
 
 
@@ -191,7 +194,7 @@ def _real_flow_matching(roles: Roles, recipe: Recipe, batch: Batch) -> torch.Ten
     level = draw_level(recipe, batch, "real")
     x_t = add_noise(batch.latents, level.noise, level.sigma)
     with roles.generator():
-        v = roles.velocity(x_t, level.timestep, batch.text, batch.condition)
+        v = roles.velocity(x_t, level.timestep, batch.text, batch.condition, batch.image)
     return flow_matching_loss(v, level.noise, batch.latents, batch.noised)
 
 
@@ -204,5 +207,5 @@ def critic_step(roles: Roles, recipe: Recipe, batch: Batch) -> torch.Tensor:
     level = draw_level(recipe, batch)
     x_t = add_noise(x0, level.noise, level.sigma)
     with roles.critic():
-        v = roles.velocity(x_t, level.timestep, batch.text, batch.condition)
+        v = roles.velocity(x_t, level.timestep, batch.text, batch.condition, batch.image)
     return flow_matching_loss(v, level.noise, x0, batch.noised)

@@ -78,6 +78,7 @@ class Roles:
         timestep: torch.Tensor,
         text: torch.Tensor,
         condition: torch.Tensor | None,
+        image: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """v̂ of the active role, fp32.
 
@@ -87,6 +88,7 @@ class Roles:
                 (ti2v), which the transformer is told for each of the frame's tokens.
             text: (B, 512, D).
             condition: (B, 4+C, T, H, W) for i2v, concatenated to the channels; else None.
+            image: (B, tokens, D) of CLIP for Wan 2.1 i2v; else None.
         """
         assert timestep.dtype == torch.float32
         if timestep.ndim == 2:
@@ -101,6 +103,7 @@ class Roles:
                 hidden_states=inputs.to(self._dtype),
                 timestep=timestep,
                 encoder_hidden_states=text.to(self._dtype),
+                encoder_hidden_states_image=None if image is None else image.to(self._dtype),
                 return_dict=False,
             )[0]
         return velocity.float()

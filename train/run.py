@@ -9,7 +9,14 @@ import numpy as np
 from shared.cache import MEDIA_TYPES, CacheIndex, open_cache
 from shared.device import check_device
 from shared.errors import UserError
-from shared.fingerprint import Fingerprint, differences, model_fields, refuse_differences
+from shared.fingerprint import (
+    LACKING,
+    Fingerprint,
+    cache_mode,
+    differences,
+    model_fields,
+    refuse_differences,
+)
 from shared.hashing import FileHasher
 from shared.mirror import described
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
@@ -104,23 +111,15 @@ def prepare(config: DistillConfig) -> Run:
     check_device(config.device)
     folder = resolve_model(config.model, [])  # the configs decide which expert is needed
     spec = read_model_spec(folder)
-    if spec.image_dim is not None:
-        raise UserError(
-            f"model: {folder} is a Wan 2.1 i2v (CLIP) model, which `wantrain distill` does not "
-            "train yet. Use a t2v or ti2v model, or Wan 2.2 i2v."
-        )
     index = open_cache(config.shards)
     if config.captions is not None:
         index = with_captions(index, config.captions)
     expected = model_fields(spec, FileHasher())
-    refuse_differences(
-        index.fingerprint,
-        expected,
-        what=f"{config.shards} were encoded with another model than {folder}",
-        cure=_cure(config, index.fingerprint, expected),
-    )
-    if spec.mode == "i2v" and index.fingerprint.get("mode") == "t2v":
+    image = {"image": expected.pop("image", {})}  # CLIP's embeddings may have been added later
+    _refuse_other_model(config, index, expected)
+    if index.fingerprint.get("mode") in LACKING.get(cache_mode(spec), ()):
         index = with_conditions(index, config.model)
+    _refuse_other_model(config, index, image)
     expert: Expert = config.boundary_type or ("low" if spec.two_experts else "full")
     schedule = Schedule(
         indices=config.denoising_step_indices_list,
@@ -194,6 +193,15 @@ def _refuse_captions_alone(
             f"--fm-loss-weight: {recipe.fm_loss_weight:g}, but {have}, which this loss learns "
             "from. Leave it out, or encode the media into a folder of their own."
         )
+
+
+def _refuse_other_model(config: DistillConfig, index: CacheIndex, expected: Fingerprint) -> None:
+    refuse_differences(
+        index.fingerprint,
+        expected,
+        what=f"{config.shards} were encoded with another model than {config.model}",
+        cure=_cure(config, index.fingerprint, expected),
+    )
 
 
 def _cure(config: DistillConfig, found: Fingerprint, expected: Fingerprint) -> str:

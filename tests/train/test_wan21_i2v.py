@@ -1,0 +1,168 @@
+"""Wan 2.1 i2v: CLIP's embedding of the first frame goes into every pass of every role."""
+
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from PIL import Image
+from safetensors.torch import load, load_file, save_file
+
+from preprocess.cli import app as wanprep
+from shared.cache import open_cache
+from shared.errors import UserError
+from tests.models import IMAGE_DIM
+from tests.train.conftest import encode
+from tests.train.test_data import _dataset, _plain
+from tests.train.test_distill import distill, final_bytes
+from tests.train.test_dmd_float64 import UPDATE, _compare_lora_gradients, _merged, _Reference
+from tests.train.test_roles import NEGATIVE, build_batch, build_recipe, build_roles
+from train.cli import app as wantrain
+from train.dmd import critic_step, exit_step, generator_step
+from train.roles import CRITIC, GENERATOR
+
+
+@pytest.fixture(scope="module")
+def shards(dataset: Path, tiny_wan21_i2v: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return encode(dataset, tiny_wan21_i2v, tmp_path_factory.mktemp("wan21") / "shards")
+
+
+def _setup(folder: Path):  # type: ignore[no-untyped-def]
+    roles = build_roles(folder, expert="full")
+    plain = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+    plain = plain.double().requires_grad_(False)
+    rng = torch.Generator().manual_seed(8)
+    image = torch.randn(2, 10, IMAGE_DIM, generator=rng)
+    batch = replace(build_batch("i2v", update=UPDATE), image=image)
+    return roles, plain, batch, build_recipe("i2v")
+
+
+def seeing(model: torch.nn.Module, image: torch.Tensor):  # type: ignore[no-untyped-def]
+    """The diffusers model, handed CLIP's embedding as its pipeline does."""
+    return partial(model, encoder_hidden_states_image=image.double())
+
+
+def test_generator_step(tiny_wan21_i2v: Path) -> None:
+    roles, plain, batch, recipe = _setup(tiny_wan21_i2v)
+    loss = generator_step(roles, recipe, batch, NEGATIVE)
+    with roles.generator():
+        loss.backward()
+
+    reference = _Reference("i2v", batch)
+    merged = _merged(plain, roles, GENERATOR), _merged(plain, roles, CRITIC), plain
+    student, critic, teacher = (seeing(model, batch.image) for model in merged)
+    x0 = reference.generated(student, exit_step(recipe, UPDATE))
+    sigma, eps = reference.level()
+    with torch.no_grad():
+        x_t = (1 - sigma) * x0 + sigma * eps
+        fake, _ = reference.x0(critic, x_t, sigma, batch.text)
+        _, v_cond = reference.x0(teacher, x_t, sigma, batch.text)
+        _, v_neg = reference.x0(teacher, x_t, sigma, NEGATIVE.expand(2, -1, -1))
+        real = x_t - sigma * (v_neg + 6.0 * (v_cond - v_neg))
+        g = (fake - real) / (x0 - real).abs().flatten(1).mean(1).view(2, 1, 1, 1, 1)
+    x0.backward(g / g.numel())
+    assert loss.item() == pytest.approx(0.5 * (g**2).mean().item(), rel=1e-4)
+    _compare_lora_gradients(roles, GENERATOR, merged[0])
+
+    blind = generator_step(roles, recipe, replace(batch, image=0 * batch.image), NEGATIVE)
+    assert abs(blind.item() / loss.item() - 1) > 1e-3  # it is looked at
+
+
+def test_critic_step(tiny_wan21_i2v: Path) -> None:
+    roles, plain, batch, recipe = _setup(tiny_wan21_i2v)
+    loss = critic_step(roles, recipe, batch)
+    with roles.critic():
+        loss.backward()
+
+    reference = _Reference("i2v", batch)
+    merged = _merged(plain, roles, GENERATOR), _merged(plain, roles, CRITIC)
+    student, critic = (seeing(model, batch.image) for model in merged)
+    with torch.no_grad():
+        x0 = reference.generated(student, exit_step(recipe, UPDATE))
+    sigma, eps = reference.level()
+    _, v = reference.x0(critic, (1 - sigma) * x0 + sigma * eps, sigma, batch.text)
+    expected = ((v - (eps - x0)) ** 2).mean()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    _compare_lora_gradients(roles, CRITIC, merged[1])
+
+
+def test_batches_bring_what_is_cached(shards: Path, tiny_wan21_i2v: Path) -> None:
+    plain, images = _plain(shards), 0
+    for batch in _dataset(shards, tiny_wan21_i2v).ahead(start=0, stop=4, workers=0):
+        assert batch.image is not None
+        for row, key in enumerate(batch.keys):
+            cached = load(plain[key]["cond.safetensors"])["clip"]
+            assert torch.equal(batch.image[row], cached)
+            is_image = b'"type": "image"' in plain[key]["json"]
+            assert cached.any() != is_image  # an image's would be its own target
+            images += is_image
+    assert images
+
+
+def test_distilled_resumed_and_sampled(shards: Path, tiny_wan21_i2v: Path, tmp_path: Path) -> None:
+    out = distill(tiny_wan21_i2v, shards, tmp_path / "out", "--max-train-steps", "2")
+    again = distill(tiny_wan21_i2v, shards, tmp_path / "again", "--max-train-steps", "1")
+    distill(
+        tiny_wan21_i2v, shards, again, "--max-train-steps", "2",
+        "--resume-from-checkpoint", "latest",
+    )  # fmt: skip
+    assert final_bytes(again) == final_bytes(out)
+
+    picture = np.random.default_rng(0).integers(0, 255, (70, 64, 3)).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "first.png")
+    wantrain(
+        [
+            "sample", "--model", str(tiny_wan21_i2v), "--prompt", "waves", "--device", "cpu",
+            "--lora", str(out / "lora-full-diffusers.safetensors"), "--height", "64", "--width",
+            "96", "--num-frames", "9", "--dtype", "fp32", "--output", str(tmp_path / "clips"),
+            "--image", str(tmp_path / "first.png"),
+        ],
+        standalone_mode=False,
+    )  # fmt: skip
+    assert (tmp_path / "clips" / "student-000.mp4").exists()
+
+
+@pytest.mark.parametrize("first", ["t2v", "i2v"])
+def test_embeddings_that_were_added_later(
+    first: str,
+    dataset: Path,
+    shards: Path,
+    tiny_wan21_i2v: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Refused until they are there, then the same LoRA as from a cache encoded for the model."""
+    own = encode(dataset, request.getfixturevalue(f"tiny_{first}"), tmp_path / "shards")
+    lacks = "without the conditions" if first == "t2v" else "without the CLIP embeddings"
+    with pytest.raises(UserError, match=f"{lacks}.*wanprep add-condition"):
+        distill(tiny_wan21_i2v, own, tmp_path / "refused", "--max-train-steps", "1")
+    wanprep(
+        [
+            "add-condition", "--shards", str(own), "--model", str(tiny_wan21_i2v),
+            "--train-data-dir", str(dataset), "--device", "cpu",
+        ],
+        standalone_mode=False,
+    )  # fmt: skip
+    assert open_cache(own).fingerprint["mode"] == first
+    later = distill(tiny_wan21_i2v, own, tmp_path / "later", "--max-train-steps", "1")
+    direct = distill(tiny_wan21_i2v, shards, tmp_path / "direct", "--max-train-steps", "1")
+    name = "lora-full-diffusers.safetensors"  # its metadata names the shards, which differ
+    tensors = load_file(direct / name)
+    assert all(torch.equal(found, tensors[key]) for key, found in load_file(later / name).items())
+
+
+def test_an_image_encoder_that_differs_is_refused(
+    shards: Path, tiny_wan21_i2v: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_wan21_i2v, other)
+    weights = other / "image_encoder" / "model.safetensors"
+    changed = {name: tensor + 0.01 for name, tensor in load_file(weights).items()}
+    save_file(changed, weights, {"format": "pt"})
+    with pytest.raises(UserError, match=r"image\.encoder: shards have '\w+', expected '\w+'"):
+        distill(other, shards, tmp_path / "out", "--max-train-steps", "1")
