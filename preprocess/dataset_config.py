@@ -3,7 +3,7 @@
     [general]                      # for all datasets; diffusion-pipe writes these at the top
     [[datasets]]                   # or diffusion-pipe's [[directory]]
 
-`docs/encode.md` lists the keys. A key without a meaning here is refused, not passed over: it would
+`docs/inputs.md` lists the keys. A key without a meaning here is refused, not passed over: it would
 make other samples than its author believes.
 """
 

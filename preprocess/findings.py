@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 Severity = Literal["error", "note"]
 
-# Code → what it means. docs/encode.md lists them for people.
+# Code → what it means. docs/caches.md lists them for people.
 CODES = {
     "sidecar-missing": "a tar without its sidecar: not committed, readers skip it",
     "sidecar-damaged": "a sidecar that cannot be read, or whose fields make no sense",

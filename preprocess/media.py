@@ -3,7 +3,7 @@
 A file is read as people see it: upright (EXIF orientation, display matrix), with square pixels,
 transparency on white, every frame of an animation composed. What cannot be shown in 8-bit RGB
 without a choice that belongs to the user (HDR, video with alpha, float pixels) is refused with the
-command that converts it. `docs/encode.md` states each case.
+command that converts it. `docs/inputs.md` states each case.
 
 Whatever is wrong with a file ends as a MediaError whose text names the file.
 """

@@ -631,5 +631,5 @@ def test_findings_on_stdout_are_json_alone(shards: Path) -> None:
 
 
 def test_every_code_is_documented() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "encode.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "caches.md").read_text()
     assert [code for code in CODES if f"`{code}`" not in text] == []
