@@ -5,6 +5,7 @@
     python benchmarks/learning.py experts          # t2v, high and low apart, sampled together
     python benchmarks/learning.py i2v
     python benchmarks/learning.py recipes          # the seed's maths and other choices, per expert
+    python benchmarks/learning.py ema              # the average over the path beside its last point
     python benchmarks/learning.py full --quick     # a minute: does it run at all?
 
 Everything is kept under --work and done once: run it again, after an interruption or with more
@@ -89,6 +90,8 @@ class Experiment:
     """CFG scale of the teacher in the DMD loss, where it is not `guidance`."""
     learning_rate: str = "5e-4"
     """Of the generator. Twice the rate reaches the same in half the updates, then overshoots."""
+    averaged: bool = False
+    """Measure the average (--ema-decay in the arm's flags) of each student, too."""
     captions: int = 512
     clips: int = 480
     """Renders in the training cache."""
@@ -119,6 +122,15 @@ EXPERIMENTS = {
     ),
     "experts": Experiment(
         model="toy", guidance=2, shift=12, students={"d": (HIGH, LOW)}, updates=(5, 10)
+    ),
+    "ema": Experiment(
+        model="toy",
+        guidance=2,
+        loss_guidance=1.25,
+        shift=12,
+        students={"d": (replace(FULL, flags=(*EULER, "--ema-decay", "0.8", "--ema-start", "5")),)},
+        updates=(10, 20, 30),
+        averaged=True,
     ),
     "i2v": Experiment(
         model="toy-i2v",
@@ -297,14 +309,15 @@ class Bench:
         sampler = Sampler(indices=FEW_STEPS, shift=one.shift, guidance=guidance, renoise=renoise)
         return self._draw(sampler, seed)
 
-    def student(self, seed: int, *, arms: tuple[Arm, ...], updates: int) -> Draw:
+    def student(
+        self, seed: int, *, arms: tuple[Arm, ...], updates: int, weights: str = "generator_weights"
+    ) -> Draw:
         renoise = not any(EULER[1] in arm.flags for arm in arms)
         sampler = Sampler(indices=FEW_STEPS, shift=self.experiment.shift, renoise=renoise)
         loras = tuple(
             (
                 arm.expert,
-                f"{self.training(arm, seed).folder}/checkpoint-{updates}/"
-                "generator_weights.safetensors",
+                f"{self.training(arm, seed).folder}/checkpoint-{updates}/{weights}.safetensors",
                 ALPHA / RANK,
             )
             for arm in arms
@@ -333,6 +346,10 @@ class Bench:
                 if name != "d":
                     label += f": {name}"
                 rows[label] = partial(self.student, arms=arms, updates=updates)
+                if one.averaged:
+                    rows[f"{label}: average"] = partial(
+                        self.student, arms=arms, updates=updates, weights="generator_ema"
+                    )
         return rows
 
     def trainings(self) -> list[Training]:
