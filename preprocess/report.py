@@ -90,14 +90,15 @@ def short_clips(work: Sequence[Work]) -> str | None:
     short = [item for item in work if item.clip.bucket.frames < item.clip.asked]
     if not short:
         return None
-    named = [f"{item.entry.source} ({item.clip.bucket.frames})" for item in short[:_NAMED]]
-    more = [f"{len(short) - _NAMED} more"] if len(short) > _NAMED else []
+    taken: dict[str, set[int]] = {}  # of one video there may be several clips
+    for item in short:
+        taken.setdefault(item.entry.source, set()).add(item.clip.bucket.frames)
+    named = _named([f"{name} ({', '.join(map(str, sorted(n)))})" for name, n in taken.items()])
     asked = sorted({item.clip.asked for item in short})
     fewer = f"{asked[0]}" if len(asked) == 1 else f"{asked[0]} to {asked[-1]}"
-    found = count(len({item.entry.source for item in short}), "video")
     return (
-        f"short    {found} with fewer than {fewer} frames at this stride, taken at the largest "
-        f"4n+1 there is: {', '.join(named + more)}"
+        f"short    {count(len(taken), 'video')} with fewer than {fewer} frames at this stride, "
+        f"taken at the largest 4n+1 there is: {named}"
     )
 
 

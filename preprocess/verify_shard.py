@@ -194,5 +194,5 @@ def _finish(sample: _Sample, expected: Expected) -> Iterator[tuple[str, Problem]
             only = f"{JSON_MEMBER} {TEXT_MEMBER}, as its type is text"
             yield sample.key, Problem("member-unexpected", f"a .{suffix}", only)
     latents, cond = (sample.tensors.get(name) for name in (LATENTS_MEMBER, CONDITION_MEMBER))
-    for problem in check_condition(sample.info, latents, cond):
+    for problem in check_condition(latents, cond):
         yield sample.key, problem

@@ -16,7 +16,7 @@ from shared.schema import CONDITION_MEMBER, LATENTS_MEMBER, TEXT_MEMBER
 from train.plan import BatchPlan, micro_batch
 from train.rng import counted_rng
 
-VIDEO, IMAGE, TEXT = (MEDIA_TYPES.index(name) for name in ("video", "image", "text"))
+VIDEO, TEXT = (MEDIA_TYPES.index(name) for name in ("video", "text"))
 MASK_CHANNELS = 4
 TEXT_ONLY_SHARE = 0.5  # of a ti2v model's clips: it must go on to serve text to video, too
 READ_AHEAD = 2  # batches a thread
@@ -74,14 +74,14 @@ def cropped_frames(frames: int, seed: int, update: int) -> int:
     return shorter[int(rng.integers(len(shorter)))] if shorter and rng.random() >= 0.9 else frames
 
 
-def condition_with_mask(cond: torch.Tensor, *, is_image: bool) -> torch.Tensor:
-    """(C, T, H, W) condition latents → (4+C, T, H, W): ones in latent frame 0 of videos.
+def condition_with_mask(cond: torch.Tensor) -> torch.Tensor:
+    """(C, T, H, W) condition latents → (4+C, T, H, W): ones in latent frame 0.
 
-    An image's target would be its own condition, so its mask is 0 (and its cached condition the
-    encoding of zeros).
+    The target of a single frame, an image or a video cut that short, would be its own condition,
+    so its mask is 0 (and its cached condition the encoding of zeros).
     """
     mask = torch.zeros(MASK_CHANNELS, *cond.shape[1:], dtype=cond.dtype)
-    if not is_image:
+    if cond.shape[1] > 1:
         mask[:, 0] = 1
     return torch.cat([mask, cond])
 
@@ -240,7 +240,7 @@ class MicroBatches:
         """(4+C, T, H, W), and CLIP's (tokens, D) where the model takes it."""
         tensors = self._read(row, CONDITION_MEMBER)
         cond = self._checked(row, CONDITION_MEMBER, tensors["cond"])
-        with_mask = condition_with_mask(cond, is_image=int(self._index.types[row]) == IMAGE)
+        with_mask = condition_with_mask(cond)
         if (width := self._spec.image_dim) is None:
             return with_mask, None
         image = tensors.get("clip", cond.new_zeros(0, 0))

@@ -99,6 +99,17 @@ def test_short_videos_are_mentioned(data: Path, tiny_t2v: Path, tmp_path: Path) 
     ]
 
 
+def test_short_videos_count_once_however_many_clips(
+    data: Path, tiny_t2v: Path, tmp_path: Path
+) -> None:
+    ran = wanprep(
+        *("encode", "--model", tiny_t2v, "--train-data-dir", data, "--size", 64),
+        *("--clips", "uniform", "--clips-per-video", 4, "--output", tmp_path / "shards"),
+    )
+    assert "4n+1 there is: clip.mp4 (5)\n" in ran.err
+    assert "samples  4: " in ran.err
+
+
 @pytest.mark.long
 def test_the_command_of_the_users_card(tmp_path: Path) -> None:
     """`wanprep encode --size 640`, with MODEL_NAME=toy and a short real clip."""

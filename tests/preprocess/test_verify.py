@@ -277,6 +277,13 @@ def test_a_condition_of_another_clip(seed: int, shards: Path) -> None:
     assert (foreign["code"], foreign["file"], foreign["key"]) == ("cond-foreign", tar.name, key)
 
 
+def test_videos_of_one_frame_are_sound(world: World, tmp_path: Path) -> None:
+    """Their condition is the encoding of zeros, as an image's."""
+    shards = tmp_path / "one"
+    assert wanprep(*world.encode(shards), "--video-sample-n-frames", 1).code == 0
+    assert verify(shards)[:2] == (0, [])
+
+
 def test_a_sample_that_is_there_twice(shards: Path) -> None:
     (tar,) = (tar for tar in sample_tars(shards) if "-f9-" in tar.name)
     members = read_tar(tar)

@@ -10,6 +10,7 @@ from safetensors.torch import load
 
 from shared.cache import open_cache
 from shared.model_spec import read_model_spec
+from tests.train.conftest import encode
 from train.data import Batch, MicroBatches, load_prompt_bank
 from train.plan import BatchPlan
 
@@ -63,6 +64,18 @@ def test_batches_hold_what_is_in_the_shards(i2v_shards: Path, tiny_i2v: Path) ->
                 mask[:, 0] = 1
             assert torch.equal(batch.condition[row, :4], mask)
     assert seen == set(plain)
+
+
+def test_one_frame_of_a_video_has_no_condition(
+    dataset: Path, tiny_i2v: Path, tmp_path: Path
+) -> None:
+    """A token budget may cut a video so short; its condition is the encoding of zeros, not it."""
+    shards = encode(dataset, tiny_i2v, tmp_path / "shards", "--video-sample-n-frames", "1")
+    plain = _plain(shards)
+    assert sum(b'"type": "video"' in sample["json"] for sample in plain.values()) == 5
+    for batch in _epoch(_dataset(shards, tiny_i2v), workers=0):
+        assert batch.condition is not None and batch.condition.shape[2] == 1
+        assert not batch.condition[:, :4].any()
 
 
 def test_workers_change_nothing(t2v_shards: Path, tiny_t2v: Path) -> None:
