@@ -1,6 +1,7 @@
 """What a run is before any weight is read: configuration, model facts, index, plan, length."""
 
 import json
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +110,11 @@ def prepare(config: DistillConfig) -> Run:
     Raises UserError for everything that a user can get wrong; no weight has been read by then.
     """
     check_device(config.device)
+    if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise UserError(
+            f"wantrain distill trains in one process so far, and WORLD_SIZE={world} says that a "
+            "launcher started several, which would all write to one folder. Start it by itself."
+        )
     folder = resolve_model(config.model, [])  # the configs decide which expert is needed
     spec = read_model_spec(folder)
     index = open_cache(config.shards)
