@@ -51,7 +51,7 @@ def test_a_cropped_batch_is_the_encoding_of_the_shorter_clip(
             Bucket(info["height"], info["width"], 5),
         )
         assert torch.equal(cropped.latents[number], encoder.latents(frames))
-        assert torch.equal(cropped.condition[number, 4:], encoder.condition(frames))
+        assert torch.equal(cropped.condition[number, 4:], encoder.condition(frames)["cond"])
         assert cropped.condition[number, :4, 0].all() and not cropped.condition[number, :4, 1].any()
 
 
