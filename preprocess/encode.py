@@ -23,7 +23,7 @@ from preprocess.config import EncodeConfig
 from preprocess.dataset import Dataset, Rejected, load_dataset
 from preprocess.dataset_config import load_dataset_config
 from preprocess.engine import COMPONENTS, Engine, LocalEngine
-from preprocess.fingerprint import encode_fingerprint, refuse_other_settings
+from preprocess.fingerprint import encode_fingerprint, refuse_other_settings, sparing_cure
 from preprocess.index import settled_index
 from preprocess.media import MediaError
 from preprocess.passes import Encoded, Times, latents_from_cache, samples_of, texts_from_cache
@@ -117,7 +117,8 @@ def _encode(
         remove_abandoned(config.output, config.rank.world)
         # What is committed already, under the same settings.
         sidecars = committed_shards(config.output)
-        refuse_other_settings(config.output, sidecars, fingerprint)
+        cure = partial(sparing_cure, config, fingerprint)
+        refuse_other_settings(config.output, sidecars, fingerprint, cure=cure)
         outcome.index = settled_index(config.output) if sidecars else None
         committed = committed_of(outcome.index)
 

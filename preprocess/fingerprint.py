@@ -1,6 +1,8 @@
 """The fingerprint of a cache that `encode` writes: every setting that changes its bytes."""
 
+from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from preprocess.clips import FRAME_RULE, RESIZE_RULE
@@ -93,32 +95,41 @@ def refuse_absent(spec: ModelSpec, fields: Fingerprint) -> None:
 
 
 def refuse_other_settings(
-    folder: Path, sidecars: list[Sidecar], fingerprint: Fingerprint, *, cure: str | None = None
+    folder: Path,
+    sidecars: list[Sidecar],
+    fingerprint: Fingerprint,
+    *,
+    cure: Callable[[Fingerprint], str],
 ) -> None:
     """Raise UserError where `folder` holds shards that were made with other settings.
 
-    Without a `cure` it names what spares most of the work.
+    `cure` says what to do about the fingerprint that was found.
     """
     for sidecar in sidecars:
         refuse_differences(
             sidecar.fingerprint,
             fingerprint,
             what=f"shards: {folder / sidecar.shard} was encoded with other settings than these",
-            cure=cure or _cure(folder, sidecar.fingerprint, fingerprint),
+            cure=cure(sidecar.fingerprint),
         )
 
 
-def _cure(folder: Path, found: Fingerprint, expected: Fingerprint) -> str:
+def sparing_cure(config: EncodeConfig, expected: Fingerprint, found: Fingerprint) -> str:
+    """What spares most of the work where a cache has another fingerprint than `expected`."""
     changed = {field.split(".")[0] for field, _, _ in differences(found, expected)}
     otherwise = (
         "Give this run a folder of its own (--output), or set the values that the shards have."
     )
+    this = (
+        f"--shards {quote(str(config.output))} --pretrained-model-name-or-path "
+        f"{quote(config.model)}"
+    )
     if changed == {"text"}:
         return (
-            "To encode the text anew beside the shards: wanprep recaption --name NAME "
-            f"--same-captions --shards {folder} with this model, and wantrain distill --captions "
-            f"NAME. {otherwise}"
+            f"To encode the text anew beside the shards: wanprep recaption {this} --name NAME "
+            f"--same-captions; then wantrain distill --captions NAME. {otherwise}"
         )
     if changed <= {"mode", "image"} and found["mode"] in LACKING.get(expected["mode"], ()):
-        return f"To add them: wanprep add-condition --shards {folder} with this model. {otherwise}"
+        data = "." if config.dataset_config else quote(str(config.data_dir))
+        return f"To add them: wanprep add-condition {this} --train-data-dir {data}\n{otherwise}"
     return otherwise

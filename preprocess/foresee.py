@@ -6,6 +6,7 @@ Nothing is written to the output folder. An encoder is built only to measure its
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from preprocess.encode import (
     refuse_captions_alone,
 )
 from preprocess.engine import LocalEngine
-from preprocess.fingerprint import encode_fingerprint, refuse_other_settings
+from preprocess.fingerprint import encode_fingerprint, refuse_other_settings, sparing_cure
 from preprocess.index import live_columns
 from preprocess.media import MediaError
 from preprocess.passes import Times
@@ -149,7 +150,8 @@ def foresee(config: EncodeConfig, console: Console, *, measure: bool = False) ->
         with console.status("digesting the encoders' weights (read once, then remembered)"):
             fingerprint = encode_fingerprint(config, spec, hasher)
         sidecars = committed_shards(config.output) if config.output.is_dir() else []
-        refuse_other_settings(config.output, sidecars, fingerprint)
+        cure = partial(sparing_cure, config, fingerprint)
+        refuse_other_settings(config.output, sidecars, fingerprint, cure=cure)
         committed: Captions = {}
         bank: tuple[str, ...] = ()
         if sidecars:

@@ -40,5 +40,5 @@ def overlay_to_write(
     with writer_lock(folder, writer), refusals_explained(folder, kept):
         remove_abandoned(folder, world)
         sidecars = committed_shards(folder)
-        refuse_other_settings(folder, sidecars, fingerprint, cure=cure)
+        refuse_other_settings(folder, sidecars, fingerprint, cure=lambda _: cure)
         yield settled_index(folder) if sidecars else None

@@ -21,7 +21,7 @@ from shared.fingerprint import (
 from shared.hashing import FileHasher
 from shared.mirror import described
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
-from shared.overlays import with_captions, with_conditions
+from shared.overlays import CONDITIONS, with_captions, with_conditions
 from shared.schema import TEXT_MEMBER
 from train.base import component_of
 from train.checkpoint import Identity
@@ -217,10 +217,17 @@ def _cure(config: DistillConfig, found: Fingerprint, expected: Fingerprint) -> s
         "Use the model that encoded them (--pretrained-model-name-or-path), or encode for this "
         f"one: wanprep encode {model} --output <folder>"
     )
-    if all(field.startswith("text.") for field, _, _ in differences(found, expected)):
+    differing = differences(found, expected)
+    if all(field.startswith("text.") for field, _, _ in differing):
         return (
             f"Encode the text anew: wanprep recaption --name NAME --same-captions --shards "
             f"{config.shards} {model}, then train with --captions NAME. {cure}"
+        )
+    conditions = config.shards / CONDITIONS
+    if all(field.startswith("image.") for field, _, _ in differing) and conditions.is_dir():
+        return (
+            f"Delete {conditions} and add them for this model: wanprep add-condition --shards "
+            f"{config.shards} {model} --train-data-dir DIR. {cure}"
         )
     return cure
 

@@ -156,6 +156,21 @@ def test_embeddings_that_were_added_later(
     assert all(torch.equal(found, tensors[key]) for key, found in load_file(later / name).items())
 
 
+def test_conditions_of_a_model_without_clip_are_to_be_made_anew(
+    dataset: Path, tiny_t2v: Path, tiny_i2v: Path, tiny_wan21_i2v: Path, tmp_path: Path
+) -> None:
+    own = encode(dataset, tiny_t2v, tmp_path / "shards")
+    wanprep(
+        [
+            "add-condition", "--shards", str(own), "--model", str(tiny_i2v),
+            "--train-data-dir", str(dataset), "--device", "cpu",
+        ],
+        standalone_mode=False,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=f"Delete {own}/conditions and .*wanprep add-condition"):
+        distill(tiny_wan21_i2v, own, tmp_path / "refused", "--max-train-steps", "1")
+
+
 def test_an_image_encoder_that_differs_is_refused(
     shards: Path, tiny_wan21_i2v: Path, tmp_path: Path
 ) -> None:
