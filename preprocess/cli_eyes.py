@@ -1,5 +1,7 @@
 """The commands of `wanprep` that look at a cache and change nothing: `inspect`, `verify`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -55,13 +57,15 @@ def inspect(
     from preprocess.inspect_cache import overview
     from preprocess.inspect_report import print_overview, saved
 
+    _refuse_folder("--html", html)
     found = overview(shards, seed=seed)
     console = Console()
     print_overview(found, console if console.is_terminal else Console(width=max(110, console.width)))
     if html is not None:
         from preprocess.inspect_page import write_page
 
-        number = write_page(html, found, samples=samples, seed=seed)
+        with _saving("--html", html):
+            number = write_page(html, found, samples=samples, seed=seed)
         echo(saved(html, number))
 
 
@@ -90,6 +94,7 @@ def verify(
     from preprocess.decoded import DecodeConfig, decode_samples, findings
     from preprocess.verify import verify as run_verify
 
+    _refuse_folder("--json", json)
     console = Console(stderr=True)
     config = DecodeConfig(
         shards=shards,
@@ -120,12 +125,30 @@ def verify(
         if quiet:
             echo(text)
         else:
-            json.write_text(text + "\n")
+            with _saving("--json", json):
+                json.write_text(text + "\n")
     if verified.errors:
         raise UserError(verify_report.failure(verified))
 
 
 # fmt: on
+def _refuse_folder(option: str, file: Path | None) -> None:
+    """UserError, before a long read, where a file is asked for and a folder is named."""
+    if file is not None and file.is_dir():
+        raise UserError(f"{option}: {file} is a folder, expected a file. Name one in it.")
+
+
+@contextmanager
+def _saving(option: str, file: Path) -> Iterator[None]:
+    """UserError where the file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{option}: cannot write {file} ({error.strerror}). Choose another place."
+        ) from error
+
+
 def add_commands(app: typer.Typer) -> None:
     """Make them commands of `wanprep`."""
     app.command(cls=Command, epilog=INSPECT_EXAMPLES)(inspect)

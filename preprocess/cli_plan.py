@@ -58,6 +58,11 @@ def plan(
     else:
         for line in page(foreseen, config.output, prune=config.prune):
             echo(line)
+    if not foreseen.samples:
+        raise UserError(
+            f"dataset: nothing in it can be encoded, {len(foreseen.rejected)} are rejected. Mend "
+            "them, or set --train-data-dir (or DATASET_NAME) to other media."
+        )
     if len(foreseen.rejected) > config.max_bad:
         raise UserError(
             f"{len(foreseen.rejected)} of the dataset would be rejected, more than --max-bad "

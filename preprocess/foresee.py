@@ -140,6 +140,8 @@ def foresee(config: EncodeConfig, console: Console, *, measure: bool = False) ->
     `measure`: encode a few clips and captions now, to know the speed. Raises UserError where
     `encode` would refuse to begin.
     """
+    if config.output.exists() and not config.output.is_dir():
+        raise UserError(f"--output: {config.output} is a file. Choose another folder.")
     with WorkerPool(config.workers, timeout=config.decode_timeout) as pool:
         dataset = dataset_of(config)
         spec = encodable_model(config)

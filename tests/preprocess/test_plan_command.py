@@ -54,6 +54,22 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
+def test_what_encode_refuses_is_refused(tiny_t2v: Path, tmp_path: Path) -> None:
+    """Nothing usable, whatever --max-bad allows; a file in the place of the output folder."""
+    data, output = tmp_path / "data", tmp_path / "shards"
+    data.mkdir()
+    (data / "a.mp4").write_bytes(b"no video")
+    (data / "a.txt").write_text("a caption")
+    for name in ("plan", "encode"):
+        ran = wanprep(*command(name, tiny_t2v, data, output, "--max-bad", 9))
+        assert ran.code == 1 and "error: dataset: " in ran.err and "can be encoded" in ran.err
+    output = tmp_path / "file"
+    output.write_text("")
+    for name in ("plan", "encode"):
+        ran = wanprep(*command(name, tiny_t2v, data, output))
+        assert ran.code == 1 and "error: --output: " in ran.err and str(output) in ran.err
+
+
 def test_the_plan_is_what_is_done(
     media: Path, tiny_i2v: Path, tmp_path: Path, count_calls: Calls
 ) -> None:

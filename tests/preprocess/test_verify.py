@@ -277,6 +277,17 @@ def test_a_condition_of_another_clip(seed: int, shards: Path) -> None:
     assert (foreign["code"], foreign["file"], foreign["key"]) == ("cond-foreign", tar.name, key)
 
 
+def test_a_place_where_nothing_can_be_written(world: World, tmp_path: Path) -> None:
+    nowhere = tmp_path / "no" / "found"
+    nowhere.parent.write_text("a file, where a folder should be")
+    for command, option in (("verify", "--json"), ("inspect", "--html")):
+        for place, said in ((tmp_path, "is a folder"), (nowhere, "cannot write")):
+            ran = wanprep(command, "--shards", world.shards, option, place)
+            assert ran.code == 1, (ran.out, ran.err)
+            assert f"error: {option}: " in ran.err and said in ran.err and str(place) in ran.err
+    assert [path.name for path in tmp_path.iterdir()] == ["no"]
+
+
 def test_videos_of_one_frame_are_sound(world: World, tmp_path: Path) -> None:
     """Their condition is the encoding of zeros, as an image's."""
     shards = tmp_path / "one"
