@@ -118,6 +118,11 @@ def prepare(config: DistillConfig) -> Run:
     folder = resolve_model(config.model, [])  # the configs decide which expert is needed
     spec = read_model_spec(folder)
     index = open_cache(config.shards)
+    if not len(index):
+        raise UserError(
+            f"shards: {config.shards} has no samples; all were removed. Encode "
+            f"some: wanprep encode --output {config.shards}"
+        )
     if config.captions is not None:
         index = with_captions(index, config.captions)
     expected = model_fields(spec, FileHasher())

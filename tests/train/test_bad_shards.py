@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from preprocess.removal import remove
 from shared.cache import COLUMNS, CacheIndex, open_cache
 from shared.schema import LATENTS_MEMBER, MEMBERS, TEXT_MEMBER
 from tests.train.test_distill import WANTRAIN, arguments
@@ -60,6 +61,12 @@ def test_a_whole_copy_trains(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 0
+
+
+def test_a_cache_whose_samples_are_all_removed(shards: Path, refusal: Refusal) -> None:
+    remove(shards, ["*"], dry_run=False)
+    said = refusal()
+    assert f"{shards} has no samples" in said and f"wanprep encode --output {shards}" in said
 
 
 def test_a_prompt_tar_that_is_gone(shards: Path, refusal: Refusal) -> None:
