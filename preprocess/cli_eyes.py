@@ -95,6 +95,8 @@ def verify(
     from preprocess.verify import verify as run_verify
 
     _refuse_folder("--json", json)
+    if (decode or sample) and output.exists() and not output.is_dir():
+        raise UserError(f"--output: {output} is a file, expected a folder. Name another.")
     console = Console(stderr=True)
     config = DecodeConfig(
         shards=shards,

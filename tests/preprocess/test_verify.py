@@ -285,6 +285,8 @@ def test_a_place_where_nothing_can_be_written(world: World, tmp_path: Path) -> N
             ran = wanprep(command, "--shards", world.shards, option, place)
             assert ran.code == 1, (ran.out, ran.err)
             assert f"error: {option}: " in ran.err and said in ran.err and str(place) in ran.err
+    ran = wanprep("verify", "--shards", world.shards, "--decode", 1, "--output", nowhere.parent)
+    assert ran.code == 1 and f"error: --output: {nowhere.parent} is a file" in ran.err
     assert [path.name for path in tmp_path.iterdir()] == ["no"]
 
 
