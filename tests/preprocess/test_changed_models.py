@@ -111,7 +111,7 @@ def test_a_changed_component_is_refused_by_both_stages(
         for line, field in zip(lines, fields, strict=True):
             group, _, name = field.partition(".")
             assert line.startswith(f"{field}: shards have {fingerprint[group][name]!r}, expected ")
-        assert ("wanprep recaption --name NAME --same-captions" in said) == (redo == TEXT)
+        assert ("--name NAME --same-captions" in said) == (redo == TEXT)
     assert Cache.open(encoded / "shards").contents() == before
 
 

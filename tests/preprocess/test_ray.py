@@ -267,7 +267,10 @@ def test_items_that_kill_their_actor_are_rejected(small_cluster: None, tmp_path:
     assert re.match(r"[3-9] actors failed over it, the last so: ", rejected["kill-1"])
     assert "RuntimeError: device-side assert in raise-1" in rejected["raise-1"]
     assert sorted(item for item, reason in done if reason is None) == sorted(good)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(good, "x")
+    # Mostly once; an actor that is given up may finish what it has in hand before it dies, while
+    # another does it, too. In a cache that is one sample: the newest of equal keys counts.
+    times = {path.name: len(path.read_text()) for path in tmp_path.iterdir()}
+    assert times.keys() == set(good) and sum(times.values()) <= len(good) + 8
     # Three each, but where both were in one actor's hand.
     assert sum(line.startswith("lost") for line in clerks.lines) >= 5
 
