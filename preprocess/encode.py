@@ -44,6 +44,7 @@ from shared.cache import CacheIndex, Prompt, committed_shards, read_prompts
 from shared.cli_support import say
 from shared.device import check_device
 from shared.errors import UserError
+from shared.fingerprint import Fingerprint
 from shared.hashing import FileHasher
 from shared.interrupt import Interrupted, Interruption, catch_signals
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
@@ -102,16 +103,10 @@ def _encode(
     outcome: Outcome,
 ) -> None:
     # What there is: the dataset and the model.
-    dataset = dataset_of(config)
-    spec = encodable_model(config)
-    refuse_captions_alone(dataset, spec)
-    say(console, f"dataset  {dataset.origin}: {len(dataset.entries)} usable")
-    say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
+    job = read_job(config, console)
+    dataset, spec, fingerprint = job.dataset, job.spec, job.fingerprint
     if cluster is not None:
         say(console, f"cluster  {cluster.described()}; an actor takes {cluster.demand}")
-    hasher = FileHasher()
-    with console.status("digesting the encoders' weights (read once, then remembered)"):
-        fingerprint = encode_fingerprint(config, spec, hasher)
 
     with writer_lock(config.output, config.rank.number), _explained(config):
         remove_abandoned(config.output, config.rank.world)
@@ -123,16 +118,7 @@ def _encode(
         committed = committed_of(outcome.index)
 
         # What is missing of the dataset.
-        with report.bar(console, "looking into the media", len(dataset.entries)) as advance:
-            planned, rejected = plan_work(
-                dataset.entries,
-                clip_rule(config, spec),
-                hasher,
-                pool,
-                committed=committed,
-                on_progress=advance,
-                video_repeat=config.video_repeat,
-            )
+        planned, rejected = look_into_media(config, job, pool, committed, console)
         outcome.rejected = [*dataset.rejected, *rejected]
         if config.rank.number:  # what is wrong with the dataset is said once
             outcome.rejected = []
@@ -229,14 +215,58 @@ def _encode(
             raise
 
 
-def dataset_of(config: EncodeConfig) -> Dataset:
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a configuration comes to before any medium is opened."""
+
+    dataset: Dataset
+    spec: ModelSpec
+    fingerprint: Fingerprint
+    hasher: FileHasher
+    """With what it has learned of the encoders' files."""
+
+
+def read_job(config: EncodeConfig, console: Console) -> Job:
+    """Read the dataset's list and the model's configs, and digest the encoders' weights.
+
+    Raises UserError where the two do not fit, or one cannot be used.
+    """
+    dataset = _dataset(config)
+    spec = _encodable_model(config)
+    _refuse_captions_alone(dataset, spec)
+    say(console, f"dataset  {dataset.origin}: {len(dataset.entries)} usable")
+    say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
+    hasher = FileHasher()
+    with console.status("digesting the encoders' weights (read once, then remembered)"):
+        fingerprint = encode_fingerprint(config, spec, hasher)
+    return Job(dataset=dataset, spec=spec, fingerprint=fingerprint, hasher=hasher)
+
+
+def look_into_media(
+    config: EncodeConfig, job: Job, pool: WorkerPool, committed: Captions, console: Console
+) -> tuple[list[Work], list[Rejected]]:
+    """`plan_work` for the job, with a progress bar."""
+    entries = job.dataset.entries
+    with report.bar(console, "looking into the media", len(entries)) as advance:
+        return plan_work(
+            entries,
+            _clip_rule(config, job.spec),
+            job.hasher,
+            pool,
+            committed=committed,
+            on_progress=advance,
+            video_repeat=config.video_repeat,
+        )
+
+
+def _dataset(config: EncodeConfig) -> Dataset:
     """What is to be encoded, as listed."""
     if config.dataset_config is not None:
         return load_dataset_config(config.dataset_config)
     return load_dataset(config.data_dir, config.metadata)
 
 
-def encodable_model(config: EncodeConfig) -> ModelSpec:
+def _encodable_model(config: EncodeConfig) -> ModelSpec:
     """The model whose encoders are used. Raises UserError for one that cannot be encoded for."""
     spec = read_model_spec(resolve_model(config.model, COMPONENTS))
     spec = in_train_mode(spec, config.train_mode)
@@ -245,7 +275,7 @@ def encodable_model(config: EncodeConfig) -> ModelSpec:
     return spec
 
 
-def refuse_captions_alone(dataset: Dataset, spec: ModelSpec) -> None:
+def _refuse_captions_alone(dataset: Dataset, spec: ModelSpec) -> None:
     """UserError where an i2v model would get samples without a first frame."""
     alone = sum(entry.path is None for entry in dataset.entries)
     if alone and spec.mode == "i2v":
@@ -256,7 +286,7 @@ def refuse_captions_alone(dataset: Dataset, spec: ModelSpec) -> None:
         )
 
 
-def clip_rule(config: EncodeConfig, spec: ModelSpec) -> ClipRule:
+def _clip_rule(config: EncodeConfig, spec: ModelSpec) -> ClipRule:
     """What the command line says about samples."""
     return ClipRule(
         image_size=config.image_size,

@@ -16,28 +16,20 @@ from rich.console import Console
 from preprocess import report
 from preprocess.config import EncodeConfig
 from preprocess.dataset import Rejected
-from preprocess.encode import (
-    clip_rule,
-    dataset_of,
-    encodable_model,
-    missing_prompts,
-    refuse_captions_alone,
-)
+from preprocess.encode import look_into_media, missing_prompts, read_job
 from preprocess.engine import LocalEngine
-from preprocess.fingerprint import encode_fingerprint, refuse_other_settings, sparing_cure
+from preprocess.fingerprint import refuse_other_settings, sparing_cure
 from preprocess.index import live_columns
 from preprocess.media import MediaError
 from preprocess.passes import Times
-from preprocess.plan import Captions, Work, committed_samples, missing_of, plan_work
+from preprocess.plan import Captions, Work, committed_samples, missing_of
 from preprocess.speed import Speed, known_speed, remember_speed
 from preprocess.text_cache import TextCache
 from preprocess.workers import WorkerPool
 from shared.buckets import Bucket
 from shared.cache import committed_shards
-from shared.cli_support import say
 from shared.errors import UserError
 from shared.fingerprint import Fingerprint
-from shared.hashing import FileHasher
 from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec
 from shared.schema import DTYPES
 
@@ -143,14 +135,8 @@ def foresee(config: EncodeConfig, console: Console, *, measure: bool = False) ->
     if config.output.exists() and not config.output.is_dir():
         raise UserError(f"--output: {config.output} is a file. Choose another folder.")
     with WorkerPool(config.workers, timeout=config.decode_timeout) as pool:
-        dataset = dataset_of(config)
-        spec = encodable_model(config)
-        refuse_captions_alone(dataset, spec)
-        say(console, f"dataset  {dataset.origin}: {len(dataset.entries)} usable")
-        say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
-        hasher = FileHasher()
-        with console.status("digesting the encoders' weights (read once, then remembered)"):
-            fingerprint = encode_fingerprint(config, spec, hasher)
+        job = read_job(config, console)
+        spec, fingerprint = job.spec, job.fingerprint
         sidecars = committed_shards(config.output) if config.output.is_dir() else []
         cure = partial(sparing_cure, config, fingerprint)
         refuse_other_settings(config.output, sidecars, fingerprint, cure=cure)
@@ -159,16 +145,7 @@ def foresee(config: EncodeConfig, console: Console, *, measure: bool = False) ->
         if sidecars:
             columns, bank = live_columns(config.output)
             committed = committed_samples(columns["key"], columns["caption"], columns["repeats"])
-        with report.bar(console, "looking into the media", len(dataset.entries)) as advance:
-            planned, rejected = plan_work(
-                dataset.entries,
-                clip_rule(config, spec),
-                hasher,
-                pool,
-                committed=committed,
-                on_progress=advance,
-                video_repeat=config.video_repeat,
-            )
+        planned, rejected = look_into_media(config, job, pool, committed, console)
         new = [(work, missing) for work in planned if (missing := missing_of(work, committed))]
         unseen = [
             work
@@ -189,7 +166,7 @@ def foresee(config: EncodeConfig, console: Console, *, measure: bool = False) ->
         new=sum(len(missing) for _, missing in new),
         leftover=len(committed.keys() - live),
         epoch=sum(work.repeats * len(work.samples) for work in planned),
-        rejected=(*dataset.rejected, *rejected),
+        rejected=(*job.dataset.rejected, *rejected),
         shortened=_once(_shortened(planned)),
         upscaled=_once(_upscaled(planned)),
         slow=_once(_slow(planned, config.fps)),
