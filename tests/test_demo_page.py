@@ -2,7 +2,6 @@
 
 import base64
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import decord
@@ -10,28 +9,14 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from tests.html_page import Parsed
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 from demo_page import Column, Curve, curve_svg, nice_ticks, page, read_curves, running_mean
 from render_clips import render_clip
 
 HOSTILE = 'a "red" <script>alert(1)</script> & {{ROWS}} circle'
-
-
-class Parsed(HTMLParser):
-    """Tags with their attributes, and the text between them."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 @pytest.fixture(scope="module")

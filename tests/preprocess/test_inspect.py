@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import tarfile
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from safetensors.torch import load
 from preprocess import inspect_cache
 from preprocess.inspect_cache import Histogram, drawn_across_buckets, histogram, overview
 from preprocess.inspect_page import histogram_svg
+from tests.html_page import Parsed
 from tests.models import tiny_model
 from tests.preprocess.conftest import Cache, render_clip, wanprep
 
@@ -144,22 +144,6 @@ def test_the_terminal_shows_it_all_and_obeys_no_caption(shards: Path, tmp_path: 
     assert "2 samples have “</p><script>" in ran.out
     assert "\x1b" not in ran.out and "\x07" not in ran.out
     assert max(map(len, ran.out.splitlines())) <= 110
-
-
-class Parsed(HTMLParser):
-    """Tags with attributes, the text between them."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 @pytest.fixture(scope="module")
