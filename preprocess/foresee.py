@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,8 @@ from shared.errors import UserError
 from shared.fingerprint import Fingerprint
 from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec
 from shared.schema import DTYPES
+from shared.tar import room
 
-_BLOCK = 512  # of a tar: a header of one, content rounded up
 _TENSOR_HEADER = 96  # bytes that safetensors puts before a tensor, about
 _CLIP_TOKENS = 257
 _MEASURED = 3  # clips and captions that --measure encodes
@@ -233,7 +232,7 @@ def _tensor(config: EncodeConfig, *shape: int) -> int:
     values = DTYPES[config.dtype].itemsize
     for side in shape:
         values *= side
-    return _BLOCK + ceil((values + _TENSOR_HEADER) / _BLOCK) * _BLOCK
+    return room(values + _TENSOR_HEADER)
 
 
 def _bytes(
@@ -252,7 +251,7 @@ def _bytes(
         each = 0
     total = 0
     for _, caption in missing:
-        info = _BLOCK + ceil(len(work.info(caption).to_bytes()) / _BLOCK) * _BLOCK
+        info = room(len(work.info(caption).to_bytes()))
         total += each + info + _tensor(config, tokens[caption], spec.text_dim)
     return total
 

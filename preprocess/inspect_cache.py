@@ -30,7 +30,7 @@ from shared.fingerprint import Fingerprint
 from shared.latent_rgb import LatentRgb
 from shared.overlays import overlay_folders, positions
 from shared.schema import MEMBERS
-from shared.tar import BLOCK
+from shared.tar import BLOCK, room
 
 MOST_READ = 2000
 """Samples whose `KEY.json` is read for the durations."""
@@ -168,8 +168,7 @@ def _buckets(index: CacheIndex, repeats: npt.NDArray[np.int64]) -> tuple[BucketR
 
 def _padded(index: CacheIndex) -> npt.NDArray[np.int64]:
     """(N) bytes of each sample in its tar: headers, and members filled up to blocks."""
-    blocks = 1 + -(-index.lengths // BLOCK)
-    return (np.where(index.lengths > 0, blocks, 0) * BLOCK).sum(axis=1)
+    return np.where(index.lengths > 0, room(index.lengths), 0).sum(axis=1)
 
 
 def _dead(index: CacheIndex, sidecars: Sequence[Sidecar]) -> tuple[int, int]:

@@ -8,10 +8,8 @@ import errno
 import fcntl
 import hashlib
 import json
-import math
 import os
 import re
-import tarfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -37,6 +35,7 @@ from shared.hashing import digest_of
 from shared.latent_rgb import ColourFit, ColourSums
 from shared.mirror import mirror_of
 from shared.schema import JSON_MEMBER, KEY_BYTES, TEXT_MEMBER, Sample, pack
+from shared.tar import room
 
 # h480-w832-f81-w000-00012.tar: bucket, writer, number. The number is higher than all that were
 # there when the writer began, so it tells which of two shards that hold the same key is newer.
@@ -97,7 +96,7 @@ class _OpenShard:
     def add(self, key: str, members: dict[str, bytes]) -> None:
         for suffix, data in members.items():  # one by one: TarWriter would sort them
             self._tar.write({"__key__": key, suffix: data})
-            self.size += tarfile.BLOCKSIZE * (1 + math.ceil(len(data) / tarfile.BLOCKSIZE))
+            self.size += room(len(data))
         self.count += 1
 
     def add_colours(self, one: ColourFit) -> None:

@@ -8,7 +8,12 @@ kinds of tar that there are, takes a tar that was cut between two members for a 
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+Size = TypeVar("Size", int, npt.NDArray[np.int64])
 
 BLOCK = 512
 MOST_PADDING = 1 << 20
@@ -41,6 +46,11 @@ class Member(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.key}.{self.suffix}"
+
+
+def room(size: Size) -> Size:
+    """Bytes that a member of `size` bytes takes in a tar: its header, itself, and the padding."""
+    return BLOCK * (1 + -(-size // BLOCK))
 
 
 def members(stream: BinaryIO, size: int, suffixes: Sequence[str]) -> Iterator[Member]:
@@ -79,7 +89,7 @@ def _files(stream: BinaryIO, size: int) -> Iterator[Member]:
         if len(header) < BLOCK:
             raise TarError(_CUT_OFF)
         member = member_at(header, position)
-        position = member.offset + -(-member.size // BLOCK) * BLOCK
+        position += room(member.size)
         if position > size:
             left = max(size - member.offset, 0)
             raise TarError(
