@@ -3,13 +3,13 @@
 Beside the digests (`shared.hashing.FileHasher`), in the same way: a lost line costs one download.
 """
 
-import json
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from preprocess.media import Kind, Probe
 from shared.hashing import cache_folder
+from shared.memo import note, recall
 
 # Raised when media are read another way: what was found before does not count then.
 _VERSION = 1
@@ -21,13 +21,11 @@ class ProbeMemo:
     def __init__(self, memo: Path | None = None) -> None:
         self._memo = memo or cache_folder() / "probes.jsonl"
         self._known: dict[tuple[str, Kind], Probe] = {}
-        with suppress(OSError):
-            for line in self._memo.read_text(errors="replace").splitlines():
-                with suppress(ValueError, KeyError, TypeError):
-                    record = json.loads(line)
-                    if record["version"] == _VERSION:
-                        name = record["file"], record["kind"]
-                        self._known[name] = Probe(**record["probe"])
+        for record in recall(self._memo):
+            with suppress(KeyError, TypeError):
+                if record["version"] == _VERSION:
+                    name = record["file"], record["kind"]
+                    self._known[name] = Probe(**record["probe"])
 
     def known(self, name: str, kind: Kind) -> Probe | None:
         """What the file of this stamp holds, if it was opened before."""
@@ -37,7 +35,4 @@ class ProbeMemo:
         """Note what a file held whose stamp was taken before it was opened."""
         self._known[name, kind] = probe
         record = {"version": _VERSION, "file": name, "kind": kind, "probe": asdict(probe)}
-        with suppress(OSError):  # a memo that cannot be written costs time, nothing else
-            self._memo.parent.mkdir(parents=True, exist_ok=True)
-            with self._memo.open("a") as memo:
-                memo.write(json.dumps(record) + "\n")
+        note(self._memo, [record])

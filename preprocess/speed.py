@@ -1,6 +1,5 @@
 """How fast this machine encoded before: a small memo that `wanprep plan` foretells times from."""
 
-import json
 import platform
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from preprocess.config import EncodeConfig
 from preprocess.passes import Times
 from shared.fingerprint import Fingerprint
 from shared.hashing import cache_folder, digest_of
+from shared.memo import note, recall
 
 MEGAPIXEL, CAPTION = "megapixel", "caption"
 """What is counted: pixels of all frames that go through the VAE; captions."""
@@ -34,10 +34,7 @@ def remember_speed(config: EncodeConfig, fingerprint: Fingerprint, times: Times)
         )
         if units
     ]
-    with suppress(OSError):
-        _memo().parent.mkdir(parents=True, exist_ok=True)
-        with _memo().open("a") as memo:
-            memo.writelines(json.dumps(record) + "\n" for record in records)
+    note(_memo(), records)
 
 
 def known_speed(config: EncodeConfig, fingerprint: Fingerprint) -> Speed:
@@ -73,11 +70,9 @@ def _processor(device: str) -> str:
 def _known(by: str) -> float | None:
     """Seconds for a unit over the last runs; a damaged line counts for nothing."""
     found: list[tuple[float, float]] = []
-    with suppress(OSError):
-        for line in _memo().read_text(errors="replace").splitlines():
-            with suppress(ValueError, KeyError, TypeError):
-                record = json.loads(line)
-                if record["by"] == by and record["units"] > 0 and record["seconds"] > 0:
-                    found.append((float(record["units"]), float(record["seconds"])))
+    for record in recall(_memo()):
+        with suppress(ValueError, KeyError, TypeError):
+            if record["by"] == by and record["units"] > 0 and record["seconds"] > 0:
+                found.append((float(record["units"]), float(record["seconds"])))
     last = found[-_LAST:]
     return sum(s for _, s in last) / sum(u for u, _ in last) if last else None

@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from shared.memo import note, recall
+
 _BLOCK_BYTES = 1 << 22
 
 
@@ -36,13 +38,9 @@ class FileHasher:
     def __init__(self, memo: Path | None = None) -> None:
         self._memo = memo or cache_folder() / "sha256.jsonl"
         self._known: dict[str, str] = {}
-        if self._memo.exists():
-            for line in self._memo.read_text(errors="replace").splitlines():
-                try:
-                    record = json.loads(line)
-                    self._known[record["file"]] = record["sha256"]
-                except (ValueError, KeyError, TypeError):
-                    continue
+        for record in recall(self._memo):
+            with suppress(KeyError, TypeError):
+                self._known[record["file"]] = record["sha256"]
 
     def sha256(self, path: Path) -> str:
         """Hex digest of the file's bytes. Raises OSError when it can't be read."""
@@ -68,10 +66,7 @@ class FileHasher:
         if self._known.get(name) == digest:
             return
         self._known[name] = digest
-        with suppress(OSError):  # a memo that cannot be written costs time, not the digest
-            self._memo.parent.mkdir(parents=True, exist_ok=True)
-            with self._memo.open("a") as memo:
-                memo.write(json.dumps({"file": name, "sha256": digest}) + "\n")
+        note(self._memo, [{"file": name, "sha256": digest}])
 
     def combined(self, files: Iterable[Path]) -> str:
         """One digest over several files' contents, independent of their folder and their order."""
