@@ -10,7 +10,6 @@ import os
 import posixpath
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -27,6 +26,7 @@ from shared.mirror import (
     followed,
     is_local,
     is_url,
+    last_listing,
     signature_of,
     why,
 )
@@ -106,7 +106,7 @@ class MediaFolder:
             self._listed = {
                 name: signature_of(info) for name, info in found.items() if _is_name(name)
             }
-            known = self._known()
+            known = last_listing(self._state)
             texts = [
                 name
                 for name, signature in self._listed.items()
@@ -138,13 +138,6 @@ class MediaFolder:
         if "/" not in name and name.endswith(_LISTS):
             return True
         return name.endswith(self._caption_suffix) and size <= _MOST_TEXT_BYTES
-
-    def _known(self) -> dict[str, str]:
-        with suppress(OSError, ValueError):
-            found = json.loads(self._state.read_bytes())
-            if isinstance(found, dict):
-                return found
-        return {}
 
     def file(self, name: str) -> RemoteFile:
         """The medium of this name, seen from the URL."""

@@ -201,7 +201,7 @@ class Mirror:
         self.folder.mkdir(parents=True, exist_ok=True)
         with flock(self.folder / ".pull"), explained(self.url):
             listed = self._listing()
-            known = self._known()
+            known = last_listing(self._state)
             missing = []
             for name, signature in listed.items():
                 here = self.folder / name
@@ -264,13 +264,6 @@ class Mirror:
     def _wanted(self, name: str) -> bool:
         """Readers need no sidecars: the manifest says as much."""
         return self.writes or name.endswith(".tar") or _COUNTED.fullmatch(name) is None
-
-    def _known(self) -> dict[str, str]:
-        with suppress(OSError, ValueError):
-            found = json.loads(self._state.read_text())
-            if isinstance(found, dict):
-                return found
-        return {}
 
     def _fetch_small(self, name: str) -> str | None:
         """Its name where it is gone: another writer replaced or removed it meanwhile."""
@@ -384,6 +377,15 @@ class Mirror:
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
+
+
+def last_listing(state: Path) -> dict[str, str]:
+    """Name → `signature_of`, as the last pull has left it in its state file; {} if that is gone."""
+    with suppress(OSError, ValueError):
+        found = json.loads(state.read_bytes())
+        if isinstance(found, dict):
+            return found
+    return {}
 
 
 def signature_of(info: Mapping[str, Any]) -> str:
