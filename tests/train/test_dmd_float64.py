@@ -5,13 +5,14 @@ merged by hand, and writes the maths of the brief's section 5 out again.
 """
 
 import copy
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
+from tests.models import IMAGE_DIM
 from tests.train.test_roles import NEGATIVE, build_batch, build_recipe, build_roles
 from train.dmd import critic_step, exit_step, generator_step
 from train.rng import noise, uniform
@@ -34,16 +35,28 @@ def _merged(plain: torch.nn.Module, roles: Roles, role: str) -> torch.nn.Module:
     return model
 
 
-@pytest.fixture(params=["t2v", "i2v"])
+@pytest.fixture(params=["t2v", "i2v", "wan21-i2v"])
 def mode(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def _setup(mode: str, tiny_t2v: Path, tiny_i2v: Path):  # type: ignore[no-untyped-def]
-    folder = tiny_i2v if mode == "i2v" else tiny_t2v
-    plain = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer_2")
-    plain = plain.double().requires_grad_(False)
-    return build_roles(folder), plain
+@pytest.fixture
+def setup(mode: str, request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
+    """Roles on the low-noise expert (of Wan 2.1 the only one), the same in diffusers, a batch."""
+    folder = request.getfixturevalue(f"tiny_{mode.replace('-', '_')}")
+    expert, part = ("full", "transformer") if mode == "wan21-i2v" else ("low", "transformer_2")
+    plain = WanTransformer3DModel.from_pretrained(folder, subfolder=part)
+    batch = build_batch(_maths(mode), update=UPDATE)
+    if mode == "wan21-i2v":
+        rng = torch.Generator().manual_seed(8)
+        batch = replace(batch, image=torch.randn(2, 10, IMAGE_DIM, generator=rng))
+    roles = build_roles(folder, expert=expert)
+    return roles, plain.double().requires_grad_(False), batch
+
+
+def _maths(mode: str) -> str:
+    """Wan 2.1 i2v has that of i2v, and looks at CLIP's embedding besides."""
+    return mode.removeprefix("wan21-")
 
 
 class _Reference:
@@ -62,7 +75,9 @@ class _Reference:
             else torch.cat([x_t, self.batch.condition.double()], 1)
         )
         t = torch.as_tensor(sigma, dtype=torch.float64).reshape(-1).expand(2) * 1000
-        v = model(inputs, t.float(), text.double(), return_dict=False)[0]
+        image = self.batch.image  # CLIP's embedding, as diffusers' pipeline hands it over
+        seen = {} if image is None else {"encoder_hidden_states_image": image.double()}
+        v = model(inputs, t.float(), text.double(), return_dict=False, **seen)[0]
         return x_t - sigma * v, v
 
     def drawn(self, purpose: str) -> torch.Tensor:
@@ -88,15 +103,14 @@ class _Reference:
 
 
 @pytest.mark.parametrize("fm_loss_weight", [0.0, 0.7])
-def test_generator_step(mode: str, tiny_t2v: Path, tiny_i2v: Path, fm_loss_weight: float) -> None:
-    roles, plain = _setup(mode, tiny_t2v, tiny_i2v)
-    batch = build_batch(mode, update=UPDATE)
-    recipe = build_recipe(mode, fm_loss_weight=fm_loss_weight)
+def test_generator_step(mode: str, setup, fm_loss_weight: float) -> None:  # type: ignore[no-untyped-def]
+    roles, plain, batch = setup
+    recipe = build_recipe(_maths(mode), fm_loss_weight=fm_loss_weight)
     loss = generator_step(roles, recipe, batch, NEGATIVE)
     with roles.generator():
         loss.backward()
 
-    reference = _Reference(mode, batch)
+    reference = _Reference(_maths(mode), batch)
     student, critic = _merged(plain, roles, GENERATOR), _merged(plain, roles, CRITIC)
     x0 = reference.generated(student, exit_step(recipe, UPDATE))
     sigma, eps = reference.level()
@@ -121,14 +135,14 @@ def test_generator_step(mode: str, tiny_t2v: Path, tiny_i2v: Path, fm_loss_weigh
     _compare_lora_gradients(roles, GENERATOR, student)
 
 
-def test_critic_step(mode: str, tiny_t2v: Path, tiny_i2v: Path) -> None:
-    roles, plain = _setup(mode, tiny_t2v, tiny_i2v)
-    batch, recipe = build_batch(mode, update=UPDATE), build_recipe(mode)
+def test_critic_step(mode: str, setup) -> None:  # type: ignore[no-untyped-def]
+    roles, plain, batch = setup
+    recipe = build_recipe(_maths(mode))
     loss = critic_step(roles, recipe, batch)
     with roles.critic():
         loss.backward()
 
-    reference = _Reference(mode, batch)
+    reference = _Reference(_maths(mode), batch)
     student, critic = _merged(plain, roles, GENERATOR), _merged(plain, roles, CRITIC)
     with torch.no_grad():
         x0 = reference.generated(student, exit_step(recipe, UPDATE))

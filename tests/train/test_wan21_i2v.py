@@ -2,13 +2,11 @@
 
 import shutil
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
 from PIL import Image
 from safetensors.torch import load, load_file, save_file
 
@@ -19,11 +17,10 @@ from tests.models import IMAGE_DIM
 from tests.train.conftest import encode
 from tests.train.test_data import _dataset, _plain
 from tests.train.test_distill import distill, final_bytes
-from tests.train.test_dmd_float64 import UPDATE, _compare_lora_gradients, _merged, _Reference
+from tests.train.test_dmd_float64 import UPDATE
 from tests.train.test_roles import NEGATIVE, build_batch, build_recipe, build_roles
 from train.cli import app as wantrain
-from train.dmd import critic_step, exit_step, generator_step
-from train.roles import CRITIC, GENERATOR
+from train.dmd import generator_step
 
 
 @pytest.fixture(scope="module")
@@ -31,64 +28,14 @@ def shards(dataset: Path, tiny_wan21_i2v: Path, tmp_path_factory: pytest.TempPat
     return encode(dataset, tiny_wan21_i2v, tmp_path_factory.mktemp("wan21") / "shards")
 
 
-def _setup(folder: Path):  # type: ignore[no-untyped-def]
-    roles = build_roles(folder, expert="full")
-    plain = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
-    plain = plain.double().requires_grad_(False)
-    rng = torch.Generator().manual_seed(8)
-    image = torch.randn(2, 10, IMAGE_DIM, generator=rng)
-    batch = replace(build_batch("i2v", update=UPDATE), image=image)
-    return roles, plain, batch, build_recipe("i2v")
-
-
-def seeing(model: torch.nn.Module, image: torch.Tensor):  # type: ignore[no-untyped-def]
-    """The diffusers model, handed CLIP's embedding as its pipeline does."""
-    return partial(model, encoder_hidden_states_image=image.double())
-
-
-def test_generator_step(tiny_wan21_i2v: Path) -> None:
-    roles, plain, batch, recipe = _setup(tiny_wan21_i2v)
+def test_the_embedding_is_looked_at(tiny_wan21_i2v: Path) -> None:
+    """With the right result: see test_dmd_float64."""
+    image = torch.randn(2, 10, IMAGE_DIM, generator=torch.Generator().manual_seed(8))
+    batch, recipe = replace(build_batch("i2v", update=UPDATE), image=image), build_recipe("i2v")
+    roles = build_roles(tiny_wan21_i2v, expert="full")
     loss = generator_step(roles, recipe, batch, NEGATIVE)
-    with roles.generator():
-        loss.backward()
-
-    reference = _Reference("i2v", batch)
-    merged = _merged(plain, roles, GENERATOR), _merged(plain, roles, CRITIC), plain
-    student, critic, teacher = (seeing(model, batch.image) for model in merged)
-    x0 = reference.generated(student, exit_step(recipe, UPDATE))
-    sigma, eps = reference.level()
-    with torch.no_grad():
-        x_t = (1 - sigma) * x0 + sigma * eps
-        fake, _ = reference.x0(critic, x_t, sigma, batch.text)
-        _, v_cond = reference.x0(teacher, x_t, sigma, batch.text)
-        _, v_neg = reference.x0(teacher, x_t, sigma, NEGATIVE.expand(2, -1, -1))
-        real = x_t - sigma * (v_neg + 6.0 * (v_cond - v_neg))
-        g = (fake - real) / (x0 - real).abs().flatten(1).mean(1).view(2, 1, 1, 1, 1)
-    x0.backward(g / g.numel())
-    assert loss.item() == pytest.approx(0.5 * (g**2).mean().item(), rel=1e-4)
-    _compare_lora_gradients(roles, GENERATOR, merged[0])
-
-    blind = generator_step(roles, recipe, replace(batch, image=0 * batch.image), NEGATIVE)
-    assert abs(blind.item() / loss.item() - 1) > 1e-3  # it is looked at
-
-
-def test_critic_step(tiny_wan21_i2v: Path) -> None:
-    roles, plain, batch, recipe = _setup(tiny_wan21_i2v)
-    loss = critic_step(roles, recipe, batch)
-    with roles.critic():
-        loss.backward()
-
-    reference = _Reference("i2v", batch)
-    merged = _merged(plain, roles, GENERATOR), _merged(plain, roles, CRITIC)
-    student, critic = (seeing(model, batch.image) for model in merged)
-    with torch.no_grad():
-        x0 = reference.generated(student, exit_step(recipe, UPDATE))
-    sigma, eps = reference.level()
-    _, v = reference.x0(critic, (1 - sigma) * x0 + sigma * eps, sigma, batch.text)
-    expected = ((v - (eps - x0)) ** 2).mean()
-    expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    _compare_lora_gradients(roles, CRITIC, merged[1])
+    blind = generator_step(roles, recipe, replace(batch, image=0 * image), NEGATIVE)
+    assert abs(blind.item() / loss.item() - 1) > 1e-3
 
 
 def test_batches_bring_what_is_cached(shards: Path, tiny_wan21_i2v: Path) -> None:
