@@ -1,4 +1,4 @@
-"""The configuration of a distillation run: built by the command line, checked here, then frozen."""
+"""The configuration of a run: built by the command line, checked here, then frozen."""
 
 import tempfile
 from dataclasses import dataclass
@@ -12,10 +12,12 @@ from train.dmd import Maths, Pairing, Start
 from train.flow import Expert, ScoreFloor
 from train.plan import Tail
 
+WHOLE, ABOVE_0, FROM_0 = "a whole number from 1", "a number above 0", "0 or more"
+
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig:
-    """Names and defaults are the seed document's; what is not in it says so.
+class TrainConfig:
+    """What every run has, whatever it learns. Names and defaults are the seed document's.
 
     None means: decided by the model.
     """
@@ -30,42 +32,26 @@ class DistillConfig:
     """None: `low` where the model has two experts, else `full`."""
     seed: int
 
-    # Length and saving
+    # Length and saving; a *step* of these is an update of the LoRA that the run is for
     max_train_steps: int | None
-    """Generator updates; None: `num_train_epochs` decides."""
+    """None: `num_train_epochs` decides."""
     num_train_epochs: int
     checkpointing_steps: int
-    """Generator updates between checkpoints."""
     checkpoints_total_limit: int | None
     """Checkpoints that are kept, the newest; None: all."""
     resume_from_checkpoint: str | None
     save_precision: Literal["bf16", "fp32"]
 
-    # Distillation
-    denoising_step_indices_list: tuple[float, ...]
-    flow_shift: float | None
-    recipe: Maths
-    start: Start | None
-    """None: `latents` for the low-noise expert, else `noise`."""
-    pairing: Pairing
-    score_floor: ScoreFloor
-    real_guidance_scale: float
-    fake_guidance_scale: float
-    gen_update_interval: int
-    """Critic updates before each generator update."""
-    fm_loss_weight: float
-    """Of flow matching on the cached latents in the generator's loss; 0: DMD alone."""
-    ema_decay: float
-    """Of the average of the generator's LoRA that is exported; 0: the last weights are."""
-    ema_start: int
-    """Generator updates before the average begins."""
-
     # LoRA and optimizer
+    flow_shift: float | None
     rank: int
     network_alpha: float
     target_name: tuple[str, ...]
+    ema_decay: float
+    """Of the average of the LoRA that is exported; 0: the last weights are."""
+    ema_start: int
+    """Updates of the LoRA before the average begins."""
     learning_rate: float
-    learning_rate_critic: float
     lr_warmup_steps: int
     """Updates of a role over which its learning rate rises from 0; constant after."""
     adam_beta1: float
@@ -91,45 +77,35 @@ class DistillConfig:
         at_least_one = (
             "num_train_epochs",
             "checkpointing_steps",
-            "gen_update_interval",
             "rank",
             "train_batch_size",
             "gradient_accumulation_steps",
             "video_repeat",
         )
-        whole = "a whole number from 1"
         for name in at_least_one:
-            _check(name, getattr(self, name), getattr(self, name) >= 1, whole)
+            check_option(name, getattr(self, name), getattr(self, name) >= 1, WHOLE)
         for name in ("max_train_steps", "checkpoints_total_limit"):
             if (limit := getattr(self, name)) is not None:
-                _check(name, limit, limit >= 1, whole)
-        for name in ("network_alpha", "learning_rate", "learning_rate_critic", "max_grad_norm"):
-            _check(name, getattr(self, name), 0 < getattr(self, name) < inf, "a number above 0")
+                check_option(name, limit, limit >= 1, WHOLE)
+        for name in ("network_alpha", "learning_rate", "max_grad_norm"):
+            check_option(name, getattr(self, name), 0 < getattr(self, name) < inf, ABOVE_0)
         if self.flow_shift is not None:
-            _check("flow_shift", self.flow_shift, 0 < self.flow_shift < inf, "a number above 0")
-        _check("target_name", "''", bool(self.target_name), "names of layers, e.g. q,k,v")
+            check_option("flow_shift", self.flow_shift, 0 < self.flow_shift < inf, ABOVE_0)
+        check_option("target_name", "''", bool(self.target_name), "names of layers, e.g. q,k,v")
         for name in ("ema_decay", "adam_beta1", "adam_beta2"):
-            _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+            value = getattr(self, name)
+            check_option(name, value, 0 <= value < 1, "a number in [0, 1)")
         from_zero = (
             "dataloader_num_workers",
             "lr_warmup_steps",
             "ema_start",
-            "fm_loss_weight",
-            "real_guidance_scale",
-            "fake_guidance_scale",
             "adam_weight_decay",
             "adam_epsilon",
         )
         for name in from_zero:
-            _check(name, getattr(self, name), 0 <= getattr(self, name) < inf, "0 or more")
+            check_option(name, getattr(self, name), 0 <= getattr(self, name) < inf, FROM_0)
         dropout = self.caption_dropout
-        if self.recipe == "seed" and (self.start == "latents" or self.score_floor != "boundary"):
-            chosen = "--start latents" if self.start == "latents" else "--score-floor handover"
-            raise UserError(
-                f"--recipe: found seed with {chosen}, but the seed's recipe starts from noise and "
-                f"ends its score levels at the boundary. Leave out one of the two."
-            )
-        _check("caption_dropout", dropout, 0 <= dropout <= 1, "a share in [0, 1]")
+        check_option("caption_dropout", dropout, 0 <= dropout <= 1, "a share in [0, 1]")
 
     @property
     def update_batch(self) -> int:
@@ -137,7 +113,41 @@ class DistillConfig:
         return self.train_batch_size * self.gradient_accumulation_steps
 
 
-def _check(name: str, found: object, fine: bool, expected: str) -> None:
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(TrainConfig):
+    """`wantrain distill`. What is not in the seed document says so."""
+
+    denoising_step_indices_list: tuple[float, ...]
+    recipe: Maths
+    start: Start | None
+    """None: `latents` for the low-noise expert, else `noise`."""
+    pairing: Pairing
+    score_floor: ScoreFloor
+    real_guidance_scale: float
+    fake_guidance_scale: float
+    gen_update_interval: int
+    """Critic updates before each generator update."""
+    fm_loss_weight: float
+    """Of flow matching on the cached latents in the generator's loss; 0: DMD alone."""
+    learning_rate_critic: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        interval, rate = self.gen_update_interval, self.learning_rate_critic
+        check_option("gen_update_interval", interval, interval >= 1, WHOLE)
+        check_option("learning_rate_critic", rate, 0 < rate < inf, ABOVE_0)
+        for name in ("fm_loss_weight", "real_guidance_scale", "fake_guidance_scale"):
+            check_option(name, getattr(self, name), 0 <= getattr(self, name) < inf, FROM_0)
+        if self.recipe == "seed" and (self.start == "latents" or self.score_floor != "boundary"):
+            chosen = "--start latents" if self.start == "latents" else "--score-floor handover"
+            raise UserError(
+                f"--recipe: found seed with {chosen}, but the seed's recipe starts from noise and "
+                f"ends its score levels at the boundary. Leave out one of the two."
+            )
+
+
+def check_option(name: str, found: object, fine: bool, expected: str) -> None:
+    """UserError naming the option unless its value is `fine`."""
     if not fine:
         raise UserError(f"--{name.replace('_', '-')}: found {found}, expected {expected}.")
 

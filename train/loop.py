@@ -1,4 +1,4 @@
-"""`wantrain distill`: set up, walk the updates, leave a checkpoint and LoRA files."""
+"""A run: set up, walk the updates, leave a checkpoint and LoRA files."""
 
 from collections.abc import Callable
 from contextlib import closing
@@ -25,21 +25,20 @@ from train.checkpoint import (
     save_checkpoint,
     set_later_aside,
 )
-from train.config import DistillConfig, check_writable, learning_rate
+from train.config import TrainConfig, check_writable, learning_rate
 from train.data import Batch, MicroBatches, PromptBank, load_prompt_bank
-from train.dmd import Recipe, critic_step, generator_step
 from train.ema import Ema
 from train.export import Provenance, write_loras
 from train.lora import LoraSpec, select_targets
 from train.progress import TrainProgress
-from train.roles import CRITIC, GENERATOR, Roles
-from train.run import Run, prepare, run_identity
+from train.roles import Roles
+from train.run import Run, run_identity
 
 
-def distill(config: DistillConfig, console: Console) -> int | None:
+def train(run: Run, console: Console) -> int | None:
     """Train until the end or a signal. Returns the signal's number, None at the end."""
     say = partial(cli_support.say, console)
-    run = prepare(config)
+    config, objective = run.config, run.objective
     resume_from = find_checkpoint(
         config.output_dir,
         config.resume_from_checkpoint,
@@ -52,10 +51,10 @@ def distill(config: DistillConfig, console: Console) -> int | None:
     # Base, adapters, optimizers
     device = torch.device(config.device)
     bank = load_prompt_bank(run.index)
-    digest = base_digest(run.spec.folder, component_of(run.recipe.expert))
+    digest = base_digest(run.spec.folder, component_of(objective.expert))
     transformer = load_base(
         run.spec,
-        run.recipe.expert,
+        objective.expert,
         precision=config.mixed_precision,
         device=device,
         gradient_checkpointing=config.gradient_checkpointing,
@@ -65,11 +64,12 @@ def distill(config: DistillConfig, console: Console) -> int | None:
         alpha=config.network_alpha,
         targets=select_targets(transformer, config.target_name),
     )
-    roles = Roles(transformer, lora, seed=config.seed)
-    state = TrainState({name: _role_state(roles, name, config) for name in (GENERATOR, CRITIC)})
+    rates = objective.learning_rates
+    roles = Roles(transformer, lora, seed=config.seed, names=rates)
+    state = TrainState({role: _role_state(roles, role, rates[role], config) for role in rates})
     if config.ema_decay:
-        generator = state.roles[GENERATOR].parameters
-        state.ema = Ema.of(generator, decay=config.ema_decay, start=config.ema_start)
+        product = state.roles[objective.product].parameters
+        state.ema = Ema.of(product, decay=config.ema_decay, start=config.ema_start)
     identity = run_identity(run, lora, digest)
 
     if resume_from:
@@ -79,7 +79,9 @@ def distill(config: DistillConfig, console: Console) -> int | None:
         for path in set_later_aside(resume_from):
             say(f"resume   set aside the later {path.name}")
         if state.updates >= run.updates:
-            say(f"resume   the run of {run.generator_updates} generator updates is complete")
+            say(
+                f"resume   the run of {run.product_updates} {objective.product} updates is complete"
+            )
     elif config.resume_from_checkpoint:
         say(f"resume   no checkpoint in {config.output_dir} yet: a new run")
 
@@ -106,7 +108,7 @@ def _train(
     signals: Interruption,
 ) -> None:
     """Walk the updates from `state.updates` on, changing `state` once for each."""
-    config = run.config
+    config, objective = run.config, run.objective
     device = torch.device(config.device)
     negative = bank.negative.to(device)
     dataset = MicroBatches(
@@ -125,12 +127,12 @@ def _train(
     )
     logs = SummaryWriter(str(config.output_dir / "logs"), purge_step=state.updates + 1)
     progress = TrainProgress(
-        run.generator_updates, run.cycle, console, start=state.updates, device=device
+        run.product_updates, run.cycle, console, start=state.updates, device=device
     )
     with closing(batches), progress, logs:
         while state.updates < run.updates:
             update = state.updates
-            role = run.role_of(update)
+            role = objective.role_of(update)
             role_state = state.roles[role]
 
             # Gradients of one update batch
@@ -138,7 +140,7 @@ def _train(
             keys: tuple[str, ...] = ()
             for _ in range(config.gradient_accumulation_steps):
                 batch = next(batches).to(device)
-                loss += _backward(roles, run.recipe, role, batch, negative, config)
+                loss += _backward(run, roles, role, batch, negative)
                 keys += batch.keys
             norm = torch.nn.utils.clip_grad_norm_(
                 role_state.parameters.values(), config.max_grad_norm
@@ -147,8 +149,8 @@ def _train(
 
             # The optimizer step
             rate = learning_rate(
-                config.learning_rate if role == GENERATOR else config.learning_rate_critic,
-                run.role_updates(role, update),
+                objective.learning_rates[role],
+                objective.role_updates(role, update),
                 config.lr_warmup_steps,
             )
             for group in role_state.optimizer.param_groups:
@@ -156,7 +158,7 @@ def _train(
             with signals.deferred():
                 role_state.optimizer.step()
                 state.updates = update + 1
-                if state.ema is not None and role == GENERATOR:
+                if state.ema is not None and role == objective.product:
                     state.ema.update(role_state.parameters, state.updates // run.cycle)
             role_state.optimizer.zero_grad(set_to_none=True)
 
@@ -181,20 +183,18 @@ def _leave_behind(
     folder = run.config.output_dir
     if not (folder / checkpoint_name(state.updates, run.cycle)).exists():
         say(f"saved    {_save(run, state, identity)}")
+    objective = run.objective
     provenance = Provenance(
-        expert=run.recipe.expert,
+        expert=objective.expert,
         mode=run.spec.mode,
-        denoising_step_indices_list=run.recipe.schedule.indices,
-        flow_shift=run.recipe.schedule.shift,
-        boundary=run.spec.boundary,
-        pairing=run.recipe.pairing,
+        **objective.sampling(),
         base=digest,
         rank=lora.rank,
         alpha=lora.alpha,
         generator_updates=state.updates // run.cycle,
         recipe={**identity.fixed["recipe"], **identity.loose},
     )
-    weights = state.ema.weights if state.ema else state.roles[GENERATOR].parameters
+    weights = state.ema.weights if state.ema else state.roles[objective.product].parameters
     for path in write_loras(folder, weights, lora, provenance, DTYPES[run.config.save_precision]):
         say(f"LoRA     {path}")
 
@@ -207,11 +207,11 @@ def _save(run: Run, state: TrainState, identity: Identity) -> Path:
     return saved
 
 
-def _role_state(roles: Roles, name: str, config: DistillConfig) -> RoleState:
-    parameters = roles.parameters(name)
+def _role_state(roles: Roles, role: str, rate: float, config: TrainConfig) -> RoleState:
+    parameters = roles.parameters(role)
     optimizer = torch.optim.AdamW(
         parameters.values(),
-        lr=config.learning_rate if name == GENERATOR else config.learning_rate_critic,
+        lr=rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.adam_weight_decay,
@@ -219,25 +219,13 @@ def _role_state(roles: Roles, name: str, config: DistillConfig) -> RoleState:
     return RoleState(parameters, optimizer)
 
 
-def _backward(
-    roles: Roles,
-    recipe: Recipe,
-    role: str,
-    batch: Batch,
-    negative: torch.Tensor,
-    config: DistillConfig,
-) -> float:
+def _backward(run: Run, roles: Roles, role: str, batch: Batch, negative: torch.Tensor) -> float:
     """Add one micro-step's gradients; its share of the update's loss."""
-    # `backward` runs inside the role: checkpointed blocks are recomputed with the active adapter.
-    if role == GENERATOR:
-        loss = generator_step(roles, recipe, batch, negative)
-        with roles.generator():
-            (loss / config.gradient_accumulation_steps).backward()
-    else:
-        loss = critic_step(roles, recipe, batch)
-        with roles.critic():
-            (loss / config.gradient_accumulation_steps).backward()
-    return loss.item() / config.gradient_accumulation_steps
+    loss = run.objective.loss(roles, role, batch, negative)
+    share = loss / run.config.gradient_accumulation_steps
+    with roles.role(role):  # checkpointed blocks are recomputed with the adapter active here
+        share.backward()
+    return share.item()
 
 
 def _refuse_not_finite(

@@ -3,7 +3,7 @@
 The known trainers of Wan hold a model per role; here a role is which adapter the layers apply.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -19,9 +19,17 @@ CRITIC = "critic"
 class Roles:
     """The transformer and its two adapters. Exactly one role is active at any time."""
 
-    def __init__(self, transformer: nn.Module, spec: LoraSpec, *, seed: int) -> None:
+    def __init__(
+        self,
+        transformer: nn.Module,
+        spec: LoraSpec,
+        *,
+        seed: int,
+        names: Iterable[str] = (GENERATOR, CRITIC),
+    ) -> None:
+        names = tuple(names)
         transformer.requires_grad_(False)
-        for name in (GENERATOR, CRITIC):
+        for name in names:
             add_adapter(transformer, spec, name, seed=seed)
         self.transformer = transformer
         self._patch: tuple[int, int, int] = transformer.config.patch_size  # type: ignore[union-attr, assignment]
@@ -32,13 +40,13 @@ class Roles:
             layer.cast_input_dtype_enabled = False
         # bf16 base: autocast runs the fp32 LoRA's matmuls in bf16 too. fp32 base: nothing to cast.
         self._dtype: torch.dtype = transformer.get_parameter("patch_embedding.weight").dtype
-        for name in (GENERATOR, CRITIC):
+        for name in names:
             for parameter in self.parameters(name).values():
                 parameter.requires_grad_(True)
         self._apply(None)
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
-        """The trainable parameters of GENERATOR or CRITIC under global names."""
+        """The trainable parameters of a role under global names."""
         return adapter_parameters(self.transformer, role)
 
     def _apply(self, adapter: str | None) -> None:
@@ -51,7 +59,8 @@ class Roles:
         self._active = adapter
 
     @contextmanager
-    def _role(self, adapter: str | None) -> Iterator[None]:
+    def role(self, adapter: str | None) -> Iterator[None]:
+        """Context: the role of this name; None: the teacher."""
         before = self._active
         self._apply(adapter)
         try:
@@ -61,16 +70,16 @@ class Roles:
 
     def teacher(self) -> AbstractContextManager[None]:
         """Context: the frozen base alone (the real score)."""
-        return self._role(None)
+        return self.role(None)
 
     def generator(self) -> AbstractContextManager[None]:
         """Context: the student. Enter it again around `backward`: checkpointed blocks are
         recomputed with whatever adapter is active then."""
-        return self._role(GENERATOR)
+        return self.role(GENERATOR)
 
     def critic(self) -> AbstractContextManager[None]:
         """Context: the fake score, which follows the student's distribution."""
-        return self._role(CRITIC)
+        return self.role(CRITIC)
 
     def velocity(
         self,

@@ -20,7 +20,7 @@ from tests.train.test_distill import arguments, distill, final_bytes
 from tests.train.test_updates import config_of
 from train.checkpoint import find_checkpoint, list_checkpoints
 from train.cli import app as wantrain
-from train.run import prepare
+from train.distillation import prepare_distillation as prepare
 
 # Updates: critic 1, 2, generator 3; critic 4, 5, generator 6. Each of two micro-steps of one.
 RUN = (

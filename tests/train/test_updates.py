@@ -18,11 +18,11 @@ from train.base import base_digest, load_base
 from train.cli import app as wantrain
 from train.config import DistillConfig
 from train.data import MicroBatches, load_prompt_bank
+from train.distillation import prepare_distillation as prepare
 from train.dmd import critic_step, generator_step
 from train.export import read_provenance
 from train.lora import LoraSpec, select_targets
 from train.roles import CRITIC, GENERATOR, Roles
-from train.run import prepare
 
 Array = npt.NDArray[np.float64]
 
@@ -41,9 +41,9 @@ LINEAR = (
 
 def config_of(model: Path, shards: Path, out: Path, *more: str) -> DistillConfig:
     """The configuration that the command line makes of these arguments."""
-    with mock.patch("train.loop.distill", return_value=None) as called:
+    with mock.patch("train.cli_run.train", return_value=None) as called:
         wantrain(arguments(model, shards, out, *more), standalone_mode=False)
-    config = called.call_args.args[0]
+    config = called.call_args.args[0].config
     assert isinstance(config, DistillConfig)
     return config
 
@@ -84,7 +84,7 @@ class HandMade:
             rank=0,
             world_size=1,
         )
-        self.recipe, self.negative = run.recipe, bank.negative
+        self.recipe, self.negative = run.objective.recipe, bank.negative
         self.weights: dict[str, dict[str, Array]] = {
             role: {n: p.detach().double().numpy() for n, p in self.roles.parameters(role).items()}
             for role in (GENERATOR, CRITIC)
@@ -245,7 +245,7 @@ def test_default_start_by_expert(
     tiny_t2v: Path, t2v_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     more: tuple[str, ...], start: str,
 ) -> None:  # fmt: skip
-    assert prepare(config_of(tiny_t2v, t2v_shards, tmp_path, *more)).recipe.start == start
+    assert prepare(config_of(tiny_t2v, t2v_shards, tmp_path, *more)).objective.recipe.start == start
     distill(tiny_t2v, t2v_shards, tmp_path, *more, "--dry-run")
     printed = capsys.readouterr().out
     assert json.loads(printed[: printed.rindex("}") + 1])["start"] == start

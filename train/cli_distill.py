@@ -1,0 +1,166 @@
+"""`wantrain distill` on the command line."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from shared.cli_support import Command
+from shared.device import default_device
+from shared.errors import UserError
+from shared.mirror import DEFAULT_SHARD_CACHE_GB, limit_shard_cache
+from shared.model_spec import DEFAULT_MODEL
+from train import cli_options as option
+from train.cli_options import OPTIMIZER
+
+DISTILL_EXAMPLES = """
+# the low-noise expert of Wan2.2-I2V-A14B, from shards/
+wantrain distill
+
+# the high-noise expert: what would be done, 500 generator updates, 500 more
+wantrain distill --boundary-type high --output-dir output_dir_high --dry-run
+wantrain distill --boundary-type high --output-dir output_dir_high \\
+    --max-train-steps 500
+wantrain distill --boundary-type high --output-dir output_dir_high \\
+    --max-train-steps 1000 --resume-from-checkpoint latest
+
+# the bundled toy model on its shards of `wanprep encode`, seconds on a CPU
+wantrain distill --model toy --shards toy-shards --output-dir toy-lora \\
+    --boundary-type full --max-train-steps 1 --train-batch-size 2 --rank 8
+"""
+
+DMD = "Distillation"
+
+
+def _numbers(text: str, option: str) -> tuple[float, ...]:
+    """ "1000 750" or "1000,750" → (1000.0, 750.0)."""
+    try:
+        return tuple(float(part) for part in text.replace(",", " ").split())
+    except ValueError as error:
+        raise UserError(f"{option}: found {text!r}, expected numbers such as 1000,750.") from error
+
+
+# fmt: off
+def distill(
+    model: option.Model = DEFAULT_MODEL,
+    shards: option.Shards = Path("shards"),
+    shard_cache_gb: option.ShardCacheGb = DEFAULT_SHARD_CACHE_GB,
+    captions: option.Captions = None,
+    boundary_type: option.BoundaryType = None,
+    seed: option.Seed = 42,
+
+    output_dir: option.OutputDir = Path("output_dir_distill"),
+    save_precision: option.SavePrecision = "bf16",
+    dry_run: option.DryRun = False,
+
+    max_train_steps: option.MaxTrainSteps = None,
+    num_train_epochs: option.NumTrainEpochs = 100,
+    checkpointing_steps: option.CheckpointingSteps = 50,
+    checkpoints_total_limit: option.CheckpointsTotalLimit = None,
+    resume_from_checkpoint: option.ResumeFromCheckpoint = None,
+
+    denoising_step_indices_list: Annotated[str, typer.Option(metavar="LIST", help="The student's steps, as timesteps before the shift: 1000 is pure noise, 0 the clip.", rich_help_panel=DMD)] = "1000,750,500,250",
+    flow_shift: Annotated[float | None, typer.Option(metavar="X", help="Shift s of the noise schedule: timestep 1000*u becomes sigma = s*u / (1 + (s-1)*u).", show_default="12 for Wan 2.2 A14B t2v, else 5", rich_help_panel=DMD)] = None,
+    recipe: Annotated[Literal["corrected", "seed"], typer.Option(help="seed is VideoX-Fun's maths, for comparison: either expert walks all steps, from noise, and score levels have no cap and no floor.", rich_help_panel=DMD)] = "corrected",
+    start: Annotated[Literal["latents", "noise"] | None, typer.Option(help="Rollouts start from cached latents noised to the expert's first step, or from pure noise at the first of all steps, as in VideoX-Fun.", show_default="latents for low, else noise", rich_help_panel=DMD)] = None,
+    pairing: Annotated[Literal["renoise", "euler"], typer.Option(help="How one step leads to the next: with fresh noise (sample with LCM) or along the velocity (sample with Euler).", rich_help_panel=DMD)] = "renoise",
+    score_floor: Annotated[Literal["boundary", "handover"], typer.Option(help="Where the high-noise expert's score levels end: at the model's boundary or at the first step of the low-noise expert.", rich_help_panel=DMD)] = "boundary",
+    real_guidance_scale: Annotated[float, typer.Option(metavar="X", help="CFG scale of the teacher, with the cached negative prompt; 0 or 1 is no guidance.", rich_help_panel=DMD)] = 6.0,
+    fake_guidance_scale: Annotated[float, typer.Option(metavar="X", help="CFG scale of the critic; 0 is no guidance.", rich_help_panel=DMD)] = 0.0,
+    gen_update_interval: Annotated[int, typer.Option(metavar="N", help="Critic updates before each generator update.", rich_help_panel=DMD)] = 5,
+    fm_loss_weight: Annotated[float, typer.Option(metavar="X", help="Add flow matching on the cached latents, times this, to the generator's loss; 0 is DMD alone.", rich_help_panel=DMD)] = 0.0,
+
+    rank: option.Rank = 64,
+    network_alpha: option.NetworkAlpha = 32,
+    target_name: option.TargetName = "q,k,v,ffn.0,ffn.2",
+    ema_decay: option.EmaDecay = 0.0,
+    ema_start: option.EmaStart = 100,
+
+    learning_rate: option.LearningRate = 1e-5,
+    learning_rate_critic: Annotated[float, typer.Option(metavar="X", help="Learning rate of the critic.", rich_help_panel=OPTIMIZER)] = 1e-6,
+    lr_warmup_steps: option.LrWarmupSteps = 0,
+    adam_beta1: option.AdamBeta1 = 0.9,
+    adam_beta2: option.AdamBeta2 = 0.999,
+    adam_weight_decay: option.AdamWeightDecay = 3e-2,
+    adam_epsilon: option.AdamEpsilon = 1e-10,
+    max_grad_norm: option.MaxGradNorm = 0.05,
+
+    train_batch_size: option.TrainBatchSize = 1,
+    gradient_accumulation_steps: option.GradientAccumulationSteps = 1,
+    video_repeat: option.VideoRepeat = 1,
+    caption_dropout: option.CaptionDropout = 0.1,
+    random_frame_crop: option.RandomFrameCrop = False,
+    tail: option.Tail = "pad",
+    dataloader_num_workers: option.DataloaderNumWorkers = 8,
+
+    mixed_precision: option.MixedPrecision = "bf16",
+    gradient_checkpointing: option.GradientCheckpointing = True,
+    device: option.Device = "auto",
+) -> None:
+    """Distil a few-step LoRA of one expert from shards (DMD).
+
+    The student (generator) learns to do in a few steps what the base model (teacher) does in many with CFG; a critic, a second LoRA, follows the student. One update is one optimizer step of one of the two. SIGTERM and Ctrl-C leave a checkpoint and a loadable LoRA.
+
+    Next: wantrain sample --lora FILE --prompt TEXT
+    """
+    from train.cli_run import carry_out
+    from train.config import DistillConfig
+    from train.distillation import prepare_distillation
+
+    limit_shard_cache(shard_cache_gb)
+    config = DistillConfig(
+        model=model,
+        shards=shards,
+        captions=captions,
+        output_dir=output_dir,
+        boundary_type=boundary_type,
+        seed=seed,
+        max_train_steps=max_train_steps,
+        num_train_epochs=num_train_epochs,
+        checkpointing_steps=checkpointing_steps,
+        checkpoints_total_limit=checkpoints_total_limit,
+        resume_from_checkpoint=resume_from_checkpoint,
+        save_precision=save_precision,
+        denoising_step_indices_list=_numbers(
+            denoising_step_indices_list, "--denoising-step-indices-list"
+        ),
+        flow_shift=flow_shift,
+        recipe=recipe,
+        start=start,
+        pairing=pairing,
+        score_floor=score_floor,
+        real_guidance_scale=real_guidance_scale,
+        fake_guidance_scale=fake_guidance_scale,
+        gen_update_interval=gen_update_interval,
+        fm_loss_weight=fm_loss_weight,
+        ema_decay=ema_decay,
+        ema_start=ema_start,
+        rank=rank,
+        network_alpha=network_alpha,
+        target_name=tuple(name for name in target_name.replace(",", " ").split()),
+        learning_rate=learning_rate,
+        learning_rate_critic=learning_rate_critic,
+        lr_warmup_steps=lr_warmup_steps,
+        adam_beta1=adam_beta1,
+        adam_beta2=adam_beta2,
+        adam_weight_decay=adam_weight_decay,
+        adam_epsilon=adam_epsilon,
+        max_grad_norm=max_grad_norm,
+        train_batch_size=train_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        video_repeat=video_repeat,
+        caption_dropout=caption_dropout,
+        random_frame_crop=random_frame_crop,
+        tail=tail,
+        dataloader_num_workers=dataloader_num_workers,
+        mixed_precision=mixed_precision,
+        gradient_checkpointing=gradient_checkpointing,
+        device=default_device() if device == "auto" else device,
+    )
+    carry_out(prepare_distillation(config), dry_run=dry_run)
+
+
+# fmt: on
+def add_command(app: typer.Typer) -> None:
+    """Make it a command of `wantrain`."""
+    app.command(cls=Command, epilog=DISTILL_EXAMPLES)(distill)

@@ -1,0 +1,63 @@
+"""Options that the commands which train have in common: type, help and group of each."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from shared.mirror import shards_to_read
+
+INPUT, OUTPUT, LENGTH, LORA, OPTIMIZER, DATA, DEVICE = (
+    "Input",
+    "Output",
+    "Length and checkpoints",
+    "LoRA",
+    "Optimizer (AdamW)",
+    "Data",
+    "Device",
+)
+
+# fmt: off
+Model = Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that is distilled: a folder of diffusers or Wan, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)]
+Shards = Annotated[Path, typer.Option(parser=shards_to_read, metavar="DIR|URL", help="Folder of shards that `wanprep encode` made.", rich_help_panel=INPUT)]
+ShardCacheGb = Annotated[float, typer.Option(metavar="GB", help="Room on this machine for whole shards of an object store (s3://bucket/shards); what is beyond is read sample by sample.", rich_help_panel=INPUT)]
+Captions = Annotated[str | None, typer.Option(metavar="NAME", help="Captions that `wanprep recaption --name NAME` made, in place of the shards' own.", show_default="the shards' own", rich_help_panel=INPUT)]
+BoundaryType = Annotated[Literal["low", "high", "full"] | None, typer.Option(help="Expert to train: the one for low or for high noise, or full for a model with one transformer (or one LoRA for all steps).", show_default="low where the model has two experts, else full", rich_help_panel=INPUT)]
+Seed = Annotated[int, typer.Option(metavar="N", help="Decides every random number of the run.", rich_help_panel=INPUT)]
+
+OutputDir = Annotated[Path, typer.Option(metavar="DIR", help="Folder for checkpoints, logs and the final LoRA.", rich_help_panel=OUTPUT)]
+SavePrecision = Annotated[Literal["bf16", "fp32"], typer.Option(help="Number format of the final LoRA files (checkpoints are fp32).", rich_help_panel=OUTPUT)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and the plan, then stop.", show_default="off", rich_help_panel=OUTPUT)]
+
+MaxTrainSteps = Annotated[int | None, typer.Option(metavar="N", help="Generator updates of the run, in place of epochs.", show_default="as many as the epochs have", rich_help_panel=LENGTH)]
+NumTrainEpochs = Annotated[int, typer.Option(metavar="N", help="Epochs of the run: passes over the shards, which the updates of both roles use up.", rich_help_panel=LENGTH)]
+CheckpointingSteps = Annotated[int, typer.Option(metavar="N", help="Generator updates from one checkpoint to the next.", rich_help_panel=LENGTH)]
+CheckpointsTotalLimit = Annotated[int | None, typer.Option(metavar="N", help="Checkpoints that are kept; the oldest are deleted after each new one.", show_default="all", rich_help_panel=LENGTH)]
+ResumeFromCheckpoint = Annotated[str | None, typer.Option(metavar="DIR|latest", help="Checkpoint to go on from: its folder, or latest (a new run where there is none yet).", show_default="a new run", rich_help_panel=LENGTH)]
+
+Rank = Annotated[int, typer.Option(metavar="N", help="Inner dimension of the LoRA matrices.", rich_help_panel=LORA)]
+NetworkAlpha = Annotated[float, typer.Option(metavar="X", help="Strength of the LoRA: its output is multiplied by alpha / rank.", rich_help_panel=LORA)]
+TargetName = Annotated[str, typer.Option(metavar="LIST", help="Layers of each block that get a LoRA, by Wan's or diffusers' names.", rich_help_panel=LORA)]
+EmaDecay = Annotated[float, typer.Option(metavar="X", help="Save the average of the LoRA over the generator's updates, of which each keeps this share, e.g. 0.99; 0 saves the last weights.", rich_help_panel=LORA)]
+EmaStart = Annotated[int, typer.Option(metavar="N", help="Generator updates before the average of --ema-decay begins.", rich_help_panel=LORA)]
+
+LearningRate = Annotated[float, typer.Option(metavar="X", help="Learning rate of the generator.", rich_help_panel=OPTIMIZER)]
+LrWarmupSteps = Annotated[int, typer.Option(metavar="N", help="Updates of a role over which its rate rises from 0.", rich_help_panel=OPTIMIZER)]
+AdamBeta1 = Annotated[float, typer.Option(metavar="X", help="Decay of the mean gradient per update, both roles.", rich_help_panel=OPTIMIZER)]
+AdamBeta2 = Annotated[float, typer.Option(metavar="X", help="Decay of the mean squared gradient per update.", rich_help_panel=OPTIMIZER)]
+AdamWeightDecay = Annotated[float, typer.Option(metavar="X", help="Share of a weight, times the rate, taken off per update.", rich_help_panel=OPTIMIZER)]
+AdamEpsilon = Annotated[float, typer.Option(metavar="X", help="Added to the root of the mean squared gradient.", rich_help_panel=OPTIMIZER)]
+MaxGradNorm = Annotated[float, typer.Option(metavar="X", help="Norm to which each role's gradient is clipped.", rich_help_panel=OPTIMIZER)]
+
+TrainBatchSize = Annotated[int, typer.Option(metavar="N", help="Samples in one forward and backward pass.", rich_help_panel=DATA)]
+GradientAccumulationSteps = Annotated[int, typer.Option(metavar="N", help="Forward and backward passes in one update.", rich_help_panel=DATA)]
+VideoRepeat = Annotated[int, typer.Option(metavar="N", help="Times that a video occurs in an epoch; an image occurs once.", rich_help_panel=DATA)]
+CaptionDropout = Annotated[float, typer.Option(metavar="X", help="Share of captions, 0 to 1, replaced by the empty prompt.", rich_help_panel=DATA)]
+RandomFrameCrop = Annotated[bool, typer.Option("--random-frame-crop", help="In one update of ten, show clips up to a random frame only, 4n+1 from 5 on, so that the LoRA knows shorter clips, too.", show_default="off", rich_help_panel=DATA)]
+Tail = Annotated[Literal["pad", "drop"], typer.Option(help="What becomes of a bucket's last, short batch: filled with its samples again, or left out.", rich_help_panel=DATA)]
+DataloaderNumWorkers = Annotated[int, typer.Option(metavar="N", help="Threads that read ahead; 0 reads in the loop.", rich_help_panel=DATA)]
+
+MixedPrecision = Annotated[Literal["bf16", "no"], typer.Option(help="Base and compute in bf16 (LoRA stays fp32), or all in fp32.", rich_help_panel=DEVICE)]
+GradientCheckpointing = Annotated[bool, typer.Option(help="Compute blocks again in the backward pass: far less memory, a third more time.", show_default="on", rich_help_panel=DEVICE)]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=DEVICE)]
+# fmt: on

@@ -1,0 +1,54 @@
+"""What a run learns, as the loop sees it."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+
+from train.data import Batch
+from train.flow import Expert
+from train.roles import Roles
+
+
+class Objective(Protocol):
+    """Which role each update trains, on which loss. Frozen, and no state: updates are counted."""
+
+    @property
+    def expert(self) -> Expert:
+        """Whose transformer is the base."""
+
+    @property
+    def product(self) -> str:
+        """The role whose LoRA the run is for; its updates are what options count in."""
+
+    @property
+    def learning_rates(self) -> Mapping[str, float]:
+        """Role → its rate after the warm-up. These roles exist, in this order."""
+
+    @property
+    def cycle(self) -> int:
+        """Updates from one of the product to the next."""
+
+    def role_of(self, update: int) -> str:
+        """The role that `update` trains."""
+
+    def role_updates(self, role: str, update: int) -> int:
+        """How many updates a role has made when `update` begins."""
+
+    def loss(self, roles: Roles, role: str, batch: Batch, negative: torch.Tensor) -> torch.Tensor:
+        """Loss of one micro-step of `role`, scalar with a graph. `negative`: (512, D).
+
+        Call `backward` inside the role.
+        """
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must match to be gone on from."""
+
+    def sampling(self) -> dict[str, Any]:
+        """Fields of `train.export.Provenance`: how to sample with the product."""
+
+    def describe(self) -> list[str]:
+        """Lines for people, printed at the start and by --dry-run."""
+
+    def describe_length(self, product_updates: int) -> str:
+        """`product_updates` in words, with what else is updated for them."""
