@@ -14,7 +14,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 
 from shared import __version__
 from shared.durable import write_bytes
@@ -23,6 +22,7 @@ from shared.model_spec import Mode
 from train.dmd import Pairing
 from train.flow import Expert, Schedule
 from train.lora import DIFFUSERS_TO_ORIGINAL, LoraSpec
+from train.lora_files import read_metadata
 
 METADATA_KEY = "wandistill"
 DIFFUSERS_PREFIX = "transformer."  # for both experts: diffusers ignores "transformer_2." keys
@@ -61,17 +61,7 @@ class Provenance:
 
 def read_provenance(path: Path) -> Provenance:
     """The provenance in a LoRA file of either form. UserError when it is no such file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        # What safetensors says of a folder or a lost file is "No such device".
-        why = "it is a folder" if path.is_dir() else "there is no such file"
-        why = first_line(error) if path.is_file() else why
-        raise UserError(
-            f"LoRA: cannot read {path} as safetensors ({why}). Expected a file that "
-            "`wantrain distill` wrote, such as output_dir_distill/lora-low-diffusers.safetensors."
-        ) from error
+    metadata = read_metadata(path)
     if METADATA_KEY not in metadata:
         raise UserError(
             f"LoRA: {path} does not say how it was trained (no {METADATA_KEY!r} in its metadata), "
