@@ -9,7 +9,7 @@ import os
 import re
 import stat
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,11 +33,14 @@ from shared.schema import (
     MOST_INFO_BYTES,
     MOST_REPEATS,
     TEXT_MEMBER,
+    TORCH_DTYPES,
+    tensors_in,
     unpack,
     unpack_info,
 )
 from shared.strict_json import is_count, is_shallow, parse, read_object
 from shared.tar import Member, members
+from shared.tensor_header import TensorHeader, header_bytes
 
 # h480-w832-f81-w000-00012.tar: bucket, writer, number; tombstones-w000-00013.json counts on.
 _KEY = re.compile(r"[0-9a-f]{32}")
@@ -438,6 +441,23 @@ def _listed(entries: Any, kind: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
     return tuple(e["name"] for e in entries), tuple(e["bytes"] for e in entries)
 
 
+Room = Callable[[Mapping[str, TensorHeader]], Mapping[str, torch.Tensor]]
+"""From a member's header to memory for its tensors."""
+
+_HEAD_BYTES = 1024
+"""More than the header of any member that was written so far has."""
+
+
+def _wanted(
+    found: Mapping[str, TensorHeader], room: Room
+) -> Iterator[tuple[TensorHeader, memoryview]]:
+    """The tensors to be read, and the bytes of their memory."""
+    for name, target in room(found).items():
+        tensor = found[name]
+        assert target.shape == tensor.shape and target.dtype == TORCH_DTYPES[tensor.dtype]
+        yield tensor, memoryview(target.view(torch.uint8).numpy()).cast("B")
+
+
 class MemberReader:
     """Reads single members of samples by byte range; keeps a few shard files open."""
 
@@ -456,6 +476,41 @@ class MemberReader:
             return unpack(data, member) if data else None
         except ValueError as error:
             raise self._damaged(row, member, error) from error
+
+    def read_into(self, row: int, member: str, room: Room) -> bool:
+        """Read the tensors of one member straight to where they are wanted; False where the
+        sample lacks that member.
+
+        `room` gets what the member's header says, once that is found to be sound, and returns
+        memory for the tensors it wants: contiguous, of just that shape and dtype.
+        Raises UserError when the bytes are not what the index says.
+        """
+        shard, offset, length = self._index.place(row, member)
+        if length == 0:
+            return False
+        try:
+            if is_remote(shard, small=False):
+                data = self.raw(row, member)
+                for tensor, target in _wanted(tensors_in(data, length, member), room):
+                    target[:] = memoryview(data)[tensor.begin : tensor.begin + len(target)]
+                return True
+            descriptor = self._file_of(shard, offset + length)
+            head = os.pread(descriptor, min(length, _HEAD_BYTES), offset)
+            if (needed := header_bytes(head, length)) > len(head):
+                head = os.pread(descriptor, needed, offset)
+            for tensor, target in _wanted(tensors_in(head, length, member), room):
+                done = 0
+                while done < len(target):  # 2 GiB is the most that one call gives
+                    here = offset + tensor.begin + done
+                    got = os.preadv(descriptor, [target[done:]], here)
+                    if not got:
+                        raise ValueError(f"{done} of {len(target)} bytes could be read")
+                    done += got
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:
+            raise self._damaged(row, member, error) from error
+        return True
 
     def info(self, row: int) -> dict[str, Any]:
         """`KEY.json` of sample `row`. Raises UserError when it is damaged."""
@@ -476,13 +531,7 @@ class MemberReader:
             if is_remote(shard, small=member == JSON_MEMBER):
                 data = read_range(shard, offset, length)
             else:
-                descriptor, size = self._open(shard)
-                if offset + length > size:
-                    raise ValueError(
-                        f"the shard has {size} bytes, the member is said to end at "
-                        f"{offset + length}"
-                    )
-                data = os.pread(descriptor, length, offset)
+                data = os.pread(self._file_of(shard, offset + length), length, offset)
             if len(data) < length:  # 2 GiB is the most that one call gives
                 raise ValueError(f"{len(data)} of {length} bytes could be read")
             return data
@@ -496,6 +545,13 @@ class MemberReader:
             f"shards: {self._index.where(row, member)}: {member} is damaged ({error}). "
             f"{REENCODE_SHARD}"
         )
+
+    def _file_of(self, shard: Path, end: int) -> int:
+        """Descriptor of a shard. Raises ValueError where it has fewer than `end` bytes."""
+        descriptor, size = self._open(shard)
+        if end > size:
+            raise ValueError(f"the shard has {size} bytes, the member is said to end at {end}")
+        return descriptor
 
     def _open(self, shard: Path) -> tuple[int, int]:
         if shard in self._files:

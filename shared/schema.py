@@ -37,6 +37,8 @@ MOST_INFO_BYTES = 1 << 24
 """Of `KEY.json`, which is mostly a caption."""
 MOST_REPEATS = 1_000_000
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
+"""By the names of `tensor_header.ITEM_BYTES`."""
 
 MediaType = Literal["video", "image", "text"]
 

@@ -25,6 +25,8 @@ class TensorHeader(NamedTuple):
 
     dtype: str
     shape: tuple[int, ...]
+    begin: int
+    """Where its bytes begin in the file."""
 
 
 def read_header(head: bytes, total: int) -> Mapping[str, TensorHeader]:
@@ -34,6 +36,12 @@ def read_header(head: bytes, total: int) -> Mapping[str, TensorHeader]:
     always enough). Raises ValueError where the header is not one of a cache's, or does not account
     for every byte.
     """
+    end = header_bytes(head, total)
+    return _parsed(head[LENGTH_BYTES:end], total - end)
+
+
+def header_bytes(head: bytes, total: int) -> int:
+    """Length field and header together, by the first of them. Raises ValueError."""
     if min(len(head), total) < LENGTH_BYTES:
         raise ValueError(f"{total} bytes are no safetensors file")
     length = int.from_bytes(head[:LENGTH_BYTES], "little")
@@ -42,7 +50,7 @@ def read_header(head: bytes, total: int) -> Mapping[str, TensorHeader]:
             f"its header is said to have {length} bytes, expected at most "
             f"{min(MOST_HEADER, total - LENGTH_BYTES)}"
         )
-    return _parsed(head[LENGTH_BYTES : LENGTH_BYTES + length], total - LENGTH_BYTES - length)
+    return LENGTH_BYTES + length
 
 
 @lru_cache(maxsize=4096)  # samples of one bucket have the same header
@@ -54,7 +62,8 @@ def _parsed(header: bytes, data_bytes: int) -> Mapping[str, TensorHeader]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("its __metadata__ is no object of strings")
     spans: list[tuple[int, int]] = []
-    tensors = {name: _tensor(name, fields, spans) for name, fields in value.items()}
+    data = LENGTH_BYTES + len(header)
+    tensors = {name: _tensor(name, fields, data, spans) for name, fields in value.items()}
     end = 0
     for begin, stop in sorted(spans):
         if begin != end:
@@ -65,7 +74,7 @@ def _parsed(header: bytes, data_bytes: int) -> Mapping[str, TensorHeader]:
     return MappingProxyType(tensors)
 
 
-def _tensor(name: str, fields: Any, spans: list[tuple[int, int]]) -> TensorHeader:
+def _tensor(name: str, fields: Any, data: int, spans: list[tuple[int, int]]) -> TensorHeader:
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {name[:40]!r} lacks dtype, shape or data_offsets, or has more")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
@@ -87,4 +96,4 @@ def _tensor(name: str, fields: Any, spans: list[tuple[int, int]]) -> TensorHeade
             f"{end - begin} bytes, expected {prod(shape) * ITEM_BYTES[dtype]}"
         )
     spans.append((begin, end))
-    return TensorHeader(dtype, tuple(shape))
+    return TensorHeader(dtype, tuple(shape), data + begin)

@@ -3,16 +3,19 @@
 import itertools
 import threading
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from shared.cache import MEDIA_TYPES, REENCODE_SHARD, CacheIndex, MemberReader, read_prompts
 from shared.errors import UserError
 from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec
-from shared.schema import CONDITION_MEMBER, LATENTS_MEMBER, TEXT_MEMBER
+from shared.schema import CONDITION_MEMBER, DTYPES, LATENTS_MEMBER, TEXT_MEMBER, TORCH_DTYPES
+from shared.tensor_header import TensorHeader
+from train.buffers import Buffers
 from train.plan import BatchPlan, micro_batch
 from train.rng import counted_rng
 
@@ -21,10 +24,13 @@ MASK_CHANNELS = 4
 TEXT_ONLY_SHARE = 0.5  # of a ti2v model's clips: it must go on to serve text to video, too
 READ_AHEAD = 2  # batches a thread
 
+Tensors = Mapping[str, TensorHeader]
+Room = dict[str, torch.Tensor]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What one rank computes with in one micro-step; in the cache's dtype until `to`."""
+    """What one rank computes with in one micro-step, on its device."""
 
     update: int
     """Number of the optimizer step, counted from the start of the run: randomness hangs on it."""
@@ -32,11 +38,12 @@ class Batch:
     """Positions inside the update batch: the global sample numbers of `train.rng`."""
     keys: tuple[str, ...]
     latents: torch.Tensor
-    """(B, C, T, H, W), normalised; zeros of a caption without a medium."""
+    """(B, C, T, H, W) fp32, normalised; zeros of a caption without a medium."""
     text: torch.Tensor
-    """(B, 512, D), zeros after each caption's true length."""
+    """(B, 512, D) in the cache's dtype, zeros after each caption's true length: the transformer
+    attends to them, as in diffusers' pipelines."""
     condition: torch.Tensor | None
-    """i2v: (B, 4+C, T, H, W), mask then normalised condition latents; else None."""
+    """i2v: (B, 4+C, T, H, W) fp32, mask then normalised condition latents; else None."""
     image: torch.Tensor | None = None
     """Wan 2.1 i2v: (B, tokens, D), CLIP's embedding of the first frame (zeros of an image);
     else None."""
@@ -44,25 +51,51 @@ class Batch:
     """ti2v: (B, 1, T, 1, 1), 0 on a latent frame that is the condition and so kept clean (the
     first, or none of a sample that is text to video this time), 1 elsewhere; else None."""
 
-    def to(self, device: torch.device) -> "Batch":
-        """On `device`, latents and condition in fp32, in which the loop computes."""
+
+@dataclass(frozen=True, kw_only=True)
+class StoredBatch:
+    """A `Batch` as the shards have it: nothing was copied, padded or converted yet."""
+
+    update: int
+    samples: tuple[int, ...]
+    keys: tuple[str, ...]
+    latents: torch.Tensor
+    """(B, C, T, H, W)."""
+    texts: tuple[torch.Tensor, ...]
+    """B of (tokens, D)."""
+    condition: torch.Tensor | None
+    """(B, C, T, H, W), without the mask."""
+    image: torch.Tensor | None
+    noised: torch.Tensor | None
+
+    def to(self, device: torch.device) -> Batch:
+        """What the loop computes with. Padding and mask are made where they are needed: reading
+        is so a copy of the shards' bytes, and nothing else goes through the memory."""
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             pinned = tensor.pin_memory() if device.type == "cuda" else tensor
             return pinned.to(device, non_blocking=True)
 
-        return replace(
-            self,
+        first = self.texts[0]
+        padded = (len(self.texts), MAX_TEXT_TOKENS, first.shape[1])
+        text = torch.zeros(padded, dtype=first.dtype, device=device)
+        for row, own in zip(text, self.texts, strict=True):
+            row[: len(own)] = move(own)
+        condition = None if self.condition is None else with_mask(move(self.condition).float())
+        return Batch(
+            update=self.update,
+            samples=self.samples,
+            keys=self.keys,
             latents=move(self.latents).float(),
-            text=move(self.text),
-            condition=None if self.condition is None else move(self.condition).float(),
+            text=text,
+            condition=condition,
             image=None if self.image is None else move(self.image),
             noised=None if self.noised is None else move(self.noised).float(),
         )
 
 
 def pad_text(text: torch.Tensor) -> torch.Tensor:
-    """(tokens, D) → (512, D): the transformer attends to the zeros, as in diffusers' pipelines."""
+    """(tokens, D) → (512, D), zeros behind."""
     return torch.nn.functional.pad(text, (0, 0, 0, MAX_TEXT_TOKENS - text.shape[0]))
 
 
@@ -74,16 +107,16 @@ def cropped_frames(frames: int, seed: int, update: int) -> int:
     return shorter[int(rng.integers(len(shorter)))] if shorter and rng.random() >= 0.9 else frames
 
 
-def condition_with_mask(cond: torch.Tensor) -> torch.Tensor:
-    """(C, T, H, W) condition latents → (4+C, T, H, W): ones in latent frame 0.
+def with_mask(cond: torch.Tensor) -> torch.Tensor:
+    """(B, C, T, H, W) condition latents → (B, 4+C, T, H, W): ones in latent frame 0.
 
     The target of a single frame, an image or a video cut that short, would be its own condition,
     so its mask is 0 (and its cached condition the encoding of zeros).
     """
-    mask = torch.zeros(MASK_CHANNELS, *cond.shape[1:], dtype=cond.dtype)
-    if cond.shape[1] > 1:
-        mask[:, 0] = 1
-    return torch.cat([mask, cond])
+    mask = cond.new_zeros(len(cond), MASK_CHANNELS, *cond.shape[2:])
+    if cond.shape[2] > 1:
+        mask[:, :, 0] = 1
+    return torch.cat([mask, cond], dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +151,7 @@ def load_prompt_bank(index: CacheIndex) -> PromptBank:
 
 
 class MicroBatches:
-    """(update, micro-step) → Batch. Loading is a pure function, so threads may do it ahead."""
+    """(update, micro-step) → StoredBatch: a pure function, so threads may do it ahead."""
 
     def __init__(
         self,
@@ -143,9 +176,11 @@ class MicroBatches:
         self._accumulation = accumulation
         self._rank = rank
         self._world_size = world_size
+        self._dtype = DTYPES[index.fingerprint["latents"]["dtype"]]
+        self._buffers = Buffers()
         self._local = threading.local()  # a reader's files may be closed by the thread's next read
 
-    def load(self, update: int, micro_step: int) -> Batch:
+    def load(self, update: int, micro_step: int) -> StoredBatch:
         """This rank's samples of one micro-step. Raises UserError on damaged or missing members."""
         positions = micro_batch(
             self._plan.batch_size,
@@ -156,13 +191,10 @@ class MicroBatches:
         )
         update_batch = self._plan.batch(update)
         rows = [int(update_batch[position]) for position in positions]
-        conditions = [self._condition(row) for row in rows] if self._spec.mode == "i2v" else []
-        texts = [
-            self._text(row, update, position) for row, position in zip(rows, positions, strict=True)
-        ]
-        latents = torch.stack([self._target(row) for row in rows])
-        condition = torch.stack([cond for cond, _ in conditions]) if conditions else None
-        images = [image for _, image in conditions if image is not None]
+        i2v = self._spec.mode == "i2v"
+        condition, image = self._conditions(rows) if i2v else (None, None)
+        texts = self._texts(rows, update, positions)
+        latents = self._targets(rows)
         if self._frame_crop:
             # The VAE is causal: this *is* the encoding of the shorter clip, to the bit.
             frames = cropped_frames(latents.shape[2], self._plan.seed, update)
@@ -174,18 +206,18 @@ class MicroBatches:
             for number, (row, position) in enumerate(zip(rows, positions, strict=True)):
                 if self._keeps_first_frame(row, update, position):
                     noised[number, :, 0] = 0
-        return Batch(
+        return StoredBatch(
             update=update,
             samples=tuple(positions),
             keys=tuple(self._index.key(row) for row in rows),
             latents=latents,
             noised=noised,
-            text=torch.stack(texts),
+            texts=texts,
             condition=condition,
-            image=torch.stack(images) if images else None,
+            image=image,
         )
 
-    def ahead(self, *, start: int, stop: int, workers: int) -> Generator[Batch, None, None]:
+    def ahead(self, *, start: int, stop: int, workers: int) -> Generator[StoredBatch, None, None]:
         """Batches of updates start..stop−1 in order, read ahead by `workers` threads (0: none).
 
         Threads, not processes: reading releases the GIL, and there is nothing to fork, to pickle
@@ -214,62 +246,101 @@ class MicroBatches:
         draw = counted_rng(self._plan.seed, "text only", update, position).random()
         return bool(draw >= TEXT_ONLY_SHARE)
 
-    def _text(self, row: int, update: int, position: int) -> torch.Tensor:
-        draw = counted_rng(self._plan.seed, "caption dropout", update, position).random()
-        # Of a caption alone nothing would be left.
-        if draw < self._caption_dropout and int(self._index.types[row]) != TEXT:
-            return self._empty_text
-        text = self._read(row, TEXT_MEMBER)["text"]
-        if (
-            text.ndim != 2
-            or text.shape[0] > MAX_TEXT_TOKENS
-            or text.shape[1] != self._spec.text_dim
-        ):
-            raise self._misshapen(row, TEXT_MEMBER, text, f"(up to 512, {self._spec.text_dim})")
-        return pad_text(text)
+    def _texts(
+        self, rows: list[int], update: int, positions: Sequence[int]
+    ) -> tuple[torch.Tensor, ...]:
+        """(tokens, D) each: its own, or the empty prompt's."""
+        texts = []
+        for row, position in zip(rows, positions, strict=True):
+            draw = counted_rng(self._plan.seed, "caption dropout", update, position).random()
+            # Of a caption alone nothing would be left.
+            if draw < self._caption_dropout and int(self._index.types[row]) != TEXT:
+                texts.append(self._empty_text)
+            else:
+                self._read(row, TEXT_MEMBER, partial(self._room_for_text, row, texts))
+        return tuple(texts)
 
-    def _target(self, row: int) -> torch.Tensor:
-        """(C, T, H, W) latents; zeros of that shape where there is only a caption."""
-        if int(self._index.types[row]) != TEXT:
-            return self._checked(row, LATENTS_MEMBER, self._read(row, LATENTS_MEMBER)["latents"])
+    def _room_for_text(self, row: int, texts: list[torch.Tensor], found: Tensors) -> Room:
+        tokens, width = found["text"].shape
+        if tokens > MAX_TEXT_TOKENS or width != self._spec.text_dim:
+            expected = f"(up to {MAX_TEXT_TOKENS}, {self._spec.text_dim})"
+            raise self._misshapen(row, TEXT_MEMBER, found["text"], expected)
+        empty = self._empty_text
+        text = self._buffers.empty((MAX_TEXT_TOKENS, width), empty.dtype)[:tokens]
+        texts.append(self._of_dtype(row, TEXT_MEMBER, found["text"], text))
+        return {"text": text}
+
+    def _targets(self, rows: list[int]) -> torch.Tensor:
+        """(B, C, T, H, W) latents; zeros where there is only a caption."""
+        targets = self._buffers.empty((len(rows), *self._latent_shape(rows[0])), self._dtype)
+        for target, row in zip(targets, rows, strict=True):
+            if int(self._index.types[row]) == TEXT:
+                target.zero_()
+            else:
+                self._read(row, LATENTS_MEMBER, partial(self._room_for_latents, row, target))
+        return targets
+
+    def _room_for_latents(self, row: int, target: torch.Tensor, found: Tensors) -> Room:
+        return {"latents": self._latents(row, LATENTS_MEMBER, found["latents"], target)}
+
+    def _conditions(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, C, T, H, W), and CLIP's (B, tokens, D) where the model takes it."""
+        shape = (len(rows), *self._latent_shape(rows[0]))
+        conditions = self._buffers.empty(shape, self._dtype)
+        images: list[torch.Tensor] = []
+        for condition, row in zip(conditions, rows, strict=True):
+            room = partial(self._room_for_condition, row, condition, images)
+            self._read(row, CONDITION_MEMBER, room)
+        return conditions, torch.stack(images) if images else None
+
+    def _room_for_condition(
+        self, row: int, target: torch.Tensor, images: list[torch.Tensor], found: Tensors
+    ) -> Room:
+        room = {"cond": self._latents(row, CONDITION_MEMBER, found["cond"], target)}
+        if (width := self._spec.image_dim) is not None:
+            clip = found.get("clip", TensorHeader("none", (0, 0), 0))
+            if clip.shape[1] != width:
+                raise self._misshapen(row, CONDITION_MEMBER, clip, f"(tokens, {width}) as clip")
+            image = torch.empty(clip.shape, dtype=self._dtype)
+            images.append(image)
+            room["clip"] = self._of_dtype(row, CONDITION_MEMBER, clip, image)
+        return room
+
+    def _latent_shape(self, row: int) -> tuple[int, ...]:
+        """(C, T, H, W) of the sample's bucket."""
         bucket = self._index.buckets[int(self._index.bucket_ids[row])]
-        shape = bucket.latent_shape(self._spec.latent_channels, self._spec.stride)
-        return torch.zeros(shape, dtype=self._empty_text.dtype)
+        return bucket.latent_shape(self._spec.latent_channels, self._spec.stride)
 
-    def _condition(self, row: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(4+C, T, H, W), and CLIP's (tokens, D) where the model takes it."""
-        tensors = self._read(row, CONDITION_MEMBER)
-        cond = self._checked(row, CONDITION_MEMBER, tensors["cond"])
-        with_mask = condition_with_mask(cond)
-        if (width := self._spec.image_dim) is None:
-            return with_mask, None
-        image = tensors.get("clip", cond.new_zeros(0, 0))
-        if image.shape[1] != width:
-            raise self._misshapen(row, CONDITION_MEMBER, image, f"(tokens, {width}) as clip")
-        return with_mask, image
+    def _latents(
+        self, row: int, member: str, found: TensorHeader, target: torch.Tensor
+    ) -> torch.Tensor:
+        """`target` if latents of that shape were found."""
+        if found.shape != target.shape:
+            raise self._misshapen(row, member, found, str(tuple(target.shape)))
+        return self._of_dtype(row, member, found, target)
 
-    def _checked(self, row: int, member: str, latents: torch.Tensor) -> torch.Tensor:
-        """`latents` if they are (C, T, H, W) of the sample's bucket."""
-        bucket = self._index.buckets[int(self._index.bucket_ids[row])]
-        expected = bucket.latent_shape(self._spec.latent_channels, self._spec.stride)
-        if latents.shape != expected:
-            raise self._misshapen(row, member, latents, str(expected))
-        return latents
+    def _of_dtype(
+        self, row: int, member: str, found: TensorHeader, target: torch.Tensor
+    ) -> torch.Tensor:
+        if TORCH_DTYPES[found.dtype] != target.dtype:
+            raise UserError(
+                f"shards: {self._index.where(row, member)}: {member} holds {found.dtype}, expected "
+                f"{target.dtype} as the fingerprint says. {REENCODE_SHARD}"
+            )
+        return target
 
-    def _read(self, row: int, member: str) -> dict[str, torch.Tensor]:
+    def _read(self, row: int, member: str, room: Callable[[Tensors], Room]) -> None:
         if not hasattr(self._local, "reader"):
             self._local.reader = MemberReader(self._index)
-        tensors = self._local.reader.read(row, member)
-        if tensors is None:
+        if not self._local.reader.read_into(row, member, room):
             raise UserError(
                 f"shards: {self._index.where(row)} has no {member}, which every "
                 f"{self._spec.mode} model needs. Encode with this model: wanprep encode "
                 f"--pretrained-model-name-or-path {self._spec.folder} --output <new folder>"
             )
-        return dict(tensors)
 
-    def _misshapen(self, row: int, member: str, found: torch.Tensor, expected: str) -> UserError:
+    def _misshapen(self, row: int, member: str, found: TensorHeader, expected: str) -> UserError:
         return UserError(
             f"shards: {self._index.where(row, member)}: {member} has shape "
-            f"{tuple(found.shape)}, expected {expected}. {REENCODE_SHARD}"
+            f"{found.shape}, expected {expected}. {REENCODE_SHARD}"
         )

@@ -2,16 +2,27 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from preprocess.index import build_index
 from preprocess.writer import ShardWriter
 from shared.cache import MemberReader, Prompt, open_cache, read_prompts
 from shared.errors import UserError
-from shared.schema import LATENTS_MEMBER, MEMBERS, Sample, SampleInfo, sample_key
+from shared.schema import (
+    CONDITION_MEMBER,
+    LATENTS_MEMBER,
+    MEMBERS,
+    TEXT_MEMBER,
+    Sample,
+    SampleInfo,
+    sample_key,
+)
+from shared.tensor_header import TensorHeader
 
 
 @pytest.fixture
@@ -124,3 +135,48 @@ def test_damaged_bytes_name_the_sample(folder: Path) -> None:
     shard.write_bytes(data)
     with pytest.raises(UserError, match=f"{index.key(0)}: {LATENTS_MEMBER} is damaged"):
         MemberReader(index).read(0, LATENTS_MEMBER)
+
+
+def test_tensors_are_read_where_they_are_wanted(folder: Path) -> None:
+    index = open_cache(folder)
+    reader = MemberReader(index)
+    for row in range(len(index)):
+        whole = torch.full((3, 2, 1, 2, 2), 7.0)
+
+        def room(
+            found: Mapping[str, TensorHeader], whole: torch.Tensor = whole
+        ) -> dict[str, torch.Tensor]:
+            assert found["latents"].shape == (2, 1, 2, 2)
+            return {"latents": whole[1]}
+
+        assert reader.read_into(row, LATENTS_MEMBER, room)
+        expected = reader.read(row, LATENTS_MEMBER)
+        assert expected is not None and torch.equal(whole[1], expected["latents"])
+        assert (whole[0] == 7).all() and (whole[2] == 7).all()
+    lacking = [row for row in range(len(index)) if reader.read(row, CONDITION_MEMBER) is None]
+    assert lacking and not reader.read_into(lacking[0], CONDITION_MEMBER, lambda _: {})
+
+
+def test_a_long_header_is_read_whole(tmp_path: Path) -> None:
+    text = torch.randn(3, 4)
+    info = SampleInfo(
+        caption="c",
+        type="text",
+        source="",
+        width=16,
+        height=16,
+        frames=1,
+        frame_indices=[],
+        fps=None,
+        source_width=None,
+        source_height=None,
+    )
+    sample = Sample(key=sample_key("1", {}, 0), info=info, latents=None, text=text)
+    members = sample.members()
+    members[TEXT_MEMBER] = safetensors.torch.save({"text": text}, {"by": "x" * 5000})
+    writer = ShardWriter(tmp_path, {"format": 1}, shard_bytes=1)
+    writer.add_members(sample.key, info.bucket, members)
+    writer.close()
+    reader = MemberReader(build_index(tmp_path))
+    read = torch.zeros(3, 4)
+    assert reader.read_into(0, TEXT_MEMBER, lambda _: {"text": read}) and torch.equal(read, text)

@@ -14,7 +14,7 @@ from preprocess.cli import app as wanprep
 from shared.cache import open_cache
 from shared.errors import UserError
 from tests.train.conftest import encode, write_dataset
-from tests.train.test_data import _dataset
+from tests.train.test_data import CPU, _dataset
 from tests.train.test_distill import distill, final_bytes, losses
 
 HIGH = ("--boundary-type", "high", "--mixed-precision", "no", "--caption-dropout", "0")
@@ -111,7 +111,7 @@ def test_batches_of_both_kinds(mixed: dict[str, Path], tiny_t2v: Path, tiny_ti2v
         seen: set[str] = set()
         both = False
         for update in range(8):
-            batch, without = whole.load(update, 0), dropped.load(update, 0)
+            batch, without = (data.load(update, 0).to(CPU) for data in (whole, dropped))
             kinds = {types[key] for key in batch.keys}
             both |= kinds == {0, 2}
             seen |= set(batch.keys)

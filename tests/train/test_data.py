@@ -14,6 +14,8 @@ from tests.train.conftest import encode
 from train.data import Batch, MicroBatches, load_prompt_bank
 from train.plan import BatchPlan
 
+CPU = torch.device("cpu")
+
 
 def _dataset(
     shards: Path,
@@ -43,7 +45,8 @@ def _plain(shards: Path) -> dict[str, dict[str, bytes]]:
 
 
 def _epoch(dataset: MicroBatches, workers: int, updates: int = 4) -> list[Batch]:
-    return list(dataset.ahead(start=0, stop=updates, workers=workers))
+    """Held all together, so that memory in use is not used again."""
+    return [batch.to(CPU) for batch in dataset.ahead(start=0, stop=updates, workers=workers)]
 
 
 def test_batches_hold_what_is_in_the_shards(i2v_shards: Path, tiny_i2v: Path) -> None:
@@ -53,17 +56,37 @@ def test_batches_hold_what_is_in_the_shards(i2v_shards: Path, tiny_i2v: Path) ->
         for row, key in enumerate(batch.keys):
             seen.add(key)
             sample = plain[key]
-            assert torch.equal(batch.latents[row], load(sample["latents.safetensors"])["latents"])
+            latents = load(sample["latents.safetensors"])["latents"]
+            assert torch.equal(batch.latents[row], latents.float())
             text = load(sample["text.safetensors"])["text"]
             assert torch.equal(batch.text[row, : len(text)], text)
             assert batch.text.shape[1] == 512 and not batch.text[row, len(text) :].any()
-            cond = load(sample["cond.safetensors"])["cond"]
+            cond = load(sample["cond.safetensors"])["cond"].float()
             assert torch.equal(batch.condition[row, 4:], cond)
             mask = torch.zeros(4, *cond.shape[1:], dtype=cond.dtype)
             if b'"type": "video"' in sample["json"]:
                 mask[:, 0] = 1
             assert torch.equal(batch.condition[row, :4], mask)
     assert seen == set(plain)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_memory_is_used_again_by_nobody_too_early(
+    i2v_shards: Path, tiny_i2v: Path, workers: int
+) -> None:
+    """Each batch right while later ones are read into what earlier ones left."""
+    plain = _plain(i2v_shards)
+    dataset = _dataset(i2v_shards, tiny_i2v)
+    places = set()
+    for batch in dataset.ahead(start=0, stop=40, workers=workers):
+        assert batch.condition is not None
+        places.add(batch.latents.data_ptr())
+        for row, key in enumerate(batch.keys):
+            held = (batch.latents[row], batch.condition[row], batch.texts[row])
+            wanted = (("latents", "latents"), ("cond", "cond"), ("text", "text"))
+            for tensor, (member, name) in zip(held, wanted, strict=True):
+                assert torch.equal(tensor, load(plain[key][f"{member}.safetensors"])[name])
+    assert len(places) < 20
 
 
 def test_one_frame_of_a_video_has_no_condition(

@@ -34,7 +34,7 @@ def test_a_cropped_batch_is_the_encoding_of_the_shorter_clip(
 ) -> None:
     shards = encode(dataset, tiny_i2v, tmp_path / "shards", "--dtype", "fp32")
     cropped = next(
-        batch
+        batch.to(torch.device("cpu"))
         for batch in _dataset(shards, tiny_i2v, frame_crop=True).ahead(start=0, stop=500, workers=0)
         if batch.latents.shape[2] == 2
     )
