@@ -123,6 +123,8 @@ class DistillConfig(TrainConfig):
     """None: `latents` for the low-noise expert, else `noise`."""
     pairing: Pairing
     score_floor: ScoreFloor
+    uniform_sampling: bool
+    """Spread the score levels of an update's samples evenly over the interval."""
     real_guidance_scale: float
     fake_guidance_scale: float
     gen_update_interval: int

@@ -24,6 +24,7 @@ class Distillation:
     recipe: Recipe
     gen_update_interval: int
     """Critic updates before each generator update."""
+    uniform_sampling: bool
     learning_rates: Mapping[str, float]
     product: str = GENERATOR
 
@@ -62,6 +63,7 @@ class Distillation:
             "fake_guidance_scale": recipe.fake_guidance_scale,
             "gen_update_interval": self.gen_update_interval,
             "fm_loss_weight": recipe.fm_loss_weight,
+            "uniform_sampling": self.uniform_sampling,
         }
 
     def sampling(self) -> dict[str, Any]:
@@ -114,6 +116,7 @@ def prepare_distillation(config: DistillConfig) -> Run:
         real_guidance_scale=config.real_guidance_scale,
         fake_guidance_scale=config.fake_guidance_scale,
         fm_loss_weight=config.fm_loss_weight,
+        score_strata=config.update_batch if config.uniform_sampling else 1,
         seed=config.seed,
     )
     _ = recipe.score_interval  # refuses an expert without steps
@@ -126,6 +129,7 @@ def prepare_distillation(config: DistillConfig) -> Run:
     objective = Distillation(
         recipe=recipe,
         gen_update_interval=config.gen_update_interval,
+        uniform_sampling=config.uniform_sampling,
         learning_rates={GENERATOR: config.learning_rate, CRITIC: config.learning_rate_critic},
     )
     return plan_run(config, spec, index, objective)

@@ -20,7 +20,7 @@ from train.flow import (
     x0_from_velocity,
 )
 from train.losses import dmd_gradient, dmd_loss, flow_matching_loss
-from train.rng import choice, noise, uniform
+from train.rng import choice, noise, spread
 from train.roles import Roles
 
 Start = Literal["latents", "noise"]
@@ -48,6 +48,9 @@ class Recipe:
     maths: Maths
     fm_loss_weight: float
     """Of flow matching on the cached latents in the generator's loss; 0: none."""
+    score_strata: int
+    """Samples of an update that share out the score interval evenly: all of it, however ranks and
+    micro-steps cut it. 1: each is drawn by itself."""
     seed: int
 
     @property
@@ -139,8 +142,10 @@ def rollout(
 def draw_level(recipe: Recipe, batch: Batch, purpose: str = "score") -> ScoreLevel:
     """A noise level and noise for each sample, inside the expert's interval."""
     low, high = recipe.score_interval
-    u = low + (high - low) * uniform(recipe.seed, f"{purpose} level", batch.update, batch.samples)
-    u = u.to(batch.latents.device)
+    share = spread(
+        recipe.seed, f"{purpose} level", batch.update, batch.samples, recipe.score_strata
+    )
+    u = (low + (high - low) * share).to(batch.latents.device)
     sigma = recipe.schedule.score_sigma(u, floored=recipe.maths == "corrected")
     drawn = noise(
         batch.latents.shape[1:], recipe.seed, f"{purpose} noise", batch.update, batch.samples

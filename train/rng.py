@@ -41,6 +41,19 @@ def uniform(seed: int, purpose: str, step: int, samples: Sequence[int]) -> torch
     )
 
 
+def spread(seed: int, purpose: str, step: int, samples: Sequence[int], strata: int) -> torch.Tensor:
+    """(B,) fp32 in [0, 1), each uniform by itself, any `strata` samples in a row spread evenly.
+
+    [0, 1) is cut into `strata` equal parts, which a permutation, drawn anew for each step, deals
+    out to the samples; each is uniform within its part. One part: the same as `uniform`.
+    """
+    parts = counted_rng(seed, f"{purpose} part", step).permutation(strata)
+    inside = [counted_rng(seed, purpose, step, sample).random() for sample in samples]
+    owned = [int(parts[sample % strata]) for sample in samples]
+    drawn = [(part + share) / strata for part, share in zip(owned, inside, strict=True)]
+    return torch.tensor(drawn, dtype=torch.float32)
+
+
 def choice(options: Sequence[int], seed: int, purpose: str, step: int) -> int:
     """One of `options`, uniformly, the same for all samples (and so all ranks) of `step`."""
     return options[int(counted_rng(seed, purpose, step).integers(len(options)))]

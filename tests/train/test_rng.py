@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from train.rng import choice, counted_rng, noise, uniform
+from train.rng import choice, counted_rng, noise, spread, uniform
 
 SHAPE = (2, 3, 4, 4)
 
@@ -20,6 +20,9 @@ def test_values_are_pinned() -> None:
     )
     assert uniform(42, "score level", 7, [0, 3]).tolist() == pytest.approx(
         [0.63215214, 0.43393695], abs=1e-7
+    )
+    assert spread(42, "score level", 7, [0, 3], 4).tolist() == pytest.approx(
+        [0.90803802, 0.35848424], abs=1e-7
     )
     drawn = [choice(range(4), 42, "exit step", update) for update in range(12)]
     assert drawn == [0, 1, 3, 1, 0, 0, 2, 1, 2, 3, 1, 2]
@@ -94,6 +97,43 @@ def test_statistics_are_those_of_the_distributions() -> None:
     assert abs(levels.mean() - 0.5) < 5 * (1 / 12 / 2000) ** 0.5
     counts = np.histogram(levels, bins=10, range=(0, 1))[0]
     assert ((counts - 200) ** 2 / 200).sum() < 27.9  # χ², 9 degrees of freedom, 0.1%
+
+
+@pytest.mark.parametrize("strata", [1, 2, 5, 8])
+def test_spread_samples_of_a_step_share_out_the_interval(strata: int) -> None:
+    """One in each part, never two; where in it, and whose it is, differs from step to step."""
+    steps = np.stack(
+        [spread(9, "p", step, range(strata), strata).double().numpy() for step in range(2000)]
+    )
+    parts = np.floor(steps * strata).astype(int)
+    assert (np.sort(parts, axis=1) == np.arange(strata)).all()
+    owners = np.stack([np.bincount(parts[:, sample], minlength=strata) for sample in range(strata)])
+    fair = 2000 / strata
+    assert (((owners - fair) ** 2 / fair).sum(axis=1) < strata + 30).all()
+    inside = (steps * strata - parts).ravel()
+    counts = np.histogram(inside, bins=10, range=(0, 1))[0]
+    assert ((counts - len(inside) / 10) ** 2 / (len(inside) / 10)).sum() < 27.9  # as below
+
+
+def test_spread_is_uniform_for_each_sample_and_its_mean_varies_less() -> None:
+    """The mean of n stratified draws has variance 1/(12·n³); of n independent ones 1/(12·n)."""
+    n, steps = 4, 4000
+    drawn = np.stack([spread(5, "q", step, range(n), n).double().numpy() for step in range(steps)])
+    for sample in range(n):
+        counts = np.histogram(drawn[:, sample], bins=10, range=(0, 1))[0]
+        assert ((counts - steps / 10) ** 2 / (steps / 10)).sum() < 27.9
+    expected = 1 / (12 * n**3)
+    assert abs(drawn.mean(axis=1).var() - expected) < 5 * expected * (2 / steps) ** 0.5
+    # Two samples of one step: never in one part, so a little apart on average.
+    correlation = np.corrcoef(drawn[:, 0], drawn[:, 1])[0, 1]
+    assert abs(correlation - (-1 / (n - 1) * (1 - 1 / n**2))) < 5 / steps**0.5
+
+
+def test_spread_depends_on_the_sample_not_on_the_cut() -> None:
+    whole = spread(1, "p", 2, range(6), 6)
+    for cut in ([0, 1, 2], [3, 4, 5], [5, 0], [4]):
+        assert torch.equal(spread(1, "p", 2, cut, 6), whole[cut])
+    assert torch.equal(spread(1, "p", 2, [0, 3], 1), uniform(1, "p", 2, [0, 3]))
 
 
 def test_results_are_fp32_in_the_asked_shape() -> None:

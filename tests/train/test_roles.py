@@ -48,6 +48,7 @@ def build_recipe(mode: str, **changes: object) -> Recipe:
         "real_guidance_scale": 6.0,
         "fake_guidance_scale": 0.0,
         "fm_loss_weight": 0.0,
+        "score_strata": 1,
         "seed": 3,
     }
     return Recipe(**(values | changes))  # type: ignore[arg-type]

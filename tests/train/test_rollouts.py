@@ -5,6 +5,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -249,3 +250,21 @@ def test_constants_are_the_briefs() -> None:
     assert edge.score_interval("low", "boundary") == (0.0, 0.98)
     levels = schedule.score_sigma(torch.tensor([0.0, 0.019, 0.021]))
     assert levels.tolist() == pytest.approx([0.02, 0.02, 0.021])
+
+
+@pytest.mark.parametrize(("expert", "floor"), LEVELS)
+def test_levels_of_an_update_are_spread_over_the_interval_however_it_is_cut(
+    expert: str, floor: str
+) -> None:
+    """--uniform-sampling: four samples in two micro-steps; a quarter of the interval each."""
+    low, high = score_interval(expert, floor)
+    recipe = recipe_of(expert, score_floor=floor, score_strata=4)
+    for update in range(50):
+        halves = [
+            replace(build_batch("i2v", update=update), samples=samples)
+            for samples in ((0, 1), (2, 3))
+        ]
+        u = torch.cat([draw_level(recipe, half).u for half in halves]).double().numpy()
+        assert sorted(((u - low) / (high - low) * 4).astype(int)) == [0, 1, 2, 3]
+        apart = [draw_level(recipe_of(expert, score_floor=floor), half).u for half in halves]
+        assert not np.allclose(u, torch.cat(apart).double().numpy())
