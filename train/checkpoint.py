@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from shared.errors import UserError
 from shared.fingerprint import flatten
 from shared.hashing import digest_of
 from train.ema import Ema
-from train.export import safetensors_parts
+from train.tensor_files import safetensors_parts
 
 FORMAT_VERSION = 1
 STATE = "state.json"
@@ -84,6 +84,8 @@ class Identity:
 
     fixed: dict[str, Any]
     loose: dict[str, Any]
+    product: dict[str, Any] = field(default_factory=dict)
+    """What the run is for: its `role`, and the `provenance` that its LoRA files get."""
 
 
 def checkpoint_name(updates: int, cycle: int) -> str:
@@ -109,7 +111,7 @@ def save_checkpoint(folder: Path, state: TrainState, identity: Identity, *, cycl
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     try:
-        _write_checkpoint(building, state, identity)
+        _write_checkpoint(building, state, identity, state.updates // cycle)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
@@ -134,7 +136,9 @@ def remove_oldest(folder: Path, keep: int) -> None:
         shutil.rmtree(doomed)
 
 
-def _write_checkpoint(building: Path, state: TrainState, identity: Identity) -> None:
+def _write_checkpoint(
+    building: Path, state: TrainState, identity: Identity, product_updates: int
+) -> None:
     """Every file of a checkpoint, on disk when this returns."""
     files = state.weights() | {
         f"{role}_optimizer.safetensors": role_state.moments()
@@ -154,6 +158,7 @@ def _write_checkpoint(building: Path, state: TrainState, identity: Identity) -> 
         "updates": state.updates,
         "identity": identity.fixed,
         "settings": identity.loose,
+        "product": {**identity.product, "updates": product_updates},
         "sha256": digests,
     }
     content["digest"] = digest_of(content)
@@ -261,6 +266,29 @@ def load_checkpoint(path: Path, state: TrainState, identity: Identity) -> list[s
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     ]
+
+
+def read_product(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The LoRA that a checkpoint's run is for: weights by global names, and what is told of it.
+
+    The average where the run keeps one, as the run's own LoRA files. UserError when there is no
+    checkpoint, or a damaged one.
+    """
+    if not (path / STATE).is_file():
+        raise UserError(
+            f"--checkpoint: {path} is not a checkpoint (no {STATE} in it). Expected a folder such "
+            "as output_dir_distill/checkpoint-50."
+        )
+    content = _read_state(path)
+    told = content.get("product", {})
+    if "role" not in told:
+        raise UserError(
+            f"--checkpoint: {path} does not say how its LoRA was trained; an earlier wandistill "
+            "wrote it. Go on with its run (--resume-from-checkpoint) to have the LoRA files."
+        )
+    average = EMA_WEIGHTS in content["sha256"]
+    file = EMA_WEIGHTS if average else f"{told['role']}_weights.safetensors"
+    return _read_tensors(path / file, content["sha256"][file]), told
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -28,9 +28,11 @@ from train.checkpoint import (
 from train.config import TrainConfig, check_writable, learning_rate
 from train.data import Batch, MicroBatches, PromptBank, load_prompt_bank
 from train.ema import Ema
-from train.export import Provenance, write_loras
+from train.export import write_loras
 from train.lora import LoraSpec, select_targets
+from train.lora_files import LoraWeights
 from train.progress import TrainProgress
+from train.provenance import Provenance
 from train.roles import Roles
 from train.run import Run, run_identity
 
@@ -94,7 +96,7 @@ def train(run: Run, console: Console) -> int | None:
             # However it ended, state is that of the last whole update: keep it.
             with signals.deferred(raise_after=False):
                 if state.updates > 0:
-                    _leave_behind(run, state, lora, identity, digest, say)
+                    _leave_behind(run, state, lora, identity, say)
     return signals.signum if state.updates < run.updates else None
 
 
@@ -176,26 +178,17 @@ def _leave_behind(
     state: TrainState,
     lora: LoraSpec,
     identity: Identity,
-    digest: str,
     say: Callable[[str], None],
 ) -> None:
     """A checkpoint of the last update, unless there is one, and the LoRA files."""
     folder = run.config.output_dir
     if not (folder / checkpoint_name(state.updates, run.cycle)).exists():
         say(f"saved    {_save(run, state, identity)}")
-    objective = run.objective
-    provenance = Provenance(
-        expert=objective.expert,
-        mode=run.spec.mode,
-        **objective.sampling(),
-        base=digest,
-        rank=lora.rank,
-        alpha=lora.alpha,
-        generator_updates=state.updates // run.cycle,
-        recipe={**identity.fixed["recipe"], **identity.loose},
-    )
-    weights = state.ema.weights if state.ema else state.roles[objective.product].parameters
-    for path in write_loras(folder, weights, lora, provenance, DTYPES[run.config.save_precision]):
+    told = identity.product["provenance"]
+    provenance = Provenance.of({**told, "generator_updates": state.updates // run.cycle})
+    weights = state.ema.weights if state.ema else state.roles[run.objective.product].parameters
+    product = LoraWeights.uniform(weights, lora.alpha).to(DTYPES[run.config.save_precision])
+    for path in write_loras(folder, product, provenance):
         say(f"LoRA     {path}")
 
 

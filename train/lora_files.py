@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,6 +69,12 @@ class LoraWeights:
     alphas: Mapping[str, float]
     """Module, e.g. `blocks.0.attn1.to_q`, → its alpha; its rank is that of its matrices."""
 
+    @classmethod
+    def uniform(cls, weights: Mapping[str, torch.Tensor], alpha: float) -> "LoraWeights":
+        """With one alpha for all modules, as our own are."""
+        modules = {name.rsplit(".lora_", 1)[0] for name in weights}
+        return cls(weights=weights, alphas=dict.fromkeys(modules, float(alpha)))
+
     @property
     def modules(self) -> list[str]:
         """The adapted modules: blocks in their order, layers by name."""
@@ -88,6 +94,11 @@ class LoraWeights:
     def scale(self, module: str) -> float:
         """alpha / rank: what B·A is multiplied by."""
         return self.alphas[module] / self.rank(module)
+
+    def to(self, dtype: torch.dtype) -> "LoraWeights":
+        """The same on the CPU in another dtype, free of any graph."""
+        cast = {name: tensor.detach().to("cpu", dtype) for name, tensor in self.weights.items()}
+        return replace(self, weights=cast)
 
     def delta(self, module: str, strength: float = 1.0) -> torch.Tensor:
         """What is added to the module's weight, (out, in) in fp32: strength·(alpha / rank)·B·A."""

@@ -45,7 +45,7 @@ class Objective(Protocol):
         """What a checkpoint must match to be gone on from."""
 
     def sampling(self) -> dict[str, Any]:
-        """Fields of `train.export.Provenance`: how to sample with the product."""
+        """Fields of `train.provenance.Provenance`: how to sample with the product."""
 
     def describe(self) -> list[str]:
         """Lines for people, printed at the start and by --dry-run."""

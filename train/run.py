@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from train.config import TrainConfig
 from train.lora import LoraSpec
 from train.objective import Objective
 from train.plan import BatchPlan
+from train.provenance import Provenance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +208,7 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
     """What a checkpoint of this run must match to be resumed, and what it merely remembers."""
     config = run.config
     average = {"ema_decay": config.ema_decay, "ema_start": config.ema_start}
-    fixed = {
+    fixed: dict[str, dict[str, Any]] = {
         "model": {"base": digest, "mode": run.spec.mode},
         "lora": {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)},
         "recipe": run.objective.identity() | average,
@@ -223,7 +224,25 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
     loose["shards"] = run.index.digest
     overlay = run.index.overlays.get(TEXT_MEMBER)
     loose["captions"] = overlay and f"{config.captions} {overlay.index.digest}"
-    return Identity(fixed, loose)
+    provenance = Provenance(
+        expert=run.objective.expert,
+        mode=run.spec.mode,
+        **run.objective.sampling(),
+        base=digest,
+        cache={
+            "digest": run.index.digest,
+            "fingerprint": run.index.fingerprint,
+            "samples": len(run.index),
+            "buckets": [
+                [bucket.height, bucket.width, bucket.frames] for bucket in run.index.buckets
+            ],
+        },
+        rank=lora.rank,
+        alpha=lora.alpha,
+        generator_updates=0,
+        recipe={**fixed["recipe"], **loose},
+    )
+    return Identity(fixed, loose, {"role": run.objective.product, "provenance": asdict(provenance)})
 
 
 def resolved_configuration(run: Run) -> str:

@@ -49,9 +49,9 @@ from shared.schema import DTYPES
 from train.base import base_digest, component_of
 from train.config import check_writable
 from train.dmd import Pairing
-from train.export import Provenance, read_provenance
 from train.flow import Schedule
 from train.media_out import contact_sheet
+from train.provenance import Provenance, read_provenance
 from train.rng import counted_rng
 
 TEACHER_STEPS, TEACHER_GUIDANCE = 40, 5.0

@@ -10,9 +10,11 @@ import torch
 from diffusers import WanPipeline
 
 from shared.toy_model import toy_folder
-from train.export import Provenance, write_loras
+from train.export import write_loras
 from train.flow import Schedule
 from train.lora import LoraSpec
+from train.lora_files import LoraWeights
+from train.provenance import Provenance
 from train.sample import student_scheduler
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +64,7 @@ def _provenance(expert: str, spec: LoraSpec) -> Provenance:
         boundary=0.875,
         pairing="euler",
         base="",
+        cache={"samples": 0, "buckets": []},
         rank=spec.rank,
         alpha=spec.alpha,
         generator_updates=1,
@@ -83,7 +86,7 @@ def _lora(folder: Path, expert: str, seed: int, transformer: torch.nn.Module) ->
                 values = 0.4 * torch.randn(shape, generator=generator)
                 weights[f"blocks.{block}.{target}.lora_{letter}.weight"] = values
     save_file(weights, folder / f"{expert}.safetensors")
-    write_loras(folder, weights, spec, _provenance(expert, spec), torch.float32)
+    write_loras(folder, LoraWeights.uniform(weights, spec.alpha), _provenance(expert, spec))
     return folder / f"{expert}.safetensors"
 
 

@@ -15,9 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from shared.cache import open_cache
 from shared.errors import UserError
 from tests.models import tiny_model
 from train.cli import app as wantrain
+from train.lora_forms import FORMS
 
 WANTRAIN = str(Path(sys.executable).parent / "wantrain")
 SMALL = (
@@ -75,6 +77,7 @@ def test_both_roles_train_and_every_file_is_there(finished: Path) -> None:
     assert sorted(final_bytes(finished)) == [
         "lora-low-comfyui.safetensors",
         "lora-low-diffusers.safetensors",
+        "lora-low-kohya.safetensors",
     ]
     state = json.loads((finished / "checkpoint-4" / "state.json").read_text())
     assert state["updates"] == 12
@@ -153,7 +156,7 @@ def test_sigterm_leaves_a_checkpoint_and_the_resumed_run_equals_an_uninterrupted
     (checkpoint,) = out.glob("checkpoint-*")
     updates = json.loads((checkpoint / "state.json").read_text())["updates"]
     assert 7 <= updates < 150
-    assert len(final_bytes(out)) == 2
+    assert len(final_bytes(out)) == len(FORMS)
 
     subprocess.run(
         [*command, "--resume-from-checkpoint", "latest"], check=True, capture_output=True
@@ -374,10 +377,17 @@ def test_a_run_builds_no_encoder(tiny_i2v: Path, i2v_shards: Path, tmp_path: Pat
     )
 
 
-def test_lora_files_carry_their_training(finished: Path) -> None:
-    for form in ("diffusers", "comfyui"):
+def test_lora_files_carry_their_training(finished: Path, t2v_shards: Path) -> None:
+    for form in FORMS:
         with safe_open(finished / f"lora-low-{form}.safetensors", framework="pt") as file:
-            told = json.loads(file.metadata()["wandistill"])
+            metadata = file.metadata()
+        told = json.loads(metadata["wandistill"])
+        manifest = json.loads((t2v_shards / "manifest.json").read_text())
+        assert told["cache"]["fingerprint"] == manifest["fingerprint"]
+        assert told["cache"]["digest"] == open_cache(t2v_shards).digest
+        assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "3")
+        assert (metadata["ss_steps"], metadata["ss_learning_rate"]) == ("4", "0.001")
+        assert metadata["modelspec.timestep_range"] == "0,875"
         assert (told["expert"], told["rank"], told["alpha"]) == ("low", 4, 3.0)
         assert told["flow_shift"] == 12.0
         assert told["generator_updates"] == 4

@@ -20,8 +20,9 @@ from train.config import DistillConfig
 from train.data import MicroBatches, load_prompt_bank
 from train.distillation import prepare_distillation as prepare
 from train.dmd import critic_step, generator_step
-from train.export import read_provenance
 from train.lora import LoraSpec, select_targets
+from train.lora_forms import FORMS
+from train.provenance import read_provenance
 from train.roles import CRITIC, GENERATOR, Roles
 
 Array = npt.NDArray[np.float64]
@@ -204,7 +205,7 @@ def test_provenance_tells_the_base_and_the_recipe(
         "--pairing", "euler", "--flow-shift", "9", "--seed", "77", "--caption-dropout", "0.25",
         "--denoising-step-indices-list", "1000,700,100",
     )  # fmt: skip
-    for form in ("diffusers", "comfyui"):
+    for form in FORMS:
         told = read_provenance(out / f"lora-{expert}-{form}.safetensors")
         assert told.base == base_digest(tiny_t2v, component)
         assert (

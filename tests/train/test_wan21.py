@@ -10,7 +10,7 @@ from tests.models import tiny_model
 from tests.train.conftest import encode
 from tests.train.test_distill import distill, final_bytes, losses
 from tests.train.test_sample import frames, sample
-from train.export import read_provenance
+from train.provenance import read_provenance
 
 
 def test_one_expert_goes_the_whole_way(dataset: Path, tmp_path: Path) -> None:
@@ -23,6 +23,7 @@ def test_one_expert_goes_the_whole_way(dataset: Path, tmp_path: Path) -> None:
     assert sorted(final_bytes(out)) == [
         "lora-full-comfyui.safetensors",
         "lora-full-diffusers.safetensors",
+        "lora-full-kohya.safetensors",
     ]
     curves = losses(out)
     values = [loss for curve in curves.values() for _, loss in curve]

@@ -1,0 +1,78 @@
+"""An adapter as tensors and metadata of the forms that others load.
+
+Each form has a trap (brief, section 5): diffusers takes rank and alpha from the metadata alone and
+rejects `.alpha` keys; ComfyUI and kohya's tools take alpha from a tensor and without it apply the
+LoRA at the strength of alpha = rank.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import torch
+
+from train.lora import DIFFUSERS_TO_ORIGINAL
+from train.lora_files import PEFT_METADATA_KEY, Form, LoraWeights
+
+Tensors = dict[str, torch.Tensor]
+DIFFUSERS_PREFIX = "transformer."  # for both experts: diffusers ignores "transformer_2." keys
+
+
+def to_form(lora: LoraWeights, form: Form) -> tuple[Tensors, dict[str, str]]:
+    """The adapter's tensors by the form's names, and the metadata without which they mislead."""
+    return _FORMS[form](lora)
+
+
+def _diffusers(lora: LoraWeights) -> tuple[Tensors, dict[str, str]]:
+    """For `pipe.load_lora_weights`; what differs from the usual rank or alpha is listed."""
+    modules = lora.modules
+    rank = _usual([lora.rank(module) for module in modules])
+    alpha = _usual([lora.alphas[module] for module in modules])
+    adapter: dict[str, object] = {"r": rank, "lora_alpha": alpha, "target_modules": modules}
+    if ranks := {m: lora.rank(m) for m in modules if lora.rank(m) != rank}:
+        adapter["rank_pattern"] = ranks
+    if alphas := {m: lora.alphas[m] for m in modules if lora.alphas[m] != alpha}:
+        adapter["alpha_pattern"] = alphas
+    told = {DIFFUSERS_PREFIX + name: value for name, value in adapter.items()}
+    return (
+        {DIFFUSERS_PREFIX + name: tensor for name, tensor in lora.weights.items()},
+        {PEFT_METADATA_KEY: json.dumps(told, sort_keys=True)},
+    )
+
+
+def _original_names(
+    lora: LoraWeights, name: Callable[[str, str], str]
+) -> tuple[Tensors, dict[str, str]]:
+    """Down, up and alpha of each module under what `name` makes of its block and Wan's name."""
+    tensors: Tensors = {}
+    for module in lora.modules:
+        _, block, inside = module.split(".", 2)
+        theirs = name(block, DIFFUSERS_TO_ORIGINAL[inside])
+        tensors[f"{theirs}.lora_down.weight"] = lora.down(module)
+        tensors[f"{theirs}.lora_up.weight"] = lora.up(module)
+        tensors[f"{theirs}.alpha"] = torch.tensor(lora.alphas[module])
+    return tensors, {}
+
+
+def _comfyui(lora: LoraWeights) -> tuple[Tensors, dict[str, str]]:
+    """Wan's own names; diffusers reads them too."""
+    return _original_names(lora, lambda block, layer: f"diffusion_model.blocks.{block}.{layer}")
+
+
+def _kohya(lora: LoraWeights) -> tuple[Tensors, dict[str, str]]:
+    """For musubi-tuner and ComfyUI; diffusers reads it only where all six layers are adapted."""
+    return _original_names(
+        lora, lambda block, layer: f"lora_unet_blocks_{block}_{layer.replace('.', '_')}"
+    )
+
+
+_FORMS: Mapping[Form, Callable[[LoraWeights], tuple[Tensors, dict[str, str]]]] = {
+    "diffusers": _diffusers,
+    "comfyui": _comfyui,
+    "kohya": _kohya,
+}
+FORMS = tuple(_FORMS)
+
+
+def _usual(values: list[float]) -> float:
+    return Counter(values).most_common(1)[0][0]

@@ -1,0 +1,137 @@
+"""What a LoRA file says about its training: for `wantrain sample`, and for other people's tools.
+
+Three dialects in a file's metadata, all of strings: ours, one JSON object with everything; kohya's
+`ss_…`, which ComfyUI's and web UIs' LoRA lists show; and `modelspec.…`, the standard of model hubs.
+None holds a date: equal runs give equal files.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from shared import __version__
+from shared.errors import UserError, first_line
+from shared.model_spec import Mode
+from train.dmd import Pairing
+from train.flow import Expert, Schedule
+from train.lora_files import read_metadata
+
+METADATA_KEY = "wandistill"
+SAMPLERS = {"renoise": "LCM", "euler": "Euler"}
+TITLES = {"high": "high-noise expert", "low": "low-noise expert", "full": "all steps"}
+# kohya's name → ours, in `Provenance.recipe`.
+_SS_RECIPE = {
+    "ss_seed": "seed",
+    "ss_learning_rate": "learning_rate",
+    "ss_lr_warmup_steps": "lr_warmup_steps",
+    "ss_max_grad_norm": "max_grad_norm",
+    "ss_batch_size_per_device": "train_batch_size",
+    "ss_gradient_accumulation_steps": "gradient_accumulation_steps",
+    "ss_mixed_precision": "mixed_precision",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What a LoRA file says about its training, and what sampling needs to reproduce it."""
+
+    expert: Expert
+    mode: Mode
+    denoising_step_indices_list: tuple[float, ...]
+    flow_shift: float
+    boundary: float | None
+    pairing: Pairing
+    base: str
+    """Digest of the transformer that it was trained on."""
+    cache: dict[str, Any]
+    """What it was trained on: `digest` of the shards, their `fingerprint`, `samples`, `buckets`."""
+    rank: int
+    alpha: float
+    generator_updates: int
+    recipe: dict[str, Any]
+    """The other settings of the run, for people."""
+    version: str = __version__
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(
+            indices=self.denoising_step_indices_list, shift=self.flow_shift, boundary=self.boundary
+        )
+
+    @property
+    def name(self) -> str:
+        """What its files are called, the form apart."""
+        return f"lora-{self.expert}"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def of(cls, told: dict[str, Any]) -> "Provenance":
+        """From what `asdict` or JSON gave. KeyError or TypeError when it is something else."""
+        # Fields that a later version adds are not ours to understand.
+        known = {name: told[name] for name in cls.__dataclass_fields__}
+        known["denoising_step_indices_list"] = tuple(known["denoising_step_indices_list"])
+        return cls(**known)
+
+    def metadata(self) -> dict[str, str]:
+        """All that a file says about its training, in whatever form its tensors are."""
+        return {METADATA_KEY: self.to_json()} | dict(self._kohya()) | dict(self._model_spec())
+
+    def _kohya(self) -> Iterator[tuple[str, str]]:
+        yield "ss_network_module", "networks.lora_wan"  # musubi-tuner's, whose form kohya's is
+        yield "ss_network_dim", str(self.rank)
+        yield "ss_network_alpha", f"{self.alpha:g}"
+        yield "ss_base_model_version", self._family
+        yield "ss_output_name", self.name
+        yield "ss_steps", str(self.generator_updates)
+        yield "ss_num_train_items", str(self.cache["samples"])
+        yield "ss_optimizer", "torch.optim.AdamW"
+        yield "ss_training_comment", f"wandistill {self.version}"
+        for theirs, ours in _SS_RECIPE.items():
+            if ours in self.recipe:
+                yield theirs, str(self.recipe[ours])
+
+    def _model_spec(self) -> Iterator[tuple[str, str]]:
+        yield "modelspec.sai_model_spec", "1.0.0"
+        yield "modelspec.architecture", f"{self._family}/lora"
+        yield "modelspec.implementation", f"https://github.com/Wan-Video/{self._family.title()}"
+        yield "modelspec.title", f"{self.name}, {self._family} {self.mode}, {TITLES[self.expert]}"
+        if self.cache["buckets"]:
+            height, width = max(
+                (tuple(bucket[:2]) for bucket in self.cache["buckets"]), key=lambda s: s[0] * s[1]
+            )
+            yield "modelspec.resolution", f"{width}x{height}"
+        switch = round(1000 * (self.boundary or 0))
+        ranges = {"high": f"{switch},1000", "low": f"0,{switch}", "full": "0,1000"}
+        yield "modelspec.timestep_range", ranges[self.expert]
+        steps = ", ".join(f"{t:.1f}" for t in self.schedule.timesteps)
+        yield (
+            "modelspec.usage_hint",
+            f"{len(self.schedule.indices)} steps at timesteps {steps} (shift "
+            f"{self.flow_shift:g}), CFG 1, sampler {SAMPLERS[self.pairing]}",
+        )
+
+    @property
+    def _family(self) -> str:
+        # No config says its version; two experts and ti2v came with 2.2.
+        return "wan2.2" if self.boundary is not None or self.mode == "ti2v" else "wan2.1"
+
+
+def read_provenance(path: Path) -> Provenance:
+    """The provenance in a LoRA file of any form. UserError when it is no such file."""
+    metadata = read_metadata(path)
+    if METADATA_KEY not in metadata:
+        raise UserError(
+            f"LoRA: {path} does not say how it was trained (no {METADATA_KEY!r} in its metadata), "
+            "so its steps can't be reproduced. Expected a file that `wantrain distill` wrote."
+        )
+    try:
+        return Provenance.of(json.loads(metadata[METADATA_KEY]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"LoRA: the {METADATA_KEY!r} metadata of {path} is damaged ({first_line(error)}). "
+            "Expected a file that `wantrain distill` wrote; write it again from its checkpoint."
+        ) from error
