@@ -1,0 +1,341 @@
+"""`wantrain merge`: a model folder whose transformers have LoRAs added to their weights.
+
+Only the transformers that a LoRA is for are written anew, tensor by tensor. Everything else of the
+folder goes along: weights as hard links where the file system allows it, other files as copies.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from rich.console import Console
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+
+from shared import cli_support
+from shared.durable import fsync_folder, rename, temporary, write_json
+from shared.errors import UserError, first_line
+from shared.model_spec import ModelSpec, read_model_spec, resolve_model
+from shared.original_layout import expert_folder, is_original
+from shared.original_weights import converted
+from train.base import base_digest, component_of
+from train.flow import Expert
+from train.lora_files import LoraFile, LoraWeights, check_fits, read_lora
+from train.provenance import METADATA_KEY, read_provenance
+from train.tensor_files import Stored, stored_tensors, write_stream
+
+PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+WEIGHTS = {".safetensors", ".bin", ".pth", ".pt"}
+FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """One call of `wantrain merge`."""
+
+    model: str
+    loras: tuple[Path, ...]
+    boundary_type: Expert | None
+    """Of LoRAs that don't say which expert they are for."""
+    lora_scale: float
+    output: Path
+    max_shard_size: str
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.lora_scale):
+            raise UserError(f"--lora-scale: found {self.lora_scale}, expected a number, such as 1.")
+        if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
+            raise UserError(
+                f"--output: {self.output} is there already. Name a folder that is not, or delete "
+                "this one."
+            )
+
+
+@dataclass(frozen=True)
+class _Addition:
+    """A LoRA and the expert whose weights it is added to."""
+
+    lora: LoraFile
+    expert: Expert
+
+
+def merge(config: MergeConfig, console: Console) -> None:
+    """Write the merged model folder, whole or not at all. UserError for all that can't be done."""
+    say = partial(cli_support.say, console)
+    spec = read_model_spec(resolve_model(config.model, ["*"]))
+    additions = [_addition(path, spec, config.boundary_type) for path in config.loras]
+    alone = any(addition.expert == "full" for addition in additions) and spec.two_experts
+    _refuse_mixed(additions, spec, alone=alone)
+    transformers: dict[str, _Transformer] = {}
+    for addition in additions:
+        component = component_of(addition.expert)
+        if component not in transformers:
+            transformers[component] = _Transformer(spec.folder, component)
+        transformers[component].add(addition.lora)
+        for warning in _warnings(addition, spec):
+            say(f"warning  {warning}", style="yellow")
+    for transformer in transformers.values():
+        transformer.plan(config.max_shard_size)
+
+    if config.output.resolve().is_relative_to(spec.folder.resolve()):
+        raise UserError(
+            f"--output: {config.output} lies inside the model's folder. Choose one beside it."
+        )
+    building = temporary(config.output.absolute())
+    try:
+        building.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir()
+        left_out = [spec.folder / "transformer_2"] if alone else []
+        _take_along(spec.folder, building, left_out, [t.folder for t in transformers.values()])
+        if alone:
+            _write_alone(building)
+        for component, transformer in transformers.items():
+            told = [_told(addition, config.lora_scale) for addition in additions]
+            transformer.write(building, config.lora_scale, told, console)
+            say(f"merged   {component}: {transformer.merged} layers, {transformer.size:.2f} GB")
+        fsync_folder(building)
+        if config.output.is_dir():
+            config.output.rmdir()  # empty, as was checked
+        rename(building, config.output.absolute())
+        fsync_folder(building.parent)
+    except OSError as error:
+        shutil.rmtree(building, ignore_errors=True)
+        raise UserError(
+            f"--output: can't write {config.output} ({error.strerror or error}). Nothing is left "
+            "of it; free some room or choose another folder."
+        ) from error
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    say(f"model    {config.output}")
+
+
+def _addition(path: Path, spec: ModelSpec, wanted: Expert | None) -> _Addition:
+    lora = read_lora(path)
+    expert: Expert
+    if METADATA_KEY in lora.metadata:
+        expert = read_provenance(path).expert
+    elif lora.for_transformer_2:
+        expert = "low"
+    elif not spec.two_experts:
+        expert = "full"
+    elif wanted is not None:
+        return _Addition(lora, wanted)
+    else:
+        raise UserError(
+            f"--lora: {path} does not say which expert it is for, and {spec.folder} has two. Say "
+            "it: --boundary-type high, low, or full for one LoRA that works alone at all steps."
+        )
+    if wanted is not None and wanted != expert:
+        raise UserError(
+            f"--boundary-type: found {wanted}, but {path} is for {expert}. Leave it out, or merge "
+            "the LoRAs one after the other."
+        )
+    if not spec.two_experts and expert != "full":
+        raise UserError(
+            f"--lora: {path} is for the {expert}-noise expert, but {spec.folder} has one "
+            "transformer. Use the model that it was trained on."
+        )
+    return _Addition(lora, expert)
+
+
+def _refuse_mixed(additions: Sequence[_Addition], spec: ModelSpec, *, alone: bool) -> None:
+    experts = sorted({addition.expert for addition in additions})
+    if alone and experts != ["full"]:
+        raise UserError(
+            f"--lora: found LoRAs for {', '.join(experts)}; one for full works without the "
+            "low-noise expert. Give high and low ones, or full ones."
+        )
+    if alone and is_original(spec.folder):
+        raise UserError(
+            f"--lora: {additions[0].lora.path} works alone at all steps, and a folder in Wan's "
+            "original layout can't leave the low-noise expert out. Use the model in diffusers' "
+            "layout."
+        )
+
+
+def _warnings(addition: _Addition, spec: ModelSpec) -> Iterable[str]:
+    if addition.lora.note:
+        yield addition.lora.note
+    if METADATA_KEY in addition.lora.metadata:
+        expected = read_provenance(addition.lora.path).base
+        found = base_digest(spec.folder, component_of(addition.expert))
+        if found != expected:
+            yield (
+                f"{addition.lora.path} was trained on other weights than {spec.folder} holds "
+                f"({expected[:12]}… against {found[:12]}…)"
+            )
+
+
+def _told(addition: _Addition, scale: float) -> dict[str, Any]:
+    """What the merged files say of a LoRA in them."""
+    told = addition.lora.metadata.get(METADATA_KEY)
+    return {
+        "file": addition.lora.path.name,
+        "expert": addition.expert,
+        "lora_scale": scale,
+        "provenance": json.loads(told) if told else None,
+    }
+
+
+class _Transformer:
+    """One expert's weights, its LoRAs, and the files that it will lie in."""
+
+    def __init__(self, model: Path, component: str) -> None:
+        original = is_original(model)
+        self.folder = expert_folder(model, component) if original else model / component
+        self._inside = self.folder.relative_to(model)
+        self._stored: dict[str, Stored] = {}
+        for file in sorted(self.folder.glob("*.safetensors")):
+            try:
+                held = stored_tensors(file)
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"model: {file} is damaged ({first_line(error)}). Download it again."
+                ) from error
+            if twice := self._stored.keys() & held.keys():
+                raise UserError(
+                    f"model: {file} and {self._stored[min(twice)].file} both hold {min(twice)}. "
+                    f"Leave one set of weights in {self.folder}."
+                )
+            self._stored |= held
+        if not self._stored:
+            raise UserError(
+                f"model: {self.folder} holds no safetensors; pickled weights are not read. Use a "
+                "folder with safetensors."
+            )
+        names: dict[str, Any] = {name: name for name in self._stored}
+        # diffusers' name → the name in the files
+        self._names = converted(component, names) if original else names
+        self._loras: dict[str, list[tuple[LoraWeights, str]]] = {}
+        self._files: Mapping[str, list[str]] = {}
+
+    @property
+    def merged(self) -> int:
+        """How many of its weights change."""
+        return len(self._loras)
+
+    @property
+    def size(self) -> float:
+        """Of all its weights, in GB."""
+        return sum(stored.size for stored in self._stored.values()) / 1e9
+
+    def add(self, lora: LoraFile) -> None:
+        """Merge this one, too. UserError when it is of another model."""
+        shapes = {
+            name: torch.Size(self._stored[own].shape)
+            for name, own in self._names.items()
+            if own in self._stored
+        }
+        check_fits(lora, shapes, str(self.folder))
+        for module in lora.lora.modules:
+            own = self._names[f"{module}.weight"]
+            if self._stored[own].dtype not in FLOATS:
+                raise UserError(
+                    f"model: {self._stored[own].file} holds {own} as {self._stored[own].dtype}, "
+                    "to which nothing can be added. Use the model in bf16 or fp32."
+                )
+            self._loras.setdefault(own, []).append((lora.lora, module))
+
+    def plan(self, max_shard_size: str) -> None:
+        """Decide what lies in which file."""
+        try:
+            split = split_state_dict_into_shards_factory(
+                self._stored,
+                get_storage_size=lambda stored: stored.size,
+                filename_pattern=PATTERN,
+                max_shard_size=max_shard_size,
+            )
+        except ValueError as error:
+            raise UserError(
+                f"--max-shard-size: found {max_shard_size!r}, expected a size such as 5GB or 500MB."
+            ) from error
+        self._files = split.filename_to_tensors
+
+    def write(
+        self, model: Path, scale: float, told: Sequence[Mapping[str, Any]], console: Console
+    ) -> None:
+        """Write its weights below the new folder `model`; one tensor is in memory at a time."""
+        folder = model / self._inside
+        metadata = {"format": "pt", METADATA_KEY: json.dumps({"merged": told}, sort_keys=True)}
+        with ExitStack() as stack:
+            sources: dict[Path, Any] = {}
+            for source in {stored.file for stored in self._stored.values()}:
+                sources[source] = stack.enter_context(safe_open(source, framework="pt"))
+
+            def value(name: str) -> torch.Tensor:
+                try:
+                    weight: torch.Tensor = sources[self._stored[name].file].get_tensor(name)
+                except SafetensorError as error:
+                    raise UserError(
+                        f"model: {self._stored[name].file} is damaged ({first_line(error)}). "
+                        "Download it again."
+                    ) from error
+                if name not in self._loras:
+                    return weight
+                total = weight.float()
+                for lora, module in self._loras[name]:
+                    total = total + lora.delta(module, scale)
+                return total.to(weight.dtype)
+
+            named = str(self._inside) if self._inside.name else "transformer"
+            for file, names in track(
+                self._files.items(), f"merging {named}", console=console, transient=True
+            ):
+                chosen = {name: self._stored[name] for name in names}
+                write_stream(folder / file, chosen, value, metadata)
+        if len(self._files) > 1:
+            where = {name: file for file, names in self._files.items() for name in names}
+            total = sum(stored.size for stored in self._stored.values())
+            write_json(
+                folder / INDEX,
+                {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))},
+            )
+        fsync_folder(folder)
+
+
+def _take_along(
+    source: Path, target: Path, left_out: Sequence[Path], merged: Sequence[Path]
+) -> None:
+    """Everything of a model's folder but hidden files, `left_out` and the weights of `merged`."""
+    for entry in sorted(source.iterdir()):
+        if entry.name.startswith(".") or entry in left_out:
+            continue
+        if entry.is_dir():
+            (target / entry.name).mkdir()
+            _take_along(entry, target / entry.name, left_out, merged)
+        elif source in merged and (
+            entry.suffix == ".safetensors" or entry.name.endswith(".safetensors.index.json")
+        ):
+            continue
+        elif entry.suffix in WEIGHTS:
+            _link(entry.resolve(), target / entry.name)  # in the hub's cache it is a symlink
+        else:
+            shutil.copyfile(entry, target / entry.name)
+    fsync_folder(target)
+
+
+def _link(file: Path, target: Path) -> None:
+    """A second name for a file of gigabytes; a copy where the file system has no such thing."""
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
+
+
+def _write_alone(folder: Path) -> None:
+    """Tell diffusers that one transformer takes all steps."""
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text())
+    write_json(path, index | {"transformer_2": [None, None], "boundary_ratio": None})
