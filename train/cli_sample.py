@@ -57,7 +57,7 @@ def sample(
 
     LoRAs are used on exactly the timesteps that they were trained on. Two experts need two LoRAs, which must agree on their steps.
 
-    Next: the same files in diffusers or ComfyUI, see the README.
+    Next: the same files in diffusers or ComfyUI, see docs/use-your-lora.md
     """
     from rich.console import Console
 
