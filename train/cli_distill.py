@@ -43,7 +43,8 @@ def _numbers(text: str, option: str) -> tuple[float, ...]:
 # fmt: off
 def distill(
     model: option.Model = DEFAULT_MODEL,
-    shards: option.Shards = Path("shards"),
+    shards: option.Shards = option.DEFAULT_SHARDS,
+    where: option.Where = option.ALL_SAMPLES,
     shard_cache_gb: option.ShardCacheGb = DEFAULT_SHARD_CACHE_GB,
     captions: option.Captions = None,
     boundary_type: option.BoundaryType = None,
@@ -107,11 +108,13 @@ def distill(
     from train.cli_run import carry_out
     from train.config import DistillConfig
     from train.distillation import prepare_distillation
+    from train.where import condition
 
     limit_shard_cache(shard_cache_gb)
     config = DistillConfig(
         model=model,
-        shards=shards,
+        shards=tuple(shards),
+        where=tuple(map(condition, where)),
         captions=captions,
         output_dir=output_dir,
         boundary_type=boundary_type,

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from shared.mirror import shards_to_read
+from train.folders import WeightedFolder, shards_option
 
 INPUT, OUTPUT, LENGTH, LORA, OPTIMIZER, DATA, DEVICE = (
     "Input",
@@ -17,9 +17,13 @@ INPUT, OUTPUT, LENGTH, LORA, OPTIMIZER, DATA, DEVICE = (
     "Device",
 )
 
+DEFAULT_SHARDS = [WeightedFolder(Path("shards"))]
+ALL_SAMPLES: list[str] = []
+
 # fmt: off
 Model = Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that is distilled: a folder of diffusers or Wan, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)]
-Shards = Annotated[Path, typer.Option(parser=shards_to_read, metavar="DIR|URL", help="Folder of shards that `wanprep encode` made.", rich_help_panel=INPUT)]
+Shards = Annotated[list[WeightedFolder], typer.Option(parser=shards_option, metavar="DIR|URL", help="Folder of shards that `wanprep encode` made; several, if given several times. DIR@W has a weight: an epoch shows its samples W times, e.g. DIR@3 or DIR@0.5.", rich_help_panel=INPUT)]
+Where = Annotated[list[str], typer.Option(metavar="COND", help="Train only on samples that fulfil this, e.g. 'frames>=17', 'tag=good', 'caption~=cat' or 'source=clips/*'; if given several times, all of it. Fields: caption, source, tag, type, bucket, height, width, frames, tokens.", show_default="all samples", rich_help_panel=INPUT)]
 ShardCacheGb = Annotated[float, typer.Option(metavar="GB", help="Room on this machine for whole shards of an object store (s3://bucket/shards); what is beyond is read sample by sample.", rich_help_panel=INPUT)]
 Captions = Annotated[str | None, typer.Option(metavar="NAME", help="Captions that `wanprep recaption --name NAME` made, in place of the shards' own.", show_default="the shards' own", rich_help_panel=INPUT)]
 BoundaryType = Annotated[Literal["low", "high", "full"] | None, typer.Option(help="Expert to train: the one for low or for high noise, or full for a model with one transformer (or one LoRA for all steps).", show_default="low where the model has two experts, else full", rich_help_panel=INPUT)]

@@ -10,7 +10,9 @@ from shared.errors import UserError
 from train.base import Precision
 from train.dmd import Maths, Pairing, Start
 from train.flow import Expert, ScoreFloor
+from train.folders import WeightedFolder
 from train.plan import Tail
+from train.where import Condition
 
 WHOLE, ABOVE_0, FROM_0 = "a whole number from 1", "a number above 0", "0 or more"
 
@@ -24,7 +26,9 @@ class TrainConfig:
 
     # What is trained, on what
     model: str
-    shards: Path
+    shards: tuple[WeightedFolder, ...]
+    where: tuple[Condition, ...]
+    """Only samples that fulfil all of them."""
     captions: str | None
     """Name of captions that `wanprep recaption` made; None: the shards' own."""
     output_dir: Path
@@ -84,6 +88,13 @@ class TrainConfig:
         )
         for name in at_least_one:
             check_option(name, getattr(self, name), getattr(self, name) >= 1, WHOLE)
+        paths = [folder.path.resolve() for folder in self.shards]
+        for folder, path in zip(self.shards, paths, strict=True):
+            if paths.count(path) > 1:
+                raise UserError(
+                    f"--shards: {folder.path} is given {paths.count(path)} times. Give it once, "
+                    f"with a weight if it shall count more: {folder.path}@{paths.count(path)}"
+                )
         for name in ("max_train_steps", "checkpoints_total_limit"):
             if (limit := getattr(self, name)) is not None:
                 check_option(name, limit, limit >= 1, WHOLE)

@@ -16,6 +16,7 @@ from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec
 from shared.schema import CONDITION_MEMBER, DTYPES, LATENTS_MEMBER, TEXT_MEMBER, TORCH_DTYPES
 from shared.tensor_header import TensorHeader
 from train.buffers import Buffers
+from train.dataset import Dataset
 from train.plan import BatchPlan, micro_batch
 from train.rng import counted_rng
 
@@ -23,6 +24,7 @@ VIDEO, TEXT = (MEDIA_TYPES.index(name) for name in ("video", "text"))
 MASK_CHANNELS = 4
 TEXT_ONLY_SHARE = 0.5  # of a ti2v model's clips: it must go on to serve text to video, too
 READ_AHEAD = 2  # batches a thread
+OPEN_FILES = 32  # of all caches, a thread
 
 Tensors = Mapping[str, TensorHeader]
 Room = dict[str, torch.Tensor]
@@ -155,7 +157,7 @@ class MicroBatches:
 
     def __init__(
         self,
-        index: CacheIndex,
+        dataset: Dataset,
         plan: BatchPlan,
         spec: ModelSpec,
         *,
@@ -167,7 +169,7 @@ class MicroBatches:
         world_size: int,
     ) -> None:
         """`frame_crop`: now and then show the beginning of clips only (`cropped_frames`)."""
-        self._index = index
+        self._dataset = dataset
         self._plan = plan
         self._spec = spec
         self._empty_text = empty_text
@@ -176,7 +178,7 @@ class MicroBatches:
         self._accumulation = accumulation
         self._rank = rank
         self._world_size = world_size
-        self._dtype = DTYPES[index.fingerprint["latents"]["dtype"]]
+        self._dtype = DTYPES[dataset.first.fingerprint["latents"]["dtype"]]
         self._buffers = Buffers()
         self._local = threading.local()  # a reader's files may be closed by the thread's next read
 
@@ -209,7 +211,7 @@ class MicroBatches:
         return StoredBatch(
             update=update,
             samples=tuple(positions),
-            keys=tuple(self._index.key(row) for row in rows),
+            keys=tuple(self._dataset.key(row) for row in rows),
             latents=latents,
             noised=noised,
             texts=texts,
@@ -240,8 +242,8 @@ class MicroBatches:
     def _keeps_first_frame(self, row: int, update: int, position: int) -> bool:
         """ti2v: whether a sample is image to video this time. Of a single frame nothing would be
         left to learn."""
-        bucket = self._index.buckets[int(self._index.bucket_ids[row])]
-        if int(self._index.types[row]) != VIDEO or bucket.frames == 1:
+        bucket = self._dataset.buckets[int(self._dataset.bucket_ids[row])]
+        if int(self._dataset.types[row]) != VIDEO or bucket.frames == 1:
             return False
         draw = counted_rng(self._plan.seed, "text only", update, position).random()
         return bool(draw >= TEXT_ONLY_SHARE)
@@ -254,7 +256,7 @@ class MicroBatches:
         for row, position in zip(rows, positions, strict=True):
             draw = counted_rng(self._plan.seed, "caption dropout", update, position).random()
             # Of a caption alone nothing would be left.
-            if draw < self._caption_dropout and int(self._index.types[row]) != TEXT:
+            if draw < self._caption_dropout and int(self._dataset.types[row]) != TEXT:
                 texts.append(self._empty_text)
             else:
                 self._read(row, TEXT_MEMBER, partial(self._room_for_text, row, texts))
@@ -274,7 +276,7 @@ class MicroBatches:
         """(B, C, T, H, W) latents; zeros where there is only a caption."""
         targets = self._buffers.empty((len(rows), *self._latent_shape(rows[0])), self._dtype)
         for target, row in zip(targets, rows, strict=True):
-            if int(self._index.types[row]) == TEXT:
+            if int(self._dataset.types[row]) == TEXT:
                 target.zero_()
             else:
                 self._read(row, LATENTS_MEMBER, partial(self._room_for_latents, row, target))
@@ -308,7 +310,7 @@ class MicroBatches:
 
     def _latent_shape(self, row: int) -> tuple[int, ...]:
         """(C, T, H, W) of the sample's bucket."""
-        bucket = self._index.buckets[int(self._index.bucket_ids[row])]
+        bucket = self._dataset.buckets[int(self._dataset.bucket_ids[row])]
         return bucket.latent_shape(self._spec.latent_channels, self._spec.stride)
 
     def _latents(
@@ -324,23 +326,31 @@ class MicroBatches:
     ) -> torch.Tensor:
         if TORCH_DTYPES[found.dtype] != target.dtype:
             raise UserError(
-                f"shards: {self._index.where(row, member)}: {member} holds {found.dtype}, expected "
-                f"{target.dtype} as the fingerprint says. {REENCODE_SHARD}"
+                f"shards: {self._dataset.where(row, member)}: {member} holds {found.dtype}, "
+                f"expected {target.dtype} as the fingerprint says. {REENCODE_SHARD}"
             )
         return target
 
+    def _reader(self, row: int) -> tuple[MemberReader, int]:
+        """This thread's reader of a sample's cache, and the sample's row there."""
+        if not hasattr(self._local, "readers"):
+            parts = self._dataset.parts
+            files = max(2, OPEN_FILES // len(parts))
+            self._local.readers = [MemberReader(part.index, open_files=files) for part in parts]
+        part, at = self._dataset.place(row)
+        return self._local.readers[part], at
+
     def _read(self, row: int, member: str, room: Callable[[Tensors], Room]) -> None:
-        if not hasattr(self._local, "reader"):
-            self._local.reader = MemberReader(self._index)
-        if not self._local.reader.read_into(row, member, room):
+        reader, at = self._reader(row)
+        if not reader.read_into(at, member, room):
             raise UserError(
-                f"shards: {self._index.where(row)} has no {member}, which every "
+                f"shards: {self._dataset.where(row)} has no {member}, which every "
                 f"{self._spec.mode} model needs. Encode with this model: wanprep encode "
                 f"--pretrained-model-name-or-path {self._spec.folder} --output <new folder>"
             )
 
     def _misshapen(self, row: int, member: str, found: TensorHeader, expected: str) -> UserError:
         return UserError(
-            f"shards: {self._index.where(row, member)}: {member} has shape "
+            f"shards: {self._dataset.where(row, member)}: {member} has shape "
             f"{found.shape}, expected {expected}. {REENCODE_SHARD}"
         )

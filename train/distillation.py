@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from shared.cache import CacheIndex
 from shared.errors import UserError
 from shared.model_spec import ModelSpec
 from train.config import DistillConfig
 from train.data import Batch
+from train.dataset import Dataset
 from train.dmd import Recipe, critic_step, generator_step
 from train.flow import Expert, Schedule
 from train.roles import CRITIC, GENERATOR, Roles
@@ -98,7 +98,7 @@ def prepare_distillation(config: DistillConfig) -> Run:
 
     Raises UserError for everything that a user can get wrong; no weight has been read by then.
     """
-    spec, index = open_data(config)
+    spec, data = open_data(config)
     expert: Expert = config.boundary_type or ("low" if spec.two_experts else "full")
     schedule = Schedule(
         indices=config.denoising_step_indices_list,
@@ -125,28 +125,28 @@ def prepare_distillation(config: DistillConfig) -> Run:
             f"--score-floor: found {config.score_floor} with --boundary-type {expert}; it is a "
             "choice for the high-noise expert alone. Leave it out."
         )
-    _refuse_captions_alone(config, spec, index, recipe)
+    _refuse_captions_alone(config, spec, data, recipe)
     objective = Distillation(
         recipe=recipe,
         gen_update_interval=config.gen_update_interval,
         uniform_sampling=config.uniform_sampling,
         learning_rates={GENERATOR: config.learning_rate, CRITIC: config.learning_rate_critic},
     )
-    return plan_run(config, spec, index, objective)
+    return plan_run(config, spec, data, objective)
 
 
 def _refuse_captions_alone(
-    config: DistillConfig, spec: ModelSpec, index: CacheIndex, recipe: Recipe
+    config: DistillConfig, spec: ModelSpec, data: Dataset, recipe: Recipe
 ) -> None:
     """Samples that are captions without a medium train only what begins and ends in noise."""
-    have = captions_alone(config, spec, index)
+    have = captions_alone(spec, data)
     if have is None:
         return
     if recipe.start == "latents":
         given = "" if config.start else f", the default of the {recipe.expert}-noise expert"
         raise UserError(
             f"--start: latents{given}, but {have}. Begin from noise: --start noise; or encode the "
-            "media into a folder of their own."
+            "media into a folder of their own, or leave them out (--where 'type!=text')."
         )
     if recipe.fm_loss_weight:
         raise UserError(

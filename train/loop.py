@@ -35,6 +35,7 @@ from train.progress import TrainProgress
 from train.provenance import Provenance
 from train.roles import Roles
 from train.run import Run, run_identity
+from train.tail_log import TailLog
 
 
 def train(run: Run, console: Console) -> int | None:
@@ -52,7 +53,7 @@ def train(run: Run, console: Console) -> int | None:
 
     # Base, adapters, optimizers
     device = torch.device(config.device)
-    bank = load_prompt_bank(run.index)
+    bank = load_prompt_bank(run.data.first)
     digest = base_digest(run.spec.folder, component_of(objective.expert))
     transformer = load_base(
         run.spec,
@@ -114,7 +115,7 @@ def _train(
     device = torch.device(config.device)
     negative = bank.negative.to(device)
     dataset = MicroBatches(
-        run.index,
+        run.data,
         run.plan,
         run.spec,
         empty_text=bank.empty,
@@ -127,6 +128,7 @@ def _train(
     batches = dataset.ahead(
         start=state.updates, stop=run.updates, workers=config.dataloader_num_workers
     )
+    tails = TailLog(config.output_dir, run.data, run.plan, start=state.updates)
     logs = SummaryWriter(str(config.output_dir / "logs"), purge_step=state.updates + 1)
     progress = TrainProgress(
         run.product_updates, run.cycle, console, start=state.updates, device=device
@@ -134,6 +136,7 @@ def _train(
     with closing(batches), progress, logs:
         while state.updates < run.updates:
             update = state.updates
+            tails.begin(update)
             role = objective.role_of(update)
             role_state = state.roles[role]
 

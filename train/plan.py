@@ -1,10 +1,13 @@
-"""Which samples make up which batch: a pure function of (index, seed, epoch).
+"""Which samples make up which batch: a pure function of (samples, seed, epoch).
 
 The unit is the *update batch*: all samples of one optimizer step over all ranks and accumulation
 steps, all of one bucket. How it is cut among ranks, micro-steps and workers does not change it, and
 the position is one integer.
 """
 
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -14,10 +17,24 @@ from shared.errors import UserError
 from train.rng import counted_rng
 
 Tail = Literal["pad", "drop"]
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Circle:
+    """Samples of a bucket of which each epoch shows the next few, round and round."""
+
+    members: Rows
+    shown: int
+    """In each epoch."""
+
+    def window(self, epoch: int) -> Rows:
+        at = (epoch * self.shown + np.arange(self.shown)) % len(self.members)
+        return self.members[at]
 
 
 class BatchPlan:
-    """The endless sequence of update batches over a cache."""
+    """The endless sequence of update batches over samples."""
 
     def __init__(
         self,
@@ -27,12 +44,16 @@ class BatchPlan:
         *,
         seed: int,
         tail: Tail = "pad",
+        epochs: int = 1,
     ) -> None:
-        """Plan over rows of the index.
+        """Plan over samples, which are numbered as they come.
 
         Args:
-            bucket_ids: (N,) bucket of each row.
-            repeats: (N,) how often a row occurs in an epoch (`video_repeat`).
+            bucket_ids: (N,) bucket of each sample.
+            repeats: (N,) how often it is shown in `epochs` epochs. Of what does not go into them
+                evenly each epoch shows its share, rounded up to whole samples of a bucket: a
+                sample of 3 in 2 epochs is shown once or twice in each. So an epoch always has the
+                same length.
             batch_size: samples of one update over all ranks and accumulation steps.
             tail: a bucket's last batch is filled with its samples again, or left out.
 
@@ -40,16 +61,19 @@ class BatchPlan:
         """
         self.batch_size = batch_size
         self.seed = seed
-        self._tail = tail
-        rows = np.repeat(np.arange(len(bucket_ids)), repeats)
-        by_bucket = rows[np.argsort(bucket_ids[rows], kind="stable")]
-        sizes = np.bincount(bucket_ids[rows], minlength=1)
-        self._buckets = np.split(by_bucket, np.cumsum(sizes)[:-1])
-        rest = sizes % batch_size
+        self.tail_policy: Tail = tail
+        always, rest = np.divmod(repeats, epochs)
+        samples = np.repeat(np.arange(len(bucket_ids)), always)
+        sizes = np.bincount(bucket_ids[samples], minlength=int(bucket_ids.max(initial=0)) + 1)
+        by_bucket = samples[np.argsort(bucket_ids[samples], kind="stable")]
+        self._always = np.split(by_bucket, np.cumsum(sizes)[:-1])
+        self._circles = [self._circles_of(b, bucket_ids, rest, epochs) for b in range(len(sizes))]
+        sizes += [sum(circle.shown for circle in circles) for circles in self._circles]
+        short = sizes % batch_size
         whole = sizes // batch_size
         padded = tail == "pad"
-        self.batches_per_epoch = int((whole + (rest > 0) if padded else whole).sum())
-        self.tail_samples = int((batch_size - rest)[rest > 0].sum() if padded else rest.sum())
+        self.batches_per_epoch = int((whole + (short > 0) if padded else whole).sum())
+        self.tail_samples = int((batch_size - short)[short > 0].sum() if padded else short.sum())
         """Samples that an epoch shows again (`pad`) or leaves out (`drop`)."""
         if self.batches_per_epoch == 0:
             raise UserError(
@@ -57,30 +81,64 @@ class BatchPlan:
                 f"{sizes[sizes > 0].tolist()}); use --tail pad, a smaller --train-batch-size, "
                 "or more data."
             )
-        self._epoch: tuple[int, npt.NDArray[np.int64]] | None = None
+        self._lock = threading.Lock()
+        self._epochs: dict[int, Rows] = {}
 
-    def epoch(self, epoch: int) -> npt.NDArray[np.int64]:
-        """(batches, batch_size) rows of the index, in training order."""
-        batches = []
-        for bucket, members in enumerate(self._buckets):
+    def _circles_of(
+        self, bucket: int, bucket_ids: npt.NDArray[np.int32], rest: Rows, epochs: int
+    ) -> list[_Circle]:
+        """What of a bucket occurs in some epochs only, by how often."""
+        if epochs == 1:
+            return []
+        mine = np.flatnonzero((bucket_ids == bucket) & (rest > 0))
+        return [
+            _Circle(
+                counted_rng(self.seed, "circle", bucket, int(times)).permutation(
+                    members := mine[rest[mine] == times]
+                ),
+                -(-len(members) * int(times) // epochs),
+            )
+            for times in np.unique(rest[mine])
+        ]
+
+    def _orders(self, epoch: int) -> Iterator[tuple[Rows, int]]:
+        """Of each bucket its samples in the epoch's order, and how many of them fill batches."""
+        for bucket, always in enumerate(self._always):
+            now = [always, *(circle.window(epoch) for circle in self._circles[bucket])]
+            members = np.concatenate(now) if len(now) > 1 else always
             order = counted_rng(self.seed, "order", epoch, bucket).permutation(members)
-            whole = len(order) // self.batch_size
-            if self._tail == "pad" and len(order) % self.batch_size:
-                order = np.resize(order, (whole + 1) * self.batch_size)
+            yield order, len(order) // self.batch_size * self.batch_size
+
+    def epoch(self, epoch: int) -> Rows:
+        """(batches, batch_size) samples, in training order."""
+        batches = []
+        for order, whole in self._orders(epoch):
+            if self.tail_policy == "pad" and whole < len(order):
+                order = np.resize(order, whole + self.batch_size)
             else:
-                order = order[: whole * self.batch_size]
+                order = order[:whole]
             batches.append(order.reshape(-1, self.batch_size))
         together = np.concatenate(batches)
         return together[counted_rng(self.seed, "batches", epoch).permutation(len(together))]
 
-    def batch(self, update: int) -> npt.NDArray[np.int64]:
-        """(batch_size,) rows of update number `update`, counted from the start of the run."""
+    def tail(self, epoch: int) -> Rows:
+        """The samples that an epoch shows once more than it would (`pad`) or leaves out."""
+        found = []
+        for order, whole in self._orders(epoch):
+            if self.tail_policy == "pad" and whole < len(order):
+                found.append(np.resize(order, whole + self.batch_size)[len(order) :])
+            elif self.tail_policy == "drop":
+                found.append(order[whole:])
+        return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+
+    def batch(self, update: int) -> Rows:
+        """(batch_size,) samples of update number `update`, counted from the start of the run."""
         epoch, position = divmod(update, self.batches_per_epoch)
-        current = self._epoch
-        if current is None or current[0] != epoch:
-            current = (epoch, self.epoch(epoch))
-            self._epoch = current  # readers on both sides of an epoch's end may make it twice
-        return current[1][position]
+        with self._lock:  # at an epoch's end readers are on both sides of it
+            if epoch not in self._epochs:
+                self._epochs = {n: rows for n, rows in self._epochs.items() if n == epoch - 1}
+                self._epochs[epoch] = self.epoch(epoch)
+            return self._epochs[epoch][position]
 
 
 def micro_batch(

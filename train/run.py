@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,10 +28,12 @@ from shared.schema import TEXT_MEMBER
 from train.base import component_of
 from train.checkpoint import Identity
 from train.config import TrainConfig
+from train.dataset import Dataset, dataset_of
 from train.lora import LoraSpec
 from train.objective import Objective
 from train.plan import BatchPlan
 from train.provenance import Provenance
+from train.tail_log import TAIL_LOG
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +42,7 @@ class Run:
 
     config: TrainConfig
     spec: ModelSpec
-    index: CacheIndex
+    data: Dataset
     plan: BatchPlan
     objective: Objective
     product_updates: int
@@ -54,11 +58,12 @@ class Run:
         return self.product_updates * self.cycle
 
     def _captions(self) -> str:
-        overlay = self.index.overlays.get(TEXT_MEMBER)
-        if overlay is None:
+        indexes = [part.index for part in self.data.parts]
+        overlays = [o for index in indexes if (o := index.overlays.get(TEXT_MEMBER)) is not None]
+        if not overlays:
             return ""
-        own = len(overlay.lacking)
-        kept = f" ({own} of {len(self.index)} have none and keep the shards' own)" if own else ""
+        own, samples = sum(len(overlay.lacking) for overlay in overlays), sum(map(len, indexes))
+        kept = f" ({own} of {samples} have none and keep the shards' own)" if own else ""
         return f" with the captions {self.config.captions!r}{kept}"
 
     def describe(self) -> list[str]:
@@ -74,24 +79,30 @@ class Run:
             if config.ema_decay
             else ""
         )
-        again = "shown again" if config.tail == "pad" else "left out"
+        tail = (
+            f"{plan.tail_samples} samples {'shown again' if config.tail == 'pad' else 'left out'}"
+        )
+        if plan.tail_samples:
+            tail += f" to fill batches: their keys go to {config.output_dir / TAIL_LOG}"
         expert = self.objective.expert
         return [
             f"model    {self.spec.folder} ({self.spec.mode}), expert {expert} "
             f"({component_of(expert)})",
-            f"data     {len(self.index)} samples in {len(self.index.buckets)} bucket(s) of "
-            f"{config.shards}{self._captions()}; update batch {plan.batch_size} = "
+            f"data     {len(self.data)} samples in {len(self.data.filled_buckets())} bucket(s) of "
+            f"{self.data.folders}{self._captions()}; update batch {plan.batch_size} = "
             f"{config.train_batch_size} x {config.gradient_accumulation_steps} accumulation; "
-            f"{plan.batches_per_epoch} updates an epoch ({plan.tail_samples} tail samples {again})",
-            *described(config.shards),
+            f"{plan.batches_per_epoch} updates an epoch ({tail})",
+            *self.data.describe(),
+            *(line for part in self.data.parts for line in described(part.index.folder)),
             *self.objective.describe(),
             f"length   {until}: {self.objective.describe_length(self.product_updates)} "
             f"({epochs:.1f} epochs){ema}",
         ]
 
 
-def open_data(config: TrainConfig) -> tuple[ModelSpec, CacheIndex]:
-    """The model's facts and the samples, from configs and index alone.
+def open_data(config: TrainConfig) -> tuple[ModelSpec, Dataset]:
+    """The model's facts and the samples, from configs and index alone (and from the samples'
+    KEY.json, where `--where` asks for what stands there).
 
     Raises UserError where they don't belong together, or this process can't train.
     """
@@ -103,31 +114,53 @@ def open_data(config: TrainConfig) -> tuple[ModelSpec, CacheIndex]:
         )
     folder = resolve_model(config.model, [])  # the configs decide which expert is needed
     spec = read_model_spec(folder)
-    index = open_cache(config.shards)
+    fields = model_fields(spec, FileHasher())
+    caches = [(_open(named.path, config, spec, fields), named.weight) for named in config.shards]
+    _refuse_other_numbers([index for index, _ in caches])
+    return spec, dataset_of(caches, config.where)
+
+
+def _open(shards: Path, config: TrainConfig, spec: ModelSpec, fields: Fingerprint) -> CacheIndex:
+    """One of the caches, with the captions and conditions that the run takes."""
+    index = open_cache(shards)
     if not len(index):
         raise UserError(
-            f"shards: {config.shards} has no samples; all were removed. Encode "
-            f"some: wanprep encode --output {config.shards}"
+            f"shards: {shards} has no samples; all were removed. Encode "
+            f"some: wanprep encode --output {shards}"
         )
     if config.captions is not None:
         index = with_captions(index, config.captions)
-    expected = model_fields(spec, FileHasher())
+    expected = dict(fields)
     image = {"image": expected.pop("image", {})}  # CLIP's embeddings may have been added later
     _refuse_other_model(config, index, expected)
     if index.fingerprint.get("mode") in LACKING.get(cache_mode(spec), ()):
         index = with_conditions(index, config.model)
     _refuse_other_model(config, index, image)
-    return spec, index
+    return index
 
 
-def plan_run(config: TrainConfig, spec: ModelSpec, index: CacheIndex, objective: Objective) -> Run:
+def _refuse_other_numbers(caches: Sequence[CacheIndex]) -> None:
+    """UserError where samples of several caches would not fit into one batch."""
+    first = caches[0]
+    for group in ("latents", "text"):
+        for index in caches[1:]:
+            one, other = (c.fingerprint.get(group, {}).get("dtype") for c in (first, index))
+            if one != other:
+                raise UserError(
+                    f"shards: {group} of {first.folder} are {one}, those of {index.folder} "
+                    f"{other}; a batch can't hold both. Encode one of them anew: wanprep encode "
+                    f"--dtype {one} --output <new folder>"
+                )
+
+
+def plan_run(config: TrainConfig, spec: ModelSpec, data: Dataset, objective: Objective) -> Run:
     """Plan the batches and the length. UserError where the data make no update."""
     resolve_model(config.model, [component_of(objective.expert)])
-    of_type = np.where(index.types == MEDIA_TYPES.index("video"), config.video_repeat, 1)
-    repeats = of_type * index.repeats.astype(np.int64)
+    repeats, epochs = data.shown(config.video_repeat)
     plan = BatchPlan(
-        bucket_ids=index.bucket_ids,
+        bucket_ids=data.bucket_ids,
         repeats=repeats,
+        epochs=epochs,
         batch_size=config.update_batch,
         seed=config.seed,
         tail=config.tail,
@@ -135,29 +168,29 @@ def plan_run(config: TrainConfig, spec: ModelSpec, index: CacheIndex, objective:
     return Run(
         config=config,
         spec=spec,
-        index=index,
+        data=data,
         plan=plan,
         objective=objective,
         product_updates=config.max_train_steps or _updates_in_epochs(config, plan, objective),
     )
 
 
-def captions_alone(config: TrainConfig, spec: ModelSpec, index: CacheIndex) -> str | None:
+def captions_alone(spec: ModelSpec, data: Dataset) -> str | None:
     """What to say of samples that are captions without a medium; None where there are none.
 
     UserError for an i2v model, which can't learn from them at all.
     """
-    alone = int(np.count_nonzero(index.types == MEDIA_TYPES.index("text")))
+    alone = int(np.count_nonzero(data.types == MEDIA_TYPES.index("text")))
     if not alone:
         return None
     have = (
-        f"{alone} of the {len(index)} samples in {config.shards} are captions without a medium, "
+        f"{alone} of the {len(data)} samples in {data.folders} are captions without a medium, "
         "which have no latents"
     )
     if spec.mode == "i2v":
         raise UserError(
             f"shards: {have} and no first frame for an i2v model. Encode the media into a folder "
-            "of their own, or train a t2v model on these."
+            "of their own, leave these out (--where 'type!=text'), or train a t2v model on them."
         )
     return have
 
@@ -166,29 +199,29 @@ def _refuse_other_model(config: TrainConfig, index: CacheIndex, expected: Finger
     refuse_differences(
         index.fingerprint,
         expected,
-        what=f"{config.shards} were encoded with another model than {config.model}",
-        cure=_cure(config, index.fingerprint, expected),
+        what=f"{index.folder} were encoded with another model than {config.model}",
+        cure=_cure(config, index, expected),
     )
 
 
-def _cure(config: TrainConfig, found: Fingerprint, expected: Fingerprint) -> str:
+def _cure(config: TrainConfig, index: CacheIndex, expected: Fingerprint) -> str:
     """What to do about shards of another model."""
     model = f"--pretrained-model-name-or-path {config.model}"
     cure = (
         "Use the model that encoded them (--pretrained-model-name-or-path), or encode for this "
         f"one: wanprep encode {model} --output <folder>"
     )
-    differing = differences(found, expected)
+    differing = differences(index.fingerprint, expected)
     if all(field.startswith("text.") for field, _, _ in differing):
         return (
             f"Encode the text anew: wanprep recaption --name NAME --same-captions --shards "
-            f"{config.shards} {model}, then train with --captions NAME. {cure}"
+            f"{index.folder} {model}, then train with --captions NAME. {cure}"
         )
-    conditions = config.shards / CONDITIONS
+    conditions = index.folder / CONDITIONS
     if all(field.startswith("image.") for field, _, _ in differing) and conditions.is_dir():
         return (
             f"Delete {conditions} and add them for this model: wanprep add-condition --shards "
-            f"{config.shards} {model} --train-data-dir DIR. {cure}"
+            f"{index.folder} {model} --train-data-dir DIR. {cure}"
         )
     return cure
 
@@ -221,21 +254,20 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
     loose: dict[str, Any] = {name: getattr(config, name) for name in loose_names}
     for role, rate in run.objective.learning_rates.items():  # as the options are called
         loose["learning_rate" if role == run.objective.product else f"learning_rate_{role}"] = rate
-    loose["shards"] = run.index.digest
-    overlay = run.index.overlays.get(TEXT_MEMBER)
-    loose["captions"] = overlay and f"{config.captions} {overlay.index.digest}"
+    loose["shards"] = run.data.identity()
+    captions = run.data.captions_identity()
+    loose["captions"] = captions and f"{config.captions} {captions}"
+    loose["where"] = ", ".join(map(str, config.where)) or None
     provenance = Provenance(
         expert=run.objective.expert,
         mode=run.spec.mode,
         **run.objective.sampling(),
         base=digest,
         cache={
-            "digest": run.index.digest,
-            "fingerprint": run.index.fingerprint,
-            "samples": len(run.index),
-            "buckets": [
-                [bucket.height, bucket.width, bucket.frames] for bucket in run.index.buckets
-            ],
+            "digest": run.data.identity(),
+            "fingerprint": run.data.first.fingerprint,
+            "samples": len(run.data),
+            "buckets": [[b.height, b.width, b.frames] for b in run.data.filled_buckets()],
         },
         rank=lora.rank,
         alpha=lora.alpha,

@@ -1,5 +1,6 @@
 """Batches against the shards as plain webdataset reads them."""
 
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from shared.cache import open_cache
 from shared.model_spec import read_model_spec
 from tests.train.conftest import encode
 from train.data import Batch, MicroBatches, load_prompt_bank
+from train.dataset import dataset_of
 from train.plan import BatchPlan
 
 CPU = torch.device("cpu")
@@ -29,7 +31,7 @@ def _dataset(
     index = open_cache(shards)
     plan = BatchPlan(index.bucket_ids, np.ones(len(index), np.int64), batch, seed=4)
     return MicroBatches(
-        index,
+        dataset_of([(index, Fraction(1))]),
         plan,
         read_model_spec(model),
         empty_text=load_prompt_bank(index).empty,

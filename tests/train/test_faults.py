@@ -94,7 +94,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(
             distill(tiny_t2v, t2v_shards, out, *RUN)
     run = prepare(config_of(tiny_t2v, t2v_shards, tmp_path / "none", *RUN))
     for row in run.plan.batch(update - 1):
-        assert run.index.key(int(row)) in str(said.value)
+        assert run.data.key(int(row)) in str(said.value)
     assert [path.name for path in list_checkpoints(out)] == [left]
     assert json.loads((out / left / "state.json").read_text())["updates"] == update - 1
     for file in [*(out / left).glob("*.safetensors"), *out.glob("lora-*")]:

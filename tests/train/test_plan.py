@@ -1,6 +1,9 @@
 """The batch plan: nothing lost, nothing doubled, the same however it is cut."""
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from math import ceil, floor
 
 import numpy as np
 import pytest
@@ -15,6 +18,16 @@ SIZES = st.lists(st.integers(0, 23), min_size=1, max_size=5).filter(any)
 
 def _buckets(sizes: list[int]) -> np.ndarray:
     return np.repeat(np.arange(len(sizes)), sizes).astype(np.int32)
+
+
+@st.composite
+def weighted(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
+    """Bucket of each sample, how often it is shown in so many epochs, how many these are."""
+    sizes = draw(SIZES)
+    epochs = draw(st.integers(1, 4))
+    samples = sum(sizes)
+    repeats = draw(st.lists(st.integers(1, 9), min_size=samples, max_size=samples))
+    return _buckets(sizes), np.array(repeats, dtype=np.int64), epochs
 
 
 def _plan(sizes: list[int], batch: int, *, tail: str = "pad", repeat: int = 1) -> BatchPlan:
@@ -77,3 +90,99 @@ def test_ranks_and_micro_steps_share_a_batch(ranks: int, accumulation: int) -> N
     ]
     assert sorted(position for share in shares for position in share) == list(range(12))
     assert len({len(share) for share in shares}) == 1
+
+
+@given(weighted(), st.integers(1, 7), st.integers(1, 9))
+@settings(max_examples=80, deadline=None)
+def test_weights_are_kept_epoch_by_epoch_and_in_the_long_run(
+    samples: tuple[np.ndarray, np.ndarray, int], batch: int, until: int
+) -> None:
+    """Each epoch shows a sample its share of times, rounded down or up, and over any number of
+    epochs as often as every other of its bucket and weight, but for one."""
+    buckets, repeats, epochs = samples
+    plan = BatchPlan(buckets, repeats, batch, seed=5, epochs=epochs)
+    shown = np.zeros(len(buckets), dtype=np.int64)
+    for epoch in range(until):
+        order = plan.epoch(epoch)
+        assert order.shape == (plan.batches_per_epoch, batch)  # the same number on every rank
+        assert all(len(set(buckets[rows].tolist())) == 1 for rows in order)
+        again = plan.tail(epoch)
+        assert len(again) == plan.tail_samples
+        now = np.bincount(order.ravel(), minlength=len(buckets))
+        now -= np.bincount(again, minlength=len(buckets))
+        for times, count in zip(repeats.tolist(), now.tolist(), strict=True):
+            assert floor(Fraction(times, epochs)) <= count <= ceil(Fraction(times, epochs))
+        shown += now
+    beyond = shown - until * (repeats // epochs)  # the part that does not go into them evenly
+    for bucket in set(buckets.tolist()):
+        for rest in set((repeats[buckets == bucket] % epochs).tolist()):
+            alike = beyond[(buckets == bucket) & (repeats % epochs == rest)]
+            assert int(alike.max()) - int(alike.min()) <= 1
+            # Rounded up to whole samples of the bucket: never too few, and hardly too many.
+            exact = Fraction(rest * until, epochs) * len(alike)
+            assert exact <= int(alike.sum()) < exact + until or rest == 0 == alike.sum()
+
+
+def test_half_a_weight_shows_all_within_two_epochs() -> None:
+    plan = BatchPlan(_buckets([6]), np.ones(6, np.int64), 3, seed=5, epochs=2)
+    halves = [set(plan.epoch(epoch).ravel().tolist()) for epoch in range(4)]
+    assert halves[0] | halves[1] == halves[2] | halves[3] == set(range(6))
+    assert all(len(half) == 3 for half in halves)
+
+
+@given(SIZES, st.integers(1, 7), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_the_tail_is_what_is_missing(sizes: list[int], batch: int, epoch: int) -> None:
+    if max(sizes) < batch:
+        return
+    plan = _plan(sizes, batch, tail="drop")
+    seen = plan.epoch(epoch).ravel().tolist()
+    assert sorted(seen + plan.tail(epoch).tolist()) == list(range(sum(sizes)))
+
+
+@given(
+    weighted(), st.integers(1, 3), st.integers(1, 8), st.integers(1, 3),
+    st.sampled_from(["pad", "drop"]), st.integers(0, 40),
+)  # fmt: skip
+@settings(max_examples=80, deadline=None)
+def test_ranks_and_micro_steps_share_every_update_without_loss(
+    samples: tuple[np.ndarray, np.ndarray, int],
+    each: int, ranks: int, accumulation: int, tail: str, update: int,
+) -> None:  # fmt: skip
+    buckets, repeats, epochs = samples
+    batch = each * ranks * accumulation
+
+    def plan_of_a_rank() -> BatchPlan:
+        return BatchPlan(buckets, repeats, batch, seed=5, tail=tail, epochs=epochs)  # type: ignore[arg-type]
+
+    try:
+        plans = [plan_of_a_rank() for _ in range(ranks)]
+    except UserError:
+        return
+    assert len({plan.batches_per_epoch for plan in plans}) == 1
+    shares = []
+    for step in range(accumulation):
+        for rank, plan in enumerate(plans):
+            where = micro_batch(
+                batch, micro_step=step, rank=rank, world_size=ranks, accumulation=accumulation
+            )
+            shares.append(plan.batch(update)[where.start : where.stop])
+    assert all(len(share) == each for share in shares)
+    assert len(set(buckets[np.concatenate(shares)].tolist())) == 1  # one bucket on all ranks
+    epoch, position = divmod(update, plans[0].batches_per_epoch)
+    assert np.concatenate(shares).tolist() == plans[0].epoch(epoch)[position].tolist()
+
+
+def test_readers_on_both_sides_of_an_epochs_end_get_the_same() -> None:
+    plan = _plan([13, 8], 3)
+    made = [plan.batch(update) for update in range(3 * plan.batches_per_epoch)]
+    with ThreadPoolExecutor(8) as pool:
+        parallel = list(pool.map(_plan([13, 8], 3).batch, range(len(made))))
+    assert all(np.array_equal(one, other) for one, other in zip(made, parallel, strict=True))
+
+
+def test_order_of_weights_is_pinned() -> None:
+    # Golden, as above: three samples always, four of which each epoch shows half.
+    plan = BatchPlan(_buckets([7]), np.array([2, 2, 2, 1, 1, 1, 1]), 5, seed=5, epochs=2)
+    expected = [[[6, 5, 2, 0, 1]], [[1, 2, 4, 0, 3]], [[5, 6, 0, 2, 1]]]
+    assert [plan.epoch(epoch).tolist() for epoch in (0, 1, 2)] == expected

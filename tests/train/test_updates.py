@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from shared.cache import open_cache
 from shared.model_spec import read_model_spec
 from tests.train.test_distill import arguments, distill, final_bytes
 from train.base import base_digest, load_base
@@ -68,14 +67,14 @@ class HandMade:
 
     def __init__(self, config: DistillConfig) -> None:
         run = prepare(config)
-        spec, bank = read_model_spec(run.spec.folder), load_prompt_bank(open_cache(config.shards))
+        spec, bank = read_model_spec(run.spec.folder), load_prompt_bank(run.data.first)
         base = load_base(
             spec, "low", precision="no", device=torch.device("cpu"), gradient_checkpointing=False
         )
         targets = select_targets(base, ("q", "k", "v", "ffn.0", "ffn.2"))
         self.roles = Roles(base, LoraSpec(rank=4, alpha=3, targets=targets), seed=config.seed)
         self.batches = MicroBatches(
-            run.index,
+            run.data,
             run.plan,
             spec,
             empty_text=bank.empty,
@@ -258,6 +257,6 @@ def test_videos_repeat_and_images_do_not(tiny_t2v: Path, t2v_shards: Path, tmp_p
         tiny_t2v, t2v_shards, tmp_path, "--video-repeat", "3", "--train-batch-size", "1"
     )
     run = prepare(config)
-    shown = np.bincount(run.plan.epoch(0).ravel(), minlength=len(run.index))
-    frames = [run.index.buckets[bucket].frames for bucket in run.index.bucket_ids]
+    shown = np.bincount(run.plan.epoch(0).ravel(), minlength=len(run.data))
+    frames = [run.data.buckets[bucket].frames for bucket in run.data.bucket_ids]
     assert sorted(zip(frames, shown.tolist(), strict=True)) == [(1, 1)] + [(9, 3)] * 5

@@ -1,0 +1,56 @@
+"""Folders of shards and their weights, as `--shards` names them."""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import typer
+
+from shared.errors import UserError
+from shared.mirror import shards_to_read
+
+MOST_WEIGHT, FINEST_WEIGHT = 1000, 1000
+_WEIGHTED = re.compile(r"(?P<folder>.+)@(?P<weight>[0-9.]+(?:/[0-9]+)?)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class WeightedFolder:
+    """A folder of shards, and how often an epoch shows its samples: 1/2 is each second one."""
+
+    path: Path
+    weight: Fraction = Fraction(1)
+
+    def __str__(self) -> str:
+        return str(self.path) if self.weight == 1 else f"{self.path}@{self.weight}"
+
+
+def weighted_folder(text: str) -> WeightedFolder:
+    """`DIR`, `DIR@3`, `s3://bucket/shards@0.5` or `DIR@1/3`: the last @NUMBER is a weight.
+
+    Raises UserError for a weight that is none, and for a store that can't be opened.
+    """
+    found = _WEIGHTED.fullmatch(text)
+    if found is None:
+        return WeightedFolder(shards_to_read(text))
+    try:
+        weight = Fraction(found["weight"])
+    except (ValueError, ZeroDivisionError):
+        weight = Fraction(0)
+    if not 0 < weight <= MOST_WEIGHT or weight.denominator > FINEST_WEIGHT:
+        raise UserError(
+            f"{text!r} ends in the weight {found['weight']!r}, expected a number "
+            f"above 0 up to {MOST_WEIGHT} of at most three decimals, or a fraction such as 1/3. "
+            f"A folder of that name is written with a weight behind it: {text}@1"
+        )
+    return WeightedFolder(shards_to_read(found["folder"]), weight)
+
+
+def shards_option(text: str | WeightedFolder) -> WeightedFolder:
+    """`weighted_folder` for the command line, which shows a ValueError's value alone."""
+    if isinstance(text, WeightedFolder):
+        return text
+    try:
+        return weighted_folder(text)
+    except UserError as error:
+        raise typer.BadParameter(str(error)) from error
