@@ -163,7 +163,7 @@ def test_where_and_its_tail(
     out = distill(tiny_t2v, t2v_shards, tmp_path / "out", *SHORT[2:], *where,
                   "--max-train-steps", "2", "--train-batch-size", "3")  # fmt: skip
     said = capsys.readouterr().err
-    assert "data     4 samples in 3 bucket(s)" in said
+    assert "data     4 samples in 2 bucket(s)" in said
     assert f"shards   4 of 6 samples of {t2v_shards}" in said
     assert f"2 samples shown again to fill batches: their keys go to {out / 'tail.jsonl'}" in said
     lines = [json.loads(line) for line in (out / "tail.jsonl").read_text().splitlines()]
