@@ -1,12 +1,27 @@
 """What every command that trains does with its prepared run."""
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from rich.console import Console
 
 from shared.cli_support import echo, say
 from train.loop import train
 from train.run import Run, resolved_configuration
+
+_instead: ContextVar[Callable[[Run, Console], None] | None] = ContextVar("instead", default=None)
+
+
+@contextmanager
+def carried_out_by(do: Callable[[Run, Console], None]) -> Iterator[None]:
+    """Commands that train do this with the run that they prepared, in place of training it."""
+    before = _instead.set(do)
+    try:
+        yield
+    finally:
+        _instead.reset(before)
 
 
 def carry_out(run: Run, *, dry_run: bool) -> None:
@@ -17,6 +32,9 @@ def carry_out(run: Run, *, dry_run: bool) -> None:
             echo(line)
         return
     console = Console(stderr=True)
+    if (instead := _instead.get()) is not None:
+        instead(run, console)
+        return
     stopped_by = train(run, console)
     if stopped_by is not None:
         say(

@@ -101,6 +101,22 @@ def train(run: Run, console: Console) -> int | None:
     return signals.signum if state.updates < run.updates else None
 
 
+def micro_batches(run: Run, bank: PromptBank) -> MicroBatches:
+    """The run's batches, for this process."""
+    config = run.config
+    return MicroBatches(
+        run.data,
+        run.plan,
+        run.spec,
+        empty_text=bank.empty,
+        caption_dropout=config.caption_dropout,
+        frame_crop=config.random_frame_crop,
+        accumulation=config.gradient_accumulation_steps,
+        rank=0,
+        world_size=1,
+    )
+
+
 def _train(
     run: Run,
     roles: Roles,
@@ -114,18 +130,7 @@ def _train(
     config, objective = run.config, run.objective
     device = torch.device(config.device)
     negative = bank.negative.to(device)
-    dataset = MicroBatches(
-        run.data,
-        run.plan,
-        run.spec,
-        empty_text=bank.empty,
-        caption_dropout=config.caption_dropout,
-        frame_crop=config.random_frame_crop,
-        accumulation=config.gradient_accumulation_steps,
-        rank=0,
-        world_size=1,
-    )
-    batches = dataset.ahead(
+    batches = micro_batches(run, bank).ahead(
         start=state.updates, stop=run.updates, workers=config.dataloader_num_workers
     )
     tails = TailLog(config.output_dir, run.data, run.plan, start=state.updates)

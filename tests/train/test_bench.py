@@ -1,0 +1,70 @@
+"""`wantrain bench`: what it counts is right; its times are for people."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.train.test_distill import SMALL
+from train.cli import app as wantrain
+
+
+def bench(model: Path, shards: Path, *more: str) -> None:
+    wantrain(
+        ["bench", "--model", str(model), "--shards", str(shards), *SMALL, *more],
+        standalone_mode=False,
+    )
+
+
+@pytest.mark.parametrize("accumulation", ["1", "2"])
+def test_it_watches_the_loop_itself(
+    tiny_t2v: Path,
+    t2v_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    accumulation: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bench(
+        tiny_t2v, t2v_shards, "--mixed_precision", "no", "--cycles", "2", "--json", "found.json",
+        "--gradient-accumulation-steps", accumulation,
+    )  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["found.json"]  # no --output-dir
+    found: dict[str, Any] = json.loads((tmp_path / "found.json").read_text())
+    loop, resident = found["loop"], found["resident"]
+    assert loop["updates"] == 6 and set(loop["by_role"]) == {"generator", "critic"}
+    assert sum(loop["parts"].values()) == pytest.approx(loop["seconds"])
+    assert all(seconds > 0 for seconds in loop["parts"].values())
+    passes = loop["parts"]["forward passes"] + loop["parts"]["backward passes"]
+    assert found["ratios"]["over_passes"] == pytest.approx(loop["seconds"] / passes)
+
+    weights = load_file(tiny_t2v / "transformer_2" / "diffusion_pytorch_model.safetensors")
+    assert resident["base"] == sum(4 * tensor.numel() for tensor in weights.values())
+    # Of rank 4, for q, k, v of both attentions (32 to 32) and both layers of the ffn (48 wide).
+    assert resident["loras"] == 2 * 2 * 4 * 4 * (6 * (32 + 32) + 2 * (32 + 48))
+    steps = resident["optimizers"] - 2 * resident["loras"]
+    assert steps == 2 * 2 * 8 * 2 * 4  # one fp32 counter for each matrix
+    assert 0 < resident["others"] < 30e6 and resident["peak"] > 1e8
+
+    said = capsys.readouterr().out
+    for line in ("step time / passes alone: ", "resident / one base", "loader / sequential read: "):
+        assert line in said
+
+
+def test_the_loader_alone(
+    tiny_i2v: Path, i2v_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench(tiny_i2v, i2v_shards, "--cycles", "0", "--json", str(tmp_path / "found.json"))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["loop"] is None and found["loader"]["raw"] > found["loader"]["loaded"] > 0
+    assert "passes" not in capsys.readouterr().out
+
+
+def test_a_dry_run_measures_nothing(
+    tiny_t2v: Path, t2v_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench(tiny_t2v, t2v_shards, "--dry-run")
+    assert "loader" not in capsys.readouterr().out.replace("dataloader", "")

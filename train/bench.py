@@ -1,0 +1,377 @@
+"""How lean a run is: its own loop, watched from outside, and its loader beside a plain read.
+
+The loop has no code for this. torch tells of every pass of the transformer, forward and backward,
+and of every optimizer step; what lies between them is what a run costs beside its passes.
+"""
+
+import gc
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from diffusers import WanTransformer3DModel
+from rich.console import Console
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from shared.mirror import shard_file
+from train.data import load_prompt_bank
+from train.loop import micro_batches, train
+from train.run import Run
+
+LEAN_GOAL, RESIDENT_GOAL, LOADER_GOAL = 1.02, 1.05, 0.9
+RAW_CHUNK = 1 << 20
+"""Bytes of a plain read: into one buffer that stays in the CPU's cache, the fastest there is."""
+MOST_LOADED = 1 << 30
+"""Bytes that one measurement of the loader reads."""
+ROUNDS = 7
+
+Kind = Literal["start", "forward", "forward end", "backward", "backward end", "step"]
+# What lies between two neighbouring marks.
+_BETWEEN = {
+    ("forward", "forward end"): "forward passes",
+    ("backward", "backward end"): "backward passes",
+    ("start", "forward"): "before an update's first pass: data, noise",
+    ("step", "forward"): "before an update's first pass: data, noise",
+    ("backward end", "forward"): "before an update's first pass: data, noise",
+    ("forward end", "forward"): "between passes: x0, noise, guidance",
+    ("forward end", "backward"): "between forward and backward: losses",
+    ("backward end", "step"): "after the last pass: clipping, optimizer",
+}
+PASSES = ("forward passes", "backward passes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """Whole cycles of updates, after one that warmed up."""
+
+    updates: int
+    seconds: float
+    parts: Mapping[str, float]
+    """Where they went; `PASSES` are the transformer's."""
+    by_role: Mapping[str, float]
+    """Role → seconds of one update, the median."""
+    to_first_step: float
+    """Seconds from the start of the process to the end of the first optimizer step."""
+
+    @property
+    def over_passes(self) -> float:
+        """Step time over the time of the transformer passes alone."""
+        return self.seconds / sum(self.parts[name] for name in PASSES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resident:
+    """Bytes of all tensors between two updates."""
+
+    base: int
+    """Weights without LoRAs."""
+    loras: int
+    optimizers: int
+    others: int
+    """Batches that were read ahead, embeddings, and whatever else a process holds."""
+    peak: int
+    """Most bytes of the GPU's memory, or of this process."""
+
+    @property
+    def over_needed(self) -> float:
+        """All weights and optimizer states over one base, its LoRAs and their optimizer states."""
+        return self.total / (self.base + self.loras + self.optimizers)
+
+    @property
+    def total(self) -> int:
+        return self.base + self.loras + self.optimizers + self.others
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loader:
+    """Bytes a second of one thread, medians."""
+
+    raw: float
+    """A sequential read of the same shards, page cache warm."""
+    loaded: float
+    ratio: float
+    """Median over rounds, so that whatever else the machine does strikes both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What `wantrain bench` found."""
+
+    device: str
+    load: float
+    """What else the machine did: its load average before."""
+    loop: Loop | None
+    resident: Resident | None
+    """None where the loader alone was measured."""
+    loader: Loader
+
+    def lines(self) -> list[str]:
+        """For people."""
+        loader = self.loader
+        return [
+            f"device   {self.device}, load {self.load:.1f}",
+            *self._loop_lines(),
+            f"loader   {loader.loaded / 2**30:.2f} GiB/s a thread, plain read "
+            f"{loader.raw / 2**30:.2f} GiB/s",
+            f"loader / sequential read: {loader.ratio:.3f} "
+            f"({verdict(loader.ratio >= LOADER_GOAL, f'≥ {LOADER_GOAL}')})",
+        ]
+
+    def _loop_lines(self) -> list[str]:
+        if (loop := self.loop) is None or (resident := self.resident) is None:
+            return []
+        share = {name: seconds / loop.seconds for name, seconds in loop.parts.items()}
+        gib = 2**30
+        return [
+            *(f"update   {role}: {seconds:.3f} s" for role, seconds in loop.by_role.items()),
+            *(f"time     {name}: {part:.2%}" for name, part in share.items()),
+            f"memory   base {resident.base / gib:.3f} GiB, LoRAs {resident.loras / gib:.3f}, "
+            f"optimizers {resident.optimizers / gib:.3f}, other tensors "
+            f"{resident.others / gib:.3f}; peak {resident.peak / gib:.3f}",
+            f"start    {loop.to_first_step:.1f} s from process to the end of the first step",
+            f"step time / passes alone: {loop.over_passes:.4f} "
+            f"({verdict(loop.over_passes <= LEAN_GOAL, f'≤ {LEAN_GOAL}')})",
+            f"resident / one base, LoRAs, optimizers: {resident.over_needed:.4f} "
+            f"({verdict(resident.over_needed <= RESIDENT_GOAL, f'≤ {RESIDENT_GOAL}')})",
+        ]
+
+    def to_text(self) -> str:
+        """As JSON."""
+        ratios = {
+            "over_passes": self.loop and self.loop.over_passes,
+            "over_needed": self.resident and self.resident.over_needed,
+            "loader": self.loader.ratio,
+        }
+        return json.dumps({**asdict(self), "ratios": ratios}, indent=2)
+
+
+def verdict(reached: bool, goal: str) -> str:
+    """A goal and whether it was reached, in words."""
+    return f"goal {goal}: {'reached' if reached else 'missed'}"
+
+
+def measure(run: Run, console: Console, *, cycles: int) -> Report:
+    """Train `cycles` cycles after one to warm up, in a folder that is thrown away, then read.
+    0: read alone.
+
+    Raises UserError as training does.
+    """
+    load = os.getloadavg()[0]
+    watcher = _train_watched(run, console, cycles) if cycles else None
+    return Report(
+        device=_device_name(torch.device(run.config.device)),
+        load=load,
+        loop=None if watcher is None else watcher.loop(),
+        resident=None if watcher is None else watcher.resident(),
+        loader=measure_loader(run),
+    )
+
+
+def _train_watched(run: Run, console: Console, cycles: int) -> "_Watcher":
+    with tempfile.TemporaryDirectory(prefix="wantrain-bench-") as folder:
+        config = replace(
+            run.config,
+            output_dir=Path(folder),
+            resume_from_checkpoint=None,
+            checkpoints_total_limit=None,
+            checkpointing_steps=cycles + 2,
+        )
+        run = replace(run, config=config, product_updates=cycles + 1)
+        watcher = _Watcher(run)
+        with watcher.watching():
+            train(run, console)
+    return watcher
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} thread(s)"
+
+
+@dataclass
+class _Watcher:
+    """Marks of a run, in the device's own time, and the tensors that lay there between updates."""
+
+    run: Run
+    marks: list[tuple[Kind, Any]] = field(default_factory=list)
+    first_step_at: float | None = None
+    optimizers: dict[int, int] = field(default_factory=dict)
+    """id → bytes of state."""
+    sizes: tuple[int, int, int] | None = None
+    """Base, LoRAs, all tensors; taken once, before the last update."""
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While the block trains."""
+        with ExitStack() as hooks:
+            for handle in (
+                register_module_forward_pre_hook(self._before_module),
+                register_module_forward_hook(self._after_module),
+                register_optimizer_step_post_hook(self._after_step),
+            ):
+                hooks.callback(handle.remove)
+            self._mark("start")
+            yield
+
+    def _mark(self, kind: Kind) -> None:
+        if torch.device(self.run.config.device).type != "cuda":
+            self.marks.append((kind, time.perf_counter()))
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.marks.append((kind, event))
+
+    def _seconds(self, one: Any, other: Any) -> float:
+        if isinstance(one, float):
+            return float(other - one)
+        return float(one.elapsed_time(other)) / 1000
+
+    def _before_module(self, module: nn.Module, inputs: Any) -> None:
+        if isinstance(module, WanTransformer3DModel):
+            if self.sizes is None and self._steps == self.run.updates - 1:
+                self.sizes = _sizes(module)
+            self._mark("forward")
+
+    def _after_module(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not isinstance(module, WanTransformer3DModel):
+            return
+        self._mark("forward end")
+        velocity = output[0]
+        if velocity.requires_grad:
+            velocity.register_hook(self._before_backward)
+
+    def _before_backward(self, gradient: torch.Tensor) -> None:
+        self._mark("backward")
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(lambda: self._mark("backward end"))
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._mark("step")
+        if self.first_step_at is None:
+            self.first_step_at = time.time()
+        self.optimizers[id(optimizer)] = sum(
+            value.nbytes
+            for state in optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
+        )
+
+    @property
+    def _steps(self) -> int:
+        return sum(kind == "step" for kind, _ in self.marks)
+
+    def loop(self) -> Loop:
+        """The time after the first cycle."""
+        if self.marks and not isinstance(self.marks[-1][1], float):
+            torch.cuda.synchronize()
+        steps = [place for place, (kind, _) in enumerate(self.marks) if kind == "step"]
+        assert len(steps) == self.run.updates and self.first_step_at is not None
+        warm = self.marks[steps[self.run.cycle - 1] : steps[-1] + 1]
+        parts: dict[str, float] = dict.fromkeys(dict.fromkeys(_BETWEEN.values()), 0.0)
+        for (kind, at), (following, then) in pairwise(warm):
+            parts[_BETWEEN[kind, following]] += self._seconds(at, then)
+        by_role: dict[str, list[float]] = defaultdict(list)
+        for update in range(self.run.cycle, self.run.updates):
+            at, then = self.marks[steps[update - 1]][1], self.marks[steps[update]][1]
+            by_role[self.run.objective.role_of(update)].append(self._seconds(at, then))
+        return Loop(
+            updates=self.run.updates - self.run.cycle,
+            seconds=self._seconds(warm[0][1], warm[-1][1]),
+            parts=parts,
+            by_role={role: statistics.median(seconds) for role, seconds in by_role.items()},
+            to_first_step=self.first_step_at - psutil.Process().create_time(),
+        )
+
+    def resident(self) -> Resident:
+        """The tensors before the last update."""
+        assert self.sizes is not None
+        base, loras, everything = self.sizes
+        optimizers = sum(self.optimizers.values())
+        device = torch.device(self.run.config.device)
+        return Resident(
+            base=base,
+            loras=loras,
+            optimizers=optimizers,
+            others=everything - base - loras - optimizers,
+            peak=torch.cuda.max_memory_allocated(device)
+            if device.type == "cuda"
+            else _peak_of_process(),
+        )
+
+
+def _peak_of_process() -> int:
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
+
+
+def _sizes(transformer: nn.Module) -> tuple[int, int, int]:
+    """Bytes of base, LoRAs, and of the memory of all tensors that the process holds."""
+    parameters = list(transformer.parameters())
+    base = sum(p.nbytes for p in parameters if not p.requires_grad)
+    loras = sum(p.nbytes for p in parameters if p.requires_grad)
+    places: dict[int, int] = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor):
+            storage = thing.untyped_storage()
+            places[storage.data_ptr()] = storage.nbytes()
+    return base, loras, sum(places.values())
+
+
+def measure_loader(run: Run) -> Loader:
+    """One thread that makes the run's batches, beside a sequential read of the same shards."""
+    run = replace(run, config=replace(run.config, caption_dropout=0.0))
+    dataset = micro_batches(run, load_prompt_bank(run.index))
+
+    def load(updates: int) -> int:
+        done = 0
+        for batch in dataset.ahead(start=0, stop=updates, workers=0):
+            tensors = (batch.latents, batch.condition, batch.image, *batch.texts)
+            done += sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return done
+
+    updates = max(1, min(run.plan.batches_per_epoch, MOST_LOADED // max(1, load(1)) or 1))
+    shards = [run.index.folder / name for name in run.index.shards]
+    buffer = bytearray(RAW_CHUNK)
+
+    def read() -> int:
+        done = 0
+        for shard in shards:
+            with shard_file(shard).open("rb", buffering=0) as stream:
+                while done < MOST_LOADED and (got := stream.readinto(buffer)):
+                    done += got
+        return done
+
+    load(updates)
+    read()
+    rates: list[tuple[float, float]] = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        bytes_read = read()
+        between = time.perf_counter()
+        bytes_loaded = load(updates)
+        raw = bytes_read / (between - began)
+        rates.append((raw, bytes_loaded / (time.perf_counter() - between)))
+    return Loader(
+        raw=statistics.median(raw for raw, _ in rates),
+        loaded=statistics.median(loaded for _, loaded in rates),
+        ratio=statistics.median(loaded / raw for raw, loaded in rates),
+    )
