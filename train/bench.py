@@ -339,7 +339,7 @@ def _sizes(transformer: nn.Module) -> tuple[int, int, int]:
 def measure_loader(run: Run) -> Loader:
     """One thread that makes the run's batches, beside a sequential read of the same shards."""
     run = replace(run, config=replace(run.config, caption_dropout=0.0))
-    dataset = micro_batches(run, load_prompt_bank(run.index))
+    dataset = micro_batches(run, load_prompt_bank(run.data.first))
 
     def load(updates: int) -> int:
         done = 0
@@ -349,7 +349,8 @@ def measure_loader(run: Run) -> Loader:
         return done
 
     updates = max(1, min(run.plan.batches_per_epoch, MOST_LOADED // max(1, load(1)) or 1))
-    shards = [run.index.folder / name for name in run.index.shards]
+    indices = [part.index for part in run.data.parts]
+    shards = [index.folder / name for index in indices for name in index.shards]
     buffer = bytearray(RAW_CHUNK)
 
     def read() -> int:
