@@ -6,6 +6,7 @@
     python benchmarks/learning.py i2v
     python benchmarks/learning.py recipes          # the seed's maths and other choices, per expert
     python benchmarks/learning.py ema              # the average over the path beside its last point
+    python benchmarks/learning.py fm               # flow matching on real latents beside DMD
     python benchmarks/learning.py full --quick     # a minute: does it run at all?
 
 Everything is kept under --work and done once: run it again, after an interruption or with more
@@ -132,6 +133,19 @@ EXPERIMENTS = {
         students={"d": (replace(FULL, flags=(*EULER, "--ema-decay", "0.8", "--ema-start", "5")),)},
         updates=(10, 20, 30),
         averaged=True,
+    ),
+    "fm": Experiment(
+        model="toy",
+        guidance=2,
+        loss_guidance=1.25,
+        shift=12,
+        students={
+            "DMD alone": (replace(FULL, flags=EULER),),  # the very runs of `full`
+            "+ 0.1 flow matching": (replace(FULL, flags=(*EULER, "--fm-loss-weight", "0.1")),),
+            "+ 0.5 flow matching": (replace(FULL, flags=(*EULER, "--fm-loss-weight", "0.5")),),
+        },
+        updates=(10, 20),
+        learning_rate="2e-4",
     ),
     "i2v": Experiment(
         model="toy-i2v",

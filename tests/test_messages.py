@@ -408,13 +408,13 @@ ROWS: dict[str, tuple[str, str]] = {
     ),
     "sample of nothing": (
         SAMPLE,
-        "error: --lora: found neither --lora nor --teacher, expected one: --lora FILE for a "
-        "student, --teacher for the base model.",
+        "error: --lora: found neither --lora nor --teacher, expected one: --lora FILE, or "
+        "--teacher for the base model alone.",
     ),
     "sample of both": (
         SAMPLE + "--teacher --lora {nowhere}",
-        "error: --lora: found both --lora and --teacher, expected one: --lora FILE for a "
-        "student, --teacher for the base model.",
+        "error: --lora: found both --lora and --teacher, expected one: --lora FILE, or "
+        "--teacher for the base model alone.",
     ),
     "lora missing": (
         SAMPLE + "--lora {nowhere}",
@@ -432,7 +432,7 @@ ROWS: dict[str, tuple[str, str]] = {
         SAMPLE + "--lora {foreign_safetensors}",
         "error: LoRA: {foreign_safetensors} does not say how it was trained (no 'wandistill' "
         "in its metadata), so its steps can't be reproduced. Expected a file that `wantrain "
-        "distill` wrote.",
+        "distill` or `lora` wrote.",
     ),
     "frames of a clip": (
         TEACHER + "--num-frames 80",

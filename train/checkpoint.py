@@ -26,10 +26,14 @@ from train.tensor_files import safetensors_parts
 
 FORMAT_VERSION = 1
 STATE = "state.json"
-EMA_WEIGHTS = "generator_ema.safetensors"
 REPLACED_SUFFIX = ".replaced"
 REMOVED_SUFFIX = ".removed"
 _NAME = re.compile(r"checkpoint-(\d+)(?:\+(\d+))?")
+
+
+def ema_file(role: str) -> str:
+    """A checkpoint's file of a role's averaged weights."""
+    return f"{role}_ema.safetensors"
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,9 @@ class TrainState:
 
     roles: Mapping[str, RoleState]
     updates: int = 0
-    """Optimizer steps of both roles so far: the one counter."""
+    """Optimizer steps of all roles so far: the one counter."""
     ema: Ema | None = None
-    """Average of the generator's weights, where the run keeps one."""
+    """Average of one role's weights, where the run keeps one."""
 
     def weights(self) -> dict[str, Mapping[str, torch.Tensor]]:
         """File of a checkpoint → the weights in it, as they are held; the optimizers apart."""
@@ -74,7 +78,7 @@ class TrainState:
             f"{role}_weights.safetensors": state.parameters for role, state in self.roles.items()
         }
         if self.ema is not None:
-            files[EMA_WEIGHTS] = self.ema.weights
+            files[ema_file(self.ema.role)] = self.ema.weights
         return files
 
 
@@ -89,9 +93,9 @@ class Identity:
 
 
 def checkpoint_name(updates: int, cycle: int) -> str:
-    """checkpoint-N after N generator updates; "+k" where k critic updates followed."""
-    generator, critic = divmod(updates, cycle)
-    return f"checkpoint-{generator}" + (f"+{critic}" if critic else "")
+    """checkpoint-N after N updates of the product; "+k" where k of the other role followed."""
+    product, other = divmod(updates, cycle)
+    return f"checkpoint-{product}" + (f"+{other}" if other else "")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -286,8 +290,8 @@ def read_product(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             f"--checkpoint: {path} does not say how its LoRA was trained; an earlier wandistill "
             "wrote it. Go on with its run (--resume-from-checkpoint) to have the LoRA files."
         )
-    average = EMA_WEIGHTS in content["sha256"]
-    file = EMA_WEIGHTS if average else f"{told['role']}_weights.safetensors"
+    average = ema_file(told["role"])
+    file = average if average in content["sha256"] else f"{told['role']}_weights.safetensors"
     return _read_tensors(path / file, content["sha256"][file]), told
 
 

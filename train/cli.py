@@ -1,7 +1,7 @@
 """`wantrain`: the command line of stage two. Heavy imports wait until a command runs."""
 
 from shared.cli_support import new_app, run
-from train import cli_bench, cli_distill, cli_export, cli_merge, cli_sample
+from train import cli_bench, cli_distill, cli_export, cli_lora, cli_merge, cli_sample
 
 PROGRAM_EXAMPLES = """
 # a LoRA of Wan2.2-I2V-A14B's low-noise expert, then a clip with it
@@ -14,16 +14,18 @@ wantrain distill --help
 """
 
 app = new_app(
-    "Distil few-step LoRAs of Wan models from shards, and sample with them.", PROGRAM_EXAMPLES
+    "Train LoRAs of Wan models from shards, few-step ones or plain, and sample with them.",
+    PROGRAM_EXAMPLES,
 )
 
 
 @app.callback()
 def _wantrain() -> None:
-    """Few-step LoRAs of Wan models, from shards."""
+    """LoRAs of Wan models, from shards."""
 
 
 cli_distill.add_command(app)
+cli_lora.add_command(app)
 cli_sample.add_command(app)
 cli_export.add_command(app)
 cli_merge.add_command(app)

@@ -19,13 +19,17 @@ wantrain sample --lora output_dir_high/lora-high-diffusers.safetensors \\
     --lora output_dir_distill/lora-low-diffusers.safetensors \\
     --image frame.png --prompt "a cat turns its head"
 
+# a LoRA of `wantrain lora`, by the base model's sampler
+wantrain sample --lora output_dir_lora/lora-low-diffusers.safetensors \\
+    --steps 30 --image frame.png --prompt "a cat turns its head"
+
 # the bundled toy model with its LoRA of `wantrain distill`, seconds on a CPU
 wantrain sample --model toy --lora toy-lora/lora-full-diffusers.safetensors \\
     --height 64 --width 64 --num-frames 17 --output toy-samples \\
     --prompt "a red circle moving left"
 """
 
-SHOWN, MODEL, CLIP, TEACHER = "What to show", "Model", "Clip", "The base model instead"
+SHOWN, MODEL, CLIP, TEACHER = "What to show", "Model", "Clip", "Many steps"
 
 
 # fmt: off
@@ -33,7 +37,7 @@ def sample(
     prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="What to show; one clip for each --prompt given.", rich_help_panel=SHOWN)],
     image: Annotated[Path | None, typer.Option(metavar="FILE", help="First frame, for i2v models; resized to cover the clip and cropped at the centre.", show_default="none", rich_help_panel=SHOWN)] = None,
 
-    lora: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="LoRA of `wantrain distill`; give it twice for a high and a low one, in any order.", show_default="none: give --teacher", rich_help_panel=MODEL)] = None,
+    lora: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="LoRA of `wantrain distill` or `wantrain lora`; give it twice for a high and a low one, in any order.", show_default="none: give --teacher", rich_help_panel=MODEL)] = None,
     model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that the LoRAs are of: a folder of diffusers or Wan, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=MODEL)] = DEFAULT_MODEL,
 
     height: Annotated[int, typer.Option(metavar="PX", help="Height in pixels, a multiple of 16.", rich_help_panel=CLIP)] = 480,
@@ -44,10 +48,10 @@ def sample(
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the clips (mp4) and the contact sheet (png).", rich_help_panel=CLIP)] = Path("samples"),
 
     teacher: Annotated[bool, typer.Option("--teacher", help="Sample the base model itself, with many steps, CFG and no LoRA.", show_default="off", rich_help_panel=TEACHER)] = False,
-    steps: Annotated[int | None, typer.Option(metavar="N", help="Steps of --teacher; a student takes those it was trained on.", show_default="40", rich_help_panel=TEACHER)] = None,
-    guidance_scale: Annotated[float | None, typer.Option(metavar="X", help="CFG scale of --teacher; a student needs none.", show_default="5", rich_help_panel=TEACHER)] = None,
-    negative_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What the CFG of --teacher leads away from.", show_default="Wan's published one", rich_help_panel=TEACHER)] = None,
-    flow_shift: Annotated[float | None, typer.Option(metavar="X", help="Shift of the noise schedule of --teacher.", show_default="12 for Wan 2.2 A14B t2v, else 5", rich_help_panel=TEACHER)] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Steps of --teacher and of plain LoRAs; a student takes those it was trained on.", show_default="40", rich_help_panel=TEACHER)] = None,
+    guidance_scale: Annotated[float | None, typer.Option(metavar="X", help="CFG scale of --teacher and of plain LoRAs; a student needs none.", show_default="5", rich_help_panel=TEACHER)] = None,
+    negative_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What that CFG leads away from.", show_default="Wan's published one", rich_help_panel=TEACHER)] = None,
+    flow_shift: Annotated[float | None, typer.Option(metavar="X", help="Shift of the noise schedule of --teacher and of plain LoRAs.", show_default="the LoRA's; 12 for Wan 2.2 A14B t2v, else 5", rich_help_panel=TEACHER)] = None,
 
     dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Number format of transformers and text encoder (the VAE is fp32).", rich_help_panel=DEVICE)] = "bf16",
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=DEVICE)] = "auto",
@@ -55,7 +59,7 @@ def sample(
 ) -> None:
     """Make clips with LoRAs, or with the base model.
 
-    LoRAs are used on exactly the timesteps that they were trained on. Two experts need two LoRAs, which must agree on their steps.
+    A student, a LoRA of `wantrain distill`, takes exactly the timesteps that it was trained on. A plain one, of `wantrain lora`, takes the base model's many steps with CFG. Two experts need two LoRAs of the same command.
 
     Next: the same files in diffusers or ComfyUI, see docs/use-your-lora.md
     """

@@ -2,7 +2,7 @@
 
 import tempfile
 from dataclasses import dataclass
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +10,7 @@ from shared.errors import UserError
 from train.base import Precision
 from train.dmd import Maths, Pairing, Start
 from train.flow import Expert, ScoreFloor
+from train.flow_matching import TimestepSampling
 from train.folders import WeightedFolder
 from train.plan import Tail
 from train.where import Condition
@@ -122,6 +123,32 @@ class TrainConfig:
     def update_batch(self) -> int:
         """Samples of one optimizer step."""
         return self.train_batch_size * self.gradient_accumulation_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainConfig):
+    """`wantrain lora`."""
+
+    timestep_sampling: TimestepSampling
+    logit_mean: float | None
+    logit_std: float | None
+    """Of the normal behind `logit-normal`; None: 0 and 1. Both None for `uniform`."""
+    uniform_sampling: bool
+    """Spread the levels of an update's samples evenly over that distribution."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("logit_mean", "logit_std"):
+            if (value := getattr(self, name)) is None:
+                continue
+            if self.timestep_sampling != "logit-normal":
+                raise UserError(
+                    f"--{name.replace('_', '-')}: found {value:g} with --timestep-sampling "
+                    f"{self.timestep_sampling}; it is of logit-normal alone. Leave it out, or add "
+                    "--timestep-sampling logit-normal."
+                )
+            fine = isfinite(value) and (name == "logit_mean" or value > 0)
+            check_option(name, value, fine, ABOVE_0 if name == "logit_std" else "a number")
 
 
 @dataclass(frozen=True, kw_only=True)

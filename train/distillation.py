@@ -13,6 +13,7 @@ from train.data import Batch
 from train.dataset import Dataset
 from train.dmd import Recipe, critic_step, generator_step
 from train.flow import Expert, Schedule
+from train.objective import Method
 from train.roles import CRITIC, GENERATOR, Roles
 from train.run import Run, captions_alone, open_data, plan_run
 
@@ -27,6 +28,7 @@ class Distillation:
     uniform_sampling: bool
     learning_rates: Mapping[str, float]
     product: str = GENERATOR
+    method: Method = "distill"
 
     @property
     def expert(self) -> Expert:
@@ -69,6 +71,7 @@ class Distillation:
     def sampling(self) -> dict[str, Any]:
         schedule = self.recipe.schedule
         return {
+            "method": self.method,
             "denoising_step_indices_list": schedule.indices,
             "flow_shift": schedule.shift,
             "boundary": schedule.boundary,

@@ -16,12 +16,12 @@ from train.flow import (
     ScoreFloor,
     add_noise,
     guide,
-    per_sample,
     x0_from_velocity,
 )
-from train.losses import dmd_gradient, dmd_loss, flow_matching_loss
+from train.flow_matching import Level, over_frames, velocity_loss
+from train.losses import dmd_gradient, dmd_loss
 from train.rng import choice, noise, spread
-from train.roles import Roles
+from train.roles import CRITIC, GENERATOR, Roles
 
 Start = Literal["latents", "noise"]
 Pairing = Literal["renoise", "euler"]
@@ -69,32 +69,11 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class ScoreLevel:
-    """Where scores are compared: σ and t = 1000·σ over frames, the noise, u before shift (B,)."""
+class ScoreLevel(Level):
+    """Where scores are compared."""
 
-    sigma: torch.Tensor
-    timestep: torch.Tensor
-    noise: torch.Tensor
     u: torch.Tensor
-
-
-def _over_frames(
-    batch: Batch, sigma: float | torch.Tensor, timestep: float | torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A level, one for all samples or (B,), as the batch's frames have it.
-
-    σ (B, 1, 1, 1, 1) and t (B,); with frames that are kept clean σ (B, 1, T, 1, 1) and t (B, T),
-    both 0 there: x_t is then the frame itself, and so is x̂0.
-    """
-    device, samples = batch.latents.device, len(batch.samples)
-    spread = [
-        torch.as_tensor(value, dtype=torch.float32, device=device).expand(samples)
-        for value in (sigma, timestep)
-    ]
-    if batch.noised is None:
-        return per_sample(spread[0]), spread[1]
-    sigmas, timesteps = (per_sample(value) * batch.noised for value in spread)
-    return sigmas, timesteps[:, 0, :, 0, 0]
+    """(B,), before the shift."""
 
 
 def exit_step(recipe: Recipe, update: int) -> int:
@@ -112,7 +91,7 @@ def rollout(
     shape, device = batch.latents.shape[1:], batch.latents.device
     steps = [step for step in recipe.walk if step <= last]
     levels = {
-        step: _over_frames(batch, recipe.schedule.sigmas[step], recipe.schedule.timesteps[step])
+        step: over_frames(batch, recipe.schedule.sigmas[step], recipe.schedule.timesteps[step])
         for step in steps
     }
 
@@ -150,7 +129,7 @@ def draw_level(recipe: Recipe, batch: Batch, purpose: str = "score") -> ScoreLev
     drawn = noise(
         batch.latents.shape[1:], recipe.seed, f"{purpose} noise", batch.update, batch.samples
     ).to(batch.latents.device)
-    return ScoreLevel(*_over_frames(batch, sigma, TIMESTEPS * sigma), drawn, u)
+    return ScoreLevel(*over_frames(batch, sigma, TIMESTEPS * sigma), drawn, u)
 
 
 def _guided_x0(
@@ -190,17 +169,10 @@ def generator_step(
         gradient = dmd_gradient(x0.detach(), real, fake, batch.noised)
     loss = dmd_loss(x0, gradient, batch.noised)
     if recipe.fm_loss_weight:
-        loss = loss + recipe.fm_loss_weight * _real_flow_matching(roles, recipe, batch)
+        at = draw_level(recipe, batch, "real")
+        real_flow = velocity_loss(roles, GENERATOR, batch, batch.latents, at)
+        loss = loss + recipe.fm_loss_weight * real_flow
     return loss
-
-
-def _real_flow_matching(roles: Roles, recipe: Recipe, batch: Batch) -> torch.Tensor:
-    """How far the generator is from the velocities of the cached latents, scalar with a graph."""
-    level = draw_level(recipe, batch, "real")
-    x_t = add_noise(batch.latents, level.noise, level.sigma)
-    with roles.generator():
-        v = roles.velocity(x_t, level.timestep, batch.text, batch.condition, batch.image)
-    return flow_matching_loss(v, level.noise, batch.latents, batch.noised)
 
 
 def critic_step(roles: Roles, recipe: Recipe, batch: Batch) -> torch.Tensor:
@@ -210,7 +182,4 @@ def critic_step(roles: Roles, recipe: Recipe, batch: Batch) -> torch.Tensor:
     """
     x0 = rollout(roles, recipe, batch, last=exit_step(recipe, batch.update), with_gradient=False)
     level = draw_level(recipe, batch)
-    x_t = add_noise(x0, level.noise, level.sigma)
-    with roles.critic():
-        v = roles.velocity(x_t, level.timestep, batch.text, batch.condition, batch.image)
-    return flow_matching_loss(v, level.noise, x0, batch.noised)
+    return velocity_loss(roles, CRITIC, batch, x0, level)

@@ -1,7 +1,7 @@
-"""An exponential moving average of the generator's LoRA, exported in place of the last weights.
+"""An exponential moving average of a LoRA, exported in place of the last weights.
 
-DMD's generator walks around its optimum; the average over the path lies nearer to it than most of
-its points.
+Training walks around its optimum; the average over the path lies nearer to it than most of its
+points.
 """
 
 from collections.abc import Mapping
@@ -14,23 +14,27 @@ import torch
 class Ema:
     """Averaged weights, fp32, each on the device of the parameter that it follows."""
 
+    role: str
+    """Whose weights they are."""
     weights: Mapping[str, torch.Tensor]
     """Global name → average."""
     decay: float
     """Share of the old average that an update keeps, in (0, 1)."""
     start: int
-    """Generator updates until which the average simply is the trained weights: one that reached
+    """Updates of the role until which the average simply is the trained weights: one that reached
     back to the first of them would drag the untrained LoRA along."""
 
     @classmethod
-    def of(cls, parameters: Mapping[str, torch.Tensor], *, decay: float, start: int) -> "Ema":
+    def of(
+        cls, role: str, parameters: Mapping[str, torch.Tensor], *, decay: float, start: int
+    ) -> "Ema":
         """An average that begins as these weights."""
         copies = {name: value.detach().clone() for name, value in parameters.items()}
-        return cls(weights=copies, decay=decay, start=start)
+        return cls(role=role, weights=copies, decay=decay, start=start)
 
     @torch.no_grad()
     def update(self, parameters: Mapping[str, torch.Tensor], updates: int) -> None:
-        """Take in the weights after generator update number `updates`, counted from 1."""
+        """Take in the weights after the role's update number `updates`, counted from 1."""
         kept = self.decay if updates > self.start else 0.0
         for name, average in self.weights.items():
             average.copy_(kept * average + (1 - kept) * parameters[name])

@@ -61,7 +61,7 @@ def from_checkpoint(path: Path) -> Source:
     UserError when there is no checkpoint, or a damaged one.
     """
     weights, told = read_product(path)
-    provenance = Provenance.of({**told["provenance"], "generator_updates": told["updates"]})
+    provenance = Provenance.of({**told["provenance"], "updates": told["updates"]})
     return Source(LoraWeights.uniform(weights, provenance.alpha), provenance.metadata())
 
 

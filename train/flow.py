@@ -53,6 +53,22 @@ def per_sample(values: torch.Tensor) -> torch.Tensor:
     return values.reshape(-1, 1, 1, 1, 1)
 
 
+def expert_interval(expert: Expert, shift: float, boundary: float | None) -> tuple[float, float]:
+    """(low, high) of u at which an expert works: σ ≥ boundary is high.
+
+    UserError where the model has no such expert.
+    """
+    if expert == "full":
+        return 0.0, 1.0
+    if boundary is None:
+        raise UserError(
+            f"--boundary-type {expert}: this model has one transformer and no boundary; "
+            "use --boundary-type full."
+        )
+    edge = unshift_sigma(boundary, shift)
+    return (0.0, edge) if expert == "low" else (edge, 1.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """The few steps that the student will take, and which expert owns which."""
@@ -85,13 +101,10 @@ class Schedule:
 
     def owned_steps(self, expert: Expert) -> range:
         """Positions of the expert's steps: t ≥ boundary·1000 is high. UserError if it owns none."""
+        expert_interval(expert, self.shift, self.boundary)  # refuses one that there is not
         if expert == "full":
             return range(len(self.indices))
-        if self.boundary is None:
-            raise UserError(
-                f"--boundary-type {expert}: this model has one transformer and no boundary; "
-                "use --boundary-type full."
-            )
+        assert self.boundary is not None
         limit = self.boundary * TIMESTEPS
         high = sum(t >= limit for t in self.timesteps)
         owned = range(high) if expert == "high" else range(high, len(self.indices))
@@ -115,12 +128,9 @@ class Schedule:
         """
         owned = self.owned_steps(expert)
         top = MAX_SCORE_U if capped else 1.0
-        if expert == "full":
-            return 0.0, top
-        assert self.boundary is not None
-        edge = unshift_sigma(self.boundary, self.shift)
-        if expert == "low":
-            return 0.0, min(edge, top)
+        edge, end = expert_interval(expert, self.shift, self.boundary)
+        if expert != "high":
+            return edge, min(end, top)
         if floor == "handover" and owned.stop < len(self.indices):
             edge = self.indices[owned.stop] / TIMESTEPS
         if edge >= top:

@@ -71,8 +71,9 @@ def train(run: Run, console: Console) -> int | None:
     roles = Roles(transformer, lora, seed=config.seed, names=rates)
     state = TrainState({role: _role_state(roles, role, rates[role], config) for role in rates})
     if config.ema_decay:
-        product = state.roles[objective.product].parameters
-        state.ema = Ema.of(product, decay=config.ema_decay, start=config.ema_start)
+        role = objective.product
+        weights = state.roles[role].parameters
+        state.ema = Ema.of(role, weights, decay=config.ema_decay, start=config.ema_start)
     identity = run_identity(run, lora, digest)
 
     if resume_from:
@@ -136,7 +137,12 @@ def _train(
     tails = TailLog(config.output_dir, run.data, run.plan, start=state.updates)
     logs = SummaryWriter(str(config.output_dir / "logs"), purge_step=state.updates + 1)
     progress = TrainProgress(
-        run.product_updates, run.cycle, console, start=state.updates, device=device
+        run.product_updates,
+        run.cycle,
+        console,
+        title=objective.method,
+        start=state.updates,
+        device=device,
     )
     with closing(batches), progress, logs:
         while state.updates < run.updates:
@@ -193,7 +199,7 @@ def _leave_behind(
     if not (folder / checkpoint_name(state.updates, run.cycle)).exists():
         say(f"saved    {_save(run, state, identity)}")
     told = identity.product["provenance"]
-    provenance = Provenance.of({**told, "generator_updates": state.updates // run.cycle})
+    provenance = Provenance.of({**told, "updates": state.updates // run.cycle})
     weights = state.ema.weights if state.ema else state.roles[run.objective.product].parameters
     product = LoraWeights.uniform(weights, lora.alpha).to(DTYPES[run.config.save_precision])
     for path in write_loras(folder, product, provenance):

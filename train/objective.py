@@ -1,7 +1,7 @@
 """What a run learns, as the loop sees it."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -9,9 +9,16 @@ from train.data import Batch
 from train.flow import Expert
 from train.roles import Roles
 
+Method = Literal["distill", "lora"]
+"""`distill`: a student for a few steps without CFG; `lora`: the base model, taught more."""
+
 
 class Objective(Protocol):
     """Which role each update trains, on which loss. Frozen, and no state: updates are counted."""
+
+    @property
+    def method(self) -> Method:
+        """How it learns, by the command's name; said in checkpoints and LoRA files."""
 
     @property
     def expert(self) -> Expert:

@@ -15,19 +15,20 @@ from rich.progress import (
 
 
 class TrainProgress(Progress):
-    """Generator updates done, both losses, seconds an update, peak device memory, time left."""
+    """Updates of the product done, losses, seconds an update, peak device memory, time left."""
 
     def __init__(
         self,
-        generator_updates: int,
+        product_updates: int,
         cycle: int,
         console: Console,
         *,
+        title: str,
         start: int,
         device: torch.device,
     ) -> None:
         super().__init__(
-            TextColumn("distill"),
+            TextColumn(title),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
@@ -41,7 +42,7 @@ class TrainProgress(Progress):
         self._started_at = time.monotonic()
         self._first = start
         self._task = self.add_task(
-            "distill", total=generator_updates, completed=start // cycle, figures=""
+            title, total=product_updates, completed=start // cycle, figures=""
         )
 
     def step(self, role: str, loss: float, updates: int) -> None:

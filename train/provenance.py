@@ -17,6 +17,7 @@ from shared.model_spec import Mode
 from train.dmd import Pairing
 from train.flow import Expert, Schedule
 from train.lora_files import read_metadata
+from train.objective import Method
 
 METADATA_KEY = "wandistill"
 SAMPLERS = {"renoise": "LCM", "euler": "Euler"}
@@ -37,19 +38,23 @@ _SS_RECIPE = {
 class Provenance:
     """What a LoRA file says about its training, and what sampling needs to reproduce it."""
 
+    method: Method
     expert: Expert
     mode: Mode
     denoising_step_indices_list: tuple[float, ...]
+    """Of `distill`; of `lora` empty: it goes with any steps."""
     flow_shift: float
     boundary: float | None
-    pairing: Pairing
+    pairing: Pairing | None
+    """Of `distill`; of `lora` None."""
     base: str
     """Digest of the transformer that it was trained on."""
     cache: dict[str, Any]
     """What it was trained on: `digest` of the shards, their `fingerprint`, `samples`, `buckets`."""
     rank: int
     alpha: float
-    generator_updates: int
+    updates: int
+    """Of the LoRA itself; of `distill` a critic's come on top."""
     recipe: dict[str, Any]
     """The other settings of the run, for people."""
     version: str = __version__
@@ -86,7 +91,7 @@ class Provenance:
         yield "ss_network_alpha", f"{self.alpha:g}"
         yield "ss_base_model_version", self._family
         yield "ss_output_name", self.name
-        yield "ss_steps", str(self.generator_updates)
+        yield "ss_steps", str(self.updates)
         yield "ss_num_train_items", str(self.cache["samples"])
         yield "ss_optimizer", "torch.optim.AdamW"
         yield "ss_training_comment", f"wandistill {self.version}"
@@ -107,11 +112,15 @@ class Provenance:
         switch = round(1000 * (self.boundary or 0))
         ranges = {"high": f"{switch},1000", "low": f"0,{switch}", "full": "0,1000"}
         yield "modelspec.timestep_range", ranges[self.expert]
+        yield "modelspec.usage_hint", self._usage()
+
+    def _usage(self) -> str:
+        if self.pairing is None:
+            return f"steps, CFG and sampler of the base model; trained at shift {self.flow_shift:g}"
         steps = ", ".join(f"{t:.1f}" for t in self.schedule.timesteps)
-        yield (
-            "modelspec.usage_hint",
+        return (
             f"{len(self.schedule.indices)} steps at timesteps {steps} (shift "
-            f"{self.flow_shift:g}), CFG 1, sampler {SAMPLERS[self.pairing]}",
+            f"{self.flow_shift:g}), CFG 1, sampler {SAMPLERS[self.pairing]}"
         )
 
     @property
@@ -126,12 +135,13 @@ def read_provenance(path: Path) -> Provenance:
     if METADATA_KEY not in metadata:
         raise UserError(
             f"LoRA: {path} does not say how it was trained (no {METADATA_KEY!r} in its metadata), "
-            "so its steps can't be reproduced. Expected a file that `wantrain distill` wrote."
+            "so its steps can't be reproduced. Expected a file that `wantrain distill` or `lora` "
+            "wrote."
         )
     try:
         return Provenance.of(json.loads(metadata[METADATA_KEY]))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"LoRA: the {METADATA_KEY!r} metadata of {path} is damaged ({first_line(error)}). "
-            "Expected a file that `wantrain distill` wrote; write it again from its checkpoint."
+            "Expected a file that `wantrain` wrote; write it again from its checkpoint."
         ) from error

@@ -241,9 +241,10 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
     """What a checkpoint of this run must match to be resumed, and what it merely remembers."""
     config = run.config
     average = {"ema_decay": config.ema_decay, "ema_start": config.ema_start}
-    fixed: dict[str, dict[str, Any]] = {
+    fixed: dict[str, Any] = {
         "model": {"base": digest, "mode": run.spec.mode},
         "lora": {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)},
+        "method": run.objective.method,
         "recipe": run.objective.identity() | average,
     }
     loose_names = (
@@ -271,7 +272,7 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
         },
         rank=lora.rank,
         alpha=lora.alpha,
-        generator_updates=0,
+        updates=0,
         recipe={**fixed["recipe"], **loose},
     )
     return Identity(fixed, loose, {"role": run.objective.product, "provenance": asdict(provenance)})

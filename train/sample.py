@@ -55,8 +55,9 @@ from train.provenance import Provenance, read_provenance
 from train.rng import counted_rng
 
 TEACHER_STEPS, TEACHER_GUIDANCE = 40, 5.0
-# A pair of experts works one trajectory together, so these must be the same in both files.
-AGREEING = ("denoising_step_indices_list", "flow_shift", "boundary", "pairing", "mode")
+# A pair of experts works one trajectory together, so these must be the same in both files. Plain
+# LoRAs go with any shift, so it is no reason to refuse them.
+AGREEING = ("method", "denoising_step_indices_list", "flow_shift", "boundary", "pairing", "mode")
 # fp32 schedulers round differently from our float64 schedule, by about 1e-4 of a timestep.
 TIMESTEP_TOLERANCE = 1e-2
 
@@ -89,16 +90,10 @@ class SampleConfig:
             raise UserError(
                 "--lora: found "
                 + ("both --lora and --teacher" if self.teacher else "neither --lora nor --teacher")
-                + ", expected one: --lora FILE for a student, --teacher for the base model."
+                + ", expected one: --lora FILE, or --teacher for the base model alone."
             )
         if any(not prompt.strip() for prompt in self.prompts):
             raise UserError("--prompt: found an empty prompt, expected text.")
-        for name in ("steps", "guidance_scale", "negative_prompt", "flow_shift"):
-            if self.loras and getattr(self, name) is not None:
-                raise UserError(
-                    f"--{name.replace('_', '-')}: found beside --lora, but a student takes the "
-                    "steps it was trained on, without guidance. It is an option of --teacher."
-                )
         if self.steps is not None and self.steps < 1:
             raise UserError(f"--steps: found {self.steps}, expected a whole number from 1.")
         if self.fps < 1:
@@ -107,6 +102,16 @@ class SampleConfig:
             raise UserError(f"--guidance-scale: found {self.guidance_scale}, expected 0 or more.")
         if self.flow_shift is not None and not 0 < self.flow_shift < inf:
             raise UserError(f"--flow-shift: found {self.flow_shift}, expected a number above 0.")
+
+    def check_few_steps(self) -> None:
+        """UserError where something is asked for that a few-step LoRA does not take."""
+        for name in ("steps", "guidance_scale", "negative_prompt", "flow_shift"):
+            if getattr(self, name) is not None:
+                raise UserError(
+                    f"--{name.replace('_', '-')}: found beside --lora of a student, which takes "
+                    "the steps it was trained on, without guidance. It is an option of --teacher "
+                    "and of LoRAs of `wantrain lora`."
+                )
 
     def check_against(self, spec: ModelSpec) -> None:
         """UserError unless the model can make clips of this shape from these inputs."""
@@ -140,14 +145,18 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
     spec = read_model_spec(resolve_model(config.model, ["*"]))
     config.check_against(spec)
     loras = read_loras(config.loras, spec) if config.loras else []
+    student = loras[0].provenance if loras and loras[0].provenance.method == "distill" else None
+    if student is not None:
+        config.check_few_steps()
+    shift = many_steps_shift(config, loras, spec)
     for lora in loras:
         if warning := wrong_base(lora, spec):
             say(f"warning  {warning}", style="yellow")
     experts = [lora.provenance.expert for lora in loras]
     if spec.two_experts and len(experts) == 1 and experts != ["full"]:
         say(
-            f"warning  only the {experts[0]}-noise expert has a LoRA; the other takes its "
-            "steps undistilled. Give both with --lora … --lora …",
+            f"warning  only the {experts[0]}-noise expert has a LoRA; the other takes its steps "
+            f"{'undistilled' if student else 'without'}. Give both with --lora … --lora …",
             style="yellow",
         )
 
@@ -163,19 +172,18 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
         device=device,
         offload=config.offload,
     )
-    kind = "teacher" if config.teacher else "student"
+    kind = "teacher" if config.teacher else "student" if student else "lora"
     rows, paths, records = [], [], []
     for number, prompt in enumerate(track(config.prompts, "sample", console=console)):
         rng = torch.Generator().manual_seed(
             int(counted_rng(config.seed, "sample", prompt).integers(2**32))
         )
-        if loras:
-            provenance = loras[0].provenance
-            schedule = provenance.schedule
-            pipeline.scheduler = student_scheduler(schedule, provenance.pairing, rng)
+        if student is not None:
+            assert student.pairing is not None
+            schedule = student.schedule
+            pipeline.scheduler = student_scheduler(schedule, student.pairing, rng)
             steps, scale = len(schedule.indices), 1.0
         else:
-            shift = spec.flow_shift if config.flow_shift is None else config.flow_shift
             pipeline.scheduler = teacher_scheduler(shift)
             steps = TEACHER_STEPS if config.steps is None else config.steps
             scale = TEACHER_GUIDANCE if config.guidance_scale is None else config.guidance_scale
@@ -185,7 +193,7 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
         clip = generate(pipeline, config, prompt, image, steps=steps, scale=scale, rng=rng)
         seconds = time.monotonic() - started
         visits.close()
-        if loras:
+        if student is not None:
             visits.check(schedule, one_transformer="full" in experts)
 
         paths.append(config.output / f"{kind}-{number:03d}.mp4")
@@ -230,6 +238,8 @@ def read_loras(paths: Sequence[Path], spec: ModelSpec) -> list[TrainedLora]:
     first = loras[0]
     for other in loras[1:]:
         for field in AGREEING:
+            if field == "flow_shift" and first.provenance.method == "lora":
+                continue
             a, b = getattr(first.provenance, field), getattr(other.provenance, field)
             if a != b:
                 raise UserError(
@@ -247,6 +257,23 @@ def read_loras(paths: Sequence[Path], spec: ModelSpec) -> list[TrainedLora]:
             "transformer. Use the model that it was trained on."
         )
     return loras
+
+
+def many_steps_shift(config: SampleConfig, loras: Sequence[TrainedLora], spec: ModelSpec) -> float:
+    """The shift of the many steps: as asked for, else that of the LoRAs, else the family's.
+
+    UserError where two LoRAs leave it open.
+    """
+    if config.flow_shift is not None:
+        return config.flow_shift
+    trained = [lora.provenance.flow_shift for lora in loras] or [spec.flow_shift]
+    if len(set(trained)) > 1:
+        raise UserError(
+            f"--flow-shift: {loras[0].path} was trained at shift {trained[0]:g} and "
+            f"{loras[1].path} at {trained[1]:g}. Say at which to sample, e.g. --flow-shift "
+            f"{spec.flow_shift:g}."
+        )
+    return trained[0]
 
 
 def wrong_base(lora: TrainedLora, spec: ModelSpec) -> str | None:
@@ -305,7 +332,7 @@ def build_pipeline(
         except (ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"--lora: diffusers can't load {lora.path} ({first_line(error)}). Expected a file "
-                "that `wantrain distill` wrote for this model."
+                "that `wantrain` wrote for this model."
             ) from error
     if offload:
         pipeline.enable_model_cpu_offload(device=device)
@@ -365,7 +392,7 @@ def student_scheduler(schedule: Schedule, pairing: Pairing, generator: torch.Gen
 
 
 def teacher_scheduler(shift: float) -> UniPCMultistepScheduler:
-    """Wan's usual sampler, at the shift that the student was or would be trained with."""
+    """Wan's usual sampler, at the shift that LoRAs are trained with."""
     return UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
     )

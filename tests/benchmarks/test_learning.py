@@ -57,6 +57,7 @@ def test_mean_and_standard_error() -> None:
 
 def _provenance(expert: str, spec: LoraSpec) -> Provenance:
     return Provenance(
+        method="distill",
         expert=expert,  # type: ignore[arg-type]
         mode="t2v",
         denoising_step_indices_list=INDICES,
@@ -67,7 +68,7 @@ def _provenance(expert: str, spec: LoraSpec) -> Provenance:
         cache={"samples": 0, "buckets": []},
         rank=spec.rank,
         alpha=spec.alpha,
-        generator_updates=1,
+        updates=1,
         recipe={},
     )
 

@@ -390,7 +390,7 @@ def test_lora_files_carry_their_training(finished: Path, t2v_shards: Path) -> No
         assert metadata["modelspec.timestep_range"] == "0,875"
         assert (told["expert"], told["rank"], told["alpha"]) == ("low", 4, 3.0)
         assert told["flow_shift"] == 12.0
-        assert told["generator_updates"] == 4
+        assert told["updates"] == 4
 
 
 def test_several_processes_of_one_run_are_refused(

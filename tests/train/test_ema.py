@@ -18,7 +18,7 @@ AVERAGED = (
 
 def test_the_average_is_the_weighted_sum() -> None:
     path = [torch.full((2, 3), 1.5 * n * n - 4) for n in range(7)]  # of updates 0 … 6
-    ema = Ema.of({"w": path[0]}, decay=0.75, start=2)
+    ema = Ema.of("generator", {"w": path[0]}, decay=0.75, start=2)
     for number in range(1, 7):
         ema.update({"w": path[number]}, number)
     # From update 2's weights on: 0.75⁴·w₂ + 0.25·Σ 0.75^(6−n)·wₙ

@@ -53,7 +53,7 @@ def test_an_earlier_checkpoint_is_an_earlier_lora(run: Path, tmp_path: Path) -> 
     read = read_lora(output)
     assert read.lora.weights.keys() == saved.keys()
     assert all(torch.equal(read.lora.weights[name], saved[name]) for name in saved)
-    assert json.loads(read.metadata["wandistill"])["generator_updates"] == 1
+    assert json.loads(read.metadata["wandistill"])["updates"] == 1
     assert read.metadata["ss_steps"] == "1"
 
 

@@ -29,6 +29,7 @@ EXPERTS: tuple[tuple[Expert, str], ...] = (("high", "transformer"), ("low", "tra
 
 def provenance(expert: Expert, mode: str, **changes: object) -> Provenance:
     values = {
+        "method": "distill",
         "expert": expert,
         "mode": mode,
         "denoising_step_indices_list": (1000.0, 750.0, 500.0, 250.0),
@@ -39,7 +40,7 @@ def provenance(expert: Expert, mode: str, **changes: object) -> Provenance:
         "cache": {"samples": 3, "buckets": [[64, 96, 9], [96, 64, 9]]},
         "rank": 4,
         "alpha": 1.0,
-        "generator_updates": 1,
+        "updates": 1,
         "recipe": {},
     }
     return Provenance(**(values | changes))  # type: ignore[arg-type]

@@ -187,7 +187,7 @@ def test_a_missing_field_is_named(tiny_t2v: Path, tmp_path: Path, field: str) ->
 )
 def test_corrupt_metadata_is_no_traceback(tiny_t2v: Path, tmp_path: Path, text: str) -> None:
     path = _retold(tiny_t2v, tmp_path, "comfyui", lambda _: text)
-    with pytest.raises(UserError, match=r"metadata of .* is damaged.*wantrain distill"):
+    with pytest.raises(UserError, match=r"metadata of .* is damaged.*that `wantrain` wrote"):
         sample(tiny_t2v, tmp_path / "out", "--lora", str(path))
 
 

@@ -1,0 +1,147 @@
+"""`wantrain lora` on the command line."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from shared.cli_support import Command
+from shared.device import default_device
+from shared.mirror import DEFAULT_SHARD_CACHE_GB, limit_shard_cache
+from shared.model_spec import DEFAULT_MODEL
+from train import cli_options as option
+
+LORA_EXAMPLES = """
+# the low-noise expert of Wan2.2-I2V-A14B, from shards/, 20 epochs
+wantrain lora --num-train-epochs 20
+
+# the high-noise expert, 1000 updates; what would be done, then do it
+wantrain lora --boundary-type high --output-dir output_dir_lora_high \\
+    --max-train-steps 1000 --dry-run
+wantrain lora --boundary-type high --output-dir output_dir_lora_high \\
+    --max-train-steps 1000
+
+# more of the middle levels, as musubi-tuner and diffusion-pipe draw them
+wantrain lora --timestep-sampling logit-normal
+
+# the bundled toy model on its shards of `wanprep encode`, seconds on a CPU
+wantrain lora --model toy --shards toy-shards --output-dir toy-plain-lora \\
+    --boundary-type full --max-train-steps 2 --train-batch-size 2 --rank 8
+"""
+
+LEVELS = "Noise levels"
+
+
+# fmt: off
+def lora(
+    model: option.Model = DEFAULT_MODEL,
+    shards: option.Shards = option.DEFAULT_SHARDS,
+    where: option.Where = option.ALL_SAMPLES,
+    shard_cache_gb: option.ShardCacheGb = DEFAULT_SHARD_CACHE_GB,
+    captions: option.Captions = None,
+    boundary_type: option.BoundaryType = None,
+    seed: option.Seed = 42,
+
+    output_dir: option.OutputDir = Path("output_dir_lora"),
+    save_precision: option.SavePrecision = "bf16",
+    dry_run: option.DryRun = False,
+
+    max_train_steps: option.MaxTrainSteps = None,
+    num_train_epochs: option.NumTrainEpochs = 100,
+    checkpointing_steps: option.CheckpointingSteps = 50,
+    checkpoints_total_limit: option.CheckpointsTotalLimit = None,
+    resume_from_checkpoint: option.ResumeFromCheckpoint = None,
+
+    timestep_sampling: Annotated[Literal["uniform", "logit-normal"], typer.Option(help="How noise levels are drawn, before the shift and inside the expert's range: evenly, or mostly middle ones (the sigmoid of a normal).", rich_help_panel=LEVELS)] = "uniform",
+    logit_mean: Annotated[float | None, typer.Option(metavar="X", help="Mean of that normal; above 0 is noisier.", show_default="0", rich_help_panel=LEVELS)] = None,
+    logit_std: Annotated[float | None, typer.Option(metavar="X", help="Standard deviation of that normal.", show_default="1", rich_help_panel=LEVELS)] = None,
+    uniform_sampling: Annotated[bool, typer.Option(help="Spread the levels of an update's samples evenly over that distribution, instead of drawing each by itself; the same with one sample an update.", show_default="on", rich_help_panel=LEVELS)] = True,
+    flow_shift: Annotated[float | None, typer.Option(metavar="X", help="Shift s of the noise schedule: what was drawn as u becomes sigma = s*u / (1 + (s-1)*u).", show_default="12 for Wan 2.2 A14B t2v, else 5", rich_help_panel=LEVELS)] = None,
+
+    rank: option.Rank = 64,
+    network_alpha: option.NetworkAlpha = 32,
+    target_name: option.TargetName = "q,k,v,ffn.0,ffn.2",
+    ema_decay: option.EmaDecay = 0.0,
+    ema_start: option.EmaStart = 100,
+
+    learning_rate: option.LearningRate = 1e-4,
+    lr_warmup_steps: option.LrWarmupSteps = 0,
+    adam_beta1: option.AdamBeta1 = 0.9,
+    adam_beta2: option.AdamBeta2 = 0.999,
+    adam_weight_decay: option.AdamWeightDecay = 3e-2,
+    adam_epsilon: option.AdamEpsilon = 1e-10,
+    max_grad_norm: option.MaxGradNorm = 0.05,
+
+    train_batch_size: option.TrainBatchSize = 1,
+    gradient_accumulation_steps: option.GradientAccumulationSteps = 1,
+    video_repeat: option.VideoRepeat = 1,
+    caption_dropout: option.CaptionDropout = 0.1,
+    random_frame_crop: option.RandomFrameCrop = False,
+    tail: option.Tail = "pad",
+    dataloader_num_workers: option.DataloaderNumWorkers = 8,
+
+    mixed_precision: option.MixedPrecision = "bf16",
+    gradient_checkpointing: option.GradientCheckpointing = True,
+    device: option.Device = "auto",
+) -> None:
+    """Train a plain LoRA of one expert on clips in shards.
+
+    What the base model does not know, such as a character, a style or a motion, is learned from the clips by flow matching; steps and CFG stay those of the base model. SIGTERM and Ctrl-C leave a checkpoint and a loadable LoRA.
+
+    Next: wantrain sample --lora FILE --prompt TEXT
+    """
+    from train.cli_run import carry_out
+    from train.config import FinetuneConfig
+    from train.finetune import prepare_finetuning
+    from train.where import condition
+
+    limit_shard_cache(shard_cache_gb)
+    config = FinetuneConfig(
+        model=model,
+        shards=tuple(shards),
+        where=tuple(map(condition, where)),
+        captions=captions,
+        output_dir=output_dir,
+        boundary_type=boundary_type,
+        seed=seed,
+        max_train_steps=max_train_steps,
+        num_train_epochs=num_train_epochs,
+        checkpointing_steps=checkpointing_steps,
+        checkpoints_total_limit=checkpoints_total_limit,
+        resume_from_checkpoint=resume_from_checkpoint,
+        save_precision=save_precision,
+        timestep_sampling=timestep_sampling,
+        logit_mean=logit_mean,
+        logit_std=logit_std,
+        uniform_sampling=uniform_sampling,
+        flow_shift=flow_shift,
+        ema_decay=ema_decay,
+        ema_start=ema_start,
+        rank=rank,
+        network_alpha=network_alpha,
+        target_name=tuple(name for name in target_name.replace(",", " ").split()),
+        learning_rate=learning_rate,
+        lr_warmup_steps=lr_warmup_steps,
+        adam_beta1=adam_beta1,
+        adam_beta2=adam_beta2,
+        adam_weight_decay=adam_weight_decay,
+        adam_epsilon=adam_epsilon,
+        max_grad_norm=max_grad_norm,
+        train_batch_size=train_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        video_repeat=video_repeat,
+        caption_dropout=caption_dropout,
+        random_frame_crop=random_frame_crop,
+        tail=tail,
+        dataloader_num_workers=dataloader_num_workers,
+        mixed_precision=mixed_precision,
+        gradient_checkpointing=gradient_checkpointing,
+        device=default_device() if device == "auto" else device,
+    )
+    carry_out(prepare_finetuning(config), dry_run=dry_run)
+
+
+# fmt: on
+def add_command(app: typer.Typer) -> None:
+    """Make it a command of `wantrain`."""
+    app.command(cls=Command, epilog=LORA_EXAMPLES)(lora)

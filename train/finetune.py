@@ -1,0 +1,113 @@
+"""Plain flow matching as an objective: one LoRA that learns the cached clips; and how such a run
+is prepared."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shared.errors import UserError
+from train.config import FinetuneConfig
+from train.data import Batch
+from train.flow import Expert
+from train.flow_matching import NoiseLevels, flow_matching_step
+from train.objective import Method
+from train.roles import Roles
+from train.run import Run, captions_alone, open_data, plan_run
+
+LORA = "lora"  # the one role
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetuning:
+    """Objective of `wantrain lora`."""
+
+    levels: NoiseLevels
+    uniform_sampling: bool
+    strata: int
+    """Samples in a row whose levels are spread evenly: those of an update, or 1."""
+    learning_rates: Mapping[str, float]
+    seed: int
+    product: str = LORA
+    method: Method = "lora"
+    cycle: int = 1
+
+    @property
+    def expert(self) -> Expert:
+        return self.levels.expert
+
+    def role_of(self, update: int) -> str:
+        return LORA
+
+    def role_updates(self, role: str, update: int) -> int:
+        return update
+
+    def loss(self, roles: Roles, role: str, batch: Batch, negative: torch.Tensor) -> torch.Tensor:
+        return flow_matching_step(
+            roles, role, self.levels, batch, strata=self.strata, seed=self.seed
+        )
+
+    def identity(self) -> dict[str, Any]:
+        levels = self.levels
+        normal = levels.sampling == "logit-normal"
+        return {
+            "boundary_type": levels.expert,
+            "flow_shift": levels.shift,
+            "timestep_sampling": levels.sampling,
+            "logit_mean": levels.mean if normal else None,
+            "logit_std": levels.std if normal else None,
+            "uniform_sampling": self.uniform_sampling,
+        }
+
+    def sampling(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "denoising_step_indices_list": (),
+            "flow_shift": self.levels.shift,
+            "boundary": self.levels.boundary,
+            "pairing": None,
+        }
+
+    def describe(self) -> list[str]:
+        levels = self.levels
+        low, high = levels.timesteps
+        drawn = "uniform"
+        if levels.sampling == "logit-normal":
+            drawn = f"logit-normal (mean {levels.mean:g}, deviation {levels.std:g})"
+        return [
+            f"levels   timesteps {low:.1f} to {high:.1f}, {drawn} before the shift of "
+            f"{levels.shift:g}"
+        ]
+
+    def describe_length(self, product_updates: int) -> str:
+        return f"{product_updates} updates"
+
+
+def prepare_finetuning(config: FinetuneConfig) -> Run:
+    """Read configs and index, check that shards and model belong together, and plan.
+
+    Raises UserError for everything that a user can get wrong; no weight has been read by then.
+    """
+    spec, data = open_data(config)
+    levels = NoiseLevels(
+        expert=config.boundary_type or ("low" if spec.two_experts else "full"),
+        shift=spec.flow_shift if config.flow_shift is None else config.flow_shift,
+        boundary=spec.boundary,
+        sampling=config.timestep_sampling,
+        mean=0.0 if config.logit_mean is None else config.logit_mean,
+        std=1.0 if config.logit_std is None else config.logit_std,
+    )
+    if have := captions_alone(spec, data):
+        raise UserError(
+            f"shards: {have}, which is what `wantrain lora` learns from. Leave these out: --where "
+            "'type!=text'; or encode the media."
+        )
+    objective = Finetuning(
+        levels=levels,
+        uniform_sampling=config.uniform_sampling,
+        strata=config.update_batch if config.uniform_sampling else 1,
+        learning_rates={LORA: config.learning_rate},
+        seed=config.seed,
+    )
+    return plan_run(config, spec, data, objective)

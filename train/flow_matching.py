@@ -1,0 +1,142 @@
+"""Flow matching: which noise levels a model is taught at, and how wrong its velocities are there.
+
+No optimizer, no I/O, no state. Everything random is drawn from (seed, purpose, update, sample).
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from shared.errors import UserError
+from shared.model_spec import TIMESTEPS
+from train.data import Batch
+from train.flow import Expert, add_noise, expert_interval, per_sample, shift_sigma
+from train.losses import flow_matching_loss
+from train.rng import noise, spread
+from train.roles import Roles
+
+TimestepSampling = Literal["uniform", "logit-normal"]
+# Of a distribution that lies elsewhere, so little is left in an expert's interval that float64
+# no longer tells its levels apart.
+LEAST_SHARE = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseLevels:
+    """How σ is distributed: u in [0, 1] is drawn, shifted, and kept on the expert's side.
+
+    What is drawn is the distribution of the whole model, given that the level is the expert's: its
+    shape stays, its mass is 1 again. Trained apart, two experts so learn what one model would.
+    """
+
+    expert: Expert
+    shift: float
+    boundary: float | None
+    sampling: TimestepSampling
+    """Of u, before the shift: uniform, or sigmoid(mean + std·n) with normal n."""
+    mean: float
+    std: float
+
+    def __post_init__(self) -> None:
+        below, above = self._shares
+        if above - below < LEAST_SHARE:
+            low, high = self.timesteps
+            raise UserError(
+                f"--logit-mean: found {self.mean:g} with --logit-std {self.std:g}, whose levels "
+                f"lie outside of t {low:g} to {high:g}, where the {self.expert}-noise expert works "
+                f"(shift {self.shift:g}). Choose a mean nearer to 0 or a larger deviation."
+            )
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """(low, high) of u."""
+        return expert_interval(self.expert, self.shift, self.boundary)
+
+    @property
+    def timesteps(self) -> tuple[float, float]:
+        """(low, high) of t = 1000·σ."""
+        low, high = (TIMESTEPS * float(shift_sigma(u, self.shift)) for u in self.interval)
+        return low, high
+
+    @cached_property
+    def _shares(self) -> tuple[float, float]:
+        """Cumulative probability at both ends of the interval."""
+        ends = torch.tensor(self.interval, dtype=torch.float64)
+        if self.sampling == "logit-normal":
+            ends = torch.special.ndtr((torch.logit(ends) - self.mean) / self.std)
+        low, high = ends.tolist()
+        return low, high
+
+    def sigma(self, quantile: torch.Tensor) -> torch.Tensor:
+        """(B,) fp32 noise levels for quantiles (B,) in [0, 1]; float64 inside."""
+        below, above = self._shares
+        u = below + (above - below) * quantile.double()
+        if self.sampling == "logit-normal":
+            u = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
+        # The inverse comes back to the ends by rounding alone.
+        sigma = shift_sigma(u.clamp(*self.interval), self.shift)
+        assert isinstance(sigma, torch.Tensor)
+        return sigma.float()
+
+
+@dataclass(frozen=True)
+class Level:
+    """One noise level for each sample: σ and t = 1000·σ over frames, and the noise."""
+
+    sigma: torch.Tensor
+    timestep: torch.Tensor
+    noise: torch.Tensor
+
+
+def over_frames(
+    batch: Batch, sigma: float | torch.Tensor, timestep: float | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A level, one for all samples or (B,), as the batch's frames have it.
+
+    σ (B, 1, 1, 1, 1) and t (B,); with frames that are kept clean σ (B, 1, T, 1, 1) and t (B, T),
+    both 0 there: x_t is then the frame itself, and so is x̂0.
+    """
+    device, samples = batch.latents.device, len(batch.samples)
+    spread = [
+        torch.as_tensor(value, dtype=torch.float32, device=device).expand(samples)
+        for value in (sigma, timestep)
+    ]
+    if batch.noised is None:
+        return per_sample(spread[0]), spread[1]
+    sigmas, timesteps = (per_sample(value) * batch.noised for value in spread)
+    return sigmas, timesteps[:, 0, :, 0, 0]
+
+
+def velocity_loss(
+    roles: Roles,
+    role: str,
+    batch: Batch,
+    x0: torch.Tensor,
+    level: Level,
+) -> torch.Tensor:
+    """How far a role is from the velocities that lead to `x0`, scalar with a graph.
+
+    `x0` (B, C, T, H, W) fp32; text and conditions are the batch's.
+    """
+    x_t = add_noise(x0, level.noise, level.sigma)
+    with roles.role(role):
+        v = roles.velocity(x_t, level.timestep, batch.text, batch.condition, batch.image)
+    return flow_matching_loss(v, level.noise, x0, batch.noised)
+
+
+def flow_matching_step(
+    roles: Roles, role: str, levels: NoiseLevels, batch: Batch, *, strata: int, seed: int
+) -> torch.Tensor:
+    """Loss of one micro-step on the cached latents, scalar with a graph.
+
+    The levels of `strata` samples in a row are spread evenly over the distribution; 1: each is
+    drawn by itself. Call `backward` inside the role.
+    """
+    device = batch.latents.device
+    quantiles = spread(seed, "level", batch.update, batch.samples, strata)
+    sigma = levels.sigma(quantiles).to(device)
+    eps = noise(batch.latents.shape[1:], seed, "noise", batch.update, batch.samples).to(device)
+    level = Level(*over_frames(batch, sigma, TIMESTEPS * sigma), eps)
+    return velocity_loss(roles, role, batch, batch.latents, level)
