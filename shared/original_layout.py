@@ -35,6 +35,8 @@ PATTERNS: Mapping[str, tuple[str, ...]] = {
 }
 # Switch of the experts as published (the original code has it in Python, no file says it).
 BOUNDARIES = {"i2v": 0.9, "t2v": 0.875}
+# What may stand before the names of a transformer that ComfyUI wrote.
+COMFYUI_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 CLIP_DIM, UMT5_DIM = 1280, 4096
 
 # The published configs of the two VAEs, which have no config file in this layout. What a smaller
@@ -213,7 +215,9 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
             with safe_open(file, framework="np") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - it is no dictionary
                     shape = tensors.get_slice(name).get_shape()
-                    shapes[name.removeprefix("model.diffusion_model.")] = shape
+                    for prefix in COMFYUI_PREFIXES:
+                        name = name.removeprefix(prefix)
+                    shapes[name] = shape
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"model: {file} is damaged ({type(error).__name__}: {error}). Download it again."

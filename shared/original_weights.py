@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from shared import fp8
 from shared.errors import UserError, first_line
 from shared.original_layout import (
+    COMFYUI_PREFIXES,
     TOKENIZER,
     component_files,
     expert_folder,
@@ -26,6 +28,7 @@ from shared.original_layout import (
 )
 
 State = dict[str, torch.Tensor]
+_AGAIN = "It is damaged, or of another model: download it again."
 CLIP_HEADS = 16  # of ViT-H/14, in the original code; no shape tells
 
 
@@ -35,21 +38,32 @@ def load_transformer(kind: Any, folder: Path, component: str, *, dtype: torch.dt
     diffusers' own `from_single_file` ends in `.to(dtype)`, which would take norms, modulation and
     time embedding out of fp32. Raises UserError.
     """
-    model = _empty(kind, transformer_config(folder, component))
-    kept = kind._keep_in_fp32_modules
-    state = {
-        name: tensor.to(torch.float32 if set(kept) & set(name.split(".")) else dtype)
-        for name, tensor in read_state(folder, component).items()
-    }
-    return _filled(model, state, expert_folder(folder, component))
+    config, source = transformer_config(folder, component), expert_folder(folder, component)
+    state = read_state(folder, component)
+    return transformer_of(kind, config, state, dtype=dtype, source=source, cure=_AGAIN)
+
+
+def transformer_of(
+    kind: Any, config: dict[str, Any], state: State, *, dtype: torch.dtype, source: Path, cure: str
+) -> Any:
+    """A `kind`, WanTransformer3DModel, of tensors by diffusers' names, which may be fp8.
+
+    `source` is where they are from, `cure` what to do if they don't fit. Raises UserError.
+    """
+    kept = set(kind._keep_in_fp32_modules)
+
+    def wanted(name: str) -> torch.dtype:
+        return torch.float32 if kept & set(name.split(".")) else dtype
+
+    return _filled(empty_model(kind, config), fp8.plain(state, wanted, source), source, cure)
 
 
 def load_vae(kind: Any, folder: Path, *, dtype: torch.dtype) -> Any:
     """A `kind`, AutoencoderKLWan, in `dtype`. Raises UserError."""
     state = read_state(folder, "vae")
-    model = _empty(kind, config_of(folder, "vae", state))
+    model = empty_model(kind, config_of(folder, "vae", state))
     in_dtype = {name: tensor.to(dtype) for name, tensor in state.items()}
-    return _filled(model, in_dtype, component_files(folder, "vae")[0])
+    return _filled(model, in_dtype, component_files(folder, "vae")[0], _AGAIN)
 
 
 def load_text_encoder(kind: Any, folder: Path, *, dtype: torch.dtype) -> Any:
@@ -93,7 +107,7 @@ def read_state(folder: Path, component: str) -> State:
         )
     state: State = {}
     for file in files:
-        state |= _read(file)
+        state |= read_tensors(file)
     return converted(component, state)
 
 
@@ -124,7 +138,8 @@ def config_of(folder: Path, component: str, state: State) -> dict[str, Any]:
         ) from error
 
 
-def _read(file: Path) -> State:
+def read_tensors(file: Path) -> State:
+    """All tensors of one file, memory-mapped where it allows it. UserError where it is damaged."""
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:
@@ -163,11 +178,12 @@ def _transformers_model(kind: Any, folder: Path, component: str, dtype: torch.dt
         raise UserError(
             f"model: {file} is of another model ({first_line(error)}). Download it again."
         ) from error
-    _refuse(sorted(report["missing_keys"]), sorted(report["unexpected_keys"]), file)
+    _refuse(sorted(report["missing_keys"]), sorted(report["unexpected_keys"]), file, _AGAIN)
     return model
 
 
-def _empty(kind: Any, config: dict[str, Any]) -> Any:
+def empty_model(kind: Any, config: dict[str, Any]) -> Any:
+    """A `kind` that has names and shapes, and no values."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(), warnings.catch_warnings():
@@ -175,32 +191,31 @@ def _empty(kind: Any, config: dict[str, Any]) -> Any:
         return kind.from_config(config)
 
 
-def _filled(model: Any, state: State, source: Path) -> Any:
+def _filled(model: Any, state: State, source: Path, cure: str) -> Any:
     expected = model.state_dict()
     for pattern in model._keys_to_ignore_on_load_unexpected or ():
         state = {name: tensor for name, tensor in state.items() if not re.search(pattern, name)}
-    _refuse(sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys()), source)
+    missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
+    _refuse(sorted(missing), sorted(unexpected), source, cure)
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             raise UserError(
                 f"model: {source}: {name} has shape {list(tensor.shape)}, expected "
-                f"{list(expected[name].shape)} by its config. It is of another model: download "
-                "the folder again."
+                f"{list(expected[name].shape)} by the config. {cure}"
             )
     model.load_state_dict(state, assign=True, strict=True)
     return model.eval()
 
 
-def _refuse(missing: list[str], unexpected: list[str], source: Path) -> None:
+def _refuse(missing: list[str], unexpected: list[str], source: Path, cure: str) -> None:
     if missing:
         raise UserError(
-            f"model: {source} lacks {len(missing)} weights, the first {missing[0]}. "
-            "Its files are damaged or of another model: download them again."
+            f"model: {source} lacks {len(missing)} weights, the first {missing[0]}. {cure}"
         )
     if unexpected:
         raise UserError(
             f"model: {source} has {len(unexpected)} weights too many, the first {unexpected[0]}. "
-            "It is of another model: download it again."
+            f"{cure}"
         )
 
 
@@ -220,6 +235,12 @@ def _renamed(state: dict[str, Any], rules: Iterable[tuple[str, str]]) -> dict[st
 def _transformer(state: dict[str, Any]) -> dict[str, Any]:
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
+    for prefix in COMFYUI_PREFIXES:
+        # What has none beside those that do is text encoder and VAE of an all-in-one file.
+        own = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
+        state = own or state
+    if any(name.startswith("condition_embedder.") for name in state):
+        return state  # diffusers' own names, which the conversion would garble
     return dict(convert_wan_transformer_to_diffusers(state))
 
 

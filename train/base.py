@@ -1,8 +1,12 @@
-"""Loading one expert of a Wan model as the frozen base."""
+"""Loading one transformer as the frozen base: an expert of a model, or own weights in its place,
+with other LoRAs merged into it."""
 
 import hashlib
 import json
+import math
 import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +16,13 @@ from safetensors import SafetensorError
 from torch import nn
 
 from shared.errors import UserError, first_line
-from shared.hashing import digest_of
+from shared.hashing import FileHasher, digest_of
 from shared.model_spec import ModelSpec
 from shared.original_layout import expert_folder, is_original
-from shared.original_weights import converted, load_transformer
+from shared.original_weights import converted, empty_model, load_transformer
 from train.flow import Expert
+from train.lora_files import check_fits, read_lora
+from train.own_transformer import check_own, component_config, load_own, own_files
 
 Precision = Literal["bf16", "no"]
 
@@ -29,6 +35,79 @@ def component_of(expert: Expert) -> str:
     return "transformer_2" if expert == "low" else "transformer"
 
 
+@dataclass(frozen=True, kw_only=True)
+class MergedLora:
+    """A LoRA that becomes part of the base."""
+
+    path: Path
+    strength: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.path} x {self.strength:g}"
+
+    @classmethod
+    def parse(cls, text: str) -> "MergedLora":
+        """ "FILE" or "FILE:0.8". Raises UserError."""
+        name, colon, number = text.rpartition(":")
+        if not colon or Path(text).exists():
+            return cls(path=Path(text))
+        try:
+            strength = float(number)
+        except ValueError:
+            strength = math.nan
+        if not math.isfinite(strength) or strength == 0:
+            raise UserError(
+                f"--base-lora: found {text!r}, expected FILE or FILE:X, where X is the strength, a "
+                "number other than 0."
+            )
+        return cls(path=Path(name), strength=strength)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file, wherever it lies. UserError where it can't be read."""
+        try:
+            return FileHasher().sha256(self.path)
+        except OSError as error:
+            raise UserError(f"--base-lora: cannot read {self.path} ({error.strerror}).") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """Weights of one transformer where they are not simply the model's."""
+
+    own: Path | None = None
+    """In place of the model's, in any form that `train.own_transformer` reads."""
+    merged: tuple[MergedLora, ...] = ()
+    """Added to them, in this order."""
+
+    @classmethod
+    def parse(cls, own: Path | None, merged: Sequence[str] | None) -> "Base":
+        """From --transformer-path and the --base-lora options. Raises UserError."""
+        return cls(own=own, merged=tuple(map(MergedLora.parse, merged or ())))
+
+    def describe(self) -> str:
+        """In words; empty where there is nothing to say."""
+        own = [f"weights of {self.own} in place of the model's"] if self.own else []
+        return ", ".join(own + [f"{lora} merged in" for lora in self.merged])
+
+    def notes(self) -> list[str]:
+        """What to tell of the LoRA files, e.g. that one says no alpha."""
+        return [note for lora in self.merged if (note := read_lora(lora.path).note)]
+
+    def check(self, spec: ModelSpec, component: str) -> None:
+        """UserError unless files are there and fit the model, by configs and LoRA files alone."""
+        if self.own is not None:
+            check_own(self.own, spec, component)
+        if self.merged:
+            model = empty_model(WanTransformer3DModel, component_config(spec, component))
+            shapes = {name: weight.shape for name, weight in model.named_parameters()}
+            for lora in self.merged:
+                check_fits(read_lora(lora.path), shapes, f"the {component} of {spec.folder}")
+
+
+MODELS_OWN = Base()
+
+
 def load_base(
     spec: ModelSpec,
     expert: Expert,
@@ -36,20 +115,17 @@ def load_base(
     precision: Precision,
     device: torch.device,
     gradient_checkpointing: bool,
+    base: Base = MODELS_OWN,
 ) -> nn.Module:
     """The expert's transformer, frozen, on `device`: bf16 (norms, time embedding fp32) or fp32.
 
     Raises UserError naming the folder when the weights are missing or damaged.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    if is_original(spec.folder):
-        transformer = load_transformer(
-            WanTransformer3DModel, spec.folder, component_of(expert), dtype=dtype
-        )
-    else:
-        transformer = _from_diffusers(spec, component_of(expert), dtype)
+    transformer = load_weights(spec, component_of(expert), dtype=dtype, own=base.own)
     transformer.requires_grad_(False)
     transformer.to(device)
+    merge(transformer, base.merged, device)
     if gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
 
@@ -61,6 +137,15 @@ def load_base(
         if name == "condition_embedder.time_embedder" or name.endswith((".norm_q", ".norm_k")):
             module.forward = outside_autocast(module.forward)
     return transformer
+
+
+def load_weights(spec: ModelSpec, component: str, *, dtype: torch.dtype, own: Path | None) -> Any:
+    """A component's WanTransformer3DModel as diffusers loads it in `dtype`. Raises UserError."""
+    if own is not None:
+        return load_own(own, spec, component, dtype=dtype)
+    if is_original(spec.folder):
+        return load_transformer(WanTransformer3DModel, spec.folder, component, dtype=dtype)
+    return _from_diffusers(spec, component, dtype)
 
 
 def _from_diffusers(spec: ModelSpec, component: str, dtype: torch.dtype) -> Any:
@@ -86,36 +171,64 @@ def _from_diffusers(spec: ModelSpec, component: str, dtype: torch.dtype) -> Any:
     return transformer
 
 
-def base_digest(model: Path, component: str) -> str:
-    """Identity of a transformer's weights without reading 28 GB: the first 4 KiB of every tensor.
+@torch.no_grad()
+def merge(transformer: nn.Module, merged: Sequence[MergedLora], device: torch.device) -> None:
+    """Add LoRAs that fit to the weights: in fp32, in their order, each result in its dtype.
+
+    Computed on `device`, wherever the weights are.
+    """
+    for chosen in merged:
+        lora = read_lora(chosen.path).lora
+        for module in lora.modules:
+            weight = transformer.get_parameter(f"{module}.weight")
+            delta = lora.delta(module, chosen.strength, device)
+            weight.copy_(delta.add_(weight.to(device)))
+
+
+def base_digest(model: Path, component: str, base: Base = MODELS_OWN) -> str:
+    """Identity of a base without reading 28 GB: the first 4 KiB of every tensor, the LoRAs whole.
 
     Over tensors by diffusers' names, so that neither the layout of the folder nor how the weights
     are cut into files decides. Raises UserError when there are no readable safetensors.
     """
-    original = is_original(model)
-    folder = expert_folder(model, component) if original else model / component
+    original = base.own is not None or is_original(model)
+    if base.own is not None:
+        files = own_files(base.own, component)
+    else:
+        folder = expert_folder(model, component) if original else model / component
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise UserError(
+                f"model: {folder} holds no safetensors; pickled weights are not read. Use a "
+                "folder with safetensors."
+            )
     parts: dict[str, list[object]] = {}
+    for file in files:
+        parts |= _probes(file)
+    if original:
+        parts = converted(component, parts)
+    weights = digest_of(sorted(([name, *part] for name, part in parts.items()), key=str))
+    if base.merged:
+        return digest_of([weights, *([lora.digest, lora.strength] for lora in base.merged)])
+    return weights
+
+
+def _probes(file: Path) -> dict[str, list[object]]:
+    """Tensor → dtype, shape and digest of its first bytes."""
+    probes: dict[str, list[object]] = {}
     try:
-        for file in sorted(folder.glob("*.safetensors")):
-            with file.open("rb") as stream:
-                (length,) = struct.unpack("<Q", stream.read(8))
-                header = json.loads(stream.read(length))
-                for name, tensor in header.items():
-                    if name != "__metadata__":
-                        begin, end = tensor["data_offsets"]
-                        stream.seek(8 + length + begin)
-                        start = stream.read(min(end - begin, _PROBE_BYTES))
-                        digest = hashlib.sha256(start).hexdigest()
-                        parts[name] = [tensor["dtype"], tensor["shape"], digest]
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+            for name, tensor in header.items():
+                if name != "__metadata__":
+                    begin, end = tensor["data_offsets"]
+                    stream.seek(8 + length + begin)
+                    start = stream.read(min(end - begin, _PROBE_BYTES))
+                    digest = hashlib.sha256(start).hexdigest()
+                    probes[name] = [tensor["dtype"], tensor["shape"], digest]
     except (OSError, struct.error, ValueError, KeyError, MemoryError) as error:
         raise UserError(
             f"model: {file} is damaged ({type(error).__name__}: {error}). Download it again."
         ) from error
-    if not parts:
-        raise UserError(
-            f"model: {folder} holds no safetensors; pickled weights are not read. Use a "
-            "folder with safetensors."
-        )
-    if original:
-        parts = converted(component, parts)
-    return digest_of(sorted(([name, *part] for name, part in parts.items()), key=str))
+    return probes

@@ -43,6 +43,8 @@ def _numbers(text: str, option: str) -> tuple[float, ...]:
 # fmt: off
 def distill(
     model: option.Model = DEFAULT_MODEL,
+    transformer_path: option.TransformerPath = None,
+    base_lora: option.BaseLora = None,
     shards: option.Shards = option.DEFAULT_SHARDS,
     where: option.Where = option.ALL_SAMPLES,
     shard_cache_gb: option.ShardCacheGb = DEFAULT_SHARD_CACHE_GB,
@@ -105,6 +107,7 @@ def distill(
 
     Next: wantrain sample --lora FILE --prompt TEXT
     """
+    from train.base import Base
     from train.cli_run import carry_out
     from train.config import DistillConfig
     from train.distillation import prepare_distillation
@@ -113,6 +116,7 @@ def distill(
     limit_shard_cache(shard_cache_gb)
     config = DistillConfig(
         model=model,
+        base=Base.parse(transformer_path, base_lora),
         shards=tuple(shards),
         where=tuple(map(condition, where)),
         captions=captions,

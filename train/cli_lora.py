@@ -35,6 +35,8 @@ LEVELS = "Noise levels"
 # fmt: off
 def lora(
     model: option.Model = DEFAULT_MODEL,
+    transformer_path: option.TransformerPath = None,
+    base_lora: option.BaseLora = None,
     shards: option.Shards = option.DEFAULT_SHARDS,
     where: option.Where = option.ALL_SAMPLES,
     shard_cache_gb: option.ShardCacheGb = DEFAULT_SHARD_CACHE_GB,
@@ -90,6 +92,7 @@ def lora(
 
     Next: wantrain sample --lora FILE --prompt TEXT
     """
+    from train.base import Base
     from train.cli_run import carry_out
     from train.config import FinetuneConfig
     from train.finetune import prepare_finetuning
@@ -98,6 +101,7 @@ def lora(
     limit_shard_cache(shard_cache_gb)
     config = FinetuneConfig(
         model=model,
+        base=Base.parse(transformer_path, base_lora),
         shards=tuple(shards),
         where=tuple(map(condition, where)),
         captions=captions,

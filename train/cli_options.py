@@ -22,6 +22,8 @@ ALL_SAMPLES: list[str] = []
 
 # fmt: off
 Model = Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model to train a LoRA of: a folder of diffusers or Wan, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)]
+TransformerPath = Annotated[Path | None, typer.Option(metavar="PATH", help="Weights of your own in place of the expert's in MODEL: a .safetensors file (Wan's, ComfyUI's or diffusers' names; fp32, bf16, fp16 or fp8), or a folder. Config, VAE and text encoder stay MODEL's.", show_default="the expert in MODEL", rich_help_panel=INPUT)]
+BaseLora = Annotated[list[str] | None, typer.Option(metavar="FILE[:X]", help="LoRA to merge into the base first, at strength X (1 if left out); diffusers', ComfyUI's or kohya's form. Can be given several times.", show_default="none", rich_help_panel=INPUT)]
 Shards = Annotated[list[WeightedFolder], typer.Option(parser=shards_option, metavar="DIR|URL", help="Folder of shards that `wanprep encode` made; several, if given several times. DIR@W has a weight: an epoch shows its samples W times, e.g. DIR@3 or DIR@0.5.", rich_help_panel=INPUT)]
 Where = Annotated[list[str], typer.Option(metavar="COND", help="Train only on samples that fulfil this, e.g. 'frames>=17', 'tag=good', 'caption~=cat' or 'source=clips/*'; if given several times, all of it. Fields: caption, source, tag, type, bucket, height, width, frames, tokens.", show_default="all samples", rich_help_panel=INPUT)]
 ShardCacheGb = Annotated[float, typer.Option(metavar="GB", help="Room on this machine for whole shards of an object store (s3://bucket/shards); what is beyond is read sample by sample.", rich_help_panel=INPUT)]

@@ -39,6 +39,10 @@ def sample(
 
     lora: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="LoRA of `wantrain distill` or `wantrain lora`; give it twice for a high and a low one, in any order.", show_default="none: give --teacher", rich_help_panel=MODEL)] = None,
     model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that the LoRAs are of: a folder of diffusers or Wan, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=MODEL)] = DEFAULT_MODEL,
+    transformer_path: Annotated[Path | None, typer.Option(metavar="PATH", help="Weights of your own for the low-noise expert, or for MODEL's only transformer, as `wantrain distill` takes them.", show_default="MODEL's", rich_help_panel=MODEL)] = None,
+    transformer_high_path: Annotated[Path | None, typer.Option(metavar="PATH", help="The same for the high-noise expert.", show_default="MODEL's", rich_help_panel=MODEL)] = None,
+    base_lora: Annotated[list[str] | None, typer.Option(metavar="FILE[:X]", help="LoRA that was merged into the low-noise expert, or into the only transformer, for the training; at strength X (1 if left out). Can be given several times.", show_default="none", rich_help_panel=MODEL)] = None,
+    base_lora_high: Annotated[list[str] | None, typer.Option(metavar="FILE[:X]", help="The same for the high-noise expert.", show_default="none", rich_help_panel=MODEL)] = None,
 
     height: Annotated[int, typer.Option(metavar="PX", help="Height in pixels, a multiple of 16.", rich_help_panel=CLIP)] = 480,
     width: Annotated[int, typer.Option(metavar="PX", help="Width in pixels, a multiple of 16.", rich_help_panel=CLIP)] = 832,
@@ -65,10 +69,13 @@ def sample(
     """
     from rich.console import Console
 
+    from train.base import Base
     from train.sample import SampleConfig, sample_clips
 
     config = SampleConfig(
         model=model,
+        base=Base.parse(transformer_path, base_lora),
+        base_high=Base.parse(transformer_high_path, base_lora_high),
         prompts=tuple(prompt),
         loras=tuple(lora or ()),
         image=image,

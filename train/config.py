@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from shared.errors import UserError
-from train.base import Precision
+from train.base import Base, Precision
 from train.dmd import Maths, Pairing, Start
 from train.flow import Expert, ScoreFloor
 from train.flow_matching import TimestepSampling
@@ -27,6 +27,7 @@ class TrainConfig:
 
     # What is trained, on what
     model: str
+    base: Base
     shards: tuple[WeightedFolder, ...]
     where: tuple[Condition, ...]
     """Only samples that fulfil all of them."""

@@ -51,16 +51,20 @@ def train(run: Run, console: Console) -> int | None:
     for line in run.describe():
         say(line)
 
+    for note in config.base.notes():
+        say(f"base     {note}")
+
     # Base, adapters, optimizers
     device = torch.device(config.device)
     bank = load_prompt_bank(run.data.first)
-    digest = base_digest(run.spec.folder, component_of(objective.expert))
+    digest = base_digest(run.spec.folder, component_of(objective.expert), config.base)
     transformer = load_base(
         run.spec,
         objective.expert,
         precision=config.mixed_precision,
         device=device,
         gradient_checkpointing=config.gradient_checkpointing,
+        base=config.base,
     )
     lora = LoraSpec(
         rank=config.rank,

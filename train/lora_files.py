@@ -100,9 +100,11 @@ class LoraWeights:
         cast = {name: tensor.detach().to("cpu", dtype) for name, tensor in self.weights.items()}
         return replace(self, weights=cast)
 
-    def delta(self, module: str, strength: float = 1.0) -> torch.Tensor:
+    def delta(
+        self, module: str, strength: float = 1.0, device: torch.device | None = None
+    ) -> torch.Tensor:
         """What is added to the module's weight, (out, in) in fp32: strength·(alpha / rank)·B·A."""
-        product = self.up(module).float() @ self.down(module).float()
+        product = self.up(module).to(device).float() @ self.down(module).to(device).float()
         return product.mul_(strength * self.scale(module))
 
 

@@ -88,6 +88,7 @@ class Run:
         return [
             f"model    {self.spec.folder} ({self.spec.mode}), expert {expert} "
             f"({component_of(expert)})",
+            *([f"base     {base}"] if (base := config.base.describe()) else []),
             f"data     {len(self.data)} samples in {len(self.data.filled_buckets())} bucket(s) of "
             f"{self.data.folders}{self._captions()}; update batch {plan.batch_size} = "
             f"{config.train_batch_size} x {config.gradient_accumulation_steps} accumulation; "
@@ -155,7 +156,9 @@ def _refuse_other_numbers(caches: Sequence[CacheIndex]) -> None:
 
 def plan_run(config: TrainConfig, spec: ModelSpec, data: Dataset, objective: Objective) -> Run:
     """Plan the batches and the length. UserError where the data make no update."""
-    resolve_model(config.model, [component_of(objective.expert)])
+    component = component_of(objective.expert)
+    resolve_model(config.model, [component] if config.base.own is None else [])
+    config.base.check(spec, component)
     repeats, epochs = data.shown(config.video_repeat)
     plan = BatchPlan(
         bucket_ids=data.bucket_ids,
@@ -241,8 +244,11 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
     """What a checkpoint of this run must match to be resumed, and what it merely remembers."""
     config = run.config
     average = {"ema_decay": config.ema_decay, "ema_start": config.ema_start}
+    model: dict[str, Any] = {"base": digest, "mode": run.spec.mode}
+    if merged := config.base.merged:  # in the base's digest too; said apart, for people
+        model["base_lora"] = [f"{x.digest[:12]} x {x.strength:g}" for x in merged]
     fixed: dict[str, Any] = {
-        "model": {"base": digest, "mode": run.spec.mode},
+        "model": model,
         "lora": {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)},
         "method": run.objective.method,
         "recipe": run.objective.identity() | average,
@@ -259,6 +265,7 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
     captions = run.data.captions_identity()
     loose["captions"] = captions and f"{config.captions} {captions}"
     loose["where"] = ", ".join(map(str, config.where)) or None
+    loose["base"] = config.base.describe() or None
     provenance = Provenance(
         expert=run.objective.expert,
         mode=run.spec.mode,

@@ -5,7 +5,7 @@ The only module of this stage that builds a VAE and a text encoder, in a process
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import inf
@@ -22,7 +22,6 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
-    WanTransformer3DModel,
 )
 from PIL import Image, ImageOps
 from rich.console import Console
@@ -46,7 +45,7 @@ from shared.mp4 import Clip, write_mp4
 from shared.original_layout import is_original
 from shared.resize import fit_to
 from shared.schema import DTYPES
-from train.base import base_digest, component_of
+from train.base import Base, base_digest, component_of, load_weights, merge
 from train.config import check_writable
 from train.dmd import Pairing
 from train.flow import Schedule
@@ -67,6 +66,10 @@ class SampleConfig:
     """One call of `wantrain sample`."""
 
     model: str
+    base: Base
+    """Of the low-noise expert, or of the only transformer."""
+    base_high: Base
+    """Of the high-noise expert."""
     prompts: tuple[str, ...]
     loras: tuple[Path, ...]
     image: Path | None
@@ -113,6 +116,24 @@ class SampleConfig:
                     "and of LoRAs of `wantrain lora`."
                 )
 
+    def bases(self, spec: ModelSpec, *, alone: bool) -> dict[str, Base]:
+        """Component → its weights. `alone`: the first takes every step (a `full` LoRA).
+
+        Raises UserError for weights of an expert that takes no part, or that don't fit.
+        """
+        if spec.two_experts and not alone:
+            bases = {"transformer": self.base_high, "transformer_2": self.base}
+        elif found := self.base_high.describe():
+            raise UserError(
+                f"--transformer-high-path, --base-lora-high: found {found}, but one transformer "
+                "takes every step here. Leave out -high."
+            )
+        else:
+            bases = {"transformer": self.base}
+        for component, base in bases.items():
+            base.check(spec, component)
+        return bases
+
     def check_against(self, spec: ModelSpec) -> None:
         """UserError unless the model can make clips of this shape from these inputs."""
         multiple, time = spec.side_multiple, spec.stride[0]
@@ -149,8 +170,14 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
     if student is not None:
         config.check_few_steps()
     shift = many_steps_shift(config, loras, spec)
+    alone = any(lora.provenance.expert == "full" for lora in loras)
+    bases = config.bases(spec, alone=alone)
+    for component, base in bases.items():
+        for told in (base.describe(), *base.notes()):
+            if told:
+                say(f"base     {component}: {told}")
     for lora in loras:
-        if warning := wrong_base(lora, spec):
+        if warning := wrong_base(lora, spec, bases):
             say(f"warning  {warning}", style="yellow")
     experts = [lora.provenance.expert for lora in loras]
     if spec.two_experts and len(experts) == 1 and experts != ["full"]:
@@ -168,6 +195,7 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
         spec,
         from_image=image is not None,
         loras=loras,
+        bases=bases,
         dtype=DTYPES[config.dtype],
         device=device,
         offload=config.offload,
@@ -276,14 +304,17 @@ def many_steps_shift(config: SampleConfig, loras: Sequence[TrainedLora], spec: M
     return trained[0]
 
 
-def wrong_base(lora: TrainedLora, spec: ModelSpec) -> str | None:
-    """A warning where the LoRA was trained on other weights than the model's, else None."""
-    found = base_digest(spec.folder, component_of(lora.provenance.expert))
+def wrong_base(lora: TrainedLora, spec: ModelSpec, bases: Mapping[str, Base]) -> str | None:
+    """A warning where the LoRA was trained on other weights than it will be used on, else None."""
+    component = component_of(lora.provenance.expert)
+    found = base_digest(spec.folder, component, bases[component])
     if found == lora.provenance.base:
         return None
+    trained = lora.provenance.recipe.get("base")
+    cure = f". It was trained on: {trained}" if trained else ""
     return (
         f"{lora.path} was trained on other weights than {spec.folder} holds "
-        f"({lora.provenance.base[:12]}… against {found[:12]}…)"
+        f"({lora.provenance.base[:12]}… against {found[:12]}…){cure}"
     )
 
 
@@ -292,16 +323,19 @@ def build_pipeline(
     *,
     from_image: bool,
     loras: Sequence[TrainedLora],
+    bases: Mapping[str, Base],
     dtype: torch.dtype,
     device: torch.device,
     offload: bool,
 ) -> Any:
     """The diffusers pipeline with the LoRAs applied; VAE in fp32, the rest in `dtype`.
 
+    `bases`: what each transformer that takes part is made of.
+
     A `full` LoRA works alone at every step, so the second expert is left out.
     """
     kind = WanImageToVideoPipeline if from_image else WanPipeline
-    alone = any(lora.provenance.expert == "full" for lora in loras) and spec.two_experts
+    alone = spec.two_experts and len(bases) == 1
     left_out = {"transformer_2": None, "boundary_ratio": None} if alone else {}
     dtypes = {"vae": torch.float32, "default": dtype}
     if spec.image_dim is not None:
@@ -312,9 +346,14 @@ def build_pipeline(
             # diffusers renames torch_dtype to dtype; its older releases know the old name only.
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
             if is_original(spec.folder):
-                pipeline = _original_pipeline(kind, spec, dtype, alone=alone)
+                pipeline = _original_pipeline(kind, spec, dtype, bases)
             else:
-                pipeline = kind.from_pretrained(spec.folder, torch_dtype=dtypes, **left_out)
+                own = {
+                    component: load_weights(spec, component, dtype=dtype, own=base.own)
+                    for component, base in bases.items()
+                    if base.own is not None
+                }
+                pipeline = kind.from_pretrained(spec.folder, torch_dtype=dtypes, **left_out, **own)
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -322,6 +361,8 @@ def build_pipeline(
             f"model: cannot load {spec.folder}: {first_line(error)}. Expected a whole "
             "diffusers folder (VAE and text encoder too); download it again."
         ) from error
+    for component, base in bases.items():
+        merge(getattr(pipeline, component), base.merged, device)
     for lora in loras:
         try:
             pipeline.load_lora_weights(
@@ -342,26 +383,28 @@ def build_pipeline(
     return pipeline
 
 
-def _original_pipeline(kind: Any, spec: ModelSpec, dtype: torch.dtype, *, alone: bool) -> Any:
+def _original_pipeline(
+    kind: Any, spec: ModelSpec, dtype: torch.dtype, bases: Mapping[str, Base]
+) -> Any:
     """The pipeline of a folder in Wan's original layout, its dtypes as `from_pretrained` has them.
 
-    `alone`: without the second expert.
+    The second expert is left out where it has no base.
     """
     folder = spec.folder
-    transformer = partial(original_weights.load_transformer, WanTransformer3DModel, folder)
-    two = spec.two_experts and not alone
+    loaded = {
+        component: load_weights(spec, component, dtype=dtype, own=base.own)
+        for component, base in bases.items()
+    }
     parts: dict[str, Any] = {
         "tokenizer": original_weights.load_tokenizer(AutoTokenizer, folder),
         "text_encoder": original_weights.load_text_encoder(UMT5EncoderModel, folder, dtype=dtype),
         "vae": original_weights.load_vae(AutoencoderKLWan, folder, dtype=torch.float32),
-        "transformer": transformer("transformer", dtype=dtype),
         "transformer_2": None,
+        **loaded,
         "scheduler": teacher_scheduler(spec.flow_shift),
-        "boundary_ratio": spec.boundary if two else None,
+        "boundary_ratio": spec.boundary if "transformer_2" in loaded else None,
         "expand_timesteps": spec.mode == "ti2v",
     }
-    if two:
-        parts["transformer_2"] = transformer("transformer_2", dtype=dtype)
     if kind is WanImageToVideoPipeline:
         parts |= {"image_encoder": None, "image_processor": None}
     if spec.image_dim is not None:

@@ -1,0 +1,145 @@
+"""A transformer of the user's own in place of a model's expert: `--transformer-path`.
+
+It may be a file (Wan's names, ComfyUI's with their prefix, or diffusers') or a folder: a whole
+model, a transformer's folder in either layout, or what a trainer left (`transformer/` inside). Its
+config is always the model's: a file has none, and a folder's must not differ from it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+
+from shared.errors import UserError, first_line
+from shared.model_spec import ModelSpec, read_json
+from shared.original_layout import expert_folder, is_original, transformer_config
+from shared.original_weights import State, converted, empty_model, read_tensors, transformer_of
+
+OPTION = "--transformer-path"
+_PICKLED = (".pth", ".pt", ".ckpt", ".bin")
+_LORA_PARTS = ("lora_A", "lora_B", "lora_down", "lora_up")
+# Fields of a config that don't say what the weights are.
+_FREE = ("rope_max_seq_len",)
+
+
+def own_files(path: Path, component: str) -> list[Path]:
+    """The safetensors files that `path` means, of a model folder those of `component`.
+
+    Raises UserError when there are none.
+    """
+    if path.is_file():
+        if path.suffix == ".safetensors":
+            return [path]
+        why = (
+            "it is pickled, and wandistill runs no code of a file"
+            if path.suffix in _PICKLED
+            else f"a {path.suffix or 'file without an ending'} is not read"
+        )
+        raise UserError(f"{OPTION}: {path}: {why}. Expected a .safetensors file, or a folder.")
+    folder = _folder(path, component)
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    if index.is_file():  # other files beside are other variants of the same weights
+        try:
+            names = set(read_json(index, OPTION)["weight_map"].values())
+        except (KeyError, AttributeError, TypeError) as error:
+            raise UserError(
+                f"{OPTION}: {index} is damaged ({first_line(error)}). Get it again."
+            ) from error
+        files = sorted(folder / name for name in names)
+    else:
+        whole = folder / "diffusion_pytorch_model.safetensors"
+        files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(
+            f"{OPTION}: {'no safetensors in ' if folder.is_dir() else 'there is no '}{folder}. "
+            "Expected a .safetensors file, a folder with a transformer's, or a model folder."
+        )
+    return files
+
+
+def _folder(path: Path, component: str) -> Path:
+    if (path / "model_index.json").is_file():
+        return path / component
+    if any(path.glob("*.safetensors")):
+        return path
+    if is_original(path):
+        return expert_folder(path, component)
+    inside = [path / name for name in (component, "transformer") if (path / name).is_dir()]
+    return inside[0] if inside else path
+
+
+def component_config(spec: ModelSpec, component: str) -> dict[str, Any]:
+    """diffusers' config of one of the model's transformers, whose weights need not be there."""
+    if is_original(spec.folder):
+        return transformer_config(spec.folder, component)
+    return read_json(spec.folder / component / "config.json", "model")
+
+
+def check_own(path: Path, spec: ModelSpec, component: str) -> None:
+    """UserError unless there are files, and no config beside them that contradicts the model's."""
+    folder = own_files(path, component)[0].parent
+    if path.is_file() or not (folder / "config.json").is_file():
+        return
+    try:
+        found = _config_of(folder)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{OPTION}: {folder}/config.json is no config of a Wan transformer "
+            f"({first_line(error)}). Get it again, or name the weights' file alone."
+        ) from error
+    expected = _whole(component_config(spec, component))
+    for name in sorted(found.keys() & expected.keys()):
+        if found[name] != expected[name] and name not in _FREE and not name.startswith("_"):
+            raise UserError(
+                f"{OPTION}: {folder}/config.json has {name}={found[name]!r}, the {component} of "
+                f"{spec.folder} {expected[name]!r}. Set --model to the model that it was "
+                "finetuned from."
+            )
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    raw = read_json(folder / "config.json", OPTION)
+    if raw.get("_class_name") == "WanModel":
+        return transformer_config(folder)
+    return _whole(raw)
+
+
+def _whole(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with diffusers' defaults where it is silent, through JSON: tuples are lists."""
+    whole = {**empty_model(WanTransformer3DModel, config).config}
+    return dict(json.loads(json.dumps(whole)))
+
+
+def load_own(path: Path, spec: ModelSpec, component: str, *, dtype: torch.dtype) -> Any:
+    """A WanTransformer3DModel in `dtype`, dtypes as `from_pretrained` has them.
+
+    Raises UserError naming the weight that is missing, too many or of another shape.
+    """
+    check_own(path, spec, component)
+    state: State = {}
+    for file in own_files(path, component):
+        tensors = read_tensors(file)
+        if twice := sorted(state.keys() & tensors.keys()):
+            raise UserError(
+                f"{OPTION}: {file.parent} has {twice[0]} twice, in {file.name} too: its files are "
+                f"variants of one another. Name the one to take: {OPTION} {file}"
+            )
+        state |= tensors
+    if all(set(_LORA_PARTS) & set(name.split(".")) or name.endswith(".alpha") for name in state):
+        raise UserError(
+            f"{OPTION}: {path} is a LoRA. Merge it into the base: --base-lora {path}; or start the "
+            f"training from it: --init-lora {path}"
+        )
+    return transformer_of(
+        WanTransformer3DModel,
+        component_config(spec, component),
+        converted(component, state),
+        dtype=dtype,
+        source=path,
+        cure=f"Expected a whole transformer of the form of {spec.folder}'s {component}: set "
+        "--model to the model that it was finetuned from.",
+    )
