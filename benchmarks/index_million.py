@@ -31,6 +31,8 @@ sys.path.insert(0, str(ROOT))
 SHARD_SAMPLES = 256
 """Samples of a synthetic shard: of 1 MB each in a shard of 256 MB."""
 SAMPLE_BYTES = 1_000_000
+RANKS = 512
+"""Of the run that is planned, one sample each in an update."""
 FINGERPRINT = {"format": 1, "mode": "t2v"}
 
 
@@ -83,21 +85,33 @@ def write(folder: Path, samples: int) -> None:
 
 def read(folder: Path) -> None:
     """As `wantrain` does."""
+    from fractions import Fraction
+
     from shared.cache import open_cache
-    from train.plan import BatchPlan
+    from train.dataset import dataset_of
+    from train.plan import BatchPlan, micro_batch
 
     with timed("open"):
         index = open_cache(folder)
+    with timed("plan, first batch"):
+        data = dataset_of([(index, Fraction(1))])
+        repeats, epochs = data.shown(video_repeat=1)
+        plan = BatchPlan(data.bucket_ids, repeats, RANKS, seed=1, epochs=epochs)
+        rows = plan.batch(0)
+    with timed("the last batch of the next epoch"):
+        plan.batch(2 * plan.batches_per_epoch - 1)
+    with timed(f"shares of {RANKS} ranks"):
+        shares = [
+            rows[micro_batch(RANKS, micro_step=0, rank=r, world_size=RANKS, accumulation=1).start]
+            for r in range(RANKS)
+        ]
+        assert sorted(shares) == sorted(rows)
     with timed("read and check all columns"):
         index.read_columns()
-    with timed("plan, first batch"):
-        plan = BatchPlan(index.bucket_ids, index.repeats, 64, seed=1)
-        rows = plan.batch(0)
-    with timed("batch 1,000,000 (another epoch)"):
-        plan.batch(1_000_000)
     with timed("where the members of a batch lie"):
-        for row in rows:
-            index.place(int(row), "json")
+        for sample in rows:
+            part, row = data.place(int(sample))
+            data.parts[part].index.place(row, "json")
 
 
 def again(folder: Path) -> None:
