@@ -67,6 +67,8 @@ class Entry:
     counts. None: not said."""
     frames: int | None = None
     """Most frames that such a medium would have."""
+    tags: tuple[str, ...] = ()
+    """Words for `wantrain --where tag=…`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +185,7 @@ def _text_entries(item: dict[str, Any], only: Literal["video", "image"] | None) 
             "text",
             shape=None if height is None or width is None else (height, width),
             frames=shape["frames"],
+            tags=_tags(item),
         )
         for caption in captions
     ]
@@ -230,7 +233,23 @@ def _entries(item: Any, data_dir: Path, only: Literal["video", "image"] | None) 
         raise _BadEntryError(f"type is {said!r}, expected 'video', 'image' or 'text'")
     kind = said or implied or only or _kind(path)
     source = _source(path, given, data_dir)
-    return [_checked(path, source, caption, kind) for caption in _captions(item, captions)]
+    tags = _tags(item)
+    return [
+        _checked(path, source, caption, kind, tags=tags) for caption in _captions(item, captions)
+    ]
+
+
+def _tags(item: dict[str, Any]) -> tuple[str, ...]:
+    """A list of texts, or one text with commas between them (of a CSV); none twice."""
+    value = item.get("tags")
+    if _blank(value):
+        return ()
+    tags = value.split(",") if isinstance(value, str) else value
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        found = json.dumps(value)
+        raise _BadEntryError(f"tags is {found:.80}, expected a list of texts, or 'one,other'")
+    stripped = (_encodable(tag.strip()) for tag in tags)
+    return tuple(dict.fromkeys(tag for tag in stripped if tag))
 
 
 def _captions(item: dict[str, Any], filled: dict[str, Any]) -> list[str]:
@@ -430,9 +449,7 @@ def _caption_beside(path: Path, suffix: str) -> str:
         raise _BadEntryError(f"the caption {text.name} is not UTF-8 text") from error
 
 
-def _checked(
-    path: Medium | None, source: str, caption: str, kind: Any, **without_medium: Any
-) -> Entry:
+def _checked(path: Medium | None, source: str, caption: str, kind: Any, **more: Any) -> Entry:
     if not caption.strip():
         raise _BadEntryError("the caption is empty")
     if _encodable(caption) != caption:
@@ -445,7 +462,7 @@ def _checked(
         source=_encodable(source),
         caption=caption.strip(),
         type=kind,
-        **without_medium,
+        **more,
     )
 
 

@@ -17,7 +17,7 @@ NAMES = ("metadata.json", "metadata.jsonl", "metadata.csv")
 PATH_FIELDS = ("file_path", "video_path", "image_path", "file_name")
 """VideoX-Fun's; musubi-tuner's and others'; Hugging Face datasets'."""
 CAPTION_FIELDS = ("text", "caption", "captions")
-CAPTION_ONLY_FIELDS = (*CAPTION_FIELDS, "type", "width", "height", "frames")
+CAPTION_ONLY_FIELDS = (*CAPTION_FIELDS, "type", "width", "height", "frames", "tags")
 """An entry with no others, and no path, may be a caption without a medium."""
 _FORM = f"a path ({' | '.join(PATH_FIELDS)}) and a caption ({' | '.join(CAPTION_FIELDS)})"
 

@@ -39,6 +39,8 @@ class Work:
     """(key, caption), in order of appearance."""
     repeats: int
     """How often an epoch shows it: the most that any of its datasets asks for."""
+    tags: tuple[str, ...]
+    """Of all its entries."""
     home: str
     """Key of its first caption ordinal, whichever captions there are: decides whose work it is."""
 
@@ -60,6 +62,7 @@ class Work:
             source_width=None if self.probe is None else self.probe.width,
             source_height=None if self.probe is None else self.probe.height,
             repeats=self.repeats,
+            tags=list(self.tags),
         )
 
 
@@ -232,5 +235,6 @@ def _work(found: list[_Looked], committed: Captions, there: set[bytes], video_re
         samples=tuple((keys[caption], caption) for caption in captions),
         repeats=max(looked.entry.repeats for looked in found)
         * (video_repeat if first.probe is not None and first.probe.type == "video" else 1),
+        tags=tuple(dict.fromkeys(tag for looked in found for tag in looked.entry.tags)),
         home=key(0),
     )

@@ -71,6 +71,8 @@ def test_a_folder_with_captions_beside_the_media(tmp_path: Path) -> None:
         ({"file_path": "x.mp4", "text": "\ud800"}, "x.mp4", "lone surrogates"),
         ({"file_path": "x.pdf", "text": "t"}, "x.pdf", "unknown extension '.pdf'"),
         ({"file_path": "x.mp4", "text": "t", "type": "audio"}, "x.mp4", "type is 'audio'"),
+        ({"file_path": "x.mp4", "text": "t", "tags": {"a": 1}}, "x.mp4", 'tags is {"a": 1}, exp'),
+        ({"file_path": "x.mp4", "text": "t", "tags": ["a", 1]}, "x.mp4", 'tags is ["a", 1], expe'),
     ],
 )
 def test_a_bad_entry_is_left_out(tmp_path: Path, entry: Any, source: str, reason: str) -> None:
@@ -240,6 +242,37 @@ def test_every_form_gives_the_same_shards(tiny_t2v: Path, tmp_path: Path) -> Non
         contents.append(Cache.open(shards).contents())
     assert contents[0] == contents[1] == contents[2]
     assert sum(name.endswith(".latents.safetensors") for name in contents[0]) == 2
+
+
+def test_tags_go_into_the_shards(tiny_t2v: Path, tmp_path: Path) -> None:
+    """From JSON and CSV; of a file that is listed twice, those of both; of a caption alone, too."""
+    Image.new("RGB", (64, 64), (20, 130, 90)).save(tmp_path / "b.png")
+    Image.new("RGB", (64, 64), (90, 20, 130)).save(tmp_path / "c.png")
+    rows = [
+        ("b.png", "one", "good, night,,good"), ("b.png", "two", "wide"), ("c.png", "three", " "),
+    ]  # fmt: skip
+    lists = [
+        {"file_path": name, "text": text, "tags": [t for t in tags.split(",") if t.strip()]}
+        for name, text, tags in rows
+    ]
+    lists[2]["tags"] = None
+    (tmp_path / "m.json").write_text(json.dumps(lists))
+    with (tmp_path / "m.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([("file_path", "text", "tags"), *rows])
+    (tmp_path / "alone.json").write_text(json.dumps([{"text": "four", "tags": ["sea"]}]))
+    for form in ("m.json", "m.csv", "alone.json"):
+        ran = wanprep(
+            "encode", "--model", tiny_t2v, "--train-data-dir", tmp_path, "--output",
+            tmp_path / f"shards-{form}", "--train-data-meta", tmp_path / form, "--size", 64,
+            "--video-sample-n-frames", 5, "--device", "cpu",
+        )  # fmt: skip
+        assert ran.code == 0, ran.err
+        cache = Cache.open(tmp_path / f"shards-{form}")
+        infos = [json.loads(v) for name, v in cache.contents().items() if name.endswith(".json")]
+        tags = {info["caption"]: info["tags"] for info in infos}
+        both = ["good", "night", "wide"]
+        expected = {"one": both, "two": both, "three": []}
+        assert tags == ({"four": ["sea"]} if form == "alone.json" else expected)
 
 
 def test_differing_captions_are_refused_and_equal_ones_are_not(tmp_path: Path) -> None:
