@@ -106,6 +106,7 @@ def read(folder: Path) -> None:
             for r in range(RANKS)
         ]
         assert sorted(shares) == sorted(rows)
+    show_peak("peak memory so far")
     with timed("read and check all columns"):
         index.read_columns()
     with timed("where the members of a batch lie"):
@@ -189,6 +190,12 @@ def rebuild(folder: Path, samples: int) -> None:
         print(f"{f'  headers alone, {name}':<44}{each}")
 
 
+def show_peak(what: str) -> None:
+    """Of this process, until now."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"{what:<44}{peak:8.0f} MiB", flush=True)
+
+
 @contextmanager
 def timed(what: str) -> Iterator[None]:
     """Wall time, and CPU time, which a busy machine does not stretch as much."""
@@ -227,8 +234,7 @@ def main() -> None:
     if args.step:
         STEPS[args.step](args.folder, samples)
         if args.step != "rebuild":
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            print(f"{'peak memory':<44}{peak:8.0f} MiB")
+            show_peak("peak memory")
         return
     folder = Path(tempfile.mkdtemp(prefix="index-"))
     try:

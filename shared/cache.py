@@ -311,8 +311,9 @@ class CacheIndex:
         """(N, members)."""
         offsets = self._within("offset", 0, max(self.shard_bytes, default=0))
         room = np.asarray(self.shard_bytes, dtype=np.int64)[self.shard_ids]
-        if bool((offsets > room[:, None] - self.lengths).any()):
-            raise self._damaged("offset", "members go beyond the end of their shard")
+        for begins, bytes_ in zip(offsets.T, self.lengths.T, strict=True):  # by member: less memory
+            if bool((begins > room - bytes_).any()):
+                raise self._damaged("offset", "members go beyond the end of their shard")
         return offsets
 
     @cached_property
