@@ -30,7 +30,7 @@ from shared.original_weights import converted
 from train.base import base_digest, component_of
 from train.flow import Expert
 from train.lora_files import LoraFile, LoraWeights, check_fits, read_lora
-from train.provenance import METADATA_KEY, read_provenance
+from train.provenance import METADATA_KEY, read_provenance, wrong_base
 from train.tensor_files import Stored, stored_tensors, write_stream
 
 PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
@@ -103,7 +103,7 @@ def merge(config: MergeConfig, console: Console) -> None:
         for component, transformer in transformers.items():
             told = [_told(addition, config.lora_scale) for addition in additions]
             transformer.write(building, config.lora_scale, told, console)
-            say(f"merged   {component}: {transformer.merged} layers, {transformer.size:.2f} GB")
+            say(f"merged   {component}: {transformer.merged} layers, {transformer.size:.3g} GB")
         fsync_folder(building)
         if config.output.is_dir():
             config.output.rmdir()  # empty, as was checked
@@ -169,13 +169,10 @@ def _warnings(addition: _Addition, spec: ModelSpec) -> Iterable[str]:
     if addition.lora.note:
         yield addition.lora.note
     if METADATA_KEY in addition.lora.metadata:
-        expected = read_provenance(addition.lora.path).base
+        path = addition.lora.path
         found = base_digest(spec.folder, component_of(addition.expert))
-        if found != expected:
-            yield (
-                f"{addition.lora.path} was trained on other weights than {spec.folder} holds "
-                f"({expected[:12]}… against {found[:12]}…)"
-            )
+        if warning := wrong_base(path, read_provenance(path), found, str(spec.folder)):
+            yield warning
 
 
 def _told(addition: _Addition, scale: float) -> dict[str, Any]:

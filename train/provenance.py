@@ -129,6 +129,18 @@ class Provenance:
         return "wan2.2" if self.boundary is not None or self.mode == "ti2v" else "wan2.1"
 
 
+def wrong_base(path: Path, provenance: Provenance, found: str, model: str) -> str | None:
+    """A warning where the LoRA in `path` was trained on other weights than `found`, the model's."""
+    if found == provenance.base:
+        return None
+    trained = provenance.recipe.get("base")
+    cure = f". It was trained on: {trained}" if trained else ""
+    return (
+        f"{path} was trained on other weights than {model} holds "
+        f"({provenance.base[:12]}… against {found[:12]}…){cure}"
+    )
+
+
 def read_provenance(path: Path) -> Provenance:
     """The provenance in a LoRA file of any form. UserError when it is no such file."""
     metadata = read_metadata(path)

@@ -50,7 +50,7 @@ from train.config import check_writable
 from train.dmd import Pairing
 from train.flow import Schedule
 from train.media_out import contact_sheet
-from train.provenance import Provenance, read_provenance
+from train.provenance import Provenance, read_provenance, wrong_base
 from train.rng import counted_rng
 
 TEACHER_STEPS, TEACHER_GUIDANCE = 40, 5.0
@@ -177,7 +177,9 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
             if told:
                 say(f"base     {component}: {told}")
     for lora in loras:
-        if warning := wrong_base(lora, spec, bases):
+        component = component_of(lora.provenance.expert)
+        found = base_digest(spec.folder, component, bases[component])
+        if warning := wrong_base(lora.path, lora.provenance, found, str(spec.folder)):
             say(f"warning  {warning}", style="yellow")
     experts = [lora.provenance.expert for lora in loras]
     if spec.two_experts and len(experts) == 1 and experts != ["full"]:
@@ -302,20 +304,6 @@ def many_steps_shift(config: SampleConfig, loras: Sequence[TrainedLora], spec: M
             f"{spec.flow_shift:g}."
         )
     return trained[0]
-
-
-def wrong_base(lora: TrainedLora, spec: ModelSpec, bases: Mapping[str, Base]) -> str | None:
-    """A warning where the LoRA was trained on other weights than it will be used on, else None."""
-    component = component_of(lora.provenance.expert)
-    found = base_digest(spec.folder, component, bases[component])
-    if found == lora.provenance.base:
-        return None
-    trained = lora.provenance.recipe.get("base")
-    cure = f". It was trained on: {trained}" if trained else ""
-    return (
-        f"{lora.path} was trained on other weights than {spec.folder} holds "
-        f"({lora.provenance.base[:12]}… against {found[:12]}…){cure}"
-    )
 
 
 def build_pipeline(
