@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from shared.errors import UserError
 from tests.train.test_distill import distill
+from tests.train.test_finetune import finetune
 from tests.train.test_lora_files import diffusers, kohya, original, tensors_of, with_alpha, written
 from train.cli import app as wantrain
 from train.lora_files import read_lora
@@ -41,6 +42,16 @@ def test_files_are_those_of_the_run_to_the_byte(form: str, run: Path, tmp_path: 
         output.unlink()
         export("--lora", run / f"lora-low-{other}.safetensors", "--to", form, "--output", output)
         assert output.read_bytes() == expected, other
+
+
+def test_a_run_of_wantrain_lora_is_exported_alike(
+    tiny_t2v: Path, t2v_shards: Path, tmp_path: Path
+) -> None:
+    run = finetune(tiny_t2v, t2v_shards, tmp_path / "run", "--max-train-steps", "1")
+    output = tmp_path / "x.safetensors"
+    for form in FORMS:
+        export("--checkpoint", run / "checkpoint-1", "--to", form, "--output", output)
+        assert output.read_bytes() == (run / f"lora-low-{form}.safetensors").read_bytes()
 
 
 def test_an_earlier_checkpoint_is_an_earlier_lora(run: Path, tmp_path: Path) -> None:

@@ -144,6 +144,29 @@ def test_comfyuis_rule_gives_what_was_trained(
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("more", [(), ("k_img", "v_img")], ids=["text", "image"])
+def test_diffusers_applies_loras_of_wan_21_i2v(
+    more: tuple[str, ...], form: Form, tiny_wan21_i2v: Path, tmp_path: Path
+) -> None:
+    """With and without the layers for CLIP's embedding; for LoRAs without, diffusers adds zeros."""
+    roles = trained(tiny_wan21_i2v, "full", ALL + more, tmp_path, boundary=None)
+    pipeline = WanImageToVideoPipeline.from_pretrained(tiny_wan21_i2v)
+    pipeline.load_lora_weights(str(lora_path(tmp_path, "full", form)))
+    rng = torch.Generator().manual_seed(1)
+    shapes = ((2, 36, 3, 6, 10), (2, 512, 32), (2, 10, 32))
+    latents, text, clip = (torch.randn(*shape, generator=rng) for shape in shapes)
+    inputs = (latents, torch.tensor([937.5, 300.0]), text, clip)
+    with torch.no_grad():
+        found = pipeline.transformer(*inputs, return_dict=False)[0]
+        with roles.generator():
+            expected = roles.transformer(*inputs, return_dict=False)[0]
+        with roles.teacher():
+            base = roles.transformer(*inputs, return_dict=False)[0]
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert (expected - base).norm() / base.norm() > 0.01
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_our_own_files_are_read_as_they_were_written(
     form: Form, tiny_t2v: Path, tmp_path: Path
 ) -> None:
