@@ -128,7 +128,7 @@ class Dataset:
                     f"{part.index.folder}{weight}"
                 )
         for number, part in enumerate(self.parts):
-            if both := sum(_shared(part.index, other.index) for other in self.parts[:number]):
+            if both := sum(_shared(part, other) for other in self.parts[:number]):
                 lines.append(
                     f"shards   {both} samples of {part.index.folder} are in a folder before it, "
                     "too; they are shown for both"
@@ -155,6 +155,7 @@ def dataset_of(
     )
 
 
-def _shared(one: CacheIndex, other: CacheIndex) -> int:
-    """How many samples two caches have in common."""
-    return int((positions(one.keys, other.keys) >= 0).sum())
+def _shared(one: Part, other: Part) -> int:
+    """How many samples are taken from both."""
+    there = positions(one.index.keys[one.rows], other.index.keys[other.rows])
+    return int((there >= 0).sum())

@@ -82,6 +82,22 @@ def test_without_room_for_shards_samples_are_read_one_by_one(
     assert set(_fetched(machine)) <= prompts
 
 
+def test_a_condition_on_captions_is_answered_without_fetching_shards(
+    bucket: str,
+    machine: Path,
+    tiny_t2v: Path,
+    t2v_shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    more = ("--where", "caption~=kind [12]", "--shards", str(t2v_shards), "--dry-run")
+    wantrain(arguments(tiny_t2v, bucket, tmp_path / "out", *more), standalone_mode=False)  # type: ignore[arg-type]
+    said = capsys.readouterr().out
+    assert f"2 of 6 samples of {bucket}" in said and f"2 of 6 samples of {t2v_shards}" in said
+    assert f"2 samples of {t2v_shards} are in a folder before it, too" in said
+    assert _fetched(machine) == {}
+
+
 def test_two_runs_share_what_they_fetch(
     bucket: str, store: ObjectStore, machine: Path, t2v_shards: Path
 ) -> None:
