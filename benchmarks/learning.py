@@ -259,15 +259,20 @@ def short_digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:8]
 
 
-def make_shards(model: str, clips: int, work: Path) -> Path:
-    """Render and encode the training clips, once."""
-    shards = work / f"shards-{model}-{clips}"
+def make_shards(model: str, clips: int, work: Path, *, new: bool = False) -> Path:
+    """Render and encode the training clips, once; `new`: of what the toy was never shown."""
+    kind = "-new" if new else ""
+    shards = work / f"shards-{model}-{clips}{kind}"
     if not (shards / "index.zarr").exists():
-        media = work / f"media-{clips}"
+        media = work / f"media-{clips}{kind}"
         render = [sys.executable, str(ROOT / "scripts" / "render_clips.py")]
         subprocess.run(
-            [*render, "--output", str(media), "--count", str(clips), "--seed", "5000"], check=True
-        )
+            [
+                *render, "--output", str(media), "--count", str(clips), "--seed", "5000",
+                *(["--new"] if new else []),
+            ],
+            check=True,
+        )  # fmt: skip
         encode = (
             f"encode --model {model} --train-data-dir {media} --output {shards} --size 64 "
             "--video-sample-n-frames 17 --video-sample-stride 1"

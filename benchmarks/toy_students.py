@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # run from a checkout, nothing of it is packaged
 
 from oracle import judge, matching  # noqa: E402
-from render_clips import CAPTIONS, render_clip  # noqa: E402
+from render_clips import ALL_MOTIONS, CAPTIONS, render_clip  # noqa: E402
 from toy_sampling import (  # noqa: E402
     attend_to_padding,
     decode_clips,
@@ -88,14 +88,14 @@ def merge_lora(
 class ToyBench:
     """The toy, a fixed list of captions and their held-out noise (and first frames for i2v)."""
 
-    def __init__(self, model: str, count: int) -> None:
+    def __init__(self, model: str, count: int, captions: Sequence[str] = CAPTIONS) -> None:
         self.folder = toy_folder(model)
         index = json.loads((self.folder / "model_index.json").read_text())
         self.boundary = float(index["boundary_ratio"])
-        self.captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(count)]
+        self.captions = [captions[i % len(captions)] for i in range(count)]
         self._vae = AutoencoderKLWan.from_pretrained(self.folder / "vae")
-        embedded = embed_captions([*CAPTIONS, ""], self.folder)
-        self._text = embedded[torch.arange(count) % len(CAPTIONS)]
+        embedded = embed_captions([*captions, ""], self.folder)
+        self._text = embedded[torch.arange(count) % len(captions)]
         self._empty = embedded[-1:]
         self._condition = self._first_frames() if model == "toy-i2v" else None
 
@@ -144,7 +144,7 @@ class ToyBench:
         verdicts = []
         for start in range(0, len(latents), BATCH):
             clips = decode_clips(latents[start : start + BATCH], self._vae)
-            verdicts += [judge(clip) for clip in clips]
+            verdicts += [judge(clip, ALL_MOTIONS) for clip in clips]
         return matching(verdicts, self.captions[: len(latents)])
 
 

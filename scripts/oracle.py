@@ -10,11 +10,20 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from render_clips import COLOURS, MOTIONS, REFERENCE_SIDE, SHAPES, parse_caption, shape_coverage
+from render_clips import (
+    ALL_MOTIONS,
+    COLOURS,
+    MOTIONS,
+    REFERENCE_SIDE,
+    SHAPES,
+    parse_caption,
+    shape_coverage,
+)
 
 # Chroma (max minus min of RGB, 0..255) where a pixel half covered by the paint lies.
 OBJECT_CHROMA = 75
@@ -29,6 +38,7 @@ COLOUR_TOLERANCE = 55.0
 SHAPE_MATCH, SHAPE_MATCH_WORST = 0.87, 0.75
 # Pixels of a 64-pixel frame between the first and the last frame (real travel: 18..24).
 MOVING, STILL = 9.0, 4.5
+DIAGONAL = 0.7  # the shorter way over the longer one (of renders: 1)
 
 
 @dataclass(frozen=True)
@@ -95,20 +105,30 @@ def _centroid(weight: np.ndarray) -> np.ndarray:
     return np.array([(ys * weight).sum(), (xs * weight).sum()]) / weight.sum()
 
 
-def motion_of(centroids: np.ndarray, scale: float) -> str | None:
-    """Name the motion of centroids [T, 2] (y, x); None for one that is diagonal or too short."""
+def motion_of(
+    centroids: np.ndarray, scale: float, motions: Mapping[str, tuple[int, int]] = MOTIONS
+) -> str | None:
+    """Name the motion of centroids [T, 2] (y, x); None for one that is not in `motions`, too
+    short, or neither along an axis nor along a diagonal."""
     y, x = (centroids[-1] - centroids[0]) / scale
     if np.ptp(centroids, axis=0).max() / scale <= STILL:
         return "standing still"
     along, across = max(abs(x), abs(y)), min(abs(x), abs(y))
-    if along < MOVING or across > along / 2:
+    if along < MOVING:
         return None
-    direction = (int(np.sign(x)), 0) if abs(x) > abs(y) else (0, int(np.sign(y)))
-    return next(name for name, unit in MOTIONS.items() if unit == direction)
+    direction = (int(np.sign(x)), int(np.sign(y)))
+    if across <= along / 2:
+        direction = (direction[0], 0) if abs(x) > abs(y) else (0, direction[1])
+    elif across < DIAGONAL * along:
+        return None
+    return next((name for name, unit in motions.items() if unit == direction), None)
 
 
-def judge(clip: np.ndarray) -> Verdict:
-    """Describe a clip, uint8 RGB [T, H, W, 3]."""
+def judge(clip: np.ndarray, motions: Mapping[str, tuple[int, int]] = MOTIONS) -> Verdict:
+    """Describe a clip, uint8 RGB [T, H, W, 3], by what is in `motions`.
+
+    `ALL_MOTIONS` has the one, too, that the toy models were never shown.
+    """
     scale = min(clip.shape[1:3]) / REFERENCE_SIDE
     masks = [object_mask(frame) for frame in clip]
     areas = np.array([mask.sum() for mask in masks]) / scale**2
@@ -121,7 +141,8 @@ def judge(clip: np.ndarray) -> Verdict:
     mean, worst = overlaps[:, best].mean(), overlaps[:, best].min()
     clear = mean >= SHAPE_MATCH and worst >= SHAPE_MATCH_WORST
     shape = SHAPES[best] if clear else None
-    return Verdict(colour, shape, motion_of(np.stack([_centroid(mask) for mask in masks]), scale))
+    path = np.stack([_centroid(mask) for mask in masks])
+    return Verdict(colour, shape, motion_of(path, scale, motions))
 
 
 def matching(verdicts: list[Verdict], captions: list[str]) -> float:
@@ -142,7 +163,9 @@ def main() -> None:
     args = parser.parse_args()
     entries = json.loads((args.folder / "metadata.json").read_text())
     captions = [entry["text"] for entry in entries]
-    verdicts = [judge(read_clip(args.folder / entry["file_path"])) for entry in entries]
+    verdicts = [
+        judge(read_clip(args.folder / entry["file_path"]), ALL_MOTIONS) for entry in entries
+    ]
     for entry, verdict in zip(entries, verdicts, strict=True):
         if not verdict.matches(entry["text"]):
             print(f"{entry['file_path']}: {entry['text']!r} looks like {verdict}")

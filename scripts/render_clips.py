@@ -31,10 +31,17 @@ MOTIONS: dict[str, tuple[int, int]] = {
     "moving down": (0, 1),
     "standing still": (0, 0),
 }
-CAPTIONS: tuple[str, ...] = tuple(
-    f"a {colour} {shape} {motion}"
-    for colour, shape, motion in itertools.product(COLOURS, SHAPES, MOTIONS)
-)
+# A motion that the toy models were never shown: for LoRAs that teach them something new. (A new
+# colour would not do: their VAE paints purple blue.)
+NEW_MOTIONS: dict[str, tuple[int, int]] = {"moving diagonally": (1, 1)}
+ALL_MOTIONS = MOTIONS | NEW_MOTIONS
+
+
+def _captions(motions: dict[str, tuple[int, int]]) -> tuple[str, ...]:
+    return tuple(f"a {c} {s} {m}" for c, s, m in itertools.product(COLOURS, SHAPES, motions))
+
+
+CAPTIONS, NEW_CAPTIONS = _captions(MOTIONS), _captions(NEW_MOTIONS)
 
 # Lengths are in pixels of a frame whose shorter side is 64; other sizes scale with it.
 REFERENCE_SIDE = 64
@@ -48,11 +55,11 @@ SUPPORT = 1.25  # no shape reaches further than this times `radius` from its box
 
 
 def parse_caption(caption: str) -> tuple[str, str, str]:
-    """Split a caption of `CAPTIONS` into (colour, shape, motion); ValueError for any other."""
+    """Split a caption into (colour, shape, motion); ValueError for one not of this world."""
     words = caption.split(" ", 3)
     if len(words) == 4 and words[0] == "a":
         _, colour, shape, motion = words
-        if colour in COLOURS and shape in SHAPES and motion in MOTIONS:
+        if colour in COLOURS and shape in SHAPES and motion in ALL_MOTIONS:
             return colour, shape, motion
     raise ValueError(f"not a caption of this world: {caption!r}")
 
@@ -92,11 +99,11 @@ def render_clip(
     whatever the number of frames.
     """
     colour, shape, motion = parse_caption(caption)
-    rng = np.random.default_rng([seed, CAPTIONS.index(caption)])
+    rng = np.random.default_rng([seed, (CAPTIONS + NEW_CAPTIONS).index(caption)])
     scale = min(height, width) / REFERENCE_SIDE
     radius = rng.uniform(*RADIUS) * scale
     travel = rng.uniform(*TRAVEL) * scale
-    direction = np.array(MOTIONS[motion], dtype=np.float64)
+    direction = np.array(ALL_MOTIONS[motion], dtype=np.float64)
 
     # The middle of the path, such that both of its ends are inside.
     margin = SUPPORT * radius + np.abs(direction) * travel / 2
@@ -143,13 +150,20 @@ def write_mp4(path: Path, clip: np.ndarray, fps: int) -> None:
 
 
 def write_dataset(
-    output: Path, count: int, seed: int, frames: int, height: int, width: int, fps: int
+    output: Path,
+    count: int,
+    seed: int,
+    frames: int,
+    height: int,
+    width: int,
+    fps: int,
+    captions: tuple[str, ...] = CAPTIONS,
 ) -> list[dict[str, str | int]]:
     """Render `count` clips, going through the captions in turn; return the metadata written."""
     output.mkdir(parents=True, exist_ok=True)
     metadata: list[dict[str, str | int]] = []
     for index in range(count):
-        caption = CAPTIONS[index % len(CAPTIONS)]
+        caption = captions[index % len(captions)]
         name = f"{index:05d}.mp4"
         clip = render_clip(caption, seed + index, frames, height, width)
         write_mp4(output / name, clip, fps)
@@ -168,10 +182,14 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=17, help="frames per clip")
     parser.add_argument("--size", default="64", help="side in pixels, or WIDTHxHEIGHT")
     parser.add_argument("--fps", type=int, default=16)
+    parser.add_argument("--new", action="store_true", help="the captions that the toy never saw")
     args = parser.parse_args()
     sides = [int(side) for side in args.size.split("x")]
     width, height = sides[0], sides[-1]
-    write_dataset(args.output, args.count, args.seed, args.frames, height, width, args.fps)
+    captions = NEW_CAPTIONS if args.new else CAPTIONS
+    write_dataset(
+        args.output, args.count, args.seed, args.frames, height, width, args.fps, captions
+    )
     print(f"{args.count} clips of {width}x{height}x{args.frames} in {args.output}")
 
 
