@@ -27,7 +27,7 @@ class Interruption:
         self.signum: int | None = None
         """Number of the signal that came, None so far."""
         self._message = message.encode()
-        self._deferring = False
+        self._deferring = 0
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None:
@@ -40,12 +40,12 @@ class Interruption:
     @contextmanager
     def deferred(self, *, raise_after: bool = True) -> Iterator[None]:
         """A block that a signal cannot cut in two."""
-        self._deferring = True
+        self._deferring += 1
         try:
             yield
         finally:
-            self._deferring = False
-        if raise_after and self.signum is not None:
+            self._deferring -= 1
+        if raise_after and not self._deferring and self.signum is not None:
             raise Interrupted(self.signum)
 
 

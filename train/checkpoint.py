@@ -15,19 +15,22 @@ from typing import Any
 
 import torch
 from safetensors.torch import load
-from torch import nn
 
 from shared.durable import fsync_file, fsync_folder, temporary
 from shared.errors import UserError
 from shared.fingerprint import flatten
 from shared.hashing import digest_of
 from train.ema import Ema
+from train.strategy import TrainedRole
 from train.tensor_files import safetensors_parts
 
 FORMAT_VERSION = 1
 STATE = "state.json"
 REPLACED_SUFFIX = ".replaced"
 REMOVED_SUFFIX = ".removed"
+Files = dict[str, Mapping[str, torch.Tensor]]
+"""File of a checkpoint → its tensors by name."""
+
 _NAME = re.compile(r"checkpoint-(\d+)(?:\+(\d+))?")
 
 
@@ -36,50 +39,36 @@ def ema_file(role: str) -> str:
     return f"{role}_ema.safetensors"
 
 
-@dataclass(frozen=True)
-class RoleState:
-    """One role's weights and optimizer."""
-
-    parameters: Mapping[str, nn.Parameter]
-    """Under global names."""
-    optimizer: torch.optim.AdamW
-
-    def moments(self) -> dict[str, torch.Tensor]:
-        """ "name/moment" → what the optimizer holds of a parameter."""
-        return {
-            f"{name}/{moment}": value
-            for name, parameter in self.parameters.items()
-            for moment, value in self.optimizer.state.get(parameter, {}).items()
-        }
-
-    def load_moments(self, moments: Mapping[str, torch.Tensor]) -> None:
-        """Put back what `moments` gave."""
-        for name_and_moment, value in moments.items():
-            name, moment = name_and_moment.rsplit("/", 1)
-            parameter = self.parameters[name]
-            # torch keeps Adam's step counter on the CPU, the moments beside the parameter.
-            place = "cpu" if moment == "step" else parameter.device
-            self.optimizer.state[parameter][moment] = value.to(place).clone()
-
-
 @dataclass
 class TrainState:
     """All of a run that changes while it runs."""
 
-    roles: Mapping[str, RoleState]
+    roles: Mapping[str, TrainedRole]
     updates: int = 0
     """Optimizer steps of all roles so far: the one counter."""
     ema: Ema | None = None
-    """Average of one role's weights, where the run keeps one."""
+    """Average of one role's weights, where the run keeps one; in the first process alone."""
 
-    def weights(self) -> dict[str, Mapping[str, torch.Tensor]]:
-        """File of a checkpoint → the weights in it, as they are held; the optimizers apart."""
-        files: dict[str, Mapping[str, torch.Tensor]] = {
-            f"{role}_weights.safetensors": state.parameters for role, state in self.roles.items()
-        }
+    def files(self) -> Files:
+        """Everything to be saved, whole. All processes call it together."""
+        files: Files = {}
+        for role, trained in self.roles.items():
+            files[f"{role}_weights.safetensors"] = trained.weights()
+            files[f"{role}_optimizer.safetensors"] = trained.moments()
         if self.ema is not None:
             files[ema_file(self.ema.role)] = self.ema.weights
         return files
+
+    def load(self, files: Files, updates: int) -> None:
+        """Put back what `files` gave. All processes call it together, with the same."""
+        for role, trained in self.roles.items():
+            trained.load(
+                files[f"{role}_weights.safetensors"], files[f"{role}_optimizer.safetensors"]
+            )
+        if self.ema is not None:
+            for name, average in self.ema.weights.items():
+                average.copy_(files[ema_file(self.ema.role)][name])
+        self.updates = updates
 
 
 @dataclass(frozen=True)
@@ -108,14 +97,16 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for *_, path in sorted(found)]
 
 
-def save_checkpoint(folder: Path, state: TrainState, identity: Identity, *, cycle: int) -> Path:
+def save_checkpoint(
+    folder: Path, files: Files, updates: int, identity: Identity, *, cycle: int
+) -> Path:
     """Write DIR/checkpoint-N, which appears whole or not at all. Returns its path."""
-    final = folder / checkpoint_name(state.updates, cycle)
+    final = folder / checkpoint_name(updates, cycle)
     building = temporary(final)
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     try:
-        _write_checkpoint(building, state, identity, state.updates // cycle)
+        _write_checkpoint(building, files, updates, identity, updates // cycle)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
@@ -141,13 +132,9 @@ def remove_oldest(folder: Path, keep: int) -> None:
 
 
 def _write_checkpoint(
-    building: Path, state: TrainState, identity: Identity, product_updates: int
+    building: Path, files: Files, updates: int, identity: Identity, product_updates: int
 ) -> None:
     """Every file of a checkpoint, on disk when this returns."""
-    files = state.weights() | {
-        f"{role}_optimizer.safetensors": role_state.moments()
-        for role, role_state in state.roles.items()
-    }
     digests = {}
     for name, held in files.items():
         digest = hashlib.sha256()
@@ -159,7 +146,7 @@ def _write_checkpoint(
         digests[name] = digest.hexdigest()
     content = {
         "format": FORMAT_VERSION,
-        "updates": state.updates,
+        "updates": updates,
         "identity": identity.fixed,
         "settings": identity.loose,
         "product": {**identity.product, "updates": product_updates},
@@ -244,32 +231,40 @@ def set_later_aside(checkpoint: Path) -> list[Path]:
     return aside
 
 
-def load_checkpoint(path: Path, state: TrainState, identity: Identity) -> list[str]:
-    """Fill `state` from a checkpoint. Returns what differs in the loose settings, as text.
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint in memory."""
 
-    Raises UserError, before anything is changed, when the checkpoint is damaged or belongs to
-    another model, adapter shape or recipe.
+    files: Files
+    updates: int
+    changes: list[str]
+    """What differs in the loose settings, in words."""
+
+
+def load_checkpoint(path: Path, expected: Files, identity: Identity) -> Loaded:
+    """Read a checkpoint whose weights must have the names and shapes of `expected`.
+
+    Raises UserError when it is damaged or belongs to another model, adapter shape or recipe.
     """
     content = _read_state(path)
     _refuse_other_identity(path, content["identity"], identity.fixed)
-    loaded = {name: _read_tensors(path / name, sha) for name, sha in content["sha256"].items()}
-    for file, held in state.weights().items():
-        saved = loaded.get(file, {})
+    loaded: Files = {
+        name: _read_tensors(path / name, sha) for name, sha in content["sha256"].items()
+    }
+    for file, held in expected.items():
+        saved = loaded.get(file)
+        if saved is None:
+            raise _damaged(path, f"{file} is missing")
         for name, tensor in held.items():
             if name not in saved or saved[name].shape != tensor.shape:
                 raise _damaged(path, f"{file} lacks {name} in its shape")
-    for file, held in state.weights().items():
-        for name, tensor in held.items():
-            tensor.data.copy_(loaded[file][name])
-    for role, role_state in state.roles.items():
-        role_state.load_moments(loaded[f"{role}_optimizer.safetensors"])
-    state.updates = content["updates"]
     before, now = flatten(content["settings"]), flatten(identity.loose)
-    return [
+    changes = [
         f"{name}: {before.get(name)!r} → {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     ]
+    return Loaded(loaded, content["updates"], changes)
 
 
 def read_product(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 import typer
 
 from shared.cli_support import Command
-from shared.device import default_device
 from shared.errors import UserError
 from shared.mirror import DEFAULT_SHARD_CACHE_GB, limit_shard_cache
 from shared.model_spec import DEFAULT_MODEL
@@ -100,6 +99,13 @@ def distill(
     mixed_precision: option.MixedPrecision = "bf16",
     gradient_checkpointing: option.GradientCheckpointing = True,
     device: option.Device = "auto",
+
+    strategy: option.Strategy = None,
+    num_processes: option.NumProcesses = None,
+    num_machines: option.NumMachines = 1,
+    machine_rank: option.MachineRank = 0,
+    main_process_ip: option.MainProcessIp = "127.0.0.1",
+    main_process_port: option.MainProcessPort = None,
 ) -> None:
     """Distil a few-step LoRA of one expert from shards (DMD).
 
@@ -111,6 +117,7 @@ def distill(
     from train.cli_run import carry_out
     from train.config import DistillConfig
     from train.distillation import prepare_distillation
+    from train.placement import place
     from train.where import condition
 
     limit_shard_cache(shard_cache_gb)
@@ -164,7 +171,15 @@ def distill(
         dataloader_num_workers=dataloader_num_workers,
         mixed_precision=mixed_precision,
         gradient_checkpointing=gradient_checkpointing,
-        device=default_device() if device == "auto" else device,
+        placement=place(
+            strategy,
+            num_processes=num_processes,
+            num_machines=num_machines,
+            machine_rank=machine_rank,
+            main_process_ip=main_process_ip,
+            main_process_port=main_process_port,
+            device=device,
+        ),
     )
     carry_out(prepare_distillation(config), dry_run=dry_run)
 

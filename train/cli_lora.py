@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 import typer
 
 from shared.cli_support import Command
-from shared.device import default_device
 from shared.mirror import DEFAULT_SHARD_CACHE_GB, limit_shard_cache
 from shared.model_spec import DEFAULT_MODEL
 from train import cli_options as option
@@ -85,6 +84,13 @@ def lora(
     mixed_precision: option.MixedPrecision = "bf16",
     gradient_checkpointing: option.GradientCheckpointing = True,
     device: option.Device = "auto",
+
+    strategy: option.Strategy = None,
+    num_processes: option.NumProcesses = None,
+    num_machines: option.NumMachines = 1,
+    machine_rank: option.MachineRank = 0,
+    main_process_ip: option.MainProcessIp = "127.0.0.1",
+    main_process_port: option.MainProcessPort = None,
 ) -> None:
     """Train a plain LoRA of one expert on clips in shards.
 
@@ -96,6 +102,7 @@ def lora(
     from train.cli_run import carry_out
     from train.config import FinetuneConfig
     from train.finetune import prepare_finetuning
+    from train.placement import place
     from train.where import condition
 
     limit_shard_cache(shard_cache_gb)
@@ -140,7 +147,15 @@ def lora(
         dataloader_num_workers=dataloader_num_workers,
         mixed_precision=mixed_precision,
         gradient_checkpointing=gradient_checkpointing,
-        device=default_device() if device == "auto" else device,
+        placement=place(
+            strategy,
+            num_processes=num_processes,
+            num_machines=num_machines,
+            machine_rank=machine_rank,
+            main_process_ip=main_process_ip,
+            main_process_port=main_process_port,
+            device=device,
+        ),
     )
     carry_out(prepare_finetuning(config), dry_run=dry_run)
 

@@ -7,7 +7,7 @@ import typer
 
 from train.folders import WeightedFolder, shards_option
 
-INPUT, OUTPUT, LENGTH, LORA, OPTIMIZER, DATA, DEVICE = (
+INPUT, OUTPUT, LENGTH, LORA, OPTIMIZER, DATA, DEVICE, PROCESSES = (
     "Input",
     "Output",
     "Length and checkpoints",
@@ -15,6 +15,7 @@ INPUT, OUTPUT, LENGTH, LORA, OPTIMIZER, DATA, DEVICE = (
     "Optimizer (AdamW)",
     "Data",
     "Device",
+    "Processes",
 )
 
 DEFAULT_SHARDS = [WeightedFolder(Path("shards"))]
@@ -66,4 +67,11 @@ DataloaderNumWorkers = Annotated[int, typer.Option(metavar="N", help="Threads th
 MixedPrecision = Annotated[Literal["bf16", "no"], typer.Option(help="Base and compute in bf16 (LoRA stays fp32), or all in fp32.", rich_help_panel=DEVICE)]
 GradientCheckpointing = Annotated[bool, typer.Option(help="Compute blocks again in the backward pass: far less memory, a third more time.", show_default="on", rich_help_panel=DEVICE)]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=DEVICE)]
+
+Strategy = Annotated[Literal["single", "ddp", "zero2", "zero3", "fsdp"] | None, typer.Option(help="How processes share the work: ddp holds the model whole in each; fsdp and zero3 cut it among them, zero2 the optimizer alone (zero2, zero3: DeepSpeed).", show_default="what accelerate launch was told; else ddp for several processes, single for one", rich_help_panel=PROCESSES)]
+NumProcesses = Annotated[int | None, typer.Option(metavar="N", envvar="NUM_PROCESS", help="Processes of the run over all machines, one for a GPU; they are started here.", show_default="1, or one for each GPU with a strategy", rich_help_panel=PROCESSES)]
+NumMachines = Annotated[int, typer.Option(metavar="N", envvar="WORLD_SIZE", help="Machines of the run; the same command starts on each.", rich_help_panel=PROCESSES)]
+MachineRank = Annotated[int, typer.Option(metavar="N", envvar="RANK", help="Number of this machine, from 0.", rich_help_panel=PROCESSES)]
+MainProcessIp = Annotated[str, typer.Option(metavar="HOST", envvar="MASTER_ADDR", help="Address of machine 0.", rich_help_panel=PROCESSES)]
+MainProcessPort = Annotated[int | None, typer.Option(metavar="PORT", envvar="MASTER_PORT", help="Port of machine 0 at which processes meet.", show_default="a free one, on one machine", rich_help_panel=PROCESSES)]
 # fmt: on

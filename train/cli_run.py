@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from rich.console import Console
 
 from shared.cli_support import echo, say
+from train.launch import launch, own_command
 from train.loop import train
 from train.run import Run, resolved_configuration
 
@@ -31,14 +32,16 @@ def carry_out(run: Run, *, dry_run: bool) -> None:
         for line in run.describe():
             echo(line)
         return
+    placement = run.config.placement
+    if placement.to_launch:  # all that a user can get wrong has been refused by now, once
+        sys.exit(launch(own_command(), placement.machines))
     console = Console(stderr=True)
     if (instead := _instead.get()) is not None:
         instead(run, console)
         return
     stopped_by = train(run, console)
     if stopped_by is not None:
-        say(
-            console,
-            "stopped  by a signal; go on with the same command and --resume-from-checkpoint latest",
-        )
+        if placement.ranks.first:
+            go_on = "go on with the same command and --resume-from-checkpoint latest"
+            say(console, f"stopped  by a signal; {go_on}")
         sys.exit(128 + stopped_by)

@@ -12,6 +12,7 @@ from train.dmd import Maths, Pairing, Start
 from train.flow import Expert, ScoreFloor
 from train.flow_matching import TimestepSampling
 from train.folders import WeightedFolder
+from train.placement import Placement
 from train.plan import Tail
 from train.where import Condition
 
@@ -77,7 +78,7 @@ class TrainConfig:
     dataloader_num_workers: int
     mixed_precision: Precision
     gradient_checkpointing: bool
-    device: str
+    placement: Placement
 
     def __post_init__(self) -> None:
         at_least_one = (
@@ -122,8 +123,14 @@ class TrainConfig:
 
     @property
     def update_batch(self) -> int:
-        """Samples of one optimizer step."""
-        return self.train_batch_size * self.gradient_accumulation_steps
+        """Samples of one optimizer step, over all processes."""
+        processes = self.placement.machines.num_processes
+        return self.train_batch_size * self.gradient_accumulation_steps * processes
+
+    @property
+    def device(self) -> str:
+        """Of this process."""
+        return self.placement.device
 
 
 @dataclass(frozen=True, kw_only=True)

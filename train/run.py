@@ -1,7 +1,6 @@
 """What a run is before any weight is read: configuration, model facts, index, plan, length."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from train.lora import LoraSpec
 from train.objective import Objective
 from train.plan import BatchPlan
 from train.provenance import Provenance
+from train.ranks import Ranks
 from train.tail_log import TAIL_LOG
 
 
@@ -47,6 +47,10 @@ class Run:
     objective: Objective
     product_updates: int
     """Of the role that the run is for."""
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.config.placement.ranks
 
     @property
     def cycle(self) -> int:
@@ -65,6 +69,12 @@ class Run:
         own, samples = sum(len(overlay.lacking) for overlay in overlays), sum(map(len, indexes))
         kept = f" ({own} of {samples} have none and keep the shards' own)" if own else ""
         return f" with the captions {self.config.captions!r}{kept}"
+
+    def _processes(self) -> str:
+        placement = self.config.placement
+        if placement.strategy == "single":
+            return ""
+        return f" x {placement.machines.num_processes} processes ({placement.strategy})"
 
     def describe(self) -> list[str]:
         """The derived arithmetic, printed at the start and by --dry-run."""
@@ -91,7 +101,8 @@ class Run:
             *([f"base     {base}"] if (base := config.base.describe()) else []),
             f"data     {len(self.data)} samples in {len(self.data.filled_buckets())} bucket(s) of "
             f"{self.data.folders}{self._captions()}; update batch {plan.batch_size} = "
-            f"{config.train_batch_size} x {config.gradient_accumulation_steps} accumulation; "
+            f"{config.train_batch_size} x {config.gradient_accumulation_steps} accumulation"
+            f"{self._processes()}; "
             f"{plan.batches_per_epoch} updates an epoch ({tail})",
             *self.data.describe(),
             *(line for part in self.data.parts for line in described(part.index.folder)),
@@ -105,14 +116,9 @@ def open_data(config: TrainConfig) -> tuple[ModelSpec, Dataset]:
     """The model's facts and the samples, from configs and index alone (and from the samples'
     KEY.json, where `--where` asks for what stands there).
 
-    Raises UserError where they don't belong together, or this process can't train.
+    Raises UserError where they don't belong together.
     """
     check_device(config.device)
-    if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise UserError(
-            f"wantrain trains in one process so far, and WORLD_SIZE={world} says that a "
-            "launcher started several, which would all write to one folder. Start it by itself."
-        )
     folder = resolve_model(config.model, [])  # the configs decide which expert is needed
     spec = read_model_spec(folder)
     fields = model_fields(spec, FileHasher())
@@ -261,6 +267,8 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
     loose: dict[str, Any] = {name: getattr(config, name) for name in loose_names}
     for role, rate in run.objective.learning_rates.items():  # as the options are called
         loose["learning_rate" if role == run.objective.product else f"learning_rate_{role}"] = rate
+    loose["num_processes"] = config.placement.machines.num_processes
+    loose["strategy"] = config.placement.strategy
     loose["shards"] = run.data.identity()
     captions = run.data.captions_identity()
     loose["captions"] = captions and f"{config.captions} {captions}"
@@ -288,5 +296,8 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
 def resolved_configuration(run: Run) -> str:
     """The configuration with the model's defaults filled in, as JSON for --dry-run."""
     decided = run.objective.identity()
+    placed = run.config.placement
     shown = {k: decided.get(k, v) if v is None else v for k, v in run.config.__dict__.items()}
+    del shown["placement"]
+    shown |= {"strategy": placed.strategy, "device": placed.device, **placed.machines.__dict__}
     return json.dumps(shown, indent=2, default=str)

@@ -11,21 +11,22 @@ import torch
 import train.checkpoint
 from shared.errors import UserError
 from train.checkpoint import (
+    Files,
     Identity,
-    RoleState,
     TrainState,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
 )
+from train.ranks import Ranks
+from train.replicated import WholeRole
 
 # Kill -9 at every file operation of a save: the audit hook comes before open, rename, rmdir …
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from tests.train.test_checkpoint import small_state, IDENTITY
-from train.checkpoint import save_checkpoint
+from tests.train.test_checkpoint import save, small_state
 
 kinds = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree")
 cases = [(int(updates), point) for updates in sys.argv[2:] for point in range(200)]
@@ -34,7 +35,7 @@ for updates, point in cases:
     if updates in done:
         continue
     state, folder = small_state(9.0, updates), Path(sys.argv[1]) / f"{updates}-{point}"
-    save_checkpoint(folder, small_state(1.0, 3), IDENTITY, cycle=3)
+    save(folder, small_state(1.0, 3))
     child = os.fork()
     if child == 0:
         left = point
@@ -45,7 +46,7 @@ for updates, point in cases:
                     os.kill(os.getpid(), signal.SIGKILL)
                 left -= 1
         sys.addaudithook(count)
-        save_checkpoint(folder, state, IDENTITY, cycle=3)
+        save(folder, state)
         os._exit(0)
     if os.waitpid(child, 0)[1] == 0:
         done.add(updates)
@@ -61,15 +62,24 @@ def small_state(value: float, updates: int) -> TrainState:
         optimizer = torch.optim.AdamW([parameter], lr=0.0, weight_decay=0.0)
         parameter.grad = torch.ones(2, 2)
         optimizer.step()
-        roles[role] = RoleState({"w": parameter}, optimizer)
+        roles[role] = WholeRole({"w": parameter}, optimizer, Ranks())
     return TrainState(roles, updates)
+
+
+def save(folder: Path, state: TrainState) -> Path:
+    return save_checkpoint(folder, state.files(), state.updates, IDENTITY, cycle=3)
+
+
+def weights_of(state: TrainState) -> Files:
+    return {f"{name}_weights.safetensors": role.weights() for name, role in state.roles.items()}
 
 
 def value_of(checkpoint: Path) -> float:
     """The weight in a checkpoint; UserError unless it is whole."""
     state = small_state(0.0, 0)
-    load_checkpoint(checkpoint, state, IDENTITY)
-    return state.roles["generator"].parameters["w"].mean().item()
+    loaded = load_checkpoint(checkpoint, weights_of(state), IDENTITY)
+    state.load(loaded.files, loaded.updates)
+    return state.roles["generator"].weights()["w"].mean().item()
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +108,7 @@ def test_kill_9_at_any_point_of_a_save_leaves_whole_checkpoints(
         latest = find_checkpoint(folder, "latest")
         assert latest is not None and latest.name == max(values)
         ends.append(latest.name)
-        save_checkpoint(folder, small_state(9.0, 6), IDENTITY, cycle=3)
+        save(folder, small_state(9.0, 6))
         assert value_of(folder / "checkpoint-2") == 9.0
         assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-1", "checkpoint-2"]
     assert ends == sorted(ends) and len(set(ends)) == 2
@@ -115,7 +125,7 @@ def test_kill_9_never_loses_a_checkpoint_that_is_replaced(killed: Path, tmp_path
 def test_after_a_killed_replacement_the_next_save_succeeds(killed: Path, tmp_path: Path) -> None:
     for folder in folders_of(killed, tmp_path, 3):
         for _ in range(2):
-            save_checkpoint(folder, small_state(5.0, 3), IDENTITY, cycle=3)
+            save(folder, small_state(5.0, 3))
             assert value_of(folder / "checkpoint-1") == 5.0
         assert [path.name for path in folder.iterdir()] == ["checkpoint-1"]
 
@@ -138,7 +148,7 @@ def test_a_failed_save_leaves_the_old_one_and_no_debris(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Disk full at the third file."""
-    save_checkpoint(tmp_path, small_state(1.0, 3), IDENTITY, cycle=3)
+    save(tmp_path, small_state(1.0, 3))
     calls = 0
 
     def full(path: Path) -> None:
@@ -151,6 +161,6 @@ def test_a_failed_save_leaves_the_old_one_and_no_debris(
     for updates in (3, 6):
         calls = 0
         with pytest.raises(OSError, match="No space left"):
-            save_checkpoint(tmp_path, small_state(9.0, updates), IDENTITY, cycle=3)
+            save(tmp_path, small_state(9.0, updates))
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
         assert value_of(tmp_path / "checkpoint-1") == 1.0

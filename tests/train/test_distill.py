@@ -391,13 +391,3 @@ def test_lora_files_carry_their_training(finished: Path, t2v_shards: Path) -> No
         assert (told["expert"], told["rank"], told["alpha"]) == ("low", 4, 3.0)
         assert told["flow_shift"] == 12.0
         assert told["updates"] == 4
-
-
-def test_several_processes_of_one_run_are_refused(
-    tiny_t2v: Path, t2v_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They would write to one folder; what a launcher sets tells of them."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="trains in one process so far, and WORLD_SIZE=2"):
-        distill(tiny_t2v, t2v_shards, tmp_path / "out", "--max-train-steps", "1")
-    assert not (tmp_path / "out").exists()

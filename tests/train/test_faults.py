@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import train.checkpoint
 import train.dmd
+import train.flow_matching
 from shared.errors import UserError
 from tests.train.test_distill import arguments, distill, final_bytes
 from tests.train.test_updates import config_of
@@ -40,8 +41,9 @@ def whole(tiny_t2v: Path, t2v_shards: Path, tmp_path_factory: pytest.TempPathFac
 def strike(
     patch: pytest.MonkeyPatch, name: str, call: int, fault: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
-    """Put the result of the `call`-th call (from 1) of a loss in `train.dmd` through `fault`."""
-    real: Loss = getattr(train.dmd, name)
+    """Put the result of the `call`-th call (from 1) of a loss through `fault`."""
+    module = train.dmd if name == "dmd_loss" else train.flow_matching
+    real: Loss = getattr(module, name)
     calls = 0
 
     def struck(*args: torch.Tensor) -> torch.Tensor:
@@ -50,7 +52,7 @@ def strike(
         loss = real(*args)
         return fault(loss) if calls == call else loss
 
-    patch.setattr(train.dmd, name, struck)
+    patch.setattr(module, name, struck)
 
 
 def assert_goes_on_like(whole: Path, out: Path, model: Path, shards: Path) -> None:
@@ -134,7 +136,7 @@ def test_any_other_failure_keeps_the_last_whole_update(
 
 
 FAILING = """
-import sys, train.dmd
+import sys, train.flow_matching
 from train.cli import main
 calls = 0
 def flow_matching_loss(*_):
@@ -143,7 +145,8 @@ def flow_matching_loss(*_):
     if calls == 2:
         raise RuntimeError("injected")
     return real(*_)
-real, train.dmd.flow_matching_loss = train.dmd.flow_matching_loss, flow_matching_loss
+real = train.flow_matching.flow_matching_loss
+train.flow_matching.flow_matching_loss = flow_matching_loss
 main()
 """
 

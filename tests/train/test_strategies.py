@@ -1,0 +1,188 @@
+"""One run in two real processes: the numbers of one process, whatever the strategy."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.train.test_distill import distill, losses
+
+STRATEGIES = ("ddp", "fsdp", "zero2", "zero3")
+# fp32; a batch of four samples an update, cut in whichever way; gradients that are clipped
+RUN = (
+    "--mixed-precision", "no", "--boundary-type", "low", "--gen-update-interval", "1",
+    "--max-train-steps", "5", "--learning-rate", "1e-3", "--learning-rate-critic", "1e-3",
+    "--rank", "4", "--network-alpha", "3", "--max-grad-norm", "0.002", "--save-precision", "fp32",
+    "--real-guidance-scale", "3", "--seed", "5", "--device", "cpu",
+)  # fmt: skip
+ALONE = ("--train-batch-size", "4")
+IN_TWO = ("--train-batch-size", "2", "--num-processes", "2")
+
+
+def command(model: Path, shards: Path, out: Path, *more: str) -> list[str]:
+    wantrain = str(Path(sys.executable).with_name("wantrain"))
+    places = ("--model", str(model), "--shards", str(shards), "--output-dir", str(out))
+    return [wantrain, "distill", *places, *RUN, *more]
+
+
+def typed(*words: str, cwd: Path | None = None, **environment: str) -> str:
+    """Run a command as a user does; what it said on stderr."""
+    ran = subprocess.run(
+        words,
+        cwd=cwd,
+        env=_environment() | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stderr
+
+
+def _environment() -> dict[str, str]:
+    launchers = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    return {k: v for k, v in os.environ.items() if k not in launchers} | {"OMP_NUM_THREADS": "1"}
+
+
+def lora_of(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "lora-low-diffusers.safetensors")
+
+
+def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Relative L2 distance of all tensors together."""
+    assert one.keys() == other.keys()
+    squares = sum(float((one[k].double() - other[k].double()).square().sum()) for k in one)
+    return float(squares / sum(float(v.double().square().sum()) for v in one.values())) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_t2v: Path, t2v_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run in one process."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    return distill(tiny_t2v, t2v_shards, out, *RUN, *ALONE)
+
+
+def assert_like_alone(alone: Path, out: Path) -> None:
+    expected, found = losses(alone), losses(out)
+    assert expected.keys() == found.keys()
+    for role, curve in expected.items():
+        assert [step for step, _ in curve] == [step for step, _ in found[role]]
+        for (_, one), (_, other) in zip(curve, found[role], strict=True):
+            assert other == pytest.approx(one, rel=1e-5)
+    assert apart(lora_of(alone), lora_of(out)) <= 1e-4
+    for form in ("diffusers", "comfyui", "kohya"):
+        name = f"lora-low-{form}.safetensors"
+        assert load_file(alone / name).keys() == load_file(out / name).keys()
+    ours, theirs = (sorted(p.name for p in (o / "checkpoint-5").iterdir()) for o in (alone, out))
+    assert ours == theirs
+    state = json.loads((out / "checkpoint-5" / "state.json").read_text())
+    assert state["updates"] == 10
+    for file in ours:
+        if file.endswith(".safetensors"):
+            one, other = (load_file(o / "checkpoint-5" / file) for o in (alone, out))
+            assert {n: t.shape for n, t in one.items()} == {n: t.shape for n, t in other.items()}
+            assert apart(one, other) <= 1e-3, file
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_give_the_numbers_of_one(
+    alone: Path, tiny_t2v: Path, t2v_shards: Path, tmp_path: Path, strategy: str
+) -> None:
+    out = tmp_path / "out"
+    said = typed(*command(tiny_t2v, t2v_shards, out, *IN_TWO, "--strategy", strategy))
+    assert_like_alone(alone, out)
+    assert said.count("saved    ") == 1, "one process speaks and writes"
+    held, whole = map(float, re.findall(r"holds ([\d.]+) of ([\d.]+) MB", said)[0])
+    cut = strategy in ("fsdp", "zero3")
+    assert held < 0.7 * whole if cut else held == whole
+
+
+@pytest.mark.long
+def test_one_run_may_go_through_all_strategies(
+    alone: Path, tiny_t2v: Path, t2v_shards: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    chain = [("single", ALONE)] + [(s, IN_TWO) for s in ("ddp", "zero2", "zero3", "fsdp")]
+    for steps, (strategy, cut) in enumerate(chain, start=1):
+        # The last --max-train-steps counts; each leg is one update of either role.
+        leg = ("--strategy", strategy, "--max-train-steps", str(steps))
+        go_on = ("--resume-from-checkpoint", "latest")
+        typed(*command(tiny_t2v, t2v_shards, out, *cut, *leg, *go_on))
+    assert_like_alone(alone, out)
+
+
+def test_accelerate_launches_it_too(
+    alone: Path, tiny_t2v: Path, t2v_shards: Path, tmp_path: Path
+) -> None:
+    """From a folder that holds a train.py, which must not be imported."""
+    (tmp_path / "train.py").write_text("raise SystemExit('the wrong train')\n")
+    out = tmp_path / "out"
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    typed(
+        accelerate, "launch", "--cpu", "--num_processes=2", "--num_machines=1",
+        "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "--no_python",
+        *command(tiny_t2v, t2v_shards, out, *IN_TWO), cwd=tmp_path,
+    )  # fmt: skip
+    assert_like_alone(alone, out)
+
+
+def _started(words: list[str], out: Path) -> "subprocess.Popen[str]":
+    """The command once it has saved a first checkpoint."""
+    process = subprocess.Popen(words, env=_environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoint-1").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    return process
+
+
+def _ranks_of(parent: int) -> list[int]:
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+ENDLESS = ("--max-train-steps", "5000", "--checkpointing-steps", "1")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_one_killed_process_ends_the_run(
+    tiny_t2v: Path, t2v_shards: Path, tmp_path: Path, strategy: str
+) -> None:
+    out = tmp_path / "out"
+    words = command(tiny_t2v, t2v_shards, out, *IN_TWO, *ENDLESS, "--strategy", strategy)
+    process = _started(words, out)
+    ranks = _ranks_of(process.pid)
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "process 1 was killed by signal 9" in said
+    assert "--resume-from-checkpoint latest" in said
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    saved = max(int(p.name.split("-")[1]) for p in out.glob("checkpoint-?*") if "+" not in p.name)
+    more = ("--max-train-steps", str(saved + 1), "--resume-from-checkpoint", "latest")
+    typed(*command(tiny_t2v, t2v_shards, out, *IN_TWO, *more, "--strategy", strategy))
+    assert (out / f"checkpoint-{saved + 1}").exists()
+
+
+@pytest.mark.long
+def test_a_signal_stops_all_after_one_update(
+    tiny_t2v: Path, t2v_shards: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = command(tiny_t2v, t2v_shards, out, *IN_TWO, *ENDLESS, "--strategy", "fsdp")
+    process = _started(words, out)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert said.count("stopped  by a signal") == 1
+    assert said.count("LoRA     ") == 3

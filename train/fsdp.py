@@ -1,0 +1,94 @@
+"""FSDP2: every parameter is cut among the processes, and whole only while its block works.
+
+torch's `fully_shard` itself and not accelerate's plugin, which does nothing on a CPU.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from train.ranks import Ranks
+from train.replicated import adamw, stepped
+from train.roles import Roles
+from train.strategy import AdamSettings
+
+
+@dataclass(frozen=True)
+class ShardedRole:
+    """A role of whose LoRA and moments every process holds a part."""
+
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.AdamW
+
+    def update(self, rate: float, max_norm: float) -> float:
+        # Gradients have been averaged over the processes in the backward pass.
+        return stepped(self.parameters, self.optimizer, rate, max_norm)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: _whole(parameter.detach()) for name, parameter in self.parameters.items()}
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        return {
+            f"{name}/{moment}": _whole(value)
+            for name, parameter in self.parameters.items()
+            for moment, value in self.optimizer.state.get(parameter, {}).items()
+        }
+
+    def load(
+        self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]
+    ) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.detach().copy_(_cut(weights[name], parameter))
+        for name_and_moment, value in moments.items():
+            name, moment = name_and_moment.rsplit("/", 1)
+            parameter = self.parameters[name]
+            held = value.clone() if moment == "step" else _cut(value, parameter)
+            self.optimizer.state[parameter][moment] = held
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _cut(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The whole `value` spread as `like` is."""
+    assert isinstance(like, DTensor)
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """The strategy `fsdp`."""
+
+    roles: Mapping[str, ShardedRole]
+    transformer: nn.Module
+
+    @classmethod
+    def of(
+        cls, roles: Roles, rates: Mapping[str, float], adam: AdamSettings,
+        *, ranks: Ranks, device: torch.device,
+    ) -> "Sharded":  # fmt: skip
+        mesh = init_device_mesh(device.type, (ranks.world_size,))
+        transformer = roles.transformer
+        for block in transformer.blocks:  # type: ignore[union-attr]
+            fully_shard(block, mesh=mesh)
+        fully_shard(transformer, mesh=mesh)
+        sharded = {}
+        for role in rates:  # sharding has replaced the parameters
+            parameters = roles.parameters(role)
+            sharded[role] = ShardedRole(parameters, adamw(parameters, adam))
+        return cls(sharded, transformer)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def held_bytes(self) -> int:
+        return sum(
+            p.to_local().numel() * p.element_size() if isinstance(p, DTensor) else p.nbytes
+            for p in self.transformer.parameters()
+        )

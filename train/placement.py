@@ -1,0 +1,126 @@
+"""Which strategy, in how many processes, and which of them this one is: options and environment."""
+
+import os
+from dataclasses import dataclass
+
+from shared.device import default_device
+from shared.errors import UserError
+from train.launch import Machines
+from train.ranks import Ranks, launched
+from train.strategy import StrategyName
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a run computes."""
+
+    strategy: StrategyName
+    machines: Machines
+    ranks: Ranks
+    device: str
+    """Of this process."""
+    to_launch: bool
+    """Whether this process has yet to start those of the run."""
+
+
+def place(
+    strategy: StrategyName | None,
+    *,
+    num_processes: int | None,
+    num_machines: int,
+    machine_rank: int,
+    main_process_ip: str,
+    main_process_port: int | None,
+    device: str,
+) -> Placement:
+    """The placement that options and environment say. Raises UserError where they contradict.
+
+    In a process that a launcher started, its environment says how many there are.
+    """
+    if ranks := launched():
+        strategy = strategy or _strategy_of_accelerate(ranks)
+        if strategy == "single" and ranks.world_size > 1:
+            raise UserError(
+                f"--strategy: found single in a run of {ranks.world_size} processes, which would "
+                "all write to one folder. Use ddp, zero2, zero3 or fsdp."
+            )
+        return Placement(
+            strategy=strategy,
+            machines=Machines(num_processes=ranks.world_size),
+            ranks=ranks,
+            device=_device(device, ranks),
+            to_launch=False,
+        )
+    _check_machines(num_machines, machine_rank, num_processes, main_process_port)
+    if num_processes is None:
+        several = strategy not in (None, "single") or num_machines > 1
+        num_processes = num_machines * (_gpus() if several else 1)
+    strategy = strategy or ("ddp" if num_processes > 1 else "single")
+    if strategy == "single" and num_processes > 1:
+        raise UserError(
+            f"--num-processes: found {num_processes} with --strategy single, which is one process. "
+            "Use --strategy ddp, zero2, zero3 or fsdp."
+        )
+    return Placement(
+        strategy=strategy,
+        machines=Machines(
+            num_processes=num_processes,
+            num_machines=num_machines,
+            machine_rank=machine_rank,
+            main_process_ip=main_process_ip,
+            main_process_port=main_process_port,
+        ),
+        ranks=Ranks(),
+        device=_device(device, Ranks()),
+        to_launch=strategy != "single",
+    )
+
+
+def _check_machines(
+    num_machines: int, machine_rank: int, num_processes: int | None, port: int | None
+) -> None:
+    if not 0 <= machine_rank < num_machines:
+        raise UserError(
+            f"--machine-rank: found {machine_rank}, expected 0 to {num_machines - 1}, the number "
+            f"of this machine among {num_machines} (--num-machines; or RANK and WORLD_SIZE)."
+        )
+    if num_processes is not None and (num_processes < 1 or num_processes % num_machines):
+        raise UserError(
+            f"--num-processes: found {num_processes}, expected a multiple of the {num_machines} "
+            "machines: processes of all machines together (or NUM_PROCESS)."
+        )
+    if num_machines > 1 and port is None:
+        raise UserError(
+            "--main-process-port: machines need a port of the first one at which to meet, e.g. "
+            "--main-process-port 29500 (or MASTER_PORT), with --main-process-ip (or MASTER_ADDR)."
+        )
+
+
+def _strategy_of_accelerate(ranks: Ranks) -> StrategyName:
+    """What `accelerate launch` was told to use; it says so to its processes in the environment."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+        if stage not in (None, "2", "3"):
+            raise UserError(
+                f"--zero_stage of accelerate: found {stage}, expected 2 or 3. Stage 1 gains "
+                "nothing for a LoRA, whose optimizer is small."
+            )
+        if stage is None:
+            from train.zero import stage_of_launcher
+
+            return "zero3" if stage_of_launcher() == 3 else "zero2"
+        return "zero3" if stage == "3" else "zero2"
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        return "fsdp"
+    return "ddp" if ranks.world_size > 1 else "single"
+
+
+def _gpus() -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _device(wanted: str, ranks: Ranks) -> str:
+    device = default_device() if wanted == "auto" else wanted
+    return f"cuda:{ranks.local_rank}" if device == "cuda" else device

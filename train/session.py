@@ -1,0 +1,180 @@
+"""A run with its weights: set up from base, adapters and perhaps a checkpoint; and saved."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from shared.schema import DTYPES
+from train.base import base_digest, component_of, load_base
+from train.checkpoint import (
+    Files,
+    Identity,
+    TrainState,
+    checkpoint_name,
+    ema_file,
+    find_checkpoint,
+    load_checkpoint,
+    remove_oldest,
+    save_checkpoint,
+    set_later_aside,
+)
+from train.config import check_writable
+from train.data import PromptBank, load_prompt_bank
+from train.ema import Ema
+from train.export import write_loras
+from train.lora import LoraSpec, select_targets
+from train.lora_files import LoraWeights
+from train.provenance import Provenance
+from train.roles import Roles
+from train.run import Run, run_identity
+from train.strategy import AdamSettings, Strategy, parameter_bytes, spread
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What the loop works on. All processes have one, and call its methods together."""
+
+    run: Run
+    roles: Roles
+    strategy: Strategy
+    state: TrainState
+    lora: LoraSpec
+    identity: Identity
+    bank: PromptBank
+    say: Say
+
+    def save(self) -> Path:
+        """A checkpoint, and the oldest deleted where there are more than wanted; its path."""
+        files = self.state.files()
+        config = self.run.config
+
+        def write() -> Path:
+            updates, cycle = self.state.updates, self.run.cycle
+            saved = save_checkpoint(config.output_dir, files, updates, self.identity, cycle=cycle)
+            if config.checkpoints_total_limit is not None:
+                remove_oldest(config.output_dir, config.checkpoints_total_limit)
+            return saved
+
+        return self.run.ranks.first_does(write)
+
+    def leave_behind(self) -> None:
+        """A checkpoint of the last update, unless there is one, and the LoRA files."""
+        run, state = self.run, self.state
+        last = run.config.output_dir / checkpoint_name(state.updates, run.cycle)
+        if not run.ranks.first_does(last.exists):
+            self.say(f"saved    {self.save()}")
+        weights = state.roles[run.objective.product].weights()
+        for path in run.ranks.first_does(partial(self._write_loras, weights)):
+            self.say(f"LoRA     {path}")
+
+    def _write_loras(self, weights: Mapping[str, torch.Tensor]) -> list[Path]:
+        config = self.run.config
+        told = self.identity.product["provenance"]
+        product_updates = self.state.updates // self.run.cycle
+        provenance = Provenance.of({**told, "updates": product_updates})
+        averaged = self.state.ema.weights if self.state.ema else weights
+        product = LoraWeights.uniform(averaged, self.lora.alpha)
+        return write_loras(config.output_dir, product.to(DTYPES[config.save_precision]), provenance)
+
+
+def open_session(run: Run, say: Say) -> Session:
+    """Load the base, add adapters and optimizers, and go on from a checkpoint if one is wanted."""
+    config, objective, ranks = run.config, run.objective, run.ranks
+
+    def look_for_checkpoint() -> Path | None:
+        found = find_checkpoint(
+            config.output_dir,
+            config.resume_from_checkpoint,
+            on_damaged=lambda why: say(f"resume   {why}; an earlier one is taken"),
+        )
+        check_writable("--output-dir", config.output_dir)
+        return found
+
+    resume_from = ranks.first_does(look_for_checkpoint)
+    for line in run.describe():
+        say(line)
+
+    for note in config.base.notes():
+        say(f"base     {note}")
+
+    # Base, adapters, optimizers
+    bank = load_prompt_bank(run.data.first)
+    device = torch.device(config.device)
+    digest = base_digest(run.spec.folder, component_of(objective.expert), config.base)
+    transformer = load_base(
+        run.spec,
+        objective.expert,
+        precision=config.mixed_precision,
+        device=device,
+        gradient_checkpointing=config.gradient_checkpointing,
+        base=config.base,
+    )
+    lora = LoraSpec(
+        rank=config.rank,
+        alpha=config.network_alpha,
+        targets=select_targets(transformer, config.target_name),
+    )
+    rates = objective.learning_rates
+    roles = Roles(transformer, lora, seed=config.seed, names=rates)
+    whole_bytes = parameter_bytes(transformer)
+    adam = AdamSettings(
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.adam_weight_decay,
+    )
+    strategy = spread(
+        config.placement.strategy,
+        roles,
+        rates,
+        adam,
+        ranks=ranks,
+        device=device,
+        accumulation=config.gradient_accumulation_steps,
+        max_norm=config.max_grad_norm,
+    )
+    if ranks.world_size > 1:
+        held = strategy.held_bytes()
+        say(
+            f"spread   {config.placement.strategy}: each of {ranks.world_size} processes holds "
+            f"{held / 1e6:.3f} of {whole_bytes / 1e6:.3f} MB of parameters"
+        )
+
+    # The state of a run that begins, or of one that goes on
+    state = TrainState(strategy.roles)
+    weights: Files = {
+        f"{name}_weights.safetensors": role.weights() for name, role in state.roles.items()
+    }
+    if config.ema_decay and ranks.first:
+        role = objective.product
+        product = weights[f"{role}_weights.safetensors"]
+        state.ema = Ema.of(role, product, decay=config.ema_decay, start=config.ema_start)
+        weights[ema_file(role)] = state.ema.weights
+    identity = run_identity(run, lora, digest)
+    if resume_from:
+        loaded = ranks.first_does(partial(load_checkpoint, resume_from, weights, identity))
+        state.load(loaded.files, loaded.updates)
+        for change in loaded.changes:
+            say(f"resume   changed since the checkpoint: {change}")
+        say(f"resume   from {resume_from} at update {state.updates}")
+        for path in ranks.first_does(partial(set_later_aside, resume_from)):
+            say(f"resume   set aside the later {path.name}")
+        if state.updates >= run.updates:
+            length = f"{run.product_updates} {objective.product} updates"
+            say(f"resume   the run of {length} is complete")
+    elif config.resume_from_checkpoint:
+        say(f"resume   no checkpoint in {config.output_dir} yet: a new run")
+    return Session(
+        run=run,
+        roles=roles,
+        strategy=strategy,
+        state=state,
+        lora=lora,
+        identity=identity,
+        bank=bank,
+        say=say,
+    )

@@ -1,0 +1,88 @@
+"""How base, gradients and optimizers are spread over processes, as the loop sees it.
+
+A strategy owns all that depends on it; what is learned does not. Weights and optimizer state leave
+it whole and under global names, so that files are the same whichever made them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import nn
+
+from train.ranks import Ranks
+from train.roles import Roles
+
+StrategyName = Literal["single", "ddp", "zero2", "zero3", "fsdp"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamSettings:
+    """torch.optim.AdamW's, but for the rate, which comes with each update."""
+
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
+class TrainedRole(Protocol):
+    """One role's LoRA and its optimizer."""
+
+    def update(self, rate: float, max_norm: float) -> float:
+        """One AdamW step with the gradients of all processes, clipped; their norm before.
+
+        Gradients are then gone. Where the norm is not finite no weight and no moment has changed.
+        """
+
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """Global name → whole tensor, fp32. All processes call it together."""
+
+    def moments(self) -> Mapping[str, torch.Tensor]:
+        """ "name/moment" → what the optimizer holds, whole; empty before the first update.
+
+        All processes call it together.
+        """
+
+    def load(
+        self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Put back what `weights` and `moments` gave, in every process."""
+
+
+class Strategy(Protocol):
+    """Roles that train, however they are spread."""
+
+    @property
+    def roles(self) -> Mapping[str, TrainedRole]:
+        """In the order of the objective."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of one micro-step. Call it inside the role."""
+
+    def held_bytes(self) -> int:
+        """Of parameters that this process keeps between passes."""
+
+
+def spread(
+    name: StrategyName, roles: Roles, rates: Mapping[str, float], adam: AdamSettings,
+    *, ranks: Ranks, device: torch.device, accumulation: int, max_norm: float,
+) -> Strategy:  # fmt: skip
+    """Spread the transformer and the LoRAs in it; this changes the transformer in place."""
+    if name in ("single", "ddp"):
+        from train.replicated import Replicated
+
+        return Replicated.of(roles, rates, adam, ranks=ranks)
+    if name == "fsdp":
+        from train.fsdp import Sharded
+
+        return Sharded.of(roles, rates, adam, ranks=ranks, device=device)
+    from train.zero import Zero
+
+    stage: Literal[2, 3] = 2 if name == "zero2" else 3
+    return Zero.of(roles, rates, adam, stage=stage, accumulation=accumulation, max_norm=max_norm)
+
+
+def parameter_bytes(transformer: nn.Module) -> int:
+    """Of all parameters, whole."""
+    return sum(p.numel() * p.element_size() for p in transformer.parameters())

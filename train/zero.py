@@ -1,0 +1,227 @@
+"""DeepSpeed ZeRO: gradients and moments are cut among the processes (2), and the base, too (3).
+
+One engine over the transformer, with a parameter group for each role. Without DeepSpeed's own bf16
+and fp16, which would cast the LoRAs; compute is under our autocast.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from shared.errors import UserError, first_line
+from train.roles import Roles
+from train.strategy import AdamSettings
+
+CONFIG_VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+CONFIGURATIONS = Path(__file__).parent / "launch_configs"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class RoleAdamW(torch.optim.AdamW):
+    """AdamW that leaves alone the groups of all roles but the active one.
+
+    DeepSpeed hands a role without gradients zeros, with which AdamW would still decay its weights
+    and moments.
+    """
+
+    active: str | None = None
+
+    def step(self, closure: Any = None) -> Any:
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if group["role"] == self.active]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = groups
+
+
+@dataclass(frozen=True)
+class ZeroRole:
+    """A role of which every process holds parts, in DeepSpeed's flat buffers."""
+
+    name: str
+    parameters: Mapping[str, nn.Parameter]
+    engine: Any
+    adam: RoleAdamW
+    stage: Literal[2, 3]
+
+    def update(self, rate: float, max_norm: float) -> float:
+        # Clipping is DeepSpeed's, with the max_norm that its engine was made with.
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        self.adam.active = self.name
+        if self.stage == 3:
+            self._forget_idle_gradients()
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())  # inf where it refused to step
+
+    def _forget_idle_gradients(self) -> None:
+        """Stage 3 would count what a role left in its buffers in the norm of the next one."""
+        optimizer = self.engine.optimizer
+        for part, gradients in optimizer.averaged_gradients.items():
+            group = self.adam.param_groups[optimizer.sub_group_to_group_id[part]]
+            if group["role"] != self.name:
+                for gradient in gradients:
+                    gradient.zero_()
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if self.stage == 2:
+            return {name: parameter.detach() for name, parameter in self.parameters.items()}
+        return {name: safe_get_full_fp32_param(p) for name, p in self.parameters.items()}
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        step = self._flat_states()[0]["step"]
+        if not step:
+            return {}
+        moments = {}
+        for name, parameter in self.parameters.items():
+            for moment in _MOMENTS:
+                moments[f"{name}/{moment}"] = safe_get_full_optimizer_state(parameter, moment)
+            moments[f"{name}/step"] = step.clone()
+        return moments
+
+    def load(
+        self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]
+    ) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        for name, parameter in self.parameters.items():
+            value = weights[name].to(self.engine.device)
+            if self.stage == 2:
+                parameter.data.copy_(value)
+            safe_set_full_fp32_param(parameter, value)
+            for moment in _MOMENTS if moments else ():
+                whole = moments[f"{name}/{moment}"].to(self.engine.device)
+                safe_set_full_optimizer_state(parameter, whole, moment)
+        if moments:
+            (step,) = {float(v) for name, v in moments.items() if name.endswith("/step")}
+            for state in self._flat_states():
+                state["step"].fill_(step)
+
+    def _flat_states(self) -> list[dict[str, torch.Tensor]]:
+        """Of the flat buffers that hold this role's parameters."""
+        groups = _flat_groups(self.engine.optimizer, self.stage)
+        roles = [group["role"] for group in self.adam.param_groups]
+        return [self.adam.state[flat] for flat, group in groups if roles[group] == self.name]
+
+
+def _flat_groups(optimizer: Any, stage: Literal[2, 3]) -> list[tuple[torch.Tensor, int]]:
+    """DeepSpeed's fp32 buffers, each with the number of its parameter group."""
+    if stage == 2:
+        return [(flat, i) for i, flat in enumerate(optimizer.single_partition_of_fp32_groups)]
+    groups = optimizer.sub_group_to_group_id
+    return [(flat, groups[i]) for i, flat in enumerate(optimizer.fp32_partitioned_groups_flat)]
+
+
+@dataclass(frozen=True)
+class Zero:
+    """The strategies `zero2` and `zero3`."""
+
+    roles: Mapping[str, ZeroRole]
+    engine: Any
+
+    @classmethod
+    def of(
+        cls, roles: Roles, rates: Mapping[str, float], adam: AdamSettings,
+        *, stage: Literal[2, 3], accumulation: int, max_norm: float,
+    ) -> "Zero":  # fmt: skip
+        """UserError where DeepSpeed is missing or its configuration file does not fit."""
+        deepspeed = _deepspeed()
+        groups = [{"params": list(roles.parameters(role).values()), "role": role} for role in rates]
+        optimizer = RoleAdamW(
+            groups, betas=adam.betas, eps=adam.eps, weight_decay=adam.weight_decay
+        )
+        engine, *_ = deepspeed.initialize(
+            model=roles.transformer,
+            optimizer=optimizer,
+            config={
+                "train_micro_batch_size_per_gpu": 1,  # nothing of DeepSpeed's counts samples
+                "gradient_accumulation_steps": accumulation,
+                "gradient_clipping": max_norm,
+                "steps_per_print": 1 << 40,
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+                "zero_optimization": _zero_section(stage),
+            },
+        )
+        # Made now and not by the first step, so that a checkpoint can be loaded into them.
+        for flat, _ in _flat_groups(engine.optimizer, stage):
+            optimizer.state[flat] = {"step": torch.zeros(())} | {
+                moment: torch.zeros_like(flat) for moment in _MOMENTS
+            }
+        zero_roles = {
+            role: ZeroRole(role, roles.parameters(role), engine, optimizer, stage) for role in rates
+        }
+        if stage == 2:
+            from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+            for (flat, _), role in zip(_flat_groups(engine.optimizer, 2), rates, strict=True):
+                parameters = list(zero_roles[role].parameters.values())
+                lazy_init_hp_params_optimizer_state(parameters, flat, optimizer.state)
+        return cls(zero_roles, engine)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # What DeepSpeed's engine does before a forward pass. Ours don't go through the engine,
+        # which would take its own (disabled) autocast for ours.
+        self.engine.optimizer.clear_backward_seen_flag()
+        self.engine.backward(loss, scale_wrt_gas=False)
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()  # counts the micro-step; `update` makes the step of the last one
+
+    def held_bytes(self) -> int:
+        return sum(
+            getattr(p, "ds_tensor", p).numel() * p.element_size()
+            for p in self.engine.module.parameters()
+        )
+
+
+def _deepspeed() -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(
+            f"--strategy: zero2 and zero3 need DeepSpeed ({first_line(error)}). Install it: "
+            "pip install 'wandistill[deepspeed]'; or use --strategy fsdp."
+        ) from error
+    return deepspeed
+
+
+def _section_of(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text())["zero_optimization"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"DeepSpeed's configuration {path} has no readable zero_optimization ({error}). "
+            "Expected a JSON file as in DeepSpeed's documentation."
+        ) from error
+
+
+def stage_of_launcher() -> int | None:
+    """The stage in the DeepSpeed file that `accelerate launch` was given; None: no file."""
+    given = os.environ.get(CONFIG_VARIABLE)
+    return _section_of(Path(given)).get("stage") if given else None
+
+
+def _zero_section(stage: Literal[2, 3]) -> dict[str, Any]:
+    """`zero_optimization` of the launcher's DeepSpeed file, or the shipped one, for this stage."""
+    given = os.environ.get(CONFIG_VARIABLE)
+    path = Path(given) if given else CONFIGURATIONS / f"zero{stage}.json"
+    section = _section_of(path)
+    if section.get("offload_optimizer", {}).get("device", "none") != "none":
+        raise UserError(
+            f"{path}: found zero_optimization.offload_optimizer; the optimizer of a LoRA is small "
+            "and stays on the GPU. Remove that field; offload_param may stay."
+        )
+    return {k: v for k, v in section.items() if v != "auto"} | {"stage": stage}
