@@ -34,7 +34,7 @@ Seed = Annotated[int, typer.Option(metavar="N", help="Decides every random numbe
 
 OutputDir = Annotated[Path, typer.Option(metavar="DIR", help="Folder for checkpoints, logs and the final LoRA.", rich_help_panel=OUTPUT)]
 SavePrecision = Annotated[Literal["bf16", "fp32"], typer.Option(help="Number format of the final LoRA files (checkpoints are fp32).", rich_help_panel=OUTPUT)]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and the plan, then stop.", show_default="off", rich_help_panel=OUTPUT)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration, the plan and an estimate of the memory, then stop.", show_default="off", rich_help_panel=OUTPUT)]
 
 MaxTrainSteps = Annotated[int | None, typer.Option(metavar="N", help="Updates of the LoRA (distill: of the generator), in place of epochs.", show_default="as many as the epochs have", rich_help_panel=LENGTH)]
 NumTrainEpochs = Annotated[int, typer.Option(metavar="N", help="Epochs of the run: passes over the shards (distill: in updates of both roles).", rich_help_panel=LENGTH)]

@@ -10,6 +10,7 @@ from rich.console import Console
 from shared.cli_support import echo, say
 from train.launch import launch, own_command
 from train.loop import train
+from train.memory import estimate
 from train.run import Run, resolved_configuration
 
 _instead: ContextVar[Callable[[Run, Console], None] | None] = ContextVar("instead", default=None)
@@ -31,6 +32,8 @@ def carry_out(run: Run, *, dry_run: bool) -> None:
         echo(resolved_configuration(run))
         for line in run.describe():
             echo(line)
+        if (needed := estimate(run)) is not None:
+            echo(needed.line())
         return
     placement = run.config.placement
     if placement.to_launch:  # all that a user can get wrong has been refused by now, once

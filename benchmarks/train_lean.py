@@ -1,0 +1,404 @@
+"""Is training lean, and what does the cache buy? Ratios, measured in one run.
+
+    python benchmarks/train_lean.py           # 5 minutes on 2 cores
+    python benchmarks/train_lean.py --quick   # that all of it runs; its numbers mean nothing
+
+Makes clips, a Wan i2v model with random weights (the real classes; a transformer large enough that
+its passes are what takes time), and shards by `wanprep encode`. Then, each in a process of its own:
+
+- the lean loop: `wantrain bench` on these shards;
+- the same updates in-loop, as scripts without a cache do them: every step decodes a clip, encodes
+  it, its condition and its caption, and teacher, generator and critic are a model each. The maths
+  of the steps is the same code;
+- the loader on samples of real size (832 × 480 × 81) beside a sequential read of the same shards;
+- from the start of the process to the end of the first step, with a million samples and with 256.
+
+Times of passes are taken inside the run that they are compared with, and the loader takes turns
+with the plain read, so that other work on the machine strikes both sides of a ratio.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+FRAMES = 17
+SHARD_SAMPLES = 256
+LOOP_OPTIONS = [
+    "--rank", "8", "--network-alpha", "4", "--gen-update-interval", "2", "--device", "cpu",
+    "--dataloader-num-workers", "1", "--boundary-type", "full", "--caption-dropout", "0",
+]  # fmt: skip
+"""Rank 8 of width 512 is to this transformer what rank 64 is to a 14B one: 2% of its weights."""
+
+
+def make(work: Path, quick: bool) -> None:
+    """Model, clips with captions, shards."""
+    import numpy as np
+    import torch
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    from preprocess.cli import app
+    from shared.mp4 import write_mp4
+    from tests.models import TEXT_DIM, tiny_model
+
+    heads, layers = (2, 2) if quick else (8, 8)
+    side = 32 if quick else 128
+    model = tiny_model(
+        work / "model", "i2v", two_experts=False, num_attention_heads=heads,
+        attention_head_dim=64, ffn_dim=256 * heads, num_layers=layers, dtype=torch.bfloat16,
+    )  # fmt: skip
+    if not quick:
+        encoder = model / "text_encoder"
+        vocabulary = UMT5Config.from_pretrained(encoder).vocab_size
+        text = UMT5Config(
+            vocab_size=vocabulary, d_model=TEXT_DIM, d_kv=64, d_ff=1024, num_layers=24,
+            num_heads=8, dropout_rate=0.0, pad_token_id=0, eos_token_id=1,
+        )  # fmt: skip
+        UMT5EncoderModel(text).bfloat16().save_pretrained(encoder)
+    random = np.random.default_rng(1)
+    clips = work / "clips"
+    clips.mkdir()
+    for number in range(4):
+        texture = random.integers(0, 256, (side, side, 3), dtype=np.uint8)
+        frames = np.stack([np.roll(texture, 4 * shift, axis=1) for shift in range(FRAMES)])
+        write_mp4(clips / f"{number}.mp4", frames, fps=16)
+        (clips / f"{number}.txt").write_text(f"texture number {number}, which moves to the right")
+    app(
+        [
+            "encode", "--model", str(model), "--train-data-dir", str(clips), "--output",
+            str(work / "shards"), "--size", str(side), "--video-sample-n-frames", str(FRAMES),
+            "--video-sample-stride", "1", "--device", "cpu", "--num-workers", "1",
+        ],
+        standalone_mode=False,
+    )  # fmt: skip
+
+
+def lean(work: Path, quick: bool) -> None:
+    """The loop as it is."""
+    wantrain_bench(work, work / "model", work / "shards", *LOOP_OPTIONS, name="lean")
+
+
+def wantrain_bench(work: Path, model: Path, shards: Path, *more: str, name: str) -> None:
+    from train.cli import app
+
+    app(
+        [
+            "bench", "--model", str(model), "--shards", str(shards),
+            "--json", str(work / f"{name}.json"), *more,
+        ],
+        standalone_mode=False,
+    )  # fmt: skip
+
+
+def in_loop(work: Path, quick: bool) -> None:
+    """One cycle as scripts without a cache train it, after one update that warms up."""
+    import numpy as np
+    import torch
+    from rich.console import Console
+
+    from preprocess.clips import fit
+    from preprocess.encoders import LatentEncoder, TextEncoder
+    from preprocess.media import read_frames
+    from train.base import load_base
+    from train.cli import app
+    from train.cli_run import carried_out_by
+    from train.data import Batch, pad_text, with_mask
+    from train.lora import LoraSpec, select_targets
+    from train.roles import Roles
+    from train.run import Run
+
+    class ThreeModels:
+        """What `train.dmd` asks of `Roles`, with a model each."""
+
+        def __init__(self, models: dict[str, Roles]) -> None:
+            self._models, self._active = models, "teacher"
+
+        @contextmanager
+        def role(self, name: str) -> Iterator[None]:
+            before, self._active = self._active, name
+            try:
+                yield
+            finally:
+                self._active = before
+
+        def teacher(self) -> Any:
+            return self.role("teacher")
+
+        def generator(self) -> Any:
+            return self.role("generator")
+
+        def critic(self) -> Any:
+            return self.role("critic")
+
+        def velocity(self, *inputs: Any) -> torch.Tensor:
+            own = self._models[self._active]
+            with own.teacher() if self._active == "teacher" else own.role(self._active):
+                return own.velocity(*inputs)
+
+    def train(run: Run, console: Console) -> None:
+        cpu = torch.device("cpu")
+        models = {}
+        for name in ("teacher", "generator", "critic"):
+            transformer = load_base(
+                run.spec, "full", precision="bf16", device=cpu, gradient_checkpointing=True
+            )
+            lora = LoraSpec(
+                rank=8, alpha=4, targets=select_targets(transformer, run.config.target_name)
+            )
+            names = () if name == "teacher" else (name,)
+            models[name] = Roles(transformer, lora, seed=1, names=names)
+        three: Any = ThreeModels(models)
+        optimizers = {
+            name: torch.optim.AdamW(models[name].parameters(name).values(), lr=1e-5)
+            for name in ("generator", "critic")
+        }
+        text = TextEncoder(run.spec.folder, dtype=torch.bfloat16, device="cpu")
+        vae = LatentEncoder(run.spec, dtype=torch.float32, device="cpu")
+        (bucket,) = run.data.buckets
+        clips = sorted((work / "clips").glob("*.mp4"))
+        negative = pad_text(text.encode("")).clone()
+        seconds: dict[str, float] = {"encode": 0.0}
+        by_role: dict[str, list[float]] = {}
+        for update in range(-1, run.cycle):
+            began = time.perf_counter()
+            clip = clips[update % len(clips)]
+            frames = fit(read_frames(clip, "video", list(range(FRAMES))), bucket)
+            latents = vae.latents(frames)[None].clone()  # no inference tensor: autograd keeps it
+            condition = vae.condition(frames)["cond"][None].clone()
+            caption = text.encode(clip.with_suffix(".txt").read_text())
+            batch = Batch(
+                update=max(update, 0), samples=(0,), keys=(clip.stem,), latents=latents,
+                text=pad_text(caption)[None].clone(), condition=with_mask(condition),
+            )  # fmt: skip
+            encoded = time.perf_counter()
+            role = run.objective.role_of(max(update, 0))
+            loss: Any = run.objective.loss(three, role, batch, negative)
+            with models[role].role(role):
+                getattr(loss, "loss", loss).backward()
+            torch.nn.utils.clip_grad_norm_(models[role].parameters(role).values(), 0.05)
+            optimizers[role].step()
+            optimizers[role].zero_grad(set_to_none=True)
+            if update >= 0:
+                seconds["encode"] += encoded - began
+                by_role.setdefault(role, []).append(time.perf_counter() - began)
+        found = {
+            "by_role": {role: float(np.median(times)) for role, times in by_role.items()},
+            "encode": seconds["encode"] / run.cycle,
+            "peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            "weights": sum(
+                p.nbytes
+                for module in (*(m.transformer for m in models.values()), text._model, vae._vae)
+                for p in module.parameters()
+            ),
+        }
+        (work / "in-loop.json").write_text(json.dumps(found))
+
+    with carried_out_by(train):
+        app(
+            [
+                "distill", "--model", str(work / "model"), "--shards", str(work / "shards"),
+                *LOOP_OPTIONS,
+            ],
+            standalone_mode=False,
+        )  # fmt: skip
+
+
+def loader(work: Path, quick: bool) -> None:
+    """Samples as of 832 × 480 × 81: 4.2 MB of latents, 4.2 MB of condition, 60 to 300 tokens."""
+
+    from shared.buckets import Bucket
+    from tests.models import tiny_model
+
+    model = text_wide(tiny_model(work / "wide", "i2v", two_experts=False), 4096)
+    bucket = Bucket(96, 160, 5) if quick else Bucket(480, 832, 81)
+    write_cache(work / "large", model, bucket, 8 if quick else 64, width=4096, shard_mb=256)
+    wantrain_bench(work, model, work / "large", "--cycles", "0", "--device", "cpu", name="loader")
+
+
+def start(work: Path, quick: bool) -> None:
+    """A million rows that share the bytes of 256 real samples."""
+    from shared.buckets import Bucket
+    from tests.models import TEXT_DIM, tiny_model
+
+    model = tiny_model(work / "small", "i2v", two_experts=False)
+    write_cache(work / "few", model, Bucket(32, 48, 5), SHARD_SAMPLES, width=TEXT_DIM, shard_mb=64)
+    repeat_shard(work / "few", work / "million", 4 if quick else 3907)
+
+
+def first_step(work: Path, quick: bool, name: str) -> None:
+    wantrain_bench(
+        work, work / "small", work / name, *LOOP_OPTIONS, "--gen-update-interval", "1", name=name
+    )
+
+
+def text_wide(model: Path, width: int) -> Path:
+    """Only the configs say how wide the text is: enough for reading, not for training."""
+    for component in ("transformer",):
+        path = model / component / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"text_dim": width}))
+    return model
+
+
+def write_cache(
+    folder: Path, model: Path, bucket: Any, samples: int, *, width: int, shard_mb: int
+) -> None:
+    """Random samples of a shape under the fingerprint of a model."""
+    import torch
+
+    from preprocess.index import build_index
+    from preprocess.writer import ShardWriter
+    from shared.cache import Prompt
+    from shared.fingerprint import cache_mode, model_fields
+    from shared.hashing import FileHasher
+    from shared.model_spec import read_model_spec
+    from shared.schema import Sample, SampleInfo, sample_key
+
+    folder.mkdir()
+    spec = read_model_spec(model)
+    fields = model_fields(spec, FileHasher())
+    for group in ("latents", "text"):
+        fields[group] = {**fields[group], "dtype": "bf16", "compute": "bf16"}
+    fingerprint = {"format": 1, "mode": cache_mode(spec), **fields}
+    writer = ShardWriter(folder, fingerprint, shard_bytes=shard_mb * 10**6)
+    bf16 = torch.bfloat16
+    writer.add_prompts(
+        [Prompt(role, "", torch.ones(9, width, dtype=bf16)) for role in ("empty", "negative")]
+    )
+    random = torch.Generator().manual_seed(1)
+    latents = torch.randn(bucket.latent_shape(16, spec.stride), generator=random).to(bf16)
+    for number in range(samples):
+        tokens = int(torch.randint(60, 301, (1,), generator=random))
+        info = SampleInfo(
+            caption="c", type="video", source=f"{number}.mp4", width=bucket.width,
+            height=bucket.height, frames=bucket.frames, frame_indices=list(range(bucket.frames)),
+            fps=16.0, source_width=bucket.width, source_height=bucket.height,
+        )  # fmt: skip
+        text = torch.randn(tokens, width, generator=random).to(bf16)
+        key = sample_key(str(number), {}, 0)
+        writer.add(Sample(key=key, info=info, latents=latents, text=text, cond=latents))
+    writer.close()
+    build_index(folder)
+
+
+def repeat_shard(one: Path, many: Path, times: int) -> None:
+    """The index and sidecars of a cache of `times` as many samples; its tars are links to one."""
+    import numpy as np
+
+    from preprocess.index import entries_of, write_index
+    from shared.cache import Sidecar, open_cache
+
+    many.mkdir()
+    index = open_cache(one)
+    (name,) = index.shards
+    for prompts in index.prompt_shards:
+        for file in (prompts, Sidecar.path_for(Path(prompts)).name):
+            shutil.copy(one / file, many / file)
+    sidecar = Sidecar.read(Sidecar.path_for(one / name))
+    stem = name.rpartition("-")[0]
+    for number in range(1, times + 1):
+        tar = many / f"{stem}-{number:05d}.tar"
+        os.link(one / name, tar)
+        own = replace(sidecar, shard=tar.name, sha256=f"{number:064x}")
+        Sidecar.path_for(tar).write_text(json.dumps(own.to_json()))
+    columns = {
+        column: np.concatenate([values] * times) for column, values in index.read_columns().items()
+    }
+    rows = len(columns["key"])
+    columns["key"] = np.random.default_rng(1).integers(0, 256, (rows, 16), np.uint8)
+    columns["shard"] = np.repeat(np.arange(times, dtype=np.int32), len(index))
+    entries = entries_of(many)
+    write_index(many, entries, ({entry.shard for entry in entries.samples}, columns))
+
+
+STEPS: dict[str, Callable[[Path, bool], None]] = {
+    "make": make,
+    "lean": lean,
+    "in-loop": in_loop,
+    "loader": loader,
+    "start": start,
+    "few": lambda work, quick: first_step(work, quick, "few"),
+    "million": lambda work, quick: first_step(work, quick, "million"),
+}
+
+
+def report(work: Path) -> None:
+    """The ratios."""
+    found = {
+        name: json.loads((work / f"{name}.json").read_text())
+        for name in ("lean", "in-loop", "loader", "few", "million")
+    }
+    lean, in_loop = found["lean"], found["in-loop"]
+    loop, resident, gib = lean["loop"], lean["resident"], 2**30
+    held = resident["base"] + resident["loras"]
+    print(f"{'load of the machine':<58}{os.getloadavg()[0]:8.1f}")
+    for name, seconds in loop["parts"].items():
+        print(f"{'lean loop, ' + name:<58}{seconds / loop['seconds']:8.2%}")
+    for role, seconds in loop["by_role"].items():
+        theirs = in_loop["by_role"][role]
+        print(f"{'in-loop / lean, time of a ' + role + ' update':<58}{theirs / seconds:8.2f}")
+    print(f"{'in-loop, encoding in an update':<58}{in_loop['encode']:8.2f} s")
+    print(f"{'in-loop / lean, resident weights':<58}{in_loop['weights'] / held:8.2f}")
+    print(f"{'in-loop / lean, peak memory':<58}{in_loop['peak'] / resident['peak']:8.2f}")
+    print(f"{'plain read':<58}{found['loader']['loader']['raw'] / gib:8.2f} GiB/s")
+    first = {name: found[name]["loop"]["to_first_step"] for name in ("few", "million")}
+    print(f"{'start to first step, 256 samples':<58}{first['few']:8.2f} s")
+    print(f"{'start to first step, all samples':<58}{first['million']:8.2f} s")
+    from train.bench import LEAN_GOAL, LOADER_GOAL, RESIDENT_GOAL, verdict
+
+    goals = (
+        ("step time / transformer passes alone", lean["ratios"]["over_passes"], "≤", LEAN_GOAL),
+        (
+            "resident / one base, LoRAs, optimizers",
+            lean["ratios"]["over_needed"],
+            "≤",
+            RESIDENT_GOAL,
+        ),
+        ("loader / sequential read", found["loader"]["ratios"]["loader"], "≥", LOADER_GOAL),
+    )
+    print()
+    for name, ratio, sign, goal in goals:
+        reached = ratio <= goal if sign == "≤" else ratio >= goal
+        print(f"{name:<58}{ratio:8.3f} ({verdict(reached, f'{sign} {goal}')})")
+    print(f"{'start at a million samples / at 256':<58}{first['million'] / first['few']:8.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: that all of it runs")
+    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.step:
+        STEPS[args.step](args.folder, args.quick)
+        return
+    own = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryDirectory(prefix="lean-") as folder:
+        for step in STEPS:
+            print(f"{step} ...", file=sys.stderr, flush=True)
+            command = [sys.executable, __file__, "--step", step, "--folder", folder]
+            ran = subprocess.run(
+                command + ["--quick"] * args.quick, env=own, capture_output=True, text=True
+            )
+            if ran.returncode:
+                print(ran.stdout + ran.stderr)
+                sys.exit(ran.returncode)
+        report(Path(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""The estimate of --dry-run: counts are exact, activations are what autograd keeps."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.models import tiny_transformer
+from tests.train.test_distill import SMALL
+from train.base import Precision
+from train.cli import app as wantrain
+from train.lora import LoraSpec, select_targets
+from train.memory import activation_bytes, base_bytes
+from train.roles import GENERATOR, Roles
+
+TARGETS = ("q", "k", "v", "ffn.0", "ffn.2")
+
+
+def kept_by_autograd(precision: Precision, layers: int, *, rank: int, width: int) -> int:
+    """Bytes of tensors, other than weights, that a training pass of 2 × 180 tokens keeps."""
+    transformer = tiny_transformer(
+        "t2v", num_layers=layers, num_attention_heads=3, attention_head_dim=width // 3,
+        ffn_dim=5 * width,
+    )  # fmt: skip
+    if precision == "bf16":
+        keep = set(transformer._keep_in_fp32_modules or ())
+        for name, parameter in transformer.named_parameters():
+            if not keep & set(name.split(".")):
+                parameter.data = parameter.data.bfloat16()
+    targets = select_targets(transformer, TARGETS)
+    roles = Roles(transformer, LoraSpec(rank=rank, alpha=4, targets=targets), seed=1)
+    weights = {p.untyped_storage().data_ptr() for p in transformer.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep_it(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    x_t, text = torch.randn(2, 16, 3, 12, 20), torch.randn(2, 512, 32)
+    with torch.autograd.graph.saved_tensors_hooks(keep_it, lambda x: x), roles.role(GENERATOR):
+        _ = roles.velocity(x_t, torch.full((2,), 500.0), text, None)
+    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+@pytest.mark.parametrize(("width", "rank"), [(96, 3), (192, 12), (384, 8)])
+def test_a_block_keeps_what_the_formula_says(precision: Precision, width: int, rank: int) -> None:
+    one, three = (kept_by_autograd(precision, layers, rank=rank, width=width) for layers in (1, 3))
+    transformer = tiny_transformer(
+        "t2v", num_layers=1, num_attention_heads=3, attention_head_dim=width // 3,
+        ffn_dim=5 * width,
+    )  # fmt: skip
+    formula = activation_bytes(
+        transformer, samples=2, tokens=180, rank=rank, precision=precision, checkpointing=False
+    )
+    assert formula == pytest.approx((three - one) / 2, rel=0.05)
+
+
+def test_checkpointing_keeps_inputs_and_one_block() -> None:
+    transformer = tiny_transformer("t2v", num_layers=5)
+    sizes = {"samples": 1, "tokens": 100, "rank": 4}
+    all_of_it, checkpointed = (
+        activation_bytes(transformer, **sizes, precision="bf16", checkpointing=on)
+        for on in (False, True)
+    )
+    assert checkpointed == all_of_it // 5 + 5 * 100 * 32 * 2
+
+
+def test_weights_and_states_are_those_of_a_run(
+    tiny_t2v: Path, t2v_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By `wantrain bench`, which counts them while it trains."""
+    common = ["--model", str(tiny_t2v), "--shards", str(t2v_shards), *SMALL]
+    found = tmp_path / "found.json"
+    wantrain(["bench", *common, "--json", str(found)], standalone_mode=False)
+    resident = json.loads(found.read_text())["resident"]
+    folder = tiny_t2v / "transformer_2" / "config.json"
+    transformer = type(tiny_transformer("t2v")).from_config(json.loads(folder.read_text()))
+    assert base_bytes(transformer, "bf16") == resident["base"]
+    capsys.readouterr()
+    wantrain(["distill", *common, "--dry-run"], standalone_mode=False)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory")]
+    gib = 2**30
+    assert f"base {resident['base'] / gib:.2f}," in line and "activations" in line
