@@ -41,6 +41,8 @@ RAW_CHUNK = 1 << 20
 """Bytes of a plain read: into one buffer that stays in the CPU's cache, the fastest there is."""
 MOST_LOADED = 1 << 30
 """Bytes that one measurement of the loader reads."""
+MOST_UPDATES = 1000
+"""Of one measurement, where samples are small."""
 ROUNDS = 7
 
 Kind = Literal["start", "forward", "forward end", "backward", "backward end", "step"]
@@ -348,7 +350,8 @@ def measure_loader(run: Run) -> Loader:
             done += sum(tensor.nbytes for tensor in tensors if tensor is not None)
         return done
 
-    updates = max(1, min(run.plan.batches_per_epoch, MOST_LOADED // max(1, load(1)) or 1))
+    fitting = MOST_LOADED // max(1, load(1))
+    updates = max(1, min(run.plan.batches_per_epoch, MOST_UPDATES, fitting))
     indices = [part.index for part in run.data.parts]
     shards = [index.folder / name for index in indices for name in index.shards]
     buffer = bytearray(RAW_CHUNK)
