@@ -93,6 +93,7 @@ def encode(
     seed: Annotated[int, typer.Option(metavar="N", help="Decides all that is drawn: where in a video a clip starts, sizes, ratios.", rich_help_panel=SAMPLES)] = 42,
 
     negative_prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the teacher's guidance (CFG) leads away from; encoded once for the whole cache.", show_default="Wan's published one", rich_help_panel=ENCODERS)] = DEFAULT_NEGATIVE_PROMPT,
+    validation_prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts that `wantrain distill --validation-steps` samples while it trains: .txt with one a line, perhaps ending in --w 832 --h 480 --f 81 --i picture.png, or .json, .jsonl or .csv with prompt and perhaps image, width, height, frames. An i2v model wants a picture of each. The file's list replaces the one before.", show_default="the list that the shards have", rich_help_panel=ENCODERS)] = None,
     vae_dtype: Annotated[Dtype, typer.Option(help="Number format that the VAE computes in.", rich_help_panel=ENCODERS)] = "fp32",
     text_encoder_dtype: Annotated[Dtype, typer.Option(help="Number format that the text encoder computes in.", rich_help_panel=ENCODERS)] = "bf16",
     vae_mini_batch: Annotated[int, typer.Option(metavar="N", help="Taken for the sake of VideoX-Fun's scripts: clips go through the VAE one at a time, since together they would get other bits.", rich_help_panel=ENCODERS)] = 1,
@@ -152,7 +153,9 @@ def encode(
             f"{report.count(outcome.removed, 'sample')} removed that the dataset does not give any "
             f"more; to have the room back: wanprep compact --shards {output}"
         )
-    if outcome.written == 0 and outcome.removed == 0:
+    if outcome.validation:
+        echo(f"{report.count(outcome.validation, 'validation prompt')} in the shards")
+    elif outcome.written == 0 and outcome.removed == 0:
         echo("nothing to do: every usable sample of the dataset is in the shards")
     echo(f"next: wantrain distill --shards {output}")
 

@@ -81,6 +81,8 @@ class EncodeConfig:
     """How often an epoch shows a video, times what its dataset says."""
     train_mode: TrainMode | None = None
     """None: as the model is."""
+    validation_prompts: Path | None = None
+    """List of what training will sample; None: the cache's list stays as it is."""
 
     engine: Literal["local", "ray"] = "local"
     """Where the encoders run: in this process, or in actors of a Ray cluster."""

@@ -33,6 +33,12 @@ from preprocess.removal import unlisted
 from preprocess.speed import remember_speed
 from preprocess.text_cache import TextCache
 from preprocess.train_mode import in_train_mode
+from preprocess.validation_prompts import (
+    ValidationPrompt,
+    missing_validation,
+    read_pictures,
+    read_validation_prompts,
+)
 from preprocess.workers import WorkerPool
 from preprocess.writer import (
     ShardWriter,
@@ -40,7 +46,7 @@ from preprocess.writer import (
     remove_abandoned,
     writer_lock,
 )
-from shared.cache import CacheIndex, Prompt, committed_shards, read_prompts
+from shared.cache import CacheIndex, committed_shards
 from shared.cli_support import say
 from shared.device import check_device
 from shared.errors import UserError
@@ -48,6 +54,7 @@ from shared.fingerprint import Fingerprint
 from shared.hashing import FileHasher
 from shared.interrupt import Interrupted, Interruption, catch_signals
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
+from shared.prompts import EMPTY, NEGATIVE, Prompt, prompts_by_shard
 
 if TYPE_CHECKING:  # ray is imported where a cluster is asked for
     from preprocess.ray_cluster import Cluster
@@ -61,6 +68,8 @@ class Outcome:
     """None where nothing is committed yet."""
     written: int = 0
     """Samples that this run encoded."""
+    validation: int = 0
+    """Validation prompts, where this run wrote their list."""
     removed: int = 0
     """Samples that are not in the dataset any more and were removed from the cache (--prune)."""
     left: int = 0
@@ -137,7 +146,9 @@ def _encode(
         captions = [caption for work in todo for _, caption in missing_of(work, committed)]
         # One prompt bank is enough; the first rank brings it.
         bank = outcome.index.prompt_shards if outcome.index is not None else ()
-        prompts = missing_prompts(config, bank) if config.rank.number == 0 else []
+        there = prompts_by_shard(config.output, bank) if config.rank.number == 0 else []
+        prompts = missing_prompts(config, there) if config.rank.number == 0 else []
+        validation = missing_validation(job.validation, there) if config.rank.number == 0 else None
         outcome.left = len(captions)
         _say_plan(console, config, planned, mine, committed, outcome)
         leftover: list[str] = []
@@ -162,7 +173,11 @@ def _encode(
 
         try:
             # Text pass: each caption once; the encoder is gone before the VAE comes.
-            needed = list(dict.fromkeys([text for _, text in prompts] + captions))
+            if validation is not None:
+                for text in validation.texts:
+                    texts.put(text, validation.texts[text])
+            to_sample = [] if validation is None else [one.prompt for one in validation.wanted]
+            needed = list(dict.fromkeys([text for _, text in prompts] + to_sample + captions))
             if outcome.index is not None:
                 texts_from_cache(todo, committed, outcome.index, texts)
             with report.bar(console, "encoding captions", len(needed)) as advance:
@@ -172,6 +187,11 @@ def _encode(
                     shards.add_prompts(
                         [Prompt(role, text, texts.get(text)) for role, text in prompts]
                     )
+            if validation is not None:
+                conditions = engine.encode_pictures(read_pictures(validation.pictures))
+                with signals.deferred():
+                    shards.add_prompts(validation.in_bank(texts.get, conditions))
+                    outcome.validation = len(validation.wanted)
 
             # VAE pass. A clip that only has a new caption takes its latents from the old shard.
             captions_alone, known, new = _split(todo, committed)
@@ -224,6 +244,8 @@ class Job:
     fingerprint: Fingerprint
     hasher: FileHasher
     """With what it has learned of the encoders' files."""
+    validation: Sequence[ValidationPrompt]
+    """The list of --validation-prompts; empty without one."""
 
 
 def read_job(config: EncodeConfig, console: Console) -> Job:
@@ -236,10 +258,20 @@ def read_job(config: EncodeConfig, console: Console) -> Job:
     _refuse_captions_alone(dataset, spec)
     say(console, f"dataset  {dataset.origin}: {len(dataset.entries)} usable")
     say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
+    validation: Sequence[ValidationPrompt] = ()
+    if config.validation_prompts is not None:
+        rule = _clip_rule(config, spec)
+        validation, said = read_validation_prompts(config.validation_prompts, spec, rule)
+        listed = report.count(len(validation), "prompt")
+        say(console, f"prompts  {config.validation_prompts}: {listed} for validation")
+        for line in said:
+            say(console, f"prompts  {line}")
     hasher = FileHasher()
     with console.status("digesting the encoders' weights (read once, then remembered)"):
         fingerprint = encode_fingerprint(config, spec, hasher)
-    return Job(dataset=dataset, spec=spec, fingerprint=fingerprint, hasher=hasher)
+    return Job(
+        dataset=dataset, spec=spec, fingerprint=fingerprint, hasher=hasher, validation=validation
+    )
 
 
 def look_into_media(
@@ -320,11 +352,10 @@ def _split(todo: Sequence[Work], committed: Captions) -> tuple[list[Work], list[
     return alone, known, new
 
 
-def missing_prompts(config: EncodeConfig, bank: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(role, prompt) that the bank's shards lack; the last entry of a role counts."""
-    there = read_prompts(config.output, bank)
-    last = {prompt.role: prompt.prompt for prompt in there}
-    wanted = {"empty": "", "negative": config.negative_prompt}
+def missing_prompts(config: EncodeConfig, bank: list[list[Prompt]]) -> list[tuple[str, str]]:
+    """(role, prompt) that the bank, by shard, lacks; the last entry of a role counts."""
+    last = {prompt.role: prompt.prompt for shard in bank for prompt in shard}
+    wanted = {EMPTY: "", NEGATIVE: config.negative_prompt}
     return [(role, text) for role, text in wanted.items() if last.get(role) != text]
 
 

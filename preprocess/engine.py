@@ -3,11 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+import torch
+
 from preprocess.config import EncodeConfig
 from preprocess.media import MediaError
-from preprocess.passes import Encoded, Times, latents_from_media, text_pass
+from preprocess.passes import Encoded, Times, latents_from_media, release_memory, text_pass
 from preprocess.plan import Work
 from preprocess.text_cache import TextCache
+from preprocess.validation_prompts import Picture, encode_pictures
 from preprocess.workers import WorkerPool
 from shared.model_spec import ModelSpec
 from shared.schema import DTYPES
@@ -35,6 +38,9 @@ class Engine(Protocol):
         None: its samples are in a shard already. A clip comes with those samples alone that are
         to be written of it.
         """
+
+    def encode_pictures(self, pictures: Sequence[Picture]) -> dict[str, dict[str, torch.Tensor]]:
+        """Key of a validation prompt → `cond` (and `clip`), what the model takes of its picture."""
 
     def rescue(self) -> None:
         """After a signal or a failure: commit what is encoded and not yet in a shard."""
@@ -74,6 +80,10 @@ class LocalEngine:
             times=self._times,
         )
 
+    def encode_pictures(self, pictures: Sequence[Picture]) -> dict[str, dict[str, torch.Tensor]]:
+        """With a VAE that has left memory when this returns."""
+        return pictures_encoded(self._config, self._spec, pictures)
+
     def rescue(self) -> None:
         """Nothing: what this process has encoded, `encode` has."""
 
@@ -91,3 +101,17 @@ def latent_encoder(config: EncodeConfig, spec: ModelSpec) -> "LatentEncoder":
     from preprocess.encoders import LatentEncoder
 
     return LatentEncoder(spec, dtype=DTYPES[config.vae_dtype], device=config.device)
+
+
+def pictures_encoded(
+    config: EncodeConfig, spec: ModelSpec, pictures: Sequence[Picture]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """`encode_pictures` in this process; no VAE is built where there are none."""
+    if not pictures:
+        return {}
+    encoder = latent_encoder(config, spec)
+    try:
+        return encode_pictures(pictures, spec, encoder, stored=DTYPES[config.dtype])
+    finally:
+        del encoder
+        release_memory()

@@ -24,12 +24,14 @@ from preprocess.passes import Times
 from preprocess.plan import Captions, Work, committed_samples, missing_of
 from preprocess.speed import Speed, known_speed, remember_speed
 from preprocess.text_cache import TextCache
+from preprocess.validation_prompts import missing_validation
 from preprocess.workers import WorkerPool
 from shared.buckets import Bucket
 from shared.cache import committed_shards
 from shared.errors import UserError
 from shared.fingerprint import Fingerprint
 from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec
+from shared.prompts import prompts_by_shard
 from shared.schema import DTYPES
 from shared.tar import room
 
@@ -151,7 +153,10 @@ def foresee(config: EncodeConfig, console: Console, *, measure: bool = False) ->
             for work, _ in new
             if work.type != "text" and not any(key in committed for key, _ in work.samples)
         ]
-        prompts = [text for _, text in missing_prompts(config, bank)]
+        there = prompts_by_shard(config.output, bank)
+        validation = missing_validation(job.validation, there)
+        to_sample = [] if validation is None else [one.prompt for one in validation.wanted]
+        prompts = [text for _, text in missing_prompts(config, there)] + to_sample
         captions = list(dict.fromkeys([*prompts, *(text for _, m in new for _, text in m)]))
         if measure and unseen:
             _measure(config, spec, fingerprint, pool, unseen, captions)

@@ -19,7 +19,33 @@ PATH_FIELDS = ("file_path", "video_path", "image_path", "file_name")
 CAPTION_FIELDS = ("text", "caption", "captions")
 CAPTION_ONLY_FIELDS = (*CAPTION_FIELDS, "type", "width", "height", "frames", "tags")
 """An entry with no others, and no path, may be a caption without a medium."""
-_FORM = f"a path ({' | '.join(PATH_FIELDS)}) and a caption ({' | '.join(CAPTION_FIELDS)})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What the entries of a list must hold, and how messages speak of it."""
+
+    subject: str
+    """In front of a message."""
+    entry: str
+    lines: str
+    """What a line of a .txt file is."""
+    option: str
+    """Names the option that gives the file."""
+    columns: dict[str, tuple[str, ...]]
+    """What → the names that a CSV column with it may have; one of each must be there."""
+    alone: tuple[str, ...] = ()
+    """A CSV file with no other columns than these needs no path."""
+
+
+MEDIA = Form(
+    subject="dataset",
+    entry=f"a path ({' | '.join(PATH_FIELDS)}) and a caption ({' | '.join(CAPTION_FIELDS)})",
+    lines="a caption a line and no media",
+    option="--train-data-meta (or DATASET_META_NAME)",
+    columns={"path": PATH_FIELDS, "caption": CAPTION_FIELDS},
+    alone=CAPTION_ONLY_FIELDS,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +71,7 @@ def find_metadata(data_dir: Path) -> Path | None:
     return found[0] if found else None
 
 
-def read_metadata(path: Path) -> list[Record]:
+def read_metadata(path: Path, form: Form = MEDIA) -> list[Record]:
     """All records of a .json, .jsonl, .csv or .txt file; of the last, a caption a line.
 
     UserError where the file as a whole is unusable; a bad line of a .jsonl or .csv file is returned
@@ -56,32 +82,31 @@ def read_metadata(path: Path) -> list[Record]:
     if reader is None:
         found = f"ends in {path.suffix!r}" if path.suffix else "has no ending"
         raise UserError(
-            f"dataset: {path} {found}, expected .json, .jsonl or .csv with {_FORM} in each entry, "
-            "or .txt with a caption a line and no media. Set --train-data-meta (or "
-            "DATASET_META_NAME) to such a file."
+            f"{form.subject}: {path} {found}, expected .json, .jsonl or .csv with {form.entry} in "
+            f"each entry, or .txt with {form.lines}. Set {form.option} to such a file."
         )
     try:
         text = path.read_bytes().decode("utf-8-sig")  # bytes: line ends inside captions are kept
     except OSError as error:
+        left_out = ", or leave it out to use the .txt captions" if form is MEDIA else ""
         raise UserError(
-            f"dataset: cannot read {path} ({error.strerror}). Set --train-data-meta (or "
-            f"DATASET_META_NAME) to a .json, .jsonl or .csv file with {_FORM} in each entry, or "
-            "leave it out to use the .txt captions."
+            f"{form.subject}: cannot read {path} ({error.strerror}). Set {form.option} to a .json, "
+            f".jsonl or .csv file with {form.entry} in each entry{left_out}."
         ) from error
     except ValueError as error:
         raise UserError(
-            f"dataset: {path} is not UTF-8 text ({error}). Save it as UTF-8."
+            f"{form.subject}: {path} is not UTF-8 text ({error}). Save it as UTF-8."
         ) from error
-    records = reader(path, text)
+    records = reader(path, text, form)
     if not records:
         raise UserError(
-            f"dataset: {path} lists nothing. Expected at least one entry with {_FORM}. Fill it, or "
-            "set --train-data-meta (or DATASET_META_NAME) to another file."
+            f"{form.subject}: {path} lists nothing. Expected at least one entry with {form.entry}. "
+            f"Fill it, or set {form.option} to another file."
         )
     return records
 
 
-def _lines(path: Path, text: str) -> list[Record]:
+def _lines(path: Path, text: str, form: Form) -> list[Record]:
     return [
         Record(where=f"{path.name} line {number}", value={"caption": line, "type": "text"})
         for number, line in enumerate(text.split("\n"), start=1)
@@ -89,8 +114,8 @@ def _lines(path: Path, text: str) -> list[Record]:
     ]
 
 
-def _json(path: Path, text: str) -> list[Record]:
-    form = f"a JSON list of objects with {_FORM}"
+def _json(path: Path, text: str, form: Form) -> list[Record]:
+    expected = f"a JSON list of objects with {form.entry}"
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -99,7 +124,7 @@ def _json(path: Path, text: str) -> list[Record]:
         if len(lines) > 1 and all(_parses(line) for line in lines[:2]):
             cure = f" It looks like JSON lines: rename it to {path.with_suffix('.jsonl').name}."
         raise UserError(
-            f"dataset: {path} is not valid JSON ({error}). Expected {form}.{cure}"
+            f"{form.subject}: {path} is not valid JSON ({error}). Expected {expected}.{cure}"
         ) from error
     if not isinstance(value, list):
         cure = "Put it in [brackets]"
@@ -107,7 +132,9 @@ def _json(path: Path, text: str) -> list[Record]:
             cure += (
                 f", or rename the file to {path.with_suffix('.jsonl').name} if it has one a line"
             )
-        raise UserError(f"dataset: {path} holds {json_kind(value)}. Expected {form}. {cure}.")
+        raise UserError(
+            f"{form.subject}: {path} holds {json_kind(value)}. Expected {expected}. {cure}."
+        )
     return [Record(where=f"{path.name}[{n}]", value=item) for n, item in enumerate(value)]
 
 
@@ -119,7 +146,7 @@ def _parses(line: str) -> bool:
     return True
 
 
-def _json_lines(path: Path, text: str) -> list[Record]:
+def _json_lines(path: Path, text: str, form: Form) -> list[Record]:
     records = []
     # Not splitlines(): a caption may hold U+2028, which JSON does not escape.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -134,7 +161,7 @@ def _json_lines(path: Path, text: str) -> list[Record]:
     return records
 
 
-def _csv(path: Path, text: str) -> list[Record]:
+def _csv(path: Path, text: str, form: Form) -> list[Record]:
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     records: list[Record] = []
     header: list[str] | None = None
@@ -147,14 +174,14 @@ def _csv(path: Path, text: str) -> list[Record]:
             break
         except csv.Error as error:
             raise UserError(
-                f"dataset: {path} line {number} is not valid CSV ({error}). Expected fields "
+                f"{form.subject}: {path} line {number} is not valid CSV ({error}). Expected fields "
                 'separated by commas, in "double quotes" where they hold commas, quotes or lines.'
             ) from error
         if not any(field.strip() for field in row):
             continue
         if header is None:
             header = [field.strip() for field in row]
-            _check_header(path, header)
+            _check_header(path, header, form)
         elif len(row) != len(header):
             problem = (
                 f"{len(row)} fields, expected {len(header)} as in the header; put captions with "
@@ -167,9 +194,9 @@ def _csv(path: Path, text: str) -> list[Record]:
     return records
 
 
-def _check_header(path: Path, header: list[str]) -> None:
-    wanted = {"path": PATH_FIELDS, "caption": CAPTION_FIELDS}
-    if set(header) <= set(CAPTION_ONLY_FIELDS):
+def _check_header(path: Path, header: list[str], form: Form) -> None:
+    wanted = dict(form.columns)
+    if set(header) <= set(form.alone):
         del wanted["path"]
     for what, fields in wanted.items():
         if not set(fields) & set(header):
@@ -177,10 +204,10 @@ def _check_header(path: Path, header: list[str]) -> None:
             if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
                 cure = "Save it with commas between the columns"
             raise UserError(
-                f"dataset: {path} has no {what} column: its first line names "
+                f"{form.subject}: {path} has no {what} column: its first line names "
                 f"{', '.join(header)}. Expected a header with {' or '.join(fields)}. {cure}."
             )
     if len(set(header)) < len(header):
         raise UserError(
-            f"dataset: {path}: a column occurs twice in {', '.join(header)}. Rename one."
+            f"{form.subject}: {path}: a column occurs twice in {', '.join(header)}. Rename one."
         )

@@ -117,10 +117,10 @@ def text_pass(
             on_progress()
     finally:
         del text_encoder
-        _release_memory()
+        release_memory()
 
 
-def _release_memory() -> None:
+def release_memory() -> None:
     """Give back what an encoder held, after its last reference is gone."""
     gc.collect()
     if torch.cuda.is_available():

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
+import torch
 
 from preprocess.background_writer import BackgroundWriter
 from preprocess.config import EncodeConfig
-from preprocess.engine import COMPONENTS, latent_encoder, text_encoder
+from preprocess.engine import COMPONENTS, latent_encoder, pictures_encoded, text_encoder
 from preprocess.fingerprint import encode_fingerprint
 from preprocess.media import MediaError
 from preprocess.passes import Times, latents_from_media, samples_of
@@ -25,6 +26,7 @@ from preprocess.plan import Work
 from preprocess.ray_fleet import Joined
 from preprocess.sources import Medium
 from preprocess.text_cache import TextCache
+from preprocess.validation_prompts import Picture
 from preprocess.workers import WorkerPool
 from preprocess.writer import ShardWriter, free_writer_lock
 from shared.device import check_device
@@ -200,3 +202,12 @@ def _check_folders(orders: Orders) -> None:
             f"--train-data-dir: {orders.medium} is not there. Expected the media under the same "
             "path on every node."
         )
+
+
+def encode_pictures_there(
+    config: EncodeConfig, spec: ModelSpec, folder: Path, pictures: Sequence[Picture]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """`pictures_encoded` on a node; relative paths begin at `folder`."""
+    os.chdir(folder)
+    there = replace(spec, folder=resolve_model(config.model, COMPONENTS))
+    return pictures_encoded(config, there, pictures)

@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
+import torch
 
 from preprocess.config import EncodeConfig
 from preprocess.index import settled_index
 from preprocess.media import MediaError
 from preprocess.passes import Encoded, latents_from_cache
 from preprocess.plan import Captions, Work, committed_of, missing_of
-from preprocess.ray_actors import RUN_MARK, MediaActor, Orders, TextActor
+from preprocess.ray_actors import RUN_MARK, MediaActor, Orders, TextActor, encode_pictures_there
 from preprocess.ray_cluster import Cluster
 from preprocess.ray_fleet import Fleet
 from preprocess.sources import Medium
 from preprocess.text_cache import TextCache
+from preprocess.validation_prompts import Picture
 from preprocess.writer import MOST_WRITERS, remove_abandoned
 from shared.cache import CacheIndex, committed_shards
 from shared.durable import write_bytes
@@ -88,6 +90,17 @@ class RayEngine:
             yield work, None if reason is None else MediaError(reason)
         remove_abandoned(self._config.output, world=1)  # of actors that died
         yield from self._half_committed([work for work in works if id(work) not in rejected])
+
+    def encode_pictures(self, pictures: Sequence[Picture]) -> dict[str, dict[str, torch.Tensor]]:
+        """A task on one node: they are few, and the driver's machine may have no GPU."""
+        if not pictures:
+            return {}
+        task: Any = ray.remote(encode_pictures_there).options(
+            num_cpus=self._cluster.cpus, num_gpus=self._cluster.gpus
+        )
+        running = task.remote(self._config, self._spec, Path.cwd(), pictures)
+        made: dict[str, dict[str, torch.Tensor]] = ray.get(running)
+        return made
 
     def rescue(self) -> None:
         """Let the actors commit, and end them."""

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from preprocess.passes import Times, text_pass
 from preprocess.ranks import Rank
 from preprocess.text_cache import TextCache
 from preprocess.writer import ShardWriter
-from shared.cache import CacheIndex, MemberReader, Prompt, committed_shards, read_prompts
+from shared.cache import CacheIndex, MemberReader, committed_shards
 from shared.cli_support import say
 from shared.device import check_device
 from shared.errors import UserError
@@ -28,6 +28,13 @@ from shared.hashing import FileHasher
 from shared.interrupt import Interrupted, Interruption, catch_signals
 from shared.model_spec import MAX_TEXT_TOKENS, read_model_spec, resolve_model
 from shared.overlays import CAPTIONS, captions_folder
+from shared.prompts import (
+    NEGATIVE,
+    VALIDATION,
+    Prompt,
+    current_validation,
+    prompts_by_shard,
+)
 from shared.schema import DTYPES, JSON_MEMBER, TEXT_MEMBER, pack
 
 if TYPE_CHECKING:
@@ -132,7 +139,8 @@ def _recaption(
         outcome.index = there
         mine = {row: text for row, text in wanted.items() if config.rank.owns(base.key(row))}
         todo = _missing(base, mine, there)
-        prompts = _missing_prompts(config, base, there) if config.rank.number == 0 else []
+        bank = _MissingPrompts.of(config, base, there) if config.rank.number == 0 else None
+        prompts = [] if bank is None else [text for _, text in bank.single] + bank.listed_texts
         outcome.left = len(todo)
         say(console, f"samples  {len(mine)}: {len(mine) - len(todo)} done, {len(todo)} to encode")
         gone = _leftover(base, wanted, there)
@@ -155,7 +163,7 @@ def _recaption(
             return TextEncoder(folder, dtype=dtype, device=config.device)
 
         try:
-            needed = list(dict.fromkeys([text for _, text in prompts] + list(todo.values())))
+            needed = list(dict.fromkeys(prompts + list(todo.values())))
             with report.bar(console, "encoding captions", len(needed)) as advance:
                 text_pass(
                     needed,
@@ -165,11 +173,10 @@ def _recaption(
                     times=Times(),
                     on_progress=advance,
                 )
-            if prompts:
+            if bank is not None:
                 with signals.deferred():
-                    writer.add_prompts(
-                        [Prompt(role, text, texts.get(text)) for role, text in prompts]
-                    )
+                    for entries in bank.encoded(texts):
+                        writer.add_prompts(entries)
             for row, info in _infos(base, todo):
                 info["caption"] = todo[row]
                 members = {
@@ -314,16 +321,51 @@ def _leftover(base: CacheIndex, wanted: dict[int, str], there: CacheIndex | None
     return [key for key in keys if key in committed]
 
 
-def _missing_prompts(
-    config: RecaptionConfig, base: CacheIndex, there: CacheIndex | None
-) -> list[tuple[str, str]]:
-    """(role, prompt): the cache's prompt bank, by this text encoder."""
-    wanted = {p.role: p.prompt for p in read_prompts(base.folder, base.prompt_shards)}
-    if config.negative_prompt is not None:
-        wanted["negative"] = config.negative_prompt
-    found = [] if there is None else read_prompts(there.folder, there.prompt_shards)
-    last = {prompt.role: prompt.prompt for prompt in found}
-    return [(role, text) for role, text in wanted.items() if last.get(role) != text]
+@dataclass(frozen=True, kw_only=True)
+class _MissingPrompts:
+    """What the captions' prompt bank lacks of the cache's."""
+
+    single: list[tuple[str, str]]
+    """(role, prompt) of roles that have one prompt."""
+    listed: list[Prompt]
+    """The validation prompts, all of them; empty where the captions have the list already."""
+
+    @classmethod
+    def of(
+        cls, config: RecaptionConfig, base: CacheIndex, there: CacheIndex | None
+    ) -> "_MissingPrompts":
+        """The cache's prompts, but for another negative one where that is asked for."""
+        own = prompts_by_shard(base.folder, base.prompt_shards)
+        found = [] if there is None else prompts_by_shard(there.folder, there.prompt_shards)
+        wanted = _last_of_roles(own)
+        if config.negative_prompt is not None:
+            wanted[NEGATIVE] = config.negative_prompt
+        last = _last_of_roles(found)
+        listed, have = current_validation(own), current_validation(found)
+        same = [prompt.key for prompt in listed] == [prompt.key for prompt in have]
+        return cls(
+            single=[(role, text) for role, text in wanted.items() if last.get(role) != text],
+            listed=[] if same else listed,
+        )
+
+    @property
+    def listed_texts(self) -> list[str]:
+        return [prompt.prompt for prompt in self.listed]
+
+    def encoded(self, texts: TextCache) -> Iterator[list[Prompt]]:
+        """Entries for shards. What belongs to a picture stays in the cache's own bank, which
+        brings it by the same key."""
+        if self.single:
+            yield [Prompt(role, text, texts.get(text)) for role, text in self.single]
+        if self.listed:
+            yield [
+                replace(prompt, text=texts.get(prompt.prompt), cond=None, clip=None)
+                for prompt in self.listed
+            ]
+
+
+def _last_of_roles(shards: list[list[Prompt]]) -> dict[str, str]:
+    return {p.role: p.prompt for shard in shards for p in shard if p.role != VALIDATION}
 
 
 def _finish(base: CacheIndex, mine: dict[int, str], outcome: Recaptioned) -> None:

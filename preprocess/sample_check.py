@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from shared.buckets import Bucket
 from shared.errors import json_kind
 from shared.fingerprint import WITH_CLIP, Fingerprint
 from shared.overlays import required_members
+from shared.prompts import VALIDATION
 from shared.schema import (
     CONDITION_MEMBER,
     DTYPES,
@@ -21,12 +22,13 @@ from shared.schema import (
     TEXT_MEMBER,
     unpack,
 )
-from shared.strict_json import parse
+from shared.strict_json import is_count, parse
 from shared.tensor_header import read_header
 
 # Bytes of a member beyond its tensors, or of a whole JSON, that nobody needs.
 _MOST_OVERHEAD = MOST_INFO_BYTES
 # Two encodings of one frame differ by rounding at most, and where a GPU adds in another order.
+_LONGEST_SIDE = 1 << 14
 _ROUNDING = 0.02
 _OF_SPREAD = 0.1
 
@@ -46,7 +48,7 @@ class Expected:
     """What a shard's fingerprint and bucket say of each of its samples."""
 
     bucket: Bucket | None
-    """None in the prompt bank."""
+    """None in the prompt bank, whose entries say it each for itself (`of_prompt`)."""
     required: tuple[str, ...]
     allowed: tuple[str, ...]
     latents: tuple[int, ...] | None
@@ -57,29 +59,48 @@ class Expected:
     text_dim: int | None
     text_length: int | None
     text_dtype: torch.dtype | None
+    grid: tuple[int, tuple[int, int, int]] | None
+    """Channels and strides (t, h, w) of latents; None where there are none."""
+    mode: str | None
 
     @classmethod
     def of(cls, fingerprint: Fingerprint, bucket: Bucket | None) -> "Expected":
         """Raises KeyError, TypeError or ValueError for a fingerprint that lacks a field."""
         required = required_members(fingerprint) if bucket else (JSON_MEMBER, TEXT_MEMBER)
-        own, shape = fingerprint.get("latents"), None
-        if bucket is not None and own is not None:
+        own, shape, grid = fingerprint.get("latents"), None, None
+        if own is not None:
             time, high, wide = map(int, own["stride"])
-            shape = bucket.latent_shape(int(own["channels"]), (time, high, wide))
+            grid = int(own["channels"]), (time, high, wide)
+        if bucket is not None and grid is not None:
+            shape = bucket.latent_shape(*grid)
         text = fingerprint.get("text") if TEXT_MEMBER in required else None
         if LATENTS_MEMBER in required and fingerprint["mode"] in ("i2v", WITH_CLIP):
             required = (*required, CONDITION_MEMBER)
         return cls(
             bucket=bucket,
             required=required,
-            allowed=required,
+            # Validation prompts may begin with a picture.
+            allowed=required if bucket or own is None else (*required, CONDITION_MEMBER),
             latents=shape,
             latents_dtype=None if own is None else DTYPES[own["dtype"]],
             clip_dim=int(fingerprint["image"]["dim"]) if "image" in fingerprint else None,
             text_dim=None if text is None else int(text["dim"]),
             text_length=None if text is None else int(text["max_length"]),
             text_dtype=None if text is None else DTYPES[text["dtype"]],
+            grid=grid,
+            mode=fingerprint.get("mode"),
         )
+
+    def of_prompt(self, info: dict[str, Any]) -> "Expected":
+        """What the bank's entry with this `KEY.json` must hold beside its text."""
+        sides = [info.get(name) for name in ("height", "width", "frames")]
+        if self.grid is None or not all(is_count(s, least=1, most=_LONGEST_SIDE) for s in sides):
+            return self
+        height, width, frames = map(int, sides)  # type: ignore[arg-type]
+        if self.mode == "ti2v":
+            frames = 1  # the picture by itself
+        shape = Bucket(height, width, frames).latent_shape(*self.grid)
+        return replace(self, latents=shape)
 
     @property
     def of_images(self) -> bool:
@@ -107,6 +128,9 @@ def check_info(data: bytes, expected: Expected) -> Iterator[Problem | dict[str, 
         return
     if expected.bucket is None:
         kinds: dict[str, type | tuple[type, ...]] = {"role": str, "prompt": str}
+        if info.get("role") == VALIDATION:
+            kinds |= {"height": int, "width": int, "frames": int}
+            kinds |= {"image": str} if "image" in info else {}
     else:
         kinds = {
             "caption": str,

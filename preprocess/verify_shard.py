@@ -139,7 +139,8 @@ def _samples(
         sample.seen.add(suffix)
         column = MEMBERS.index(suffix)
         sample.row.offset[column], sample.row.length[column] = member.offset, member.size
-        for problem in _member(member, suffix, sample, expected, report):
+        wanted = expected.of_prompt(sample.info) if expected.bucket is None else expected
+        for problem in _member(member, suffix, sample, wanted, report):
             yield key, Problem(problem.code, problem.found, problem.expected, suffix)
     if sample is not None:
         yield from _finish(sample, expected)

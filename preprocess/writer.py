@@ -7,7 +7,6 @@ killed run left without one is removed by the next.
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import re
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 import webdataset
 
 from shared.buckets import Bucket
-from shared.cache import TOMBSTONES, Prompt, Sidecar, Tombstones, age
+from shared.cache import TOMBSTONES, Sidecar, Tombstones, age
 from shared.durable import (
     TEMPORARY_SUFFIX,
     DurableFile,
@@ -31,10 +30,10 @@ from shared.durable import (
 )
 from shared.errors import UserError
 from shared.fingerprint import Fingerprint
-from shared.hashing import digest_of
 from shared.latent_rgb import ColourFit, ColourSums
 from shared.mirror import mirror_of
-from shared.schema import JSON_MEMBER, KEY_BYTES, TEXT_MEMBER, Sample, pack
+from shared.prompts import Prompt
+from shared.schema import Sample
 from shared.tar import room
 
 # h480-w832-f81-w000-00012.tar: bucket, writer, number. The number is higher than all that were
@@ -178,13 +177,7 @@ class ShardWriter:
         shard = _OpenShard(self._new_path("prompts"))
         try:
             for prompt in prompts:
-                info = {"role": prompt.role, "prompt": prompt.prompt}
-                key = digest_of([prompt.role, prompt.prompt])[: 2 * KEY_BYTES]
-                members = {
-                    JSON_MEMBER: json.dumps(info, ensure_ascii=False).encode(),
-                    TEXT_MEMBER: pack(text=prompt.text),
-                }
-                shard.add(key, members)
+                shard.add(prompt.key, prompt.members())
             shard.commit(kind="prompts", bucket=None, fingerprint=self._fingerprint)
         except BaseException:
             shard.discard()

@@ -1,4 +1,4 @@
-"""Reading a cache: sidecars, `manifest.json`, `index.zarr`, members by byte range, the prompt bank.
+"""Reading a cache: sidecars, `manifest.json`, `index.zarr`, members by byte range.
 
 Tars and sidecars are the truth. Manifest and index are derived from them by `wanprep index`
 (`preprocess/index.py`); the layouts that both sides must agree on are the constants here.
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ from shared.columns import COLUMNS, Columns, column_digest, hex_keys, read_attri
 from shared.errors import UserError
 from shared.fingerprint import FORMAT_VERSION, Fingerprint
 from shared.latent_rgb import LatentRgb
-from shared.mirror import is_remote, open_shard, read_range, reading, shard_file
+from shared.mirror import is_remote, open_shard, read_range, reading
 from shared.model_spec import MAX_TEXT_TOKENS
 from shared.schema import (
     JSON_MEMBER,
@@ -32,14 +32,12 @@ from shared.schema import (
     MEMBERS,
     MOST_INFO_BYTES,
     MOST_REPEATS,
-    TEXT_MEMBER,
     TORCH_DTYPES,
     tensors_in,
     unpack,
     unpack_info,
 )
-from shared.strict_json import is_count, is_shallow, parse, read_object
-from shared.tar import Member, members
+from shared.strict_json import is_count, is_shallow, read_object
 from shared.tensor_header import TensorHeader, header_bytes
 
 # h480-w832-f81-w000-00012.tar: bucket, writer, number; tombstones-w000-00013.json counts on.
@@ -571,64 +569,3 @@ class MemberReader:
     def close(self) -> None:
         while self._files:
             os.close(self._files.popitem()[1][0])
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """An entry of the prompt bank."""
-
-    role: str
-    prompt: str
-    text: torch.Tensor
-    """(tokens, D) at the prompt's true length."""
-
-
-def read_prompts(folder: Path, shards: tuple[str, ...]) -> list[Prompt]:
-    """The prompt bank, oldest first; where a role has one prompt only, the last entry counts.
-
-    Raises UserError naming a damaged tar.
-    """
-    prompts = []
-    for name in shards:
-        path = folder / name
-        try:
-            if not path.is_file():
-                raise ValueError("no file")
-            with shard_file(path).open("rb") as stream:
-                size = os.fstat(stream.fileno()).st_size
-                found = list(members(stream, size, (JSON_MEMBER, TEXT_MEMBER)))
-                for info, text in zip(found[::2], found[1::2], strict=True):
-                    if info.key != text.key:
-                        raise ValueError(f"{info.key} lacks {JSON_MEMBER} or {TEXT_MEMBER}")
-                    prompts.append(_prompt(info, text, stream))
-        except UserError:
-            raise
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"shards: {path} is damaged ({error}). Restore it, or delete it together with "
-                f"{Sidecar.path_for(path).name} and run `wanprep encode` again."
-            ) from error
-    return prompts
-
-
-_MOST_PROMPT_BYTES = 1 << 26
-"""Of one member: 512 tokens of 32,768 numbers."""
-
-
-def _bytes_of(stream: BinaryIO, member: Member) -> bytes:
-    if member.size > _MOST_PROMPT_BYTES:
-        raise ValueError(f"{member.name} has {member.size} bytes")
-    stream.seek(member.offset)
-    return stream.read(member.size)
-
-
-def _prompt(info: Member, text: Member, stream: BinaryIO) -> Prompt:
-    value = parse(_bytes_of(stream, info), most=MOST_INFO_BYTES)
-    if not isinstance(value, dict) or not all(
-        isinstance(value.get(name), str) for name in ("role", "prompt")
-    ):
-        raise ValueError(f"{info.name} has no role or no prompt")
-    tensor = unpack(_bytes_of(stream, text), TEXT_MEMBER)["text"]
-    if len(tensor) > MAX_TEXT_TOKENS:
-        raise ValueError(f"{text.name} has {len(tensor)} tokens")
-    return Prompt(value["role"], value["prompt"], tensor)

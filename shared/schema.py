@@ -82,7 +82,7 @@ class SampleInfo:
         fields = asdict(self)
         if self.repeats == 1:  # what readers take it for, and what the first caches have
             del fields["repeats"]
-        return json.dumps(fields, ensure_ascii=False).encode()
+        return info_bytes(fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +110,11 @@ class Sample:
             clip = {} if self.clip is None else {"clip": self.clip}
             packed[CONDITION_MEMBER] = pack(cond=self.cond, **clip)
         return packed
+
+
+def info_bytes(fields: Mapping[str, Any]) -> bytes:
+    """`KEY.json` of these fields."""
+    return json.dumps(fields, ensure_ascii=False).encode()
 
 
 def pack(**tensors: torch.Tensor) -> bytes:

@@ -10,9 +10,10 @@ from functools import partial
 
 import torch
 
-from shared.cache import MEDIA_TYPES, REENCODE_SHARD, CacheIndex, MemberReader, read_prompts
+from shared.cache import MEDIA_TYPES, REENCODE_SHARD, CacheIndex, MemberReader
 from shared.errors import UserError
 from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec
+from shared.prompts import read_prompts
 from shared.schema import CONDITION_MEMBER, DTYPES, LATENTS_MEMBER, TEXT_MEMBER, TORCH_DTYPES
 from shared.tensor_header import TensorHeader
 from train.buffers import Buffers

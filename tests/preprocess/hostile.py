@@ -14,10 +14,11 @@ import torch
 
 from preprocess.index import build_index
 from preprocess.writer import ShardWriter
-from shared.cache import MemberReader, Prompt, Sidecar, open_cache, read_prompts
+from shared.cache import MemberReader, Sidecar, open_cache
 from shared.columns import column_digest
 from shared.latent_rgb import ColourSums
 from shared.overlays import captions_folder, overlay_folders, with_captions
+from shared.prompts import Prompt, read_prompts
 from shared.schema import (
     JSON_MEMBER,
     MEMBERS,

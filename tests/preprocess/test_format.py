@@ -17,7 +17,8 @@ import zarr
 
 from preprocess.index import build_index, caption_digest
 from preprocess.writer import ShardWriter
-from shared.cache import COLUMNS, Prompt, Sidecar, committed_shards, open_cache
+from shared.cache import COLUMNS, Sidecar, committed_shards, open_cache
+from shared.prompts import Prompt
 from shared.schema import MEMBERS, Sample, SampleInfo, sample_key
 from tests.preprocess.conftest import (
     PHOTOS,

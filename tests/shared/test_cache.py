@@ -11,8 +11,9 @@ import torch
 
 from preprocess.index import build_index
 from preprocess.writer import ShardWriter
-from shared.cache import MemberReader, Prompt, open_cache, read_prompts
+from shared.cache import MemberReader, open_cache
 from shared.errors import UserError
+from shared.prompts import Prompt, read_prompts
 from shared.schema import (
     CONDITION_MEMBER,
     LATENTS_MEMBER,

@@ -1,0 +1,318 @@
+"""`--validation-prompts`: what a training run will sample, encoded beside its samples.
+
+A list in a file → the list in the prompt bank, with text, shape and, where a prompt begins with a
+picture, what the model takes of it. The bank's newest list counts, whole; what an older one has
+encoded already is copied, not encoded again.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from preprocess.caption_clips import caption_clips
+from preprocess.clips import ClipRule, fit
+from preprocess.media import MediaError, probe, read_frames
+from preprocess.metadata import Form, Record, read_metadata
+from shared.buckets import Bucket
+from shared.errors import UserError, json_kind
+from shared.hashing import sha256_of
+from shared.model_spec import ModelSpec
+from shared.prompts import VALIDATION, Prompt, current_validation
+
+if TYPE_CHECKING:
+    from preprocess.encoders import LatentEncoder
+
+OPTION = "--validation-prompts"
+PROMPT_FIELDS = ("prompt", "text", "caption")
+PICTURE_FIELDS = ("image", "image_path", "file_path", "file_name")
+"""The first is ours; finetrainers' and musubi-tuner's; VideoX-Fun's and Hugging Face datasets'."""
+FRAMES_FIELDS = ("frames", "num_frames")
+LANDSCAPE = (9, 16)
+"""The (height, width) whose bucket a prompt gets that has neither a picture nor a size."""
+
+FORM = Form(
+    subject=OPTION,
+    entry=f"a prompt ({' | '.join(PROMPT_FIELDS)}), for image-to-video a picture "
+    f"({' | '.join(PICTURE_FIELDS)}), and perhaps height, width and frames",
+    lines="a prompt a line",
+    option=OPTION,
+    columns={"prompt": PROMPT_FIELDS},
+)
+
+# musubi-tuner's sample prompts: "a cat --w 832 --h 480 --f 81 --i cat.png". What a line may say of
+# a sampler is not needed: steps, guidance and seed are the training's.
+_OPTION = re.compile(r"\s--(?P<name>[a-z]+)(?:\s+(?P<value>[^\s].*?))?(?=\s--[a-z]+\s|\s*$)")
+_LINE_OPTIONS = {"w": "width", "h": "height", "f": "frames", "i": "image"}
+_UNUSED = {"d", "s", "g", "l", "fs", "n", "t", "cn"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationPrompt:
+    """An entry of the list, checked."""
+
+    prompt: str
+    bucket: Bucket
+    picture: Path | None = None
+    image: str | None = None
+    """SHA-256 of the picture."""
+
+    def in_bank(
+        self, text: torch.Tensor, condition: Mapping[str, torch.Tensor] | None = None
+    ) -> Prompt:
+        """The prompt bank's entry with this text and what the model takes of the picture."""
+        return Prompt(
+            VALIDATION, self.prompt, text, bucket=self.bucket, image=self.image, **(condition or {})
+        )
+
+    @property
+    def key(self) -> str:
+        """Of the entry in the bank."""
+        return self.in_bank(torch.empty(0, 0)).key
+
+
+def read_validation_prompts(
+    path: Path, spec: ModelSpec, rule: ClipRule
+) -> tuple[list[ValidationPrompt], list[str]]:
+    """The prompts of a list, each once, and what is to be said of it.
+
+    A prompt without a size gets the bucket of its picture's shape, or of 16:9, and as many frames
+    as a clip of the cache. Raises UserError naming the entry and the field.
+    """
+    found: dict[str, ValidationPrompt] = {}
+    unused: set[str] = set()
+    for record in read_metadata(path, FORM):
+        item = _fields(record, path)
+        if path.suffix.lower() == ".txt":
+            if item["caption"].lstrip().startswith("#"):  # a comment, as in musubi-tuner's files
+                continue
+            item = _split_line(item["caption"], record.where, unused)
+        one = _checked(item, record.where, path.parent, spec, rule)
+        found.setdefault(one.key, one)
+    if not found:
+        raise UserError(f"{OPTION}: {path} has no prompts, only comments. Write one a line.")
+    said = []
+    if unused:
+        options = ", ".join(f"--{name}" for name in sorted(unused))
+        said.append(
+            f"{options} in {path.name} are not used: steps, guidance and seed are those of the "
+            "training"
+        )
+    return list(found.values()), said
+
+
+def _fields(record: Record, path: Path) -> dict[str, Any]:
+    if record.problem is not None:
+        raise UserError(f"{OPTION}: {record.where}: {record.problem}. Mend or delete it.")
+    if not isinstance(record.value, dict):
+        raise UserError(
+            f"{OPTION}: {record.where} is {json_kind(record.value)}, expected an object with "
+            f"{FORM.entry}."
+        )
+    return record.value
+
+
+def _split_line(line: str, where: str, unused: set[str]) -> dict[str, Any]:
+    """A line of text → prompt and the fields that options at its end stand for."""
+    options = list(_OPTION.finditer(line))
+    item: dict[str, Any] = {"prompt": line[: options[0].start()] if options else line}
+    for option in options:
+        name = option["name"]
+        if name in _UNUSED:
+            unused.add(name)
+        elif name in _LINE_OPTIONS:
+            item[_LINE_OPTIONS[name]] = (option["value"] or "").strip()
+        else:
+            raise UserError(
+                f"{OPTION}: {where}: found --{name}, expected --w, --h, --f or --i (width, height, "
+                "frames, picture) at the end of a line."
+            )
+    return item
+
+
+def _checked(
+    item: dict[str, Any], where: str, folder: Path, spec: ModelSpec, rule: ClipRule
+) -> ValidationPrompt:
+    prompt = _text(item, PROMPT_FIELDS, where)
+    if not prompt:
+        raise UserError(
+            f"{OPTION}: {where} has no prompt, expected text in {' | '.join(PROMPT_FIELDS)}."
+        )
+    picture, image, shape = None, None, LANDSCAPE
+    if name := _text(item, PICTURE_FIELDS, where):
+        if spec.mode == "t2v":
+            raise UserError(
+                f"{OPTION}: {where} has a picture, {name!r:.80}, and the shards are for a t2v "
+                "model, which takes none. Leave it out."
+            )
+        picture = next((p for p in (folder / name, Path(name)) if p.is_file()), folder / name)
+        try:
+            seen = probe(picture, "image")
+        except MediaError as error:
+            raise UserError(f"{OPTION}: {where}: {error}. Name a picture, e.g. a PNG.") from error
+        image, shape = sha256_of(picture), (seen.height, seen.width)
+    elif spec.mode == "i2v":
+        raise UserError(
+            f"{OPTION}: {where} has no picture, and {spec.folder} is an i2v model. Expected a "
+            f"field {' | '.join(PICTURE_FIELDS)}, or --i FILE at the end of a line of text."
+        )
+    bucket = _bucket(item, where, spec, rule, prompt, shape)
+    return ValidationPrompt(prompt=prompt, bucket=bucket, picture=picture, image=image)
+
+
+def _text(item: dict[str, Any], names: Sequence[str], where: str) -> str:
+    """The one of these fields that is filled; "" without any."""
+    filled = {name: item[name] for name in names if item.get(name) not in (None, "")}
+    for name, value in filled.items():
+        if not isinstance(value, str):
+            raise UserError(f"{OPTION}: {where}: {name} is {json_kind(value)}, expected text.")
+    if len({value.strip() for value in filled.values()}) > 1:
+        raise UserError(f"{OPTION}: {where} has {' and '.join(filled)}, expected one of them.")
+    return next((value.strip() for value in filled.values()), "")
+
+
+def _bucket(
+    item: dict[str, Any],
+    where: str,
+    spec: ModelSpec,
+    rule: ClipRule,
+    prompt: str,
+    shape: tuple[int, int],
+) -> Bucket:
+    given = {
+        side: _number(item, names, where)
+        for side, names in (
+            ("height", ("height",)),
+            ("width", ("width",)),
+            ("frames", FRAMES_FIELDS),
+        )
+    }
+    height, width, frames = given["height"], given["width"], given["frames"]
+    if (height is None) != (width is None):
+        raise UserError(f"{OPTION}: {where} has one of height and width, expected both or none.")
+    for name, side in (("height", height), ("width", width)):
+        if side is not None and side % spec.side_multiple:
+            raise UserError(
+                f"{OPTION}: {where}: {name} is {side}, expected a multiple of "
+                f"{spec.side_multiple}, e.g. {_nearest(side, spec.side_multiple)}."
+            )
+    step = spec.stride[0]
+    if frames is not None and (frames - 1) % step:
+        raise UserError(
+            f"{OPTION}: {where}: frames is {frames}, expected {step}n+1, e.g. "
+            f"{max(0, frames - 1) // step * step + 1}."
+        )
+    # As a caption without a medium gets its bucket; what is drawn there is drawn from the prompt.
+    rule = replace(rule, variants=1, frames=frames or rule.frames)
+    (clip,) = caption_clips(prompt, rule, shape=shape, frames=None)
+    if height is None or width is None:
+        return replace(clip.bucket, frames=frames or clip.bucket.frames)
+    return Bucket(height, width, frames or clip.bucket.frames)
+
+
+def _nearest(side: int, multiple: int) -> int:
+    return max(multiple, math.floor(side / multiple + 0.5) * multiple)
+
+
+def _number(item: dict[str, Any], names: Sequence[str], where: str) -> int | None:
+    """A whole number from 1, of the first of these fields that is filled; CSV has it as text."""
+    for name in names:
+        value = item.get(name)
+        if value in (None, ""):
+            continue
+        if isinstance(value, str) and value.isascii() and value.isdigit():
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(
+                f"{OPTION}: {where}: {name} is {value!r:.40}, expected a whole number from 1."
+            )
+        return value
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MissingPrompts:
+    """What is to be encoded so that the bank's list is the one that is wanted."""
+
+    wanted: Sequence[ValidationPrompt]
+    known: dict[str, Prompt]
+    """Key → entry that some list of the bank has, to be copied."""
+    texts: dict[str, torch.Tensor]
+    """Prompt → embedding that the bank has."""
+
+    @property
+    def pictures(self) -> list[ValidationPrompt]:
+        """Whose picture is to be encoded."""
+        return [one for one in self.wanted if one.picture and one.key not in self.known]
+
+    def in_bank(
+        self,
+        text: Callable[[str], torch.Tensor],
+        conditions: Mapping[str, Mapping[str, torch.Tensor]],
+    ) -> list[Prompt]:
+        """The whole list, with the embeddings that `text` gives; `conditions` by key."""
+        entries = []
+        for one in self.wanted:
+            known = self.known.get(one.key)
+            entries.append(known or one.in_bank(text(one.prompt), conditions.get(one.key)))
+        return entries
+
+
+def missing_validation(
+    wanted: Sequence[ValidationPrompt], bank: list[list[Prompt]]
+) -> MissingPrompts | None:
+    """None where the bank's list is the wanted one; `bank`: prompts by shard, oldest first."""
+    current = [prompt.key for prompt in current_validation(bank)]
+    if not wanted or current == [one.key for one in wanted]:
+        return None
+    every = [prompt for shard in bank for prompt in shard]
+    return MissingPrompts(
+        wanted=wanted,
+        known={prompt.key: prompt for prompt in every if prompt.role == VALIDATION},
+        texts={prompt.prompt: prompt.text for prompt in every},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """The picture of a prompt, ready for an encoder."""
+
+    key: str
+    """Of the prompt's entry in the bank."""
+    bucket: Bucket
+    first: npt.NDArray[np.uint8]
+    """(1, H, W, 3) RGB, resized and cropped as a sample is."""
+
+
+def read_pictures(prompts: Sequence[ValidationPrompt]) -> list[Picture]:
+    """Of prompts that have one. Raises UserError for a picture that cannot be read."""
+    pictures = []
+    for one in prompts:
+        assert one.picture is not None
+        try:
+            first = fit(read_frames(one.picture, "image", [0]), replace(one.bucket, frames=1))
+        except MediaError as error:
+            raise UserError(f"{OPTION}: {error}. Name a picture, e.g. a PNG.") from error
+        pictures.append(Picture(key=one.key, bucket=one.bucket, first=first))
+    return pictures
+
+
+def encode_pictures(
+    pictures: Sequence[Picture], spec: ModelSpec, encoder: "LatentEncoder", *, stored: torch.dtype
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Key → `cond` (and `clip`), on the CPU in `stored`."""
+    made = {}
+    for one in pictures:
+        if spec.mode == "ti2v":
+            condition = {"cond": encoder.latents(one.first)}
+        else:  # of the frames after the first only their number counts
+            shape = (one.bucket.frames, *one.first.shape[1:])
+            condition = encoder.condition(np.broadcast_to(one.first, shape))
+        made[one.key] = {name: part.to(stored) for name, part in condition.items()}
+    return made
