@@ -312,7 +312,6 @@ def encode_pictures(
         if spec.mode == "ti2v":
             condition = {"cond": encoder.latents(one.first)}
         else:  # of the frames after the first only their number counts
-            shape = (one.bucket.frames, *one.first.shape[1:])
-            condition = encoder.condition(np.broadcast_to(one.first, shape))
+            condition = encoder.condition(np.repeat(one.first, one.bucket.frames, axis=0))
         made[one.key] = {name: part.to(stored) for name, part in condition.items()}
     return made

@@ -193,6 +193,7 @@ def _train_watched(run: Run, console: Console, cycles: int) -> "_Watcher":
             run.config,
             output_dir=Path(folder),
             resume_from_checkpoint=None,
+            validation_steps=None,
             checkpoints_total_limit=None,
             checkpointing_steps=cycles + 2,
         )

@@ -1,7 +1,15 @@
 """`wantrain`: the command line of stage two. Heavy imports wait until a command runs."""
 
 from shared.cli_support import new_app, run
-from train import cli_bench, cli_distill, cli_export, cli_lora, cli_merge, cli_sample
+from train import (
+    cli_bench,
+    cli_decode,
+    cli_distill,
+    cli_export,
+    cli_lora,
+    cli_merge,
+    cli_sample,
+)
 
 PROGRAM_EXAMPLES = """
 # a LoRA of Wan2.2-I2V-A14B's low-noise expert, then a clip with it
@@ -27,6 +35,7 @@ def _wantrain() -> None:
 cli_distill.add_command(app)
 cli_lora.add_command(app)
 cli_sample.add_command(app)
+cli_decode.add_command(app)
 cli_export.add_command(app)
 cli_merge.add_command(app)
 cli_bench.add_command(app)

@@ -61,6 +61,11 @@ def distill(
     checkpoints_total_limit: option.CheckpointsTotalLimit = None,
     resume_from_checkpoint: option.ResumeFromCheckpoint = None,
 
+    validation_steps: option.ValidationSteps = None,
+    report_to: option.ReportTo = "tensorboard",
+    logging_dir: option.LoggingDir = None,
+    tracker_project_name: option.TrackerProjectName = "wandistill",
+
     denoising_step_indices_list: Annotated[str, typer.Option(metavar="LIST", help="The student's steps, as timesteps before the shift: 1000 is pure noise, 0 the clip.", rich_help_panel=DMD)] = "1000,750,500,250",
     flow_shift: Annotated[float | None, typer.Option(metavar="X", help="Shift s of the noise schedule: timestep 1000*u becomes sigma = s*u / (1 + (s-1)*u).", show_default="12 for Wan 2.2 A14B t2v, else 5", rich_help_panel=DMD)] = None,
     recipe: Annotated[Literal["corrected", "seed"], typer.Option(help="seed is VideoX-Fun's maths, for comparison: either expert walks all steps, from noise, and score levels have no cap and no floor.", rich_help_panel=DMD)] = "corrected",
@@ -136,6 +141,10 @@ def distill(
         checkpoints_total_limit=checkpoints_total_limit,
         resume_from_checkpoint=resume_from_checkpoint,
         save_precision=save_precision,
+        validation_steps=validation_steps,
+        report_to=tuple(report_to.replace(",", " ").split()),
+        logging_dir=logging_dir,
+        tracker_project_name=tracker_project_name,
         denoising_step_indices_list=_numbers(
             denoising_step_indices_list, "--denoising-step-indices-list"
         ),

@@ -53,6 +53,11 @@ def lora(
     checkpoints_total_limit: option.CheckpointsTotalLimit = None,
     resume_from_checkpoint: option.ResumeFromCheckpoint = None,
 
+    validation_steps: option.ValidationSteps = None,
+    report_to: option.ReportTo = "tensorboard",
+    logging_dir: option.LoggingDir = None,
+    tracker_project_name: option.TrackerProjectName = "wandistill",
+
     timestep_sampling: Annotated[Literal["uniform", "logit-normal"], typer.Option(help="How noise levels are drawn, before the shift and inside the expert's range: evenly, or mostly middle ones (the sigmoid of a normal).", rich_help_panel=LEVELS)] = "uniform",
     logit_mean: Annotated[float | None, typer.Option(metavar="X", help="Mean of that normal; above 0 is noisier.", show_default="0", rich_help_panel=LEVELS)] = None,
     logit_std: Annotated[float | None, typer.Option(metavar="X", help="Standard deviation of that normal.", show_default="1", rich_help_panel=LEVELS)] = None,
@@ -121,6 +126,10 @@ def lora(
         checkpoints_total_limit=checkpoints_total_limit,
         resume_from_checkpoint=resume_from_checkpoint,
         save_precision=save_precision,
+        validation_steps=validation_steps,
+        report_to=tuple(report_to.replace(",", " ").split()),
+        logging_dir=logging_dir,
+        tracker_project_name=tracker_project_name,
         timestep_sampling=timestep_sampling,
         logit_mean=logit_mean,
         logit_std=logit_std,

@@ -7,10 +7,11 @@ import typer
 
 from train.folders import WeightedFolder, shards_option
 
-INPUT, OUTPUT, LENGTH, LORA, OPTIMIZER, DATA, DEVICE, PROCESSES = (
+INPUT, OUTPUT, LENGTH, WATCH, LORA, OPTIMIZER, DATA, DEVICE, PROCESSES = (
     "Input",
     "Output",
     "Length and checkpoints",
+    "Watching",
     "LoRA",
     "Optimizer (AdamW)",
     "Data",
@@ -41,6 +42,11 @@ NumTrainEpochs = Annotated[int, typer.Option(metavar="N", help="Epochs of the ru
 CheckpointingSteps = Annotated[int, typer.Option(metavar="N", help="Updates of the LoRA from one checkpoint to the next.", rich_help_panel=LENGTH)]
 CheckpointsTotalLimit = Annotated[int | None, typer.Option(metavar="N", help="Checkpoints that are kept; the oldest are deleted after each new one.", show_default="all", rich_help_panel=LENGTH)]
 ResumeFromCheckpoint = Annotated[str | None, typer.Option(metavar="DIR|latest", help="Checkpoint to go on from: its folder, or latest (a new run where there is none yet).", show_default="a new run", rich_help_panel=LENGTH)]
+
+ValidationSteps = Annotated[int | None, typer.Option(metavar="N", help="Sample the shards' validation prompts (see `wanprep encode`) every N updates of the LoRA, and once before the first; shown by the latents' colours, without a VAE.", show_default="never", rich_help_panel=WATCH)]
+ReportTo = Annotated[str, typer.Option(metavar="LIST", help="Where numbers and validation clips go: tensorboard, csv, wandb, comet_ml, aim, mlflow, clearml, dvclive, swanlab, trackio; several with commas, all that are installed, or none.", rich_help_panel=WATCH)]
+LoggingDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the trackers' files.", show_default="logs in the output folder", rich_help_panel=WATCH)]
+TrackerProjectName = Annotated[str, typer.Option(metavar="NAME", help="Project under which wandb and its like file the run.", rich_help_panel=WATCH)]
 
 Rank = Annotated[int, typer.Option(metavar="N", help="Inner dimension of the LoRA matrices.", rich_help_panel=LORA)]
 NetworkAlpha = Annotated[float, typer.Option(metavar="X", help="Strength of the LoRA: its output is multiplied by alpha / rank.", rich_help_panel=LORA)]

@@ -14,6 +14,7 @@ from train.flow_matching import TimestepSampling
 from train.folders import WeightedFolder
 from train.placement import Placement
 from train.plan import Tail
+from train.trackers import chosen
 from train.where import Condition
 
 WHOLE, ABOVE_0, FROM_0 = "a whole number from 1", "a number above 0", "0 or more"
@@ -48,6 +49,15 @@ class TrainConfig:
     """Checkpoints that are kept, the newest; None: all."""
     resume_from_checkpoint: str | None
     save_precision: Literal["bf16", "fp32"]
+
+    # What people see of it
+    report_to: tuple[str, ...]
+    """Trackers by accelerate's names, and csv."""
+    logging_dir: Path | None
+    """None: `logs` in the output folder."""
+    tracker_project_name: str
+    validation_steps: int | None
+    """Updates of the LoRA from one validation to the next; None or 0: none."""
 
     # LoRA and optimizer
     flow_shift: float | None
@@ -113,11 +123,13 @@ class TrainConfig:
             "dataloader_num_workers",
             "lr_warmup_steps",
             "ema_start",
+            "validation_steps",
             "adam_weight_decay",
             "adam_epsilon",
         )
         for name in from_zero:
-            check_option(name, getattr(self, name), 0 <= getattr(self, name) < inf, FROM_0)
+            check_option(name, getattr(self, name), 0 <= (getattr(self, name) or 0) < inf, FROM_0)
+        chosen(self.report_to)
         dropout = self.caption_dropout
         check_option("caption_dropout", dropout, 0 <= dropout <= 1, "a share in [0, 1]")
 

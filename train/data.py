@@ -220,6 +220,34 @@ class MicroBatches:
             image=image,
         )
 
+    def whole_sample(self, row: int, number: int) -> tuple[StoredBatch, str]:
+        """Sample `row` as it was encoded, with its caption, and that caption: nothing is drawn.
+
+        `number` is its place among others of update 0. Of ti2v a video keeps its first frame.
+        """
+        i2v = self._spec.mode == "i2v"
+        condition, image = self._conditions([row]) if i2v else (None, None)
+        texts: list[torch.Tensor] = []
+        self._read(row, TEXT_MEMBER, partial(self._room_for_text, row, texts))
+        latents = self._targets([row])
+        noised = None
+        if self._spec.mode == "ti2v":
+            noised = torch.ones(1, 1, latents.shape[2], 1, 1)
+            if latents.shape[2] > 1:
+                noised[:, :, 0] = 0
+        batch = StoredBatch(
+            update=0,
+            samples=(number,),
+            keys=(self._dataset.key(row),),
+            latents=latents,
+            noised=noised,
+            texts=tuple(texts),
+            condition=condition,
+            image=image,
+        )
+        reader, at = self._reader(row)
+        return batch, str(reader.info(at)["caption"])
+
     def ahead(self, *, start: int, stop: int, workers: int) -> Generator[StoredBatch, None, None]:
         """Batches of updates start..stop−1 in order, read ahead by `workers` threads (0: none).
 

@@ -11,11 +11,12 @@ from shared.model_spec import ModelSpec
 from train.config import DistillConfig
 from train.data import Batch
 from train.dataset import Dataset
-from train.dmd import Recipe, critic_step, generator_step
+from train.dmd import Recipe, critic_step, generator_step, rollout
 from train.flow import Expert, Schedule
 from train.objective import Method
 from train.roles import CRITIC, GENERATOR, Roles
 from train.run import Run, captions_alone, open_data, plan_run
+from train.watched import Watched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +47,21 @@ class Distillation:
         generator = update // self.cycle
         return generator if role == GENERATOR else update - generator
 
-    def loss(self, roles: Roles, role: str, batch: Batch, negative: torch.Tensor) -> torch.Tensor:
+    def loss(self, roles: Roles, role: str, batch: Batch, negative: torch.Tensor) -> Watched:
         if role == GENERATOR:
             return generator_step(roles, self.recipe, batch, negative)
         return critic_step(roles, self.recipe, batch)
+
+    @property
+    def samples_from_latents(self) -> bool:
+        return self.recipe.start == "latents"
+
+    def sample(self, roles: Roles, batch: Batch, negative: torch.Tensor) -> torch.Tensor:
+        """The student's x̂0 at the last step that this expert walks to."""
+        last = self.recipe.walk[-1]
+        return rollout(
+            roles, self.recipe, batch, last=last, with_gradient=False, purpose="validation"
+        )
 
     def identity(self) -> dict[str, Any]:
         recipe = self.recipe

@@ -19,9 +19,10 @@ from train.flow import (
     x0_from_velocity,
 )
 from train.flow_matching import Level, over_frames, velocity_loss
-from train.losses import dmd_gradient, dmd_loss
+from train.losses import dmd_gradient, dmd_loss, mean_gap
 from train.rng import choice, noise, spread
 from train.roles import CRITIC, GENERATOR, Roles
+from train.watched import Watched
 
 Start = Literal["latents", "noise"]
 Pairing = Literal["renoise", "euler"]
@@ -82,11 +83,18 @@ def exit_step(recipe: Recipe, update: int) -> int:
 
 
 def rollout(
-    roles: Roles, recipe: Recipe, batch: Batch, *, last: int, with_gradient: bool
+    roles: Roles,
+    recipe: Recipe,
+    batch: Batch,
+    *,
+    last: int,
+    with_gradient: bool,
+    purpose: str = "rollout",
 ) -> torch.Tensor:
     """Walk the generator to step `last`; x̂0 there, (B, C, T, H, W) fp32.
 
-    Only the last step carries gradients: what came before is data, as at inference.
+    Only the last step carries gradients: what came before is data, as at inference. `purpose`
+    tells streams of noise apart.
     """
     shape, device = batch.latents.shape[1:], batch.latents.device
     steps = [step for step in recipe.walk if step <= last]
@@ -96,7 +104,7 @@ def rollout(
     }
 
     def fresh_noise(step: int) -> torch.Tensor:
-        drawn = noise(shape, recipe.seed, f"rollout {step}", batch.update, batch.samples)
+        drawn = noise(shape, recipe.seed, f"{purpose} {step}", batch.update, batch.samples)
         return drawn.to(device)
 
     x_t = fresh_noise(steps[0])
@@ -151,10 +159,11 @@ def _guided_x0(
     return x0_from_velocity(x_t, v, level.sigma)
 
 
-def generator_step(
-    roles: Roles, recipe: Recipe, batch: Batch, negative: torch.Tensor
-) -> torch.Tensor:
-    """Loss of one generator micro-step, scalar with a graph. `negative`: (512, D).
+def generator_step(roles: Roles, recipe: Recipe, batch: Batch, negative: torch.Tensor) -> Watched:
+    """One generator micro-step. `negative`: (512, D).
+
+    Figures: `critic_error`, mean|x̂0_generated − x̂0_fake|, and `teacher_error`, the same to
+    x̂0_real: how well either denoises what the generator makes.
 
     Call `backward` inside `roles.generator()`.
     """
@@ -167,19 +176,24 @@ def generator_step(
         with roles.teacher():
             real = _guided_x0(roles, x_t, level, batch, negative, recipe.real_guidance_scale)
         gradient = dmd_gradient(x0.detach(), real, fake, batch.noised)
+        figures = {
+            "critic_error": mean_gap(x0, fake, batch.noised),
+            "teacher_error": mean_gap(x0, real, batch.noised),
+        }
     loss = dmd_loss(x0, gradient, batch.noised)
     if recipe.fm_loss_weight:
         at = draw_level(recipe, batch, "real")
         real_flow = velocity_loss(roles, GENERATOR, batch, batch.latents, at)
         loss = loss + recipe.fm_loss_weight * real_flow
-    return loss
+    return Watched(loss=loss, u=level.u, sigma=level.of_samples, figures=figures)
 
 
-def critic_step(roles: Roles, recipe: Recipe, batch: Batch) -> torch.Tensor:
-    """Loss of one critic micro-step on a fresh rollout, scalar with a graph.
+def critic_step(roles: Roles, recipe: Recipe, batch: Batch) -> Watched:
+    """One critic micro-step on a fresh rollout.
 
     Call `backward` inside `roles.critic()`.
     """
     x0 = rollout(roles, recipe, batch, last=exit_step(recipe, batch.update), with_gradient=False)
     level = draw_level(recipe, batch)
-    return velocity_loss(roles, CRITIC, batch, x0, level)
+    loss = velocity_loss(roles, CRITIC, batch, x0, level)
+    return Watched(loss=loss, u=level.u, sigma=level.of_samples)

@@ -11,12 +11,14 @@ from shared.errors import UserError
 from train.config import FinetuneConfig
 from train.data import Batch
 from train.flow import Expert
-from train.flow_matching import NoiseLevels, flow_matching_step
+from train.flow_matching import NoiseLevels, euler_sample, flow_matching_step
 from train.objective import Method
 from train.roles import Roles
 from train.run import Run, captions_alone, open_data, plan_run
+from train.watched import Watched
 
 LORA = "lora"  # the one role
+VALIDATION_STEPS, VALIDATION_GUIDANCE = 20, 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +45,26 @@ class Finetuning:
     def role_updates(self, role: str, update: int) -> int:
         return update
 
-    def loss(self, roles: Roles, role: str, batch: Batch, negative: torch.Tensor) -> torch.Tensor:
+    def loss(self, roles: Roles, role: str, batch: Batch, negative: torch.Tensor) -> Watched:
         return flow_matching_step(
             roles, role, self.levels, batch, strata=self.strata, seed=self.seed
+        )
+
+    @property
+    def samples_from_latents(self) -> bool:
+        return self.expert == "low"  # it never sees pure noise
+
+    def sample(self, roles: Roles, batch: Batch, negative: torch.Tensor) -> torch.Tensor:
+        return euler_sample(
+            roles,
+            LORA,
+            self.levels,
+            batch,
+            negative,
+            steps=VALIDATION_STEPS,
+            scale=VALIDATION_GUIDANCE,
+            seed=self.seed,
+            from_latents=self.samples_from_latents,
         )
 
     def identity(self) -> dict[str, Any]:

@@ -12,10 +12,19 @@ import torch
 from shared.errors import UserError
 from shared.model_spec import TIMESTEPS
 from train.data import Batch
-from train.flow import Expert, add_noise, expert_interval, per_sample, shift_sigma
+from train.flow import (
+    Expert,
+    add_noise,
+    expert_interval,
+    guide,
+    per_sample,
+    shift_sigma,
+    x0_from_velocity,
+)
 from train.losses import flow_matching_loss
 from train.rng import noise, spread
 from train.roles import Roles
+from train.watched import Watched
 
 TimestepSampling = Literal["uniform", "logit-normal"]
 # Of a distribution that lies elsewhere, so little is left in an expert's interval that float64
@@ -89,6 +98,11 @@ class Level:
     timestep: torch.Tensor
     noise: torch.Tensor
 
+    @property
+    def of_samples(self) -> torch.Tensor:
+        """σ (B,), also where some frames are kept clean."""
+        return self.sigma.flatten(1).amax(dim=1)
+
 
 def over_frames(
     batch: Batch, sigma: float | torch.Tensor, timestep: float | torch.Tensor
@@ -128,8 +142,8 @@ def velocity_loss(
 
 def flow_matching_step(
     roles: Roles, role: str, levels: NoiseLevels, batch: Batch, *, strata: int, seed: int
-) -> torch.Tensor:
-    """Loss of one micro-step on the cached latents, scalar with a graph.
+) -> Watched:
+    """One micro-step on the cached latents.
 
     The levels of `strata` samples in a row are spread evenly over the distribution; 1: each is
     drawn by itself. Call `backward` inside the role.
@@ -139,4 +153,48 @@ def flow_matching_step(
     sigma = levels.sigma(quantiles).to(device)
     eps = noise(batch.latents.shape[1:], seed, "noise", batch.update, batch.samples).to(device)
     level = Level(*over_frames(batch, sigma, TIMESTEPS * sigma), eps)
-    return velocity_loss(roles, role, batch, batch.latents, level)
+    loss = velocity_loss(roles, role, batch, batch.latents, level)
+    return Watched(loss=loss, u=sigma / (levels.shift - (levels.shift - 1) * sigma), sigma=sigma)
+
+
+@torch.no_grad()
+def euler_sample(
+    roles: Roles,
+    role: str,
+    levels: NoiseLevels,
+    batch: Batch,
+    negative: torch.Tensor,
+    *,
+    steps: int,
+    scale: float,
+    seed: int,
+    from_latents: bool,
+) -> torch.Tensor:
+    """What a role makes of a batch by Euler steps with guidance, (B, C, T, H, W) fp32.
+
+    Of `steps` steps over all levels, even before the shift, those are taken that are the expert's;
+    the clip is x̂0 of the last. It begins as noise, or `from_latents` as the batch's, noised to the
+    first. `negative`: (512, D).
+    """
+    low, high = levels.interval
+    own = [1 - step / steps for step in range(steps) if low <= 1 - step / steps <= high]
+    grid = [float(shift_sigma(u, levels.shift)) for u in own]
+    sigmas = [over_frames(batch, sigma, TIMESTEPS * sigma) for sigma in grid]
+    x_t = noise(batch.latents.shape[1:], seed, "validation", batch.update, batch.samples)
+    x_t = x_t.to(batch.latents.device)
+    if from_latents:
+        x_t = add_noise(batch.latents, x_t, sigmas[0][0])
+    elif batch.noised is not None:  # a frame that is kept clean enters as it is
+        x_t = torch.where(batch.noised > 0, x_t, batch.latents)
+    unconditional = negative.expand(len(batch.samples), -1, -1)
+    with roles.role(role):
+        for (sigma, timestep), following in zip(sigmas, [*sigmas[1:], None], strict=True):
+            v, v_negative = (
+                roles.velocity(x_t, timestep, text, batch.condition, batch.image)
+                for text in (batch.text, unconditional)
+            )
+            v = guide(v, v_negative, scale)
+            x0 = x0_from_velocity(x_t, v, sigma)
+            if following is not None:
+                x_t = x_t + (following[0] - sigma) * v
+    return x0

@@ -2,23 +2,28 @@
 
 import math
 import signal
-from contextlib import closing, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
 from rich.console import Console
-from torch.utils.tensorboard import SummaryWriter
 
 from shared import cli_support
 from shared.errors import UserError
 from shared.interrupt import Interrupted, Interruption, catch_signals
 from train.config import learning_rate
-from train.data import Batch, MicroBatches, PromptBank
+from train.data import Batch, MicroBatches, PromptBank, load_prompt_bank
 from train.progress import TrainProgress
 from train.ranks import joined
 from train.run import Run
 from train.session import Session, open_session
 from train.tail_log import TailLog
+from train.trackers import Tracker, chosen, open_trackers
+from train.validation import Validation, prepare_validation, weights_in_place
+from train.watch import Update, Watch
+from train.watched import Numbers, together
 
 
 class NotFiniteError(UserError):
@@ -33,28 +38,31 @@ def train(run: Run, console: Console) -> int | None:
     ranks = run.ranks
     console = console if ranks.first else Console(quiet=True)
     with joined(ranks, torch.device(run.config.device)):
+        validation = _validation(run)  # refuses before weights are read
         session = open_session(run, partial(cli_support.say, console))
         state, stopped_by = session.state, None
         # One process can save whatever ended it: its state is that of the last whole update. Of
         # several, one that failed alone is not there to save with the others.
-        together = ranks.world_size == 1
+        all_there = ranks.world_size == 1
         with catch_signals("stopping: saving the updates that are done ...") as signals:
             try:
-                _walk(session, console, signals)
-                together = True
+                _walk(session, validation, console, signals)
+                all_there = True
             except Interrupted as stopped:
-                together, stopped_by = True, stopped.signum
+                all_there, stopped_by = True, stopped.signum
             except NotFiniteError as error:
-                together = True
+                all_there = True
                 raise error if ranks.first else SystemExit(1) from error
             finally:
                 with signals.deferred(raise_after=False):
-                    if together and state.updates > 0:
+                    if all_there and state.updates > 0:
                         session.leave_behind()
     return stopped_by if state.updates < run.updates else None
 
 
-def _walk(session: Session, console: Console, signals: Interruption) -> None:
+def _walk(
+    session: Session, validation: Validation | None, console: Console, signals: Interruption
+) -> None:
     """Walk the updates from `state.updates` on, changing the state once for each."""
     run, state = session.run, session.state
     config, objective, ranks = run.config, run.objective, run.ranks
@@ -66,21 +74,33 @@ def _walk(session: Session, console: Console, signals: Interruption) -> None:
     tails = (
         TailLog(config.output_dir, run.data, run.plan, start=state.updates) if ranks.first else None
     )
-    progress = TrainProgress(
-        run.product_updates,
-        run.cycle,
-        console,
-        title=objective.method,
-        start=state.updates,
-        device=device,
-    )
-    with (
-        closing(batches),
-        progress,
-        _logs(run, state.updates) if ranks.first else nullcontext() as logs,
-        # Several processes stop together, after an update that all know of.
-        nullcontext() if ranks.world_size == 1 else signals.deferred(raise_after=False),
-    ):
+    with ExitStack() as held:
+        held.enter_context(closing(batches))
+        trackers: list[Tracker] = []
+        if ranks.first:
+            trackers = open_trackers(
+                chosen(config.report_to),
+                config.logging_dir or config.output_dir / "logs",
+                config.tracker_project_name,
+                done=state.updates,
+                settings=config.__dict__,
+            )
+        for tracker in trackers:
+            held.callback(tracker.close)
+        progress = TrainProgress(
+            run.product_updates,
+            run.cycle,
+            console,
+            title=objective.method,
+            start=state.updates,
+            device=device,
+        )
+        watch = Watch(held.enter_context(progress), trackers, device=device)
+        validate = partial(_validate, session, validation, negative, trackers, signals, watch)
+        if ranks.world_size > 1:  # they stop together, after an update that all know of
+            held.enter_context(signals.deferred(raise_after=False))
+        if state.updates == 0:
+            validate()
         while state.updates < run.updates:
             update = state.updates
             if tails is not None:
@@ -89,13 +109,19 @@ def _walk(session: Session, console: Console, signals: Interruption) -> None:
             trained = state.roles[role]
 
             # Gradients of one update batch
-            loss = 0.0
+            steps: list[Numbers] = []
             keys: tuple[str, ...] = ()
             for _ in range(config.gradient_accumulation_steps):
-                batch = next(batches).to(device)
-                loss += _backward(session, role, batch, negative)
+                with watch.waiting():
+                    batch = next(batches)
+                steps.append(_backward(session, role, batch.to(device), negative))
                 keys += batch.keys
-            loss, stopping = ranks.mean((loss, signals.signum or 0))
+            numbers = together(steps)
+            figures = numbers.figures
+            loss, stopping, *means = ranks.mean(
+                (numbers.loss, signals.signum or 0, *figures.values())
+            )
+            numbers = replace(numbers, loss=loss, figures=dict(zip(figures, means, strict=True)))
 
             # The optimizer step
             rate = learning_rate(
@@ -116,14 +142,23 @@ def _walk(session: Session, console: Console, signals: Interruption) -> None:
                     if state.ema is not None:
                         state.ema.update(weights, state.updates // run.cycle)
 
-            # What a watcher sees, and what survives a kill -9
-            progress.step(role, loss, state.updates)
-            if logs is not None:
-                for name, value in (("loss", loss), ("grad_norm", norm), ("learning_rate", rate)):
-                    logs.add_scalar(f"{name}/{role}", value, state.updates)
+                watch.update(
+                    Update(
+                        role=role,
+                        numbers=numbers,
+                        grad_norm=norm,
+                        learning_rate=rate,
+                        samples=len(keys) * ranks.world_size,
+                        done=state.updates,
+                    )
+                )
+
+            # What survives a kill -9, and what the product makes now
             if state.updates % (run.cycle * config.checkpointing_steps) == 0:
                 with signals.deferred():
                     session.save()
+            if state.updates % run.cycle == 0:
+                validate()
             if stopping and ranks.world_size > 1:
                 raise Interrupted(signals.signum or signal.SIGTERM)
 
@@ -144,19 +179,70 @@ def micro_batches(run: Run, bank: PromptBank) -> MicroBatches:
     )
 
 
-def _backward(session: Session, role: str, batch: Batch, negative: torch.Tensor) -> float:
-    """Add one micro-step's gradients; its share of the update's loss."""
-    loss = session.run.objective.loss(session.roles, role, batch, negative)
-    share = loss / session.run.config.gradient_accumulation_steps
-    with session.roles.role(
-        role
-    ):  # checkpointed blocks are recomputed with the adapter active here
+def _validation(run: Run) -> Validation | None:
+    """What the run samples on its way; UserError where it cannot."""
+    config = run.config
+    if not config.validation_steps:
+        return None
+    return prepare_validation(
+        run.data,
+        run.spec,
+        run.objective,
+        micro_batches(run, load_prompt_bank(run.data.first)),
+        every=config.validation_steps,
+        output=config.output_dir,
+    )
+
+
+def _validate(
+    session: Session,
+    validation: Validation | None,
+    negative: torch.Tensor,
+    trackers: Sequence[Tracker],
+    signals: Interruption,
+    watch: Watch,
+) -> None:
+    """Sample, if it is time, with the weights that would be saved now.
+
+    All processes do the same, since a strategy may need all of them for a pass; the first writes.
+    """
+    run, state = session.run, session.state
+    number = state.updates // run.cycle
+    if validation is None or number % validation.every:
+        return
+    if number == 0:
+        for line in validation.describe():
+            session.say(line)
+    alone = run.ranks.world_size == 1
+    average: AbstractContextManager[None] = nullcontext()
+    if state.ema is not None and alone:
+        product = session.roles.parameters(run.objective.product)
+        average = weights_in_place(product, state.ema.weights)
+
+    def stopped() -> bool:
+        return alone and signals.signum is not None
+
+    # Several are deferred already, all along; weights are put back before a signal is heeded.
+    with watch.paused(), signals.deferred() if alone else nullcontext(), average:
+        validation.sample(
+            run.objective,
+            session.roles,
+            negative,
+            trackers,
+            number=number,
+            step=state.updates,
+            writes=run.ranks.first,
+            stopped=stopped,
+        )
+
+
+def _backward(session: Session, role: str, batch: Batch, negative: torch.Tensor) -> Numbers:
+    """Add one micro-step's gradients; its share of the update's loss, and what else is watched."""
+    step = session.run.objective.loss(session.roles, role, batch, negative)
+    share = step.loss / session.run.config.gradient_accumulation_steps
+    with session.roles.role(role):  # checkpointed blocks are recomputed with what is active here
         session.strategy.backward(share)
-    return share.item()
-
-
-def _logs(run: Run, updates: int) -> SummaryWriter:
-    return SummaryWriter(str(run.config.output_dir / "logs"), purge_step=updates + 1)
+    return replace(step, loss=share).numbers()
 
 
 def _not_finite(

@@ -18,6 +18,11 @@ def _sample_mean(x: torch.Tensor, noised: torch.Tensor | None) -> torch.Tensor:
     return (x * counted).sum(dim=dims, keepdim=True) / counted.sum(dim=dims, keepdim=True)
 
 
+def mean_gap(a: torch.Tensor, b: torch.Tensor, noised: torch.Tensor | None = None) -> torch.Tensor:
+    """mean|a − b| over samples and the elements that are noised, scalar."""
+    return _sample_mean((a - b).abs(), noised).mean()
+
+
 def dmd_gradient(
     x0_generated: torch.Tensor,
     x0_real: torch.Tensor,

@@ -8,6 +8,7 @@ import torch
 from train.data import Batch
 from train.flow import Expert
 from train.roles import Roles
+from train.watched import Watched
 
 Method = Literal["distill", "lora"]
 """`distill`: a student for a few steps without CFG; `lora`: the base model, taught more."""
@@ -42,10 +43,20 @@ class Objective(Protocol):
     def role_updates(self, role: str, update: int) -> int:
         """How many updates a role has made when `update` begins."""
 
-    def loss(self, roles: Roles, role: str, batch: Batch, negative: torch.Tensor) -> torch.Tensor:
-        """Loss of one micro-step of `role`, scalar with a graph. `negative`: (512, D).
+    def loss(self, roles: Roles, role: str, batch: Batch, negative: torch.Tensor) -> Watched:
+        """One micro-step of `role`. `negative`: (512, D).
 
         Call `backward` inside the role.
+        """
+
+    @property
+    def samples_from_latents(self) -> bool:
+        """Whether `sample` begins with a batch's latents (noised), not with noise alone."""
+
+    def sample(self, roles: Roles, batch: Batch, negative: torch.Tensor) -> torch.Tensor:
+        """What the product makes of a batch now, (B, C, T, H, W) fp32 without a graph.
+
+        Its noise is of a stream of its own, by `batch.update` and `batch.samples`.
         """
 
     def identity(self) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """The progress line of a training run."""
 
-import time
+from collections.abc import Iterable
 
 import torch
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -12,10 +12,14 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
+
+_RECENT = 0.1
+"""Weight of the last update in the speed that is shown."""
 
 
 class TrainProgress(Progress):
-    """Updates of the product done, losses, seconds an update, peak device memory, time left."""
+    """Updates of the product, losses, speed, peak memory, elapsed time and what is left of it."""
 
     def __init__(
         self,
@@ -27,31 +31,38 @@ class TrainProgress(Progress):
         start: int,
         device: torch.device,
     ) -> None:
+        self._figures = ""  # looked at while the base is made
         super().__init__(
             TextColumn(title),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(),
+            TextColumn("ETA"),
             TimeRemainingColumn(),
             console=console,
         )
         self._cycle = cycle
-        self._device = device
+        self._memory = "GPU" if device.type == "cuda" else "RAM"
         self._losses: dict[str, float] = {}
-        self._started_at = time.monotonic()
-        self._first = start
-        self._task = self.add_task(
-            title, total=product_updates, completed=start // cycle, figures=""
-        )
+        self._seconds: float | None = None
+        self._task = self.add_task(title, total=product_updates, completed=start // cycle)
 
-    def step(self, role: str, loss: float, updates: int) -> None:
-        """Show one finished optimizer step."""
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Bar and times, and the figures below, which would squeeze them out of a line."""
+        yield self.make_tasks_table(self.tasks)
+        if self._figures:
+            yield Text(self._figures, overflow="ellipsis", no_wrap=True)
+
+    def step(
+        self, role: str, loss: float, updates: int, *, seconds: float, samples: int, peak: int
+    ) -> None:
+        """Show one finished optimizer step of `samples`; `peak` memory in bytes."""
         self._losses[role] = loss
-        seconds = (time.monotonic() - self._started_at) / (updates - self._first)
+        before = seconds if self._seconds is None else self._seconds
+        self._seconds = (1 - _RECENT) * before + _RECENT * seconds
         figures = [f"{name} {value:.4f}" for name, value in sorted(self._losses.items())]
-        figures.append(f"{seconds:.2f} s/update")
-        if self._device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self._device)
-            figures.append(f"peak {peak / 2**30:.1f} GiB")
-        self.update(self._task, completed=updates / self._cycle, figures="  ".join(figures))
+        figures.append(f"{self._seconds:.2f} s/update")
+        figures.append(f"{samples / self._seconds:.3g} samples/s")
+        figures.append(f"peak {peak / 2**30:.1f} GiB {self._memory}")
+        self._figures = "  ".join(figures)
+        self.update(self._task, completed=updates / self._cycle)

@@ -13,7 +13,9 @@ from PIL import Image
 
 from preprocess.clips import ClipRule
 from preprocess.validation_prompts import read_validation_prompts
+from preprocess.writer import ShardWriter
 from shared.buckets import Bucket
+from shared.cache import committed_shards
 from shared.errors import UserError
 from shared.model_spec import ModelSpec, read_model_spec
 from shared.overlays import captions_folder
@@ -42,6 +44,7 @@ def encode(data: Path, model: Path, output: Path, prompts: Path | None, *more: o
     return wanprep(
         *("encode", "--model", model, "--train-data-dir", data, "--size", 64, "--output", output),
         *("--video-sample-n-frames", 9, "--device", "cpu", "--num-workers", 1, *given, *more),
+        *("--dtype", "fp32", "--text-encoder-dtype", "fp32"),
     )
 
 
@@ -132,13 +135,12 @@ def test_the_files_list_is_the_banks(
         ("a cat", Bucket(32, 48, 9)),
         ("a dog", Bucket(48, 80, 9)),
     ]
-    pipeline = WanPipeline.from_pretrained(
-        tiny_t2v, vae=None, transformer=None, transformer_2=None, torch_dtype=torch.bfloat16
-    )
+    pipeline = WanPipeline.from_pretrained(tiny_t2v, vae=None, transformer=None, transformer_2=None)
     for prompt in first:
-        expected, _ = pipeline.encode_prompt(
-            prompt.prompt, do_classifier_free_guidance=False, max_sequence_length=512
-        )
+        with torch.inference_mode():
+            expected, _ = pipeline.encode_prompt(
+                prompt.prompt, do_classifier_free_guidance=False, max_sequence_length=512
+            )
         assert torch.equal(expected[0, : len(prompt.text)], prompt.text)
         assert not expected[0, len(prompt.text) :].any()
 
@@ -181,7 +183,7 @@ def test_a_picture_is_encoded_as_the_pipeline_does(
     with Image.open(data / "0-0.png") as image:
         picture = image.convert("RGB").crop((0, 0, 280, 200))
     picture.save(tmp_path / "face.png")
-    ran = encode(data, model, shards, path, "--dtype", "fp32", "--text-encoder-dtype", "fp32")
+    ran = encode(data, model, shards, path)
     assert ran.code == 0, ran
     (found,) = listed(shards)
     assert found.bucket == Bucket(48, 64, 9) and found.image is not None
@@ -189,9 +191,10 @@ def test_a_picture_is_encoded_as_the_pipeline_does(
     pipeline = WanImageToVideoPipeline.from_pretrained(model)
     frame = fit_to(picture, 48, 64)
     tensor = pipeline.video_processor.preprocess(frame, height=48, width=64)
-    _, condition = pipeline.prepare_latents(
-        tensor, 1, 16, 48, 64, 9, torch.float32, torch.device("cpu"), torch.Generator()
-    )
+    with torch.inference_mode():
+        _, condition = pipeline.prepare_latents(
+            tensor, 1, 16, 48, 64, 9, torch.float32, torch.device("cpu"), torch.Generator()
+        )
     assert found.cond is not None and torch.equal(condition[0, 4:], found.cond)
     if kind == "wan21-i2v":
         assert found.clip is not None
@@ -205,7 +208,7 @@ def test_a_ti2v_prompt_has_its_picture_by_itself(
 ) -> None:
     shards = tmp_path / "shards"
     lines = f"a face --i {data / '0-0.png'}\nno face --w 96 --h 64\n"
-    ran = encode(data, tiny_ti2v, shards, write(tmp_path, "p.txt", lines), "--dtype", "fp32")
+    ran = encode(data, tiny_ti2v, shards, write(tmp_path, "p.txt", lines))
     assert ran.code == 0, ran
     with_picture, without = listed(shards)
     assert without.cond is None and without.role == VALIDATION
@@ -227,9 +230,6 @@ def test_verify_names_a_condition_of_another_shape(
     shards = tmp_path / "shards"
     path = write(tmp_path, "p.txt", f"a face --i {data / '0-0.png'}\n")
     assert encode(data, tiny_i2v, shards, path).code == 0
-    from preprocess.writer import ShardWriter
-    from shared.cache import committed_shards
-
     (found,) = listed(shards)
     assert found.cond is not None
     broken = Prompt(**(found.__dict__ | {"cond": found.cond[:, :1]}))
@@ -238,3 +238,10 @@ def test_verify_names_a_condition_of_another_shape(
     assert wanprep("index", "--shards", shards).code == 0
     ran = wanprep("verify", "--shards", shards)
     assert ran.code == 1 and "cond-shape" in ran.out + ran.err
+
+
+def test_a_validation_prompt_without_a_size_is_refused(tmp_path: Path) -> None:
+    entry = Prompt(VALIDATION, "a cat", torch.ones(2, 4))
+    ShardWriter(tmp_path, {"format": 1}, shard_bytes=1).add_prompts([entry])
+    with pytest.raises(UserError, match=r"prompts-w000-00000\.tar is damaged .*bucket None"):
+        prompts_by_shard(tmp_path, ("prompts-w000-00000.tar",))

@@ -349,9 +349,9 @@ import train.progress as progress
 seen = []
 step = progress.TrainProgress.step
 
-def look_and_step(self, *args):
+def look_and_step(self, *args, **more):
     seen.append({type(o).__name__ for o in gc.get_objects() if isinstance(o, torch.nn.Module)})
-    return step(self, *args)
+    return step(self, *args, **more)
 
 progress.TrainProgress.step = look_and_step
 app(sys.argv[1:], standalone_mode=False)
@@ -371,7 +371,8 @@ assert not modules, modules
 
 def test_a_run_builds_no_encoder(tiny_i2v: Path, i2v_shards: Path, tmp_path: Path) -> None:
     """Looked at from inside a real run, at every step, in live modules and in sys.modules."""
-    command = arguments(tiny_i2v, i2v_shards, tmp_path / "out", "--max-train-steps", "1")
+    more = ("--validation-steps", "1", "--report-to", "tensorboard,csv")
+    command = arguments(tiny_i2v, i2v_shards, tmp_path / "out", "--max-train-steps", "1", *more)
     subprocess.run(
         [sys.executable, "-c", LEAN, *command], check=True, env=os.environ, capture_output=True
     )

@@ -106,7 +106,8 @@ class _Reference:
 def test_generator_step(mode: str, setup, fm_loss_weight: float) -> None:  # type: ignore[no-untyped-def]
     roles, plain, batch = setup
     recipe = build_recipe(_maths(mode), fm_loss_weight=fm_loss_weight)
-    loss = generator_step(roles, recipe, batch, NEGATIVE)
+    watched = generator_step(roles, recipe, batch, NEGATIVE)
+    loss = watched.loss
     with roles.generator():
         loss.backward()
 
@@ -133,12 +134,19 @@ def test_generator_step(mode: str, setup, fm_loss_weight: float) -> None:  # typ
 
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     _compare_lora_gradients(roles, GENERATOR, student)
+    numbers = watched.numbers()
+    errors = {"critic_error": (x0 - fake).abs(), "teacher_error": (x0 - real).abs()}
+    for name, error in errors.items():
+        assert numbers.figures[name] == pytest.approx(error.mean().item(), rel=1e-4)
+    levels, _ = reference.level()
+    assert numbers.sigma == pytest.approx(levels.flatten().tolist(), rel=1e-5)
+    assert numbers.loss == loss.item()
 
 
 def test_critic_step(mode: str, setup) -> None:  # type: ignore[no-untyped-def]
     roles, plain, batch = setup
     recipe = build_recipe(_maths(mode))
-    loss = critic_step(roles, recipe, batch)
+    loss = critic_step(roles, recipe, batch).loss
     with roles.critic():
         loss.backward()
 

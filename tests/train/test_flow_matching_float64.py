@@ -114,7 +114,7 @@ def _check(
     folder: Path, expert: str, component: str, levels: NoiseLevels, batch: Batch, sigma: np.ndarray
 ) -> None:
     roles = one_role(folder, expert)
-    loss = flow_matching_step(roles, LORA, levels, batch, strata=1, seed=SEED)
+    loss = flow_matching_step(roles, LORA, levels, batch, strata=1, seed=SEED).loss
     with roles.role(LORA):
         loss.backward()
 
@@ -140,7 +140,7 @@ def test_a_step_of_ti2v(tiny_ti2v: Path) -> None:
     roles = one_role(tiny_ti2v, "full")
     loss = flow_matching_step(
         roles, LORA, levels_of("full", 5.0, None, "uniform"), batch, strata=1, seed=SEED
-    )
+    ).loss
     with roles.role(LORA):
         loss.backward()
 
@@ -163,7 +163,7 @@ def test_checkpointing_changes_no_gradient(tiny_ti2v: Path) -> None:
     for checkpointing in (False, True):
         roles = one_role(tiny_ti2v, "full", checkpointing=checkpointing)
         levels = levels_of("full", 5.0, None, "logit-normal")
-        loss = flow_matching_step(roles, LORA, levels, mixed_batch(), strata=2, seed=SEED)
+        loss = flow_matching_step(roles, LORA, levels, mixed_batch(), strata=2, seed=SEED).loss
         with roles.role(LORA):
             loss.backward()
         gradients.append({name: p.grad.clone() for name, p in roles.parameters(LORA).items()})  # type: ignore[union-attr]

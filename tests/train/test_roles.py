@@ -86,7 +86,7 @@ def model(mode: str, tiny_t2v: Path, tiny_i2v: Path) -> Path:
 
 def _gradients(roles: Roles, recipe: Recipe, batch: Batch) -> dict[str, torch.Tensor]:
     """Generator gradients; critic and teacher passes lie between forward and backward."""
-    loss = generator_step(roles, recipe, batch, NEGATIVE)
+    loss = generator_step(roles, recipe, batch, NEGATIVE).loss
     with roles.generator():
         loss.backward()
     return {name: p.grad.clone() for name, p in roles.parameters(GENERATOR).items()}  # type: ignore[union-attr]
@@ -106,7 +106,7 @@ def test_backward_outside_the_role_would_be_wrong(tiny_t2v: Path) -> None:
     recipe, batch = build_recipe("t2v"), build_batch("t2v")
     right = _gradients(build_roles(tiny_t2v), recipe, batch)
     roles = build_roles(tiny_t2v, checkpointing=True)
-    loss = generator_step(roles, recipe, batch, NEGATIVE)
+    loss = generator_step(roles, recipe, batch, NEGATIVE).loss
     with roles.critic():
         loss.backward()
     name = "blocks.0.attn1.to_q.lora_A.weight"
@@ -209,11 +209,11 @@ def test_an_update_moves_its_own_lora_alone(mode: str, model: Path, role: str) -
         for name in (GENERATOR, CRITIC)
     }
     if role == GENERATOR:
-        loss = generator_step(roles, recipe, batch, NEGATIVE)
+        loss = generator_step(roles, recipe, batch, NEGATIVE).loss
         with roles.generator():
             loss.backward()
     else:
-        loss = critic_step(roles, recipe, batch)
+        loss = critic_step(roles, recipe, batch).loss
         with roles.critic():
             loss.backward()
     for optimizer in optimizers.values():

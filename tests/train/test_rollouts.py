@@ -167,7 +167,7 @@ def test_generator_loss_with_every_guidance_and_floor(
         start="noise",
         pairing="euler",
     )
-    loss = generator_step(roles, recipe, batch, NEGATIVE).item()
+    loss = generator_step(roles, recipe, batch, NEGATIVE).loss.item()
 
     reference = Float64(tiny_i2v, expert, roles)
     last = exit_step(recipe, UPDATE)
@@ -226,8 +226,8 @@ def test_a_batch_is_the_mean_of_its_samples(tiny_i2v: Path, role: str) -> None:
 
         def loss(batch: Batch) -> float:
             if role == CRITIC:
-                return critic_step(roles, recipe, batch).item()
-            return generator_step(roles, recipe, batch, NEGATIVE).item()
+                return critic_step(roles, recipe, batch).loss.item()
+            return generator_step(roles, recipe, batch, NEGATIVE).loss.item()
 
         assert loss(whole) == pytest.approx(sum(map(loss, parts)) / 2, rel=1e-5)
         exits.add(exit_step(recipe, update))

@@ -132,7 +132,7 @@ def test_rollouts_keep_the_condition(tiny_ti2v: Path, pairing: str) -> None:
 def test_generator_step(tiny_ti2v: Path, fm_loss_weight: float) -> None:
     roles, plain, recipe = _setup(tiny_ti2v, fm_loss_weight=fm_loss_weight)
     batch = mixed_batch()
-    loss = generator_step(roles, recipe, batch, NEGATIVE)
+    loss = generator_step(roles, recipe, batch, NEGATIVE).loss
     with roles.generator():
         loss.backward()
 
@@ -164,7 +164,7 @@ def test_generator_step(tiny_ti2v: Path, fm_loss_weight: float) -> None:
 def test_critic_step(tiny_ti2v: Path) -> None:
     roles, plain, recipe = _setup(tiny_ti2v)
     batch = mixed_batch()
-    loss = critic_step(roles, recipe, batch)
+    loss = critic_step(roles, recipe, batch).loss
     with roles.critic():
         loss.backward()
 
@@ -236,7 +236,7 @@ def test_half_of_the_clips_are_text_only_and_every_image_is(
 
 def test_checkpointing_changes_no_gradient(tiny_ti2v: Path) -> None:
     def gradients(roles: Roles) -> dict[str, torch.Tensor]:
-        loss = generator_step(roles, recipe, mixed_batch(), NEGATIVE)
+        loss = generator_step(roles, recipe, mixed_batch(), NEGATIVE).loss
         with roles.generator():
             loss.backward()
         return {name: p.grad.clone() for name, p in roles.parameters(GENERATOR).items()}  # type: ignore[union-attr]

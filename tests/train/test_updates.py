@@ -99,9 +99,9 @@ class HandMade:
         for micro_step in (0, 1):
             batch = self.batches.load(update, micro_step).to(torch.device("cpu"))
             if role == GENERATOR:
-                loss = loss + generator_step(self.roles, self.recipe, batch, self.negative) / 2
+                loss = loss + generator_step(self.roles, self.recipe, batch, self.negative).loss / 2
             else:
-                loss = loss + critic_step(self.roles, self.recipe, batch) / 2
+                loss = loss + critic_step(self.roles, self.recipe, batch).loss / 2
         names, parameters = zip(*self.roles.parameters(role).items(), strict=True)
         slopes = torch.autograd.grad(loss, parameters)
         return loss.item(), {

@@ -33,8 +33,8 @@ def test_the_embedding_is_looked_at(tiny_wan21_i2v: Path) -> None:
     image = torch.randn(2, 10, IMAGE_DIM, generator=torch.Generator().manual_seed(8))
     batch, recipe = replace(build_batch("i2v", update=UPDATE), image=image), build_recipe("i2v")
     roles = build_roles(tiny_wan21_i2v, expert="full")
-    loss = generator_step(roles, recipe, batch, NEGATIVE)
-    blind = generator_step(roles, recipe, replace(batch, image=0 * image), NEGATIVE)
+    loss = generator_step(roles, recipe, batch, NEGATIVE).loss
+    blind = generator_step(roles, recipe, replace(batch, image=0 * image), NEGATIVE).loss
     assert abs(blind.item() / loss.item() - 1) > 1e-3
 
 

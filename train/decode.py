@@ -1,0 +1,139 @@
+"""`wantrain decode`: latents of validation through the real VAE, in a process of its own."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from rich.console import Console
+from rich.progress import track
+from safetensors import SafetensorError
+
+from shared import cli_support, original_weights
+from shared.component import component_digest
+from shared.device import check_device
+from shared.errors import UserError, first_line
+from shared.hashing import FileHasher
+from shared.model_spec import ModelSpec, read_model_spec, resolve_model
+from shared.mp4 import Clip, write_mp4
+from shared.original_layout import is_original
+from shared.schema import DTYPES
+from train.config import check_writable
+from train.latent_files import LatentClip, read_latents
+from train.media_out import contact_sheet
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """One call of `wantrain decode`."""
+
+    latents: tuple[Path, ...]
+    """Files, or folders of them."""
+    model: str
+    output: Path
+    fps: int
+    dtype: str
+    device: str
+
+    def __post_init__(self) -> None:
+        if self.fps < 1:
+            raise UserError(f"--fps: found {self.fps}, expected a whole number from 1.")
+
+
+def decode_clips(config: DecodeConfig, console: Console) -> list[Path]:
+    """Decode every clip; write mp4s and a contact sheet. Returns the clips' paths."""
+    say = partial(cli_support.say, console)
+    files = latent_files(config.latents)
+    clips = [read_latents(path) for _, path in files]
+    spec = read_model_spec(resolve_model(config.model, ["vae"]))
+    for (_, path), clip in zip(files, clips, strict=True):
+        if len(clip.latents) != spec.latent_channels:
+            raise UserError(
+                f"--latents: {path} has {len(clip.latents)} channels, the VAE of {spec.folder} "
+                f"{spec.latent_channels}. Use the model that was trained: --model MODEL."
+            )
+    check_device(config.device)
+    check_writable("--output", config.output)
+    _refuse_other_vae(spec, clips)
+    vae = load_vae(spec, DTYPES[config.dtype]).to(config.device)
+    rows: list[tuple[str, Clip]] = []
+    paths = []
+    for (name, _), clip in track(list(zip(files, clips, strict=True)), "decode", console=console):
+        frames = decoded(vae, clip.latents, spec)
+        paths.append(config.output / f"{name}.mp4")
+        write_mp4(paths[-1], frames, config.fps)
+        rows.append((clip.label, frames))
+        say(f"clip     {paths[-1]}")
+    sheet = config.output / "sheet.png"
+    contact_sheet(rows).save(sheet)
+    say(f"sheet    {sheet}")
+    return paths
+
+
+def latent_files(given: Sequence[Path]) -> list[tuple[str, Path]]:
+    """(name, file) of every clip; a name tells its folder where several are given."""
+    files: list[Path] = []
+    for path in given:
+        found = sorted(path.rglob("*.safetensors"), key=_in_order) if path.is_dir() else [path]
+        if not found:
+            raise UserError(
+                f"--latents: {path} has no .safetensors files. Expected a folder of validation, "
+                "such as output_dir/validation/step-50."
+            )
+        files += found
+    several = len({path.parent for path in files}) > 1
+    return [(f"{p.parent.name}-{p.stem}" if several else p.stem, p) for p in files]
+
+
+def _in_order(path: Path) -> tuple[int, str]:
+    """step-50 before step-100."""
+    number = path.parent.name.rpartition("-")[2]
+    return (int(number) if number.isdigit() else 0, str(path))
+
+
+def _refuse_other_vae(spec: ModelSpec, clips: Sequence[LatentClip]) -> None:
+    """UserError where latents are of another VAE: what came out would pass for what was trained."""
+    own = component_digest(spec.folder, "vae", FileHasher())
+    for clip in clips:
+        if own is not None and clip.vae != own:
+            raise UserError(
+                f"--model: the latents are of a VAE with digest {clip.vae[:12]}…, that of "
+                f"{spec.folder} is {own[:12]}…. Use the model that the shards were encoded with."
+            )
+
+
+def load_vae(spec: ModelSpec, dtype: torch.dtype) -> Any:
+    """The model's VAE. UserError where it can't be loaded."""
+    try:
+        with warnings.catch_warnings():
+            # diffusers renames torch_dtype to dtype; its older releases know the old name only.
+            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+            if is_original(spec.folder):
+                vae = original_weights.load_vae(AutoencoderKLWan, spec.folder, dtype=dtype)
+            else:
+                vae = AutoencoderKLWan.from_pretrained(spec.folder / "vae", torch_dtype=dtype)
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"model: cannot load the VAE of {spec.folder}: {first_line(error)}. Download its "
+            "folder again."
+        ) from error
+    return vae.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def decoded(vae: Any, latents: torch.Tensor, spec: ModelSpec) -> Clip:
+    """(C, T, h, w) as in the shards → frames (F, H, W, 3) uint8, as the pipelines decode."""
+    per_channel = (1, spec.latent_channels, 1, 1, 1)
+    mean = torch.tensor(spec.latents_mean).view(per_channel)
+    inverse_std = 1.0 / torch.tensor(spec.latents_std).view(per_channel)
+    raw = latents.unsqueeze(0).float() / inverse_std + mean
+    pixels = vae.decode(raw.to(vae.device, vae.dtype)).sample[0].float()
+    levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    frames: Clip = levels.permute(1, 2, 3, 0).cpu().numpy()
+    return frames

@@ -1,0 +1,292 @@
+"""Validation: what the product makes of fixed inputs while it trains.
+
+Latents are sampled with the roles as they are in training, at the trained steps, and shown by their
+colours (`shared.latent_rgb`): no VAE is there. They are kept, so that `wantrain decode` can show
+the real thing. The noise is counted, of a stream of its own, and no weight changes, so training
+goes on as if nothing had been.
+
+Inputs are the validation prompts of the prompt bank. An expert that begins from latents, as the low
+one does, cannot begin them: it gets fixed samples of the cache, with their own captions, noised to
+its first step.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from shared.cache import MEDIA_TYPES, CacheIndex
+from shared.durable import fsync_folder, temporary, write_bytes, write_json
+from shared.errors import UserError
+from shared.latent_rgb import R2_FLOOR, LatentRgb, latents_to_rgb
+from shared.model_spec import ModelSpec
+from shared.mp4 import Clip, write_mp4
+from shared.prompts import Prompt, current_validation, prompts_by_shard
+from shared.schema import DTYPES, TEXT_MEMBER
+from train.data import MicroBatches, StoredBatch
+from train.dataset import Dataset
+from train.latent_files import LatentClip, latent_bytes
+from train.media_out import contact_sheet
+from train.objective import Objective
+from train.roles import Roles
+from train.trackers import SampledClip, Tracker
+
+FOLDER = "validation"
+FPS = 16
+"""Wan's frames a second."""
+CACHE_SAMPLES = 4
+"""Samples of the cache that are shown where there are no prompts to say how many."""
+_PREVIEW_SIDE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationInput:
+    """One clip that is to be made."""
+
+    label: str
+    """Its prompt or caption."""
+    batch: StoredBatch
+    """Of one sample; `update` 0, `samples` its number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What is sampled, how often, and where it goes."""
+
+    inputs: Sequence[ValidationInput]
+    every: int
+    """Updates of the product."""
+    folder: Path
+    rgb: LatentRgb | None
+    vae: str
+    """Digest of the VAE that the latents are for."""
+    dtype: torch.dtype
+    """That the cache keeps latents in."""
+    time_stride: int
+    """Pixel frames to a latent frame."""
+
+    def describe(self) -> list[str]:
+        """Lines for people."""
+        lines = [f"validate {len(self.inputs)} clips every {self.every} updates in {self.folder}"]
+        if self.rgb is None:
+            lines.append("validate no pictures: these shards have no latent → RGB map; see them by "
+                         f"wantrain decode --latents {self.folder}")  # fmt: skip
+        elif self.rgb.r2 is not None and self.rgb.r2 < R2_FLOOR:
+            lines.append(
+                f"validate the colours of latents are a poor guide here (R² {self.rgb.r2:.2f}); "
+                f"judge by wantrain decode --latents {self.folder}"
+            )
+        return lines
+
+    def sample(
+        self,
+        objective: Objective,
+        roles: Roles,
+        negative: torch.Tensor,
+        trackers: Sequence[Tracker],
+        *,
+        number: int,
+        step: int,
+        writes: bool = True,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> Path | None:
+        """Make every clip with the weights as they are; the folder that they lie in.
+
+        `number`: updates of the product, `step`: of all roles. `stopped` is asked before each
+        clip; if so, nothing is left. Without `writes` clips are made for others' sake alone.
+        """
+        device = negative.device
+        final = self.folder / f"step-{number}"
+        building = temporary(final)
+        if writes:
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir(parents=True)
+        records, shown = [], []
+        for position, one in enumerate(self.inputs):
+            if stopped():
+                shutil.rmtree(building, ignore_errors=True)
+                return None
+            latents = objective.sample(roles, one.batch.to(device), negative)[0]
+            if not writes:
+                continue
+            name = f"{position:03d}"
+            stored = LatentClip(
+                latents=latents.to("cpu", self.dtype), label=one.label, vae=self.vae
+            )
+            write_bytes(building / f"{name}.safetensors", latent_bytes(stored))
+            records.append({"file": f"{name}.safetensors", "prompt": one.label, "update": number})
+            if self.rgb is not None:
+                clip = preview(latents, self.rgb)
+                mp4 = final / f"{name}.mp4"
+                write_mp4(building / mp4.name, clip, self.fps)
+                shown.append(SampledClip(name=name, label=one.label, clip=clip, mp4=mp4))
+        if not writes:
+            return None
+        write_json(building / "clips.json", records)
+        if shown:
+            sheet = contact_sheet([(one.label, one.clip) for one in shown])
+            sheet.save(building / "sheet.png")
+        shutil.rmtree(final, ignore_errors=True)
+        building.rename(final)
+        fsync_folder(self.folder)
+        if shown:
+            for tracker in trackers:
+                tracker.show(sheet, shown, self.fps, step)
+        return final
+
+    @property
+    def fps(self) -> float:
+        """Of previews, which have a frame for each latent frame."""
+        return FPS / self.time_stride
+
+
+def preview(latents: torch.Tensor, rgb: LatentRgb) -> Clip:
+    """(C, T, h, w) latents → frames, each cell a square of several pixels."""
+    frames = latents_to_rgb(latents, rgb)
+    zoom = max(1, _PREVIEW_SIDE // max(frames.shape[1:3]))
+    enlarged: Clip = frames.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    return enlarged
+
+
+@contextmanager
+def weights_in_place(
+    parameters: Mapping[str, torch.nn.Parameter], weights: Mapping[str, torch.Tensor]
+) -> Iterator[None]:
+    """While the block runs, the parameters have these values; then their own again, to the bit."""
+    own = {name: value.detach().clone() for name, value in parameters.items()}
+    try:
+        with torch.no_grad():
+            for name, value in parameters.items():
+                value.copy_(weights[name])
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in parameters.items():
+                value.copy_(own[name])
+
+
+def prepare_validation(
+    data: Dataset,
+    spec: ModelSpec,
+    objective: Objective,
+    batches: MicroBatches,
+    *,
+    every: int,
+    output: Path,
+) -> Validation:
+    """Read what is to be sampled.
+
+    UserError where the (first) cache has no validation prompts, or not what the model needs of
+    them.
+    """
+    index = data.first
+    prompts = validation_prompts(index)
+    if objective.samples_from_latents:
+        inputs = _of_cache(data, batches, len(prompts) or CACHE_SAMPLES)
+    else:
+        if not prompts:
+            raise UserError(
+                f"--validation-steps: {index.folder} has no validation prompts. Encode some: "
+                "wanprep encode with its options of before and --validation-prompts FILE; only the "
+                "prompts are encoded. Or leave --validation-steps out."
+            )
+        inputs = [
+            ValidationInput(label=prompt.prompt, batch=_batch(prompt, number, spec, index))
+            for number, prompt in enumerate(prompts)
+        ]
+    return Validation(
+        inputs=inputs,
+        every=every,
+        folder=output / FOLDER,
+        rgb=index.latent_rgb,
+        vae=str(index.fingerprint["latents"]["vae"]),
+        dtype=DTYPES[index.fingerprint["latents"]["dtype"]],
+        time_stride=spec.stride[0],
+    )
+
+
+def validation_prompts(index: CacheIndex) -> list[Prompt]:
+    """The list that counts, with text by the encoder of the captions that are trained on."""
+    own = prompts_by_shard(index.folder, index.prompt_shards)
+    overlay = index.overlays.get(TEXT_MEMBER)
+    if overlay is None:
+        return current_validation(own)
+    beside = overlay.index
+    listed = current_validation(prompts_by_shard(beside.folder, beside.prompt_shards))
+    pictures = {prompt.key: prompt for shard in own for prompt in shard}
+    found = []
+    for prompt in listed:
+        picture = pictures.get(prompt.key, prompt)
+        both = {"cond": picture.cond, "clip": picture.clip}
+        found.append(Prompt(**(prompt.__dict__ | both)))
+    return found
+
+
+def _of_cache(data: Dataset, batches: MicroBatches, count: int) -> list[ValidationInput]:
+    """Samples spread over the cache, videos before images; the same ones in every run."""
+    videos = np.flatnonzero(data.types == MEDIA_TYPES.index("video"))
+    rows = videos if len(videos) else np.flatnonzero(data.types == MEDIA_TYPES.index("image"))
+    chosen = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)]
+    inputs = []
+    for number, row in enumerate(map(int, chosen)):
+        batch, caption = batches.whole_sample(row, number)
+        inputs.append(ValidationInput(label=caption, batch=batch))
+    return inputs
+
+
+def _batch(prompt: Prompt, number: int, spec: ModelSpec, index: CacheIndex) -> StoredBatch:
+    assert prompt.bucket is not None, "the bank's reader refuses validation prompts without"
+    shape = prompt.bucket.latent_shape(spec.latent_channels, spec.stride)
+    dtype = DTYPES[index.fingerprint["latents"]["dtype"]]
+    latents = torch.zeros(1, *shape, dtype=dtype)
+    condition, image, noised = None, None, None
+    again = (
+        "Encode the prompts for this model: wanprep encode with --validation-prompts FILE, or "
+        "leave --validation-steps out."
+    )
+    if spec.mode == "i2v":
+        if prompt.cond is None or tuple(prompt.cond.shape) != shape:
+            found = None if prompt.cond is None else tuple(prompt.cond.shape)
+            raise UserError(
+                f"--validation-steps: the validation prompt {prompt.prompt[:60]!r} in "
+                f"{index.folder} has a condition of shape {found}, and the i2v model needs one of "
+                f"{shape}. {again}"
+            )
+        condition = prompt.cond[None]
+        if spec.image_dim is not None:
+            if prompt.clip is None or prompt.clip.shape[1] != spec.image_dim:
+                raise UserError(
+                    f"--validation-steps: the validation prompt {prompt.prompt[:60]!r} in "
+                    f"{index.folder} has no CLIP embedding of width {spec.image_dim}. {again}"
+                )
+            image = prompt.clip[None]
+    elif spec.mode == "ti2v":
+        noised = torch.ones(1, 1, shape[1], 1, 1)
+        if prompt.cond is not None:
+            if tuple(prompt.cond.shape) != (shape[0], 1, *shape[2:]):
+                raise UserError(
+                    f"--validation-steps: the picture of {prompt.prompt[:60]!r} in {index.folder} "
+                    f"has shape {tuple(prompt.cond.shape)}, expected "
+                    f"{(shape[0], 1, *shape[2:])}. {again}"
+                )
+            latents[0, :, :1] = prompt.cond
+            noised[:, :, 0] = 0
+    if prompt.text.shape[1] != spec.text_dim:
+        raise UserError(
+            f"--validation-steps: the validation prompt {prompt.prompt[:60]!r} in {index.folder} "
+            f"has {prompt.text.shape[1]} numbers a token, expected {spec.text_dim}. {again}"
+        )
+    return StoredBatch(
+        update=0,
+        samples=(number,),
+        keys=(prompt.key,),
+        latents=latents,
+        texts=(prompt.text,),
+        condition=condition,
+        image=image,
+        noised=noised,
+    )

@@ -1,0 +1,99 @@
+"""What people see of a run while it runs: the progress line, and numbers in trackers.
+
+`docs/watch.md` says what they mean and what good looks like.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from train.progress import TrainProgress
+from train.trackers import Tracker
+from train.watched import Numbers
+
+HISTOGRAM_EVERY = 100
+"""Levels of so many samples of a role make a histogram."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """One finished optimizer step."""
+
+    role: str
+    numbers: Numbers
+    grad_norm: float
+    learning_rate: float
+    samples: int
+    done: int
+    """Updates of all roles so far, this one included."""
+
+
+class Watch:
+    """Takes the time, and tells progress line and trackers of every update."""
+
+    def __init__(
+        self, progress: TrainProgress, trackers: Sequence[Tracker], *, device: torch.device
+    ) -> None:
+        self._progress, self._trackers, self._device = progress, trackers, device
+        self._began = time.perf_counter()
+        self._waited = 0.0
+        self._levels: dict[str, list[float]] = {}
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While the block runs, the loop waits for data."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What the block takes is no part of any update."""
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
+
+    def update(self, update: Update) -> None:
+        """An optimizer step is done."""
+        now = time.perf_counter()
+        seconds, waited = now - self._began, self._waited
+        self._began, self._waited = now, 0.0
+        peak = peak_memory(self._device)
+        role, numbers = update.role, update.numbers
+        self._progress.step(
+            role, numbers.loss, update.done, seconds=seconds, samples=update.samples, peak=peak
+        )
+        values = {
+            f"loss/{role}": numbers.loss,
+            f"grad_norm/{role}": update.grad_norm,
+            f"learning_rate/{role}": update.learning_rate,
+            f"score_sigma/{role}": sum(numbers.sigma) / len(numbers.sigma),
+            **{f"balance/{name}": value for name, value in numbers.figures.items()},
+            "speed/seconds_per_update": seconds,
+            "speed/samples_per_second": update.samples / seconds,
+            "speed/data_wait_seconds": waited,
+            "memory/peak_gib": peak / 2**30,
+        }
+        if (teacher := numbers.figures.get("teacher_error")) and "critic_error" in numbers.figures:
+            values["balance/critic_over_teacher"] = numbers.figures["critic_error"] / teacher
+        levels = self._levels.setdefault(role, [])
+        levels += numbers.u
+        for tracker in self._trackers:
+            tracker.log(values, update.done)
+            if len(levels) >= HISTOGRAM_EVERY:
+                tracker.histogram(f"score_level/{role}", levels, update.done)
+        if len(levels) >= HISTOGRAM_EVERY:
+            levels.clear()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes so far: on the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
