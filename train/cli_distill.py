@@ -78,6 +78,7 @@ def distill(
     gen_update_interval: Annotated[int, typer.Option(metavar="N", help="Critic updates before each generator update.", rich_help_panel=DMD)] = 5,
     fm_loss_weight: Annotated[float, typer.Option(metavar="X", help="Add flow matching on the cached latents, times this, to the generator's loss; 0 is DMD alone.", rich_help_panel=DMD)] = 0.0,
 
+    init_lora: option.InitLora = None,
     rank: option.Rank = 64,
     network_alpha: option.NetworkAlpha = 32,
     target_name: option.TargetName = "q,k,v,ffn.0,ffn.2",
@@ -129,6 +130,7 @@ def distill(
     config = DistillConfig(
         model=model,
         base=Base.parse(transformer_path, base_lora),
+        init_lora=init_lora,
         shards=tuple(shards),
         where=tuple(map(condition, where)),
         captions=captions,

@@ -64,6 +64,7 @@ def lora(
     uniform_sampling: Annotated[bool, typer.Option(help="Spread the levels of an update's samples evenly over that distribution, instead of drawing each by itself; the same with one sample an update.", show_default="on", rich_help_panel=LEVELS)] = True,
     flow_shift: Annotated[float | None, typer.Option(metavar="X", help="Shift s of the noise schedule: what was drawn as u becomes sigma = s*u / (1 + (s-1)*u).", show_default="12 for Wan 2.2 A14B t2v, else 5", rich_help_panel=LEVELS)] = None,
 
+    init_lora: option.InitLora = None,
     rank: option.Rank = 64,
     network_alpha: option.NetworkAlpha = 32,
     target_name: option.TargetName = "q,k,v,ffn.0,ffn.2",
@@ -114,6 +115,7 @@ def lora(
     config = FinetuneConfig(
         model=model,
         base=Base.parse(transformer_path, base_lora),
+        init_lora=init_lora,
         shards=tuple(shards),
         where=tuple(map(condition, where)),
         captions=captions,

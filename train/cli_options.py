@@ -48,6 +48,7 @@ ReportTo = Annotated[str, typer.Option(metavar="LIST", help="Where numbers and v
 LoggingDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the trackers' files.", show_default="logs in the output folder", rich_help_panel=WATCH)]
 TrackerProjectName = Annotated[str, typer.Option(metavar="NAME", help="Project under which wandb and its like file the run.", rich_help_panel=WATCH)]
 
+InitLora = Annotated[Path | None, typer.Option(metavar="FILE", help="Begin with this LoRA in place of one without effect (the generator alone, when distilling); diffusers', ComfyUI's or kohya's form, of any alpha and a rank up to --rank.", show_default="none", rich_help_panel=LORA)]
 Rank = Annotated[int, typer.Option(metavar="N", help="Inner dimension of the LoRA matrices.", rich_help_panel=LORA)]
 NetworkAlpha = Annotated[float, typer.Option(metavar="X", help="Strength of the LoRA: its output is multiplied by alpha / rank.", rich_help_panel=LORA)]
 TargetName = Annotated[str, typer.Option(metavar="LIST", help="Layers of each block that get a LoRA, by Wan's or diffusers' names.", rich_help_panel=LORA)]

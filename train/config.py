@@ -30,6 +30,8 @@ class TrainConfig:
     # What is trained, on what
     model: str
     base: Base
+    init_lora: Path | None
+    """LoRA file that the LoRA begins as."""
     shards: tuple[WeightedFolder, ...]
     where: tuple[Condition, ...]
     """Only samples that fulfil all of them."""

@@ -17,6 +17,7 @@ from train.config import learning_rate
 from train.data import Batch, MicroBatches, PromptBank, load_prompt_bank
 from train.progress import TrainProgress
 from train.ranks import joined
+from train.rate_guard import FirstSteps
 from train.run import Run
 from train.session import Session, open_session
 from train.tail_log import TailLog
@@ -74,6 +75,7 @@ def _walk(
     tails = (
         TailLog(config.output_dir, run.data, run.plan, start=state.updates) if ranks.first else None
     )
+    looks = FirstSteps()
     with ExitStack() as held:
         held.enter_context(closing(batches))
         trackers: list[Tracker] = []
@@ -124,13 +126,15 @@ def _walk(
             numbers = replace(numbers, loss=loss, figures=dict(zip(figures, means, strict=True)))
 
             # The optimizer step
+            peak = objective.learning_rates[role]
             rate = learning_rate(
-                objective.learning_rates[role],
+                peak,
                 objective.role_updates(role, update),
                 config.lr_warmup_steps,
             )
             if not math.isfinite(loss):
                 raise _not_finite(run, role, update, keys, f"loss {loss}")
+            before = looks.before(role, trained.weights, full_rate=rate == peak)
             with signals.deferred():
                 norm = trained.update(rate, config.max_grad_norm)
                 if not math.isfinite(norm):
@@ -152,6 +156,9 @@ def _walk(
                         done=state.updates,
                     )
                 )
+
+            if warning := looks.after(role, before, trained.weights, norm):
+                session.say(f"warning  {warning}")
 
             # What survives a kill -9, and what the product makes now
             if state.updates % (run.cycle * config.checkpointing_steps) == 0:

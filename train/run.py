@@ -34,6 +34,7 @@ from train.plan import BatchPlan
 from train.provenance import Provenance
 from train.ranks import Ranks
 from train.tail_log import TAIL_LOG
+from train.warm_start import check_init
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +166,10 @@ def plan_run(config: TrainConfig, spec: ModelSpec, data: Dataset, objective: Obj
     component = component_of(objective.expert)
     resolve_model(config.model, [component] if config.base.own is None else [])
     config.base.check(spec, component)
+    if config.init_lora is not None:
+        check_init(
+            config.init_lora, spec, component, rank=config.rank, target_name=config.target_name
+        )
     repeats, epochs = data.shown(config.video_repeat)
     plan = BatchPlan(
         bucket_ids=data.bucket_ids,
@@ -273,6 +278,7 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
     captions = run.data.captions_identity()
     loose["captions"] = captions and f"{config.captions} {captions}"
     loose["where"] = ", ".join(map(str, config.where)) or None
+    loose["init_lora"] = config.init_lora and str(config.init_lora)
     loose["base"] = config.base.describe() or None
     provenance = Provenance(
         expert=run.objective.expert,

@@ -26,11 +26,13 @@ from train.data import PromptBank, load_prompt_bank
 from train.ema import Ema
 from train.export import write_loras
 from train.lora import LoraSpec, select_targets
-from train.lora_files import LoraWeights
+from train.lora_files import LoraWeights, read_lora
 from train.provenance import Provenance
+from train.rate_guard import Weights, warn_of_file, warn_of_rate
 from train.roles import Roles
 from train.run import Run, run_identity
 from train.strategy import AdamSettings, Strategy, parameter_bytes, spread
+from train.warm_start import start_from
 
 Say = Callable[[str], None]
 
@@ -46,6 +48,8 @@ class Session:
     lora: LoraSpec
     identity: Identity
     bank: PromptBank
+    start: Weights | None
+    """B of --init-lora, in the dtype of the run's files."""
     say: Say
 
     def save(self) -> Path:
@@ -78,8 +82,11 @@ class Session:
         product_updates = self.state.updates // self.run.cycle
         provenance = Provenance.of({**told, "updates": product_updates})
         averaged = self.state.ema.weights if self.state.ema else weights
-        product = LoraWeights.uniform(averaged, self.lora.alpha)
-        return write_loras(config.output_dir, product.to(DTYPES[config.save_precision]), provenance)
+        dtype = DTYPES[config.save_precision]
+        product = LoraWeights.uniform(averaged, self.lora.alpha).to(dtype)
+        if product_updates and (warning := warn_of_file(self.start, product.weights, dtype)):
+            self.say(f"warning  {warning}")
+        return write_loras(config.output_dir, product, provenance)
 
 
 def open_session(run: Run, say: Say) -> Session:
@@ -121,6 +128,11 @@ def open_session(run: Run, say: Say) -> Session:
     )
     rates = objective.learning_rates
     roles = Roles(transformer, lora, seed=config.seed, names=rates)
+    start = _warm_start(roles, run, lora, say)
+    for name, rate in rates.items():
+        option = "--learning-rate" if name == objective.product else f"--learning-rate-{name}"
+        if warning := warn_of_rate(name, option, roles.parameters(name), rate):
+            say(f"warning  {warning}")
     whole_bytes = parameter_bytes(transformer)
     adam = AdamSettings(
         betas=(config.adam_beta1, config.adam_beta2),
@@ -176,5 +188,21 @@ def open_session(run: Run, say: Say) -> Session:
         lora=lora,
         identity=identity,
         bank=bank,
+        start=start,
         say=say,
     )
+
+
+def _warm_start(roles: Roles, run: Run, lora: LoraSpec, say: Say) -> Weights | None:
+    """Fill the product from --init-lora; its B matrices then, in the dtype of the run's files."""
+    config, product = run.config, roles.parameters(run.objective.product)
+    if config.init_lora is None:
+        return None
+    file = read_lora(config.init_lora)
+    start_from(file, product, lora)
+    say(f"start    {config.init_lora}: {len(file.lora.modules)} layers, {file.form} form")
+    if file.note:
+        say(f"start    {file.note}")
+    ups = {name: weight.detach() for name, weight in product.items() if ".lora_B." in name}
+    dtype = DTYPES[config.save_precision]
+    return {name: weight.to("cpu", dtype, copy=True) for name, weight in ups.items()}

@@ -1,0 +1,62 @@
+"""`--init-lora`: a LoRA that exists, in any form, as the first weights of the one that is trained.
+
+Exact for any smaller rank and any alpha: the new A begins with the file's rows and keeps its own
+random ones below, the new B has zeros against those, so they add nothing and still learn (two zero
+matrices never would). The other strength alpha / rank is multiplied into B.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import nn
+
+from shared.errors import UserError
+from shared.model_spec import ModelSpec
+from shared.original_weights import empty_model
+from train.lora import DIFFUSERS_TO_ORIGINAL, LoraSpec, select_targets
+from train.lora_files import LoraFile, check_fits, read_lora
+from train.own_transformer import component_config
+
+
+def check_init(
+    path: Path, spec: ModelSpec, component: str, *, rank: int, target_name: tuple[str, ...]
+) -> LoraFile:
+    """The file, if a LoRA of this rank on these layers can begin as it. Raises UserError."""
+    file = read_lora(path)
+    model = empty_model(WanTransformer3DModel, component_config(spec, component))
+    shapes = {name: weight.shape for name, weight in model.named_parameters()}
+    check_fits(file, shapes, f"the {component} of {spec.folder}")
+    targets = select_targets(model, target_name)
+    for module in file.lora.modules:
+        inside = module.split(".", 2)[2]
+        if inside not in targets:
+            name = DIFFUSERS_TO_ORIGINAL[inside]
+            raise UserError(
+                f"--init-lora: {path} adapts {module} ({name}), which --target-name "
+                f"{','.join(target_name)} leaves out. Add it: --target-name "
+                f"{','.join((*target_name, name))}"
+            )
+        if (found := file.lora.rank(module)) > rank:
+            raise UserError(
+                f"--init-lora: {path} has rank {found} at {module}, --rank is {rank}. A smaller "
+                f"one can't hold it: --rank {found} or more."
+            )
+    return file
+
+
+@torch.no_grad()
+def start_from(file: LoraFile, parameters: Mapping[str, nn.Parameter], spec: LoraSpec) -> None:
+    """Fill a new adapter (B zero) so that it adds what the checked file adds.
+
+    `parameters` under `train.lora`'s names, (rank, in) and (out, rank). Modules that the file does
+    not have stay as they are.
+    """
+    for module in file.lora.modules:
+        rank = file.lora.rank(module)
+        down = parameters[f"{module}.lora_A.weight"]
+        up = parameters[f"{module}.lora_B.weight"]
+        down[:rank].copy_(file.lora.down(module))
+        factor = file.lora.scale(module) / (spec.alpha / spec.rank)
+        up[:, :rank].copy_(file.lora.up(module).float() * factor)
