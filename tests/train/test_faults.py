@@ -30,6 +30,8 @@ RUN = (
 )  # fmt: skip
 RESUME = ("--resume-from-checkpoint", "latest")
 Loss = Callable[..., torch.Tensor]
+# Loss → the module that calls it.
+LOSSES = {"flow_matching_loss": train.flow_matching, "dmd_loss": train.dmd}
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +43,8 @@ def whole(tiny_t2v: Path, t2v_shards: Path, tmp_path_factory: pytest.TempPathFac
 def strike(
     patch: pytest.MonkeyPatch, name: str, call: int, fault: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
-    """Put the result of the `call`-th call (from 1) of a loss through `fault`."""
-    module = train.dmd if name == "dmd_loss" else train.flow_matching
-    real: Loss = getattr(module, name)
+    """Put the result of the `call`-th call (from 1) of a loss of distillation through `fault`."""
+    real: Loss = getattr(LOSSES[name], name)
     calls = 0
 
     def struck(*args: torch.Tensor) -> torch.Tensor:
@@ -52,7 +53,7 @@ def strike(
         loss = real(*args)
         return fault(loss) if calls == call else loss
 
-    patch.setattr(module, name, struck)
+    patch.setattr(LOSSES[name], name, struck)
 
 
 def assert_goes_on_like(whole: Path, out: Path, model: Path, shards: Path) -> None:
@@ -74,12 +75,20 @@ def _finite_loss_with_nan_gradient(loss: torch.Tensor) -> torch.Tensor:
     return loss + (loss * 0).sqrt()  # 0 · ∞ backward
 
 
+def _finite_loss_with_infinite_norm(loss: torch.Tensor) -> torch.Tensor:
+    """Clipping by it would make every gradient 0, and the update one of weight decay alone."""
+    loss.register_hook(lambda slope: slope * 1e38)
+    return loss
+
+
 @pytest.mark.parametrize(
     ("name", "call", "update", "left", "fault"),
     [
         ("flow_matching_loss", 5, 4, "checkpoint-1", _nan),  # first micro-step of its update
         ("flow_matching_loss", 8, 5, "checkpoint-1+1", _infinite),  # second one
         ("flow_matching_loss", 8, 5, "checkpoint-1+1", _finite_loss_with_nan_gradient),
+        ("flow_matching_loss", 7, 5, "checkpoint-1+1", _finite_loss_with_infinite_norm),
+        ("dmd_loss", 4, 6, "checkpoint-1+2", _finite_loss_with_infinite_norm),
         ("dmd_loss", 4, 6, "checkpoint-1+2", _nan),
         ("dmd_loss", 3, 6, "checkpoint-1+2", _finite_loss_with_nan_gradient),
     ],
