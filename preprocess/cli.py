@@ -11,6 +11,7 @@ from shared.cli_support import Command, echo, new_app, run
 from shared.errors import UserError
 from shared.interrupt import SIGNAL_EXIT
 from shared.model_spec import DEFAULT_MODEL, DEFAULT_NEGATIVE_PROMPT
+from shared.seed_command import SeedCommand, with_seed_flags
 
 PROGRAM_EXAMPLES = """
 # encode datasets/ for Wan2.2-I2V-A14B, then train on the shards
@@ -66,7 +67,6 @@ def wanprep() -> None:
 
 
 # fmt: off
-@app.command(cls=Command, epilog=ENCODE_EXAMPLES)
 def encode(
     model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that the shards are for: a folder of diffusers or Wan, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)] = DEFAULT_MODEL,
     train_data_dir: Annotated[Path, typer.Option(parser=media_folder, metavar="DIR|URL", envvar="DATASET_NAME", help="Folder of videos and images, where relative paths in the list start; or WebDataset tars: a folder of them, one, or a quoted pattern such as 'clips/{000..099}.tar'.", rich_help_panel=INPUT)] = Path("datasets"),
@@ -158,6 +158,9 @@ def encode(
     elif outcome.written == 0 and outcome.removed == 0:
         echo("nothing to do: every usable sample of the dataset is in the shards")
     echo(f"next: wantrain distill --shards {output}")
+
+
+app.command(cls=SeedCommand, epilog=ENCODE_EXAMPLES)(with_seed_flags(encode))
 
 
 @app.command(cls=Command, epilog=INDEX_EXAMPLES)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shared.cli_support import Command, echo
+from shared.cli_support import echo
 from shared.errors import UserError
+from shared.seed_command import SeedCommand, with_seed_flags
 
 if TYPE_CHECKING:
     from preprocess.foresee import Change, Foreseen
@@ -31,7 +32,8 @@ _NAMED = 5  # of a list, so many are printed
 
 def add_command(app: typer.Typer, encode: Callable[..., None]) -> None:
     """Make `plan` a command of `wanprep`, with every option that `encode` has."""
-    app.command(name="plan", cls=Command, epilog=PLAN_EXAMPLES)(_with_options_of(encode, plan))
+    with_options = _with_options_of(encode, plan)
+    app.command(name="plan", cls=SeedCommand, epilog=PLAN_EXAMPLES)(with_seed_flags(with_options))
 
 
 # fmt: off

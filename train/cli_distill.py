@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from shared.cli_support import Command
 from shared.errors import UserError
 from shared.mirror import DEFAULT_SHARD_CACHE_GB, limit_shard_cache
 from shared.model_spec import DEFAULT_MODEL
+from shared.seed_command import Given, SeedCommand, with_seed_flags
 from train import cli_options as option
 from train.cli_options import OPTIMIZER
 
@@ -49,6 +49,7 @@ def distill(
     shard_cache_gb: option.ShardCacheGb = DEFAULT_SHARD_CACHE_GB,
     captions: option.Captions = None,
     boundary_type: option.BoundaryType = None,
+    train_mode: option.TrainMode = None,
     seed: option.Seed = 42,
 
     output_dir: option.OutputDir = Path("output_dir_distill"),
@@ -82,11 +83,13 @@ def distill(
     rank: option.Rank = 64,
     network_alpha: option.NetworkAlpha = 32,
     target_name: option.TargetName = "q,k,v,ffn.0,ffn.2",
+    lora_skip_name: option.LoraSkipName = "",
     ema_decay: option.EmaDecay = 0.0,
     ema_start: option.EmaStart = 100,
 
     learning_rate: option.LearningRate = 1e-5,
     learning_rate_critic: Annotated[float, typer.Option(metavar="X", help="Learning rate of the critic.", rich_help_panel=OPTIMIZER)] = 1e-6,
+    lr_scheduler: option.LrScheduler = "constant",
     lr_warmup_steps: option.LrWarmupSteps = 0,
     adam_beta1: option.AdamBeta1 = 0.9,
     adam_beta2: option.AdamBeta2 = 0.999,
@@ -96,7 +99,7 @@ def distill(
 
     train_batch_size: option.TrainBatchSize = 1,
     gradient_accumulation_steps: option.GradientAccumulationSteps = 1,
-    video_repeat: option.VideoRepeat = 1,
+    video_repeat: option.VideoRepeat = None,
     caption_dropout: option.CaptionDropout = 0.1,
     random_frame_crop: option.RandomFrameCrop = False,
     tail: option.Tail = "pad",
@@ -104,6 +107,7 @@ def distill(
 
     mixed_precision: option.MixedPrecision = "bf16",
     gradient_checkpointing: option.GradientCheckpointing = True,
+    allow_tf32: option.AllowTf32 = False,
     device: option.Device = "auto",
 
     strategy: option.Strategy = None,
@@ -112,6 +116,7 @@ def distill(
     machine_rank: option.MachineRank = 0,
     main_process_ip: option.MainProcessIp = "127.0.0.1",
     main_process_port: option.MainProcessPort = None,
+    given_elsewhere: Given | None = None,
 ) -> None:
     """Distil a few-step LoRA of one expert from shards (DMD).
 
@@ -136,6 +141,8 @@ def distill(
         captions=captions,
         output_dir=output_dir,
         boundary_type=boundary_type,
+        train_mode=train_mode,
+        encoded_as=given_elsewhere or {},
         seed=seed,
         max_train_steps=max_train_steps,
         num_train_epochs=num_train_epochs,
@@ -160,6 +167,7 @@ def distill(
         fake_guidance_scale=fake_guidance_scale,
         gen_update_interval=gen_update_interval,
         fm_loss_weight=fm_loss_weight,
+        lora_skip_name=tuple(lora_skip_name.replace(",", " ").split()),
         ema_decay=ema_decay,
         ema_start=ema_start,
         rank=rank,
@@ -167,6 +175,7 @@ def distill(
         target_name=tuple(name for name in target_name.replace(",", " ").split()),
         learning_rate=learning_rate,
         learning_rate_critic=learning_rate_critic,
+        lr_scheduler=lr_scheduler,
         lr_warmup_steps=lr_warmup_steps,
         adam_beta1=adam_beta1,
         adam_beta2=adam_beta2,
@@ -182,6 +191,7 @@ def distill(
         dataloader_num_workers=dataloader_num_workers,
         mixed_precision=mixed_precision,
         gradient_checkpointing=gradient_checkpointing,
+        allow_tf32=allow_tf32,
         placement=place(
             strategy,
             num_processes=num_processes,
@@ -198,4 +208,4 @@ def distill(
 # fmt: on
 def add_command(app: typer.Typer) -> None:
     """Make it a command of `wantrain`."""
-    app.command(cls=Command, epilog=DISTILL_EXAMPLES)(distill)
+    app.command(cls=SeedCommand, epilog=DISTILL_EXAMPLES)(with_seed_flags(distill))

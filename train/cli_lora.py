@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from shared.cli_support import Command
 from shared.mirror import DEFAULT_SHARD_CACHE_GB, limit_shard_cache
 from shared.model_spec import DEFAULT_MODEL
+from shared.seed_command import Given, SeedCommand, with_seed_flags
 from train import cli_options as option
 
 LORA_EXAMPLES = """
@@ -41,6 +41,7 @@ def lora(
     shard_cache_gb: option.ShardCacheGb = DEFAULT_SHARD_CACHE_GB,
     captions: option.Captions = None,
     boundary_type: option.BoundaryType = None,
+    train_mode: option.TrainMode = None,
     seed: option.Seed = 42,
 
     output_dir: option.OutputDir = Path("output_dir_lora"),
@@ -68,10 +69,12 @@ def lora(
     rank: option.Rank = 64,
     network_alpha: option.NetworkAlpha = 32,
     target_name: option.TargetName = "q,k,v,ffn.0,ffn.2",
+    lora_skip_name: option.LoraSkipName = "",
     ema_decay: option.EmaDecay = 0.0,
     ema_start: option.EmaStart = 100,
 
     learning_rate: option.LearningRate = 1e-4,
+    lr_scheduler: option.LrScheduler = "constant",
     lr_warmup_steps: option.LrWarmupSteps = 0,
     adam_beta1: option.AdamBeta1 = 0.9,
     adam_beta2: option.AdamBeta2 = 0.999,
@@ -81,7 +84,7 @@ def lora(
 
     train_batch_size: option.TrainBatchSize = 1,
     gradient_accumulation_steps: option.GradientAccumulationSteps = 1,
-    video_repeat: option.VideoRepeat = 1,
+    video_repeat: option.VideoRepeat = None,
     caption_dropout: option.CaptionDropout = 0.1,
     random_frame_crop: option.RandomFrameCrop = False,
     tail: option.Tail = "pad",
@@ -89,6 +92,7 @@ def lora(
 
     mixed_precision: option.MixedPrecision = "bf16",
     gradient_checkpointing: option.GradientCheckpointing = True,
+    allow_tf32: option.AllowTf32 = False,
     device: option.Device = "auto",
 
     strategy: option.Strategy = None,
@@ -97,6 +101,7 @@ def lora(
     machine_rank: option.MachineRank = 0,
     main_process_ip: option.MainProcessIp = "127.0.0.1",
     main_process_port: option.MainProcessPort = None,
+    given_elsewhere: Given | None = None,
 ) -> None:
     """Train a plain LoRA of one expert on clips in shards.
 
@@ -121,6 +126,8 @@ def lora(
         captions=captions,
         output_dir=output_dir,
         boundary_type=boundary_type,
+        train_mode=train_mode,
+        encoded_as=given_elsewhere or {},
         seed=seed,
         max_train_steps=max_train_steps,
         num_train_epochs=num_train_epochs,
@@ -137,12 +144,14 @@ def lora(
         logit_std=logit_std,
         uniform_sampling=uniform_sampling,
         flow_shift=flow_shift,
+        lora_skip_name=tuple(lora_skip_name.replace(",", " ").split()),
         ema_decay=ema_decay,
         ema_start=ema_start,
         rank=rank,
         network_alpha=network_alpha,
         target_name=tuple(name for name in target_name.replace(",", " ").split()),
         learning_rate=learning_rate,
+        lr_scheduler=lr_scheduler,
         lr_warmup_steps=lr_warmup_steps,
         adam_beta1=adam_beta1,
         adam_beta2=adam_beta2,
@@ -158,6 +167,7 @@ def lora(
         dataloader_num_workers=dataloader_num_workers,
         mixed_precision=mixed_precision,
         gradient_checkpointing=gradient_checkpointing,
+        allow_tf32=allow_tf32,
         placement=place(
             strategy,
             num_processes=num_processes,
@@ -174,4 +184,4 @@ def lora(
 # fmt: on
 def add_command(app: typer.Typer) -> None:
     """Make it a command of `wantrain`."""
-    app.command(cls=Command, epilog=LORA_EXAMPLES)(lora)
+    app.command(cls=SeedCommand, epilog=LORA_EXAMPLES)(with_seed_flags(lora))

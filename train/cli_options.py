@@ -33,6 +33,8 @@ Captions = Annotated[str | None, typer.Option(metavar="NAME", help="Captions tha
 BoundaryType = Annotated[Literal["low", "high", "full"] | None, typer.Option(help="Expert to train: the one for low or for high noise, or full for a model with one transformer (or one LoRA for all steps).", show_default="low where the model has two experts, else full", rich_help_panel=INPUT)]
 Seed = Annotated[int, typer.Option(metavar="N", help="Decides every random number of the run.", rich_help_panel=INPUT)]
 
+TrainMode = Annotated[Literal["normal", "i2v", "ti2v"] | None, typer.Option("--train-mode", help="What the model must be for, or it is refused; normal is t2v, and with a ti2v model shows all clips as text to video.", show_default="as the model is", rich_help_panel=INPUT)]
+
 OutputDir = Annotated[Path, typer.Option(metavar="DIR", help="Folder for checkpoints, logs and the final LoRA.", rich_help_panel=OUTPUT)]
 SavePrecision = Annotated[Literal["bf16", "fp32"], typer.Option(help="Number format of the final LoRA files (checkpoints are fp32).", rich_help_panel=OUTPUT)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration, the plan and an estimate of the memory, then stop.", show_default="off", rich_help_panel=OUTPUT)]
@@ -52,10 +54,12 @@ InitLora = Annotated[Path | None, typer.Option(metavar="FILE", help="Begin with 
 Rank = Annotated[int, typer.Option(metavar="N", help="Inner dimension of the LoRA matrices.", rich_help_panel=LORA)]
 NetworkAlpha = Annotated[float, typer.Option(metavar="X", help="Strength of the LoRA: its output is multiplied by alpha / rank.", rich_help_panel=LORA)]
 TargetName = Annotated[str, typer.Option(metavar="LIST", help="Layers of each block that get a LoRA, by Wan's or diffusers' names.", rich_help_panel=LORA)]
+LoraSkipName = Annotated[str, typer.Option(metavar="LIST", help="Parts of names, e.g. cross_attn: layers with one in theirs get no LoRA.", show_default="none", rich_help_panel=LORA)]
 EmaDecay = Annotated[float, typer.Option(metavar="X", help="Save the average of the LoRA over its updates, of which each keeps this share, e.g. 0.99; 0 saves the last weights.", rich_help_panel=LORA)]
 EmaStart = Annotated[int, typer.Option(metavar="N", help="Updates of the LoRA before the average of --ema-decay begins.", rich_help_panel=LORA)]
 
 LearningRate = Annotated[float, typer.Option(metavar="X", help="Learning rate of the LoRA (distill: of the generator).", rich_help_panel=OPTIMIZER)]
+LrScheduler = Annotated[Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"], typer.Option(metavar="NAME", help="Course of each role's rate once it has risen, until the run ends: constant, linear, cosine, cosine_with_restarts or polynomial, as diffusers has them.", rich_help_panel=OPTIMIZER)]
 LrWarmupSteps = Annotated[int, typer.Option(metavar="N", help="Updates over which the learning rate rises from 0 (distill: of each role).", rich_help_panel=OPTIMIZER)]
 AdamBeta1 = Annotated[float, typer.Option(metavar="X", help="Decay of the mean gradient per update.", rich_help_panel=OPTIMIZER)]
 AdamBeta2 = Annotated[float, typer.Option(metavar="X", help="Decay of the mean squared gradient per update.", rich_help_panel=OPTIMIZER)]
@@ -65,7 +69,7 @@ MaxGradNorm = Annotated[float, typer.Option(metavar="X", help="Norm to which the
 
 TrainBatchSize = Annotated[int, typer.Option(metavar="N", help="Samples in one forward and backward pass.", rich_help_panel=DATA)]
 GradientAccumulationSteps = Annotated[int, typer.Option(metavar="N", help="Forward and backward passes in one update.", rich_help_panel=DATA)]
-VideoRepeat = Annotated[int, typer.Option(metavar="N", help="Times that a video occurs in an epoch; an image occurs once.", rich_help_panel=DATA)]
+VideoRepeat = Annotated[int | None, typer.Option(metavar="N", help="Times that a video occurs in an epoch, whatever `wanprep encode` said.", show_default="as the shards say", rich_help_panel=DATA)]
 CaptionDropout = Annotated[float, typer.Option(metavar="X", help="Share of captions, 0 to 1, replaced by the empty prompt.", rich_help_panel=DATA)]
 RandomFrameCrop = Annotated[bool, typer.Option("--random-frame-crop", help="In one update of ten, show clips up to a random frame only, 4n+1 from 5 on, so that the LoRA knows shorter clips, too.", show_default="off", rich_help_panel=DATA)]
 Tail = Annotated[Literal["pad", "drop"], typer.Option(help="What becomes of a bucket's last, short batch: filled with its samples again, or left out.", rich_help_panel=DATA)]
@@ -73,6 +77,7 @@ DataloaderNumWorkers = Annotated[int, typer.Option(metavar="N", help="Threads th
 
 MixedPrecision = Annotated[Literal["bf16", "no"], typer.Option(help="Base and compute in bf16 (LoRA stays fp32), or all in fp32.", rich_help_panel=DEVICE)]
 GradientCheckpointing = Annotated[bool, typer.Option(help="Compute blocks again in the backward pass: far less memory, a third more time.", show_default="on", rich_help_panel=DEVICE)]
+AllowTf32 = Annotated[bool, typer.Option("--allow-tf32", help="Let a GPU multiply fp32 matrices in TF32: faster, and rounded to 10 bits.", show_default="off", rich_help_panel=DEVICE)]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=DEVICE)]
 
 Strategy = Annotated[Literal["single", "ddp", "zero2", "zero3", "fsdp"] | None, typer.Option(help="How processes share the work: ddp holds the model whole in each; fsdp and zero3 cut it among them, zero2 the optimizer alone (zero2, zero3: DeepSpeed).", show_default="what accelerate launch was told; else ddp for several processes, single for one", rich_help_panel=PROCESSES)]

@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Literal
 
 from shared.errors import UserError
+from shared.seed_command import Given
 from train.base import Base, Precision
 from train.dmd import Maths, Pairing, Start
 from train.flow import Expert, ScoreFloor
 from train.flow_matching import TimestepSampling
 from train.folders import WeightedFolder
+from train.learning_rate import LEAST_POLYNOMIAL_RATE, LrScheduler
 from train.placement import Placement
 from train.plan import Tail
 from train.trackers import chosen
 from train.where import Condition
 
+TrainMode = Literal["normal", "i2v", "ti2v"]
 WHOLE, ABOVE_0, FROM_0 = "a whole number from 1", "a number above 0", "0 or more"
 
 
@@ -40,6 +43,10 @@ class TrainConfig:
     output_dir: Path
     boundary_type: Expert | None
     """None: `low` where the model has two experts, else `full`."""
+    train_mode: TrainMode | None
+    """What the model must be for; `normal` with a ti2v model shows all clips as text to video."""
+    encoded_as: Given
+    """Flags of `wanprep encode` that were given: the shards must be so."""
     seed: int
 
     # Length and saving; a *step* of these is an update of the LoRA that the run is for
@@ -66,13 +73,16 @@ class TrainConfig:
     rank: int
     network_alpha: float
     target_name: tuple[str, ...]
+    lora_skip_name: tuple[str, ...]
+    """Parts of names of layers that get none, though `target_name` has them."""
     ema_decay: float
     """Of the average of the LoRA that is exported; 0: the last weights are."""
     ema_start: int
     """Updates of the LoRA before the average begins."""
     learning_rate: float
     lr_warmup_steps: int
-    """Updates of a role over which its learning rate rises from 0; constant after."""
+    """Updates of a role over which its learning rate rises from 0."""
+    lr_scheduler: LrScheduler
     adam_beta1: float
     adam_beta2: float
     adam_weight_decay: float
@@ -82,7 +92,8 @@ class TrainConfig:
     # Data and device
     train_batch_size: int
     gradient_accumulation_steps: int
-    video_repeat: int
+    video_repeat: int | None
+    """None: as the shards say."""
     caption_dropout: float
     random_frame_crop: bool
     """Show the beginning of clips only in one update of ten."""
@@ -90,6 +101,7 @@ class TrainConfig:
     dataloader_num_workers: int
     mixed_precision: Precision
     gradient_checkpointing: bool
+    allow_tf32: bool
     placement: Placement
 
     def __post_init__(self) -> None:
@@ -99,7 +111,6 @@ class TrainConfig:
             "rank",
             "train_batch_size",
             "gradient_accumulation_steps",
-            "video_repeat",
         )
         for name in at_least_one:
             check_option(name, getattr(self, name), getattr(self, name) >= 1, WHOLE)
@@ -110,11 +121,12 @@ class TrainConfig:
                     f"--shards: {folder.path} is given {paths.count(path)} times. Give it once, "
                     f"with a weight if it shall count more: {folder.path}@{paths.count(path)}"
                 )
-        for name in ("max_train_steps", "checkpoints_total_limit"):
+        for name in ("max_train_steps", "checkpoints_total_limit", "video_repeat"):
             if (limit := getattr(self, name)) is not None:
                 check_option(name, limit, limit >= 1, WHOLE)
         for name in ("network_alpha", "learning_rate", "max_grad_norm"):
             check_option(name, getattr(self, name), 0 < getattr(self, name) < inf, ABOVE_0)
+        self._check_rate("learning_rate", self.learning_rate)
         if self.flow_shift is not None:
             check_option("flow_shift", self.flow_shift, 0 < self.flow_shift < inf, ABOVE_0)
         check_option("target_name", "''", bool(self.target_name), "names of layers, e.g. q,k,v")
@@ -134,6 +146,12 @@ class TrainConfig:
         chosen(self.report_to)
         dropout = self.caption_dropout
         check_option("caption_dropout", dropout, 0 <= dropout <= 1, "a share in [0, 1]")
+
+    def _check_rate(self, name: str, rate: float) -> None:
+        if self.lr_scheduler == "polynomial":
+            least = LEAST_POLYNOMIAL_RATE
+            expected = f"more than {least:g}, where --lr-scheduler polynomial ends"
+            check_option(name, rate, rate > least, expected)
 
     @property
     def update_batch(self) -> int:
@@ -198,6 +216,7 @@ class DistillConfig(TrainConfig):
         interval, rate = self.gen_update_interval, self.learning_rate_critic
         check_option("gen_update_interval", interval, interval >= 1, WHOLE)
         check_option("learning_rate_critic", rate, 0 < rate < inf, ABOVE_0)
+        self._check_rate("learning_rate_critic", rate)
         for name in ("fm_loss_weight", "real_guidance_scale", "fake_guidance_scale"):
             check_option(name, getattr(self, name), 0 <= getattr(self, name) < inf, FROM_0)
         if self.recipe == "seed" and (self.start == "latents" or self.score_floor != "boundary"):
@@ -224,8 +243,3 @@ def check_writable(option: str, folder: Path) -> None:
         raise UserError(
             f"{option}: can't write to {folder} ({error.strerror}). Choose another folder."
         ) from error
-
-
-def learning_rate(base: float, updates: int, warmup: int) -> float:
-    """Rate of a role that has made `updates` updates: linear warm-up, then constant."""
-    return base * min(1.0, (updates + 1) / warmup) if warmup else base

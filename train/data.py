@@ -165,17 +165,22 @@ class MicroBatches:
         empty_text: torch.Tensor,
         caption_dropout: float,
         frame_crop: bool,
+        text_only: bool = False,
         accumulation: int,
         rank: int,
         world_size: int,
     ) -> None:
-        """`frame_crop`: now and then show the beginning of clips only (`cropped_frames`)."""
+        """`frame_crop`: now and then show the beginning of clips only (`cropped_frames`).
+
+        `text_only`: show all clips of a ti2v model as text to video.
+        """
         self._dataset = dataset
         self._plan = plan
         self._spec = spec
         self._empty_text = empty_text
         self._caption_dropout = caption_dropout
         self._frame_crop = frame_crop
+        self._text_only = text_only
         self._accumulation = accumulation
         self._rank = rank
         self._world_size = world_size
@@ -272,7 +277,7 @@ class MicroBatches:
         """ti2v: whether a sample is image to video this time. Of a single frame nothing would be
         left to learn."""
         bucket = self._dataset.buckets[int(self._dataset.bucket_ids[row])]
-        if int(self._dataset.types[row]) != VIDEO or bucket.frames == 1:
+        if self._text_only or int(self._dataset.types[row]) != VIDEO or bucket.frames == 1:
             return False
         draw = counted_rng(self._plan.seed, "text only", update, position).random()
         return bool(draw >= TEXT_ONLY_SHARE)

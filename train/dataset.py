@@ -65,15 +65,19 @@ class Dataset:
         """(N) positions in `MEDIA_TYPES`."""
         return np.concatenate([part.index.types[part.rows] for part in self.parts])
 
-    def shown(self, video_repeat: int) -> tuple[npt.NDArray[np.int64], int]:
-        """(N) how often each sample is shown in so many epochs: `BatchPlan`'s repeats, epochs."""
+    def shown(self, video_repeat: int | None) -> tuple[npt.NDArray[np.int64], int]:
+        """(N) how often each sample is shown in so many epochs: `BatchPlan`'s repeats, epochs.
+
+        `video_repeat` stands in for what the shards say of videos.
+        """
         epochs = lcm(*(part.weight.denominator for part in self.parts))
-        own = [
-            part.index.repeats[part.rows].astype(np.int64) * int(part.weight * epochs)
-            for part in self.parts
-        ]
-        videos = np.where(self.types == MEDIA_TYPES.index("video"), video_repeat, 1)
-        return np.concatenate(own) * videos, epochs
+        repeats = []
+        for part in self.parts:
+            own = part.index.repeats[part.rows].astype(np.int64)
+            if video_repeat is not None:
+                own[part.index.types[part.rows] == MEDIA_TYPES.index("video")] = video_repeat
+            repeats.append(own * int(part.weight * epochs))
+        return np.concatenate(repeats), epochs
 
     def place(self, sample: int) -> tuple[int, int]:
         """Number of a sample's part and its row there."""

@@ -13,8 +13,8 @@ from rich.console import Console
 from shared import cli_support
 from shared.errors import UserError
 from shared.interrupt import Interrupted, Interruption, catch_signals
-from train.config import learning_rate
 from train.data import Batch, MicroBatches, PromptBank, load_prompt_bank
+from train.learning_rate import learning_rate
 from train.progress import TrainProgress
 from train.ranks import joined
 from train.rate_guard import FirstSteps
@@ -130,7 +130,9 @@ def _walk(
             rate = learning_rate(
                 peak,
                 objective.role_updates(role, update),
-                config.lr_warmup_steps,
+                scheduler=config.lr_scheduler,
+                warmup=config.lr_warmup_steps,
+                length=objective.role_updates(role, run.updates),
             )
             if not math.isfinite(loss):
                 raise _not_finite(run, role, update, keys, f"loss {loss}")
@@ -180,6 +182,7 @@ def micro_batches(run: Run, bank: PromptBank) -> MicroBatches:
         empty_text=bank.empty,
         caption_dropout=config.caption_dropout,
         frame_crop=config.random_frame_crop,
+        text_only=config.train_mode == "normal",
         accumulation=config.gradient_accumulation_steps,
         rank=run.ranks.rank,
         world_size=run.ranks.world_size,

@@ -46,12 +46,15 @@ class LoraSpec:
         return rf"blocks\.\d+\.(?:{inside})"
 
 
-def select_targets(transformer: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+def select_targets(
+    transformer: nn.Module, names: Iterable[str], skipped: Iterable[str] = ()
+) -> tuple[str, ...]:
     """The linear layers inside a block that `names` mean, in diffusers' form.
 
     A name is original ("q", "self_attn.q", "ffn.0") or diffusers' ("to_q", "attn1.to_q",
     "net.0.proj"); a short one means every layer that ends in it. Only `blocks.` is searched: a bare
-    "net.0.proj" would also hit the image embedder. UserError for a name that matches nothing.
+    "net.0.proj" would also hit the image embedder. Layers with one of `skipped` in either name are
+    left out. UserError for a name that matches nothing, and where nothing is left.
     """
     available = [
         name.removeprefix("blocks.0.")
@@ -72,6 +75,18 @@ def select_targets(transformer: nn.Module, names: Iterable[str]) -> tuple[str, .
                 f"There are: {known} (or diffusers' names: {', '.join(available)})."
             )
         chosen |= hits
+    for part in skipped:
+        hits = {name for name in available if part in f"{name} {DIFFUSERS_TO_ORIGINAL.get(name)}"}
+        if not hits & chosen:
+            raise UserError(
+                f"--lora-skip-name: {part!r} is in the name of no layer that gets a LoRA. Those "
+                f"are: {', '.join(sorted(chosen))}."
+            )
+        chosen -= hits
+    if not chosen:
+        raise UserError(
+            "--lora-skip-name: no layer of --target-name is left for a LoRA. Skip fewer."
+        )
     return tuple(name for name in available if name in chosen)
 
 

@@ -28,6 +28,8 @@ from train.base import component_of
 from train.checkpoint import Identity
 from train.config import TrainConfig
 from train.dataset import Dataset, dataset_of
+from train.encoded_as import refuse_other_encoding
+from train.learning_rate import DECAYING
 from train.lora import LoraSpec
 from train.objective import Objective
 from train.plan import BatchPlan
@@ -122,6 +124,7 @@ def open_data(config: TrainConfig) -> tuple[ModelSpec, Dataset]:
     check_device(config.device)
     folder = resolve_model(config.model, [])  # the configs decide which expert is needed
     spec = read_model_spec(folder)
+    _refuse_other_mode(config, spec)
     fields = model_fields(spec, FileHasher())
     caches = [(_open(named.path, config, spec, fields), named.weight) for named in config.shards]
     _refuse_other_numbers([index for index, _ in caches])
@@ -136,6 +139,7 @@ def _open(shards: Path, config: TrainConfig, spec: ModelSpec, fields: Fingerprin
             f"shards: {shards} has no samples; all were removed. Encode "
             f"some: wanprep encode --output {shards}"
         )
+    refuse_other_encoding(config.encoded_as, index.fingerprint, shards)
     if config.captions is not None:
         index = with_captions(index, config.captions)
     expected = dict(fields)
@@ -159,6 +163,17 @@ def _refuse_other_numbers(caches: Sequence[CacheIndex]) -> None:
                     f"{other}; a batch can't hold both. Encode one of them anew: wanprep encode "
                     f"--dtype {one} --output <new folder>"
                 )
+
+
+def _refuse_other_mode(config: TrainConfig, spec: ModelSpec) -> None:
+    """--train-mode says what the model is; a ti2v model may train for text to video alone."""
+    own = {"t2v": ("normal",), "i2v": ("i2v",), "ti2v": ("ti2v", "normal")}[spec.mode]
+    if config.train_mode not in (None, *own):
+        raise UserError(
+            f"--train-mode: {config.train_mode}, but {spec.folder} is a model for {spec.mode}; "
+            f"expected {' or '.join(own)}. Leave the option out, or choose another model with "
+            "--pretrained-model-name-or-path (or MODEL_NAME)."
+        )
 
 
 def plan_run(config: TrainConfig, spec: ModelSpec, data: Dataset, objective: Objective) -> Run:
@@ -265,13 +280,16 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
         "recipe": run.objective.identity() | average,
     }
     loose_names = (
-        "seed", "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay",
-        "adam_epsilon", "max_grad_norm", "train_batch_size", "gradient_accumulation_steps",
-        "video_repeat", "caption_dropout", "random_frame_crop", "tail", "mixed_precision",
+        "seed", "train_mode", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2",
+        "adam_weight_decay", "adam_epsilon", "max_grad_norm", "train_batch_size",
+        "gradient_accumulation_steps", "video_repeat", "caption_dropout", "random_frame_crop",
+        "tail", "mixed_precision", "allow_tf32",
     )  # fmt: skip
     loose: dict[str, Any] = {name: getattr(config, name) for name in loose_names}
     for role, rate in run.objective.learning_rates.items():  # as the options are called
         loose["learning_rate" if role == run.objective.product else f"learning_rate_{role}"] = rate
+    if config.lr_scheduler in DECAYING:
+        loose["max_train_steps"] = run.product_updates
     loose["num_processes"] = config.placement.machines.num_processes
     loose["strategy"] = config.placement.strategy
     loose["shards"] = run.data.identity()

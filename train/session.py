@@ -112,6 +112,7 @@ def open_session(run: Run, say: Say) -> Session:
     # Base, adapters, optimizers
     bank = load_prompt_bank(run.data.first)
     device = torch.device(config.device)
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     digest = base_digest(run.spec.folder, component_of(objective.expert), config.base)
     transformer = load_base(
         run.spec,
@@ -124,7 +125,7 @@ def open_session(run: Run, say: Say) -> Session:
     lora = LoraSpec(
         rank=config.rank,
         alpha=config.network_alpha,
-        targets=select_targets(transformer, config.target_name),
+        targets=select_targets(transformer, config.target_name, config.lora_skip_name),
     )
     rates = objective.learning_rates
     roles = Roles(transformer, lora, seed=config.seed, names=rates)

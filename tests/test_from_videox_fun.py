@@ -1,0 +1,141 @@
+"""Shell files of VideoX-Fun: every flag has its place, and the page's commands do their job."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import preprocess.cli
+import train.cli
+from shared.errors import UserError
+from shared.seed_command import told
+from shared.seed_flags import ENCODE, SEED_FLAGS, TRAIN
+from tests.models import tiny_model
+from tests.test_help import options_of
+from tests.train.conftest import write_dataset
+
+PAGE = (Path(__file__).parents[1] / "docs" / "from-videox-fun.md").read_text()
+MODEL = "models/Diffusion_Transformer/Wan2.2-I2V-A14B"
+DATA = "datasets/internal_datasets"
+
+# Options that are written beside this one; take a name out once it is there.
+ARRIVING = {
+    "validation_prompts", "validation_steps", "report_to", "tracker_project_name", "logging_dir",
+}  # fmt: skip
+
+
+def blocks(kind: str) -> list[str]:
+    """Shell blocks of the page, as they stand."""
+    found = re.findall(rf"```sh {kind}\n(.*?)```", PAGE, re.DOTALL)
+    assert found
+    return found
+
+
+def own_options(program: str, name: str) -> set[str]:
+    return {
+        spelling.removeprefix("--").replace("-", "_")
+        for option in options_of(program, name)
+        for spelling in option.opts
+    }
+
+
+def test_every_flag_is_where_it_is_said_to_be() -> None:
+    own = {ENCODE: own_options("wanprep", "encode"), TRAIN: own_options("wantrain", "distill")}
+    assert len({flag.name for flag in SEED_FLAGS}) == len(SEED_FLAGS) == 92
+    for flag in SEED_FLAGS:
+        if flag.name in ARRIVING:
+            continue
+        assert set(flag.owners) == {command for command in own if flag.name in own[command]}
+        assert bool(flag.fate) == (not flag.owners)
+
+
+def test_the_page_has_every_flag_once_with_its_place() -> None:
+    table = PAGE.split("## All flags")[1]
+    rows = [line.split("|")[1:4] for line in table.splitlines() if line.startswith("| `")]
+    places = {
+        name: (here, why) for names, here, why in rows for name in re.findall(r"`(\w+)`", names)
+    }
+    assert len(places) == sum(len(re.findall(r"`(\w+)`", names)) for names, _, _ in rows)
+    assert places.keys() == {flag.name for flag in SEED_FLAGS}
+    for flag in SEED_FLAGS:
+        here, why = (text.strip() for text in places[flag.name])
+        if flag.owners:
+            assert here == ("both" if len(flag.owners) == 2 else f"`{flag.owners[0]}`"), flag.name
+        else:
+            assert (here, why) == ("refused" if flag.refused else "not needed", flag.fate)
+
+
+@pytest.mark.parametrize("flag", [f for f in SEED_FLAGS if f.refused], ids=lambda flag: flag.name)
+@pytest.mark.parametrize("program", [ENCODE, TRAIN])
+def test_what_would_change_the_lora_is_refused_not_passed_over(flag, program: str) -> None:  # type: ignore[no-untyped-def]
+    app = {ENCODE: preprocess.cli.app, TRAIN: train.cli.app}[program]
+    values = ["x"] * int(flag.values)
+    ran = CliRunner().invoke(app, [program.split()[1], f"--{flag.name}", *values])
+    assert isinstance(ran.exception, UserError)
+    assert str(ran.exception).startswith(f"{flag.option}: there is none here: {flag.fate}")
+    if flag.same_as:
+        assert told({flag.name: (flag.same_as,)}) == []
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a user of VideoX-Fun has it, with small weights and one short clip, encoded."""
+    folder = tmp_path_factory.mktemp("user")
+    tiny_model(folder / MODEL, "i2v", patch_size=(1, 4, 4))
+    write_dataset(folder / DATA, clips=1, image=False)
+    entry = {"file_path": "clip0.mp4", "text": "waves", "type": "video"}
+    (folder / DATA / "metadata.json").write_text(json.dumps([entry]))
+    said = shell(folder, blocks("setup")[0] + blocks("encode")[0])
+    assert "832x480, 5 frames: 1" in said.stdout
+    assert "for wantrain distill, passed over here: --output-dir, " in said.stderr
+    assert "--config-path (what it says stands in the model's own" in said.stderr
+    return folder
+
+
+def shell(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Run it as a user does, in their folder, with our commands on the path."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    ran = subprocess.run(
+        ["bash", "-e", "-c", script],
+        cwd=folder,
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran
+
+
+def distinct(scripts: list[str]) -> Iterator[object]:
+    for number, script in enumerate(dict.fromkeys(scripts)):
+        marks = [pytest.mark.long] if number else []
+        yield pytest.param(script, marks=marks, id=script.strip()[-40:])
+
+
+@pytest.mark.parametrize("script", distinct(blocks("train")))
+def test_the_pages_commands_train_a_lora(user: Path, tmp_path: Path, script: str) -> None:
+    for name in ("models", "datasets", "shards"):
+        (tmp_path / name).symlink_to(user / name)
+    said = shell(tmp_path, blocks("setup")[0] + script)
+    assert "for wanprep encode, passed over here: --train-data-dir, " in said.stderr
+    assert "--use-peft-lora (the LoRA is peft's, always)" in said.stderr
+    weights = load_file(tmp_path / "output_dir_distill" / "lora-low-diffusers.safetensors")
+    rank = 128 if "--rank=128" in script else 64
+    assert {t.shape[0] for name, t in weights.items() if "lora_A" in name} == {rank}
+    assert ("transformer.blocks.0.attn1.to_out.0.lora_A.weight" in weights) == (rank == 128)
+    assert all(t.abs().max() > 0 for name, t in weights.items() if "lora_B" in name)
+
+
+def test_the_page_shows_the_documents_five_launches() -> None:
+    theirs = blocks("theirs")
+    marks = ["--mixed_precision", "zero_stage2", "--zero_stage 3", "--use_fsdp", "MASTER_ADDR"]
+    assert len(theirs) == len(marks)
+    for launch, mark in zip(theirs, marks, strict=True):
+        assert mark in launch and 'scripts/wan2.2/train_distill_lora.py "${flags[@]}"' in launch
