@@ -9,7 +9,7 @@ from typing import Literal
 
 ENCODE, TRAIN = "wanprep encode", "wantrain distill"
 BOTH = (ENCODE, TRAIN)
-DEAD = "VideoX-Fun's script reads it nowhere, either"
+DEAD = "VideoX-Fun's script does nothing with it, either"
 
 
 Values = Literal[0, 1, 2, "+"]
