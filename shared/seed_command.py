@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping
 from itertools import takewhile
 from typing import Annotated, Any, get_args
@@ -58,8 +59,10 @@ def with_seed_flags(command: Callable[..., None]) -> Callable[..., None]:
             for name in strange
             if (value := options.pop(name)) not in (None, False, [])
         }
-        for line in told(given):
-            echo(line, err=True)
+        lines = told(given)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one process of a machine speaks
+            for line in lines:
+                echo(line, err=True)
         if wants:
             options["given_elsewhere"] = {n: v for n, v in given.items() if strange[n].owners}
         command(**options)

@@ -92,7 +92,7 @@ SEED_FLAGS: tuple[SeedFlag, ...] = (
         "all samples of an update have one shape, on all ranks",
         "keep_all_node_same_token_length", values=0,
     ),
-    *_moot("training is one process so far", "use_deepspeed", "use_fsdp", values=0),
+    *_moot("`--strategy` says it: zero2, zero3 or fsdp", "use_deepspeed", "use_fsdp", values=0),
     *_moot("a launcher says it by LOCAL_RANK", "local_rank"),
     *_moot("score levels are any number, not one of so many", "train_sampling_steps"),
     *_moot("hub models lie where HF_HOME says; " + DEAD, "cache_dir"),
