@@ -186,10 +186,14 @@ class Zero:
 
 
 def _deepspeed() -> Any:
-    if not torch.cuda.is_available():
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         import deepspeed
+
+        if on_cpu:  # else it would first compile a kernel for processes that share memory
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     except ImportError as error:
         raise UserError(
             f"--strategy: zero2 and zero3 need DeepSpeed ({first_line(error)}). Install it: "
