@@ -1,14 +1,17 @@
 """Stopped anywhere and gone on: the losses, the LoRA and the checkpoint of a run left in peace."""
 
 import os
+import random
 import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.train.test_distill import arguments, distill, final_bytes, losses
+from tests.train.test_distill import WANTRAIN, arguments, distill, final_bytes, losses
 from tests.train.test_faults import LOSSES, RESUME, RUN
-from train.checkpoint import list_checkpoints
+from train.checkpoint import find_checkpoint, list_checkpoints
 from train.cli import app as wantrain
 
 MICRO_STEPS = 12  # six updates (critic, critic, generator, twice) of two each
@@ -84,3 +87,41 @@ def test_stopped_again_and_again_with_changing_workers(
                 )
     distill(tiny_t2v, t2v_shards, out, *RUN, *RESUME)
     assert_the_same(out, whole)
+
+
+LONG_RUN = ("--max-train-steps", "12", "--mixed-precision", "no", "--checkpointing-steps", "1")
+
+
+@pytest.mark.long
+def test_kill_9_at_random_times_loses_at_most_a_checkpoints_interval(
+    tiny_t2v: Path, t2v_shards: Path, tmp_path: Path
+) -> None:
+    """Real processes, killed once they have trained for a random time, until one gets to the end.
+
+    Whatever a kill met, the newest whole checkpoint is at most one interval (a cycle of three
+    updates) behind what was logged, and the end is that of a run left in peace.
+    """
+    whole = distill(tiny_t2v, t2v_shards, tmp_path / "whole", *LONG_RUN)
+    out, rng, kills = tmp_path / "out", random.Random(7), 0
+    run = (*LONG_RUN, *RESUME, *workers(2))
+    command = [WANTRAIN, *arguments(tiny_t2v, t2v_shards, out, *run)]
+    for _ in range(40):
+        before = len(list((out / "logs").iterdir())) if (out / "logs").exists() else 0
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while process.poll() is None:  # until this process has opened its log, which is the loop
+            if (out / "logs").exists() and len(list((out / "logs").iterdir())) > before:
+                time.sleep(rng.uniform(0, 0.5))
+                process.kill()
+                break
+            time.sleep(0.02)
+        if process.wait() == 0:
+            break
+        kills += process.returncode == -signal.SIGKILL
+        logged = max((step for curve in losses(out).values() for step, _ in curve), default=0)
+        latest = find_checkpoint(out, "latest")
+        saved = 3 * int(latest.name.split("-")[1].split("+")[0]) if latest else 0
+        assert logged - saved <= 3
+    distill(tiny_t2v, t2v_shards, out, *run)
+    assert kills >= 3
+    assert final_bytes(out) == final_bytes(whole)
+    assert losses(out) == losses(whole)
