@@ -23,16 +23,16 @@ class Interrupted(BaseException):
 class Interruption:
     """Raises `Interrupted` where the first signal arrives, or after its `deferred` block."""
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str | None) -> None:
         self.signum: int | None = None
         """Number of the signal that came, None so far."""
-        self._message = message.encode()
+        self._message = f"\n{message}\n".encode() if message else b""
         self._deferring = 0
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None:
             return  # the run is ending already; a second signal must not cut that short
-        os.write(2, b"\n" + self._message + b"\n")
+        os.write(2, self._message)
         self.signum = signum
         if not self._deferring:
             raise Interrupted(signum)
@@ -49,17 +49,21 @@ class Interruption:
             raise Interrupted(self.signum)
 
 
+def ending_signals() -> tuple[signal.Signals, ...]:
+    """The signals that ask this process to end."""
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup
+        return _SIGNALS
+    return (*_SIGNALS, signal.SIGHUP)  # a closed terminal, too
+
+
 @contextmanager
-def catch_signals(message: str) -> Iterator[Interruption]:
+def catch_signals(message: str | None) -> Iterator[Interruption]:
     """Handle SIGINT and SIGTERM inside the block (main thread only); restore the handlers after.
 
-    `message` is written to stderr when the first signal comes.
+    `message`, if any, is written to stderr when the first signal comes.
     """
     interruption = Interruption(message)
-    wanted = list(_SIGNALS)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a closed terminal; not under nohup
-        wanted.append(signal.SIGHUP)
-    before = {number: signal.signal(number, interruption._handle) for number in wanted}
+    before = {n: signal.signal(n, interruption._handle) for n in ending_signals()}
     try:
         yield interruption
     finally:

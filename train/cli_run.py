@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from rich.console import Console
 
 from shared.cli_support import echo, say
-from train.launch import launch, own_command
+from train.launch import end_with_launcher, launch, own_command
 from train.loop import train
 from train.memory import estimate
 from train.run import Run, resolved_configuration
@@ -38,6 +38,7 @@ def carry_out(run: Run, *, dry_run: bool) -> None:
     placement = run.config.placement
     if placement.to_launch:  # all that a user can get wrong has been refused by now, once
         sys.exit(launch(own_command(), placement.machines))
+    end_with_launcher()
     console = Console(stderr=True)
     if (instead := _instead.get()) is not None:
         instead(run, console)

@@ -3,6 +3,7 @@
 torch's `fully_shard` itself and not accelerate's plugin, which does nothing on a CPU.
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -73,6 +74,8 @@ class Sharded:
         cls, roles: Roles, rates: Mapping[str, float], adam: AdamSettings,
         *, ranks: Ranks, device: torch.device,
     ) -> "Sharded":  # fmt: skip
+        # Velocities are never changed in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(device.type, (ranks.world_size,))
         transformer = roles.transformer
         for block in transformer.blocks:  # type: ignore[union-attr]

@@ -9,16 +9,19 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shared.cli_support import echo
-from shared.interrupt import SIGNAL_EXIT
+from shared.interrupt import SIGNAL_EXIT, ending_signals
 
 # A process whose partner is gone ends by itself when it waits for it, at the latest here.
 GRACE_AFTER_FAILURE_S = 30
 _POLL_S = 0.2
+# Number of a pipe's end that a process inherits; the other one closes when its launcher is gone.
+_LAUNCHER_PIPE = "WANDISTILL_LAUNCHER_PIPE"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +47,41 @@ def launch(command: Sequence[str], machines: Machines) -> int:
 
     A signal is handed to all. When one process fails, the others are ended.
     """
+    processes: list[subprocess.Popen[bytes]] = []
+    handed_on: set[int] = set()
+
+    def hand_on(signum: int, _: object) -> None:
+        handed_on.add(signum)
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signum)
+
+    before = {n: signal.signal(n, hand_on) for n in ending_signals()}
+    launcher_is_gone, while_open = os.pipe()
+    try:
+        _start(processes, command, machines, launcher_is_gone)
+        for signum in list(handed_on):  # it may have come before the last one was there
+            hand_on(signum, None)
+        return _wait(processes, machines.machine_rank * machines.here, handed_on)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(launcher_is_gone)
+        os.close(while_open)
+
+
+def _start(
+    processes: "list[subprocess.Popen[bytes]]",
+    command: Sequence[str],
+    machines: Machines,
+    launcher_is_gone: int,
+) -> None:
+    """Start those of this machine and add them to `processes`."""
     port = machines.main_process_port or _free_port()
     threads = max(1, (os.cpu_count() or 1) // machines.here)
-    processes = []
     for local_rank in range(machines.here):
         environment = (
             {"OMP_NUM_THREADS": str(threads)}
@@ -58,41 +93,51 @@ def launch(command: Sequence[str], machines: Machines) -> int:
                 "LOCAL_WORLD_SIZE": str(machines.here),
                 "MASTER_ADDR": machines.main_process_ip,
                 "MASTER_PORT": str(port),
+                _LAUNCHER_PIPE: str(launcher_is_gone),
             }
         )
-        # Sessions of their own: a Ctrl-C reaches them once, through us.
-        processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
-
-    def hand_on(signum: int, _: object) -> None:
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(signum)
-
-    before = {n: signal.signal(n, hand_on) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return _wait(processes, first_rank=machines.machine_rank * machines.here)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        processes.append(
+            subprocess.Popen(
+                command,
+                env=environment,
+                start_new_session=True,  # a Ctrl-C reaches them once, through us
+                pass_fds=(launcher_is_gone,),
+            )
+        )
 
 
-def _wait(processes: Sequence["subprocess.Popen[bytes]"], first_rank: int) -> int:
-    """Until all have ended, or one has failed and the others had their time."""
+def end_with_launcher() -> None:
+    """From now on this process gets a SIGTERM when the launcher that started it is gone."""
+    if _LAUNCHER_PIPE not in os.environ:
+        return
+    pipe = int(os.environ.pop(_LAUNCHER_PIPE))
+
+    def wait() -> None:
+        os.read(pipe, 1)  # nobody writes: it ends when the other end is closed
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="launcher", daemon=True).start()
+
+
+def _wait(
+    processes: Sequence["subprocess.Popen[bytes]"], first_rank: int, handed_on: set[int]
+) -> int:
+    """Until all have ended, or one has failed and the others had their time.
+
+    `handed_on` are the signals that the processes got from us, of which one may end.
+    """
     deadline: float | None = None
     failed = 0
     while any(process.poll() is None for process in processes):
         codes = [process.poll() for process in processes]
         if deadline is None and any(codes):
             failed = next(code for code in codes if code)
-            rank = first_rank + codes.index(failed)
-            how = f"was killed by signal {-failed}" if failed < 0 else f"ended with code {failed}"
-            if failed < 0:
+            if failed < 0 and -failed not in handed_on:
+                rank = first_rank + codes.index(failed)
                 echo(
-                    f"error: process {rank} {how}; ending the others. Go on from the last "
-                    "checkpoint: the same command with --resume-from-checkpoint latest",
+                    f"error: process {rank} was killed by signal {-failed}; ending the others. Go "
+                    "on from the last checkpoint: the same command with --resume-from-checkpoint "
+                    "latest",
                     err=True,
                 )
             deadline = time.monotonic() + GRACE_AFTER_FAILURE_S

@@ -43,9 +43,14 @@ def train(run: Run, console: Console) -> int | None:
         session = open_session(run, partial(cli_support.say, console))
         state, stopped_by = session.state, None
         # One process can save whatever ended it: its state is that of the last whole update. Of
-        # several, one that failed alone is not there to save with the others.
-        all_there = ranks.world_size == 1
-        with catch_signals("stopping: saving the updates that are done ...") as signals:
+        # several, one that failed alone is not there to save with the others; and they stop
+        # together, after an update that all know of.
+        alone = all_there = ranks.world_size == 1
+        message = "stopping: saving the updates that are done ..." if ranks.first else None
+        with (
+            catch_signals(message) as signals,
+            nullcontext() if alone else signals.deferred(raise_after=False),
+        ):
             try:
                 _walk(session, validation, console, signals)
                 all_there = True
@@ -99,8 +104,6 @@ def _walk(
         )
         watch = Watch(held.enter_context(progress), trackers, device=device)
         validate = partial(_validate, session, validation, negative, trackers, signals, watch)
-        if ranks.world_size > 1:  # they stop together, after an update that all know of
-            held.enter_context(signals.deferred(raise_after=False))
         if state.updates == 0:
             validate()
         while state.updates < run.updates:

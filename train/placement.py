@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from shared.device import default_device
+from shared.device import check_device, default_device
 from shared.errors import UserError
 from train.launch import Machines
 from train.ranks import Ranks, launched
@@ -54,26 +54,49 @@ def place(
     _check_machines(num_machines, machine_rank, num_processes, main_process_port)
     if num_processes is None:
         several = strategy not in (None, "single") or num_machines > 1
-        num_processes = num_machines * (_gpus() if several else 1)
+        num_processes = num_machines * (max(1, _gpus()) if several else 1)
     strategy = strategy or ("ddp" if num_processes > 1 else "single")
     if strategy == "single" and num_processes > 1:
         raise UserError(
             f"--num-processes: found {num_processes} with --strategy single, which is one process. "
             "Use --strategy ddp, zero2, zero3 or fsdp."
         )
-    return Placement(
+    machines = Machines(
+        num_processes=num_processes,
+        num_machines=num_machines,
+        machine_rank=machine_rank,
+        main_process_ip=main_process_ip,
+        main_process_port=main_process_port,
+    )
+    placed = Placement(
         strategy=strategy,
-        machines=Machines(
-            num_processes=num_processes,
-            num_machines=num_machines,
-            machine_rank=machine_rank,
-            main_process_ip=main_process_ip,
-            main_process_port=main_process_port,
-        ),
+        machines=machines,
         ranks=Ranks(),
         device=_device(device, Ranks()),
         to_launch=strategy != "single",
     )
+    if placed.to_launch:
+        _check_device_of_each(device, placed.device, machines.here)
+    return placed
+
+
+def _check_device_of_each(wanted: str, device: str, processes: int) -> None:
+    """UserError unless each process of this machine has a device.
+
+    GPUs are only counted: a context would take memory of one as long as the launcher lives.
+    """
+    if not device.startswith("cuda"):
+        check_device(device)
+    elif wanted.startswith("cuda:") and processes > 1:
+        raise UserError(
+            f"--device: found {wanted} with {processes} processes on this machine, which can't "
+            "share a GPU. Use --device cuda, one GPU for each, and CUDA_VISIBLE_DEVICES for which."
+        )
+    elif processes > (gpus := _gpus()):
+        raise UserError(
+            f"--num-processes: found {processes} for this machine with --device {wanted}, which "
+            f"has {gpus} GPU(s) that torch can use; each process takes one. Expected up to {gpus}."
+        )
 
 
 def _check_machines(
@@ -118,7 +141,7 @@ def _strategy_of_accelerate(ranks: Ranks) -> StrategyName:
 def _gpus() -> int:
     import torch
 
-    return max(1, torch.cuda.device_count())
+    return torch.cuda.device_count()
 
 
 def _device(wanted: str, ranks: Ranks) -> str:

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from shared.errors import UserError
+from shared.errors import UserError, first_line
 
 T = TypeVar("T")
 
@@ -61,20 +61,21 @@ class Ranks:
     def first_does(self, work: Callable[[], T]) -> T:
         """What `work` gives in the first process, the only one to do it, in every process.
 
-        A UserError of it ends all of them; the first one raises it, and so is the one to tell.
+        An error of it ends all of them; the first one raises it, and so is the one to tell.
         """
         if self.world_size == 1:
             return work()
-        done: tuple[Any, UserError | None] = (None, None)
+        done: tuple[Any, bool] = (None, False)
         if self.first:
             try:
-                done = (work(), None)
-            except UserError as error:
-                done = (None, error)
-        value, failure = self.from_first(done)
-        if failure is not None:
-            raise failure if self.first else SystemExit(1)
-        return value
+                done = (work(), True)
+            except Exception:
+                self.from_first(done)
+                raise
+        value, worked = self.from_first(done)
+        if not worked:
+            raise SystemExit(1)
+        return cast(T, value)
 
 
 def launched() -> Ranks | None:
@@ -91,16 +92,39 @@ def launched() -> Ranks | None:
 
 @contextmanager
 def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
-    """Block in which the processes can reach one another."""
-    if ranks.world_size == 1:
+    """Block in which the processes can reach one another.
+
+    One that loses another raises UserError in place of torch's error; the other one has told why.
+    """
+    if launched() is None:
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # Small numbers and whole checkpoints travel as CPU tensors, gradients where they are.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
     try:
+        dist.init_process_group(backend, timeout=TIMEOUT)
         yield
+    except RuntimeError as error:
+        if not _is_of_connection(error):
+            raise
+        # One of each machine speaks, and not all of them.
+        raise _lost(ranks, error) if ranks.local_rank == 0 else SystemExit(1) from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _is_of_connection(error: RuntimeError) -> bool:
+    # gloo raises RuntimeError itself, with the place in its code.
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
+def _lost(ranks: Ranks, error: RuntimeError) -> UserError:
+    return UserError(
+        f"process {ranks.rank} can't reach the others of the run "
+        f"({first_line(error).split('. ')[0]}). Where one of them ended, it has said why; where "
+        "none did, check --main-process-ip, and that --main-process-port is not another run's. Go "
+        "on from the last checkpoint: the same command with --resume-from-checkpoint latest"
+    )

@@ -121,7 +121,8 @@ def open_data(config: TrainConfig) -> tuple[ModelSpec, Dataset]:
 
     Raises UserError where they don't belong together.
     """
-    check_device(config.device)
+    if not config.placement.to_launch:  # else a GPU's memory would be taken here for nothing
+        check_device(config.device)
     folder = resolve_model(config.model, [])  # the configs decide which expert is needed
     spec = read_model_spec(folder)
     _refuse_other_mode(config, spec)

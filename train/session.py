@@ -1,12 +1,14 @@
 """A run with its weights: set up from base, adapters and perhaps a checkpoint; and saved."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from shared.errors import UserError
 from shared.schema import DTYPES
 from train.base import base_digest, component_of, load_base
 from train.checkpoint import (
@@ -59,9 +61,11 @@ class Session:
 
         def write() -> Path:
             updates, cycle = self.state.updates, self.run.cycle
-            saved = save_checkpoint(config.output_dir, files, updates, self.identity, cycle=cycle)
-            if config.checkpoints_total_limit is not None:
-                remove_oldest(config.output_dir, config.checkpoints_total_limit)
+            folder, limit = config.output_dir, config.checkpoints_total_limit
+            with _writing_to(folder):
+                saved = save_checkpoint(folder, files, updates, self.identity, cycle=cycle)
+                if limit is not None:
+                    remove_oldest(folder, limit)
             return saved
 
         return self.run.ranks.first_does(write)
@@ -86,7 +90,21 @@ class Session:
         product = LoraWeights.uniform(averaged, self.lora.alpha).to(dtype)
         if product_updates and (warning := warn_of_file(self.start, product.weights, dtype)):
             self.say(f"warning  {warning}")
-        return write_loras(config.output_dir, product, provenance)
+        with _writing_to(config.output_dir):
+            return write_loras(config.output_dir, product, provenance)
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    """Block whose OSErrors, of a full disk above all, are UserErrors."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"--output-dir: can't write to {folder} ({error.strerror}); what was saved before is "
+            "whole. Make room there, then go on from the last checkpoint: "
+            "--resume-from-checkpoint latest"
+        ) from error
 
 
 def open_session(run: Run, say: Say) -> Session:

@@ -6,6 +6,7 @@ and fp16, which would cast the LoRAs; compute is under our autocast.
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,6 +200,8 @@ def _deepspeed() -> Any:
             f"--strategy: zero2 and zero3 need DeepSpeed ({first_line(error)}). Install it: "
             "pip install 'wandistill[deepspeed]'; or use --strategy fsdp."
         ) from error
+    # Of its own calls of torch, in every pass.
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     return deepspeed
 
 

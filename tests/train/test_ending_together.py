@@ -1,0 +1,172 @@
+"""How the processes of one run end: with their launcher, with a signal, with the first that fails.
+
+Real processes, joined as a run's are, but with less to do than training.
+"""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared.errors import UserError
+from tests.train.test_distill import WANTRAIN, arguments
+from train.placement import Placement, place
+
+LAUNCH = """
+import sys
+from train.launch import Machines, launch
+sys.exit(launch([sys.executable, *sys.argv[1:]], Machines(num_processes=2)))
+"""
+# Says that it is there, and which signal it got.
+WAITS = """
+import os, signal, sys, time
+from pathlib import Path
+from train.launch import end_with_launcher
+me = Path(sys.argv[1], os.environ["RANK"])
+def told(signum, _):
+    me.with_suffix(".told").write_text(str(signum))
+    sys.exit(128 + signum)
+for number in (signal.SIGTERM, signal.SIGHUP) if "asks" in sys.argv else ():
+    signal.signal(number, told)
+end_with_launcher()
+me.write_text(str(os.getpid()))
+time.sleep(120)
+"""
+
+
+def _launched(folder: Path, program: str, *words: str) -> tuple["subprocess.Popen[str]", list[int]]:
+    """A launcher, and the numbers of its two processes once they say that they are there."""
+    (folder / "launch.py").write_text(LAUNCH)
+    (folder / "program.py").write_text(program)
+    path = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
+    launcher = subprocess.Popen(
+        [sys.executable, "launch.py", "program.py", str(folder), *words],
+        cwd=folder, env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    there = [folder / "0", folder / "1"]
+    _until(lambda: all(path.exists() and path.read_text() for path in there))
+    return launcher, [int(path.read_text()) for path in there]
+
+
+def _until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+
+
+def test_processes_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    launcher, processes = _launched(tmp_path, WAITS, "asks")
+    launcher.kill()
+    launcher.communicate()
+    _until(lambda: not any(map(_alive, processes)))
+    for rank in ("0.told", "1.told"):  # so that they save what they have
+        assert (tmp_path / rank).read_text() == str(int(signal.SIGTERM))
+
+
+def test_a_closed_terminal_reaches_all(tmp_path: Path) -> None:
+    launcher, _ = _launched(tmp_path, WAITS, "asks")
+    launcher.send_signal(signal.SIGHUP)
+    launcher.communicate(timeout=60)
+    assert launcher.returncode == 128 + signal.SIGHUP
+    for rank in ("0.told", "1.told"):
+        assert (tmp_path / rank).read_text() == str(int(signal.SIGHUP))
+
+
+def test_a_stop_while_processes_start_is_no_fault(tmp_path: Path) -> None:
+    launcher, processes = _launched(tmp_path, WAITS)
+    launcher.send_signal(signal.SIGTERM)
+    _, said = launcher.communicate(timeout=60)
+    assert (launcher.returncode, said) == (128 + signal.SIGTERM, "")
+    assert not any(map(_alive, processes))
+
+
+FAILS = """
+import os, sys
+from pathlib import Path
+import torch
+from shared.cli_support import run
+from shared.errors import UserError
+from train.ranks import joined, launched
+def first():
+    raise OSError(28, "No space left on device", "checkpoint-1")
+def work():
+    ranks = launched()
+    with joined(ranks, torch.device("cpu")):
+        Path(sys.argv[1], str(ranks.rank)).write_text(str(os.getpid()))
+        if sys.argv[2] == "first":
+            ranks.first_does(first)
+        if ranks.rank == 1:
+            raise UserError("shards: one.tar is damaged.")
+        ranks.mean([1.0])
+run(work)
+"""
+
+
+def test_what_fails_in_one_process_is_said_once(tmp_path: Path) -> None:
+    launcher, _ = _launched(tmp_path, FAILS, "second")
+    _, said = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1
+    assert "Traceback" not in said
+    assert said.count("error: shards: one.tar is damaged.") == 1
+    assert said.count("error: process 0 can't reach the others") == 1
+
+
+def test_what_fails_in_the_first_process_ends_the_others_silently(tmp_path: Path) -> None:
+    launcher, _ = _launched(tmp_path, FAILS, "first")
+    _, said = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1
+    assert said.count("Traceback") == 1 and "[rank1]" not in said
+    assert "No space left on device: 'checkpoint-1'" in said
+
+
+def test_a_full_disk_is_one_message(tiny_t2v: Path, t2v_shards: Path, tmp_path: Path) -> None:
+    """Full for files above 40 kB: the LoRA of a checkpoint, and nothing before."""
+    words = arguments(tiny_t2v, t2v_shards, tmp_path / "out", "--max-train-steps", "1")
+    ran = subprocess.run(
+        [WANTRAIN, *words, "--rank", "16"], capture_output=True, text=True, timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)),
+    )  # fmt: skip
+    assert ran.returncode == 1
+    assert "Traceback" not in ran.stderr
+    assert f"error: --output-dir: can't write to {tmp_path / 'out'} (File too large)" in ran.stderr
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def _placed(device: str, processes: int) -> Placement:
+    return place(
+        "ddp",
+        num_processes=processes,
+        num_machines=1,
+        machine_rank=0,
+        main_process_ip="127.0.0.1",
+        main_process_port=None,
+        device=device,
+    )
+
+
+def test_a_gpu_for_each_process_or_none_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    gpus = torch.cuda.device_count()
+    with pytest.raises(UserError, match=rf"--num-processes: found {gpus + 1}.*has {gpus} GPU"):
+        _placed("cuda", gpus + 1)
+    with pytest.raises(UserError, match=r"--device: found cuda:1 with 2 processes"):
+        _placed("cuda:1", 2)
+    with pytest.raises(UserError, match=r"--device: found 'qpu'"):
+        _placed("qpu", 2)
+    assert _placed("cpu", 2).to_launch
