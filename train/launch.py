@@ -128,10 +128,10 @@ def _wait(
     """
     deadline: float | None = None
     failed = 0
-    while any(process.poll() is None for process in processes):
+    while True:
         codes = [process.poll() for process in processes]
         if deadline is None and any(codes):
-            failed = next(code for code in codes if code)
+            failed = min(code for code in codes if code)  # one that was killed is the reason
             if failed < 0 and -failed not in handed_on:
                 rank = first_rank + codes.index(failed)
                 echo(
@@ -141,11 +141,9 @@ def _wait(
                     err=True,
                 )
             deadline = time.monotonic() + GRACE_AFTER_FAILURE_S
-        if deadline is not None and time.monotonic() > deadline:
+        if None not in codes or (deadline is not None and time.monotonic() > deadline):
             return _exit_code(failed)
         time.sleep(_POLL_S)
-    codes = [process.wait() for process in processes]
-    return _exit_code(failed or next((code for code in codes if code), 0))
 
 
 def _exit_code(code: int) -> int:

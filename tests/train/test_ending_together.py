@@ -45,14 +45,18 @@ def _launched(folder: Path, program: str, *words: str) -> tuple["subprocess.Pope
     """A launcher, and the numbers of its two processes once they say that they are there."""
     (folder / "launch.py").write_text(LAUNCH)
     (folder / "program.py").write_text(program)
-    path = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
     launcher = subprocess.Popen(
         [sys.executable, "launch.py", "program.py", str(folder), *words],
-        cwd=folder, env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.PIPE, text=True,
+        cwd=folder, env=_environment(), stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     there = [folder / "0", folder / "1"]
     _until(lambda: all(path.exists() and path.read_text() for path in there))
     return launcher, [int(path.read_text()) for path in there]
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": path}
 
 
 def _until(true: Callable[[], bool]) -> None:
@@ -94,6 +98,17 @@ def test_a_stop_while_processes_start_is_no_fault(tmp_path: Path) -> None:
     _, said = launcher.communicate(timeout=60)
     assert (launcher.returncode, said) == (128 + signal.SIGTERM, "")
     assert not any(map(_alive, processes))
+
+
+def test_one_that_is_killed_is_named_though_nobody_outlives_it(tmp_path: Path) -> None:
+    (tmp_path / "launch.py").write_text(LAUNCH.replace("num_processes=2", "num_processes=1"))
+    (tmp_path / "program.py").write_text("import os; os.kill(os.getpid(), 9)")
+    ran = subprocess.run(
+        [sys.executable, "launch.py", "program.py"], cwd=tmp_path, env=_environment(),
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert ran.returncode == 128 + signal.SIGKILL
+    assert "error: process 0 was killed by signal 9" in ran.stderr
 
 
 FAILS = """
