@@ -260,10 +260,10 @@ def write_cache(
 
     from preprocess.index import build_index
     from preprocess.writer import ShardWriter
-    from shared.cache import Prompt
     from shared.fingerprint import cache_mode, model_fields
     from shared.hashing import FileHasher
     from shared.model_spec import read_model_spec
+    from shared.prompts import Prompt
     from shared.schema import Sample, SampleInfo, sample_key
 
     folder.mkdir()

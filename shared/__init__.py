@@ -3,4 +3,10 @@
 The test for what may live here: would changing it make existing shards wrong or unreadable?
 """
 
+import logging
+
 __version__ = "0.1.0"
+
+# accelerate imports DeepSpeed wherever it is installed, and that tells stdout which accelerator it
+# found, between the lines (and the JSON) that are ours.
+logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "train_lean.py"
 
 
+@pytest.mark.long
 def test_all_of_it_runs() -> None:
     command = [sys.executable, str(BENCHMARK), "--quick"]
     ran = subprocess.run(command, capture_output=True, text=True)
