@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from shared.errors import UserError, first_line
@@ -94,20 +95,44 @@ class ZeroRole:
     def load(
         self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]
     ) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
+        put = self._put_cut if self.stage == 3 else self._put_whole
         for name, parameter in self.parameters.items():
-            value = weights[name].to(self.engine.device)
-            if self.stage == 2:
-                parameter.data.copy_(value)
-            safe_set_full_fp32_param(parameter, value)
+            put(parameter, None, weights[name].to(self.engine.device))
             for moment in _MOMENTS if moments else ():
-                whole = moments[f"{name}/{moment}"].to(self.engine.device)
-                safe_set_full_optimizer_state(parameter, whole, moment)
+                put(parameter, moment, moments[f"{name}/{moment}"].to(self.engine.device))
         if moments:
             (step,) = {float(v) for name, v in moments.items() if name.endswith("/step")}
             for state in self._flat_states():
                 state["step"].fill_(step)
+
+    @staticmethod
+    def _put_whole(parameter: Any, moment: str | None, value: torch.Tensor) -> None:
+        """Stage 2: a moment, or the weights (None), as forward passes and as AdamW have them."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if moment is not None:
+            safe_set_full_optimizer_state(parameter, value, moment)
+        else:
+            parameter.data.copy_(value)
+            safe_set_full_fp32_param(parameter, value)
+
+    @staticmethod
+    def _put_cut(parameter: Any, moment: str | None, value: torch.Tensor) -> None:
+        """The same in stage 3. DeepSpeed's own setters of whole values leave out what forward
+        passes gather, and can't cut what the processes don't divide."""
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        size, rank = parameter.ds_tensor.numel(), dist.get_rank()
+        flat = value.flatten()
+        padded = torch.nn.functional.pad(flat, (0, size * dist.get_world_size() - len(flat)))
+        part = padded[rank * size : (rank + 1) * size]
+        if moment is not None:
+            safe_set_local_optimizer_state(parameter, part, moment)
+            return
+        safe_set_local_fp32_param(parameter, part)
+        parameter.ds_tensor.copy_(part)
+        if parameter.numel() == value.numel():  # gathered now: small ones stay so
+            parameter.data.copy_(value)
 
     def _flat_states(self) -> list[dict[str, torch.Tensor]]:
         """Of the flat buffers that hold this role's parameters."""

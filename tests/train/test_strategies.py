@@ -128,6 +128,20 @@ def test_i2v_micro_steps_and_an_average_in_two_processes(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
+def test_three_processes_that_do_not_divide_the_weights(
+    tiny_t2v: Path, t2v_shards: Path, tmp_path: Path, strategy: str
+) -> None:
+    """Gone on from the middle."""
+    one, out = tmp_path / "one", tmp_path / "out"
+    distill(tiny_t2v, t2v_shards, one, *RUN, "--train-batch-size", "3")
+    three = ("--train-batch-size", "1", "--num-processes", "3", "--strategy", strategy)
+    typed(*command(tiny_t2v, t2v_shards, out, *three, "--max-train-steps", "3"))
+    typed(*command(tiny_t2v, t2v_shards, out, *three, "--resume-from-checkpoint", "latest"))
+    assert_like_alone(one, out)
+
+
+@pytest.mark.long
 def test_one_run_may_go_through_all_strategies(
     alone: Path, tiny_t2v: Path, t2v_shards: Path, tmp_path: Path
 ) -> None:
