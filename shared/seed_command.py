@@ -4,6 +4,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
+from difflib import get_close_matches
 from itertools import takewhile
 from typing import Annotated, Any, get_args
 
@@ -37,7 +38,19 @@ class SeedCommand(Command):
                 del rest[: len(values)]
                 again = [word for value in values for word in (flag, value)][1:]
                 joined += again if lists[flag] else [",".join(values)]
-        return list(super().parse_args(ctx, joined))
+        try:
+            return list(super().parse_args(ctx, joined))
+        except Exception as error:
+            # click's NoSuchOption, of which typer may have a copy of its own
+            if hasattr(error, "possibilities") and hasattr(error, "option_name"):
+                own = [
+                    o
+                    for param in self.params
+                    if not getattr(param, "hidden", False)
+                    for o in param.opts
+                ]
+                error.possibilities = get_close_matches(error.option_name, own)
+            raise
 
 
 def with_seed_flags(command: Callable[..., None]) -> Callable[..., None]:
