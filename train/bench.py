@@ -4,6 +4,7 @@ The loop has no code for this. torch tells of every pass of the transformer, for
 and of every optimizer step; what lies between them is what a run costs beside its passes.
 """
 
+import csv
 import gc
 import json
 import os
@@ -35,6 +36,8 @@ from shared.mirror import shard_file
 from train.data import load_prompt_bank
 from train.loop import micro_batches, train
 from train.run import Run
+from train.trackers import CSV, CSV_FILE
+from train.watch import DATA_WAIT
 
 LEAN_GOAL, RESIDENT_GOAL, LOADER_GOAL = 1.02, 1.05, 0.9
 RAW_CHUNK = 1 << 20
@@ -70,6 +73,9 @@ class Loop:
     """Where they went; `PASSES` are the transformer's."""
     by_role: Mapping[str, float]
     """Role → seconds of one update, the median."""
+    data_wait: float
+    """Of the seconds, those in which the loop waited for a batch; a part of the first of `parts`
+    that is no pass."""
     to_first_step: float
     """Seconds from the start of the process to the end of the first optimizer step."""
 
@@ -145,6 +151,7 @@ class Report:
         return [
             *(f"update   {role}: {seconds:.3f} s" for role, seconds in loop.by_role.items()),
             *(f"time     {name}: {part:.2%}" for name, part in share.items()),
+            f"time     … of it waiting for data: {loop.data_wait / loop.seconds:.2%}",
             f"memory   base {resident.base / gib:.3f} GiB, LoRAs {resident.loras / gib:.3f}, "
             f"optimizers {resident.optimizers / gib:.3f}, other tensors "
             f"{resident.others / gib:.3f}; peak {resident.peak / gib:.3f}",
@@ -194,6 +201,8 @@ def _train_watched(run: Run, console: Console, cycles: int) -> "_Watcher":
             output_dir=Path(folder),
             resume_from_checkpoint=None,
             validation_steps=None,
+            report_to=(CSV,),
+            logging_dir=None,
             checkpoints_total_limit=None,
             checkpointing_steps=cycles + 2,
         )
@@ -201,6 +210,8 @@ def _train_watched(run: Run, console: Console, cycles: int) -> "_Watcher":
         watcher = _Watcher(run)
         with watcher.watching():
             train(run, console)
+        with (config.output_dir / "logs" / CSV_FILE).open(newline="") as stream:
+            watcher.waits = [float(row[DATA_WAIT]) for row in csv.DictReader(stream)]
     return watcher
 
 
@@ -219,6 +230,8 @@ class _Watcher:
     first_step_at: float | None = None
     optimizers: dict[int, int] = field(default_factory=dict)
     """id → bytes of state."""
+    waits: list[float] = field(default_factory=list)
+    """Seconds of each update in which the loop waited for data, as the run reported them."""
     sizes: tuple[int, int, int] | None = None
     """Base, LoRAs, all tensors; taken once, before the last update."""
 
@@ -301,6 +314,7 @@ class _Watcher:
             seconds=self._seconds(warm[0][1], warm[-1][1]),
             parts=parts,
             by_role={role: statistics.median(seconds) for role, seconds in by_role.items()},
+            data_wait=sum(self.waits[self.run.cycle :]),
             to_first_step=self.first_step_at - psutil.Process().create_time(),
         )
 

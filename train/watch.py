@@ -16,6 +16,7 @@ from train.progress import TrainProgress
 from train.trackers import Tracker
 from train.watched import Numbers
 
+DATA_WAIT = "speed/data_wait_seconds"
 HISTOGRAM_EVERY = 100
 """Levels of so many samples of a role make a histogram."""
 
@@ -76,7 +77,7 @@ class Watch:
             **{f"balance/{name}": value for name, value in numbers.figures.items()},
             "speed/seconds_per_update": seconds,
             "speed/samples_per_second": update.samples / seconds,
-            "speed/data_wait_seconds": waited,
+            DATA_WAIT: waited,
             "memory/peak_gib": peak / 2**30,
         }
         if (teacher := numbers.figures.get("teacher_error")) and "critic_error" in numbers.figures:

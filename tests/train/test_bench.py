@@ -38,6 +38,8 @@ def test_it_watches_the_loop_itself(
     assert loop["updates"] == 6 and set(loop["by_role"]) == {"generator", "critic"}
     assert sum(loop["parts"].values()) == pytest.approx(loop["seconds"])
     assert all(seconds > 0 for seconds in loop["parts"].values())
+    data = loop["parts"]["before an update's first pass: data, noise"]
+    assert 0 < loop["data_wait"] < data
     passes = loop["parts"]["forward passes"] + loop["parts"]["backward passes"]
     assert found["ratios"]["over_passes"] == pytest.approx(loop["seconds"] / passes)
 
