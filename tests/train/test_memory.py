@@ -17,11 +17,11 @@ WATCH = """
 import json, os, sys, threading, time
 import psutil, torch
 from train.cli import app
-import train.loop, train.progress
+import train.progress, train.session
 
 me = psutil.Process()
 report, peak = {}, 0
-load = train.loop.load_base
+load = train.session.load_base
 step = train.progress.TrainProgress.step
 
 def measured_load(*args, **kwargs):
@@ -36,11 +36,11 @@ def measured_load(*args, **kwargs):
     threading.Thread(target=watch, daemon=True).start()
     return load(*args, **kwargs)
 
-def measured_step(*args):
+def measured_step(*args, **figures):
     report["peak"] = peak  # that of the last step remains
-    return step(*args)
+    return step(*args, **figures)
 
-train.loop.load_base = measured_load
+train.session.load_base = measured_load
 train.progress.TrainProgress.step = measured_step
 app(sys.argv[2:], standalone_mode=False)
 with open(sys.argv[1], "w") as file:
