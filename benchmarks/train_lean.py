@@ -346,6 +346,8 @@ def report(work: Path) -> None:
     print(f"{'load of the machine':<58}{os.getloadavg()[0]:8.1f}")
     for name, seconds in loop["parts"].items():
         print(f"{'lean loop, ' + name:<58}{seconds / loop['seconds']:8.2%}")
+    wait = loop["data_wait"] / loop["seconds"]
+    print(f"{'lean loop, … of it waiting for data':<58}{wait:8.2%}")
     for role, seconds in loop["by_role"].items():
         theirs = in_loop["by_role"][role]
         print(f"{'in-loop / lean, time of a ' + role + ' update':<58}{theirs / seconds:8.2f}")

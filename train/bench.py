@@ -48,12 +48,16 @@ MOST_UPDATES = 1000
 """Of one measurement, where samples are small."""
 ROUNDS = 7
 
-Kind = Literal["start", "forward", "forward end", "backward", "backward end", "step"]
+Kind = Literal[
+    "start", "look", "looked", "forward", "forward end", "backward", "backward end", "step"
+]
 # What lies between two neighbouring marks.
 _BETWEEN = {
     ("forward", "forward end"): "forward passes",
     ("backward", "backward end"): "backward passes",
     ("start", "forward"): "before an update's first pass: data, noise",
+    ("step", "look"): "before an update's first pass: data, noise",
+    ("looked", "forward"): "before an update's first pass: data, noise",
     ("step", "forward"): "before an update's first pass: data, noise",
     ("backward end", "forward"): "before an update's first pass: data, noise",
     ("forward end", "forward"): "between passes: x0, noise, guidance",
@@ -264,7 +268,9 @@ class _Watcher:
     def _before_module(self, module: nn.Module, inputs: Any) -> None:
         if isinstance(module, WanTransformer3DModel):
             if self.sizes is None and self._steps == self.run.updates - 1:
+                self._mark("look")  # which takes time that a run does not
                 self.sizes = _sizes(module)
+                self._mark("looked")
             self._mark("forward")
 
     def _after_module(self, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -303,15 +309,20 @@ class _Watcher:
         assert len(steps) == self.run.updates and self.first_step_at is not None
         warm = self.marks[steps[self.run.cycle - 1] : steps[-1] + 1]
         parts: dict[str, float] = dict.fromkeys(dict.fromkeys(_BETWEEN.values()), 0.0)
+        looking = 0.0
         for (kind, at), (following, then) in pairwise(warm):
-            parts[_BETWEEN[kind, following]] += self._seconds(at, then)
+            if kind == "look":
+                looking = self._seconds(at, then)
+            else:
+                parts[_BETWEEN[kind, following]] += self._seconds(at, then)
         by_role: dict[str, list[float]] = defaultdict(list)
         for update in range(self.run.cycle, self.run.updates):
             at, then = self.marks[steps[update - 1]][1], self.marks[steps[update]][1]
-            by_role[self.run.objective.role_of(update)].append(self._seconds(at, then))
+            seconds = self._seconds(at, then) - (looking if update == self.run.updates - 1 else 0)
+            by_role[self.run.objective.role_of(update)].append(seconds)
         return Loop(
             updates=self.run.updates - self.run.cycle,
-            seconds=self._seconds(warm[0][1], warm[-1][1]),
+            seconds=self._seconds(warm[0][1], warm[-1][1]) - looking,
             parts=parts,
             by_role={role: statistics.median(seconds) for role, seconds in by_role.items()},
             data_wait=sum(self.waits[self.run.cycle :]),

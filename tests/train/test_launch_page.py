@@ -37,7 +37,9 @@ def typed(block: str, folder: Path, model: Path, **replaced: str) -> "subprocess
         text, found = re.subn(rf"export {name}=\S+", f"export {name}={value}", text)
         assert found, name
     (folder / block).mkdir(exist_ok=True)
-    for name in ("shards", "train.py"):
+    # accelerate's DeepSpeed launcher puts this folder first on the path, as the page says.
+    others = () if "--use_deepspeed" in text else ("train.py",)
+    for name in ("shards", *others):
         if not (folder / block / name).exists():
             (folder / block / name).symlink_to((folder / name).resolve())
     environment = {
