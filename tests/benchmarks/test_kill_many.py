@@ -29,7 +29,7 @@ def kill_many(*arguments: str) -> dict[str, int]:
     [
         ("kill", "200"),
         ("enospc", "400"),
-        pytest.param("kill", "13", marks=pytest.mark.long),  # all of them: by hand
+        pytest.param("kill", "23", marks=pytest.mark.long),  # all of them: by hand
         pytest.param("enospc", "31", marks=pytest.mark.long),
     ],
 )
