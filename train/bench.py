@@ -8,9 +8,7 @@ import csv
 import gc
 import json
 import os
-import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -37,7 +35,7 @@ from train.data import load_prompt_bank
 from train.loop import micro_batches, train
 from train.run import Run
 from train.trackers import CSV, CSV_FILE
-from train.watch import DATA_WAIT
+from train.watch import DATA_WAIT, peak_memory
 
 LEAN_GOAL, RESIDENT_GOAL, LOADER_GOAL = 1.02, 1.05, 0.9
 RAW_CHUNK = 1 << 20
@@ -334,21 +332,13 @@ class _Watcher:
         assert self.sizes is not None
         base, loras, everything = self.sizes
         optimizers = sum(self.optimizers.values())
-        device = torch.device(self.run.config.device)
         return Resident(
             base=base,
             loras=loras,
             optimizers=optimizers,
             others=everything - base - loras - optimizers,
-            peak=torch.cuda.max_memory_allocated(device)
-            if device.type == "cuda"
-            else _peak_of_process(),
+            peak=peak_memory(torch.device(self.run.config.device)),
         )
-
-
-def _peak_of_process() -> int:
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
 
 
 def _sizes(transformer: nn.Module) -> tuple[int, int, int]:

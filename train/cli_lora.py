@@ -109,74 +109,19 @@ def lora(
 
     Next: wantrain sample --lora FILE --prompt TEXT
     """
-    from train.base import Base
-    from train.cli_run import carry_out
+    options = locals()  # as they were given
+
+    from train.cli_run import carry_out, shared_fields
     from train.config import FinetuneConfig
     from train.finetune import prepare_finetuning
-    from train.placement import place
-    from train.where import condition
 
     limit_shard_cache(shard_cache_gb)
     config = FinetuneConfig(
-        model=model,
-        base=Base.parse(transformer_path, base_lora),
-        init_lora=init_lora,
-        shards=tuple(shards),
-        where=tuple(map(condition, where)),
-        captions=captions,
-        output_dir=output_dir,
-        boundary_type=boundary_type,
-        train_mode=train_mode,
-        encoded_as=given_elsewhere or {},
-        seed=seed,
-        max_train_steps=max_train_steps,
-        num_train_epochs=num_train_epochs,
-        checkpointing_steps=checkpointing_steps,
-        checkpoints_total_limit=checkpoints_total_limit,
-        resume_from_checkpoint=resume_from_checkpoint,
-        save_precision=save_precision,
-        validation_steps=validation_steps,
-        report_to=tuple(report_to.replace(",", " ").split()),
-        logging_dir=logging_dir,
-        tracker_project_name=tracker_project_name,
+        **shared_fields(options),
         timestep_sampling=timestep_sampling,
         logit_mean=logit_mean,
         logit_std=logit_std,
         uniform_sampling=uniform_sampling,
-        flow_shift=flow_shift,
-        lora_skip_name=tuple(lora_skip_name.replace(",", " ").split()),
-        ema_decay=ema_decay,
-        ema_start=ema_start,
-        rank=rank,
-        network_alpha=network_alpha,
-        target_name=tuple(name for name in target_name.replace(",", " ").split()),
-        learning_rate=learning_rate,
-        lr_scheduler=lr_scheduler,
-        lr_warmup_steps=lr_warmup_steps,
-        adam_beta1=adam_beta1,
-        adam_beta2=adam_beta2,
-        adam_weight_decay=adam_weight_decay,
-        adam_epsilon=adam_epsilon,
-        max_grad_norm=max_grad_norm,
-        train_batch_size=train_batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        video_repeat=video_repeat,
-        caption_dropout=caption_dropout,
-        random_frame_crop=random_frame_crop,
-        tail=tail,
-        dataloader_num_workers=dataloader_num_workers,
-        mixed_precision=mixed_precision,
-        gradient_checkpointing=gradient_checkpointing,
-        allow_tf32=allow_tf32,
-        placement=place(
-            strategy,
-            num_processes=num_processes,
-            num_machines=num_machines,
-            machine_rank=machine_rank,
-            main_process_ip=main_process_ip,
-            main_process_port=main_process_port,
-            device=device,
-        ),
     )
     carry_out(prepare_finetuning(config), dry_run=dry_run)
 

@@ -1,17 +1,23 @@
 """What every command that trains does with its prepared run."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import fields
+from typing import Any
 
 from rich.console import Console
 
 from shared.cli_support import echo, say
+from train.base import Base
+from train.config import TrainConfig
 from train.launch import end_with_launcher, launch, own_command
 from train.loop import train
 from train.memory import estimate
+from train.placement import place
 from train.run import Run, resolved_configuration
+from train.where import condition
 
 _instead: ContextVar[Callable[[Run, Console], None] | None] = ContextVar("instead", default=None)
 
@@ -24,6 +30,33 @@ def carried_out_by(do: Callable[[Run, Console], None]) -> Iterator[None]:
         yield
     finally:
         _instead.reset(before)
+
+
+def shared_fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `TrainConfig`, from the options that commands which train have in common.
+
+    Raises UserError where one can't be read.
+    """
+    read = {
+        "base": Base.parse(options["transformer_path"], options["base_lora"]),
+        "shards": tuple(options["shards"]),
+        "where": tuple(map(condition, options["where"])),
+        "encoded_as": options["given_elsewhere"] or {},
+        "placement": place(
+            options["strategy"],
+            num_processes=options["num_processes"],
+            num_machines=options["num_machines"],
+            machine_rank=options["machine_rank"],
+            main_process_ip=options["main_process_ip"],
+            main_process_port=options["main_process_port"],
+            device=options["device"],
+        ),
+    }
+    for name in ("report_to", "target_name", "lora_skip_name"):
+        read[name] = tuple(options[name].replace(",", " ").split())
+    return {
+        one.name: options[one.name] for one in fields(TrainConfig) if one.name not in read
+    } | read
 
 
 def carry_out(run: Run, *, dry_run: bool) -> None:

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from train.ranks import Ranks
-from train.replicated import adamw, stepped
+from train.replicated import adamw, moments_of, stepped
 from train.roles import Roles
 from train.strategy import AdamSettings
 
@@ -34,11 +34,8 @@ class ShardedRole:
         return {name: _whole(parameter.detach()) for name, parameter in self.parameters.items()}
 
     def moments(self) -> dict[str, torch.Tensor]:
-        return {
-            f"{name}/{moment}": _whole(value)
-            for name, parameter in self.parameters.items()
-            for moment, value in self.optimizer.state.get(parameter, {}).items()
-        }
+        held = moments_of(self.parameters, self.optimizer)
+        return {name_and_moment: _whole(value) for name_and_moment, value in held.items()}
 
     def load(
         self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]

@@ -46,11 +46,7 @@ class WholeRole:
         return self.parameters
 
     def moments(self) -> dict[str, torch.Tensor]:
-        return {
-            f"{name}/{moment}": value
-            for name, parameter in self.parameters.items()
-            for moment, value in self.optimizer.state.get(parameter, {}).items()
-        }
+        return moments_of(self.parameters, self.optimizer)
 
     def load(
         self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]
@@ -81,6 +77,17 @@ def stepped(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm.item()
+
+
+def moments_of(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW
+) -> dict[str, torch.Tensor]:
+    """ "name/moment" → what the optimizer holds in this process."""
+    return {
+        f"{name}/{moment}": value
+        for name, parameter in parameters.items()
+        for moment, value in optimizer.state.get(parameter, {}).items()
+    }
 
 
 def adamw(parameters: Mapping[str, nn.Parameter], adam: AdamSettings) -> torch.optim.AdamW:
