@@ -117,14 +117,14 @@ def load_base(
     gradient_checkpointing: bool,
     base: Base = MODELS_OWN,
 ) -> nn.Module:
-    """The expert's transformer, frozen, on `device`: bf16 (norms, time embedding fp32) or fp32.
+    """The expert's transformer, frozen: bf16 (norms, time embedding fp32) or fp32.
 
+    It lies on the CPU: whole it need not fit on `device`, where LoRAs that are merged are computed.
     Raises UserError naming the folder when the weights are missing or damaged.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     transformer = load_weights(spec, component_of(expert), dtype=dtype, own=base.own)
     transformer.requires_grad_(False)
-    transformer.to(device)
     merge(transformer, base.merged, device)
     if gradient_checkpointing:
         transformer.enable_gradient_checkpointing()

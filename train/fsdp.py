@@ -76,7 +76,7 @@ class Sharded:
         mesh = init_device_mesh(device.type, (ranks.world_size,))
         transformer = roles.transformer
         for block in transformer.blocks:  # type: ignore[union-attr]
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=mesh)  # moves it to the device, and leaves a part of it there
         fully_shard(transformer, mesh=mesh)
         sharded = {}
         for role in rates:  # sharding has replaced the parameters

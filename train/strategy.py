@@ -15,6 +15,8 @@ from train.ranks import Ranks
 from train.roles import Roles
 
 StrategyName = Literal["single", "ddp", "zero2", "zero3", "fsdp"]
+CUTTING: tuple[StrategyName, ...] = ("zero3", "fsdp")
+"""Those by which a process holds a part of the base."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,13 @@ def spread(
     name: StrategyName, roles: Roles, rates: Mapping[str, float], adam: AdamSettings,
     *, ranks: Ranks, device: torch.device, accumulation: int, max_norm: float,
 ) -> Strategy:  # fmt: skip
-    """Spread the transformer and the LoRAs in it; this changes the transformer in place."""
+    """Spread the transformer and the LoRAs in it over the processes, each on its `device`.
+
+    This changes the transformer in place. Strategies that cut it take it from the CPU, block by
+    block, since it need not fit on a device whole.
+    """
+    if name not in CUTTING:
+        roles.transformer.to(device)
     if name in ("single", "ddp"):
         from train.replicated import Replicated
 
@@ -80,7 +88,10 @@ def spread(
     from train.zero import Zero
 
     stage: Literal[2, 3] = 2 if name == "zero2" else 3
-    return Zero.of(roles, rates, adam, stage=stage, accumulation=accumulation, max_norm=max_norm)
+    return Zero.of(
+        roles, rates, adam,
+        stage=stage, device=device, accumulation=accumulation, max_norm=max_norm,
+    )  # fmt: skip
 
 
 def parameter_bytes(transformer: nn.Module) -> int:

@@ -159,7 +159,7 @@ class Zero:
     @classmethod
     def of(
         cls, roles: Roles, rates: Mapping[str, float], adam: AdamSettings,
-        *, stage: Literal[2, 3], accumulation: int, max_norm: float,
+        *, stage: Literal[2, 3], device: torch.device, accumulation: int, max_norm: float,
     ) -> "Zero":  # fmt: skip
         """UserError where DeepSpeed is missing or its configuration file does not fit."""
         deepspeed = _deepspeed()
@@ -167,18 +167,21 @@ class Zero:
         optimizer = RoleAdamW(
             groups, betas=adam.betas, eps=adam.eps, weight_decay=adam.weight_decay
         )
+        config = {
+            "train_micro_batch_size_per_gpu": 1,  # nothing of DeepSpeed's counts samples
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": max_norm,
+            "steps_per_print": 1 << 40,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": _zero_section(stage),
+        }
+        if stage == 3:  # weight by weight, from the CPU: `initialize` would move the whole first
+            deepspeed.zero.Init(module=roles.transformer, config_dict_or_path=config)
+            for buffer in roles.transformer.buffers():
+                buffer.data = buffer.to(device)
         engine, *_ = deepspeed.initialize(
-            model=roles.transformer,
-            optimizer=optimizer,
-            config={
-                "train_micro_batch_size_per_gpu": 1,  # nothing of DeepSpeed's counts samples
-                "gradient_accumulation_steps": accumulation,
-                "gradient_clipping": max_norm,
-                "steps_per_print": 1 << 40,
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-                "zero_optimization": _zero_section(stage),
-            },
+            model=roles.transformer, optimizer=optimizer, config=config
         )
         # Made now and not by the first step, so that a checkpoint can be loaded into them.
         for flat, _ in _flat_groups(engine.optimizer, stage):
