@@ -17,6 +17,8 @@ LOCAL = "local"
 
 # Captions and messages are all that passes through it; Ray would take a third of the memory.
 _OBJECT_STORE_BYTES = 100_000_000
+# Ray gives its workers the driver's folder before all packages.
+_IN_WORKERS = {"worker_process_setup_hook": "wandistill_cli.ours_first"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,13 @@ def connected(config: EncodeConfig) -> Iterator[Cluster]:
             "include_dashboard": False,
         }
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        ray.init(
+            address,
+            runtime_env=_IN_WORKERS,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **options,
+        )
     except Exception as error:  # ConnectionError, ValueError, RuntimeError, a bare Exception …
         raise UserError(
             f"--ray-address: cannot {'start' if own else 'join'} the cluster {address} "

@@ -178,6 +178,7 @@ class _Worker:
         path = [entry for entry in sys.path if isinstance(entry, str)]
         program = (
             f"import sys; sys.path[:] = {json.dumps(path)}\n"
+            "from wandistill_cli import ours_first; ours_first()\n"
             "from preprocess.worker_process import main\n"
             f"main({theirs.fileno()}, {os.getpid()}, {PRELOAD!r})\n"
         )

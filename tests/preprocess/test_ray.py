@@ -15,6 +15,7 @@ from preprocess.writer import free_writer_lock, writer_lock
 from shared.cache import committed_shards
 from shared.errors import UserError
 from shared.interrupt import Interruption, catch_signals
+from tests.foreign_names import foreign_names
 from tests.preprocess.conftest import REPOSITORY, Cache, wanprep, wanprep_process, write_metadata
 
 pytest.importorskip("ray", reason="the ray extra is not installed")
@@ -40,9 +41,9 @@ def alone(pictures: Path, tiny_i2v: Path, tmp_path_factory: pytest.TempPathFacto
 class Run:
     """A command in a process of its own, followed as a user would."""
 
-    def __init__(self, *arguments: object, **environment: str) -> None:
+    def __init__(self, *arguments: object, cwd: Path = REPOSITORY, **environment: str) -> None:
         environment = {"RAY_ADDRESS": "", **environment}
-        self.process = wanprep_process(*arguments, cwd=REPOSITORY, **environment)
+        self.process = wanprep_process(*arguments, cwd=cwd, **environment)
         self.said = ""
 
     def actor(self, writer: int) -> int:
@@ -82,9 +83,12 @@ def _same_and_whole(output: Path, alone: Cache) -> None:
 
 
 def test_an_actor_killed_on_the_way_costs_nothing(
-    pictures: Path, tiny_i2v: Path, alone: Cache, tmp_path: Path
-) -> None:
-    run = Run(*command(tiny_i2v, pictures, tmp_path), *ON_RAY)
+    pictures: Path, tiny_i2v: Path, alone: Cache, tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
+    """From a folder where modules are called as ours: Ray puts it before all packages."""
+    cwd = foreign_names(tmp_path_factory.mktemp("place"))
+    run = Run(*command(tiny_i2v, pictures, tmp_path), *ON_RAY, cwd=cwd)
     killed = run.actor(writer=1)
     run.until(tmp_path, "h*-w001-*.tar.tmp")
     os.kill(killed, signal.SIGKILL)

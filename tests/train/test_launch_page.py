@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.foreign_names import foreign_names
 from tests.train.test_strategies import apart
 
 ROOT = Path(__file__).parents[2]
@@ -21,27 +22,24 @@ CONFIG = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nuse_c
 
 @pytest.fixture(scope="module")
 def place(tiny_i2v: Path, i2v_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder: shards in it, a train.py that is not ours, accelerate's config."""
+    """A user's folder: shards in it, accelerate's config."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "shards").symlink_to(i2v_shards)
-    (folder / "train.py").write_text("raise SystemExit('the wrong train')\n")
     (folder / "hf" / "accelerate").mkdir(parents=True)
     (folder / "hf" / "accelerate" / "default_config.yaml").write_text(CONFIG)
     return folder
 
 
 def typed(block: str, folder: Path, model: Path, **replaced: str) -> "subprocess.Popen[str]":
-    """Start a block in a shell, in an output folder of its own; values of its exports replaced."""
+    """Start a block in a shell, in a folder of its own, where modules are called as ours; values of
+    its exports replaced."""
     text = BLOCKS["setup"] + BLOCKS[block]
     for name, value in replaced.items():
         text, found = re.subn(rf"export {name}=\S+", f"export {name}={value}", text)
         assert found, name
-    (folder / block).mkdir(exist_ok=True)
-    # accelerate's DeepSpeed launcher puts this folder first on the path, as the page says.
-    others = () if "--use_deepspeed" in text else ("train.py",)
-    for name in ("shards", *others):
-        if not (folder / block / name).exists():
-            (folder / block / name).symlink_to((folder / name).resolve())
+    if not (folder / block).exists():
+        foreign_names(folder / block)
+        (folder / block / "shards").symlink_to((folder / "shards").resolve())
     environment = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": os.environ.get("PYTHONPATH", ""),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.foreign_names import foreign_names
 from tests.train.test_distill import distill, losses
 
 STRATEGIES = ("ddp", "fsdp", "zero2", "zero3")
@@ -158,8 +159,8 @@ def test_one_run_may_go_through_all_strategies(
 def test_accelerate_launches_it_too(
     alone: Path, tiny_t2v: Path, t2v_shards: Path, tmp_path: Path
 ) -> None:
-    """From a folder that holds a train.py, which must not be imported."""
-    (tmp_path / "train.py").write_text("raise SystemExit('the wrong train')\n")
+    """From a folder where modules are called as ours."""
+    foreign_names(tmp_path)
     out = tmp_path / "out"
     accelerate = str(Path(sys.executable).with_name("accelerate"))
     typed(
