@@ -228,9 +228,9 @@ def _validate(
             session.say(line)
     alone = run.ranks.world_size == 1
     average: AbstractContextManager[None] = nullcontext()
-    if state.ema is not None and alone:
-        product = session.roles.parameters(run.objective.product)
-        average = weights_in_place(product, state.ema.weights)
+    if run.config.ema_decay:
+        averaged = run.ranks.from_first(state.ema.weights if state.ema else {})
+        average = weights_in_place(state.roles[run.objective.product], averaged, run.ranks)
 
     def stopped() -> bool:
         return alone and signals.signum is not None

@@ -32,7 +32,9 @@ from train.dataset import Dataset
 from train.latent_files import LatentClip, latent_bytes
 from train.media_out import contact_sheet
 from train.objective import Objective
+from train.ranks import Ranks
 from train.roles import Roles
+from train.strategy import TrainedRole
 from train.trackers import SampledClip, Tracker
 
 FOLDER = "validation"
@@ -154,19 +156,21 @@ def preview(latents: torch.Tensor, rgb: LatentRgb) -> Clip:
 
 @contextmanager
 def weights_in_place(
-    parameters: Mapping[str, torch.nn.Parameter], weights: Mapping[str, torch.Tensor]
+    role: TrainedRole, weights: Mapping[str, torch.Tensor], ranks: Ranks
 ) -> Iterator[None]:
-    """While the block runs, the parameters have these values; then their own again, to the bit."""
-    own = {name: value.detach().clone() for name, value in parameters.items()}
+    """While the block runs, the role has these values; then its own again, to the bit.
+
+    All processes enter it together.
+    """
+    own = {name: value.detach().clone() for name, value in role.weights().items()}
+    role.load(weights, {})
     try:
-        with torch.no_grad():
-            for name, value in parameters.items():
-                value.copy_(weights[name])
         yield
-    finally:
-        with torch.no_grad():
-            for name, value in parameters.items():
-                value.copy_(own[name])
+    except BaseException:
+        if ranks.world_size == 1:  # of several, one that failed would wait for the others
+            role.load(own, {})
+        raise
+    role.load(own, {})
 
 
 def prepare_validation(

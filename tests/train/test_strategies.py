@@ -117,8 +117,12 @@ def test_two_processes_give_the_numbers_of_one(
 def test_i2v_micro_steps_and_an_average_in_two_processes(
     tiny_i2v: Path, i2v_shards: Path, tmp_path: Path, strategy: str
 ) -> None:
-    """The same with two micro-steps an update, without checkpointing, gone on from the middle."""
-    average = ("--ema-decay", "0.5", "--ema-start", "1", "--no-gradient-checkpointing")
+    """The same with two micro-steps an update, without checkpointing, gone on from the middle; and
+    validation clips of the average on the way."""
+    average = (
+        "--ema-decay", "0.5", "--ema-start", "1", "--no-gradient-checkpointing",
+        "--validation-steps", "2",
+    )  # fmt: skip
     micro_steps = (*average, "--gradient-accumulation-steps", "2")
     one, out = tmp_path / "one", tmp_path / "out"
     distill(tiny_i2v, i2v_shards, one, *RUN, *micro_steps, "--train-batch-size", "2")
@@ -126,6 +130,10 @@ def test_i2v_micro_steps_and_an_average_in_two_processes(
     typed(*command(tiny_i2v, i2v_shards, out, *two, "--max-train-steps", "3"))
     typed(*command(tiny_i2v, i2v_shards, out, *two, "--resume-from-checkpoint", "latest"))
     assert_like_alone(one, out)
+    clips = sorted(path.relative_to(one) for path in one.glob("validation/*/*.safetensors"))
+    assert {path.parent.name for path in clips} == {"step-0", "step-2", "step-4"}
+    for clip in clips:
+        assert apart(load_file(one / clip), load_file(out / clip)) <= 1e-4, clip
 
 
 @pytest.mark.long
