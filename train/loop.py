@@ -121,12 +121,12 @@ def _walk(
                     batch = next(batches)
                 steps.append(_backward(session, role, batch.to(device), negative))
                 keys += batch.keys
-            numbers = together(steps)
-            figures = numbers.figures
-            loss, stopping, *means = ranks.mean(
-                (numbers.loss, signals.signum or 0, *figures.values())
+            everyone = ranks.gathered((together(steps), signals.signum or 0))
+            stopping = any(signum for _, signum in everyone)
+            numbers = together(
+                [replace(of_one, loss=of_one.loss / len(everyone)) for of_one, _ in everyone]
             )
-            numbers = replace(numbers, loss=loss, figures=dict(zip(figures, means, strict=True)))
+            loss = numbers.loss
 
             # The optimizer step
             peak = objective.learning_rates[role]

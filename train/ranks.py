@@ -1,7 +1,7 @@
 """The processes of a run: which one this is, and the few things that all of them do together."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,14 +33,6 @@ class Ranks:
     def first(self) -> bool:
         """Whether this process is the one that writes and speaks."""
         return self.rank == 0
-
-    def mean(self, values: Sequence[float]) -> list[float]:
-        """Mean of each value over all processes. Every process gets the same."""
-        if self.world_size == 1:
-            return list(values)
-        together = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(together)
-        return [float(value) / self.world_size for value in together]
 
     def from_first(self, value: T) -> T:
         """What the first process has, in every process; the others' own is not looked at."""

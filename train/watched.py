@@ -46,7 +46,7 @@ class Numbers:
 
 
 def together(steps: list[Numbers]) -> Numbers:
-    """The micro-steps of one update: losses added up (each is its share), figures averaged."""
+    """All parts of one update: losses added up (each is its share), figures averaged."""
     names = steps[0].figures
     return Numbers(
         loss=sum(step.loss for step in steps),

@@ -41,8 +41,8 @@ def distill(model: Path, shards: Path, out: Path, *more: str) -> Path:
     return out
 
 
-def losses(out: Path) -> dict[str, list[tuple[int, float]]]:
-    """TensorBoard's loss curves; of a step written twice, the last counts.
+def losses(out: Path, name: str = "loss") -> dict[str, list[tuple[int, float]]]:
+    """TensorBoard's loss curves, or others; of a step written twice, the last counts.
 
     File by file: of several that one second brought forth, a folder's reader drops some.
     """
@@ -51,8 +51,8 @@ def losses(out: Path) -> dict[str, list[tuple[int, float]]]:
         events = EventAccumulator(str(file))
         events.Reload()
         for role, curve in curves.items():
-            if f"loss/{role}" in events.Tags()["scalars"]:
-                curve.update({e.step: e.value for e in events.Scalars(f"loss/{role}")})
+            if f"{name}/{role}" in events.Tags()["scalars"]:
+                curve.update({e.step: e.value for e in events.Scalars(f"{name}/{role}")})
     return {role: sorted(curve.items()) for role, curve in curves.items()}
 
 

@@ -128,7 +128,7 @@ def work():
             ranks.first_does(first)
         if ranks.rank == 1:
             raise UserError("shards: one.tar is damaged.")
-        ranks.mean([1.0])
+        ranks.gathered(1.0)
 run(work)
 """
 

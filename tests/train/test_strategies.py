@@ -72,12 +72,13 @@ def alone(tiny_t2v: Path, t2v_shards: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def assert_like_alone(alone: Path, out: Path) -> None:
-    expected, found = losses(alone), losses(out)
-    assert expected.keys() == found.keys()
-    for role, curve in expected.items():
-        assert [step for step, _ in curve] == [step for step, _ in found[role]]
-        for (_, one), (_, other) in zip(curve, found[role], strict=True):
-            assert other == pytest.approx(one, rel=1e-5)
+    for name in ("loss", "score_sigma"):  # of the samples of all processes
+        expected, found = losses(alone, name), losses(out, name)
+        assert expected.keys() == found.keys()
+        for role, curve in expected.items():
+            assert [step for step, _ in curve] == [step for step, _ in found[role]]
+            for (_, one), (_, other) in zip(curve, found[role], strict=True):
+                assert other == pytest.approx(one, rel=1e-5)
     assert apart(lora_of(alone), lora_of(out)) <= 1e-4
     for form in ("diffusers", "comfyui", "kohya"):
         name = f"lora-low-{form}.safetensors"
