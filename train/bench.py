@@ -31,6 +31,7 @@ from torch.nn.modules.module import (
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from shared.mirror import shard_file
+from train import flops
 from train.data import load_prompt_bank
 from train.loop import micro_batches, train
 from train.run import Run
@@ -99,6 +100,8 @@ class Resident:
     """Batches that were read ahead, embeddings, and whatever else a process holds."""
     peak: int
     """Most bytes of the GPU's memory, or of this process."""
+    reserved: int | None
+    """Most bytes that torch had taken of the GPU, what it kept for reuse included; None: no GPU."""
 
     @property
     def over_needed(self) -> float:
@@ -108,6 +111,35 @@ class Resident:
     @property
     def total(self) -> int:
         return self.base + self.loras + self.optimizers + self.others
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Model FLOPs of the measured updates (`train.flops`), and how fast they were done."""
+
+    by_role: Mapping[str, float]
+    """Role → FLOPs of one update, the mean: how many passes it has is drawn."""
+    in_passes: float
+    """FLOP/s inside the transformer's passes."""
+    overall: float
+    """FLOP/s of the whole loop."""
+    peak: float | None
+    """FLOP/s of the card in dense bf16; None where it is not known."""
+
+    @property
+    def utilisation(self) -> float | None:
+        """MFU: of the whole loop."""
+        return None if self.peak is None else self.overall / self.peak
+
+    def lines(self) -> list[str]:
+        """For people."""
+        tera, peak = 1e12, self.peak
+        of_peak = f", of {peak / tera:.1f} (MFU {self.utilisation:.1%})" if peak else ""
+        return [
+            *(f"work     {role}: {each / tera:.4g} TFLOP" for role, each in self.by_role.items()),
+            f"work     {self.in_passes / tera:.4g} TFLOP/s inside the passes, "
+            f"{self.overall / tera:.4g} of the whole loop{of_peak}",
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +161,7 @@ class Report:
     load: float
     """What else the machine did: its load average before."""
     loop: Loop | None
+    work: Work | None
     resident: Resident | None
     """None where the loader alone was measured."""
     loader: Loader
@@ -146,17 +179,20 @@ class Report:
         ]
 
     def _loop_lines(self) -> list[str]:
-        if (loop := self.loop) is None or (resident := self.resident) is None:
+        loop, resident, work = self.loop, self.resident, self.work
+        if loop is None or resident is None or work is None:
             return []
         share = {name: seconds / loop.seconds for name, seconds in loop.parts.items()}
         gib = 2**30
+        reserved = f", {resident.reserved / gib:.3f} reserved" if resident.reserved else ""
         return [
             *(f"update   {role}: {seconds:.3f} s" for role, seconds in loop.by_role.items()),
             *(f"time     {name}: {part:.2%}" for name, part in share.items()),
             f"time     … of it waiting for data: {loop.data_wait / loop.seconds:.2%}",
             f"memory   base {resident.base / gib:.3f} GiB, LoRAs {resident.loras / gib:.3f}, "
             f"optimizers {resident.optimizers / gib:.3f}, other tensors "
-            f"{resident.others / gib:.3f}; peak {resident.peak / gib:.3f}",
+            f"{resident.others / gib:.3f}; peak {resident.peak / gib:.3f}{reserved}",
+            *work.lines(),
             f"start    {loop.to_first_step:.1f} s from process to the end of the first step",
             f"step time / passes alone: {loop.over_passes:.4f} "
             f"({verdict(loop.over_passes <= LEAN_GOAL, f'≤ {LEAN_GOAL}')})",
@@ -170,6 +206,7 @@ class Report:
             "over_passes": self.loop and self.loop.over_passes,
             "over_needed": self.resident and self.resident.over_needed,
             "loader": self.loader.ratio,
+            "utilisation": self.work and self.work.utilisation,
         }
         return json.dumps({**asdict(self), "ratios": ratios}, indent=2)
 
@@ -187,12 +224,30 @@ def measure(run: Run, console: Console, *, cycles: int) -> Report:
     """
     load = os.getloadavg()[0]
     watcher = _train_watched(run, console, cycles) if cycles else None
+    loop = None if watcher is None else watcher.loop()
     return Report(
         device=_device_name(torch.device(run.config.device)),
         load=load,
-        loop=None if watcher is None else watcher.loop(),
+        loop=loop,
+        work=None if watcher is None or loop is None else _work(watcher.run, loop),
         resident=None if watcher is None else watcher.resident(),
         loader=measure_loader(run),
+    )
+
+
+def _work(run: Run, loop: Loop) -> Work:
+    bank = load_prompt_bank(run.data.first)
+    measured = range(run.cycle, run.updates)
+    counted = flops.count(run, micro_batches(run, bank), bank, measured)
+    by_role: dict[str, list[int]] = defaultdict(list)
+    for update, of_update in counted.items():
+        by_role[run.objective.role_of(update)].append(of_update)
+    everything = sum(counted.values())
+    return Work(
+        by_role={role: statistics.mean(each) for role, each in by_role.items()},
+        in_passes=everything / sum(loop.parts[name] for name in PASSES),
+        overall=everything / loop.seconds,
+        peak=flops.bf16_peak(_device_name(torch.device(run.config.device))),
     )
 
 
@@ -280,6 +335,8 @@ class _Watcher:
             velocity.register_hook(self._before_backward)
 
     def _before_backward(self, gradient: torch.Tensor) -> None:
+        if self.marks[-1][0] == "backward":
+            return  # a loss of two passes: one backward pass goes through both
         self._mark("backward")
         engine: Any = torch.autograd.Variable._execution_engine
         engine.queue_callback(lambda: self._mark("backward end"))
@@ -332,12 +389,15 @@ class _Watcher:
         assert self.sizes is not None
         base, loras, everything = self.sizes
         optimizers = sum(self.optimizers.values())
+        device = torch.device(self.run.config.device)
+        on_gpu = device.type == "cuda"
         return Resident(
             base=base,
             loras=loras,
             optimizers=optimizers,
             others=everything - base - loras - optimizers,
-            peak=peak_memory(torch.device(self.run.config.device)),
+            peak=peak_memory(device),
+            reserved=torch.cuda.max_memory_reserved(device) if on_gpu else None,
         )
 
 

@@ -28,7 +28,7 @@ def bench(
 ) -> None:
     """Measure how lean a run is on this machine.
 
-    Says what the loop costs beside the passes of the transformer, what lies in memory, and how fast the shards are read. Takes every option of `wantrain distill`; runs its loop for a few updates in a temporary folder, which is thrown away.
+    Says what the loop costs beside the passes of the transformer, how many FLOPs an update has and how fast they are done, what lies in memory, and how fast the shards are read. Takes every option of `wantrain distill`; runs its loop for a few updates in a temporary folder, which is thrown away.
 
     Next: wantrain distill, with the same options
     """

@@ -4,7 +4,8 @@ The known trainers of Wan hold a model per role; here a role is which adapter th
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -107,7 +108,7 @@ class Roles:
         inputs = x_t if condition is None else torch.cat([x_t, condition], dim=1)
         # Autocast is entered per pass, not around the step: its cache of cast weights would hand
         # copies made under no_grad to the pass that needs gradients, and the LoRA would get none.
-        with torch.autocast(x_t.device.type, self._dtype, enabled=self._dtype != torch.float32):
+        with self._autocast(x_t.device):
             velocity: torch.Tensor = self.transformer(
                 hidden_states=inputs.to(self._dtype),
                 timestep=timestep,
@@ -116,3 +117,7 @@ class Roles:
                 return_dict=False,
             )[0]
         return velocity.float()
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        fp32 = self._dtype == torch.float32
+        return nullcontext() if fp32 else torch.autocast(device.type, self._dtype)

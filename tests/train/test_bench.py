@@ -43,6 +43,13 @@ def test_it_watches_the_loop_itself(
     passes = loop["parts"]["forward passes"] + loop["parts"]["backward passes"]
     assert found["ratios"]["over_passes"] == pytest.approx(loop["seconds"] / passes)
 
+    work = found["work"]
+    assert set(work["by_role"]) == {"generator", "critic"}
+    assert work["peak"] is None and found["ratios"]["utilisation"] is None  # a CPU's is not known
+    done = 4 * work["by_role"]["critic"] + 2 * work["by_role"]["generator"]
+    assert work["in_passes"] == pytest.approx(done / passes)
+    assert work["overall"] == pytest.approx(done / loop["seconds"])
+
     weights = load_file(tiny_t2v / "transformer_2" / "diffusion_pytorch_model.safetensors")
     assert resident["base"] == sum(4 * tensor.numel() for tensor in weights.values())
     # Of rank 4, for q, k, v of both attentions (32 to 32) and both layers of the ffn (48 wide).
@@ -50,9 +57,13 @@ def test_it_watches_the_loop_itself(
     steps = resident["optimizers"] - 2 * resident["loras"]
     assert steps == 2 * 2 * 8 * 2 * 4  # one fp32 counter for each matrix
     assert 0 < resident["others"] < 30e6 and resident["peak"] > 1e8
+    assert resident["reserved"] is None  # there is no GPU
 
     said = capsys.readouterr().out
-    for line in ("step time / passes alone: ", "resident / one base", "loader / sequential read: "):
+    for line in (
+        "step time / passes alone: ", "resident / one base", "loader / sequential read: ",
+        "TFLOP/s inside the passes", "work     critic: ",
+    ):  # fmt: skip
         assert line in said
 
 
@@ -70,3 +81,11 @@ def test_a_dry_run_measures_nothing(
 ) -> None:
     bench(tiny_t2v, t2v_shards, "--dry-run")
     assert "loader" not in capsys.readouterr().out.replace("dataloader", "")
+
+
+def test_two_passes_before_one_backward(tiny_t2v: Path, t2v_shards: Path, tmp_path: Path) -> None:
+    """Flow matching beside DMD: the generator's loss has a graph through two passes."""
+    more = ("--fm-loss-weight", "0.5", "--json", str(tmp_path / "found.json"))
+    bench(tiny_t2v, t2v_shards, *more)
+    loop = json.loads((tmp_path / "found.json").read_text())["loop"]
+    assert sum(loop["parts"].values()) == pytest.approx(loop["seconds"])
