@@ -41,7 +41,7 @@ CLIP_DIM, UMT5_DIM = 1280, 4096
 
 # The published configs of the two VAEs, which have no config file in this layout. What a smaller
 # VAE has otherwise (base_dim, decoder_base_dim) comes from the weights.
-_WAN_21_VAE: dict[str, Any] = {
+WAN_21_VAE: dict[str, Any] = {
     "_class_name": "AutoencoderKLWan",
     "base_dim": 96,
     "z_dim": 16,
@@ -59,8 +59,8 @@ _WAN_21_VAE: dict[str, Any] = {
         3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
     ],
 }  # fmt: skip
-_WAN_22_VAE: dict[str, Any] = {
-    **_WAN_21_VAE,
+WAN_22_VAE: dict[str, Any] = {
+    **WAN_21_VAE,
     "base_dim": 160,
     "decoder_base_dim": 256,
     "z_dim": 48,
@@ -88,7 +88,7 @@ _WAN_22_VAE: dict[str, Any] = {
     ],
 }  # fmt: skip
 # Latent channels of the transformer → file and config of its VAE.
-_VAES = {16: ("Wan2.1_VAE.pth", _WAN_21_VAE), 48: ("Wan2.2_VAE.pth", _WAN_22_VAE)}
+_VAES = {16: ("Wan2.1_VAE.pth", WAN_21_VAE), 48: ("Wan2.2_VAE.pth", WAN_22_VAE)}
 
 
 def is_original(folder: Path) -> bool:
