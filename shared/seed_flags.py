@@ -75,16 +75,12 @@ SEED_FLAGS: tuple[SeedFlag, ...] = (
     *_owned((TRAIN,), "denoising_step_indices_list", values="+"),
     *_owned(
         (TRAIN,), "gradient_checkpointing", "allow_tf32", "uniform_sampling", "random_frame_crop",
-        values=0,
+        "low_vram", values=0,
     ),
 
     # Asks for what is so here anyway, or for nothing
     *_moot("what it says stands in the model's own config files", "config_path"),
     *_moot("the LoRA is peft's, always", "use_peft_lora", values=0),
-    *_moot(
-        "what it moves to the CPU there (VAE, text encoder, two more transformers) is not in this "
-        "process at all; it has no effect beyond that yet", "low_vram", values=0,
-    ),
     *_moot("no text encoder runs in training", "enable_text_encoder_in_dataloader", values=0),
     *_moot("no VAE runs in training, whose time it hides", "multi_stream", values=0),
     *_moot("a checkpoint holds the whole state, always", "save_state", values=0),

@@ -35,6 +35,7 @@ from train import flops
 from train.data import load_prompt_bank
 from train.loop import micro_batches, train
 from train.run import Run
+from train.streaming import streamed_blocks
 from train.trackers import CSV, CSV_FILE
 from train.watch import DATA_WAIT, peak_memory
 
@@ -94,6 +95,8 @@ class Resident:
 
     base: int
     """Weights without LoRAs."""
+    streamed: int
+    """Those of them that live in CPU memory, by --low-vram or --blocks-to-swap."""
     loras: int
     optimizers: int
     others: int
@@ -185,11 +188,12 @@ class Report:
         share = {name: seconds / loop.seconds for name, seconds in loop.parts.items()}
         gib = 2**30
         reserved = f", {resident.reserved / gib:.3f} reserved" if resident.reserved else ""
+        cpu = f" ({resident.streamed / gib:.3f} in CPU memory)" if resident.streamed else ""
         return [
             *(f"update   {role}: {seconds:.3f} s" for role, seconds in loop.by_role.items()),
             *(f"time     {name}: {part:.2%}" for name, part in share.items()),
             f"time     … of it waiting for data: {loop.data_wait / loop.seconds:.2%}",
-            f"memory   base {resident.base / gib:.3f} GiB, LoRAs {resident.loras / gib:.3f}, "
+            f"memory   base {resident.base / gib:.3f} GiB{cpu}, LoRAs {resident.loras / gib:.3f}, "
             f"optimizers {resident.optimizers / gib:.3f}, other tensors "
             f"{resident.others / gib:.3f}; peak {resident.peak / gib:.3f}{reserved}",
             *work.lines(),
@@ -289,8 +293,8 @@ class _Watcher:
     """id → bytes of state."""
     waits: list[float] = field(default_factory=list)
     """Seconds of each update in which the loop waited for data, as the run reported them."""
-    sizes: tuple[int, int, int] | None = None
-    """Base, LoRAs, all tensors; taken once, before the last update."""
+    sizes: tuple[int, int, int, int] | None = None
+    """Base, what of it is streamed, LoRAs, all tensors; taken once, before the last update."""
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -387,12 +391,13 @@ class _Watcher:
     def resident(self) -> Resident:
         """The tensors before the last update."""
         assert self.sizes is not None
-        base, loras, everything = self.sizes
+        base, streamed, loras, everything = self.sizes
         optimizers = sum(self.optimizers.values())
         device = torch.device(self.run.config.device)
         on_gpu = device.type == "cuda"
         return Resident(
             base=base,
+            streamed=streamed,
             loras=loras,
             optimizers=optimizers,
             others=everything - base - loras - optimizers,
@@ -401,17 +406,20 @@ class _Watcher:
         )
 
 
-def _sizes(transformer: nn.Module) -> tuple[int, int, int]:
-    """Bytes of base, LoRAs, and of the memory of all tensors that the process holds."""
-    parameters = list(transformer.parameters())
-    base = sum(p.nbytes for p in parameters if not p.requires_grad)
+def _sizes(transformer: nn.Module) -> tuple[int, int, int, int]:
+    """Bytes of base, of what is streamed of it, of LoRAs, and of the memory of all tensors that the
+    process holds."""
+    blocks = streamed_blocks(transformer)
+    streamed = 0 if blocks is None else blocks.home_bytes
+    parameters = [p for p in transformer.parameters() if blocks is None or p not in blocks]
+    base = streamed + sum(p.nbytes for p in parameters if not p.requires_grad)
     loras = sum(p.nbytes for p in parameters if p.requires_grad)
     places: dict[int, int] = {}
     for thing in gc.get_objects():
         if issubclass(type(thing), torch.Tensor):
             storage = thing.untyped_storage()
             places[storage.data_ptr()] = storage.nbytes()
-    return base, loras, sum(places.values())
+    return base, streamed, loras, sum(places.values())
 
 
 def measure_loader(run: Run) -> Loader:

@@ -92,6 +92,9 @@ def lora(
 
     mixed_precision: option.MixedPrecision = "bf16",
     gradient_checkpointing: option.GradientCheckpointing = True,
+    low_vram: option.LowVram = False,
+    blocks_to_swap: option.BlocksToSwap = None,
+    activation_offloading: option.ActivationOffloading = False,
     allow_tf32: option.AllowTf32 = False,
     device: option.Device = "auto",
 

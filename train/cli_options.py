@@ -77,6 +77,9 @@ DataloaderNumWorkers = Annotated[int, typer.Option(metavar="N", help="Threads th
 
 MixedPrecision = Annotated[Literal["bf16", "no"], typer.Option(help="Base and compute in bf16 (LoRA stays fp32), or all in fp32.", rich_help_panel=DEVICE)]
 GradientCheckpointing = Annotated[bool, typer.Option(help="Compute blocks again in the backward pass: far less memory, a third more time.", show_default="on", rich_help_panel=DEVICE)]
+LowVram = Annotated[bool, typer.Option("--low-vram", help="Keep the base's blocks in CPU memory; each is copied to the GPU while the one before it works. Slower where clips are small.", show_default="off", rich_help_panel=DEVICE)]
+BlocksToSwap = Annotated[int | None, typer.Option(metavar="N", help="The same for N of the blocks, spread evenly; the others stay on the GPU.", show_default="none; with --low-vram all", rich_help_panel=DEVICE)]
+ActivationOffloading = Annotated[bool, typer.Option("--activation-offloading", help="Keep what gradient checkpointing keeps, each block's input, in CPU memory.", show_default="off", rich_help_panel=DEVICE)]
 AllowTf32 = Annotated[bool, typer.Option("--allow-tf32", help="Let a GPU multiply fp32 matrices in TF32: faster, and rounded to 10 bits.", show_default="off", rich_help_panel=DEVICE)]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=DEVICE)]
 

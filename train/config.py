@@ -16,6 +16,8 @@ from train.folders import WeightedFolder
 from train.learning_rate import LEAST_POLYNOMIAL_RATE, LrScheduler
 from train.placement import Placement
 from train.plan import Tail
+from train.strategy import CUTTING
+from train.streaming import BUFFERS, swapped_blocks
 from train.trackers import chosen
 from train.where import Condition
 
@@ -101,6 +103,13 @@ class TrainConfig:
     dataloader_num_workers: int
     mixed_precision: Precision
     gradient_checkpointing: bool
+    low_vram: bool
+    """All blocks of the base live in CPU memory, or as many as `blocks_to_swap` says; not where the
+    strategy cuts the base, which VideoX-Fun's shell blocks ask for together with this."""
+    blocks_to_swap: int | None
+    """So many do, also without `low_vram`."""
+    activation_offloading: bool
+    """What checkpointing keeps waits in CPU memory."""
     allow_tf32: bool
     placement: Placement
 
@@ -143,6 +152,11 @@ class TrainConfig:
         )
         for name in from_zero:
             check_option(name, getattr(self, name), 0 <= (getattr(self, name) or 0) < inf, FROM_0)
+        swapped = self.blocks_to_swap
+        enough = swapped is None or swapped > BUFFERS
+        expected = f"{BUFFERS + 1} or more: {BUFFERS} of them are on the device at any time"
+        check_option("blocks_to_swap", swapped, enough, expected)
+        self._check_offloading()
         chosen(self.report_to)
         dropout = self.caption_dropout
         check_option("caption_dropout", dropout, 0 <= dropout <= 1, "a share in [0, 1]")
@@ -152,6 +166,39 @@ class TrainConfig:
             least = LEAST_POLYNOMIAL_RATE
             expected = f"more than {least:g}, where --lr-scheduler polynomial ends"
             check_option(name, rate, rate > least, expected)
+
+    def _check_offloading(self) -> None:
+        strategy = self.placement.strategy
+        if self.blocks_to_swap is not None and strategy in CUTTING:
+            raise UserError(
+                f"--blocks-to-swap: found with --strategy {strategy}, which cuts the base among "
+                "the processes already. Use --strategy ddp or zero2, or leave it out; with zero3, "
+                "offload_param in a DeepSpeed file keeps the base in CPU memory, too."
+            )
+        streaming = "--low-vram" if self.low_vram else "--blocks-to-swap"
+        for option, given in (
+            (streaming, self._streaming),
+            ("--activation-offloading", self.activation_offloading),
+        ):
+            if given and not self.gradient_checkpointing:
+                raise UserError(
+                    f"{option}: found with --no-gradient-checkpointing, by which the backward pass "
+                    "needs all of every block at once. Leave out one of the two."
+                )
+
+    @property
+    def _streaming(self) -> bool:
+        wanted = self.low_vram or self.blocks_to_swap is not None
+        return wanted and self.placement.strategy not in CUTTING
+
+    def streamed(self, layers: int) -> list[int]:
+        """Which of the transformer's blocks live in CPU memory. UserError if there are fewer."""
+        if not self._streaming:
+            return []
+        number = self.blocks_to_swap
+        fine = number is None or number <= layers
+        check_option("blocks_to_swap", number, fine, f"at most {layers}, which this model has")
+        return swapped_blocks(layers, number)
 
     @property
     def update_batch(self) -> int:

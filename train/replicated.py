@@ -14,7 +14,7 @@ from torch import nn
 
 from train.ranks import Ranks
 from train.roles import Roles
-from train.strategy import AdamSettings, parameter_bytes
+from train.strategy import AdamSettings, device_bytes
 
 
 @dataclass(frozen=True)
@@ -117,4 +117,4 @@ class Replicated:
         loss.backward()
 
     def held_bytes(self) -> int:
-        return parameter_bytes(self.transformer)
+        return device_bytes(self.transformer)

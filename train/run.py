@@ -35,6 +35,7 @@ from train.objective import Objective
 from train.plan import BatchPlan
 from train.provenance import Provenance
 from train.ranks import Ranks
+from train.strategy import CUTTING
 from train.tail_log import TAIL_LOG
 from train.warm_start import check_init
 
@@ -98,6 +99,7 @@ class Run:
         if plan.tail_samples:
             tail += f" to fill batches: their keys go to {config.output_dir / TAIL_LOG}"
         expert = self.objective.expert
+        strategy = config.placement.strategy
         return [
             f"model    {self.spec.folder} ({self.spec.mode}), expert {expert} "
             f"({component_of(expert)})",
@@ -110,6 +112,11 @@ class Run:
             *self.data.describe(),
             *(line for part in self.data.parts for line in described(part.index.folder)),
             *self.objective.describe(),
+            *(
+                [f"stream   --low-vram does nothing more: {strategy} cuts the base already"]
+                if config.low_vram and strategy in CUTTING
+                else []
+            ),
             f"length   {until}: {self.objective.describe_length(self.product_updates)} "
             f"({epochs:.1f} epochs){ema}",
         ]

@@ -10,6 +10,7 @@ import torch
 
 from shared.errors import UserError
 from shared.schema import DTYPES
+from train.activation_offloading import ActivationOffloading
 from train.base import base_digest, component_of, load_base
 from train.checkpoint import (
     Files,
@@ -34,6 +35,7 @@ from train.rate_guard import Weights, warn_of_file, warn_of_rate
 from train.roles import Roles
 from train.run import Run, run_identity
 from train.strategy import AdamSettings, Strategy, parameter_bytes, spread
+from train.streaming import streamed_blocks
 from train.warm_start import start_from
 
 Say = Callable[[str], None]
@@ -153,6 +155,7 @@ def open_session(run: Run, say: Say) -> Session:
         if warning := warn_of_rate(name, option, roles.parameters(name), rate):
             say(f"warning  {warning}")
     whole_bytes = parameter_bytes(transformer)
+    streamed = config.streamed(len(transformer.blocks))  # type: ignore[arg-type]
     adam = AdamSettings(
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
@@ -165,9 +168,18 @@ def open_session(run: Run, say: Say) -> Session:
         adam,
         ranks=ranks,
         device=device,
+        streamed=streamed,
         accumulation=config.gradient_accumulation_steps,
         max_norm=config.max_grad_norm,
     )
+    if (blocks := streamed_blocks(transformer)) is not None:
+        say(
+            f"stream   {len(streamed)} blocks of {blocks.home_bytes / 1e6:.3f} MB in CPU memory; "
+            f"on the device {blocks.buffer_bytes / 1e6:.3f} MB for those that work"
+        )
+    if config.activation_offloading:
+        offloading = ActivationOffloading(device)
+        transformer.enable_gradient_checkpointing(offloading.checkpoint)  # type: ignore[operator]
     if ranks.world_size > 1:
         held = strategy.held_bytes()
         say(

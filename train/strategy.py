@@ -4,7 +4,7 @@ A strategy owns all that depends on it; what is learned does not. Weights and op
 it whole and under global names, so that files are the same whichever made them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from train.ranks import Ranks
 from train.roles import Roles
+from train.streaming import stream_blocks, streamed_blocks
 
 StrategyName = Literal["single", "ddp", "zero2", "zero3", "fsdp"]
 CUTTING: tuple[StrategyName, ...] = ("zero3", "fsdp")
@@ -68,13 +69,18 @@ class Strategy(Protocol):
 
 def spread(
     name: StrategyName, roles: Roles, rates: Mapping[str, float], adam: AdamSettings,
-    *, ranks: Ranks, device: torch.device, accumulation: int, max_norm: float,
+    *, ranks: Ranks, device: torch.device, streamed: Sequence[int], accumulation: int,
+    max_norm: float,
 ) -> Strategy:  # fmt: skip
     """Spread the transformer and the LoRAs in it over the processes, each on its `device`.
 
     This changes the transformer in place. Strategies that cut it take it from the CPU, block by
-    block, since it need not fit on a device whole.
+    block, since it need not fit on a device whole; with the others, the blocks of these numbers
+    are streamed.
     """
+    assert not (streamed and name in CUTTING)
+    if streamed:
+        stream_blocks(roles.transformer, streamed, device)
     if name not in CUTTING:
         roles.transformer.to(device)
     if name in ("single", "ddp"):
@@ -97,3 +103,12 @@ def spread(
 def parameter_bytes(transformer: nn.Module) -> int:
     """Of all parameters, whole."""
     return sum(p.numel() * p.element_size() for p in transformer.parameters())
+
+
+def device_bytes(transformer: nn.Module) -> int:
+    """Of parameters on the device, and of the buffers that streamed ones visit there."""
+    streamed = streamed_blocks(transformer)
+    if streamed is None:
+        return parameter_bytes(transformer)
+    staying = (p for p in transformer.parameters() if p not in streamed)
+    return sum(p.numel() * p.element_size() for p in staying) + streamed.buffer_bytes

@@ -18,7 +18,7 @@ from torch import nn
 
 from shared.errors import UserError, first_line
 from train.roles import Roles
-from train.strategy import AdamSettings
+from train.strategy import AdamSettings, device_bytes
 
 CONFIG_VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 CONFIGURATIONS = Path(__file__).parent / "launch_configs"
@@ -155,6 +155,7 @@ class Zero:
 
     roles: Mapping[str, ZeroRole]
     engine: Any
+    stage: Literal[2, 3]
 
     @classmethod
     def of(
@@ -197,7 +198,7 @@ class Zero:
             for (flat, _), role in zip(_flat_groups(engine.optimizer, 2), rates, strict=True):
                 parameters = list(zero_roles[role].parameters.values())
                 lazy_init_hp_params_optimizer_state(parameters, flat, optimizer.state)
-        return cls(zero_roles, engine)
+        return cls(zero_roles, engine, stage)
 
     def backward(self, loss: torch.Tensor) -> None:
         # What DeepSpeed's engine does before a forward pass. Ours don't go through the engine,
@@ -208,6 +209,8 @@ class Zero:
             self.engine.step()  # counts the micro-step; `update` makes the step of the last one
 
     def held_bytes(self) -> int:
+        if self.stage == 2:
+            return device_bytes(self.engine.module)
         return sum(
             getattr(p, "ds_tensor", p).numel() * p.element_size()
             for p in self.engine.module.parameters()

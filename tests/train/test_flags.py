@@ -62,7 +62,6 @@ CHANGES: dict[str, set[str]] = {
     "--lr_scheduler=cosine": set(),  # a run's first update is at the full rate
     "--train_mode=normal": set(),
     "--use_peft_lora": set(),
-    "--low_vram": set(),
     "--config_path=config/wan2.2/wan_civitai_t2v.yaml": set(),
     "--dataloader_num_workers=2": set(),
     "--video_repeat=1": set(),
