@@ -23,7 +23,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from train.plan import BatchPlan
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -89,7 +95,7 @@ def read(folder: Path) -> None:
 
     from shared.cache import open_cache
     from train.dataset import dataset_of
-    from train.plan import BatchPlan, micro_batch
+    from train.plan import BatchPlan
 
     with timed("open"):
         index = open_cache(folder)
@@ -100,19 +106,35 @@ def read(folder: Path) -> None:
         rows = plan.batch(0)
     with timed("the last batch of the next epoch"):
         plan.batch(2 * plan.batches_per_epoch - 1)
-    with timed(f"shares of {RANKS} ranks"):
-        shares = [
-            rows[micro_batch(RANKS, micro_step=0, rank=r, world_size=RANKS, accumulation=1).start]
-            for r in range(RANKS)
-        ]
-        assert sorted(shares) == sorted(rows)
     show_peak("peak memory so far")
+    with timed(f"steps and shares of {RANKS} ranks"):
+        _check_shares(plan, data.bucket_ids)
     with timed("read and check all columns"):
         index.read_columns()
     with timed("where the members of a batch lie"):
         for sample in rows:
             part, row = data.place(int(sample))
             data.parts[part].index.place(row, "json")
+
+
+def _check_shares(plan: "BatchPlan", bucket_ids: "npt.NDArray[np.int32]") -> None:
+    """That all ranks have the same number of steps, at each of them one bucket, and together every
+    sample once, but for those that fill batches."""
+    import numpy as np
+
+    from train.plan import micro_batch
+
+    order = plan.epoch(0)
+    shares = [
+        micro_batch(RANKS, micro_step=0, rank=rank, world_size=RANKS, accumulation=1)
+        for rank in range(RANKS)
+    ]
+    steps = {len(order[:, share.start : share.stop]) for share in shares}
+    assert steps == {plan.batches_per_epoch}
+    assert sorted(position for share in shares for position in share) == list(range(RANKS))
+    assert (bucket_ids[order] == bucket_ids[order[:, :1]]).all()
+    counts = np.bincount(order.ravel(), minlength=len(bucket_ids))
+    assert counts.min() == 1 and counts.sum() == len(bucket_ids) + plan.tail_samples
 
 
 def again(folder: Path) -> None:

@@ -119,6 +119,7 @@ def distill(
     machine_rank: option.MachineRank = 0,
     main_process_ip: option.MainProcessIp = "127.0.0.1",
     main_process_port: option.MainProcessPort = None,
+    ddp_timeout: option.DdpTimeout = 1200,
     given_elsewhere: Given | None = None,
 ) -> None:
     """Distil a few-step LoRA of one expert from shards (DMD).

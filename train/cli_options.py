@@ -89,4 +89,5 @@ NumMachines = Annotated[int, typer.Option(metavar="N", envvar="WORLD_SIZE", help
 MachineRank = Annotated[int, typer.Option(metavar="N", envvar="RANK", help="Number of this machine, from 0.", rich_help_panel=PROCESSES)]
 MainProcessIp = Annotated[str, typer.Option(metavar="HOST", envvar="MASTER_ADDR", help="Address of machine 0.", rich_help_panel=PROCESSES)]
 MainProcessPort = Annotated[int | None, typer.Option(metavar="PORT", envvar="MASTER_PORT", help="Port of machine 0 at which processes meet.", show_default="a free one, on one machine", rich_help_panel=PROCESSES)]
+DdpTimeout = Annotated[int, typer.Option(metavar="S", help="Seconds that a process waits for another, after which it hangs and the run ends.", rich_help_panel=PROCESSES)]
 # fmt: on

@@ -49,6 +49,7 @@ def shared_fields(options: Mapping[str, Any]) -> dict[str, Any]:
             machine_rank=options["machine_rank"],
             main_process_ip=options["main_process_ip"],
             main_process_port=options["main_process_port"],
+            ddp_timeout=options["ddp_timeout"],
             device=options["device"],
         ),
     }

@@ -141,7 +141,14 @@ def _wait(
                     err=True,
                 )
             deadline = time.monotonic() + GRACE_AFTER_FAILURE_S
-        if None not in codes or (deadline is not None and time.monotonic() > deadline):
+        if None not in codes:
+            return _exit_code(failed)
+        if deadline is not None and time.monotonic() > deadline:
+            ranks = [str(first_rank + n) for n, code in enumerate(codes) if code is None]
+            echo(
+                f"process {', '.join(ranks)} did not end in {GRACE_AFTER_FAILURE_S} s: killed",
+                err=True,
+            )
             return _exit_code(failed)
         time.sleep(_POLL_S)
 

@@ -1,7 +1,8 @@
 """Which strategy, in how many processes, and which of them this one is: options and environment."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 
 from shared.device import check_device, default_device
 from shared.errors import UserError
@@ -31,13 +32,17 @@ def place(
     machine_rank: int,
     main_process_ip: str,
     main_process_port: int | None,
+    ddp_timeout: int,
     device: str,
 ) -> Placement:
     """The placement that options and environment say. Raises UserError where they contradict.
 
     In a process that a launcher started, its environment says how many there are.
     """
+    if ddp_timeout < 1:
+        raise UserError(f"--ddp-timeout: found {ddp_timeout}, expected seconds, 1 or more.")
     if ranks := launched():
+        ranks = replace(ranks, timeout=timedelta(seconds=ddp_timeout))
         strategy = strategy or _strategy_of_accelerate(ranks)
         if strategy == "single" and ranks.world_size > 1:
             raise UserError(

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 
 from shared.errors import UserError, first_line
+from train.roll_call import Answer, RollCall
 
 T = TypeVar("T")
 
-# How long one process waits for another. A process that died is noticed at once, by its closed
-# connections and by the launcher; this is for one that hangs, and must be longer than what one may
-# do alone: write a checkpoint to a slow disk, fetch a shard, compile.
-TIMEOUT = timedelta(minutes=20)
+# How long the first ones wait at the start, for machines whose command is typed later.
+_MEETING = timedelta(minutes=20)
+_GO_ON = "Go on from the last checkpoint: the same command with --resume-from-checkpoint latest"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,10 @@ class Ranks:
     world_size: int = 1
     local_rank: int = 0
     """Among those of this machine: the number of its GPU."""
+    timeout: timedelta = timedelta(minutes=20)
+    """How long one waits for another. One that died is noticed at once, by its closed connections;
+    this is for one that hangs, and must be longer than what one may do alone: write a checkpoint to
+    a slow disk, fetch a shard, compile."""
 
     @property
     def first(self) -> bool:
@@ -69,6 +73,14 @@ class Ranks:
             raise SystemExit(1)
         return cast(T, value)
 
+    def time_all_groups(self) -> None:
+        """Give process groups that a library made the run's time-out; torch's own is half an hour.
+
+        torch has no public way to, and DeepSpeed, which makes one, takes no time-out.
+        """
+        for group in dist.distributed_c10d._world.pg_map:
+            dist.distributed_c10d._set_pg_timeout(self.timeout, group)
+
 
 def launched() -> Ranks | None:
     """This process as `torchrun` or `accelerate launch` started it; None: it was not.
@@ -86,7 +98,7 @@ def launched() -> Ranks | None:
 def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
     """Block in which the processes can reach one another.
 
-    One that loses another raises UserError in place of torch's error; the other one has told why.
+    One that loses another raises UserError in place of torch's error, with what is known of it.
     """
     if launched() is None:
         yield
@@ -95,28 +107,72 @@ def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     # Small numbers and whole checkpoints travel as CPU tensors, gradients where they are.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    roll_call: RollCall | None = None
     try:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=_MEETING)))
+        roll_call = RollCall(dist.PrefixStore("roll-call", store), rank, world_size)
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("groups", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=ranks.timeout,
+        )
         yield
-    except RuntimeError as error:
-        if not _is_of_connection(error):
-            raise
-        # One of each machine speaks, and not all of them.
-        raise _lost(ranks, error) if ranks.local_rank == 0 else SystemExit(1) from error
+    except Exception as error:
+        if _is_of_connection(error):
+            raise _lost(ranks, error, roll_call) from error
+        if roll_call is not None:
+            roll_call.say_why(str(error) if isinstance(error, UserError) else first_line(error))
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _is_of_connection(error: RuntimeError) -> bool:
+def _is_of_connection(error: Exception) -> bool:
     # gloo raises RuntimeError itself, with the place in its code.
-    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "/gloo/" in str(error)
+    )
 
 
-def _lost(ranks: Ranks, error: RuntimeError) -> UserError:
-    return UserError(
+def _lost(ranks: Ranks, error: Exception, roll_call: RollCall | None) -> UserError | SystemExit:
+    """What to raise in a process that can't reach another; one of each machine speaks."""
+    answer = roll_call.answer() if roll_call else Answer(store="is gone")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    beside = range(ranks.rank - ranks.local_rank, ranks.rank - ranks.local_rank + here)
+    speaks = ranks.local_rank == 0
+    if answer.store == "answers":
+        speaks = ranks.rank == min(rank for rank in answer.present if rank in beside)
+    elif answer.store == "hangs":
+        speaks |= ranks.rank == 1  # the first process may be the one that holds it
+    if answer.ended and answer.ended[0] in beside:
+        speaks = False  # it speaks itself
+    return UserError(_what_is_known(ranks, error, answer)) if speaks else SystemExit(1)
+
+
+def _what_is_known(ranks: Ranks, error: Exception, answer: Answer) -> str:
+    if answer.ended:
+        return f"process {answer.ended[0]} ended the run: {answer.ended[1]} {_GO_ON}"
+    missing = ", ".join(f"process {rank} ({where})" for rank, where in answer.silent.items())
+    if answer.store == "hangs":
+        missing = "process 0, or its machine"
+    if missing and "timed out" in str(error).lower():
+        seconds = round(ranks.timeout.total_seconds())
+        return (
+            f"process {ranks.rank} waited {seconds} s (--ddp-timeout) for {missing}: it hangs, or "
+            "its disk, its network or its GPU does. If it was only slow, allow more: "
+            f"--ddp-timeout {3 * seconds}. {_GO_ON}"
+        )
+    if missing:
+        return (
+            f"process {ranks.rank} lost {missing}, which ended without a word: it was killed, "
+            f"perhaps for want of memory, or its machine is gone. {_GO_ON}"
+        )
+    return (
         f"process {ranks.rank} can't reach the others of the run "
         f"({first_line(error).split('. ')[0]}). Where one of them ended, it has said why; where "
-        "none did, check --main-process-ip, and that --main-process-port is not another run's. Go "
-        "on from the last checkpoint: the same command with --resume-from-checkpoint latest"
+        f"none did, check --main-process-ip, and that --main-process-port is not another run's. "
+        f"{_GO_ON}"
     )

@@ -96,7 +96,7 @@ def spread(
     stage: Literal[2, 3] = 2 if name == "zero2" else 3
     return Zero.of(
         roles, rates, adam,
-        stage=stage, device=device, accumulation=accumulation, max_norm=max_norm,
+        stage=stage, ranks=ranks, device=device, accumulation=accumulation, max_norm=max_norm,
     )  # fmt: skip
 
 

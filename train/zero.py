@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from shared.errors import UserError, first_line
+from train.ranks import Ranks
 from train.roles import Roles
 from train.strategy import AdamSettings, device_bytes
 
@@ -160,7 +161,8 @@ class Zero:
     @classmethod
     def of(
         cls, roles: Roles, rates: Mapping[str, float], adam: AdamSettings,
-        *, stage: Literal[2, 3], device: torch.device, accumulation: int, max_norm: float,
+        *, stage: Literal[2, 3], ranks: Ranks, device: torch.device, accumulation: int,
+        max_norm: float,
     ) -> "Zero":  # fmt: skip
         """UserError where DeepSpeed is missing or its configuration file does not fit."""
         deepspeed = _deepspeed()
@@ -184,6 +186,7 @@ class Zero:
         engine, *_ = deepspeed.initialize(
             model=roles.transformer, optimizer=optimizer, config=config
         )
+        ranks.time_all_groups()
         # Made now and not by the first step, so that a checkpoint can be loaded into them.
         for flat, _ in _flat_groups(engine.optimizer, stage):
             optimizer.state[flat] = {"step": torch.zeros(())} | {

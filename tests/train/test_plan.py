@@ -1,9 +1,14 @@
 """The batch plan: nothing lost, nothing doubled, the same however it is cut."""
 
+import os
+import socket
+import subprocess
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from math import ceil, floor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -173,6 +178,54 @@ def test_ranks_and_micro_steps_share_every_update_without_loss(
     assert np.concatenate(shares).tolist() == plans[0].epoch(epoch)[position].tolist()
 
 
+@st.composite
+def cut(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, int, int, int]:
+    """Bucket and repeats of each sample, epochs of these; samples in a pass, ranks, passes."""
+    buckets, repeats, epochs = draw(weighted())
+    shape = (draw(st.integers(1, 3)), draw(st.integers(1, 8)), draw(st.integers(1, 3)))
+    return (draw(st.permutations(buckets.tolist())), repeats, epochs, *shape)
+
+
+@given(cut(), st.sampled_from(["pad", "drop"]), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_all_ranks_walk_an_epoch_in_step(
+    run: tuple[list[int], np.ndarray, int, int, int, int], tail: str, epoch: int
+) -> None:
+    """What each rank would load, micro-step by micro-step: the same number, of the same bucket;
+    together all samples as often as they are due, but for what the tail policy says."""
+    listed, repeats, epochs, each, ranks, accumulation = run
+    buckets, batch = np.array(listed, dtype=np.int32), each * ranks * accumulation
+
+    def walk(rank: int) -> list[np.ndarray]:
+        plan = BatchPlan(buckets, repeats, batch, seed=5, tail=tail, epochs=epochs)  # type: ignore[arg-type]
+        loaded = []
+        for update in range(epoch * plan.batches_per_epoch, (epoch + 1) * plan.batches_per_epoch):
+            for step in range(accumulation):
+                where = micro_batch(
+                    batch, micro_step=step, rank=rank, world_size=ranks, accumulation=accumulation
+                )
+                loaded.append(plan.batch(update)[where.start : where.stop])
+        return loaded
+
+    try:
+        plan = BatchPlan(buckets, repeats, batch, seed=5, tail=tail, epochs=epochs)  # type: ignore[arg-type]
+    except UserError:
+        assert tail == "drop"
+        return
+    walks = [walk(rank) for rank in range(ranks)]
+    assert len({len(one) for one in walks}) == 1
+    for together in zip(*walks, strict=True):
+        assert all(len(rows) == each for rows in together)
+        assert len(set(buckets[np.concatenate(together)].tolist())) == 1
+    shown = np.bincount(
+        np.concatenate([rows for one in walks for rows in one]), minlength=len(buckets)
+    )
+    again = np.bincount(plan.tail(epoch), minlength=len(buckets))
+    due = shown - again if tail == "pad" else shown + again
+    for times, count in zip(repeats.tolist(), due.tolist(), strict=True):
+        assert floor(Fraction(times, epochs)) <= count <= ceil(Fraction(times, epochs))
+
+
 def test_readers_on_both_sides_of_an_epochs_end_get_the_same() -> None:
     plan = _plan([13, 8], 3)
     made = [plan.batch(update) for update in range(3 * plan.batches_per_epoch)]
@@ -186,3 +239,55 @@ def test_order_of_weights_is_pinned() -> None:
     plan = BatchPlan(_buckets([7]), np.array([2, 2, 2, 1, 1, 1, 1]), 5, seed=5, epochs=2)
     expected = [[[6, 5, 2, 0, 1]], [[1, 2, 4, 0, 3]], [[5, 6, 0, 2, 1]]]
     assert [plan.epoch(epoch).tolist() for epoch in (0, 1, 2)] == expected
+
+
+WALK = """
+import os
+from datetime import timedelta
+import numpy as np
+import torch
+import torch.distributed as dist
+from train.plan import BatchPlan, micro_batch
+dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+rank, ranks = dist.get_rank(), dist.get_world_size()
+draw = np.random.default_rng(7)
+for run in range(30):
+    sizes = draw.integers(0, 24, size=draw.integers(1, 6))
+    sizes[0] += 3
+    buckets = draw.permutation(np.repeat(np.arange(len(sizes)), sizes)).astype(np.int32)
+    repeats = draw.integers(1, 5, size=len(buckets))
+    each, accumulation, epochs = (int(n) for n in draw.integers(1, 4, size=3))
+    batch = each * ranks * accumulation
+    tail = "drop" if sizes.max() // epochs >= batch else "pad"
+    plan = BatchPlan(buckets, repeats, batch, seed=run, tail=tail, epochs=epochs)
+    for update in range(plan.batches_per_epoch + 1):
+        for step in range(accumulation):
+            mine = micro_batch(
+                batch, micro_step=step, rank=rank, world_size=ranks, accumulation=accumulation
+            )
+            rows = plan.batch(update)[mine.start : mine.stop]
+            bucket = int(buckets[rows[0]])
+            shape = torch.full((3 + 5 * bucket, each), float(bucket))  # as activations have
+            dist.all_reduce(shape)
+            assert bool((shape == bucket * ranks).all()), (run, update, step)
+dist.barrier()
+print("in step", flush=True)
+"""
+
+
+@pytest.mark.long
+def test_three_processes_walk_random_plans_with_collectives_of_each_buckets_shape() -> None:
+    """A rank with another bucket, or one more step, would hang or raise."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "3"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WALK], cwd=Path(__file__).parents[2],
+            env=common | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True,
+        )
+        for rank in range(3)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=200)[0] for process in processes]
+    assert said == ["in step\n"] * 3

@@ -1,0 +1,92 @@
+"""Who is missing: processes that lost one another ask at the store where they met."""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch.distributed as dist
+
+# Those that wait in vain for the same process find out within moments of one another.
+_GATHERING_S = 5.0
+_FIRST_STAYS_S = 3.0  # longer: it may hold the store
+_ANSWER_S = 12.0  # after which the store's process hangs itself
+_POLL_S = 0.2
+_ENDED = "ended"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What is known of processes that lost one another."""
+
+    store: Literal["answers", "is gone", "hangs"] = "answers"
+    """Unless it answers, nothing else is known."""
+    present: Sequence[int] = ()
+    """Those that found out."""
+    silent: Mapping[int, str] = field(default_factory=dict)
+    """Those that did not, and where each was: "pid 12 on host"."""
+    ended: tuple[int, str] | None = None
+    """One that said why it ends, and why."""
+
+
+class RollCall:
+    """A line to the other processes that needs none of them but the one with the store."""
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+        self._store, self._rank, self._world_size = store, rank, world_size
+        store.set(_where(rank), f"pid {os.getpid()} on {socket.gethostname()}")
+
+    def say_why(self, why: str) -> None:
+        """Leave word of what ends this process."""
+        _in_time(lambda: self._store.set(_ENDED, f"{self._rank} {why}"))
+
+    def answer(self) -> Answer:
+        """Say that this process found out, and wait some seconds for the others to."""
+        return _in_time(self._gathered)
+
+    def _gathered(self) -> Answer:
+        self._store.set(_found_out(self._rank), "")
+        until = time.monotonic() + _GATHERING_S + (0 if self._rank else _FIRST_STAYS_S)
+        while True:
+            ended = self._ended()
+            others = [rank for rank in range(self._world_size) if ended is None or rank != ended[0]]
+            all_found_out = self._store.check([_found_out(rank) for rank in others])
+            if all_found_out or (ended and self._rank) or time.monotonic() > until:
+                break
+            time.sleep(_POLL_S)
+        present = [rank for rank in others if self._store.check([_found_out(rank)])]
+        silent = {rank: self._store.get(_where(rank)).decode() for rank in {*others} - {*present}}
+        return Answer(present=present, silent=silent, ended=ended)
+
+    def _ended(self) -> tuple[int, str] | None:
+        if not self._store.check([_ENDED]):
+            return None
+        rank, _, why = self._store.get(_ENDED).decode().partition(" ")
+        return int(rank), why
+
+
+def _found_out(rank: int) -> str:
+    return f"found-out/{rank}"
+
+
+def _where(rank: int) -> str:
+    return f"where/{rank}"
+
+
+def _in_time(ask: Callable[[], Answer | None]) -> Answer:
+    """What `ask` gives. In a thread, for a store whose process hangs lets us wait for ever."""
+    answers = [Answer(store="hangs")]
+
+    def run() -> None:
+        try:
+            answers.append(ask() or Answer())
+        except RuntimeError:  # all that the store raises
+            answers.append(Answer(store="is gone"))
+
+    thread = threading.Thread(target=run, name="roll call", daemon=True)
+    thread.start()
+    thread.join(_ANSWER_S)
+    return answers[-1]
