@@ -106,6 +106,7 @@ def distill(
     dataloader_num_workers: option.DataloaderNumWorkers = 8,
 
     mixed_precision: option.MixedPrecision = "bf16",
+    base_precision: option.BasePrecision = None,
     gradient_checkpointing: option.GradientCheckpointing = True,
     low_vram: option.LowVram = False,
     blocks_to_swap: option.BlocksToSwap = None,

@@ -76,6 +76,7 @@ Tail = Annotated[Literal["pad", "drop"], typer.Option(help="What becomes of a bu
 DataloaderNumWorkers = Annotated[int, typer.Option(metavar="N", help="Threads that read ahead; 0 reads in the loop.", rich_help_panel=DATA)]
 
 MixedPrecision = Annotated[Literal["bf16", "no"], typer.Option(help="Base and compute in bf16 (LoRA stays fp32), or all in fp32.", rich_help_panel=DEVICE)]
+BasePrecision = Annotated[Literal["bf16", "fp8", "int8", "nf4"] | None, typer.Option(help="How the linear layers of the base's blocks are kept: int8 and fp8 take half of bf16's memory, nf4 (bitsandbytes) less than a third. Teacher, generator and critic all use them; a matmul is in bf16 or fp32 all the same.", show_default="as --mixed-precision says", rich_help_panel=DEVICE)]
 GradientCheckpointing = Annotated[bool, typer.Option(help="Compute blocks again in the backward pass: far less memory, a third more time.", show_default="on", rich_help_panel=DEVICE)]
 LowVram = Annotated[bool, typer.Option("--low-vram", help="Keep the base's blocks in CPU memory; each is copied to the GPU while the one before it works. Slower where clips are small.", show_default="off", rich_help_panel=DEVICE)]
 BlocksToSwap = Annotated[int | None, typer.Option(metavar="N", help="The same for N of the blocks, spread evenly; the others stay on the GPU.", show_default="none; with --low-vram all", rich_help_panel=DEVICE)]

@@ -16,6 +16,7 @@ from train.folders import WeightedFolder
 from train.learning_rate import LEAST_POLYNOMIAL_RATE, LrScheduler
 from train.placement import Placement
 from train.plan import Tail
+from train.quantised import BasePrecision
 from train.strategy import CUTTING
 from train.streaming import BUFFERS, swapped_blocks
 from train.trackers import chosen
@@ -102,6 +103,8 @@ class TrainConfig:
     tail: Tail
     dataloader_num_workers: int
     mixed_precision: Precision
+    base_precision: BasePrecision | None
+    """Of the linear layers in the base's blocks; None: as `mixed_precision` says."""
     gradient_checkpointing: bool
     low_vram: bool
     """All blocks of the base live in CPU memory, or as many as `blocks_to_swap` says; not where the
@@ -160,6 +163,21 @@ class TrainConfig:
         chosen(self.report_to)
         dropout = self.caption_dropout
         check_option("caption_dropout", dropout, 0 <= dropout <= 1, "a share in [0, 1]")
+        self._check_base_precision()
+
+    def _check_base_precision(self) -> None:
+        found, strategy = self.base_precision, self.placement.strategy
+        if found == "bf16" and self.mixed_precision == "no":
+            raise UserError(
+                "--base-precision: found bf16 with --mixed-precision no, which computes in fp32. "
+                "Leave out one of the two; int8, fp8 and nf4 go with either."
+            )
+        if found not in (None, "bf16") and strategy in CUTTING:
+            raise UserError(
+                f"--base-precision: found {found} with --strategy {strategy}, which cuts weights "
+                "among the processes as they are, not codes and their scales. Use --strategy ddp "
+                "or zero2, or leave it out."
+            )
 
     def _check_rate(self, name: str, rate: float) -> None:
         if self.lr_scheduler == "polynomial":

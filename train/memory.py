@@ -18,6 +18,7 @@ from shared.model_spec import MAX_TEXT_TOKENS
 from shared.original_layout import is_original
 from train.base import Precision, component_of
 from train.lora import select_targets
+from train.quantised import BasePrecision, base_linears, is_quantised, quantised_bytes
 from train.run import Run
 
 # Bytes that autograd keeps of a block, for each of N·D, N·F, M·D, and N·rank.
@@ -75,7 +76,7 @@ def estimate(run: Run) -> Estimate | None:
         for grid in grids
     )
     return Estimate(
-        base=base_bytes(transformer, config.mixed_precision),
+        base=base_bytes(transformer, config.mixed_precision, config.base_precision),
         loras=(roles + 1) * one_role,
         optimizers=roles * one_role * _ADAM // _FP32,
         average=one_role if config.ema_decay else 0,
@@ -90,14 +91,22 @@ def estimate(run: Run) -> Estimate | None:
     )
 
 
-def base_bytes(transformer: nn.Module, precision: Precision) -> int:
-    """Of the weights as `train.base.load_base` holds them: some stay fp32, as in diffusers."""
+def base_bytes(
+    transformer: nn.Module, precision: Precision, stored: BasePrecision | None = None
+) -> int:
+    """Of the weights as `open_session` holds them: some stay fp32, as in diffusers; the linear
+    layers of blocks may be quantised."""
     kept = set(transformer._keep_in_fp32_modules or ())  # type: ignore[arg-type]
     small = 2 if precision == "bf16" else _FP32
-    return sum(
-        parameter.numel() * (_FP32 if kept & set(name.split(".")) else small)
+    sizes = {
+        name: parameter.numel() * (_FP32 if kept & set(name.split(".")) else small)
         for name, parameter in transformer.named_parameters()
-    )
+    }
+    if is_quantised(stored):
+        for name, linear in base_linears(transformer).items():
+            rows, columns = linear.weight.shape
+            sizes[f"{name}.weight"] = quantised_bytes(rows, columns, stored)
+    return sum(sizes.values())
 
 
 def lora_weights(transformer: nn.Module, target_name: tuple[str, ...], rank: int) -> int:

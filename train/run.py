@@ -34,6 +34,7 @@ from train.lora import LoraSpec
 from train.objective import Objective
 from train.plan import BatchPlan
 from train.provenance import Provenance
+from train.quantised import check_installed
 from train.ranks import Ranks
 from train.strategy import CUTTING
 from train.tail_log import TAIL_LOG
@@ -189,6 +190,7 @@ def plan_run(config: TrainConfig, spec: ModelSpec, data: Dataset, objective: Obj
     component = component_of(objective.expert)
     resolve_model(config.model, [component] if config.base.own is None else [])
     config.base.check(spec, component)
+    check_installed(config.base_precision)
     if config.init_lora is not None:
         check_init(
             config.init_lora, spec, component, rank=config.rank, target_name=config.target_name
@@ -291,7 +293,7 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
         "seed", "train_mode", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2",
         "adam_weight_decay", "adam_epsilon", "max_grad_norm", "train_batch_size",
         "gradient_accumulation_steps", "video_repeat", "caption_dropout", "random_frame_crop",
-        "tail", "mixed_precision", "allow_tf32",
+        "tail", "mixed_precision", "base_precision", "allow_tf32",
     )  # fmt: skip
     loose: dict[str, Any] = {name: getattr(config, name) for name in loose_names}
     for role, rate in run.objective.learning_rates.items():  # as the options are called

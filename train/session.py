@@ -31,6 +31,7 @@ from train.export import write_loras
 from train.lora import LoraSpec, select_targets
 from train.lora_files import LoraWeights, read_lora
 from train.provenance import Provenance
+from train.quantised import quantise
 from train.rate_guard import Weights, warn_of_file, warn_of_rate
 from train.roles import Roles
 from train.run import Run, run_identity
@@ -154,6 +155,7 @@ def open_session(run: Run, say: Say) -> Session:
         option = "--learning-rate" if name == objective.product else f"--learning-rate-{name}"
         if warning := warn_of_rate(name, option, roles.parameters(name), rate):
             say(f"warning  {warning}")
+    quantise(transformer, config.base_precision, device)
     whole_bytes = parameter_bytes(transformer)
     streamed = config.streamed(len(transformer.blocks))  # type: ignore[arg-type]
     adam = AdamSettings(
