@@ -22,10 +22,12 @@ from tests.train.conftest import randomise_lora
 from tests.train.test_distill import distill, losses
 from tests.train.test_finetune import finetune
 from tests.train.test_strategies import ALONE, IN_TWO, RUN, assert_like_alone, command, typed
+from train import activation_offloading, streaming
 from train.activation_offloading import ActivationOffloading
 from train.cli import app as wantrain
 from train.lora import LoraSpec, select_targets
 from train.roles import Roles
+from train.side_stream import Copy, SideStream
 from train.streaming import StreamedBlocks, blocks_on_device, stream_blocks, swapped_blocks
 
 CPU = torch.device("cpu")
@@ -303,6 +305,48 @@ def test_the_next_block_is_fetched_while_one_works(monkeypatch: pytest.MonkeyPat
         events.clear()
         velocity(roles)
         assert events[:3] == ["0", "+2", "1"]
+
+
+class LateStream(SideStream):
+    """Copies as late as a GPU may make them: when the compute stream is told to wait for one."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.begun: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.done = 0
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> Copy:
+        self.begun.append((target.detach(), source.detach()))
+        return Copy(compute=self, done=len(self.begun))
+
+    @torch.no_grad()
+    def wait_event(self, number: int) -> None:
+        while self.done < number:
+            target, source = self.begun[self.done]
+            for tensor in (target, source):
+                ours = 2  # the view in `begun`, and the storage that is asked
+                uses = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+                assert uses > ours, "given back before the copy was waited for"
+            target.copy_(source)
+            self.begun[self.done] = (torch.empty(0), torch.empty(0))
+            self.done += 1
+
+
+@pytest.mark.parametrize("count", [None, 3])
+def test_nothing_relies_on_a_copy_before_it_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, count: int | None
+) -> None:
+    monkeypatch.setattr(streaming, "SideStream", LateStream)
+    monkeypatch.setattr(activation_offloading, "SideStream", LateStream)
+    expected = generator_pass(roles_of())
+    roles = roles_of()
+    streamed = stream_blocks(roles.transformer, swapped_blocks(LAYERS, count), CPU)
+    offloading = ActivationOffloading(CPU)
+    roles.transformer.enable_gradient_checkpointing(offloading.checkpoint)
+    for _ in range(3):
+        assert equal(generator_pass(roles), expected)
+    for side in (streamed._side, offloading._side):
+        assert isinstance(side, LateStream) and side.done > 2 * LAYERS
 
 
 def test_a_use_out_of_turn_fails() -> None:
