@@ -26,6 +26,7 @@ from train import activation_offloading, streaming
 from train.activation_offloading import ActivationOffloading
 from train.cli import app as wantrain
 from train.lora import LoraSpec, select_targets
+from train.quantised import quantise
 from train.roles import Roles
 from train.side_stream import Copy, SideStream
 from train.streaming import StreamedBlocks, blocks_on_device, stream_blocks, swapped_blocks
@@ -347,6 +348,19 @@ def test_nothing_relies_on_a_copy_before_it_is_waited_for(
         assert equal(generator_pass(roles), expected)
     for side in (streamed._side, offloading._side):
         assert isinstance(side, LateStream) and side.done > 2 * LAYERS
+
+
+def test_quantised_blocks_stream_in_their_few_bits() -> None:
+    both = [roles_of(), roles_of()]
+    for roles in both:
+        quantise(roles.transformer, "int8", CPU)
+    plain, roles = both
+    bytes_of_blocks = sum(p.nbytes for b in plain.transformer.blocks for p in base_weights(b))
+    streamed = stream_blocks(roles.transformer, range(LAYERS), CPU)
+    assert streamed.home_bytes == bytes_of_blocks
+    expected = generator_pass(plain)
+    for _ in range(2):
+        assert equal(generator_pass(roles), expected)
 
 
 def test_a_use_out_of_turn_fails() -> None:
