@@ -20,17 +20,13 @@ with the plain read, so that other work on the machine strikes both sides of a r
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -105,136 +101,34 @@ def wantrain_bench(work: Path, model: Path, shards: Path, *more: str, name: str)
 
 def in_loop(work: Path, quick: bool) -> None:
     """One cycle as scripts without a cache train it, after one update that warms up."""
-    import numpy as np
-    import torch
-    from rich.console import Console
+    from in_loop import measure
 
-    from preprocess.clips import fit
-    from preprocess.encoders import LatentEncoder, TextEncoder
-    from preprocess.media import read_frames
-    from train.base import load_base
-    from train.cli import app
-    from train.cli_run import carried_out_by
-    from train.data import Batch, pad_text, with_mask
-    from train.lora import LoraSpec, select_targets
-    from train.roles import Roles
-    from train.run import Run
-
-    class ThreeModels:
-        """What `train.dmd` asks of `Roles`, with a model each."""
-
-        def __init__(self, models: dict[str, Roles]) -> None:
-            self._models, self._active = models, "teacher"
-
-        @contextmanager
-        def role(self, name: str) -> Iterator[None]:
-            before, self._active = self._active, name
-            try:
-                yield
-            finally:
-                self._active = before
-
-        def teacher(self) -> Any:
-            return self.role("teacher")
-
-        def generator(self) -> Any:
-            return self.role("generator")
-
-        def critic(self) -> Any:
-            return self.role("critic")
-
-        def velocity(self, *inputs: Any) -> torch.Tensor:
-            own = self._models[self._active]
-            with own.teacher() if self._active == "teacher" else own.role(self._active):
-                return own.velocity(*inputs)
-
-    def train(run: Run, console: Console) -> None:
-        cpu = torch.device("cpu")
-        models = {}
-        for name in ("teacher", "generator", "critic"):
-            transformer = load_base(
-                run.spec, "full", precision="bf16", device=cpu, gradient_checkpointing=True
-            )
-            lora = LoraSpec(
-                rank=8, alpha=4, targets=select_targets(transformer, run.config.target_name)
-            )
-            names = () if name == "teacher" else (name,)
-            models[name] = Roles(transformer, lora, seed=1, names=names)
-        three: Any = ThreeModels(models)
-        optimizers = {
-            name: torch.optim.AdamW(models[name].parameters(name).values(), lr=1e-5)
-            for name in ("generator", "critic")
-        }
-        text = TextEncoder(run.spec.folder, dtype=torch.bfloat16, device="cpu")
-        vae = LatentEncoder(run.spec, dtype=torch.float32, device="cpu")
-        (bucket,) = run.data.buckets
-        clips = sorted((work / "clips").glob("*.mp4"))
-        negative = pad_text(text.encode("")).clone()
-        seconds: dict[str, float] = {"encode": 0.0}
-        by_role: dict[str, list[float]] = {}
-        for update in range(-1, run.cycle):
-            began = time.perf_counter()
-            clip = clips[update % len(clips)]
-            frames = fit(read_frames(clip, "video", list(range(FRAMES))), bucket)
-            latents = vae.latents(frames)[None].clone()  # no inference tensor: autograd keeps it
-            condition = vae.condition(frames)["cond"][None].clone()
-            caption = text.encode(clip.with_suffix(".txt").read_text())
-            batch = Batch(
-                update=max(update, 0), samples=(0,), keys=(clip.stem,), latents=latents,
-                text=pad_text(caption)[None].clone(), condition=with_mask(condition),
-            )  # fmt: skip
-            encoded = time.perf_counter()
-            role = run.objective.role_of(max(update, 0))
-            loss: Any = run.objective.loss(three, role, batch, negative)
-            with models[role].role(role):
-                getattr(loss, "loss", loss).backward()
-            torch.nn.utils.clip_grad_norm_(models[role].parameters(role).values(), 0.05)
-            optimizers[role].step()
-            optimizers[role].zero_grad(set_to_none=True)
-            if update >= 0:
-                seconds["encode"] += encoded - began
-                by_role.setdefault(role, []).append(time.perf_counter() - began)
-        found = {
-            "by_role": {role: float(np.median(times)) for role, times in by_role.items()},
-            "encode": seconds["encode"] / run.cycle,
-            "peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-            "weights": sum(
-                p.nbytes
-                for module in (*(m.transformer for m in models.values()), text._model, vae._vae)
-                for p in module.parameters()
-            ),
-        }
-        (work / "in-loop.json").write_text(json.dumps(found))
-
-    with carried_out_by(train):
-        app(
-            [
-                "distill", "--model", str(work / "model"), "--shards", str(work / "shards"),
-                *LOOP_OPTIONS,
-            ],
-            standalone_mode=False,
-        )  # fmt: skip
+    options = ["--model", str(work / "model"), "--shards", str(work / "shards"), *LOOP_OPTIONS]
+    measure(options, work / "clips", work / "in-loop.json")
 
 
 def loader(work: Path, quick: bool) -> None:
     """Samples as of 832 × 480 × 81: 4.2 MB of latents, 4.2 MB of condition, 60 to 300 tokens."""
+    from random_cache import write_cache
 
     from shared.buckets import Bucket
     from tests.models import tiny_model
 
     model = text_wide(tiny_model(work / "wide", "i2v", two_experts=False), 4096)
     bucket = Bucket(96, 160, 5) if quick else Bucket(480, 832, 81)
-    write_cache(work / "large", model, bucket, 8 if quick else 64, width=4096, shard_mb=256)
+    write_cache(work / "large", model, bucket, 8 if quick else 64, shard_mb=256)
     wantrain_bench(work, model, work / "large", "--cycles", "0", "--device", "cpu", name="loader")
 
 
 def start(work: Path, quick: bool) -> None:
     """A million rows that share the bytes of 256 real samples."""
+    from random_cache import write_cache
+
     from shared.buckets import Bucket
-    from tests.models import TEXT_DIM, tiny_model
+    from tests.models import tiny_model
 
     model = tiny_model(work / "small", "i2v", two_experts=False)
-    write_cache(work / "few", model, Bucket(32, 48, 5), SHARD_SAMPLES, width=TEXT_DIM, shard_mb=64)
+    write_cache(work / "few", model, Bucket(32, 48, 5), SHARD_SAMPLES, shard_mb=64)
     repeat_shard(work / "few", work / "million", 4 if quick else 3907)
 
 
@@ -250,47 +144,6 @@ def text_wide(model: Path, width: int) -> Path:
         path = model / component / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"text_dim": width}))
     return model
-
-
-def write_cache(
-    folder: Path, model: Path, bucket: Any, samples: int, *, width: int, shard_mb: int
-) -> None:
-    """Random samples of a shape under the fingerprint of a model."""
-    import torch
-
-    from preprocess.index import build_index
-    from preprocess.writer import ShardWriter
-    from shared.fingerprint import cache_mode, model_fields
-    from shared.hashing import FileHasher
-    from shared.model_spec import read_model_spec
-    from shared.prompts import Prompt
-    from shared.schema import Sample, SampleInfo, sample_key
-
-    folder.mkdir()
-    spec = read_model_spec(model)
-    fields = model_fields(spec, FileHasher())
-    for group in ("latents", "text"):
-        fields[group] = {**fields[group], "dtype": "bf16", "compute": "bf16"}
-    fingerprint = {"format": 1, "mode": cache_mode(spec), **fields}
-    writer = ShardWriter(folder, fingerprint, shard_bytes=shard_mb * 10**6)
-    bf16 = torch.bfloat16
-    writer.add_prompts(
-        [Prompt(role, "", torch.ones(9, width, dtype=bf16)) for role in ("empty", "negative")]
-    )
-    random = torch.Generator().manual_seed(1)
-    latents = torch.randn(bucket.latent_shape(16, spec.stride), generator=random).to(bf16)
-    for number in range(samples):
-        tokens = int(torch.randint(60, 301, (1,), generator=random))
-        info = SampleInfo(
-            caption="c", type="video", source=f"{number}.mp4", width=bucket.width,
-            height=bucket.height, frames=bucket.frames, frame_indices=list(range(bucket.frames)),
-            fps=16.0, source_width=bucket.width, source_height=bucket.height,
-        )  # fmt: skip
-        text = torch.randn(tokens, width, generator=random).to(bf16)
-        key = sample_key(str(number), {}, 0)
-        writer.add(Sample(key=key, info=info, latents=latents, text=text, cond=latents))
-    writer.close()
-    build_index(folder)
 
 
 def repeat_shard(one: Path, many: Path, times: int) -> None:
