@@ -66,6 +66,9 @@ class Configuration:
 
 
 LEVERS: Mapping[str, tuple[str, ...]] = {
+    "fp8": ("--base-precision", "fp8"),
+    "int8": ("--base-precision", "int8"),
+    "nf4": ("--base-precision", "nf4"),
     "low-vram": ("--low-vram",),
     "activation-offloading": ("--activation-offloading",),
     "no-checkpointing": ("--no-gradient-checkpointing",),  # 95 GiB for 1.3b, 330 for a14b
@@ -93,6 +96,8 @@ class Place:
     folder: Path
     device: str
     quick: bool
+    clip: Path | None = None
+    """What in-loop training decodes; None: one is made."""
 
     @property
     def model(self) -> Path:
@@ -185,25 +190,34 @@ def bench(place: Place, configuration: Configuration, result: Path) -> None:
 
 def in_loop(place: Place, configuration: Configuration, result: Path) -> None:
     """The same updates as a script without a cache does them."""
-    import numpy as np
     import torch
     from in_loop import measure
     from random_cache import write_cache
     from random_model import add_encoders
 
-    from shared.mp4 import write_mp4
-
     add_encoders(place.model, quick=place.quick)
     shutil.rmtree(place.cache)  # whose fingerprint knew no encoders
     bucket = place.bucket()
     write_cache(place.cache, place.model, bucket, 8, shard_mb=256)
-    random = np.random.default_rng(1)
     place.clips.mkdir()
-    texture = random.integers(0, 256, (bucket.height, bucket.width, 3), dtype=np.uint8)
-    frames = np.stack([np.roll(texture, 4 * step, axis=1) for step in range(bucket.frames)])
-    write_mp4(place.clips / "clip.mp4", frames, fps=16)
+    if place.clip is None:
+        make_clip(place.clips / "clip.mp4", bucket)
+    else:
+        shutil.copy(place.clip, place.clips / "clip.mp4")
     (place.clips / "clip.txt").write_text("a texture, which moves to the right")
     measure(place.options(configuration), place.clips, result, vae_dtype=torch.bfloat16)
+
+
+def make_clip(path: Path, bucket: Any) -> None:
+    """A texture that moves."""
+    import numpy as np
+
+    from shared.mp4 import write_mp4
+
+    random = np.random.default_rng(1)
+    texture = random.integers(0, 256, (bucket.height, bucket.width, 3), dtype=np.uint8)
+    frames = np.stack([np.roll(texture, 4 * step, axis=1) for step in range(bucket.frames)])
+    write_mp4(path, frames, fps=16)
 
 
 STEPS: dict[str, Callable[[Place, Configuration, Path], None]] = {
@@ -280,6 +294,8 @@ class Session:
         ]  # fmt: skip
         if self._place.quick:
             command.append("--quick")
+        if self._place.clip is not None:
+            command += ["--clip", self._place.clip]
         environment = os.environ | {
             "PYTHONPATH": _python_path(),
             "HF_HUB_OFFLINE": "1",
@@ -379,13 +395,17 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.5, help="time for all of it")
     parser.add_argument("--only", nargs="+", choices=known, metavar="NAME", help=", ".join(known))
     parser.add_argument("--device", default=None, help="cuda where there is one")
+    parser.add_argument(
+        "--clip", type=Path, metavar="FILE",
+        help="a video of 81 frames or more for in-loop training; without one it is made, by ffmpeg",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here, too")
     parser.add_argument("--folder", type=Path, help="for 45 GB; temporary (removed at the end)")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--configuration", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.step:
-        place = Place(folder=args.folder, device=args.device, quick=args.quick)
+        place = Place(folder=args.folder, device=args.device, quick=args.quick, clip=args.clip)
         configuration = known.get(args.configuration, known["1.3b"])
         STEPS[args.step](place, configuration, args.folder / "result.json")
         return
@@ -401,7 +421,8 @@ def main() -> None:
             args.json.write_text(json.dumps(found, indent=2) + "\n")
 
     with tempfile.TemporaryDirectory(prefix="gpu-", dir=args.folder) as folder:
-        place = Place(folder=Path(folder), device=device, quick=args.quick)
+        clip = args.clip and args.clip.resolve()
+        place = Place(folder=Path(folder), device=device, quick=args.quick, clip=clip)
         session = Session(place, args.minutes)
         session.look_at_machine()
         for name in chosen:

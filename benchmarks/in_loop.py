@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import decord
 import torch
 from rich.console import Console
 
 from preprocess.clips import fit
 from preprocess.encoders import LatentEncoder, TextEncoder
-from preprocess.media import read_frames
 from train.base import load_base
 from train.cli import app
 from train.cli_run import carried_out_by
@@ -77,7 +77,8 @@ class Encoders:
     def batch(self, update: int) -> Batch:
         """One clip, from its file."""
         clip = self._clips[update % len(self._clips)]
-        frames = fit(read_frames(clip, "video", list(range(self._bucket.frames))), self._bucket)
+        read = decord.VideoReader(str(clip)).get_batch(list(range(self._bucket.frames)))
+        frames = fit(read.asnumpy(), self._bucket)
         condition = None
         if self._i2v:
             encoded = self._vae.condition(frames)["cond"][None].clone()

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 import numpy.typing as npt
 
@@ -12,6 +11,8 @@ Clip = npt.NDArray[np.uint8]
 
 def write_mp4(path: Path, clip: Clip, fps: float) -> None:
     """H.264, good quality, playable everywhere (odd sides are padded to even ones)."""
+    import imageio_ffmpeg  # an ffmpeg of its own, which training does without until it writes a clip
+
     path.parent.mkdir(parents=True, exist_ok=True)
     _, height, width, _ = clip.shape
     padded = np.pad(clip, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
