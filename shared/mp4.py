@@ -11,7 +11,7 @@ Clip = npt.NDArray[np.uint8]
 
 def write_mp4(path: Path, clip: Clip, fps: float) -> None:
     """H.264, good quality, playable everywhere (odd sides are padded to even ones)."""
-    import imageio_ffmpeg  # an ffmpeg of its own, which training does without until it writes a clip
+    import imageio_ffmpeg  # brings an ffmpeg, which training needs for nothing else
 
     path.parent.mkdir(parents=True, exist_ok=True)
     _, height, width, _ = clip.shape
