@@ -275,6 +275,8 @@ class DistillConfig(TrainConfig):
     fm_loss_weight: float
     """Of flow matching on the cached latents in the generator's loss; 0: DMD alone."""
     learning_rate_critic: float
+    batched_guidance: bool
+    """Teacher (and critic) with and without caption in one pass of twice the samples."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -80,6 +80,9 @@ class Distillation:
             "uniform_sampling": self.uniform_sampling,
         }
 
+    def settings(self) -> dict[str, Any]:
+        return {"batched_guidance": self.recipe.batched_guidance}
+
     def sampling(self) -> dict[str, Any]:
         schedule = self.recipe.schedule
         return {
@@ -132,6 +135,7 @@ def prepare_distillation(config: DistillConfig) -> Run:
         fake_guidance_scale=config.fake_guidance_scale,
         fm_loss_weight=config.fm_loss_weight,
         score_strata=config.update_batch if config.uniform_sampling else 1,
+        batched_guidance=config.batched_guidance,
         seed=config.seed,
     )
     _ = recipe.score_interval  # refuses an expert without steps

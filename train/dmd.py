@@ -4,6 +4,7 @@ Everything random is drawn from (seed, purpose, update, sample); see `train.rng`
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,10 +16,9 @@ from train.flow import (
     Schedule,
     ScoreFloor,
     add_noise,
-    guide,
     x0_from_velocity,
 )
-from train.flow_matching import Level, over_frames, velocity_loss
+from train.flow_matching import Level, guided_velocity, over_frames, velocity_loss
 from train.losses import dmd_gradient, dmd_loss, mean_gap
 from train.rng import choice, noise, spread
 from train.roles import CRITIC, GENERATOR, Roles
@@ -52,6 +52,8 @@ class Recipe:
     score_strata: int
     """Samples of an update that share out the score interval evenly: all of it, however ranks and
     micro-steps cut it. 1: each is drawn by itself."""
+    batched_guidance: bool
+    """Conditional and unconditional prediction in one pass of both; the same but for rounding."""
     seed: int
 
     @property
@@ -147,15 +149,14 @@ def _guided_x0(
     batch: Batch,
     negative: torch.Tensor,
     scale: float,
+    *,
+    batched: bool,
 ) -> torch.Tensor:
     """x̂0 of the active role at a score level; a scale of 0 or 1 is no guidance."""
-    v = roles.velocity(x_t, level.timestep, batch.text, batch.condition, batch.image)
-    if scale not in (0, 1):
-        unconditional = negative.expand(len(batch.samples), -1, -1)
-        v_unconditional = roles.velocity(
-            x_t, level.timestep, unconditional, batch.condition, batch.image
-        )
-        v = guide(v, v_unconditional, scale)
+    if scale in (0, 1):
+        v = roles.velocity(x_t, level.timestep, batch.text, batch.condition, batch.image)
+    else:
+        v = guided_velocity(roles, x_t, level.timestep, batch, negative, scale, batched=batched)
     return x0_from_velocity(x_t, v, level.sigma)
 
 
@@ -171,10 +172,13 @@ def generator_step(roles: Roles, recipe: Recipe, batch: Batch, negative: torch.T
     with torch.no_grad():
         level = draw_level(recipe, batch)
         x_t = add_noise(x0.detach(), level.noise, level.sigma)
+        guided_x0 = partial(
+            _guided_x0, roles, x_t, level, batch, negative, batched=recipe.batched_guidance
+        )
         with roles.critic():
-            fake = _guided_x0(roles, x_t, level, batch, negative, recipe.fake_guidance_scale)
+            fake = guided_x0(recipe.fake_guidance_scale)
         with roles.teacher():
-            real = _guided_x0(roles, x_t, level, batch, negative, recipe.real_guidance_scale)
+            real = guided_x0(recipe.real_guidance_scale)
         gradient = dmd_gradient(x0.detach(), real, fake, batch.noised)
         figures = {
             "critic_error": mean_gap(x0, fake, batch.noised),

@@ -79,6 +79,9 @@ class Finetuning:
             "uniform_sampling": self.uniform_sampling,
         }
 
+    def settings(self) -> dict[str, Any]:
+        return {}
+
     def sampling(self) -> dict[str, Any]:
         return {
             "method": self.method,

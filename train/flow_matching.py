@@ -157,6 +157,38 @@ def flow_matching_step(
     return Watched(loss=loss, u=sigma / (levels.shift - (levels.shift - 1) * sigma), sigma=sigma)
 
 
+def guided_velocity(
+    roles: Roles,
+    x_t: torch.Tensor,
+    timestep: torch.Tensor,
+    batch: Batch,
+    negative: torch.Tensor,
+    scale: float,
+    *,
+    batched: bool = False,
+) -> torch.Tensor:
+    """v̂ of the active role with classifier-free guidance, (B, C, T, H, W) fp32.
+
+    `timestep` (B,) or (B, T), `negative` (512, D). `batched`: one pass of 2B samples, the
+    conditional ones first, in place of two passes of B; equal but for rounding.
+    """
+    unconditional = negative.expand(len(batch.samples), -1, -1)
+    if batched:
+        v, v_unconditional = roles.velocity(
+            torch.cat([x_t, x_t]),
+            torch.cat([timestep, timestep]),
+            torch.cat([batch.text, unconditional]),
+            None if batch.condition is None else torch.cat([batch.condition, batch.condition]),
+            None if batch.image is None else torch.cat([batch.image, batch.image]),
+        ).chunk(2)
+    else:
+        v, v_unconditional = (
+            roles.velocity(x_t, timestep, text, batch.condition, batch.image)
+            for text in (batch.text, unconditional)
+        )
+    return guide(v, v_unconditional, scale)
+
+
 @torch.no_grad()
 def euler_sample(
     roles: Roles,
@@ -186,14 +218,9 @@ def euler_sample(
         x_t = add_noise(batch.latents, x_t, sigmas[0][0])
     elif batch.noised is not None:  # a frame that is kept clean enters as it is
         x_t = torch.where(batch.noised > 0, x_t, batch.latents)
-    unconditional = negative.expand(len(batch.samples), -1, -1)
     with roles.role(role):
         for (sigma, timestep), following in zip(sigmas, [*sigmas[1:], None], strict=True):
-            v, v_negative = (
-                roles.velocity(x_t, timestep, text, batch.condition, batch.image)
-                for text in (batch.text, unconditional)
-            )
-            v = guide(v, v_negative, scale)
+            v = guided_velocity(roles, x_t, timestep, batch, negative, scale)
             x0 = x0_from_velocity(x_t, v, sigma)
             if following is not None:
                 x_t = x_t + (following[0] - sigma) * v

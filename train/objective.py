@@ -62,6 +62,9 @@ class Objective(Protocol):
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must match to be gone on from."""
 
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint merely remembers: it changes rounding alone."""
+
     def sampling(self) -> dict[str, Any]:
         """Fields of `train.provenance.Provenance`: how to sample with the product."""
 

@@ -296,6 +296,7 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
         "tail", "mixed_precision", "base_precision", "allow_tf32",
     )  # fmt: skip
     loose: dict[str, Any] = {name: getattr(config, name) for name in loose_names}
+    loose |= run.objective.settings()
     for role, rate in run.objective.learning_rates.items():  # as the options are called
         loose["learning_rate" if role == run.objective.product else f"learning_rate_{role}"] = rate
     if config.lr_scheduler in DECAYING:

@@ -49,6 +49,7 @@ def build_recipe(mode: str, **changes: object) -> Recipe:
         "fake_guidance_scale": 0.0,
         "fm_loss_weight": 0.0,
         "score_strata": 1,
+        "batched_guidance": False,
         "seed": 3,
     }
     return Recipe(**(values | changes))  # type: ignore[arg-type]
