@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny tensors gain nothing from threads, and on a busy machine OpenMP's barriers cost tenfold.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-for variable in ("MODEL_NAME", "DATASET_NAME", "DATASET_META_NAME"):
+for variable in ("MODEL_NAME", "DATASET_NAME", "DATASET_META_NAME", "DIFFUSERS_ATTN_BACKEND"):
     os.environ.pop(variable, None)  # a developer's shell must not decide what is tested
 
 from tests import object_store  # noqa: E402 - after the environment is set

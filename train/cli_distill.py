@@ -10,7 +10,7 @@ from shared.mirror import DEFAULT_SHARD_CACHE_GB, limit_shard_cache
 from shared.model_spec import DEFAULT_MODEL
 from shared.seed_command import Given, SeedCommand, with_seed_flags
 from train import cli_options as option
-from train.cli_options import OPTIMIZER
+from train.cli_options import DEVICE, OPTIMIZER
 
 DISTILL_EXAMPLES = """
 # the low-noise expert of Wan2.2-I2V-A14B, from shards/
@@ -112,6 +112,9 @@ def distill(
     blocks_to_swap: option.BlocksToSwap = None,
     activation_offloading: option.ActivationOffloading = False,
     allow_tf32: option.AllowTf32 = False,
+    compile: option.Compile = False,
+    attention_backend: option.AttentionBackend = "native",
+    batched_guidance: Annotated[bool, typer.Option(help="Compute the guided teacher (and critic) with and without caption in one pass of both: half the communication under fsdp and zero3, for twice the memory of a pass without gradients.", show_default="off", rich_help_panel=DEVICE)] = False,
     device: option.Device = "auto",
 
     strategy: option.Strategy = None,
@@ -151,6 +154,7 @@ def distill(
         gen_update_interval=gen_update_interval,
         fm_loss_weight=fm_loss_weight,
         learning_rate_critic=learning_rate_critic,
+        batched_guidance=batched_guidance,
     )
     carry_out(prepare_distillation(config), dry_run=dry_run)
 

@@ -97,6 +97,8 @@ def lora(
     blocks_to_swap: option.BlocksToSwap = None,
     activation_offloading: option.ActivationOffloading = False,
     allow_tf32: option.AllowTf32 = False,
+    compile: option.Compile = False,
+    attention_backend: option.AttentionBackend = "native",
     device: option.Device = "auto",
 
     strategy: option.Strategy = None,

@@ -82,6 +82,8 @@ LowVram = Annotated[bool, typer.Option("--low-vram", help="Keep the base's block
 BlocksToSwap = Annotated[int | None, typer.Option(metavar="N", help="The same for N of the blocks, spread evenly; the others stay on the GPU.", show_default="none; with --low-vram all", rich_help_panel=DEVICE)]
 ActivationOffloading = Annotated[bool, typer.Option("--activation-offloading", help="Keep what gradient checkpointing keeps, each block's input, in CPU memory.", show_default="off", rich_help_panel=DEVICE)]
 AllowTf32 = Annotated[bool, typer.Option("--allow-tf32", help="Let a GPU multiply fp32 matrices in TF32: faster, and rounded to 10 bits.", show_default="off", rich_help_panel=DEVICE)]
+Compile = Annotated[bool, typer.Option("--compile", help="Compile the transformer's blocks with torch.compile: minutes at the start, then faster steps; see docs/speed.md.", show_default="off", rich_help_panel=DEVICE)]
+AttentionBackend = Annotated[str, typer.Option(metavar="NAME", envvar="DIFFUSERS_ATTN_BACKEND", help="What computes attention, by diffusers' names: native is torch, which chooses a kernel; others are flash (flash-attn), _flash_3_hub, xformers, _native_cudnn and _native_flash.", rich_help_panel=DEVICE)]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=DEVICE)]
 
 Strategy = Annotated[Literal["single", "ddp", "zero2", "zero3", "fsdp"] | None, typer.Option(help="How processes share the work: ddp holds the model whole in each; fsdp and zero3 cut it among them, zero2 the optimizer alone (zero2, zero3: DeepSpeed).", show_default="what accelerate launch was told; else ddp for several processes, single for one", rich_help_panel=PROCESSES)]

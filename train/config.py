@@ -8,6 +8,7 @@ from typing import Literal
 
 from shared.errors import UserError
 from shared.seed_command import Given
+from train.attention import check_name
 from train.base import Base, Precision
 from train.dmd import Maths, Pairing, Start
 from train.flow import Expert, ScoreFloor
@@ -114,6 +115,10 @@ class TrainConfig:
     activation_offloading: bool
     """What checkpointing keeps waits in CPU memory."""
     allow_tf32: bool
+    compile: bool
+    """torch.compile for the transformer's blocks."""
+    attention_backend: str
+    """By diffusers' name."""
     placement: Placement
 
     def __post_init__(self) -> None:
@@ -161,9 +166,28 @@ class TrainConfig:
         check_option("blocks_to_swap", swapped, enough, expected)
         self._check_offloading()
         chosen(self.report_to)
+        check_name(self.attention_backend)
+        self._check_compile()
         dropout = self.caption_dropout
         check_option("caption_dropout", dropout, 0 <= dropout <= 1, "a share in [0, 1]")
         self._check_base_precision()
+
+    def _check_compile(self) -> None:
+        if self.compile and self.placement.strategy == "zero3":
+            raise UserError(
+                "--compile: found with --strategy zero3, where DeepSpeed gathers the weights of "
+                "layers in the midst of a block. Use --strategy fsdp, or leave --compile out."
+            )
+        for option, given in (
+            ("--low-vram or --blocks-to-swap", self._streaming),
+            ("--activation-offloading", self.activation_offloading),
+            ("--base-precision", self.base_precision not in (None, "bf16")),
+        ):
+            if self.compile and given:
+                raise UserError(
+                    f"--compile: found with {option}, with which it has not been tried. Leave out "
+                    "one of the two."
+                )
 
     def _check_base_precision(self) -> None:
         found, strategy = self.base_precision, self.placement.strategy

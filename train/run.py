@@ -24,6 +24,7 @@ from shared.mirror import described
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
 from shared.overlays import CONDITIONS, with_captions, with_conditions
 from shared.schema import TEXT_MEMBER
+from train.attention import check_attention
 from train.base import component_of
 from train.checkpoint import Identity
 from train.config import TrainConfig
@@ -131,6 +132,7 @@ def open_data(config: TrainConfig) -> tuple[ModelSpec, Dataset]:
     """
     if not config.placement.to_launch:  # else a GPU's memory would be taken here for nothing
         check_device(config.device)
+        check_attention(config.attention_backend, config.device, config.mixed_precision)
     folder = resolve_model(config.model, [])  # the configs decide which expert is needed
     spec = read_model_spec(folder)
     _refuse_other_mode(config, spec)
@@ -293,7 +295,7 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
         "seed", "train_mode", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2",
         "adam_weight_decay", "adam_epsilon", "max_grad_norm", "train_batch_size",
         "gradient_accumulation_steps", "video_repeat", "caption_dropout", "random_frame_crop",
-        "tail", "mixed_precision", "base_precision", "allow_tf32",
+        "tail", "mixed_precision", "base_precision", "allow_tf32", "compile", "attention_backend",
     )  # fmt: skip
     loose: dict[str, Any] = {name: getattr(config, name) for name in loose_names}
     loose |= run.objective.settings()

@@ -11,6 +11,7 @@ import torch
 from shared.errors import UserError
 from shared.schema import DTYPES
 from train.activation_offloading import ActivationOffloading
+from train.attention import use_attention
 from train.base import base_digest, component_of, load_base
 from train.checkpoint import (
     Files,
@@ -24,6 +25,7 @@ from train.checkpoint import (
     save_checkpoint,
     set_later_aside,
 )
+from train.compiling import check_compile, compile_blocks
 from train.config import check_writable
 from train.data import PromptBank, load_prompt_bank
 from train.ema import Ema
@@ -134,6 +136,8 @@ def open_session(run: Run, say: Say) -> Session:
     bank = load_prompt_bank(run.data.first)
     device = torch.device(config.device)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    if config.compile:
+        check_compile(config.device)
     digest = base_digest(run.spec.folder, component_of(objective.expert), config.base)
     transformer = load_base(
         run.spec,
@@ -143,6 +147,10 @@ def open_session(run: Run, say: Say) -> Session:
         gradient_checkpointing=config.gradient_checkpointing,
         base=config.base,
     )
+    use_attention(transformer, config.attention_backend)
+    if config.compile:
+        several = len(run.data.filled_buckets()) > 1 or config.random_frame_crop
+        compile_blocks(transformer, several_shapes=several)
     lora = LoraSpec(
         rank=config.rank,
         alpha=config.network_alpha,

@@ -80,6 +80,11 @@ class _Reference:
         v = model(inputs, t.float(), text.double(), return_dict=False, **seen)[0]
         return x_t - sigma * v, v
 
+    def guided_x0(self, model, x_t, sigma, scale: float):  # type: ignore[no-untyped-def]
+        _, v_cond = self.x0(model, x_t, sigma, self.batch.text)
+        _, v_neg = self.x0(model, x_t, sigma, NEGATIVE.expand(2, -1, -1))
+        return x_t - sigma * (v_neg + scale * (v_cond - v_neg))
+
     def drawn(self, purpose: str) -> torch.Tensor:
         return noise(self.batch.latents.shape[1:], 3, purpose, UPDATE, (0, 1)).double()
 
@@ -102,11 +107,28 @@ class _Reference:
         return torch.from_numpy(sigma).view(2, 1, 1, 1, 1), self.drawn(f"{purpose} noise")
 
 
-@pytest.mark.parametrize("fm_loss_weight", [0.0, 0.7])
-def test_generator_step(mode: str, setup, fm_loss_weight: float) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(
+    ("fm_loss_weight", "fake_scale", "batched"),
+    [(0.0, 0.0, False), (0.7, 2.5, False), (0.0, 2.5, True)],
+)
+def test_generator_step(  # type: ignore[no-untyped-def]
+    mode: str, setup, fm_loss_weight: float, fake_scale: float, batched: bool
+) -> None:
     roles, plain, batch = setup
-    recipe = build_recipe(_maths(mode), fm_loss_weight=fm_loss_weight)
+    recipe = build_recipe(
+        _maths(mode),
+        fm_loss_weight=fm_loss_weight,
+        fake_guidance_scale=fake_scale,
+        batched_guidance=batched,
+    )
+    samples: list[int] = []
+    hook = roles.transformer.register_forward_pre_hook(
+        lambda _, args, named: samples.append(len(named["hidden_states"])), with_kwargs=True
+    )
     watched = generator_step(roles, recipe, batch, NEGATIVE)
+    hook.remove()
+    guided = 1 + (fake_scale > 0)
+    assert samples.count(4) == (guided if batched else 0)
     loss = watched.loss
     with roles.generator():
         loss.backward()
@@ -118,9 +140,9 @@ def test_generator_step(mode: str, setup, fm_loss_weight: float) -> None:  # typ
     with torch.no_grad():
         x_t = (1 - sigma) * x0 + sigma * eps
         fake, _ = reference.x0(critic, x_t, sigma, batch.text)
-        _, v_cond = reference.x0(plain, x_t, sigma, batch.text)
-        _, v_neg = reference.x0(plain, x_t, sigma, NEGATIVE.expand(2, -1, -1))
-        real = x_t - sigma * (v_neg + 6.0 * (v_cond - v_neg))
+        if fake_scale:
+            fake = reference.guided_x0(critic, x_t, sigma, fake_scale)
+        real = reference.guided_x0(plain, x_t, sigma, 6.0)
         scale = (x0 - real).abs().flatten(1).mean(1).view(2, 1, 1, 1, 1)
         g = (fake - real) / scale
     x0.backward(g / g.numel())

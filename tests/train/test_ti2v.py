@@ -128,9 +128,11 @@ def test_rollouts_keep_the_condition(tiny_ti2v: Path, pairing: str) -> None:
         assert (found.double() - expected).norm() / expected.norm() < 1e-5, last
 
 
-@pytest.mark.parametrize("fm_loss_weight", [0.0, 0.7])
-def test_generator_step(tiny_ti2v: Path, fm_loss_weight: float) -> None:
-    roles, plain, recipe = _setup(tiny_ti2v, fm_loss_weight=fm_loss_weight)
+@pytest.mark.parametrize(("fm_loss_weight", "batched"), [(0.0, True), (0.7, False)])
+def test_generator_step(tiny_ti2v: Path, fm_loss_weight: float, batched: bool) -> None:
+    roles, plain, recipe = _setup(
+        tiny_ti2v, fm_loss_weight=fm_loss_weight, batched_guidance=batched
+    )
     batch = mixed_batch()
     loss = generator_step(roles, recipe, batch, NEGATIVE).loss
     with roles.generator():

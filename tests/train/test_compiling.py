@@ -1,0 +1,140 @@
+"""--compile: the numbers of eager code, each graph compiled once, never left to eager code."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch._dynamo.utils import counters
+
+from shared.errors import UserError
+from tests.train.test_distill import WANTRAIN, distill, losses
+from tests.train.test_finetune import SMALL as FINETUNE
+from tests.train.test_finetune import finetune
+from tests.train.test_roles import build_roles
+from tests.train.test_strategies import apart, lora_of, typed
+from train.compiling import RECOMPILE_LIMIT, compile_blocks
+
+RUN = (
+    "--mixed-precision", "no", "--where", "type=video", "--where", "height<=48",
+    "--save-precision", "fp32",
+)  # fmt: skip
+SITE = """
+import atexit, sys, torch
+from torch._dynamo.utils import counters
+torch.compiler.set_default_backend("aot_eager")
+
+@atexit.register
+def tell():
+    frames, graphs = counters["frames"], counters["stats"]["unique_graphs"]
+    left, breaks = frames["total"] - frames["ok"], dict(counters["graph_break"])
+    print(f"{graphs} graphs, {left} frames left to eager code, breaks {breaks}", file=sys.stderr)
+"""
+"""What every Python of a run imports first."""
+GRAPHS = 7
+"""Teacher; generator and critic without gradient; either with it, for the first block, whose input
+has no gradient, and for the others."""
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whole graphs, forward and backward, run by torch's own kernels: seconds and not minutes."""
+    torch._dynamo.reset()
+    counters.clear()
+    torch.compiler.set_default_backend("aot_eager")
+    yield
+    torch.compiler.set_default_backend(None)
+    torch._dynamo.reset()
+
+
+@pytest.mark.long
+def test_a_compiled_run_has_the_numbers_of_an_eager_one(
+    tiny_t2v: Path, t2v_shards: Path, tmp_path: Path, traced: None
+) -> None:
+    """Both roles, checkpointed; it goes on from an eager one's checkpoint."""
+    eager, out = tmp_path / "eager", tmp_path / "compiled"
+    few = (
+        *RUN,
+        "--gen-update-interval",
+        "1",
+        "--max-train-steps",
+        "3",
+        "--checkpointing-steps",
+        "1",
+    )
+    distill(tiny_t2v, t2v_shards, eager, *few)
+    assert not counters["frames"]
+    shutil.copytree(eager, out)
+    middle = str(out / "checkpoint-1")
+    distill(tiny_t2v, t2v_shards, out, *few, "--compile", "--resume-from-checkpoint", middle)
+    assert counters["stats"]["unique_graphs"] == GRAPHS + 1  # and the line that tries it out
+    assert counters["frames"]["total"] == counters["frames"]["ok"]
+    assert not counters["graph_break"]
+    expected, found = losses(eager), losses(out)
+    for role, curve in expected.items():
+        assert [x for _, x in found[role]] == pytest.approx([x for _, x in curve], rel=1e-5)
+    for name in ("lora-low-diffusers", "lora-low-comfyui"):
+        one, other = (load_file(o / f"{name}.safetensors") for o in (eager, out))
+        assert one.keys() == other.keys()
+        for key, weight in one.items():
+            assert torch.allclose(weight, other[key], rtol=1e-3, atol=1e-5), key
+
+
+@pytest.mark.long
+def test_one_graph_serves_all_shapes(tiny_t2v: Path, traced: None) -> None:
+    """Of clips and pictures, some with sides that happen to be equal."""
+    roles, plain = build_roles(tiny_t2v), build_roles(tiny_t2v)
+    compile_blocks(roles.transformer, several_shapes=True)
+    assert torch._dynamo.config.recompile_limit >= RECOMPILE_LIMIT
+    rng = torch.Generator().manual_seed(4)
+    text, timestep = torch.randn(2, 512, 32, generator=rng), torch.tensor([900.0, 300.0])
+    for shape in ((3, 6, 10), (3, 10, 8), (4, 8, 8), (1, 6, 8), (2, 4, 4), (5, 4, 10)):
+        x_t = torch.randn(2, 16, *shape, generator=rng)
+        with torch.no_grad(), roles.teacher(), plain.teacher():
+            found = roles.velocity(x_t, timestep, text, None)
+            expected = plain.velocity(x_t, timestep, text, None)
+        assert torch.allclose(found, expected, atol=1e-5), shape
+    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["frames"] == {"total": 1, "ok": 1}
+
+
+@pytest.mark.long
+def test_sharded_blocks_are_compiled_whole(
+    tiny_t2v: Path, t2v_shards: Path, tmp_path: Path
+) -> None:
+    """FSDP2 in two processes: its hooks break no graph; the LoRA of one eager process."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(SITE)
+    eager, out = tmp_path / "eager", tmp_path / "compiled"
+    finetune(tiny_t2v, t2v_shards, eager, *RUN, "--max-train-steps", "2")
+    places = ("--model", tiny_t2v, "--shards", t2v_shards, "--output-dir", out)
+    said = typed(
+        WANTRAIN, "lora", *map(str, places), *FINETUNE, *RUN, "--max-train-steps", "2",
+        "--compile", "--train-batch-size", "1", "--num-processes", "2", "--strategy", "fsdp",
+        PYTHONPATH=f"{site}:{os.environ.get('PYTHONPATH', '')}",
+    )  # fmt: skip
+    # The first block, the others, and the line that tries it out
+    assert said.count("3 graphs, 0 frames left to eager code, breaks {}") == 2
+    assert apart(lora_of(eager), lora_of(out)) < 1e-5
+
+
+def test_what_cannot_compile_is_said(
+    tiny_t2v: Path, t2v_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "empty"))
+    with pytest.raises(
+        UserError, match=r"^--compile: torch can't compile for cpu here \(.+\. Inst"
+    ):
+        distill(tiny_t2v, t2v_shards, tmp_path / "out", "--compile", "--max-train-steps", "1")
+    wanted = ("--strategy", "zero3", "--num-processes", "2", "--train-batch-size", "1")
+    with pytest.raises(UserError, match=r"^--compile: found with --strategy zero3.*fsdp"):
+        distill(tiny_t2v, t2v_shards, tmp_path / "out", "--compile", *wanted)
+    for option in ("--low-vram", "--activation-offloading", "--base-precision=int8"):
+        with pytest.raises(UserError, match=rf"^--compile: found with {option.split('=')[0]}"):
+            distill(tiny_t2v, t2v_shards, tmp_path / "out", "--compile", option)

@@ -1,0 +1,91 @@
+"""Which code computes attention: those of diffusers' backends that can train."""
+
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    attention_backend,
+    dispatch_attention_fn,
+)
+from diffusers.utils import logging
+
+from shared.errors import UserError, first_line
+from train.base import Precision
+
+NATIVE = "native"
+"""torch's scaled_dot_product_attention, which chooses a kernel by itself."""
+# SageAttention quantises and has no gradient; FlashAttention 3's own package is called by diffusers
+# through an operator without one (its build on the Hub, `_flash_3_hub`, is not).
+_INFERENCE_ALONE = ("sage", "_sage")
+_WITHOUT_GRADIENT = ("_flash_3",)
+_FETCHED = "_hub"
+"""In the names of kernels that diffusers downloads when they are first used."""
+
+
+def check_name(name: str) -> None:
+    """UserError unless it is a backend of diffusers, and one that is not for inference alone."""
+    names = [backend.value for backend in AttentionBackendName]
+    trains = [one for one in names if _may_train(one)]
+    if name not in names or not _may_train(name):
+        why = "is for inference alone: it has no gradient" if name in names else "is none"
+        raise UserError(
+            f"--attention-backend: {name} {why}. Expected one of {', '.join(trains)}; some need "
+            "packages, a GPU or bf16, which is checked before weights are read."
+        )
+
+
+def _may_train(name: str) -> bool:
+    return not name.startswith(_INFERENCE_ALONE) and name not in _WITHOUT_GRADIENT
+
+
+def check_attention(name: str, device: str, precision: Precision) -> None:
+    """UserError unless `name` works forward and backward here, in the precision of the run.
+
+    Found out by a small attention, so no package, device or dtype need be known here.
+    """
+    check_name(name)
+    if name == NATIVE or (why := _failure(name, device, precision)) is None:
+        return
+    raise UserError(
+        f"--attention-backend: {name} can't train here, on {device} with --mixed-precision "
+        f"{precision} ({why}). These can: {', '.join(trainable(device, precision))}."
+    )
+
+
+def trainable(device: str, precision: Precision) -> list[str]:
+    """Backends that work here forward and backward, without those that must first be fetched."""
+    return [
+        backend.value
+        for backend in AttentionBackendName
+        if _may_train(backend.value)
+        and _FETCHED not in backend.value
+        and _failure(backend.value, device, precision) is None
+    ]
+
+
+def _failure(name: str, device: str, precision: Precision) -> str | None:
+    """Why a backend can't train; None if it can."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    query, key, value = (  # (samples, tokens, heads, channels), as Wan has 128 of these
+        torch.ones(1, 32, 2, 128, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
+    )
+    try:
+        with attention_backend(name):
+            out = dispatch_attention_fn(query, key, value)
+        if not out.requires_grad:
+            return "it has no gradient"
+        out.sum().backward()
+    except Exception as error:  # of other people's kernels, which raise all kinds
+        return first_line(error).rstrip(".")
+    return None
+
+
+def use_attention(transformer: Any, name: str) -> None:
+    """Have a WanTransformer3DModel compute attention by `name`, whatever is set elsewhere."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # "experimental feature", for every run
+    try:
+        transformer.set_attention_backend(name)
+    finally:
+        logging.set_verbosity(verbosity)
