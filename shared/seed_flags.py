@@ -75,7 +75,7 @@ SEED_FLAGS: tuple[SeedFlag, ...] = (
     *_owned((TRAIN,), "denoising_step_indices_list", values="+"),
     *_owned(
         (TRAIN,), "gradient_checkpointing", "allow_tf32", "uniform_sampling", "random_frame_crop",
-        "low_vram", values=0,
+        "low_vram", "use_8bit_adam", values=0,
     ),
 
     # Asks for what is so here anyway, or for nothing
@@ -108,7 +108,6 @@ SEED_FLAGS: tuple[SeedFlag, ...] = (
 
     # Would change what is learnt
     _refused("use_came", "the optimizer is AdamW; leave it out", values=0),
-    _refused("use_8bit_adam", "AdamW keeps fp32 state so far; leave it out", values=0),
     _refused(
         "scale_lr", "set --learning-rate to the product that you want; there it is the rate times "
         "batch size, accumulation steps and processes", values=0,

@@ -95,6 +95,7 @@ def distill(
     adam_beta2: option.AdamBeta2 = 0.999,
     adam_weight_decay: option.AdamWeightDecay = 3e-2,
     adam_epsilon: option.AdamEpsilon = 1e-10,
+    use_8bit_adam: option.Use8bitAdam = False,
     max_grad_norm: option.MaxGradNorm = 0.05,
 
     train_batch_size: option.TrainBatchSize = 1,

@@ -65,6 +65,7 @@ AdamBeta1 = Annotated[float, typer.Option(metavar="X", help="Decay of the mean g
 AdamBeta2 = Annotated[float, typer.Option(metavar="X", help="Decay of the mean squared gradient per update.", rich_help_panel=OPTIMIZER)]
 AdamWeightDecay = Annotated[float, typer.Option(metavar="X", help="Share of a weight, times the rate, taken off per update.", rich_help_panel=OPTIMIZER)]
 AdamEpsilon = Annotated[float, typer.Option(metavar="X", help="Added to the root of the mean squared gradient.", rich_help_panel=OPTIMIZER)]
+Use8bitAdam = Annotated[bool, typer.Option("--use-8bit-adam", help="Keep the two moments of each weight in 8 bits, a quarter of the memory; matrices of fewer than 4096 weights keep fp32. For single and ddp.", show_default="off", rich_help_panel=OPTIMIZER)]
 MaxGradNorm = Annotated[float, typer.Option(metavar="X", help="Norm to which the gradient of an update is clipped.", rich_help_panel=OPTIMIZER)]
 
 TrainBatchSize = Annotated[int, typer.Option(metavar="N", help="Samples in one forward and backward pass.", rich_help_panel=DATA)]

@@ -91,6 +91,8 @@ class TrainConfig:
     adam_beta2: float
     adam_weight_decay: float
     adam_epsilon: float
+    use_8bit_adam: bool
+    """Keep AdamW's moments in 8 bits."""
     max_grad_norm: float
 
     # Data and device
@@ -171,6 +173,11 @@ class TrainConfig:
         dropout = self.caption_dropout
         check_option("caption_dropout", dropout, 0 <= dropout <= 1, "a share in [0, 1]")
         self._check_base_precision()
+        if self.use_8bit_adam and (strategy := self.placement.strategy) not in ("single", "ddp"):
+            raise UserError(
+                f"--use-8bit-adam: found with --strategy {strategy}, which cuts the moments among "
+                "the processes already. Use --strategy ddp, or leave it out."
+            )
 
     def _check_compile(self) -> None:
         if self.compile and self.placement.strategy == "zero3":

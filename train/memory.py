@@ -16,6 +16,7 @@ from torch import nn
 
 from shared.model_spec import MAX_TEXT_TOKENS
 from shared.original_layout import is_original
+from train.adam8bit import moment_bytes
 from train.base import Precision, component_of
 from train.lora import select_targets
 from train.quantised import BasePrecision, base_linears, is_quantised, quantised_bytes
@@ -65,7 +66,8 @@ def estimate(run: Run) -> Estimate | None:
     )
     with torch.device("meta"):
         transformer = WanTransformer3DModel.from_config(facts)
-    one_role = _FP32 * lora_weights(transformer, config.target_name, config.rank)
+    matrices = lora_matrices(transformer, config.target_name, config.rank)
+    one_role = _FP32 * sum(matrices)
     roles = len(run.objective.learning_rates)
     grids = [
         bucket.latent_shape(spec.latent_channels, spec.stride)[1:]
@@ -78,7 +80,8 @@ def estimate(run: Run) -> Estimate | None:
     return Estimate(
         base=base_bytes(transformer, config.mixed_precision, config.base_precision),
         loras=(roles + 1) * one_role,
-        optimizers=roles * one_role * _ADAM // _FP32,
+        optimizers=roles
+        * sum(moment_bytes(n) if config.use_8bit_adam else _ADAM * n for n in matrices),
         average=one_role if config.ema_decay else 0,
         activations=activation_bytes(
             transformer,
@@ -109,16 +112,17 @@ def base_bytes(
     return sum(sizes.values())
 
 
-def lora_weights(transformer: nn.Module, target_name: tuple[str, ...], rank: int) -> int:
-    """Number of weights of one role's LoRA. UserError for names that are none."""
+def lora_matrices(transformer: nn.Module, target_name: tuple[str, ...], rank: int) -> list[int]:
+    """Number of weights of each matrix of one role's LoRA. UserError for names that are none."""
     targets = select_targets(transformer, target_name)
-    return sum(
-        rank * (module.in_features + module.out_features)
+    return [
+        rank * features
         for name, module in transformer.named_modules()
         if isinstance(module, nn.Linear)
         and name.startswith("blocks.")
         and name.split(".", 2)[2] in targets
-    )
+        for features in (module.in_features, module.out_features)
+    ]
 
 
 def activation_bytes(

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from train.adam8bit import AdamW8bit
 from train.ranks import Ranks
 from train.roles import Roles
 from train.strategy import AdamSettings, device_bytes
@@ -58,7 +59,11 @@ class WholeRole:
             parameter = self.parameters[name]
             # torch keeps Adam's step counter on the CPU, the moments beside the parameter.
             place = "cpu" if moment == "step" else parameter.device
-            self.optimizer.state[parameter][moment] = value.to(place).clone()
+            held = value.to(place).clone()
+            if isinstance(self.optimizer, AdamW8bit):
+                self.optimizer.put(parameter, moment, held)
+            else:
+                self.optimizer.state[parameter][moment] = held
 
 
 def stepped(
@@ -82,16 +87,23 @@ def stepped(
 def moments_of(
     parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW
 ) -> dict[str, torch.Tensor]:
-    """ "name/moment" → what the optimizer holds in this process."""
+    """ "name/moment" → what the optimizer holds in this process, in fp32."""
+
+    def held(parameter: nn.Parameter) -> Mapping[str, torch.Tensor]:
+        if isinstance(optimizer, AdamW8bit):
+            return optimizer.moments(parameter)
+        return optimizer.state.get(parameter, {})
+
     return {
         f"{name}/{moment}": value
         for name, parameter in parameters.items()
-        for moment, value in optimizer.state.get(parameter, {}).items()
+        for moment, value in held(parameter).items()
     }
 
 
 def adamw(parameters: Mapping[str, nn.Parameter], adam: AdamSettings) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
+    optimizer = AdamW8bit if adam.eight_bit else torch.optim.AdamW
+    return optimizer(
         parameters.values(), betas=adam.betas, eps=adam.eps, weight_decay=adam.weight_decay
     )
 

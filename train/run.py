@@ -293,7 +293,7 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
     }
     loose_names = (
         "seed", "train_mode", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2",
-        "adam_weight_decay", "adam_epsilon", "max_grad_norm", "train_batch_size",
+        "adam_weight_decay", "adam_epsilon", "use_8bit_adam", "max_grad_norm", "train_batch_size",
         "gradient_accumulation_steps", "video_repeat", "caption_dropout", "random_frame_crop",
         "tail", "mixed_precision", "base_precision", "allow_tf32", "compile", "attention_backend",
     )  # fmt: skip

@@ -170,6 +170,7 @@ def open_session(run: Run, say: Say) -> Session:
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.adam_weight_decay,
+        eight_bit=config.use_8bit_adam,
     )
     strategy = spread(
         config.placement.strategy,

@@ -27,6 +27,8 @@ class AdamSettings:
     betas: tuple[float, float]
     eps: float
     weight_decay: float
+    eight_bit: bool = False
+    """Keep the moments in 8 bits; `single` and `ddp` can."""
 
 
 class TrainedRole(Protocol):
