@@ -69,6 +69,8 @@ LEVERS: Mapping[str, tuple[str, ...]] = {
     "fp8": ("--base-precision", "fp8"),
     "int8": ("--base-precision", "int8"),
     "nf4": ("--base-precision", "nf4"),
+    "compile": ("--compile",),
+    "batched-guidance": ("--batched-guidance",),
     "low-vram": ("--low-vram",),
     "activation-offloading": ("--activation-offloading",),
     "no-checkpointing": ("--no-gradient-checkpointing",),  # 98 GiB for 1.3b, 330 for a14b
