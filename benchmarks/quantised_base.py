@@ -86,7 +86,7 @@ def build_recipe(seed: int) -> Recipe:
         schedule=Schedule(indices=(1000, 750, 500, 250), shift=5.0, boundary=None),
         start="noise", pairing="renoise", score_floor="boundary", maths="corrected",
         real_guidance_scale=3.0, fake_guidance_scale=0.0, fm_loss_weight=0.0, score_strata=SAMPLES,
-        seed=seed,
+        batched_guidance=False, seed=seed,
     )  # fmt: skip
 
 
