@@ -8,6 +8,7 @@ from train import (
     cli_export,
     cli_lora,
     cli_merge,
+    cli_plan,
     cli_sample,
 )
 
@@ -38,6 +39,7 @@ cli_sample.add_command(app)
 cli_decode.add_command(app)
 cli_export.add_command(app)
 cli_merge.add_command(app)
+cli_plan.add_command(app)
 cli_bench.add_command(app)
 
 

@@ -1,58 +1,116 @@
 """What a run will need of a device's memory, from configs alone: no weight is read.
 
 Weights, LoRAs and optimizer states are counted, from a transformer on torch's meta device.
-Activations are a formula: what autograd keeps of one block, for N tokens of width D, M of text, and
-an inner width F of the feed-forward layers, is linear in N·D, N·F, M·D. Its factors were measured
-with `torch.autograd.graph.saved_tensors_hooks` (bf16 and fp32, LoRAs on q, k, v, ffn.0, ffn.2), and
-`tests/train/test_memory_estimate.py` measures them again at other sizes.
+Activations and work are formulas: for N tokens of width D, M of text, and an inner width F of the
+feed-forward layers they are linear in N·D, N·F, M·D. Their factors were measured by counting the
+bytes of all live tensors through whole updates (LoRAs on q, k, v, ffn.0, ffn.2);
+`tests/train/test_memory_estimate.py` measures at other sizes, `benchmarks/plan_peaks.py` at true
+ones. What no tensor shows (CUDA's context, cuDNN's and NCCL's workspaces, fragments) is not in it.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from shared.model_spec import MAX_TEXT_TOKENS
+from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec
 from shared.original_layout import is_original
-from train.adam8bit import moment_bytes
 from train.base import Precision, component_of
 from train.lora import select_targets
-from train.quantised import BasePrecision, base_linears, is_quantised, quantised_bytes
 from train.run import Run
+from train.strategy import CUTTING, StrategyName
+from train.streaming import blocks_on_device
 
-# Bytes that autograd keeps of a block, for each of N·D, N·F, M·D, and N·rank.
-_KEPT = {"bf16": (42, 4, 8.4, 16), "no": (60.3, 8, 12.1, 32)}
 _ADAM = 8  # two fp32 moments for each weight
 _FP32 = 4
+# Bytes that autograd keeps of a block, for each of N·D, N·F, M·D, and N·rank.
+_KEPT = {"bf16": (42, 4, 8.4, 16), "no": (60.3, 8, 12.1, 32)}
+# ti2v tells every token its own time: what is made of it is as wide as six hidden states.
+_KEPT_OF_TIME = 32
+# Most bytes that live while a checkpointed block is computed again and differentiated, for each of
+# N·D and N·F. Two moments compete: in its attention and in its feed-forward layers.
+_BACKWARD = {"bf16": ((61.3, 3.6), (44, 7.9)), "no": ((84, 7), (60.5, 15.9))}
+_BACKWARD_OF_TIME = {"bf16": 44, "no": 56}
+# The same of a pass without gradients; for ti2v.
+_PASS = {"bf16": ((20, 0), (8.6, 5.8)), "no": ((40, 0), (16.4, 11.8))}
+_PASS_WITH_TIME = {"bf16": ((55.7, 3.8),), "no": ((88, 7.5),)}
+_ROTARY = 8  # bytes for each token and channel of a head: cos and sin
+_LATENTS = 8  # fp32 tensors of latents' size beside a pass: noise, x_t, x̂0, scores …
+_ON_THE_WAY = 3  # blocks' inputs on the device with --activation-offloading
+_GATHERED = 2  # blocks that are whole under a strategy that cuts: one that works, the next
+# DeepSpeed's buffers for gradients: 5e8 numbers each, two of them in stage 2.
+_BUCKETS = {"zero2": 2 * 500_000_000 * _FP32, "zero3": 500_000_000 * _FP32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What decides about memory, beside the model and the shape of a sample."""
+
+    samples: int
+    """Of one pass."""
+    rank: int
+    targets: tuple[str, ...]
+    """Layers of a block that get a LoRA, as `train.lora.select_targets` gives them."""
+    roles: int
+    average: bool = False
+    precision: Precision = "bf16"
+    checkpointing: bool = True
+    strategy: StrategyName = "single"
+    processes: int = 1
+    swapped: int = 0
+    """Blocks whose frozen weights live in CPU memory."""
+    activation_offloading: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Bytes."""
+    """Bytes of one process, at the moment when most are in use."""
 
     base: int
     loras: int
-    """Of all roles, fp32, with the gradients of the one that is being trained."""
+    """Of all roles, fp32."""
     optimizers: int
     average: int
     """Of `--ema-decay`."""
     activations: int
-    """What autograd keeps of the pass that trains, at the largest bucket."""
+    """What waits for the backward pass, at the largest bucket; or the gradients, which take its
+    place, where they are more."""
+    work: int
+    """What a block needs while it works: in its backward pass with checkpointing, else in a pass
+    without gradients beside the activations."""
+    buffers: int
+    """Of the strategy: whole blocks, gradients on their way."""
+    host: int
+    """Of the CPU's memory, page-locked."""
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """By name, what is on the device."""
+        return {
+            "base": self.base,
+            "LoRAs": self.loras,
+            "optimizers": self.optimizers,
+            "average": self.average,
+            "activations": self.activations,
+            "work of a block": self.work,
+            "buffers": self.buffers,
+        }
 
     @property
     def total(self) -> int:
-        return self.base + self.loras + self.optimizers + self.average + self.activations
+        return sum(self.parts.values())
 
     def line(self) -> str:
         """For --dry-run."""
         gib = 2**30
-        average = f", average {self.average / gib:.2f}" if self.average else ""
+        parts = ", ".join(f"{name} {part / gib:.2f}" for name, part in self.parts.items() if part)
+        host = f"; and {self.host / gib:.1f} GiB of CPU memory" if self.host else ""
         return (
-            f"memory   about {self.total / gib:.1f} GiB: base {self.base / gib:.2f}, LoRAs and "
-            f"gradients {self.loras / gib:.2f}, optimizers {self.optimizers / gib:.2f}{average}, "
-            f"activations {self.activations / gib:.2f}; and what the device's libraries take"
+            f"memory   about {self.total / gib:.1f} GiB: {parts}; and what the device's libraries "
+            f"take{host}"
         )
 
 
@@ -61,89 +119,161 @@ def estimate(run: Run) -> Estimate | None:
     config, spec = run.config, run.spec
     if is_original(spec.folder):
         return None
-    facts = WanTransformer3DModel.load_config(
-        spec.folder, subfolder=component_of(run.objective.expert)
+    transformer = meta_transformer(spec, component_of(run.objective.expert))
+    settings = Settings(
+        samples=config.train_batch_size,
+        rank=config.rank,
+        targets=select_targets(transformer, config.target_name, config.lora_skip_name),
+        roles=len(run.objective.learning_rates),
+        average=bool(config.ema_decay),
+        precision=config.mixed_precision,
+        checkpointing=config.gradient_checkpointing,
+        strategy=config.placement.strategy,
+        processes=config.placement.machines.num_processes,
+        swapped=len(config.streamed(len(transformer.blocks))),  # type: ignore[arg-type]
+        activation_offloading=config.activation_offloading,
     )
-    with torch.device("meta"):
-        transformer = WanTransformer3DModel.from_config(facts)
-    matrices = lora_matrices(transformer, config.target_name, config.rank)
-    one_role = _FP32 * sum(matrices)
-    roles = len(run.objective.learning_rates)
     grids = [
         bucket.latent_shape(spec.latent_channels, spec.stride)[1:]
         for bucket in run.data.filled_buckets()
     ]
-    tokens = max(
-        math.prod(side // patch for side, patch in zip(grid, spec.patch, strict=True))
-        for grid in grids
-    )
+    tokens = max(tokens_of(grid, spec) for grid in grids)
+    return estimate_of(transformer, spec.mode, tokens, settings)
+
+
+def meta_transformer(spec: ModelSpec, component: str) -> nn.Module:
+    """A component of a model in diffusers' layout, on the meta device."""
+    config = WanTransformer3DModel.load_config(spec.folder, subfolder=component)
+    with torch.device("meta"):
+        return WanTransformer3DModel.from_config(config)
+
+
+def tokens_of(grid: tuple[int, ...], spec: ModelSpec) -> int:
+    """Of one sample whose latents are (T, H, W)."""
+    return math.prod(side // patch for side, patch in zip(grid, spec.patch, strict=True))
+
+
+def estimate_of(
+    transformer: nn.Module, mode: Literal["t2v", "i2v", "ti2v"], tokens: int, settings: Settings
+) -> Estimate:
+    """Of samples of `tokens` each. `transformer` may lie on the meta device."""
+    facts: Any = transformer.config
+    layers: int = facts.num_layers
+    sizes = base_sizes(transformer, settings.precision)
+    block = sum(size for name, size in sizes.items() if name.startswith("blocks.0."))
+    outside = sum(sizes.values()) - layers * block
+    one_role = _FP32 * lora_weights(transformer, settings.targets, settings.rank)
+    cut = settings.processes if settings.strategy in CUTTING else 1
+    cut_optimizer = 1 if settings.strategy in ("single", "ddp") else settings.processes
+    # DeepSpeed steps on a copy of its own.
+    states = _ADAM + (_FP32 if settings.strategy == "zero2" else 0)
+
+    if settings.strategy in CUTTING:
+        base = (outside + layers * block) // cut
+    else:
+        resident = blocks_on_device(layers, settings.swapped) if settings.swapped else layers
+        base = outside + resident * block
+    kept, work = activations_and_work(transformer, mode, tokens, settings)
+    inputs = _block_input(transformer, tokens, settings)
+    offloaded = settings.activation_offloading and settings.checkpointing
     return Estimate(
-        base=base_bytes(transformer, config.mixed_precision, config.base_precision),
-        loras=(roles + 1) * one_role,
-        optimizers=roles
-        * sum(moment_bytes(n) if config.use_8bit_adam else _ADAM * n for n in matrices),
-        average=one_role if config.ema_decay else 0,
-        activations=activation_bytes(
-            transformer,
-            samples=config.train_batch_size,
-            tokens=tokens,
-            rank=config.rank,
-            precision=config.mixed_precision,
-            checkpointing=config.gradient_checkpointing,
-        ),
+        base=base,
+        loras=settings.roles * one_role // cut,
+        optimizers=settings.roles * one_role * states // _FP32 // cut_optimizer,
+        average=one_role if settings.average else 0,
+        activations=max(kept, one_role // cut),
+        work=work,
+        buffers=_buffers(settings, block, outside, one_role, layers),
+        host=settings.swapped * block + (layers * inputs if offloaded else 0),
     )
 
 
-def base_bytes(
-    transformer: nn.Module, precision: Precision, stored: BasePrecision | None = None
-) -> int:
-    """Of the weights as `open_session` holds them: some stay fp32, as in diffusers; the linear
-    layers of blocks may be quantised."""
+def _buffers(settings: Settings, block: int, outside: int, one_role: int, layers: int) -> int:
+    buffers = _BUCKETS.get(settings.strategy, 0)
+    if settings.strategy in CUTTING:
+        whole_block = block + settings.roles * one_role // layers
+        buffers += _GATHERED * whole_block + outside
+    return buffers
+
+
+def base_sizes(transformer: nn.Module, precision: Precision) -> dict[str, int]:
+    """Bytes of each weight as `train.base.load_base` holds it: some stay fp32, as in diffusers."""
     kept = set(transformer._keep_in_fp32_modules or ())  # type: ignore[arg-type]
     small = 2 if precision == "bf16" else _FP32
-    sizes = {
+    return {
         name: parameter.numel() * (_FP32 if kept & set(name.split(".")) else small)
         for name, parameter in transformer.named_parameters()
     }
-    if is_quantised(stored):
-        for name, linear in base_linears(transformer).items():
-            rows, columns = linear.weight.shape
-            sizes[f"{name}.weight"] = quantised_bytes(rows, columns, stored)
-    return sum(sizes.values())
 
 
-def lora_matrices(transformer: nn.Module, target_name: tuple[str, ...], rank: int) -> list[int]:
-    """Number of weights of each matrix of one role's LoRA. UserError for names that are none."""
-    targets = select_targets(transformer, target_name)
-    return [
-        rank * features
+def lora_weights(transformer: nn.Module, targets: tuple[str, ...], rank: int) -> int:
+    """Number of weights of one role's LoRA."""
+    return sum(
+        rank * (module.in_features + module.out_features)
         for name, module in transformer.named_modules()
         if isinstance(module, nn.Linear)
         and name.startswith("blocks.")
         and name.split(".", 2)[2] in targets
-        for features in (module.in_features, module.out_features)
-    ]
+    )
 
 
-def activation_bytes(
-    transformer: nn.Module,
-    *,
-    samples: int,
-    tokens: int,
-    rank: int,
-    precision: Precision,
-    checkpointing: bool,
-) -> int:
-    """What is kept for the backward pass of `samples` of `tokens` each.
+def _block_input(transformer: nn.Module, tokens: int, settings: Settings) -> int:
+    width = _width(transformer)
+    return settings.samples * tokens * width * (2 if settings.precision == "bf16" else _FP32)
 
-    With checkpointing: every block's input, and all of one block, which is computed again.
-    """
-    facts = transformer.config
-    width = facts.num_attention_heads * facts.attention_head_dim  # type: ignore[union-attr, operator]
-    inner, layers = facts.ffn_dim, facts.num_layers  # type: ignore[union-attr]
+
+def _layers(transformer: nn.Module) -> int:
+    facts: Any = transformer.config
+    return int(facts.num_layers)
+
+
+def _width(transformer: nn.Module) -> int:
+    facts: Any = transformer.config
+    return int(facts.num_attention_heads * facts.attention_head_dim)
+
+
+def block_bytes(transformer: nn.Module, mode: str, tokens: int, settings: Settings) -> float:
+    """What autograd keeps of one block that is not checkpointed, for all samples of a pass."""
+    facts: Any = transformer.config
+    width, inner, precision = _width(transformer), facts.ffn_dim, settings.precision
     wide, deep, text, low = _KEPT[precision]
-    block = tokens * (wide * width + deep * inner + low * rank)  # type: ignore[operator]
-    block += text * MAX_TEXT_TOKENS * width
-    inputs = tokens * width * (2 if precision == "bf16" else _FP32)
-    kept = layers * inputs + block if checkpointing else layers * block  # type: ignore[operator]
-    return int(samples * kept)
+    wide += _KEPT_OF_TIME if mode == "ti2v" else 0
+    kept = tokens * (wide * width + deep * inner + low * settings.rank)
+    kept += text * MAX_TEXT_TOKENS * width
+    return settings.samples * kept + _lora_copies(transformer, settings)
+
+
+def _lora_copies(transformer: nn.Module, settings: Settings) -> float:
+    """Autocast's, in bf16, of a block's LoRA."""
+    if settings.precision == "no":
+        return 0
+    weights = lora_weights(transformer, settings.targets, settings.rank)
+    return 2 * weights / _layers(transformer)
+
+
+def activations_and_work(
+    transformer: nn.Module, mode: str, tokens: int, settings: Settings
+) -> tuple[int, int]:
+    """What waits for the backward pass, and what is needed beside it for the pass or block that
+    works."""
+    facts: Any = transformer.config
+    inner, layers = facts.ffn_dim, facts.num_layers
+    width, precision, of_time = _width(transformer), settings.precision, mode == "ti2v"
+
+    def most(lines: tuple[tuple[float, float], ...], time: float) -> float:
+        """Of lines in D and F, for all tokens."""
+        bytes_each = max(wide * width + deep * inner for wide, deep in lines)
+        return settings.samples * tokens * (bytes_each + time * width)
+
+    rotary = tokens * facts.attention_head_dim * _ROTARY
+    latents = math.prod((_FP32, *facts.patch_size, facts.out_channels, tokens))
+    beside = rotary + settings.samples * _LATENTS * latents
+    if settings.checkpointing:
+        blocks = min(layers, _ON_THE_WAY) if settings.activation_offloading else layers
+        kept = blocks * _block_input(transformer, tokens, settings)
+        work = most(_BACKWARD[precision], _BACKWARD_OF_TIME[precision] if of_time else 0)
+        work += settings.samples * _KEPT[precision][2] * MAX_TEXT_TOKENS * width
+        return int(kept), int(work + beside + _lora_copies(transformer, settings))
+    passes = _PASS_WITH_TIME if of_time else _PASS
+    kept = layers * block_bytes(transformer, mode, tokens, settings)
+    return int(kept), int(most(passes[precision], 0) + beside)
