@@ -20,6 +20,7 @@ from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec
 from shared.original_layout import is_original
 from train.base import Precision, component_of
 from train.lora import select_targets
+from train.quantised import BasePrecision, base_linears, is_quantised, quantised_bytes
 from train.run import Run
 from train.strategy import CUTTING, StrategyName
 from train.streaming import blocks_on_device
@@ -57,6 +58,8 @@ class Settings:
     roles: int
     average: bool = False
     precision: Precision = "bf16"
+    stored: BasePrecision | None = None
+    """Of the linear layers in the base's blocks; None: as `precision`."""
     checkpointing: bool = True
     strategy: StrategyName = "single"
     processes: int = 1
@@ -127,6 +130,7 @@ def estimate(run: Run) -> Estimate | None:
         roles=len(run.objective.learning_rates),
         average=bool(config.ema_decay),
         precision=config.mixed_precision,
+        stored=config.base_precision,
         checkpointing=config.gradient_checkpointing,
         strategy=config.placement.strategy,
         processes=config.placement.machines.num_processes,
@@ -159,7 +163,7 @@ def estimate_of(
     """Of samples of `tokens` each. `transformer` may lie on the meta device."""
     facts: Any = transformer.config
     layers: int = facts.num_layers
-    sizes = base_sizes(transformer, settings.precision)
+    sizes = base_sizes(transformer, settings.precision, settings.stored)
     block = sum(size for name, size in sizes.items() if name.startswith("blocks.0."))
     outside = sum(sizes.values()) - layers * block
     one_role = _FP32 * lora_weights(transformer, settings.targets, settings.rank)
@@ -173,6 +177,7 @@ def estimate_of(
     else:
         resident = blocks_on_device(layers, settings.swapped) if settings.swapped else layers
         base = outside + resident * block
+    largest = _width(transformer) * int(facts.ffn_dim)
     kept, work = activations_and_work(transformer, mode, tokens, settings)
     inputs = _block_input(transformer, tokens, settings)
     offloaded = settings.activation_offloading and settings.checkpointing
@@ -183,27 +188,46 @@ def estimate_of(
         average=one_role if settings.average else 0,
         activations=max(kept, one_role // cut),
         work=work,
-        buffers=_buffers(settings, block, outside, one_role, layers),
+        buffers=_buffers(settings, block, outside, one_role, layers, largest),
         host=settings.swapped * block + (layers * inputs if offloaded else 0),
     )
 
 
-def _buffers(settings: Settings, block: int, outside: int, one_role: int, layers: int) -> int:
+def _buffers(
+    settings: Settings, block: int, outside: int, one_role: int, layers: int, largest: int
+) -> int:
     buffers = _BUCKETS.get(settings.strategy, 0)
+    if is_quantised(settings.stored):  # the largest layer's weight, whole while it multiplies
+        buffers += largest * (2 if settings.precision == "bf16" else _FP32)
     if settings.strategy in CUTTING:
         whole_block = block + settings.roles * one_role // layers
         buffers += _GATHERED * whole_block + outside
     return buffers
 
 
-def base_sizes(transformer: nn.Module, precision: Precision) -> dict[str, int]:
-    """Bytes of each weight as `train.base.load_base` holds it: some stay fp32, as in diffusers."""
+def base_sizes(
+    transformer: nn.Module, precision: Precision, stored: BasePrecision | None = None
+) -> dict[str, int]:
+    """Bytes of each weight as `open_session` holds it: some stay fp32, as in diffusers; the linear
+    layers of blocks may be quantised."""
     kept = set(transformer._keep_in_fp32_modules or ())  # type: ignore[arg-type]
     small = 2 if precision == "bf16" else _FP32
-    return {
+    sizes = {
         name: parameter.numel() * (_FP32 if kept & set(name.split(".")) else small)
         for name, parameter in transformer.named_parameters()
     }
+    if is_quantised(stored):
+        for name, linear in base_linears(transformer).items():
+            rows, columns = linear.weight.shape
+            sizes[f"{name}.weight"] = quantised_bytes(rows, columns, stored)
+    return sizes
+
+
+def base_bytes(
+    transformer: nn.Module, precision: Precision, stored: BasePrecision | None = None
+) -> int:
+    """Of all of them."""
+    return sum(base_sizes(transformer, precision, stored).values())
 
 
 def lora_weights(transformer: nn.Module, targets: tuple[str, ...], rank: int) -> int:

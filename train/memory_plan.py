@@ -15,6 +15,7 @@ from shared.published_models import PUBLISHED, published_model, write_configs
 from train.base import Precision
 from train.lora import select_targets
 from train.memory import Estimate, Settings, estimate_of, meta_transformer, tokens_of
+from train.quantised import BasePrecision, is_quantised
 from train.strategy import CUTTING, StrategyName
 from train.streaming import BUFFERS
 
@@ -35,6 +36,7 @@ class Asked:
     average: bool
     samples: int
     precision: Precision
+    stored: BasePrecision | None
     checkpointing: bool
     low_vram: bool
     blocks_to_swap: int | None
@@ -66,6 +68,12 @@ class Asked:
             raise UserError(
                 f"--blocks-to-swap: found {swapped} with --strategy {self.strategy}; expected "
                 f"{BUFFERS + 1} or more, and a strategy that does not cut the base."
+            )
+
+        if is_quantised(self.stored) and self.strategy in CUTTING:
+            raise UserError(
+                f"--base-precision: found {self.stored} with --strategy {self.strategy}, which "
+                "cuts weights as they are. Use --strategy ddp or zero2, or leave it out."
             )
 
     def swapped(self, layers: int) -> int:
@@ -199,6 +207,7 @@ def settings_of(asked: Asked, transformer: nn.Module) -> Settings:
         roles=asked.roles,
         average=asked.average,
         precision=asked.precision,
+        stored=asked.stored,
         checkpointing=asked.checkpointing,
         strategy=asked.strategy,
         processes=asked.processes,
@@ -219,10 +228,16 @@ def _alternatives(asked: Asked) -> list[tuple[tuple[str, ...], Asked]]:
         (("--activation-offloading",), {"activation_offloading": True}),
     ]
     if not cut and asked.processes > 1:
-        levers.append((("--strategy fsdp",), {"strategy": "fsdp"}))
-        both: dict[str, Any] = {"strategy": "fsdp", "activation_offloading": True}
+        fsdp: dict[str, Any] = {"strategy": "fsdp", "stored": None}
+        levers.append((("--strategy fsdp",), fsdp))
+        both = fsdp | {"activation_offloading": True}
         levers.append((("--strategy fsdp", "--activation-offloading"), both))
     if not cut:
+        for stored in ("int8", "nf4"):
+            less: dict[str, Any] = {"stored": stored}
+            both = less | {"activation_offloading": True}
+            levers.append(((f"--base-precision {stored}",), less))
+            levers.append(((f"--base-precision {stored}", "--activation-offloading"), both))
         both = {"low_vram": True, "activation_offloading": True}
         levers.append((("--low-vram",), {"low_vram": True}))
         levers.append((("--low-vram", "--activation-offloading"), both))

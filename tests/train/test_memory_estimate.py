@@ -77,14 +77,13 @@ def test_weights_and_states_are_those_of_a_run(
     assert f"base {resident['base'] / gib:.2f}," in line and "activations" in line
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.long
 @pytest.mark.parametrize(
-    ("mode", "precision", "heads", "inner", "rank", "samples"),
+    ("mode", "precision", "heads", "inner", "rank", "samples", "checkpointing"),
     [
-        ("t2v", "bf16", 2, 704, 8, 2),
-        ("i2v", "bf16", 3, 2304, 20, 1),
-        ("t2v", "no", 2, 900, 12, 2),
-        ("ti2v", "bf16", 2, 1200, 8, 2),
+        ("t2v", "bf16", 2, 704, 8, 2, True),
+        ("t2v", "bf16", 2, 704, 8, 2, False),
+        ("i2v", "bf16", 3, 2304, 20, 1, True),
     ],
 )
 def test_the_estimate_is_the_peak_of_real_updates(
@@ -113,5 +112,4 @@ def test_the_estimate_is_the_peak_of_real_updates(
     batch = batch_of(spec, grid, samples=samples, text=spec.text_dim)
     negative = torch.zeros(512, spec.text_dim)
     counted = peak_of_updates(roles, recipe_of(spec), batch, negative)
-    print("RATIO", mode, precision, checkpointing, said.total / max(counted.values()), said.parts, counted)
     assert said.total == pytest.approx(max(counted.values()), rel=0.1)

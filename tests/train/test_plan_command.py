@@ -1,0 +1,52 @@
+"""`wantrain plan`: published configs in, gibibytes out."""
+
+import json
+
+import pytest
+
+from shared.errors import UserError
+from train.cli import app as wantrain
+
+
+def planned(capsys: pytest.CaptureFixture[str], *options: str) -> dict:
+    wantrain(["plan", *options, "--json"], standalone_mode=False)
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_14b_fits_a_small_card_with_its_blocks_in_cpu_memory(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = planned(capsys, "--model", "wan2.2-i2v-a14b", "--gpu-memory", "24")
+    assert found["tokens"] == 32760
+    assert found["fits"] == ["--low-vram", "--activation-offloading"]
+    totals = {" ".join(one["options"]): one["total"] for one in found["choices"]}
+    # what leaves the GPU: of 40 inputs of 32760 x 5120 in bf16 all but three
+    offloaded = totals[""] - totals["--activation-offloading"]
+    # (gradients take the place of those three, and are a little more)
+    assert offloaded == pytest.approx(37 * 32760 * 5120 * 2, rel=2e-3)
+    # 38 of 40 blocks, each of 2 x (4 x 5120^2) + 2 x 5120 x 13824 weights, and a few small ones
+    streamed = totals[""] - totals["--low-vram"]
+    assert streamed == pytest.approx(38 * 2 * (8 * 5120**2 + 2 * 5120 * 13824), rel=1e-3)
+
+
+def test_processes_that_cut_the_base_hold_less(capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("--model", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "--num-processes", "8")
+    whole, cut = (planned(capsys, *common, "--strategy", name)["parts"] for name in ("ddp", "fsdp"))
+    for part in ("base", "LoRAs", "optimizers"):
+        assert cut[part] == pytest.approx(whole[part] / 8, abs=8)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (
+            ("--model", "wan2.1-t2v-1.3b", "--video-sample-n-frames", "80"),
+            "--video-sample-n-frames",
+        ),
+        (("--model", "wan2.1-t2v-1.3b", "--fix-sample-size", "480", "830"), "--fix-sample-size"),
+        (("--model", "wan9"), "wan2.1-t2v-1.3b"),
+    ],
+)
+def test_what_is_wrong_is_named(options: tuple[str, ...], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        wantrain(["plan", *options], standalone_mode=False)
