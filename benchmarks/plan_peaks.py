@@ -123,6 +123,7 @@ def recipe_of(spec: ModelSpec) -> Recipe:
         fake_guidance_scale=0.0,
         maths="corrected",
         fm_loss_weight=0.0,
+        batched_guidance=False,
         score_strata=1,
         seed=1,
     )

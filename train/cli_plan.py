@@ -32,6 +32,7 @@ def plan(
     rank: option.Rank = 64,
     target_name: option.TargetName = "q,k,v,ffn.0,ffn.2",
     ema_decay: option.EmaDecay = 0.0,
+    use_8bit_adam: option.Use8bitAdam = False,
     train_batch_size: option.TrainBatchSize = 1,
     mixed_precision: option.MixedPrecision = "bf16",
     base_precision: option.BasePrecision = None,
@@ -65,6 +66,7 @@ def plan(
         low_vram=low_vram,
         blocks_to_swap=blocks_to_swap,
         activation_offloading=activation_offloading,
+        use_8bit_adam=use_8bit_adam,
         strategy=strategy or ("ddp" if num_processes > 1 else "single"),
         processes=num_processes,
     )

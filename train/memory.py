@@ -18,6 +18,7 @@ from torch import nn
 
 from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec
 from shared.original_layout import is_original
+from train.adam8bit import moment_bytes
 from train.base import Precision, component_of
 from train.lora import select_targets
 from train.quantised import BasePrecision, base_linears, is_quantised, quantised_bytes
@@ -66,6 +67,7 @@ class Settings:
     swapped: int = 0
     """Blocks whose frozen weights live in CPU memory."""
     activation_offloading: bool = False
+    use_8bit_adam: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +138,7 @@ def estimate(run: Run) -> Estimate | None:
         processes=config.placement.machines.num_processes,
         swapped=len(config.streamed(len(transformer.blocks))),  # type: ignore[arg-type]
         activation_offloading=config.activation_offloading,
+        use_8bit_adam=config.use_8bit_adam,
     )
     grids = [
         bucket.latent_shape(spec.latent_channels, spec.stride)[1:]
@@ -166,11 +169,13 @@ def estimate_of(
     sizes = base_sizes(transformer, settings.precision, settings.stored)
     block = sum(size for name, size in sizes.items() if name.startswith("blocks.0."))
     outside = sum(sizes.values()) - layers * block
-    one_role = _FP32 * lora_weights(transformer, settings.targets, settings.rank)
+    matrices = lora_matrices(transformer, settings.targets, settings.rank)
+    one_role = _FP32 * sum(matrices)
     cut = settings.processes if settings.strategy in CUTTING else 1
     cut_optimizer = 1 if settings.strategy in ("single", "ddp") else settings.processes
     # DeepSpeed steps on a copy of its own.
     states = _ADAM + (_FP32 if settings.strategy == "zero2" else 0)
+    moments = sum(moment_bytes(n) if settings.use_8bit_adam else states * n for n in matrices)
 
     if settings.strategy in CUTTING:
         base = (outside + layers * block) // cut
@@ -184,7 +189,7 @@ def estimate_of(
     return Estimate(
         base=base,
         loras=settings.roles * one_role // cut,
-        optimizers=settings.roles * one_role * states // _FP32 // cut_optimizer,
+        optimizers=settings.roles * moments // cut_optimizer,
         average=one_role if settings.average else 0,
         activations=max(kept, one_role // cut),
         work=work,
@@ -230,15 +235,16 @@ def base_bytes(
     return sum(base_sizes(transformer, precision, stored).values())
 
 
-def lora_weights(transformer: nn.Module, targets: tuple[str, ...], rank: int) -> int:
-    """Number of weights of one role's LoRA."""
-    return sum(
-        rank * (module.in_features + module.out_features)
+def lora_matrices(transformer: nn.Module, targets: tuple[str, ...], rank: int) -> list[int]:
+    """Number of weights of each matrix of one role's LoRA."""
+    return [
+        rank * features
         for name, module in transformer.named_modules()
         if isinstance(module, nn.Linear)
         and name.startswith("blocks.")
         and name.split(".", 2)[2] in targets
-    )
+        for features in (module.in_features, module.out_features)
+    ]
 
 
 def _block_input(transformer: nn.Module, tokens: int, settings: Settings) -> int:
@@ -271,7 +277,7 @@ def _lora_copies(transformer: nn.Module, settings: Settings) -> float:
     """Autocast's, in bf16, of a block's LoRA."""
     if settings.precision == "no":
         return 0
-    weights = lora_weights(transformer, settings.targets, settings.rank)
+    weights = sum(lora_matrices(transformer, settings.targets, settings.rank))
     return 2 * weights / _layers(transformer)
 
 

@@ -41,6 +41,7 @@ class Asked:
     low_vram: bool
     blocks_to_swap: int | None
     activation_offloading: bool
+    use_8bit_adam: bool
     strategy: StrategyName
     processes: int
 
@@ -70,6 +71,10 @@ class Asked:
                 f"{BUFFERS + 1} or more, and a strategy that does not cut the base."
             )
 
+        if self.use_8bit_adam and self.strategy not in ("single", "ddp"):
+            raise UserError(
+                f"--use-8bit-adam: found with --strategy {self.strategy}; it is for single and ddp."
+            )
         if is_quantised(self.stored) and self.strategy in CUTTING:
             raise UserError(
                 f"--base-precision: found {self.stored} with --strategy {self.strategy}, which "
@@ -213,6 +218,7 @@ def settings_of(asked: Asked, transformer: nn.Module) -> Settings:
         processes=asked.processes,
         swapped=asked.swapped(len(transformer.blocks)),  # type: ignore[arg-type]
         activation_offloading=asked.activation_offloading,
+        use_8bit_adam=asked.use_8bit_adam,
     )
 
 
@@ -227,8 +233,10 @@ def _alternatives(asked: Asked) -> list[tuple[tuple[str, ...], Asked]]:
         (("--gradient-checkpointing",), {}),
         (("--activation-offloading",), {"activation_offloading": True}),
     ]
+    if asked.strategy in ("single", "ddp"):
+        levers.append((("--use-8bit-adam",), {"use_8bit_adam": True}))
     if not cut and asked.processes > 1:
-        fsdp: dict[str, Any] = {"strategy": "fsdp", "stored": None}
+        fsdp: dict[str, Any] = {"strategy": "fsdp", "stored": None, "use_8bit_adam": False}
         levers.append((("--strategy fsdp",), fsdp))
         both = fsdp | {"activation_offloading": True}
         levers.append((("--strategy fsdp", "--activation-offloading"), both))
