@@ -1,5 +1,6 @@
 PYTHON ?= python3
 SEED ?= 42
+JOBS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
@@ -9,10 +10,10 @@ demo: $(INSTALLED)  ## encode → distil → sample on the bundled toy, from emp
 	$(BIN)/python scripts/demo.py --output demo --seed $(SEED)
 
 test: $(INSTALLED)  ## all tests but the long ones
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not long"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not long"
 
 test-long: $(INSTALLED)  ## the long tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m long
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m long
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -43,8 +43,8 @@ _ROTARY = 8  # bytes for each token and channel of a head: cos and sin
 _LATENTS = 8  # fp32 tensors of latents' size beside a pass: noise, x_t, x̂0, scores …
 _ON_THE_WAY = 3  # blocks' inputs on the device with --activation-offloading
 _GATHERED = 2  # blocks that are whole under a strategy that cuts: one that works, the next
-# DeepSpeed's buffers for gradients: 5e8 numbers each, two of them in stage 2.
-_BUCKETS = {"zero2": 2 * 500_000_000 * _FP32, "zero3": 500_000_000 * _FP32}
+# DeepSpeed's buffers for gradients, `reduce_bucket_size` of launch_configs each, two in stage 2.
+_BUCKETS = {"zero2": 2 * 50_000_000 * _FP32, "zero3": 50_000_000 * _FP32}
 
 
 @dataclass(frozen=True, kw_only=True)
