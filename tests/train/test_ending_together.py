@@ -184,11 +184,11 @@ from train.ranks import joined, launched
 def work():
     ranks = replace(launched(), timeout=timedelta(seconds=3))
     with joined(ranks, torch.device("cpu")):
-        ranks.mean([1.0])
+        ranks.gathered(1.0)
         Path(sys.argv[1], str(ranks.rank)).write_text(str(os.getpid()))
         if ranks.rank == int(sys.argv[2]):
             os.kill(os.getpid(), signal.SIGSTOP)
-        ranks.mean([1.0])
+        ranks.gathered(1.0)
 run(work)
 """
 
