@@ -93,7 +93,8 @@ class Provenance:
         yield "ss_output_name", self.name
         yield "ss_steps", str(self.updates)
         yield "ss_num_train_items", str(self.cache["samples"])
-        yield "ss_optimizer", "torch.optim.AdamW"
+        eight_bit = self.recipe.get("use_8bit_adam")
+        yield "ss_optimizer", "AdamW8bit" if eight_bit else "torch.optim.AdamW"
         yield "ss_training_comment", f"wandistill {self.version}"
         for theirs, ours in _SS_RECIPE.items():
             if ours in self.recipe:

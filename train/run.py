@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from diffusers import WanTransformer3DModel
 
 from shared.cache import MEDIA_TYPES, CacheIndex, open_cache
 from shared.device import check_device
@@ -22,6 +23,7 @@ from shared.fingerprint import (
 from shared.hashing import FileHasher
 from shared.mirror import described
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
+from shared.original_weights import empty_model
 from shared.overlays import CONDITIONS, with_captions, with_conditions
 from shared.schema import TEXT_MEMBER
 from train.attention import check_attention
@@ -33,9 +35,10 @@ from train.encoded_as import refuse_other_encoding
 from train.learning_rate import DECAYING
 from train.lora import LoraSpec
 from train.objective import Objective
+from train.own_transformer import component_config
 from train.plan import BatchPlan
 from train.provenance import Provenance
-from train.quantised import check_installed
+from train.quantised import check_installed, is_quantised
 from train.ranks import Ranks
 from train.strategy import CUTTING
 from train.tail_log import TAIL_LOG
@@ -193,6 +196,9 @@ def plan_run(config: TrainConfig, spec: ModelSpec, data: Dataset, objective: Obj
     resolve_model(config.model, [component] if config.base.own is None else [])
     config.base.check(spec, component)
     check_installed(config.base_precision)
+    if config.blocks_to_swap is not None:
+        facts = component_config(spec, component)
+        config.streamed(len(empty_model(WanTransformer3DModel, facts).blocks))
     if config.init_lora is not None:
         check_init(
             config.init_lora, spec, component, rank=config.rank, target_name=config.target_name
@@ -298,6 +304,8 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
         "tail", "mixed_precision", "base_precision", "allow_tf32", "compile", "attention_backend",
     )  # fmt: skip
     loose: dict[str, Any] = {name: getattr(config, name) for name in loose_names}
+    if not is_quantised(config.base_precision):  # --base-precision bf16 is what it is without
+        loose["base_precision"] = None
     loose |= run.objective.settings()
     for role, rate in run.objective.learning_rates.items():  # as the options are called
         loose["learning_rate" if role == run.objective.product else f"learning_rate_{role}"] = rate

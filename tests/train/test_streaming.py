@@ -25,7 +25,9 @@ from tests.train.test_strategies import ALONE, IN_TWO, RUN, assert_like_alone, c
 from train import activation_offloading, streaming
 from train.activation_offloading import ActivationOffloading
 from train.cli import app as wantrain
+from train.cli_run import carried_out_by
 from train.lora import LoraSpec, select_targets
+from train.memory import Estimate, estimate
 from train.quantised import quantise
 from train.roles import Roles
 from train.side_stream import Copy, SideStream
@@ -111,7 +113,7 @@ def test_a_plain_lora_is_the_same_to_the_bit(
             "--blocks-to-swap: found 2, expected 3 or more: 2 of them are on the device",
         ),
         (
-            ("--blocks-to-swap", "6"),
+            ("--blocks-to-swap", "6", "--dry-run"),  # before any weight is read
             "--blocks-to-swap: found 6, expected at most 5, which this model has",
         ),
         (
@@ -127,6 +129,35 @@ def test_what_cannot_be_is_refused(
     with pytest.raises(UserError) as refused:
         distill(deep_i2v, i2v_shards, tmp_path / "out", *words)
     assert str(refused.value).startswith(said)
+
+
+def test_the_estimate_knows_what_lives_where(
+    deep_i2v: Path, i2v_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What --dry-run says, beside what a run says that it does."""
+    found: list[Estimate | None] = []
+    variants = ((), ("--low-vram",), ("--blocks-to-swap", "3"), ("--activation-offloading",))
+    with carried_out_by(lambda run, _: found.append(estimate(run))):
+        for words in variants:
+            distill(deep_i2v, i2v_shards, tmp_path / "out", *words)
+    plain, all_blocks, three, offloaded = (one for one in found if one is not None)
+    assert plain.host == 0
+
+    words = ("--blocks-to-swap", "3", "--max-train-steps", "1")
+    distill(deep_i2v, i2v_shards, tmp_path / "out", *words)
+    ((home, _),) = re.findall(
+        r"3 blocks of ([\d.]+) MB in CPU memory; on the device ([\d.]+) MB",
+        capsys.readouterr().err,
+    )
+    assert three.host == pytest.approx(float(home) * 1e6, abs=1e3)
+    one_block = three.host // 3
+    assert plain.base - three.base == one_block
+    assert (all_blocks.host, plain.base - all_blocks.base) == (
+        5 * one_block,
+        3 * one_block,
+    )
+    assert offloaded.base == plain.base
+    assert offloaded.host > 0
 
 
 def test_where_the_base_is_cut_low_vram_has_nothing_to_do(
