@@ -57,7 +57,7 @@ def plan(
         bucket=Bucket(*fix_sample_size, video_sample_n_frames),
         roles=2 if method == "distill" else 1,
         rank=rank,
-        target_name=tuple(name.strip() for name in target_name.split(",") if name.strip()),
+        target_name=tuple(target_name.replace(",", " ").split()),
         average=ema_decay > 0,
         samples=train_batch_size,
         precision=mixed_precision,
