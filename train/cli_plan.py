@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from shared.cli_support import Command, echo
+from shared.model_spec import DEFAULT_MODEL
 from train import cli_options as option
 from train.cli_options import DATA, INPUT, OUTPUT
 
@@ -18,12 +19,15 @@ wantrain plan --model wan2.2-t2v-a14b --strategy fsdp --num-processes 8
 
 # a smaller model with larger clips
 wantrain plan --model wan2.1-t2v-1.3b --fix-sample-size 720 1280
+
+# the bundled toy model, and all in bytes
+wantrain plan --model toy --fix-sample-size 64 96 --frames 17 --rank 8 --json
 """
 
 
 # fmt: off
 def plan(
-    model: option.Model = "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+    model: option.Model = DEFAULT_MODEL,
     fix_sample_size: Annotated[tuple[int, int], typer.Option(metavar="H W", help="Height and width of the clips, in pixels.", rich_help_panel=DATA)] = (480, 832),
     video_sample_n_frames: Annotated[int, typer.Option("--video-sample-n-frames", "--frames", metavar="N", min=1, help="Frames of the clips: 1, 5, 9 and so on.", rich_help_panel=DATA)] = 81,
     method: Annotated[Literal["distill", "lora"], typer.Option(help="Which command the plan is of.", rich_help_panel=INPUT)] = "distill",
@@ -43,9 +47,9 @@ def plan(
     strategy: Annotated[Literal["single", "ddp", "zero2", "zero3", "fsdp"] | None, typer.Option(help="How processes share the work: ddp holds the model whole in each; fsdp and zero3 cut it among them, zero2 the optimizer alone.", show_default="ddp for several processes, single for one", rich_help_panel=option.PROCESSES)] = None,
     num_processes: Annotated[int, typer.Option(metavar="N", min=1, help="Processes of the run over all machines, one for a GPU.", rich_help_panel=option.PROCESSES)] = 1,
 ) -> None:
-    """Say how much memory of a GPU a run would need, and what would make it less.
+    """Say how much memory of a GPU a run needs.
 
-    From configs alone: those of the published Wan models are built in, by name (wan2.2-i2v-a14b, wan2.1-t2v-1.3b and so on) or hub id; nothing is downloaded or loaded, and no shards are needed. All is of one process. What is counted are tensors: leave 1 or 2 GiB for CUDA's own.
+    And what would make it less. From configs alone: those of the published Wan models are built in, by name (wan2.2-i2v-a14b, wan2.1-t2v-1.3b and so on) or hub id; nothing is downloaded or loaded, and no shards are needed. All is of one process. What is counted are tensors: leave 1 or 2 GiB for CUDA's own.
 
     Next: wantrain distill, with the same options
     """
