@@ -27,8 +27,7 @@ def kill_many(*arguments: str) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("fault", "every"),
     [
-        ("kill", "200"),
-        ("enospc", "400"),
+        ("kill", "400"),
         pytest.param("kill", "23", marks=pytest.mark.long),  # all of them: by hand
         pytest.param("enospc", "31", marks=pytest.mark.long),
     ],

@@ -82,6 +82,7 @@ def _same_and_whole(output: Path, alone: Cache) -> None:
     assert not list(output.glob("rejected*"))
 
 
+@pytest.mark.long
 def test_an_actor_killed_on_the_way_costs_nothing(
     pictures: Path, tiny_i2v: Path, alone: Cache, tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,

@@ -272,12 +272,11 @@ def test_a_dry_run_says_it(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("stored", "strategy"), [("fp8", "zero2"), ("nf4", "ddp")])
 def test_processes_that_hold_the_base_whole_train_on_it_quantised(
-    stored: str, strategy: str, tiny_t2v: Path, t2v_shards: Path, tmp_path: Path
+    tiny_t2v: Path, t2v_shards: Path, tmp_path: Path
 ) -> None:
-    chosen = ("--base-precision", stored)
+    chosen = ("--base-precision", "fp8")
     alone = lora_of(distill(tiny_t2v, t2v_shards, tmp_path / "alone", *RUN, *ALONE, *chosen))
     out = tmp_path / "out"
-    typed(*command(tiny_t2v, t2v_shards, out, *IN_TWO, *chosen, "--strategy", strategy))
+    typed(*command(tiny_t2v, t2v_shards, out, *IN_TWO, *chosen, "--strategy", "zero2"))
     assert apart(alone, lora_of(out)) <= 1e-4

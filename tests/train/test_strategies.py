@@ -114,7 +114,7 @@ def test_two_processes_give_the_numbers_of_one(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
 def test_i2v_micro_steps_and_an_average_in_two_processes(
     tiny_i2v: Path, i2v_shards: Path, tmp_path: Path, strategy: str
 ) -> None:
@@ -138,14 +138,13 @@ def test_i2v_micro_steps_and_an_average_in_two_processes(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
 def test_three_processes_that_do_not_divide_the_weights(
-    tiny_t2v: Path, t2v_shards: Path, tmp_path: Path, strategy: str
+    tiny_t2v: Path, t2v_shards: Path, tmp_path: Path
 ) -> None:
     """Gone on from the middle."""
     one, out = tmp_path / "one", tmp_path / "out"
     distill(tiny_t2v, t2v_shards, one, *RUN, "--train-batch-size", "3")
-    three = ("--train-batch-size", "1", "--num-processes", "3", "--strategy", strategy)
+    three = ("--train-batch-size", "1", "--num-processes", "3", "--strategy", "zero3")
     typed(*command(tiny_t2v, t2v_shards, out, *three, "--max-train-steps", "3"))
     typed(*command(tiny_t2v, t2v_shards, out, *three, "--resume-from-checkpoint", "latest"))
     assert_like_alone(one, out)
@@ -199,10 +198,8 @@ ENDLESS = ("--max-train-steps", "5000", "--checkpointing-steps", "1")
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_one_killed_process_ends_the_run(
-    tiny_t2v: Path, t2v_shards: Path, tmp_path: Path, strategy: str
-) -> None:
+def test_one_killed_process_ends_the_run(tiny_t2v: Path, t2v_shards: Path, tmp_path: Path) -> None:
+    strategy = "zero3"
     out = tmp_path / "out"
     words = command(tiny_t2v, t2v_shards, out, *IN_TWO, *ENDLESS, "--strategy", strategy)
     process = _started(words, out)

@@ -23,15 +23,13 @@ from tests.train.test_strategies import (
     typed,
 )
 
-# The second machine's disk: files decide how it reads.
+# The second machine's disk: a file decides how it reads.
 DISK = """
 import os, random, time
 from pathlib import Path
 here = Path(__file__).parent
 def slowly(read):
     def read_slowly(*arguments):
-        if (here / "broken").exists():
-            raise OSError(116, "Stale file handle")
         if (here / "slow").exists():
             time.sleep(random.uniform(0, 0.1))
             (here / "was-slow").touch()
@@ -101,10 +99,9 @@ def undisturbed(tiny_t2v: Path, t2v_shards: Path, tmp_path_factory: pytest.TempP
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_slow_disk_changes_no_bit(undisturbed: Path, machines: Machines, workers: str) -> None:
+def test_a_slow_disk_changes_no_bit(undisturbed: Path, machines: Machines) -> None:
     (machines.disk / "slow").touch()
-    machines.start("--dataloader-num-workers", workers)
+    machines.start("--dataloader-num-workers", "2")
     assert [code for code, _ in machines.ended()] == [0, 0]
     assert (machines.disk / "was-slow").exists()
     assert losses(machines.out) == losses(undisturbed)
@@ -112,29 +109,23 @@ def test_a_slow_disk_changes_no_bit(undisturbed: Path, machines: Machines, worke
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("fault", ["truncated", "stale"])
-def test_a_shard_that_one_machine_cannot_read(machines: Machines, fault: str) -> None:
+def test_a_shard_that_one_machine_cannot_read(machines: Machines) -> None:
     """Both end at once, each with one message that says why, and the run goes on when it can."""
     machines.start(*ENDLESS, "--strategy", "fsdp")
     _until_saved(machines)
     tars = sorted(machines.others_shards.glob("h*.tar"))
     whole = {tar: tar.read_bytes() for tar in tars}
-    if fault == "truncated":
-        for tar in tars:
-            os.truncate(tar, 700)
-    else:
-        (machines.disk / "broken").touch()
+    for tar in tars:
+        os.truncate(tar, 700)
     (_, first), (_, second) = machines.ended()
     assert second.count("error: ") == first.count("error: ") == 1, first + second
-    why = "damaged (" + ("" if fault == "truncated" else "[Errno 116] Stale file handle")
-    assert why in second.partition("error: ")[2] and str(machines.others_shards) in second
+    assert "damaged (" in second.partition("error: ")[2] and str(machines.others_shards) in second
     of_second = second.partition("error: ")[2].strip()
     assert first.partition("error: process 1 ended the run: ")[2].startswith(of_second)
     assert "--resume-from-checkpoint latest" in first
 
     for tar, content in whole.items():
         tar.write_bytes(content)
-    (machines.disk / "broken").unlink(missing_ok=True)
     steps = str(_last_saved(machines) + 1)
     machines.start("--max-train-steps", steps, "--resume-from-checkpoint", "latest")
     assert [code for code, _ in machines.ended()] == [0, 0]
