@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from shared.buckets import Bucket
 from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec, read_model_spec
 from shared.published_models import PUBLISHED, write_configs
+from train.base import keep_from_autocast
 from train.data import MASK_CHANNELS, Batch
 from train.dmd import Recipe, critic_step, generator_step
 from train.flow import Schedule
@@ -142,9 +143,7 @@ def with_fake_weights(transformer: nn.Module) -> None:
         for name, value in module._buffers.items():
             if value is not None:
                 module._buffers[name] = torch.empty(value.shape, dtype=value.dtype)
-    for name, module in transformer.named_modules():  # as train.base.load_base does
-        if name == "condition_embedder.time_embedder" or name.endswith((".norm_q", ".norm_k")):
-            module.forward = torch.autocast("cpu", enabled=False)(module.forward)  # type: ignore[method-assign]
+    keep_from_autocast(transformer, torch.device("cpu"))
 
 
 def main() -> None:

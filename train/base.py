@@ -19,10 +19,10 @@ from shared.errors import UserError, first_line
 from shared.hashing import FileHasher, digest_of
 from shared.model_spec import ModelSpec
 from shared.original_layout import expert_folder, is_original
-from shared.original_weights import converted, empty_model, load_transformer
+from shared.original_weights import converted, load_transformer
 from train.flow import Expert
 from train.lora_files import check_fits, read_lora
-from train.own_transformer import check_own, component_config, load_own, own_files
+from train.own_transformer import check_own, empty_transformer, load_own, own_files
 
 Precision = Literal["bf16", "no"]
 
@@ -99,7 +99,7 @@ class Base:
         if self.own is not None:
             check_own(self.own, spec, component)
         if self.merged:
-            model = empty_model(WanTransformer3DModel, component_config(spec, component))
+            model = empty_transformer(spec, component)
             shapes = {name: weight.shape for name, weight in model.named_parameters()}
             for lora in self.merged:
                 check_fits(read_lora(lora.path), shapes, f"the {component} of {spec.folder}")
@@ -128,15 +128,20 @@ def load_base(
     merge(transformer, base.merged, device)
     if gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    keep_from_autocast(transformer, device)
+    return transformer
 
-    # What diffusers computes in the weights' own dtype at inference stays so: autocast would take
-    # the time embedding from fp32 to bf16 and, on CUDA, the norms of q and k from bf16 to fp32, and
-    # the teacher would no longer be the model that users sample from.
+
+def keep_from_autocast(transformer: nn.Module, device: torch.device) -> None:
+    """What diffusers computes in the weights' own dtype at inference stays so.
+
+    Autocast would take the time embedding from fp32 to bf16 and, on CUDA, the norms of q and k from
+    bf16 to fp32, and the teacher would no longer be the model that users sample from.
+    """
     outside_autocast = torch.autocast(device.type, enabled=False)
     for name, module in transformer.named_modules():
         if name == "condition_embedder.time_embedder" or name.endswith((".norm_q", ".norm_k")):
             module.forward = outside_autocast(module.forward)
-    return transformer
 
 
 def load_weights(spec: ModelSpec, component: str, *, dtype: torch.dtype, own: Path | None) -> Any:

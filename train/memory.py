@@ -12,8 +12,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from diffusers import WanTransformer3DModel
 from torch import nn
 
 from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec
@@ -21,6 +19,7 @@ from shared.original_layout import is_original
 from train.adam8bit import moment_bytes
 from train.base import Precision, component_of
 from train.lora import select_targets
+from train.own_transformer import empty_transformer
 from train.quantised import BasePrecision, base_linears, is_quantised, quantised_bytes
 from train.run import Run
 from train.strategy import CUTTING, StrategyName
@@ -124,7 +123,7 @@ def estimate(run: Run) -> Estimate | None:
     config, spec = run.config, run.spec
     if is_original(spec.folder):
         return None
-    transformer = meta_transformer(spec, component_of(run.objective.expert))
+    transformer = empty_transformer(spec, component_of(run.objective.expert))
     settings = Settings(
         samples=config.train_batch_size,
         rank=config.rank,
@@ -136,7 +135,7 @@ def estimate(run: Run) -> Estimate | None:
         checkpointing=config.gradient_checkpointing,
         strategy=config.placement.strategy,
         processes=config.placement.machines.num_processes,
-        swapped=len(config.streamed(len(transformer.blocks))),  # type: ignore[arg-type]
+        swapped=len(config.streamed(len(transformer.blocks))),
         activation_offloading=config.activation_offloading,
         use_8bit_adam=config.use_8bit_adam,
     )
@@ -146,13 +145,6 @@ def estimate(run: Run) -> Estimate | None:
     ]
     tokens = max(tokens_of(grid, spec) for grid in grids)
     return estimate_of(transformer, spec.mode, tokens, settings)
-
-
-def meta_transformer(spec: ModelSpec, component: str) -> nn.Module:
-    """A component of a model in diffusers' layout, on the meta device."""
-    config = WanTransformer3DModel.load_config(spec.folder, subfolder=component)
-    with torch.device("meta"):
-        return WanTransformer3DModel.from_config(config)
 
 
 def tokens_of(grid: tuple[int, ...], spec: ModelSpec) -> int:

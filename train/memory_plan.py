@@ -14,7 +14,8 @@ from shared.original_layout import is_original
 from shared.published_models import PUBLISHED, published_model, write_configs
 from train.base import Precision
 from train.lora import select_targets
-from train.memory import Estimate, Settings, estimate_of, meta_transformer, tokens_of
+from train.memory import Estimate, Settings, estimate_of, tokens_of
+from train.own_transformer import empty_transformer
 from train.quantised import BasePrecision, is_quantised
 from train.strategy import CUTTING, StrategyName
 from train.streaming import BUFFERS
@@ -191,7 +192,7 @@ def _planned(asked: Asked, spec: ModelSpec) -> MemoryPlan:
             f"--fix-sample-size: found {bucket.height} {bucket.width}, expected multiples of "
             f"{multiple} for this model."
         )
-    transformer = meta_transformer(spec, spec.expert_folders[-1])
+    transformer = empty_transformer(spec, spec.expert_folders[-1])
     tokens = tokens_of(bucket.latent_shape(spec.latent_channels, spec.stride)[1:], spec)
     choices = tuple(
         Choice(

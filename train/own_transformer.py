@@ -77,6 +77,11 @@ def component_config(spec: ModelSpec, component: str) -> dict[str, Any]:
     return read_json(spec.folder / component / "config.json", "model")
 
 
+def empty_transformer(spec: ModelSpec, component: str) -> Any:
+    """One of the model's transformers with names and shapes, and no weights."""
+    return empty_model(WanTransformer3DModel, component_config(spec, component))
+
+
 def check_own(path: Path, spec: ModelSpec, component: str) -> None:
     """UserError unless there are files, and no config beside them that contradicts the model's."""
     folder = own_files(path, component)[0].parent

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from diffusers import WanTransformer3DModel
 
 from shared.cache import MEDIA_TYPES, CacheIndex, open_cache
 from shared.device import check_device
@@ -23,7 +22,6 @@ from shared.fingerprint import (
 from shared.hashing import FileHasher
 from shared.mirror import described
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
-from shared.original_weights import empty_model
 from shared.overlays import CONDITIONS, with_captions, with_conditions
 from shared.schema import TEXT_MEMBER
 from train.attention import check_attention
@@ -35,7 +33,7 @@ from train.encoded_as import refuse_other_encoding
 from train.learning_rate import DECAYING
 from train.lora import LoraSpec
 from train.objective import Objective
-from train.own_transformer import component_config
+from train.own_transformer import empty_transformer
 from train.plan import BatchPlan
 from train.provenance import Provenance
 from train.quantised import check_installed, is_quantised
@@ -197,8 +195,7 @@ def plan_run(config: TrainConfig, spec: ModelSpec, data: Dataset, objective: Obj
     config.base.check(spec, component)
     check_installed(config.base_precision)
     if config.blocks_to_swap is not None:
-        facts = component_config(spec, component)
-        config.streamed(len(empty_model(WanTransformer3DModel, facts).blocks))
+        config.streamed(len(empty_transformer(spec, component).blocks))
     if config.init_lora is not None:
         check_init(
             config.init_lora, spec, component, rank=config.rank, target_name=config.target_name
