@@ -28,6 +28,7 @@ from train.base import keep_from_autocast
 from train.data import MASK_CHANNELS, Batch
 from train.dmd import Recipe, critic_step, generator_step
 from train.flow import Schedule
+from train.levers import Levers
 from train.lora import LoraSpec, select_targets
 from train.memory import Settings, estimate_of, tokens_of
 from train.roles import CRITIC, GENERATOR, Roles
@@ -162,18 +163,16 @@ def main() -> None:
     config["num_layers"] = given.layers or config["num_layers"]
     with torch.device("meta"):
         transformer = WanTransformer3DModel.from_config(config)
-    targets = select_targets(transformer, TARGETS)
-    settings = Settings(
-        samples=1, rank=given.rank, targets=targets, roles=2,
-        checkpointing=not given.no_checkpointing,
-    )  # fmt: skip
+    levers = Levers(gradient_checkpointing=not given.no_checkpointing)
+    settings = Settings(samples=1, rank=given.rank, target_name=TARGETS, roles=2, levers=levers)
     height, width = map(int, given.size.split("x"))
     bucket = Bucket(height, width, given.frames)
     grid = bucket.latent_shape(spec.latent_channels, spec.stride)[1:]
     said = estimate_of(transformer, spec.mode, tokens_of(grid, spec), settings)
     transformer.patch_embedding.to(torch.bfloat16)  # by which Roles knows what to compute in
-    if settings.checkpointing:
+    if levers.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    targets = select_targets(transformer, TARGETS)
     roles = Roles(transformer, LoraSpec(rank=given.rank, alpha=32, targets=targets), seed=1)
     with FakeTensorMode(allow_non_fake_inputs=True):
         with_fake_weights(transformer)

@@ -22,6 +22,12 @@ INPUT, OUTPUT, LENGTH, WATCH, LORA, OPTIMIZER, DATA, DEVICE, PROCESSES = (
 DEFAULT_SHARDS = [WeightedFolder(Path("shards"))]
 ALL_SAMPLES: list[str] = []
 
+
+def names(text: str) -> tuple[str, ...]:
+    """ "q,k v" → ("q", "k", "v")."""
+    return tuple(text.replace(",", " ").split())
+
+
 # fmt: off
 Model = Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model to train a LoRA of: a folder of diffusers or Wan, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)]
 TransformerPath = Annotated[Path | None, typer.Option(metavar="PATH", help="Weights of your own in place of the expert's in MODEL: a .safetensors file (Wan's, ComfyUI's or diffusers' names; fp32, bf16, fp16 or fp8), or a folder. Config, VAE and text encoder stay MODEL's.", show_default="the expert in MODEL", rich_help_panel=INPUT)]

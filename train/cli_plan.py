@@ -53,28 +53,24 @@ def plan(
 
     Next: wantrain distill, with the same options
     """
-    from shared.buckets import Bucket
-    from train.memory_plan import Asked, plan_memory
+    options = locals()  # as they were given
 
-    asked = Asked(
-        model=model,
-        bucket=Bucket(*fix_sample_size, video_sample_n_frames),
-        roles=2 if method == "distill" else 1,
-        rank=rank,
-        target_name=tuple(target_name.replace(",", " ").split()),
-        average=ema_decay > 0,
+    from shared.buckets import Bucket
+    from train.levers import Levers
+    from train.memory import Settings
+    from train.memory_plan import plan_memory
+    from train.placement import strategy_for
+
+    settings = Settings(
         samples=train_batch_size,
-        precision=mixed_precision,
-        stored=base_precision,
-        checkpointing=gradient_checkpointing,
-        low_vram=low_vram,
-        blocks_to_swap=blocks_to_swap,
-        activation_offloading=activation_offloading,
-        use_8bit_adam=use_8bit_adam,
-        strategy=strategy or ("ddp" if num_processes > 1 else "single"),
+        rank=rank,
+        target_name=option.names(target_name),
+        roles=2 if method == "distill" else 1,
+        average=ema_decay > 0,
         processes=num_processes,
+        levers=Levers.of(options, strategy_for(num_processes, strategy)),
     )
-    planned = plan_memory(asked)
+    planned = plan_memory(model, Bucket(*fix_sample_size, video_sample_n_frames), settings)
     if json:
         echo(json_format.dumps(planned.to_json(gpu_memory), indent=1))
         return

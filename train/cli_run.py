@@ -11,8 +11,10 @@ from rich.console import Console
 
 from shared.cli_support import echo, say
 from train.base import Base
+from train.cli_options import names
 from train.config import TrainConfig
 from train.launch import end_with_launcher, launch, own_command
+from train.levers import Levers
 from train.loop import train
 from train.memory import estimate
 from train.placement import place
@@ -37,24 +39,26 @@ def shared_fields(options: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises UserError where one can't be read.
     """
+    strategy, placement = place(
+        options["strategy"],
+        num_processes=options["num_processes"],
+        num_machines=options["num_machines"],
+        machine_rank=options["machine_rank"],
+        main_process_ip=options["main_process_ip"],
+        main_process_port=options["main_process_port"],
+        ddp_timeout=options["ddp_timeout"],
+        device=options["device"],
+    )
     read = {
         "base": Base.parse(options["transformer_path"], options["base_lora"]),
         "shards": tuple(options["shards"]),
         "where": tuple(map(condition, options["where"])),
         "encoded_as": options["given_elsewhere"] or {},
-        "placement": place(
-            options["strategy"],
-            num_processes=options["num_processes"],
-            num_machines=options["num_machines"],
-            machine_rank=options["machine_rank"],
-            main_process_ip=options["main_process_ip"],
-            main_process_port=options["main_process_port"],
-            ddp_timeout=options["ddp_timeout"],
-            device=options["device"],
-        ),
+        "levers": Levers.of(options, strategy),
+        "placement": placement,
     }
     for name in ("report_to", "target_name", "lora_skip_name"):
-        read[name] = tuple(options[name].replace(",", " ").split())
+        read[name] = names(options[name])
     return {
         one.name: options[one.name] for one in fields(TrainConfig) if one.name not in read
     } | read

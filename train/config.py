@@ -9,17 +9,16 @@ from typing import Literal
 from shared.errors import UserError
 from shared.seed_command import Given
 from train.attention import check_name
-from train.base import Base, Precision
+from train.base import Base
 from train.dmd import Maths, Pairing, Start
 from train.flow import Expert, ScoreFloor
 from train.flow_matching import TimestepSampling
 from train.folders import WeightedFolder
 from train.learning_rate import LEAST_POLYNOMIAL_RATE, LrScheduler
+from train.levers import Levers
 from train.placement import Placement
 from train.plan import Tail
-from train.quantised import BasePrecision
-from train.strategy import CUTTING
-from train.streaming import BUFFERS, swapped_blocks
+from train.quantised import is_quantised
 from train.trackers import chosen
 from train.where import Condition
 
@@ -91,8 +90,6 @@ class TrainConfig:
     adam_beta2: float
     adam_weight_decay: float
     adam_epsilon: float
-    use_8bit_adam: bool
-    """Keep AdamW's moments in 8 bits."""
     max_grad_norm: float
 
     # Data and device
@@ -105,17 +102,7 @@ class TrainConfig:
     """Show the beginning of clips only in one update of ten."""
     tail: Tail
     dataloader_num_workers: int
-    mixed_precision: Precision
-    base_precision: BasePrecision | None
-    """Of the linear layers in the base's blocks; None: as `mixed_precision` says."""
-    gradient_checkpointing: bool
-    low_vram: bool
-    """All blocks of the base live in CPU memory, or as many as `blocks_to_swap` says; not where the
-    strategy cuts the base, which VideoX-Fun's shell blocks ask for together with this."""
-    blocks_to_swap: int | None
-    """So many do, also without `low_vram`."""
-    activation_offloading: bool
-    """What checkpointing keeps waits in CPU memory."""
+    levers: Levers
     allow_tf32: bool
     compile: bool
     """torch.compile for the transformer's blocks."""
@@ -162,33 +149,22 @@ class TrainConfig:
         )
         for name in from_zero:
             check_option(name, getattr(self, name), 0 <= (getattr(self, name) or 0) < inf, FROM_0)
-        swapped = self.blocks_to_swap
-        enough = swapped is None or swapped > BUFFERS
-        expected = f"{BUFFERS + 1} or more: {BUFFERS} of them are on the device at any time"
-        check_option("blocks_to_swap", swapped, enough, expected)
-        self._check_offloading()
         chosen(self.report_to)
         check_name(self.attention_backend)
         self._check_compile()
         dropout = self.caption_dropout
         check_option("caption_dropout", dropout, 0 <= dropout <= 1, "a share in [0, 1]")
-        self._check_base_precision()
-        if self.use_8bit_adam and (strategy := self.placement.strategy) not in ("single", "ddp"):
-            raise UserError(
-                f"--use-8bit-adam: found with --strategy {strategy}, which cuts the moments among "
-                "the processes already. Use --strategy ddp, or leave it out."
-            )
 
     def _check_compile(self) -> None:
-        if self.compile and self.placement.strategy == "zero3":
+        if self.compile and self.levers.strategy == "zero3":
             raise UserError(
                 "--compile: found with --strategy zero3, where DeepSpeed gathers the weights of "
                 "layers in the midst of a block. Use --strategy fsdp, or leave --compile out."
             )
         for option, given in (
-            ("--low-vram or --blocks-to-swap", self._streaming),
-            ("--activation-offloading", self.activation_offloading),
-            ("--base-precision", self.base_precision not in (None, "bf16")),
+            ("--low-vram or --blocks-to-swap", self.levers.streams),
+            ("--activation-offloading", self.levers.activation_offloading),
+            ("--base-precision", is_quantised(self.levers.base_precision)),
         ):
             if self.compile and given:
                 raise UserError(
@@ -196,58 +172,11 @@ class TrainConfig:
                     "one of the two."
                 )
 
-    def _check_base_precision(self) -> None:
-        found, strategy = self.base_precision, self.placement.strategy
-        if found == "bf16" and self.mixed_precision == "no":
-            raise UserError(
-                "--base-precision: found bf16 with --mixed-precision no, which computes in fp32. "
-                "Leave out one of the two; int8, fp8 and nf4 go with either."
-            )
-        if found not in (None, "bf16") and strategy in CUTTING:
-            raise UserError(
-                f"--base-precision: found {found} with --strategy {strategy}, which cuts weights "
-                "among the processes as they are, not codes and their scales. Use --strategy ddp "
-                "or zero2, or leave it out."
-            )
-
     def _check_rate(self, name: str, rate: float) -> None:
         if self.lr_scheduler == "polynomial":
             least = LEAST_POLYNOMIAL_RATE
             expected = f"more than {least:g}, where --lr-scheduler polynomial ends"
             check_option(name, rate, rate > least, expected)
-
-    def _check_offloading(self) -> None:
-        strategy = self.placement.strategy
-        if self.blocks_to_swap is not None and strategy in CUTTING:
-            raise UserError(
-                f"--blocks-to-swap: found with --strategy {strategy}, which cuts the base among "
-                "the processes already. Use --strategy ddp or zero2, or leave it out; with zero3, "
-                "offload_param in a DeepSpeed file keeps the base in CPU memory, too."
-            )
-        streaming = "--low-vram" if self.low_vram else "--blocks-to-swap"
-        for option, given in (
-            (streaming, self._streaming),
-            ("--activation-offloading", self.activation_offloading),
-        ):
-            if given and not self.gradient_checkpointing:
-                raise UserError(
-                    f"{option}: found with --no-gradient-checkpointing, by which the backward pass "
-                    "needs all of every block at once. Leave out one of the two."
-                )
-
-    @property
-    def _streaming(self) -> bool:
-        wanted = self.low_vram or self.blocks_to_swap is not None
-        return wanted and self.placement.strategy not in CUTTING
-
-    def streamed(self, layers: int) -> list[int]:
-        """Which of the transformer's blocks live in CPU memory. UserError if there are fewer."""
-        if not self._streaming:
-            return []
-        number = self.blocks_to_swap
-        fine = number is None or number <= layers
-        check_option("blocks_to_swap", number, fine, f"at most {layers}, which this model has")
-        return swapped_blocks(layers, number)
 
     @property
     def update_batch(self) -> int:

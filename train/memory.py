@@ -18,11 +18,11 @@ from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec
 from shared.original_layout import is_original
 from train.adam8bit import moment_bytes
 from train.base import Precision, component_of
+from train.levers import Levers
 from train.lora import select_targets
 from train.own_transformer import empty_transformer
 from train.quantised import BasePrecision, base_linears, is_quantised, quantised_bytes
 from train.run import Run
-from train.strategy import CUTTING, StrategyName
 from train.streaming import blocks_on_device
 
 _ADAM = 8  # two fp32 moments for each weight
@@ -53,20 +53,12 @@ class Settings:
     samples: int
     """Of one pass."""
     rank: int
-    targets: tuple[str, ...]
-    """Layers of a block that get a LoRA, as `train.lora.select_targets` gives them."""
+    target_name: tuple[str, ...]
+    lora_skip_name: tuple[str, ...] = ()
     roles: int
     average: bool = False
-    precision: Precision = "bf16"
-    stored: BasePrecision | None = None
-    """Of the linear layers in the base's blocks; None: as `precision`."""
-    checkpointing: bool = True
-    strategy: StrategyName = "single"
     processes: int = 1
-    swapped: int = 0
-    """Blocks whose frozen weights live in CPU memory."""
-    activation_offloading: bool = False
-    use_8bit_adam: bool = False
+    levers: Levers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,17 +119,12 @@ def estimate(run: Run) -> Estimate | None:
     settings = Settings(
         samples=config.train_batch_size,
         rank=config.rank,
-        targets=select_targets(transformer, config.target_name, config.lora_skip_name),
+        target_name=config.target_name,
+        lora_skip_name=config.lora_skip_name,
         roles=len(run.objective.learning_rates),
         average=bool(config.ema_decay),
-        precision=config.mixed_precision,
-        stored=config.base_precision,
-        checkpointing=config.gradient_checkpointing,
-        strategy=config.placement.strategy,
         processes=config.placement.machines.num_processes,
-        swapped=len(config.streamed(len(transformer.blocks))),
-        activation_offloading=config.activation_offloading,
-        use_8bit_adam=config.use_8bit_adam,
+        levers=config.levers,
     )
     grids = [
         bucket.latent_shape(spec.latent_channels, spec.stride)[1:]
@@ -155,48 +142,45 @@ def tokens_of(grid: tuple[int, ...], spec: ModelSpec) -> int:
 def estimate_of(
     transformer: nn.Module, mode: Literal["t2v", "i2v", "ti2v"], tokens: int, settings: Settings
 ) -> Estimate:
-    """Of samples of `tokens` each. `transformer` may lie on the meta device."""
+    """Of samples of `tokens` each. `transformer` may lie on the meta device. UserError for names of
+    layers, or a number of blocks, that it does not have."""
     facts: Any = transformer.config
     layers: int = facts.num_layers
-    sizes = base_sizes(transformer, settings.precision, settings.stored)
+    levers = settings.levers
+    sizes = base_sizes(transformer, levers.mixed_precision, levers.base_precision)
     block = sum(size for name, size in sizes.items() if name.startswith("blocks.0."))
     outside = sum(sizes.values()) - layers * block
-    matrices = lora_matrices(transformer, settings.targets, settings.rank)
+    matrices = lora_matrices(transformer, settings)
     one_role = _FP32 * sum(matrices)
-    cut = settings.processes if settings.strategy in CUTTING else 1
-    cut_optimizer = 1 if settings.strategy in ("single", "ddp") else settings.processes
+    cut = settings.processes if levers.cuts_base else 1
+    cut_optimizer = settings.processes if levers.cuts_moments else 1
     # DeepSpeed steps on a copy of its own.
-    states = _ADAM + (_FP32 if settings.strategy == "zero2" else 0)
-    moments = sum(moment_bytes(n) if settings.use_8bit_adam else states * n for n in matrices)
-
-    if settings.strategy in CUTTING:
-        base = (outside + layers * block) // cut
-    else:
-        resident = blocks_on_device(layers, settings.swapped) if settings.swapped else layers
-        base = outside + resident * block
+    states = _ADAM + (_FP32 if levers.strategy == "zero2" else 0)
+    moments = sum(moment_bytes(n) if levers.use_8bit_adam else states * n for n in matrices)
+    swapped = len(levers.streamed(layers))
     largest = _width(transformer) * int(facts.ffn_dim)
     kept, work = activations_and_work(transformer, mode, tokens, settings)
     inputs = _block_input(transformer, tokens, settings)
-    offloaded = settings.activation_offloading and settings.checkpointing
     return Estimate(
-        base=base,
+        base=(outside + blocks_on_device(layers, swapped) * block) // cut,
         loras=settings.roles * one_role // cut,
         optimizers=settings.roles * moments // cut_optimizer,
         average=one_role if settings.average else 0,
         activations=max(kept, one_role // cut),
         work=work,
         buffers=_buffers(settings, block, outside, one_role, layers, largest),
-        host=settings.swapped * block + (layers * inputs if offloaded else 0),
+        host=swapped * block + (layers * inputs if levers.activation_offloading else 0),
     )
 
 
 def _buffers(
     settings: Settings, block: int, outside: int, one_role: int, layers: int, largest: int
 ) -> int:
-    buffers = _BUCKETS.get(settings.strategy, 0)
-    if is_quantised(settings.stored):  # the largest layer's weight, whole while it multiplies
-        buffers += largest * (2 if settings.precision == "bf16" else _FP32)
-    if settings.strategy in CUTTING:
+    levers = settings.levers
+    buffers = _BUCKETS.get(levers.strategy, 0)
+    if is_quantised(levers.base_precision):  # the largest layer's weight, whole for its matmul
+        buffers += largest * (2 if levers.mixed_precision == "bf16" else _FP32)
+    if levers.cuts_base:
         whole_block = block + settings.roles * one_role // layers
         buffers += _GATHERED * whole_block + outside
     return buffers
@@ -227,10 +211,11 @@ def base_bytes(
     return sum(base_sizes(transformer, precision, stored).values())
 
 
-def lora_matrices(transformer: nn.Module, targets: tuple[str, ...], rank: int) -> list[int]:
+def lora_matrices(transformer: nn.Module, settings: Settings) -> list[int]:
     """Number of weights of each matrix of one role's LoRA."""
+    targets = select_targets(transformer, settings.target_name, settings.lora_skip_name)
     return [
-        rank * features
+        settings.rank * features
         for name, module in transformer.named_modules()
         if isinstance(module, nn.Linear)
         and name.startswith("blocks.")
@@ -241,7 +226,8 @@ def lora_matrices(transformer: nn.Module, targets: tuple[str, ...], rank: int) -
 
 def _block_input(transformer: nn.Module, tokens: int, settings: Settings) -> int:
     width = _width(transformer)
-    return settings.samples * tokens * width * (2 if settings.precision == "bf16" else _FP32)
+    each = 2 if settings.levers.mixed_precision == "bf16" else _FP32
+    return settings.samples * tokens * width * each
 
 
 def _layers(transformer: nn.Module) -> int:
@@ -257,7 +243,7 @@ def _width(transformer: nn.Module) -> int:
 def block_bytes(transformer: nn.Module, mode: str, tokens: int, settings: Settings) -> float:
     """What autograd keeps of one block that is not checkpointed, for all samples of a pass."""
     facts: Any = transformer.config
-    width, inner, precision = _width(transformer), facts.ffn_dim, settings.precision
+    width, inner, precision = _width(transformer), facts.ffn_dim, settings.levers.mixed_precision
     wide, deep, text, low = _KEPT[precision]
     wide += _KEPT_OF_TIME if mode == "ti2v" else 0
     kept = tokens * (wide * width + deep * inner + low * settings.rank)
@@ -267,10 +253,9 @@ def block_bytes(transformer: nn.Module, mode: str, tokens: int, settings: Settin
 
 def _lora_copies(transformer: nn.Module, settings: Settings) -> float:
     """Autocast's, in bf16, of a block's LoRA."""
-    if settings.precision == "no":
+    if settings.levers.mixed_precision == "no":
         return 0
-    weights = sum(lora_matrices(transformer, settings.targets, settings.rank))
-    return 2 * weights / _layers(transformer)
+    return 2 * sum(lora_matrices(transformer, settings)) / _layers(transformer)
 
 
 def activations_and_work(
@@ -280,7 +265,8 @@ def activations_and_work(
     works."""
     facts: Any = transformer.config
     inner, layers = facts.ffn_dim, facts.num_layers
-    width, precision, of_time = _width(transformer), settings.precision, mode == "ti2v"
+    width, of_time = _width(transformer), mode == "ti2v"
+    levers, precision = settings.levers, settings.levers.mixed_precision
 
     def most(lines: tuple[tuple[float, float], ...], time: float) -> float:
         """Of lines in D and F, for all tokens."""
@@ -290,8 +276,8 @@ def activations_and_work(
     rotary = tokens * facts.attention_head_dim * _ROTARY
     latents = math.prod((_FP32, *facts.patch_size, facts.out_channels, tokens))
     beside = rotary + settings.samples * _LATENTS * latents
-    if settings.checkpointing:
-        blocks = min(layers, _ON_THE_WAY) if settings.activation_offloading else layers
+    if levers.gradient_checkpointing:
+        blocks = min(layers, _ON_THE_WAY) if levers.activation_offloading else layers
         kept = blocks * _block_input(transformer, tokens, settings)
         work = most(_BACKWARD[precision], _BACKWARD_OF_TIME[precision] if of_time else 0)
         work += settings.samples * _KEPT[precision][2] * MAX_TEXT_TOKENS * width

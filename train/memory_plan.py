@@ -5,95 +5,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from shared.buckets import Bucket
 from shared.errors import UserError
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
 from shared.original_layout import is_original
 from shared.published_models import PUBLISHED, published_model, write_configs
-from train.base import Precision
-from train.lora import select_targets
+from train.config import WHOLE, check_option
+from train.levers import Levers
 from train.memory import Estimate, Settings, estimate_of, tokens_of
 from train.own_transformer import empty_transformer
-from train.quantised import BasePrecision, is_quantised
-from train.strategy import CUTTING, StrategyName
-from train.streaming import BUFFERS
 
 _GIB = 2**30
 LEFT_FREE = 1.5  # GiB of a GPU for what is no tensor: CUDA's context, libraries, fragments
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """The options, as they are called on the command line. Raises UserError for what a run would
-    refuse, too."""
-
-    model: str
-    bucket: Bucket
-    roles: int
-    rank: int
-    target_name: tuple[str, ...]
-    average: bool
-    samples: int
-    precision: Precision
-    stored: BasePrecision | None
-    checkpointing: bool
-    low_vram: bool
-    blocks_to_swap: int | None
-    activation_offloading: bool
-    use_8bit_adam: bool
-    strategy: StrategyName
-    processes: int
-
-    def __post_init__(self) -> None:
-        for name, found in (("rank", self.rank), ("train-batch-size", self.samples)):
-            if found < 1:
-                raise UserError(f"--{name}: found {found}, expected a whole number from 1 on.")
-        if self.bucket.frames % 4 != 1:
-            raise UserError(
-                f"--video-sample-n-frames: found {self.bucket.frames}, expected 1, 5, 9 and so on."
-            )
-        if self.strategy == "single" and self.processes > 1:
-            raise UserError(
-                f"--strategy: found single with --num-processes {self.processes}. Use ddp, or "
-                "leave it out."
-            )
-        waits = self.low_vram or self.blocks_to_swap is not None or self.activation_offloading
-        if waits and not self.checkpointing:
-            raise UserError(
-                "--no-gradient-checkpointing: found with --low-vram, --blocks-to-swap or "
-                "--activation-offloading, which need it. Leave out one of the two."
-            )
-        swapped = self.blocks_to_swap
-        if swapped is not None and (swapped <= BUFFERS or self.strategy in CUTTING):
-            raise UserError(
-                f"--blocks-to-swap: found {swapped} with --strategy {self.strategy}; expected "
-                f"{BUFFERS + 1} or more, and a strategy that does not cut the base."
-            )
-
-        if self.use_8bit_adam and self.strategy not in ("single", "ddp"):
-            raise UserError(
-                f"--use-8bit-adam: found with --strategy {self.strategy}; it is for single and ddp."
-            )
-        if is_quantised(self.stored) and self.strategy in CUTTING:
-            raise UserError(
-                f"--base-precision: found {self.stored} with --strategy {self.strategy}, which "
-                "cuts weights as they are. Use --strategy ddp or zero2, or leave it out."
-            )
-
-    def swapped(self, layers: int) -> int:
-        """Blocks that live in CPU memory."""
-        if self.strategy in CUTTING:
-            return 0
-        if self.blocks_to_swap is not None:
-            if self.blocks_to_swap > layers:
-                raise UserError(
-                    f"--blocks-to-swap: found {self.blocks_to_swap}, expected at most {layers}, "
-                    "which this model has."
-                )
-            return self.blocks_to_swap
-        return layers if self.low_vram else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +36,9 @@ class Choice:
 class MemoryPlan:
     """What was asked first, then what may be changed, the least costly in speed first."""
 
-    asked: Asked
+    model: str
+    bucket: Bucket
+    settings: Settings
     spec: ModelSpec
     tokens: int
     choices: tuple[Choice, ...]
@@ -127,8 +52,8 @@ class MemoryPlan:
         """In bytes."""
         fits = None if gpu_memory is None else self.fitting(gpu_memory)
         return {
-            "model": self.asked.model,
-            "bucket": str(self.asked.bucket),
+            "model": self.model,
+            "bucket": str(self.bucket),
             "tokens": self.tokens,
             "parts": self.choices[0].estimate.parts,
             "choices": [
@@ -140,11 +65,11 @@ class MemoryPlan:
 
     def lines(self, gpu_memory: float | None) -> list[str]:
         """What people read."""
-        asked, first = self.asked, self.choices[0].estimate
+        asked, first = self.settings, self.choices[0].estimate
         number = "" if asked.processes == 1 else f", each of {asked.processes} processes"
         lines = [
-            f"model    {asked.model} ({self.spec.mode}), clips of {asked.bucket}: {self.tokens} "
-            f"tokens; rank {asked.rank}, batch {asked.samples}, {asked.strategy}{number}",
+            f"model    {self.model} ({self.spec.mode}), clips of {self.bucket}: {self.tokens} "
+            f"tokens; rank {asked.rank}, batch {asked.samples}, {asked.levers.strategy}{number}",
             *(f"  {name:16}{part / _GIB:8.2f} GiB" for name, part in first.parts.items() if part),
             f"  {'in all':16}{first.total / _GIB:8.2f} GiB"
             + (f", and {first.host / _GIB:.2f} GiB of CPU memory" if first.host else ""),
@@ -165,90 +90,77 @@ class MemoryPlan:
         return lines
 
 
-def plan_memory(asked: Asked) -> MemoryPlan:
+def plan_memory(model: str, bucket: Bucket, settings: Settings) -> MemoryPlan:
     """Of a published model by its name, or of a folder. UserError where there is none, and for what
     a run would refuse."""
-    published = published_model(asked.model)
-    if published is not None and not Path(asked.model).is_dir():
+    for name, found in (("rank", settings.rank), ("train_batch_size", settings.samples)):
+        check_option(name, found, found >= 1, WHOLE)
+    frames = bucket.frames
+    check_option("video_sample_n_frames", frames, frames % 4 == 1, "1, 5, 9 and so on")
+    published = published_model(model)
+    if published is not None and not Path(model).is_dir():
         with tempfile.TemporaryDirectory() as folder:
             write_configs(published, Path(folder))
-            return _planned(asked, read_model_spec(Path(folder)))
+            return _planned(model, read_model_spec(Path(folder)), bucket, settings)
     try:
-        folder_of_it = resolve_model(asked.model, [])
+        folder_of_it = resolve_model(model, [])
     except UserError as error:
         raise UserError(f"{error} Built in are: {', '.join(PUBLISHED)}.") from error
     if is_original(folder_of_it):
         raise UserError(
-            f"model: {asked.model} is in Wan's original layout, which this can't read. Use the "
+            f"model: {model} is in Wan's original layout, which this can't read. Use the "
             f"published configs: --model with one of {', '.join(PUBLISHED)}"
         )
-    return _planned(asked, read_model_spec(folder_of_it))
+    return _planned(model, read_model_spec(folder_of_it), bucket, settings)
 
 
-def _planned(asked: Asked, spec: ModelSpec) -> MemoryPlan:
-    bucket, multiple = asked.bucket, spec.side_multiple
-    if bucket.height % multiple or bucket.width % multiple or not bucket.height * bucket.width:
-        raise UserError(
-            f"--fix-sample-size: found {bucket.height} {bucket.width}, expected multiples of "
-            f"{multiple} for this model."
-        )
+def _planned(model: str, spec: ModelSpec, bucket: Bucket, settings: Settings) -> MemoryPlan:
+    height, width, multiple = bucket.height, bucket.width, spec.side_multiple
+    fine = not (height % multiple or width % multiple) and height * width > 0
+    expected = f"multiples of {multiple} for this model"
+    check_option("fix_sample_size", f"{height} {width}", fine, expected)
     transformer = empty_transformer(spec, spec.expert_folders[-1])
     tokens = tokens_of(bucket.latent_shape(spec.latent_channels, spec.stride)[1:], spec)
     choices = tuple(
         Choice(
             options=options,
-            estimate=estimate_of(transformer, spec.mode, tokens, settings_of(one, transformer)),
+            estimate=estimate_of(transformer, spec.mode, tokens, replace(settings, levers=levers)),
         )
-        for options, one in _alternatives(asked)
+        for options, levers in _alternatives(settings)
     )
-    return MemoryPlan(asked=asked, spec=spec, tokens=tokens, choices=choices)
-
-
-def settings_of(asked: Asked, transformer: nn.Module) -> Settings:
-    """The same for `train.memory`."""
-    return Settings(
-        samples=asked.samples,
-        rank=asked.rank,
-        targets=select_targets(transformer, asked.target_name),
-        roles=asked.roles,
-        average=asked.average,
-        precision=asked.precision,
-        stored=asked.stored,
-        checkpointing=asked.checkpointing,
-        strategy=asked.strategy,
-        processes=asked.processes,
-        swapped=asked.swapped(len(transformer.blocks)),  # type: ignore[arg-type]
-        activation_offloading=asked.activation_offloading,
-        use_8bit_adam=asked.use_8bit_adam,
+    return MemoryPlan(
+        model=model, bucket=bucket, settings=settings, spec=spec, tokens=tokens, choices=choices
     )
 
 
-def _alternatives(asked: Asked) -> list[tuple[tuple[str, ...], Asked]]:
-    """What was asked, and with what would need less, by what it costs in speed."""
+def _alternatives(settings: Settings) -> list[tuple[tuple[str, ...], Levers]]:
+    """What was asked, and what would need less, by what it costs in speed."""
+    asked = settings.levers
     plain = replace(
-        asked, checkpointing=True, low_vram=False, blocks_to_swap=None, activation_offloading=False
+        asked,
+        gradient_checkpointing=True,
+        low_vram=False,
+        blocks_to_swap=None,
+        activation_offloading=False,
     )
-    cut = asked.strategy in CUTTING
-    levers: list[tuple[tuple[str, ...], dict[str, Any]]] = [
-        (("--no-gradient-checkpointing",), {"checkpointing": False}),
+    offloading: dict[str, Any] = {"activation_offloading": True}
+    found: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+        (("--no-gradient-checkpointing",), {"gradient_checkpointing": False}),
         (("--gradient-checkpointing",), {}),
-        (("--activation-offloading",), {"activation_offloading": True}),
+        (("--activation-offloading",), offloading),
     ]
-    if asked.strategy in ("single", "ddp"):
-        levers.append((("--use-8bit-adam",), {"use_8bit_adam": True}))
-    if not cut and asked.processes > 1:
-        fsdp: dict[str, Any] = {"strategy": "fsdp", "stored": None, "use_8bit_adam": False}
-        levers.append((("--strategy fsdp",), fsdp))
-        both = fsdp | {"activation_offloading": True}
-        levers.append((("--strategy fsdp", "--activation-offloading"), both))
-    if not cut:
-        for stored in ("int8", "nf4"):
-            less: dict[str, Any] = {"stored": stored}
-            both = less | {"activation_offloading": True}
-            levers.append(((f"--base-precision {stored}",), less))
-            levers.append(((f"--base-precision {stored}", "--activation-offloading"), both))
-        both = {"low_vram": True, "activation_offloading": True}
-        levers.append((("--low-vram",), {"low_vram": True}))
-        levers.append((("--low-vram", "--activation-offloading"), both))
-    others = [(options, replace(plain, **changed)) for options, changed in levers]
+    if not asked.cuts_moments:
+        found.append((("--use-8bit-adam",), {"use_8bit_adam": True}))
+    if not asked.cuts_base:
+        fsdp = {"strategy": "fsdp", "base_precision": None, "use_8bit_adam": False}
+        changes: list[tuple[str, dict[str, Any]]] = [
+            *([("--strategy fsdp", fsdp)] if settings.processes > 1 else []),
+            ("--base-precision int8", {"base_precision": "int8"}),
+            ("--base-precision nf4", {"base_precision": "nf4"}),
+            ("--low-vram", {"low_vram": True}),
+        ]
+        for option, change in changes:
+            found.append(((option,), change))
+            found.append(((option, "--activation-offloading"), change | offloading))
+    others = [(options, replace(plain, **changed)) for options, changed in found]
     return [((), asked), *(pair for pair in others if pair[1] != asked)]

@@ -15,7 +15,6 @@ from train.strategy import StrategyName
 class Placement:
     """Where a run computes."""
 
-    strategy: StrategyName
     machines: Machines
     ranks: Ranks
     device: str
@@ -34,8 +33,8 @@ def place(
     main_process_port: int | None,
     ddp_timeout: int,
     device: str,
-) -> Placement:
-    """The placement that options and environment say. Raises UserError where they contradict.
+) -> tuple[StrategyName, Placement]:
+    """What options and environment say. Raises UserError where they contradict.
 
     In a process that a launcher started, its environment says how many there are.
     """
@@ -49,8 +48,7 @@ def place(
                 f"--strategy: found single in a run of {ranks.world_size} processes, which would "
                 "all write to one folder. Use ddp, zero2, zero3 or fsdp."
             )
-        return Placement(
-            strategy=strategy,
+        return strategy, Placement(
             machines=Machines(num_processes=ranks.world_size),
             ranks=ranks,
             device=_device(device, ranks),
@@ -60,12 +58,7 @@ def place(
     if num_processes is None:
         several = strategy not in (None, "single") or num_machines > 1
         num_processes = num_machines * (max(1, _gpus()) if several else 1)
-    strategy = strategy or ("ddp" if num_processes > 1 else "single")
-    if strategy == "single" and num_processes > 1:
-        raise UserError(
-            f"--num-processes: found {num_processes} with --strategy single, which is one process. "
-            "Use --strategy ddp, zero2, zero3 or fsdp."
-        )
+    strategy = strategy_for(num_processes, strategy)
     machines = Machines(
         num_processes=num_processes,
         num_machines=num_machines,
@@ -74,7 +67,6 @@ def place(
         main_process_port=main_process_port,
     )
     placed = Placement(
-        strategy=strategy,
         machines=machines,
         ranks=Ranks(),
         device=_device(device, Ranks()),
@@ -82,7 +74,18 @@ def place(
     )
     if placed.to_launch:
         _check_device_of_each(device, placed.device, machines.here)
-    return placed
+    return strategy, placed
+
+
+def strategy_for(num_processes: int, wanted: StrategyName | None) -> StrategyName:
+    """The one that is wanted, or else the simplest. UserError where it is not for so many."""
+    strategy = wanted or ("ddp" if num_processes > 1 else "single")
+    if strategy == "single" and num_processes > 1:
+        raise UserError(
+            f"--num-processes: found {num_processes} with --strategy single, which is one process. "
+            "Use --strategy ddp, zero2, zero3 or fsdp."
+        )
+    return strategy
 
 
 def _check_device_of_each(wanted: str, device: str, processes: int) -> None:

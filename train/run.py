@@ -38,7 +38,6 @@ from train.plan import BatchPlan
 from train.provenance import Provenance
 from train.quantised import check_installed, is_quantised
 from train.ranks import Ranks
-from train.strategy import CUTTING
 from train.tail_log import TAIL_LOG
 from train.warm_start import check_init
 
@@ -78,10 +77,10 @@ class Run:
         return f" with the captions {self.config.captions!r}{kept}"
 
     def _processes(self) -> str:
-        placement = self.config.placement
-        if placement.strategy == "single":
+        strategy = self.config.levers.strategy
+        if strategy == "single":
             return ""
-        return f" x {placement.machines.num_processes} processes ({placement.strategy})"
+        return f" x {self.config.placement.machines.num_processes} processes ({strategy})"
 
     def describe(self) -> list[str]:
         """The derived arithmetic, printed at the start and by --dry-run."""
@@ -102,7 +101,7 @@ class Run:
         if plan.tail_samples:
             tail += f" to fill batches: their keys go to {config.output_dir / TAIL_LOG}"
         expert = self.objective.expert
-        strategy = config.placement.strategy
+        levers = config.levers
         return [
             f"model    {self.spec.folder} ({self.spec.mode}), expert {expert} "
             f"({component_of(expert)})",
@@ -116,8 +115,8 @@ class Run:
             *(line for part in self.data.parts for line in described(part.index.folder)),
             *self.objective.describe(),
             *(
-                [f"stream   --low-vram does nothing more: {strategy} cuts the base already"]
-                if config.low_vram and strategy in CUTTING
+                [f"stream   --low-vram does nothing more: {levers.strategy} cuts the base already"]
+                if levers.low_vram and levers.cuts_base
                 else []
             ),
             f"length   {until}: {self.objective.describe_length(self.product_updates)} "
@@ -133,7 +132,7 @@ def open_data(config: TrainConfig) -> tuple[ModelSpec, Dataset]:
     """
     if not config.placement.to_launch:  # else a GPU's memory would be taken here for nothing
         check_device(config.device)
-        check_attention(config.attention_backend, config.device, config.mixed_precision)
+        check_attention(config.attention_backend, config.device, config.levers.mixed_precision)
     folder = resolve_model(config.model, [])  # the configs decide which expert is needed
     spec = read_model_spec(folder)
     _refuse_other_mode(config, spec)
@@ -193,9 +192,9 @@ def plan_run(config: TrainConfig, spec: ModelSpec, data: Dataset, objective: Obj
     component = component_of(objective.expert)
     resolve_model(config.model, [component] if config.base.own is None else [])
     config.base.check(spec, component)
-    check_installed(config.base_precision)
-    if config.blocks_to_swap is not None:
-        config.streamed(len(empty_transformer(spec, component).blocks))
+    check_installed(config.levers.base_precision)
+    if config.levers.blocks_to_swap is not None:
+        config.levers.streamed(len(empty_transformer(spec, component).blocks))
     if config.init_lora is not None:
         check_init(
             config.init_lora, spec, component, rank=config.rank, target_name=config.target_name
@@ -300,8 +299,9 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
         "gradient_accumulation_steps", "video_repeat", "caption_dropout", "random_frame_crop",
         "tail", "mixed_precision", "base_precision", "allow_tf32", "compile", "attention_backend",
     )  # fmt: skip
-    loose: dict[str, Any] = {name: getattr(config, name) for name in loose_names}
-    if not is_quantised(config.base_precision):  # --base-precision bf16 is what it is without
+    options = vars(config) | vars(config.levers)
+    loose: dict[str, Any] = {name: options[name] for name in loose_names}
+    if not is_quantised(options["base_precision"]):  # bf16 is what it is without the option
         loose["base_precision"] = None
     loose |= run.objective.settings()
     for role, rate in run.objective.learning_rates.items():  # as the options are called
@@ -309,7 +309,7 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
     if config.lr_scheduler in DECAYING:
         loose["max_train_steps"] = run.product_updates
     loose["num_processes"] = config.placement.machines.num_processes
-    loose["strategy"] = config.placement.strategy
+    loose["strategy"] = config.levers.strategy
     loose["shards"] = run.data.identity()
     captions = run.data.captions_identity()
     loose["captions"] = captions and f"{config.captions} {captions}"
@@ -339,7 +339,7 @@ def resolved_configuration(run: Run) -> str:
     """The configuration with the model's defaults filled in, as JSON for --dry-run."""
     decided = run.objective.identity()
     placed = run.config.placement
-    shown = {k: decided.get(k, v) if v is None else v for k, v in run.config.__dict__.items()}
-    del shown["placement"]
-    shown |= {"strategy": placed.strategy, "device": placed.device, **placed.machines.__dict__}
+    shown = {k: decided.get(k, v) if v is None else v for k, v in vars(run.config).items()}
+    del shown["levers"], shown["placement"]
+    shown |= vars(run.config.levers) | {"device": placed.device} | vars(placed.machines)
     return json.dumps(shown, indent=2, default=str)

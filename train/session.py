@@ -115,6 +115,7 @@ def _writing_to(folder: Path) -> Iterator[None]:
 def open_session(run: Run, say: Say) -> Session:
     """Load the base, add adapters and optimizers, and go on from a checkpoint if one is wanted."""
     config, objective, ranks = run.config, run.objective, run.ranks
+    levers = config.levers
 
     def look_for_checkpoint() -> Path | None:
         found = find_checkpoint(
@@ -142,9 +143,9 @@ def open_session(run: Run, say: Say) -> Session:
     transformer = load_base(
         run.spec,
         objective.expert,
-        precision=config.mixed_precision,
+        precision=levers.mixed_precision,
         device=device,
-        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing=levers.gradient_checkpointing,
         base=config.base,
     )
     use_attention(transformer, config.attention_backend)
@@ -163,17 +164,17 @@ def open_session(run: Run, say: Say) -> Session:
         option = "--learning-rate" if name == objective.product else f"--learning-rate-{name}"
         if warning := warn_of_rate(name, option, roles.parameters(name), rate):
             say(f"warning  {warning}")
-    quantise(transformer, config.base_precision, device)
+    quantise(transformer, levers.base_precision, device)
     whole_bytes = parameter_bytes(transformer)
-    streamed = config.streamed(len(transformer.blocks))  # type: ignore[arg-type]
+    streamed = levers.streamed(len(transformer.blocks))  # type: ignore[arg-type]
     adam = AdamSettings(
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.adam_weight_decay,
-        eight_bit=config.use_8bit_adam,
+        eight_bit=levers.use_8bit_adam,
     )
     strategy = spread(
-        config.placement.strategy,
+        levers.strategy,
         roles,
         rates,
         adam,
@@ -188,13 +189,13 @@ def open_session(run: Run, say: Say) -> Session:
             f"stream   {len(streamed)} blocks of {blocks.home_bytes / 1e6:.3f} MB in CPU memory; "
             f"on the device {blocks.buffer_bytes / 1e6:.3f} MB for those that work"
         )
-    if config.activation_offloading:
+    if levers.activation_offloading:
         offloading = ActivationOffloading(device)
         transformer.enable_gradient_checkpointing(offloading.checkpoint)  # type: ignore[operator]
     if ranks.world_size > 1:
         held = strategy.held_bytes()
         say(
-            f"spread   {config.placement.strategy}: each of {ranks.world_size} processes holds "
+            f"spread   {levers.strategy}: each of {ranks.world_size} processes holds "
             f"{held / 1e6:.3f} of {whole_bytes / 1e6:.3f} MB of parameters"
         )
 

@@ -231,7 +231,7 @@ def test_a_full_disk_is_one_message(tiny_t2v: Path, t2v_shards: Path, tmp_path: 
 
 
 def _placed(device: str, processes: int, ddp_timeout: int = 60) -> Placement:
-    return place(
+    _, placement = place(
         "ddp",
         num_processes=processes,
         num_machines=1,
@@ -241,6 +241,7 @@ def _placed(device: str, processes: int, ddp_timeout: int = 60) -> Placement:
         ddp_timeout=ddp_timeout,
         device=device,
     )
+    return placement
 
 
 def test_a_gpu_for_each_process_or_none_starts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,15 @@ def test_processes_that_cut_the_base_hold_less(capsys: pytest.CaptureFixture[str
         ),
         (("--model", "wan2.1-t2v-1.3b", "--fix-sample-size", "480", "830"), "--fix-sample-size"),
         (("--model", "wan9"), "wan2.1-t2v-1.3b"),
+        (
+            ("--low-vram", "--no-gradient-checkpointing"),
+            "--low-vram: found with --no-gradient-checkpointing",
+        ),
+        (("--blocks-to-swap", "41"), "--blocks-to-swap: found 41, expected at most 40"),
+        (
+            ("--num-processes", "2", "--strategy", "single"),
+            "--num-processes: found 2 with --strategy single",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(options: tuple[str, ...], named: str) -> None:
