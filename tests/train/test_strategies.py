@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,17 +138,40 @@ def test_i2v_micro_steps_and_an_average_in_two_processes(
         assert apart(load_file(one / clip), load_file(out / clip)) <= 1e-4, clip
 
 
+def gone_on(whole: Path, out: Path, words: list[str]) -> None:
+    """The command for `out` from the third update of `whole` leaves the same, to the byte."""
+    shutil.copytree(whole / "checkpoint-3", out / "checkpoint-3")
+    typed(*words, "--resume-from-checkpoint", "latest")
+    files = [path.relative_to(whole) for path in whole.rglob("*.safetensors")]
+    assert len(files) >= 7  # LoRA files, weights and moments of both roles
+    for file in files:
+        assert (out / file).read_bytes() == (whole / file).read_bytes(), file
+
+
 @pytest.mark.long
 def test_three_processes_that_do_not_divide_the_weights(
     tiny_t2v: Path, t2v_shards: Path, tmp_path: Path
 ) -> None:
-    """Gone on from the middle."""
-    one, out = tmp_path / "one", tmp_path / "out"
+    """Gone on from the middle, with activations in CPU memory from there on."""
+    one, whole, out = (tmp_path / name for name in ("one", "whole", "out"))
     distill(tiny_t2v, t2v_shards, one, *RUN, "--train-batch-size", "3")
     three = ("--train-batch-size", "1", "--num-processes", "3", "--strategy", "zero3")
-    typed(*command(tiny_t2v, t2v_shards, out, *three, "--max-train-steps", "3"))
-    typed(*command(tiny_t2v, t2v_shards, out, *three, "--resume-from-checkpoint", "latest"))
-    assert_like_alone(one, out)
+    typed(*command(tiny_t2v, t2v_shards, whole, *three, "--checkpointing-steps", "3"))
+    assert_like_alone(one, whole)
+    gone_on(whole, out, command(tiny_t2v, t2v_shards, out, *three, "--activation-offloading"))
+
+
+@pytest.mark.long
+def test_moments_in_8_bits_in_two_processes(
+    tiny_t2v: Path, t2v_shards: Path, tmp_path: Path
+) -> None:
+    """Of matrices that are large enough for it; gone on from the middle."""
+    one, whole, out = (tmp_path / name for name in ("one", "whole", "out"))
+    eight = ("--use-8bit-adam", "--rank", "128", "--checkpointing-steps", "3")
+    distill(tiny_t2v, t2v_shards, one, *RUN, *ALONE, *eight)
+    typed(*command(tiny_t2v, t2v_shards, whole, *IN_TWO, *eight))
+    assert_like_alone(one, whole)
+    gone_on(whole, out, command(tiny_t2v, t2v_shards, out, *IN_TWO, *eight))
 
 
 @pytest.mark.long
