@@ -97,6 +97,8 @@ class Resident:
     """Weights without LoRAs."""
     streamed: int
     """Those of them that live in CPU memory, by --low-vram or --blocks-to-swap."""
+    stream_buffers: int
+    """Of the device, which those visit."""
     loras: int
     optimizers: int
     others: int
@@ -107,13 +109,14 @@ class Resident:
     """Most bytes that torch had taken of the GPU, what it kept for reuse included; None: no GPU."""
 
     @property
-    def over_needed(self) -> float:
-        """All weights and optimizer states over one base, its LoRAs and their optimizer states."""
-        return self.total / (self.base + self.loras + self.optimizers)
+    def needed(self) -> int:
+        """One base, the buffers by which it is streamed, its LoRAs and their optimizer states."""
+        return self.base + self.stream_buffers + self.loras + self.optimizers
 
     @property
-    def total(self) -> int:
-        return self.base + self.loras + self.optimizers + self.others
+    def over_needed(self) -> float:
+        """All tensors over those."""
+        return (self.needed + self.others) / self.needed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +191,11 @@ class Report:
         share = {name: seconds / loop.seconds for name, seconds in loop.parts.items()}
         gib = 2**30
         reserved = f", {resident.reserved / gib:.3f} reserved" if resident.reserved else ""
-        cpu = f" ({resident.streamed / gib:.3f} in CPU memory)" if resident.streamed else ""
+        cpu = its_buffers = ""
+        if resident.streamed:
+            its_buffers = ", its buffers"
+            cpu = f" ({resident.streamed / gib:.3f} in CPU memory){its_buffers} "
+            cpu += f"{resident.stream_buffers / gib:.3f}"
         return [
             *(f"update   {role}: {seconds:.3f} s" for role, seconds in loop.by_role.items()),
             *(f"time     {name}: {part:.2%}" for name, part in share.items()),
@@ -200,7 +207,7 @@ class Report:
             f"start    {loop.to_first_step:.1f} s from process to the end of the first step",
             f"step time / passes alone: {loop.over_passes:.4f} "
             f"({verdict(loop.over_passes <= LEAN_GOAL, f'≤ {LEAN_GOAL}')})",
-            f"resident / one base, LoRAs, optimizers: {resident.over_needed:.4f} "
+            f"resident / one base{its_buffers}, LoRAs, optimizers: {resident.over_needed:.4f} "
             f"({verdict(resident.over_needed <= RESIDENT_GOAL, f'≤ {RESIDENT_GOAL}')})",
         ]
 
@@ -293,8 +300,8 @@ class _Watcher:
     """id → bytes of state."""
     waits: list[float] = field(default_factory=list)
     """Seconds of each update in which the loop waited for data, as the run reported them."""
-    sizes: tuple[int, int, int, int] | None = None
-    """Base, what of it is streamed, LoRAs, all tensors; taken once, before the last update."""
+    sizes: Mapping[str, int] | None = None
+    """Of `Resident`, optimizers among the others; taken once, before the last update."""
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -391,26 +398,22 @@ class _Watcher:
     def resident(self) -> Resident:
         """The tensors before the last update."""
         assert self.sizes is not None
-        base, streamed, loras, everything = self.sizes
         optimizers = sum(self.optimizers.values())
         device = torch.device(self.run.config.device)
         on_gpu = device.type == "cuda"
         return Resident(
-            base=base,
-            streamed=streamed,
-            loras=loras,
+            **{**self.sizes, "others": self.sizes["others"] - optimizers},
             optimizers=optimizers,
-            others=everything - base - loras - optimizers,
             peak=peak_memory(device),
             reserved=torch.cuda.max_memory_reserved(device) if on_gpu else None,
         )
 
 
-def _sizes(transformer: nn.Module) -> tuple[int, int, int, int]:
-    """Bytes of base, of what is streamed of it, of LoRAs, and of the memory of all tensors that the
-    process holds."""
+def _sizes(transformer: nn.Module) -> dict[str, int]:
+    """Bytes of the transformer's parts in `Resident`, and as others those of all tensors else that
+    the process holds."""
     blocks = streamed_blocks(transformer)
-    streamed = 0 if blocks is None else blocks.home_bytes
+    streamed, buffers = (0, 0) if blocks is None else (blocks.home_bytes, blocks.buffer_bytes)
     parameters = [p for p in transformer.parameters() if blocks is None or p not in blocks]
     base = streamed + sum(p.nbytes for p in parameters if not p.requires_grad)
     loras = sum(p.nbytes for p in parameters if p.requires_grad)
@@ -419,7 +422,13 @@ def _sizes(transformer: nn.Module) -> tuple[int, int, int, int]:
         if issubclass(type(thing), torch.Tensor):
             storage = thing.untyped_storage()
             places[storage.data_ptr()] = storage.nbytes()
-    return base, streamed, loras, sum(places.values())
+    return {
+        "base": base,
+        "streamed": streamed,
+        "stream_buffers": buffers,
+        "loras": loras,
+        "others": sum(places.values()) - base - buffers - loras,
+    }
 
 
 def measure_loader(run: Run) -> Loader:

@@ -3,6 +3,7 @@
 On a CPU "the device" is other memory of the same kind; all but the side stream is a GPU's code.
 """
 
+import gc
 import json
 import re
 import weakref
@@ -187,22 +188,38 @@ def test_two_processes(in_one: Path, tiny_t2v: Path, t2v_shards: Path, tmp_path:
 def test_bench_counts_what_lives_in_cpu_memory(
     deep_i2v: Path, i2v_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = {}
-    for name, more in (("plain", ()), ("streamed", ("--low-vram",))):
+    found, ratios = {}, {}
+    levers = {"plain": (), "streamed": ("--low-vram",), "three": ("--blocks-to-swap", "3")}
+    for name, more in levers.items():
         file = tmp_path / f"{name}.json"
         words = ["bench", "--model", str(deep_i2v), "--shards", str(i2v_shards), "--device", "cpu"]
         words += ["--cycles", "1", "--gen-update-interval", "1", "--json", str(file), *more]
+        gc.collect()  # what the run before it left in cycles
         wantrain(words, standalone_mode=False)
-        found[name] = json.loads(file.read_text())["resident"]
+        report = json.loads(file.read_text())
+        found[name], ratios[name] = report["resident"], report["ratios"]["over_needed"]
     assert found["streamed"]["base"] == found["plain"]["base"]
     assert found["plain"]["streamed"] == 0
     blocks = tiny_transformer("i2v", num_layers=LAYERS).blocks
     kept_fp32 = ("norm2", "scale_shift_table")
-    assert found["streamed"]["streamed"] == sum(
+    of_block = [
         p.numel() * (4 if any(part in name for part in kept_fp32) else 2)
-        for name, p in blocks.named_parameters()
-    )
-    assert "in CPU memory)" in capsys.readouterr().out
+        for name, p in blocks[0].named_parameters()
+    ]
+    assert found["streamed"]["streamed"] == LAYERS * sum(of_block)
+    assert found["three"]["streamed"] == 3 * sum(of_block)
+    aligned = sum(-(-size // 512) * 512 for size in of_block)
+    assert found["plain"]["stream_buffers"] == 0
+    for name, count in (("streamed", LAYERS), ("three", 3)):
+        assert found[name]["stream_buffers"] == 2 * aligned
+        padding = count * (aligned - sum(of_block))  # in CPU memory
+        others = found["plain"]["others"] + padding
+        assert found[name]["others"] == pytest.approx(others, abs=aligned)
+    for name, resident in found.items():
+        parts = ("base", "stream_buffers", "loras", "optimizers")
+        needed = sum(resident[part] for part in parts)
+        assert ratios[name] == pytest.approx(1 + resident["others"] / needed)
+    assert "in CPU memory), its buffers 0.000" in capsys.readouterr().out
 
 
 # Below the command line: what lies where, and when it is copied
