@@ -36,6 +36,17 @@ def test_processes_that_cut_the_base_hold_less(capsys: pytest.CaptureFixture[str
         assert cut[part] == pytest.approx(whole[part] / 8, abs=8)
 
 
+def test_layers_without_a_lora_are_not_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("--model", "wan2.1-t2v-1.3b", "--rank", "24")
+    found = [
+        planned(capsys, *common, *more)["parts"]["LoRAs"]
+        for more in ((), ("--lora-skip-name", "cross_attn ffn.2"))
+    ]
+    # of 30 blocks, two roles, fp32: q, k, v of both attentions and both layers of the ffn
+    each, inner = 2 * 1536, 1536 + 8960
+    assert found == [30 * 2 * 4 * 24 * (6 * each + 2 * inner), 30 * 2 * 4 * 24 * (3 * each + inner)]
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
