@@ -59,7 +59,9 @@ def sample(
 
     dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Number format of transformers and text encoder (the VAE is fp32).", rich_help_panel=DEVICE)] = "bf16",
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=DEVICE)] = "auto",
+    base_precision: Annotated[Literal["fp8", "int8", "nf4"] | None, typer.Option(help="Keep the linear layers of the transformers' blocks in 8 or 4 bits, as `wantrain distill` does: int8 and fp8 take half of bf16's memory, nf4 (bitsandbytes) less than a third.", show_default="as --dtype says", rich_help_panel=DEVICE)] = None,
     offload: Annotated[bool, typer.Option("--offload", help="Keep in GPU memory only the component that works, as diffusers' model offloading does.", show_default="off", rich_help_panel=DEVICE)] = False,
+    low_vram: Annotated[bool, typer.Option("--low-vram", help="The same, and keep the blocks of transformers and text encoder in CPU memory; each is copied to the GPU while the one before it works.", show_default="off", rich_help_panel=DEVICE)] = False,
 ) -> None:
     """Make clips with LoRAs, or with the base model.
 
@@ -92,7 +94,9 @@ def sample(
         seed=seed,
         dtype=dtype,
         device=default_device() if device == "auto" else device,
+        base_precision=base_precision,
         offload=offload,
+        low_vram=low_vram,
     )
     sample_clips(config, Console(stderr=True))
 

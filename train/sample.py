@@ -5,7 +5,7 @@ The only module of this stage that builds a VAE and a text encoder, in a process
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import inf
@@ -51,7 +51,9 @@ from train.dmd import Pairing
 from train.flow import Schedule
 from train.media_out import contact_sheet
 from train.provenance import Provenance, read_provenance, wrong_base
+from train.quantised import QuantisedPrecision, check_installed, quantise
 from train.rng import counted_rng
+from train.streaming import StreamedBlocks
 
 TEACHER_STEPS, TEACHER_GUIDANCE = 40, 5.0
 # A pair of experts works one trajectory together, so these must be the same in both files. Plain
@@ -86,7 +88,9 @@ class SampleConfig:
     seed: int
     dtype: str
     device: str
+    base_precision: QuantisedPrecision | None
     offload: bool
+    low_vram: bool
 
     def __post_init__(self) -> None:
         if self.teacher == bool(self.loras):
@@ -190,6 +194,7 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
         )
 
     image = fit_image(config.image, config.height, config.width) if config.image else None
+    check_installed(config.base_precision)
     check_device(config.device)
     check_writable("--output", config.output)
     device = torch.device(config.device)
@@ -200,8 +205,8 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
         bases=bases,
         dtype=DTYPES[config.dtype],
         device=device,
-        offload=config.offload,
     )
+    place(pipeline, config, device, say)
     kind = "teacher" if config.teacher else "student" if student else "lora"
     rows, paths, records = [], [], []
     for number, prompt in enumerate(track(config.prompts, "sample", console=console)):
@@ -314,11 +319,10 @@ def build_pipeline(
     bases: Mapping[str, Base],
     dtype: torch.dtype,
     device: torch.device,
-    offload: bool,
 ) -> Any:
-    """The diffusers pipeline with the LoRAs applied; VAE in fp32, the rest in `dtype`.
+    """The diffusers pipeline with the LoRAs applied, on the CPU; VAE in fp32, the rest in `dtype`.
 
-    `bases`: what each transformer that takes part is made of.
+    `bases`: what each transformer that takes part is made of; LoRAs are merged into it on `device`.
 
     A `full` LoRA works alone at every step, so the second expert is left out.
     """
@@ -363,12 +367,34 @@ def build_pipeline(
                 f"--lora: diffusers can't load {lora.path} ({first_line(error)}). Expected a file "
                 "that `wantrain` wrote for this model."
             ) from error
-    if offload:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def place(
+    pipeline: Any, config: SampleConfig, device: torch.device, say: Callable[[str], None]
+) -> None:
+    """Quantise the transformers if so asked, and bring the pipeline, on the CPU, to `device`.
+
+    With `low_vram` the blocks of transformers (LoRAs too) and text encoder stream, and what is
+    outside of them comes and goes with its component. UserError where memory can't be locked.
+    """
+    experts = [e for e in (pipeline.transformer, pipeline.transformer_2) if e is not None]
+    for transformer in experts:
+        quantise(transformer, config.base_precision, device)
+    if config.low_vram:
+        stacks = [*(expert.blocks for expert in experts), pipeline.text_encoder.encoder.block]
+        streamed = [StreamedBlocks(list(stack.requires_grad_(False)), device) for stack in stacks]
+        say(
+            f"stream   {sum(map(len, stacks))} blocks of "
+            f"{sum(blocks.home_bytes for blocks in streamed) / 1e6:.3f} MB in CPU memory; on the "
+            f"device {sum(blocks.buffer_bytes for blocks in streamed) / 1e6:.3f} MB for those that "
+            "work"
+        )
+    if config.low_vram or config.offload:
         pipeline.enable_model_cpu_offload(device=device)
     else:
         pipeline.to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def _original_pipeline(
