@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any
 
 from shared.errors import UserError
 from train.base import Precision
@@ -31,7 +31,7 @@ class Levers:
     strategy: StrategyName = "single"
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], strategy: StrategyName) -> Self:
+    def of(cls, options: Mapping[str, Any], strategy: StrategyName) -> "Levers":
         """From all options of a command line."""
         return cls(**{one.name: options[one.name] for one in fields(cls)} | {"strategy": strategy})
 
