@@ -135,28 +135,13 @@ def distill(
     """
     options = locals()  # as they were given
 
-    from train.cli_run import carry_out, shared_fields
+    from train.cli_run import carry_out, configured
     from train.config import DistillConfig
     from train.distillation import prepare_distillation
 
     limit_shard_cache(shard_cache_gb)
-    config = DistillConfig(
-        **shared_fields(options),
-        denoising_step_indices_list=_numbers(
-            denoising_step_indices_list, "--denoising-step-indices-list"
-        ),
-        recipe=recipe,
-        start=start,
-        pairing=pairing,
-        score_floor=score_floor,
-        uniform_sampling=uniform_sampling,
-        real_guidance_scale=real_guidance_scale,
-        fake_guidance_scale=fake_guidance_scale,
-        gen_update_interval=gen_update_interval,
-        fm_loss_weight=fm_loss_weight,
-        learning_rate_critic=learning_rate_critic,
-        batched_guidance=batched_guidance,
-    )
+    steps = _numbers(denoising_step_indices_list, "--denoising-step-indices-list")
+    config = configured(DistillConfig, options, denoising_step_indices_list=steps)
     carry_out(prepare_distillation(config), dry_run=dry_run)
 
 

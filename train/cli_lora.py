@@ -119,18 +119,12 @@ def lora(
     """
     options = locals()  # as they were given
 
-    from train.cli_run import carry_out, shared_fields
+    from train.cli_run import carry_out, configured
     from train.config import FinetuneConfig
     from train.finetune import prepare_finetuning
 
     limit_shard_cache(shard_cache_gb)
-    config = FinetuneConfig(
-        **shared_fields(options),
-        timestep_sampling=timestep_sampling,
-        logit_mean=logit_mean,
-        logit_std=logit_std,
-        uniform_sampling=uniform_sampling,
-    )
+    config = configured(FinetuneConfig, options)
     carry_out(prepare_finetuning(config), dry_run=dry_run)
 
 

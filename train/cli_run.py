@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -21,6 +21,7 @@ from train.placement import place
 from train.run import Run, resolved_configuration
 from train.where import condition
 
+_Config = TypeVar("_Config", bound=TrainConfig)
 _instead: ContextVar[Callable[[Run, Console], None] | None] = ContextVar("instead", default=None)
 
 
@@ -34,10 +35,10 @@ def carried_out_by(do: Callable[[Run, Console], None]) -> Iterator[None]:
         _instead.reset(before)
 
 
-def shared_fields(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `TrainConfig`, from the options that commands which train have in common.
+def configured(kind: type[_Config], options: Mapping[str, Any], **read: Any) -> _Config:
+    """A command's configuration, from its options and what it has `read` from them itself.
 
-    Raises UserError where one can't be read.
+    Raises UserError where one can't be read, or they don't go together.
     """
     strategy, placement = place(
         options["strategy"],
@@ -49,7 +50,7 @@ def shared_fields(options: Mapping[str, Any]) -> dict[str, Any]:
         ddp_timeout=options["ddp_timeout"],
         device=options["device"],
     )
-    read = {
+    read |= {
         "base": Base.parse(options["transformer_path"], options["base_lora"]),
         "shards": tuple(options["shards"]),
         "where": tuple(map(condition, options["where"])),
@@ -59,9 +60,9 @@ def shared_fields(options: Mapping[str, Any]) -> dict[str, Any]:
     }
     for name in ("report_to", "target_name", "lora_skip_name"):
         read[name] = names(options[name])
-    return {
-        one.name: options[one.name] for one in fields(TrainConfig) if one.name not in read
-    } | read
+    return kind(
+        **{one.name: options[one.name] for one in fields(kind) if one.name not in read}, **read
+    )
 
 
 def carry_out(run: Run, *, dry_run: bool) -> None:
