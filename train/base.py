@@ -23,6 +23,8 @@ from shared.original_weights import converted, load_transformer
 from train.flow import Expert
 from train.lora_files import check_fits, read_lora
 from train.own_transformer import check_own, empty_transformer, load_own, own_files
+from train.ranks import ALONE, Ranks
+from train.read_once import read_once
 
 Precision = Literal["bf16", "no"]
 
@@ -116,16 +118,24 @@ def load_base(
     device: torch.device,
     gradient_checkpointing: bool,
     base: Base = MODELS_OWN,
+    sharing: Ranks = ALONE,
 ) -> nn.Module:
     """The expert's transformer, frozen: bf16 (norms, time embedding fp32) or fp32.
 
     It lies on the CPU: whole it need not fit on `device`, where LoRAs that are merged are computed.
-    Raises UserError naming the folder when the weights are missing or damaged.
+    Of processes that will cut it among themselves (`sharing`) the first alone reads it, and holds
+    its values. Raises UserError naming the folder when the weights are missing or damaged.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    transformer = load_weights(spec, component_of(expert), dtype=dtype, own=base.own)
+    component = component_of(expert)
+
+    def read() -> nn.Module:
+        weights: nn.Module = load_weights(spec, component, dtype=dtype, own=base.own)
+        merge(weights, base.merged, device)
+        return weights
+
+    transformer: Any = read_once(sharing, read, lambda: empty_transformer(spec, component))
     transformer.requires_grad_(False)
-    merge(transformer, base.merged, device)
     if gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     keep_from_autocast(transformer, device)

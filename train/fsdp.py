@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -59,6 +60,17 @@ def _cut(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 
+def _take_from_first(module: nn.Module, ranks: Ranks, device: torch.device) -> None:
+    """Move to the device what is not cut yet, with the values of the first process."""
+    for parameter in module.parameters():
+        if isinstance(parameter, DTensor):
+            continue
+        held = parameter.detach()
+        value = held.to(device) if ranks.first else torch.empty_like(held, device=device)
+        dist.broadcast(value.view(torch.uint8), src=0)
+        parameter.data = value
+
+
 @dataclass(frozen=True)
 class Sharded:
     """The strategy `fsdp`."""
@@ -75,9 +87,9 @@ class Sharded:
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(device.type, (ranks.world_size,))
         transformer = roles.transformer
-        for block in transformer.blocks:  # type: ignore[union-attr]
-            fully_shard(block, mesh=mesh)  # moves it to the device, and leaves a part of it there
-        fully_shard(transformer, mesh=mesh)
+        for part in (*transformer.blocks, transformer):  # type: ignore[misc]
+            _take_from_first(part, ranks, device)
+            fully_shard(part, mesh=mesh)  # leaves a part of it on the device
         sharded = {}
         for role in rates:  # sharding has replaced the parameters
             parameters = roles.parameters(role)

@@ -31,7 +31,7 @@ class Ranks:
     timeout: timedelta = timedelta(minutes=20)
     """How long one waits for another. One that died is noticed at once, by its closed connections;
     this is for one that hangs, and must be longer than what one may do alone: write a checkpoint to
-    a slow disk, fetch a shard, compile."""
+    a slow disk, read the base, fetch a shard, compile."""
 
     @property
     def first(self) -> bool:
@@ -80,6 +80,9 @@ class Ranks:
         """
         for group in dist.distributed_c10d._world.pg_map:
             dist.distributed_c10d._set_pg_timeout(self.timeout, group)
+
+
+ALONE = Ranks()
 
 
 def launched() -> Ranks | None:

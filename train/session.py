@@ -34,10 +34,11 @@ from train.lora import LoraSpec, select_targets
 from train.lora_files import LoraWeights, read_lora
 from train.provenance import Provenance
 from train.quantised import quantise
+from train.ranks import ALONE
 from train.rate_guard import Weights, warn_of_file, warn_of_rate
 from train.roles import Roles
 from train.run import Run, run_identity
-from train.strategy import AdamSettings, Strategy, parameter_bytes, spread
+from train.strategy import CUTTING, AdamSettings, Strategy, parameter_bytes, spread
 from train.streaming import streamed_blocks
 from train.warm_start import start_from
 
@@ -139,7 +140,8 @@ def open_session(run: Run, say: Say) -> Session:
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     if config.compile:
         check_compile(config.device)
-    digest = base_digest(run.spec.folder, component_of(objective.expert), config.base)
+    component = component_of(objective.expert)
+    digest = ranks.first_does(partial(base_digest, run.spec.folder, component, config.base))
     transformer = load_base(
         run.spec,
         objective.expert,
@@ -147,6 +149,7 @@ def open_session(run: Run, say: Say) -> Session:
         device=device,
         gradient_checkpointing=levers.gradient_checkpointing,
         base=config.base,
+        sharing=ranks if config.placement.strategy in CUTTING else ALONE,
     )
     use_attention(transformer, config.attention_backend)
     if config.compile:

@@ -77,8 +77,8 @@ def spread(
     """Spread the transformer and the LoRAs in it over the processes, each on its `device`.
 
     This changes the transformer in place. Strategies that cut it take it from the CPU, block by
-    block, since it need not fit on a device whole; with the others, the blocks of these numbers
-    are streamed.
+    block, since it need not fit on a device whole, and its values from the first process, which
+    may be the only one to have them; with the others, the blocks of these numbers are streamed.
     """
     assert not (streamed and name in CUTTING)
     if streamed:
