@@ -38,7 +38,7 @@ from train.ranks import ALONE
 from train.rate_guard import Weights, warn_of_file, warn_of_rate
 from train.roles import Roles
 from train.run import Run, run_identity
-from train.strategy import CUTTING, AdamSettings, Strategy, parameter_bytes, spread
+from train.strategy import AdamSettings, Strategy, parameter_bytes, spread
 from train.streaming import streamed_blocks
 from train.warm_start import start_from
 
@@ -149,7 +149,7 @@ def open_session(run: Run, say: Say) -> Session:
         device=device,
         gradient_checkpointing=levers.gradient_checkpointing,
         base=config.base,
-        sharing=ranks if config.placement.strategy in CUTTING else ALONE,
+        sharing=ranks if levers.cuts_base else ALONE,
     )
     use_attention(transformer, config.attention_backend)
     if config.compile:
