@@ -232,10 +232,17 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.long
-def test_the_toy_examples_run_one_after_the_other(tmp_path: Path) -> None:
+def test_the_toy_examples_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process: nineteen commands that each import torch and diffusers are minutes."""
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    monkeypatch.chdir(tmp_path)
     for program, name in COMMANDS:  # encode, index, …, distill, sample
-        for command in examples(program, name)[-1]:
-            run(*command, cwd=tmp_path)
+        for program_or_python, *arguments in examples(program, name)[-1]:
+            if program_or_python in APPS:
+                APPS[program_or_python](arguments, standalone_mode=False)
+            else:
+                run(program_or_python, *arguments, cwd=tmp_path)
     assert (tmp_path / "toy-lora" / "lora-full-diffusers.safetensors").exists()
     assert (tmp_path / "toy-samples" / "student-000.mp4").exists()
