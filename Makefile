@@ -4,6 +4,10 @@ JOBS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
+# A container may forbid .pyc files; then each of the hundreds of processes that the tests start
+# would compile our modules again.
+test test-long: export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: demo test test-long lint clean
 
 demo: $(INSTALLED)  ## encode → distil → sample on the bundled toy, from empty outputs

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -106,13 +105,10 @@ def shell(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
     return ran
 
 
-def distinct(scripts: list[str]) -> Iterator[object]:
-    for number, script in enumerate(dict.fromkeys(scripts)):
-        marks = [pytest.mark.long] if number else []
-        yield pytest.param(script, marks=marks, id=script.strip()[-40:])
-
-
-@pytest.mark.parametrize("script", distinct(blocks("train")))
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "script", dict.fromkeys(blocks("train")), ids=lambda script: script.strip()[-40:]
+)
 def test_the_pages_commands_train_a_lora(user: Path, tmp_path: Path, script: str) -> None:
     for name in ("models", "datasets", "shards"):
         (tmp_path / name).symlink_to(user / name)

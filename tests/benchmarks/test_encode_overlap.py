@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "encode_overlap.py"
 
 
+@pytest.mark.long
 def test_its_exit_code_is_its_verdict() -> None:
     """One clip is too little to hide anything behind; a busy machine may take long all the same."""
     command = [sys.executable, BENCHMARK, "--images", "0", "--videos", "1", "--size", "64"]

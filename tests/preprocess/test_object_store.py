@@ -126,7 +126,7 @@ def _first(points: list[tuple[str, str]], what: str, ending: str) -> int:
         pytest.param("rename", "00001.json", marks=pytest.mark.long),  # there, but not here
         pytest.param("upload", "zarr.json", marks=pytest.mark.long),  # half of the index
         pytest.param("upload", "manifest.json", marks=pytest.mark.long),
-        ("random", ""),
+        pytest.param("random", "", marks=pytest.mark.long),
     ],
 )
 def test_killed_and_run_again_it_is_the_same_cache(
@@ -175,6 +175,7 @@ def test_killed_and_run_again_it_is_the_same_cache(
     assert copied.contents() == local.contents(), number
 
 
+@pytest.mark.long
 def test_two_ranks_fill_one_prefix(
     store: ObjectStore, local: Cache, pictures: Path, tiny_t2v: Path, tmp_path: Path
 ) -> None:
@@ -239,7 +240,14 @@ def test_a_cache_in_a_bucket_is_changed_like_one_in_a_folder(
     assert {overlay.info(row)["caption"] for row in range(9)} == {"short 1", "short 2", "short 3"}
 
 
-@pytest.mark.parametrize("damage", ["another chunk", "no manifest", "another manifest"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param("another chunk", marks=pytest.mark.long),
+        pytest.param("no manifest", marks=pytest.mark.long),
+        "another manifest",
+    ],
+)
 def test_an_index_that_is_not_of_one_piece_is_made_again(
     damage: str, here: ObjectStore, local: Cache, tmp_path: Path
 ) -> None:

@@ -51,7 +51,7 @@ def _second_shard_begun(output: Path) -> bool:
     ("number", "moment", "code"),
     [
         (signal.SIGKILL, _first_text, -9),
-        (signal.SIGKILL, _second_shard_begun, -9),
+        pytest.param(signal.SIGKILL, _second_shard_begun, -9, marks=pytest.mark.long),
         (signal.SIGTERM, _second_shard_begun, 143),
         pytest.param(signal.SIGINT, _second_shard_begun, 130, marks=pytest.mark.long),
     ],

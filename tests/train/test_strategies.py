@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from tests.foreign_names import foreign_names
 from tests.train.test_distill import distill, losses
 
-STRATEGIES = ("ddp", "fsdp", "zero2", "zero3")
 # fp32; a batch of four samples an update, cut in whichever way; gradients that are clipped
 RUN = (
     "--mixed-precision", "no", "--boundary-type", "low", "--gen-update-interval", "1",
@@ -98,7 +97,15 @@ def assert_like_alone(alone: Path, out: Path) -> None:
                 assert apart(*both) <= 1e-3, (file, kind)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "strategy",  # long: of what those that cut the base do, they do a part
+    [
+        pytest.param("ddp", marks=pytest.mark.long),
+        "fsdp",
+        pytest.param("zero2", marks=pytest.mark.long),
+        "zero3",
+    ],
+)
 def test_two_processes_give_the_numbers_of_one(
     alone: Path, tiny_t2v: Path, t2v_shards: Path, tmp_path: Path, strategy: str
 ) -> None:
