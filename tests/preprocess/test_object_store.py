@@ -117,16 +117,17 @@ def _first(points: list[tuple[str, str]], what: str, ending: str) -> int:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("what", "ending"),
     [
-        pytest.param("upload", ".tar", marks=pytest.mark.long),
-        pytest.param("upload", ".rows.safetensors", marks=pytest.mark.long),
+        ("upload", ".tar"),
+        ("upload", ".rows.safetensors"),
         ("upload", "00001.json"),  # the tar is there, its sidecar is not
-        pytest.param("rename", "00001.json", marks=pytest.mark.long),  # there, but not here
-        pytest.param("upload", "zarr.json", marks=pytest.mark.long),  # half of the index
-        pytest.param("upload", "manifest.json", marks=pytest.mark.long),
-        pytest.param("random", "", marks=pytest.mark.long),
+        ("rename", "00001.json"),  # there, but not here
+        ("upload", "zarr.json"),  # half of the index
+        ("upload", "manifest.json"),
+        ("random", ""),
     ],
 )
 def test_killed_and_run_again_it_is_the_same_cache(

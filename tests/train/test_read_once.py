@@ -124,6 +124,7 @@ def test_one_process_reads_the_base_and_all_have_it(
     assert first["digests"] == second["digests"] == expected
 
 
+@pytest.mark.long
 def test_what_the_first_process_cannot_read_ends_all(
     tiny_t2v: Path, t2v_shards: Path, tmp_path: Path
 ) -> None:
