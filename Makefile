@@ -1,6 +1,7 @@
 PYTHON ?= python3
 SEED ?= 42
 JOBS ?= 2
+LONG_JOBS ?= 3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
@@ -16,8 +17,9 @@ demo: $(INSTALLED)  ## encode → distil → sample on the bundled toy, from emp
 test: $(INSTALLED)  ## all tests but the long ones
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not long"
 
+# One more than cores: much of their time is waiting for time-outs and for processes that end.
 test-long: $(INSTALLED)  ## the long tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m long
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(LONG_JOBS) --dist loadfile -m long
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -175,7 +175,7 @@ def test_students_are_compared_with_row_c_seed_by_seed() -> None:
 
 @pytest.mark.long
 def test_the_quick_benchmark_runs_and_is_not_done_twice(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/learning.py", "experts", "--quick", "--seeds", "1"]
+    command = [sys.executable, "benchmarks/learning.py", "full", "--quick", "--seeds", "1"]
     command += ["--work", str(tmp_path)]
 
     def made() -> dict[str, int]:
@@ -188,7 +188,7 @@ def test_the_quick_benchmark_runs_and_is_not_done_twice(tmp_path: Path) -> None:
     tables = ["\n".join(x for x in out.splitlines() if x[:1] == "|") for out in (first, again)]
     assert tables[0] == tables[1]
     assert tables[0].count("student") == 2
-    rows = json.loads((tmp_path / "experts.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "full.json").read_text())["rows"]
     assert all(len(row["accuracy"]) == 1 for row in rows.values())
     trained = [row["distance"] for name, row in rows.items() if name.startswith("d")]
     assert trained[0] != trained[1]  # each checkpoint's own weights were used

@@ -505,7 +505,7 @@ QUIET = settings(
     derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
 EXAMPLES = pytest.mark.parametrize(
-    "examples", [20, pytest.param(250, marks=pytest.mark.long)], ids=["few", "many"]
+    "examples", [20, pytest.param(100, marks=pytest.mark.long)], ids=["few", "many"]
 )
 positions = st.integers(0, 1 << 20)
 

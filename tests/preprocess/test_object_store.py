@@ -122,11 +122,8 @@ def _first(points: list[tuple[str, str]], what: str, ending: str) -> int:
     ("what", "ending"),
     [
         ("upload", ".tar"),
-        ("upload", ".rows.safetensors"),
         ("upload", "00001.json"),  # the tar is there, its sidecar is not
-        ("rename", "00001.json"),  # there, but not here
         ("upload", "zarr.json"),  # half of the index
-        ("upload", "manifest.json"),
         ("random", ""),
     ],
 )

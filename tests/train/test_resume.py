@@ -105,7 +105,7 @@ def test_kill_9_at_random_times_loses_at_most_a_checkpoints_interval(
     out, rng, kills = tmp_path / "out", random.Random(7), 0
     run = (*LONG_RUN, *RESUME, *workers(2))
     command = [WANTRAIN, *arguments(tiny_t2v, t2v_shards, out, *run)]
-    for _ in range(9):
+    for _ in range(6):
         before = len(list((out / "logs").iterdir())) if (out / "logs").exists() else 0
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         while process.poll() is None:  # until this process has opened its log, which is the loop
