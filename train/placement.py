@@ -7,7 +7,7 @@ from datetime import timedelta
 from shared.device import check_device, default_device
 from shared.errors import UserError
 from train.launch import Machines
-from train.ranks import Ranks, launched
+from train.ranks import ALONE, Ranks, launched
 from train.strategy import StrategyName
 
 
@@ -68,8 +68,8 @@ def place(
     )
     placed = Placement(
         machines=machines,
-        ranks=Ranks(),
-        device=_device(device, Ranks()),
+        ranks=ALONE,
+        device=_device(device, ALONE),
         to_launch=strategy != "single",
     )
     if placed.to_launch:

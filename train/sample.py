@@ -53,7 +53,7 @@ from train.media_out import contact_sheet
 from train.provenance import Provenance, read_provenance, wrong_base
 from train.quantised import QuantisedPrecision, check_installed, quantise
 from train.rng import counted_rng
-from train.streaming import StreamedBlocks
+from train.streaming import StreamedBlocks, streaming_line
 
 TEACHER_STEPS, TEACHER_GUIDANCE = 40, 5.0
 # A pair of experts works one trajectory together, so these must be the same in both files. Plain
@@ -385,12 +385,7 @@ def place(
     if config.low_vram:
         stacks = [*(expert.blocks for expert in experts), pipeline.text_encoder.encoder.block]
         streamed = [StreamedBlocks(list(stack.requires_grad_(False)), device) for stack in stacks]
-        say(
-            f"stream   {sum(map(len, stacks))} blocks of "
-            f"{sum(blocks.home_bytes for blocks in streamed) / 1e6:.3f} MB in CPU memory; on the "
-            f"device {sum(blocks.buffer_bytes for blocks in streamed) / 1e6:.3f} MB for those that "
-            "work"
-        )
+        say(streaming_line(streamed))
     if config.low_vram or config.offload:
         pipeline.enable_model_cpu_offload(device=device)
     else:

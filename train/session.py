@@ -39,7 +39,7 @@ from train.rate_guard import Weights, warn_of_file, warn_of_rate
 from train.roles import Roles
 from train.run import Run, run_identity
 from train.strategy import AdamSettings, Strategy, parameter_bytes, spread
-from train.streaming import streamed_blocks
+from train.streaming import streamed_blocks, streaming_line
 from train.warm_start import start_from
 
 Say = Callable[[str], None]
@@ -188,10 +188,7 @@ def open_session(run: Run, say: Say) -> Session:
         max_norm=config.max_grad_norm,
     )
     if (blocks := streamed_blocks(transformer)) is not None:
-        say(
-            f"stream   {len(streamed)} blocks of {blocks.home_bytes / 1e6:.3f} MB in CPU memory; "
-            f"on the device {blocks.buffer_bytes / 1e6:.3f} MB for those that work"
-        )
+        say(streaming_line([blocks]))
     if levers.activation_offloading:
         offloading = ActivationOffloading(device)
         transformer.enable_gradient_checkpointing(offloading.checkpoint)  # type: ignore[operator]

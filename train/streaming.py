@@ -109,6 +109,15 @@ def streamed_blocks(transformer: nn.Module) -> "StreamedBlocks | None":
     return getattr(transformer, "streamed", None)
 
 
+def streaming_line(stacks: "Sequence[StreamedBlocks]") -> str:
+    """What people read of them."""
+    return (
+        f"stream   {sum(map(len, stacks))} blocks of "
+        f"{sum(blocks.home_bytes for blocks in stacks) / 1e6:.3f} MB in CPU memory; on the device "
+        f"{sum(blocks.buffer_bytes for blocks in stacks) / 1e6:.3f} MB for those that work"
+    )
+
+
 class StreamedBlocks:
     """Moves what is frozen in `blocks` to CPU memory, and has each block fetch it for its work.
 
@@ -144,6 +153,9 @@ class StreamedBlocks:
         for piece in pieces:
             piece.of(home.bytes).copy_(piece.parameter.data)
         return _Block(home, pieces)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
 
     @property
     def home_bytes(self) -> int:

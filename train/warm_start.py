@@ -9,15 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffusers import WanTransformer3DModel
 from torch import nn
 
 from shared.errors import UserError
 from shared.model_spec import ModelSpec
-from shared.original_weights import empty_model
 from train.lora import DIFFUSERS_TO_ORIGINAL, LoraSpec, select_targets
 from train.lora_files import LoraFile, check_fits, read_lora
-from train.own_transformer import component_config
+from train.own_transformer import empty_transformer
 
 
 def check_init(
@@ -25,7 +23,7 @@ def check_init(
 ) -> LoraFile:
     """The file, if a LoRA of this rank on these layers can begin as it. Raises UserError."""
     file = read_lora(path)
-    model = empty_model(WanTransformer3DModel, component_config(spec, component))
+    model = empty_transformer(spec, component)
     shapes = {name: weight.shape for name, weight in model.named_parameters()}
     check_fits(file, shapes, f"the {component} of {spec.folder}")
     targets = select_targets(model, target_name)
