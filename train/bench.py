@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import psutil
 import torch
@@ -417,11 +417,7 @@ def _sizes(transformer: nn.Module) -> dict[str, int]:
     parameters = [p for p in transformer.parameters() if blocks is None or p not in blocks]
     base = streamed + sum(p.nbytes for p in parameters if not p.requires_grad)
     loras = sum(p.nbytes for p in parameters if p.requires_grad)
-    places: dict[int, int] = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor):
-            storage = thing.untyped_storage()
-            places[storage.data_ptr()] = storage.nbytes()
+    places = dict(place for place in map(_place, gc.get_objects()) if place is not None)
     return {
         "base": base,
         "streamed": streamed,
@@ -429,6 +425,19 @@ def _sizes(transformer: nn.Module) -> dict[str, int]:
         "loras": loras,
         "others": sum(places.values()) - base - buffers - loras,
     }
+
+
+def _place(thing: object) -> tuple[int, int] | None:
+    """Address and bytes of a tensor's storage; None of what has none in memory: tensors on meta,
+    and those that torch.compile keeps to stand for real ones."""
+    if not issubclass(type(thing), torch.Tensor):
+        return None
+    tensor = cast(torch.Tensor, thing)
+    try:
+        storage = tensor.untyped_storage()
+        return None if storage.device.type == "meta" else (storage.data_ptr(), storage.nbytes())
+    except RuntimeError:  # torch has no other way to say that functional tensors have no memory
+        return None
 
 
 def measure_loader(run: Run) -> Loader:

@@ -1,5 +1,6 @@
 """--compile: the numbers of eager code, each graph compiled once, never left to eager code."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 from shared.errors import UserError
+from tests.train.test_bench import bench
 from tests.train.test_distill import WANTRAIN, distill, losses
 from tests.train.test_finetune import SMALL as FINETUNE
 from tests.train.test_finetune import finetune
@@ -81,6 +83,21 @@ def test_a_compiled_run_has_the_numbers_of_an_eager_one(
         assert one.keys() == other.keys()
         for key, weight in one.items():
             assert torch.allclose(weight, other[key], rtol=1e-3, atol=1e-5), key
+
+
+@pytest.mark.long
+def test_bench_counts_no_tensors_that_stand_for_others(
+    tiny_t2v: Path, t2v_shards: Path, tmp_path: Path, traced: None
+) -> None:
+    """While it compiles, torch makes tensors without memory, and keeps some."""
+    resident, file = [], tmp_path / "found.json"
+    few = (*RUN, "--train-batch-size", "1", "--gen-update-interval", "1", "--json", str(file))
+    for more in ((), ("--compile",)):
+        bench(tiny_t2v, t2v_shards, *few, *more)
+        resident.append(json.loads(file.read_text())["resident"])
+    assert counters["stats"]["unique_graphs"] > 0
+    for part in ("base", "loras", "optimizers"):
+        assert resident[0][part] == resident[1][part] > 0
 
 
 @pytest.mark.long
