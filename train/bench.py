@@ -35,6 +35,7 @@ from train import flops
 from train.data import load_prompt_bank
 from train.loop import micro_batches, train
 from train.run import Run
+from train.strategy import held_bytes
 from train.streaming import streamed_blocks
 from train.trackers import CSV, CSV_FILE
 from train.watch import DATA_WAIT, peak_memory
@@ -91,10 +92,10 @@ class Loop:
 
 @dataclass(frozen=True, kw_only=True)
 class Resident:
-    """Bytes of all tensors between two updates."""
+    """Bytes of all tensors that this process holds between two updates."""
 
     base: int
-    """Weights without LoRAs."""
+    """Weights without LoRAs; this process's part, where a strategy cuts them."""
     streamed: int
     """Those of them that live in CPU memory, by --low-vram or --blocks-to-swap."""
     stream_buffers: int
@@ -164,6 +165,8 @@ class Report:
     """What `wantrain bench` found."""
 
     device: str
+    processes: int
+    """Of the run; what follows is the first one's."""
     load: float
     """What else the machine did: its load average before."""
     loop: Loop | None
@@ -175,8 +178,9 @@ class Report:
     def lines(self) -> list[str]:
         """For people."""
         loader = self.loader
+        processes = f", process 0 of {self.processes}" if self.processes > 1 else ""
         return [
-            f"device   {self.device}, load {self.load:.1f}",
+            f"device   {self.device}, load {self.load:.1f}{processes}",
             *self._loop_lines(),
             f"loader   {loader.loaded / 2**30:.2f} GiB/s a thread, plain read "
             f"{loader.raw / 2**30:.2f} GiB/s",
@@ -227,17 +231,20 @@ def verdict(reached: bool, goal: str) -> str:
     return f"goal {goal}: {'reached' if reached else 'missed'}"
 
 
-def measure(run: Run, console: Console, *, cycles: int) -> Report:
+def measure(run: Run, console: Console, *, cycles: int) -> Report | None:
     """Train `cycles` cycles after one to warm up, in a folder that is thrown away, then read.
-    0: read alone.
+    0: read alone. All processes of the run call it; the first one reports, the others give None.
 
     Raises UserError as training does.
     """
     load = os.getloadavg()[0]
     watcher = _train_watched(run, console, cycles) if cycles else None
+    if not run.ranks.first:
+        return None
     loop = None if watcher is None else watcher.loop()
     return Report(
         device=_device_name(torch.device(run.config.device)),
+        processes=run.ranks.world_size,
         load=load,
         loop=loop,
         work=None if watcher is None or loop is None else _work(watcher.run, loop),
@@ -278,8 +285,9 @@ def _train_watched(run: Run, console: Console, cycles: int) -> "_Watcher":
         watcher = _Watcher(run)
         with watcher.watching():
             train(run, console)
-        with (config.output_dir / "logs" / CSV_FILE).open(newline="") as stream:
-            watcher.waits = [float(row[DATA_WAIT]) for row in csv.DictReader(stream)]
+        if run.ranks.first:
+            with (config.output_dir / "logs" / CSV_FILE).open(newline="") as stream:
+                watcher.waits = [float(row[DATA_WAIT]) for row in csv.DictReader(stream)]
     return watcher
 
 
@@ -353,11 +361,13 @@ class _Watcher:
         engine.queue_callback(lambda: self._mark("backward end"))
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self.marks[-1][0] == "step":
+            self.marks.pop()  # DeepSpeed makes an update's step in parts
         self._mark("step")
         if self.first_step_at is None:
             self.first_step_at = time.time()
-        self.optimizers[id(optimizer)] = sum(
-            value.nbytes
+        self.optimizers[id(optimizer)] = held_bytes(
+            value
             for state in optimizer.state.values()
             for value in state.values()
             if isinstance(value, torch.Tensor)
@@ -415,8 +425,8 @@ def _sizes(transformer: nn.Module) -> dict[str, int]:
     blocks = streamed_blocks(transformer)
     streamed, buffers = (0, 0) if blocks is None else (blocks.home_bytes, blocks.buffer_bytes)
     parameters = [p for p in transformer.parameters() if blocks is None or p not in blocks]
-    base = streamed + sum(p.nbytes for p in parameters if not p.requires_grad)
-    loras = sum(p.nbytes for p in parameters if p.requires_grad)
+    base = streamed + held_bytes(p for p in parameters if not p.requires_grad)
+    loras = held_bytes(p for p in parameters if p.requires_grad)
     places = dict(place for place in map(_place, gc.get_objects()) if place is not None)
     return {
         "base": base,

@@ -28,7 +28,7 @@ def bench(
 ) -> None:
     """Measure how lean a run is on this machine.
 
-    Says what the loop costs beside the passes of the transformer, how many FLOPs an update has and how fast they are done, what lies in memory, and how fast the shards are read. Takes every option of `wantrain distill`; runs its loop for a few updates in a temporary folder, which is thrown away.
+    Says what the loop costs beside the passes of the transformer, how many FLOPs an update has and how fast they are done, what lies in memory, and how fast the shards are read. Takes every option of `wantrain distill`; runs its loop for a few updates in a temporary folder, which is thrown away. Of several processes (--strategy), it tells of the first one.
 
     Next: wantrain distill, with the same options
     """
@@ -36,14 +36,14 @@ def bench(
     from train.cli_run import carried_out_by
 
     assert context.parent is not None and isinstance(context.parent.command, TyperGroup)
-    reports: list[Report] = []
+    reports: list[Report | None] = []
     distill = context.parent.command.commands["distill"]
     with (
         carried_out_by(lambda run, to: reports.append(measure(run, to, cycles=cycles))),
         distill.make_context("bench", [*context.args], parent=context.parent) as its,
     ):
         distill.invoke(its)
-    for report in reports:  # none after --dry-run
+    for report in filter(None, reports):  # none after --dry-run
         for line in report.lines():
             echo(line)
         if json_file is not None:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from train.ranks import Ranks
 from train.replicated import adamw, moments_of, stepped
 from train.roles import Roles
-from train.strategy import AdamSettings
+from train.strategy import AdamSettings, Strategy
 
 
 @dataclass(frozen=True)
@@ -71,36 +71,20 @@ def _take_from_first(module: nn.Module, ranks: Ranks, device: torch.device) -> N
         parameter.data = value
 
 
-@dataclass(frozen=True)
-class Sharded:
+def sharded(
+    roles: Roles, rates: Mapping[str, float], adam: AdamSettings,
+    *, ranks: Ranks, device: torch.device,
+) -> Strategy:  # fmt: skip
     """The strategy `fsdp`."""
-
-    roles: Mapping[str, ShardedRole]
-    transformer: nn.Module
-
-    @classmethod
-    def of(
-        cls, roles: Roles, rates: Mapping[str, float], adam: AdamSettings,
-        *, ranks: Ranks, device: torch.device,
-    ) -> "Sharded":  # fmt: skip
-        # Velocities are never changed in place.
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        mesh = init_device_mesh(device.type, (ranks.world_size,))
-        transformer = roles.transformer
-        for part in (*transformer.blocks, transformer):  # type: ignore[misc]
-            _take_from_first(part, ranks, device)
-            fully_shard(part, mesh=mesh)  # leaves a part of it on the device
-        sharded = {}
-        for role in rates:  # sharding has replaced the parameters
-            parameters = roles.parameters(role)
-            sharded[role] = ShardedRole(parameters, adamw(parameters, adam))
-        return cls(sharded, transformer)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
-
-    def held_bytes(self) -> int:
-        return sum(
-            p.to_local().numel() * p.element_size() if isinstance(p, DTensor) else p.nbytes
-            for p in self.transformer.parameters()
-        )
+    # Velocities are never changed in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(device.type, (ranks.world_size,))
+    transformer = roles.transformer
+    for part in (*transformer.blocks, transformer):  # type: ignore[misc]
+        _take_from_first(part, ranks, device)
+        fully_shard(part, mesh=mesh)  # leaves a part of it on the device
+    cut = {}
+    for role in rates:  # sharding has replaced the parameters
+        parameters = roles.parameters(role)
+        cut[role] = ShardedRole(parameters, adamw(parameters, adam))
+    return Strategy(roles=cut)

@@ -15,7 +15,7 @@ from torch import nn
 from train.adam8bit import AdamW8bit
 from train.ranks import Ranks
 from train.roles import Roles
-from train.strategy import AdamSettings, device_bytes
+from train.strategy import AdamSettings, Strategy
 
 
 @dataclass(frozen=True)
@@ -108,25 +108,12 @@ def adamw(parameters: Mapping[str, nn.Parameter], adam: AdamSettings) -> torch.o
     )
 
 
-@dataclass(frozen=True)
-class Replicated:
+def replicated(
+    roles: Roles, rates: Mapping[str, float], adam: AdamSettings, *, ranks: Ranks
+) -> Strategy:
     """The strategies `single` and `ddp`."""
-
-    roles: Mapping[str, WholeRole]
-    transformer: nn.Module
-
-    @classmethod
-    def of(
-        cls, roles: Roles, rates: Mapping[str, float], adam: AdamSettings, *, ranks: Ranks
-    ) -> "Replicated":
-        whole = {}
-        for role in rates:
-            parameters = roles.parameters(role)
-            whole[role] = WholeRole(parameters, adamw(parameters, adam), ranks)
-        return cls(whole, roles.transformer)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
-
-    def held_bytes(self) -> int:
-        return device_bytes(self.transformer)
+    whole = {}
+    for role in rates:
+        parameters = roles.parameters(role)
+        whole[role] = WholeRole(parameters, adamw(parameters, adam), ranks)
+    return Strategy(roles=whole)

@@ -38,7 +38,7 @@ from train.ranks import ALONE
 from train.rate_guard import Weights, warn_of_file, warn_of_rate
 from train.roles import Roles
 from train.run import Run, run_identity
-from train.strategy import AdamSettings, Strategy, parameter_bytes, spread
+from train.strategy import AdamSettings, Strategy, device_bytes, parameter_bytes, spread
 from train.streaming import streamed_blocks, streaming_line
 from train.warm_start import start_from
 
@@ -193,7 +193,7 @@ def open_session(run: Run, say: Say) -> Session:
         offloading = ActivationOffloading(device)
         transformer.enable_gradient_checkpointing(offloading.checkpoint)  # type: ignore[operator]
     if ranks.world_size > 1:
-        held = strategy.held_bytes()
+        held = device_bytes(transformer)
         say(
             f"spread   {levers.strategy}: each of {ranks.world_size} processes holds "
             f"{held / 1e6:.3f} of {whole_bytes / 1e6:.3f} MB of parameters"

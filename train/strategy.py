@@ -4,12 +4,13 @@ A strategy owns all that depends on it; what is learned does not. Weights and op
 it whole and under global names, so that files are the same whichever made them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from train.ranks import Ranks
 from train.roles import Roles
@@ -55,18 +56,14 @@ class TrainedRole(Protocol):
         """Put back what `weights` and `moments` gave, in every process."""
 
 
-class Strategy(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
     """Roles that train, however they are spread."""
 
-    @property
-    def roles(self) -> Mapping[str, TrainedRole]:
-        """In the order of the objective."""
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of one micro-step. Call it inside the role."""
-
-    def held_bytes(self) -> int:
-        """Of parameters that this process keeps between passes."""
+    roles: Mapping[str, TrainedRole]
+    """In the order of the objective."""
+    backward: Callable[[torch.Tensor], None] = torch.Tensor.backward
+    """Adds the gradients of one micro-step's loss. Call it inside the role."""
 
 
 def spread(
@@ -86,17 +83,17 @@ def spread(
     if name not in CUTTING:
         roles.transformer.to(device)
     if name in ("single", "ddp"):
-        from train.replicated import Replicated
+        from train.replicated import replicated
 
-        return Replicated.of(roles, rates, adam, ranks=ranks)
+        return replicated(roles, rates, adam, ranks=ranks)
     if name == "fsdp":
-        from train.fsdp import Sharded
+        from train.fsdp import sharded
 
-        return Sharded.of(roles, rates, adam, ranks=ranks, device=device)
-    from train.zero import Zero
+        return sharded(roles, rates, adam, ranks=ranks, device=device)
+    from train.zero import partitioned
 
     stage: Literal[2, 3] = 2 if name == "zero2" else 3
-    return Zero.of(
+    return partitioned(
         roles, rates, adam,
         stage=stage, ranks=ranks, device=device, accumulation=accumulation, max_norm=max_norm,
     )  # fmt: skip
@@ -107,10 +104,22 @@ def parameter_bytes(transformer: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in transformer.parameters())
 
 
+def held_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """What this process holds of them between passes, whichever strategy cut them."""
+
+    def held(tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, DTensor):
+            return tensor.to_local()
+        return cast(torch.Tensor, getattr(tensor, "ds_tensor", tensor))  # ZeRO-3's part of it
+
+    return sum(part.nbytes for part in map(held, tensors))
+
+
 def device_bytes(transformer: nn.Module) -> int:
-    """Of parameters on the device, and of the buffers that streamed ones visit there."""
+    """What this process holds of the parameters on the device, and of the buffers that streamed
+    ones visit there."""
     streamed = streamed_blocks(transformer)
     if streamed is None:
-        return parameter_bytes(transformer)
+        return held_bytes(transformer.parameters())
     staying = (p for p in transformer.parameters() if p not in streamed)
-    return sum(p.numel() * p.element_size() for p in staying) + streamed.buffer_bytes
+    return held_bytes(staying) + streamed.buffer_bytes

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from torch import nn
 from shared.errors import UserError, first_line
 from train.ranks import Ranks
 from train.roles import Roles
-from train.strategy import AdamSettings, device_bytes
+from train.strategy import AdamSettings, Strategy
 
 CONFIG_VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 CONFIGURATIONS = Path(__file__).parent / "launch_configs"
@@ -150,74 +151,57 @@ def _flat_groups(optimizer: Any, stage: Literal[2, 3]) -> list[tuple[torch.Tenso
     return [(flat, groups[i]) for i, flat in enumerate(optimizer.fp32_partitioned_groups_flat)]
 
 
-@dataclass(frozen=True)
-class Zero:
-    """The strategies `zero2` and `zero3`."""
+def partitioned(
+    roles: Roles, rates: Mapping[str, float], adam: AdamSettings,
+    *, stage: Literal[2, 3], ranks: Ranks, device: torch.device, accumulation: int,
+    max_norm: float,
+) -> Strategy:  # fmt: skip
+    """The strategies `zero2` and `zero3`.
 
-    roles: Mapping[str, ZeroRole]
-    engine: Any
-    stage: Literal[2, 3]
-
-    @classmethod
-    def of(
-        cls, roles: Roles, rates: Mapping[str, float], adam: AdamSettings,
-        *, stage: Literal[2, 3], ranks: Ranks, device: torch.device, accumulation: int,
-        max_norm: float,
-    ) -> "Zero":  # fmt: skip
-        """UserError where DeepSpeed is missing or its configuration file does not fit."""
-        deepspeed = _deepspeed()
-        groups = [{"params": list(roles.parameters(role).values()), "role": role} for role in rates]
-        optimizer = RoleAdamW(
-            groups, betas=adam.betas, eps=adam.eps, weight_decay=adam.weight_decay
-        )
-        config = {
-            "train_micro_batch_size_per_gpu": 1,  # nothing of DeepSpeed's counts samples
-            "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": max_norm,
-            "steps_per_print": 1 << 40,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": _zero_section(stage),
+    Raises UserError where DeepSpeed is missing or its configuration file does not fit.
+    """
+    deepspeed = _deepspeed()
+    groups = [{"params": list(roles.parameters(role).values()), "role": role} for role in rates]
+    optimizer = RoleAdamW(groups, betas=adam.betas, eps=adam.eps, weight_decay=adam.weight_decay)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,  # nothing of DeepSpeed's counts samples
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": max_norm,
+        "steps_per_print": 1 << 40,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": _zero_section(stage),
+    }
+    if stage == 3:  # weight by weight, from the CPU: `initialize` would move the whole first
+        deepspeed.zero.Init(module=roles.transformer, config_dict_or_path=config)
+        for buffer in roles.transformer.buffers():
+            buffer.data = buffer.to(device)
+    engine, *_ = deepspeed.initialize(model=roles.transformer, optimizer=optimizer, config=config)
+    ranks.time_all_groups()
+    # Made now and not by the first step, so that a checkpoint can be loaded into them.
+    for flat, _ in _flat_groups(engine.optimizer, stage):
+        optimizer.state[flat] = {"step": torch.zeros(())} | {
+            moment: torch.zeros_like(flat) for moment in _MOMENTS
         }
-        if stage == 3:  # weight by weight, from the CPU: `initialize` would move the whole first
-            deepspeed.zero.Init(module=roles.transformer, config_dict_or_path=config)
-            for buffer in roles.transformer.buffers():
-                buffer.data = buffer.to(device)
-        engine, *_ = deepspeed.initialize(
-            model=roles.transformer, optimizer=optimizer, config=config
-        )
-        ranks.time_all_groups()
-        # Made now and not by the first step, so that a checkpoint can be loaded into them.
-        for flat, _ in _flat_groups(engine.optimizer, stage):
-            optimizer.state[flat] = {"step": torch.zeros(())} | {
-                moment: torch.zeros_like(flat) for moment in _MOMENTS
-            }
-        zero_roles = {
-            role: ZeroRole(role, roles.parameters(role), engine, optimizer, stage) for role in rates
-        }
-        if stage == 2:
-            from deepspeed.utils import lazy_init_hp_params_optimizer_state
+    zero_roles = {
+        role: ZeroRole(role, roles.parameters(role), engine, optimizer, stage) for role in rates
+    }
+    if stage == 2:
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
-            for (flat, _), role in zip(_flat_groups(engine.optimizer, 2), rates, strict=True):
-                parameters = list(zero_roles[role].parameters.values())
-                lazy_init_hp_params_optimizer_state(parameters, flat, optimizer.state)
-        return cls(zero_roles, engine, stage)
+        for (flat, _), role in zip(_flat_groups(engine.optimizer, 2), rates, strict=True):
+            parameters = list(zero_roles[role].parameters.values())
+            lazy_init_hp_params_optimizer_state(parameters, flat, optimizer.state)
+    return Strategy(roles=zero_roles, backward=partial(_backward, engine))
 
-    def backward(self, loss: torch.Tensor) -> None:
-        # What DeepSpeed's engine does before a forward pass. Ours don't go through the engine,
-        # which would take its own (disabled) autocast for ours.
-        self.engine.optimizer.clear_backward_seen_flag()
-        self.engine.backward(loss, scale_wrt_gas=False)
-        if not self.engine.is_gradient_accumulation_boundary():
-            self.engine.step()  # counts the micro-step; `update` makes the step of the last one
 
-    def held_bytes(self) -> int:
-        if self.stage == 2:
-            return device_bytes(self.engine.module)
-        return sum(
-            getattr(p, "ds_tensor", p).numel() * p.element_size()
-            for p in self.engine.module.parameters()
-        )
+def _backward(engine: Any, loss: torch.Tensor) -> None:
+    # What DeepSpeed's engine does before a forward pass. Ours don't go through the engine,
+    # which would take its own (disabled) autocast for ours.
+    engine.optimizer.clear_backward_seen_flag()
+    engine.backward(loss, scale_wrt_gas=False)
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()  # counts the micro-step; `update` makes the step of the last one
 
 
 def _deepspeed() -> Any:

@@ -81,6 +81,33 @@ def test_a_run_holds_little_else(tiny_t2v: Path, t2v_shards: Path, tmp_path: Pat
     assert 0 < json.loads(found.read_text())["resident"]["others"] < 30e6
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])  # DeepSpeed makes steps in parts
+def test_two_processes(tiny_t2v: Path, t2v_shards: Path, tmp_path: Path, strategy: str) -> None:
+    """The first one's part of everything, and its updates."""
+    found = tmp_path / "found.json"
+    ended = subprocess.run(
+        [
+            WANTRAIN, "bench", "--model", tiny_t2v, "--shards", t2v_shards, *SMALL,
+            "--mixed_precision", "no", "--device", "cpu", "--gen-update-interval", "2",
+            "--strategy", strategy, "--num-processes", "2", "--json", found,
+        ],
+        check=True, timeout=600, capture_output=True, text=True,
+    )  # fmt: skip
+    report = json.loads(found.read_text())
+    resident, loop = report["resident"], report["loop"]
+    assert report["processes"] == 2 and ", process 0 of 2\n" in ended.stdout
+    assert loop["updates"] == 3 and set(loop["by_role"]) == {"generator", "critic"}
+    assert sum(loop["parts"].values()) == pytest.approx(loop["seconds"])
+    weights = load_file(tiny_t2v / "transformer_2" / "diffusion_pytorch_model.safetensors")
+    whole = sum(4 * tensor.numel() for tensor in weights.values())
+    loras = 2 * 2 * 4 * 4 * (6 * (32 + 32) + 2 * (32 + 48))
+    assert whole / 2 <= resident["base"] < 0.6 * whole
+    assert loras / 2 <= resident["loras"] < 0.6 * loras
+    assert resident["optimizers"] < 2 * 0.6 * loras
+    assert resident["others"] > 0
+
+
 def test_the_loader_alone(
     tiny_i2v: Path, i2v_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
