@@ -242,6 +242,8 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
                 "seed": config.seed,
                 "steps": steps,
                 "guidance_scale": scale,
+                "dtype": config.dtype,
+                "base_precision": config.base_precision or config.dtype,
                 "transformer_passes": passes,
                 "seconds": round(seconds, 3),
             }

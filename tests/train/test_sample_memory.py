@@ -1,5 +1,6 @@
 """`wantrain sample` on a small GPU: components that come and go, blocks that stream, fewer bits."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,8 @@ def test_a_quantised_base_keeps_its_loras_and_streams(
     out = sample(model, tmp_path / "few", *words)
     assert clips(sample(model, tmp_path / "streamed", *words, "--low-vram")) == clips(out)
     few = frames(out / "student-000.mp4")
+    records = [json.loads((at / "student.json").read_text())[0] for at in (out, tmp_path / "whole")]
+    assert [record["base_precision"] for record in records] == [stored, "bf16"]
 
     def apart(clip: np.ndarray) -> float:
         return float(np.abs(clip.astype(float) - whole).mean())
