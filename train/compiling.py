@@ -42,7 +42,10 @@ def compile_blocks(transformer: Any, *, several_shapes: bool) -> None:
     # Rotary embeddings are views of (frames, height, width, channels), and dynamo guards the sides
     # of a view's base: it would compile anew for clips with two equal sides.
     transformer.rope.register_forward_hook(_in_memory_of_their_own)
-    transformer.compile_repeated_blocks(dynamic=True if several_shapes else None)
+    # Not diffusers' compile_repeated_blocks: hooks, by which blocks are fetched from CPU memory and
+    # from other processes, would be compiled, too.
+    for block in transformer.blocks:
+        block.forward = torch.compile(block.forward, dynamic=True if several_shapes else None)
 
 
 def _in_memory_of_their_own(

@@ -18,7 +18,6 @@ from train.learning_rate import LEAST_POLYNOMIAL_RATE, LrScheduler
 from train.levers import Levers
 from train.placement import Placement
 from train.plan import Tail
-from train.quantised import is_quantised
 from train.trackers import chosen
 from train.where import Condition
 
@@ -161,16 +160,6 @@ class TrainConfig:
                 "--compile: found with --strategy zero3, where DeepSpeed gathers the weights of "
                 "layers in the midst of a block. Use --strategy fsdp, or leave --compile out."
             )
-        for option, given in (
-            ("--low-vram or --blocks-to-swap", self.levers.streams),
-            ("--activation-offloading", self.levers.activation_offloading),
-            ("--base-precision", is_quantised(self.levers.base_precision)),
-        ):
-            if self.compile and given:
-                raise UserError(
-                    f"--compile: found with {option}, with which it has not been tried. Leave out "
-                    "one of the two."
-                )
 
     def _check_rate(self, name: str, rate: float) -> None:
         if self.lr_scheduler == "polynomial":

@@ -200,6 +200,7 @@ class StreamedBlocks:
         if before is not None:
             self._hide(self._blocks[before])
         if buffer.seen_by_others:
+            buffer.copy.wait()  # the memory is given back
             buffer.bytes = torch.empty_like(buffer.bytes)
         home = self._blocks[number].home.bytes
         buffer.copy = self._side.copy(buffer.bytes[: len(home)], home)
