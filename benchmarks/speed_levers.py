@@ -1,6 +1,6 @@
 """What each speed lever does to the time of an update. Ratios, measured in one run.
 
-    python benchmarks/speed_levers.py                 # most of an hour on 2 busy cores
+    python benchmarks/speed_levers.py                 # a quarter of an hour on a CPU
     python benchmarks/speed_levers.py --device cuda   # with the attention backends that train there
     python benchmarks/speed_levers.py --profile       # where a plain update's time goes
     python benchmarks/speed_levers.py --quick         # that it runs; its numbers mean nothing
