@@ -157,9 +157,10 @@ def _decoded(
 ) -> torch.Tensor:
     if precision == "nf4":
         bitsandbytes = _bitsandbytes()
-        # As one row: on a CPU bitsandbytes takes the first scale again where a row begins.
+        # As one row: on a CPU bitsandbytes takes the first scale again where a row begins. And with
+        # two sides: one that is asked for gets two there, of which compilers aren't told.
         state = bitsandbytes.QuantState(
-            absmax=scales, shape=(math.prod(shape),), dtype=dtype, blocksize=_NF4_BLOCK,
+            absmax=scales, shape=(1, math.prod(shape)), dtype=dtype, blocksize=_NF4_BLOCK,
             quant_type="nf4",
         )  # fmt: skip
         weight: torch.Tensor = bitsandbytes.dequantize_4bit(codes, state).view(shape)

@@ -88,6 +88,21 @@ def test_forward_and_backward_are_those_of_its_weight(precision: str, dtype: tor
     assert float((found - expected).norm() / expected.norm()) < close["rtol"]
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("precision", QUANTISED)
+def test_compiled_code_believes_what_it_is_told_of_shapes(precision: str) -> None:
+    """By torch's own compiler: tracing alone takes a library's word for its shapes."""
+    _, quantised = layer(precision)
+    found = []
+    for forward in (quantised, torch.compile(quantised)):
+        x = torch.randn(2, 5, 96, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = forward(x)
+        y.square().sum().backward()
+        found.append((y.detach(), x.grad))
+    for eager, compiled in zip(*found, strict=True):
+        assert eager is not None and torch.allclose(eager, compiled, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("precision", QUANTISED)
 def test_autograd_keeps_codes_and_no_weight(precision: str) -> None:
     _, quantised = layer(precision, torch.bfloat16)
