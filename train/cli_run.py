@@ -15,7 +15,7 @@ from train.cli_options import names
 from train.config import TrainConfig
 from train.launch import end_with_launcher, launch, own_command
 from train.levers import Levers
-from train.loop import train
+from train.loop import train, validation_of
 from train.memory import estimate
 from train.placement import place
 from train.run import Run, resolved_configuration
@@ -67,6 +67,9 @@ def configured(kind: type[_Config], options: Mapping[str, Any], **read: Any) -> 
 
 def carry_out(run: Run, *, dry_run: bool) -> None:
     """Train, or print what would be done. Exits with 128 + the signal that stopped it."""
+    placement = run.config.placement
+    if dry_run or placement.to_launch:
+        validation_of(run)  # refuses what training would
     if dry_run:
         echo(resolved_configuration(run))
         for line in run.describe():
@@ -74,7 +77,6 @@ def carry_out(run: Run, *, dry_run: bool) -> None:
         if (needed := estimate(run)) is not None:
             echo(needed.line())
         return
-    placement = run.config.placement
     if placement.to_launch:  # all that a user can get wrong has been refused by now, once
         sys.exit(launch(own_command(), placement.machines))
     end_with_launcher()

@@ -39,7 +39,7 @@ def train(run: Run, console: Console) -> int | None:
     ranks = run.ranks
     console = console if ranks.first else Console(quiet=True)
     with joined(ranks, torch.device(run.config.device)):
-        validation = _validation(run)  # refuses before weights are read
+        validation = validation_of(run)  # refuses before weights are read
         session = open_session(run, partial(cli_support.say, console))
         state, stopped_by = session.state, None
         # One process can save whatever ended it: its state is that of the last whole update. Of
@@ -192,7 +192,7 @@ def micro_batches(run: Run, bank: PromptBank) -> MicroBatches:
     )
 
 
-def _validation(run: Run) -> Validation | None:
+def validation_of(run: Run) -> Validation | None:
     """What the run samples on its way; UserError where it cannot."""
     config = run.config
     if not config.validation_steps:
