@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -437,14 +437,13 @@ def _sizes(transformer: nn.Module) -> dict[str, int]:
     }
 
 
-def _place(thing: object) -> tuple[int, int] | None:
+def _place(thing: Any) -> tuple[int, int] | None:
     """Address and bytes of a tensor's storage; None of what has none in memory: tensors on meta,
     and those that torch.compile keeps to stand for real ones."""
     if not issubclass(type(thing), torch.Tensor):
         return None
-    tensor = cast(torch.Tensor, thing)
     try:
-        storage = tensor.untyped_storage()
+        storage = thing.untyped_storage()
         return None if storage.device.type == "meta" else (storage.data_ptr(), storage.nbytes())
     except RuntimeError:  # torch has no other way to say that functional tensors have no memory
         return None

@@ -11,12 +11,34 @@ from safetensors.torch import load_file
 from tests.train.test_distill import SMALL, WANTRAIN
 from train.cli import app as wantrain
 
+# Bytes of the LoRAs of `tiny_t2v`, for two roles in fp32: of rank 4, for q, k, v of both attentions
+# (32 to 32) and both layers of the ffn (48 wide), in two blocks.
+LORAS = 2 * 2 * 4 * 4 * (6 * (32 + 32) + 2 * (32 + 48))
+
+
+def base_bytes(model: Path) -> int:
+    """Of the low-noise expert in fp32, as its file has it."""
+    weights = load_file(model / "transformer_2" / "diffusion_pytorch_model.safetensors")
+    return sum(4 * tensor.numel() for tensor in weights.values())
+
 
 def bench(model: Path, shards: Path, *more: str) -> None:
     wantrain(
         ["bench", "--model", str(model), "--shards", str(shards), *SMALL, *more],
         standalone_mode=False,
     )
+
+
+def bench_apart(model: Path, shards: Path, found: Path, *more: str) -> tuple[dict[str, Any], str]:
+    """In a process of its own, in fp32: the report, and what it says."""
+    ended = subprocess.run(
+        [
+            WANTRAIN, "bench", "--model", model, "--shards", shards, *SMALL,
+            "--mixed_precision", "no", "--json", found, *more,
+        ],
+        check=True, timeout=300, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    return json.loads(found.read_text()), ended.stdout
 
 
 @pytest.mark.parametrize("accumulation", ["1", "2"])
@@ -51,10 +73,8 @@ def test_it_watches_the_loop_itself(
     assert work["in_passes"] == pytest.approx(done / passes)
     assert work["overall"] == pytest.approx(done / loop["seconds"])
 
-    weights = load_file(tiny_t2v / "transformer_2" / "diffusion_pytorch_model.safetensors")
-    assert resident["base"] == sum(4 * tensor.numel() for tensor in weights.values())
-    # Of rank 4, for q, k, v of both attentions (32 to 32) and both layers of the ffn (48 wide).
-    assert resident["loras"] == 2 * 2 * 4 * 4 * (6 * (32 + 32) + 2 * (32 + 48))
+    assert resident["base"] == base_bytes(tiny_t2v)
+    assert resident["loras"] == LORAS
     steps = resident["optimizers"] - 2 * resident["loras"]
     assert steps == 2 * 2 * 8 * 2 * 4  # one fp32 counter for each matrix
     assert resident["others"] > 0 and resident["peak"] > 1e8
@@ -70,41 +90,26 @@ def test_it_watches_the_loop_itself(
 
 def test_a_run_holds_little_else(tiny_t2v: Path, t2v_shards: Path, tmp_path: Path) -> None:
     """In a process of its own, as users run it: the tests' has tensors of other tests."""
-    found = tmp_path / "found.json"
-    subprocess.run(
-        [
-            WANTRAIN, "bench", "--model", tiny_t2v, "--shards", t2v_shards, *SMALL,
-            "--mixed_precision", "no", "--json", found,
-        ],
-        check=True, timeout=300,
-    )  # fmt: skip
-    assert 0 < json.loads(found.read_text())["resident"]["others"] < 30e6
+    report, _ = bench_apart(tiny_t2v, t2v_shards, tmp_path / "found.json")
+    assert 0 < report["resident"]["others"] < 30e6
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3"])  # DeepSpeed makes steps in parts
 def test_two_processes(tiny_t2v: Path, t2v_shards: Path, tmp_path: Path, strategy: str) -> None:
     """The first one's part of everything, and its updates."""
-    found = tmp_path / "found.json"
-    ended = subprocess.run(
-        [
-            WANTRAIN, "bench", "--model", tiny_t2v, "--shards", t2v_shards, *SMALL,
-            "--mixed_precision", "no", "--device", "cpu", "--gen-update-interval", "2",
-            "--strategy", strategy, "--num-processes", "2", "--json", found,
-        ],
-        check=True, timeout=600, capture_output=True, text=True,
+    report, said = bench_apart(
+        tiny_t2v, t2v_shards, tmp_path / "found.json", "--device", "cpu",
+        "--gen-update-interval", "2", "--strategy", strategy, "--num-processes", "2",
     )  # fmt: skip
-    report = json.loads(found.read_text())
     resident, loop = report["resident"], report["loop"]
-    assert report["processes"] == 2 and ", process 0 of 2\n" in ended.stdout
+    assert report["processes"] == 2 and ", process 0 of 2\n" in said
     assert loop["updates"] == 3 and set(loop["by_role"]) == {"generator", "critic"}
     assert sum(loop["parts"].values()) == pytest.approx(loop["seconds"])
-    weights = load_file(tiny_t2v / "transformer_2" / "diffusion_pytorch_model.safetensors")
-    whole = sum(4 * tensor.numel() for tensor in weights.values())
-    loras = 2 * 2 * 4 * 4 * (6 * (32 + 32) + 2 * (32 + 48))
+    whole = base_bytes(tiny_t2v)
     assert whole / 2 <= resident["base"] < 0.6 * whole
-    assert loras / 2 <= resident["loras"] < 0.6 * loras
-    assert resident["optimizers"] < 2 * 0.6 * loras
+    assert LORAS / 2 <= resident["loras"] < 0.6 * LORAS
+    assert resident["optimizers"] < 2 * 0.6 * LORAS
     assert resident["others"] > 0
 
 

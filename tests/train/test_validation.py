@@ -303,9 +303,10 @@ def test_what_cannot_be_sampled_or_reported_is_refused_first(
     tiny_t2v: Path, t2v_shards: Path, tmp_path: Path
 ) -> None:
     full = ("--boundary-type", "full")
+    said = r"has no validation prompts.*--validation-prompts FILE"
     in_two = ("--num-processes", "2", "--strategy", "ddp")
     for more in ((), ("--dry-run",), in_two):
-        with pytest.raises(UserError, match=r"no validation prompts.*--validation-prompts FILE"):
+        with pytest.raises(UserError, match=said):
             distill(tiny_t2v, t2v_shards, tmp_path, 1, *full, "--validation-steps", "1", *more)
     with pytest.raises(UserError, match=r"--report-to: found 'tensorbord', expected one of tensor"):
         distill(tiny_t2v, t2v_shards, tmp_path, 1, *full, "--report-to", "tensorbord")
