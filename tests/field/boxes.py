@@ -4,6 +4,8 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
+import av
+
 _WITH_CHILDREN = {b"moov", b"trak", b"mdia", b"udta", b"edts", b"minf", b"stbl"}
 
 # EXIF orientation → (a, b, c, d) of the display matrix that shows it upright. A stored point
@@ -117,7 +119,17 @@ def replace_all(path: Path, old: bytes, new: bytes) -> None:
     path.write_bytes(data.replace(old, new))
 
 
-def cut(path: Path, part: float, *, begin: float = 0.0) -> None:
-    """Keep the bytes from `begin` to `part` of the file, both fractions of its length."""
+def cut(path: Path, part: float) -> None:
+    """Keep a part (0 to 1) of the file's bytes."""
     data = path.read_bytes()
-    path.write_bytes(data[round(begin * len(data)) : round(part * len(data))])
+    path.write_bytes(data[: round(part * len(data))])
+
+
+def cut_at_packet(path: Path, first: int, last: int | None) -> None:
+    """Keep the video's packets from `first`, whole, to the middle of the one numbered `last`."""
+    with av.open(str(path)) as container:
+        at = [packet.pos for packet in container.demux(video=0) if packet.size and packet.pos]
+    data = path.read_bytes()
+    begin = at[first] if first else 0
+    end = len(data) if last is None else (at[last] + at[last + 1]) // 2
+    path.write_bytes(data[begin:end])
