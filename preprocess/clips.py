@@ -5,7 +5,6 @@ from a start drawn from the seed and the file's content; resized to cover its bu
 antialiased, in uint8) and centre-cropped.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,7 +14,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from preprocess.draws import Draws
-from preprocess.media import Frame, MediaError, Probe
+from preprocess.media_info import Frame, MediaError, Probe
+from preprocess.picks import Picks, picks_of
 from preprocess.sizes import (
     RATIO_CROPS,
     adapted_sizes,
@@ -27,7 +27,6 @@ from shared.buckets import BASE_SIZE, Bucket, nearest_base, scaled_size
 from shared.resize import fit_to
 
 RESIZE_RULE = "cover, PIL bilinear (antialiased, uint8), centre crop"
-FRAME_RULE = "every stride-th frame, largest 4n+1, start uniform by SHA-256 of seed and content"
 
 # The table ends at 4:1. Far beyond it hardly anything of the picture survives the crop, and the
 # resized strip (as long as the ratio says) would eat the memory.
@@ -53,7 +52,7 @@ class ClipRule:
     temporal_stride: int
     """Pixel frames per latent frame."""
     fps: float | None = None
-    """Frames a second that are taken, in place of every stride-th; a slower video whole."""
+    """Frames a second that are taken, nearest in time, in place of every stride-th."""
     token_budget: bool = False
     """Shorten clips until they have no more tokens than `frames` at `token_size`."""
     token_size: int = BASE_SIZE
@@ -79,6 +78,8 @@ class Clip:
     bucket: Bucket
     frame_indices: tuple[int, ...]
     """Empty where there is no medium, but a caption alone."""
+    frame_rule: int = 1
+    """2: of a file of which the first frame rule may have read other pictures."""
     asked: int = field(default=1, compare=False)
     """Frames that it would have, were the source long enough."""
 
@@ -86,7 +87,8 @@ class Clip:
         """What, beside the media's bytes, decides the pixels; enters the sample's key."""
         size = [self.bucket.height, self.bucket.width]
         frames = list(self.frame_indices) or self.bucket.frames  # the latter without a medium
-        return {"size": size, "frames": frames}
+        rule = {} if self.frame_rule == 1 else {"frame_rule": self.frame_rule}
+        return {"size": size, "frames": frames, **rule}
 
 
 def choose_clips(
@@ -112,8 +114,10 @@ def _variant(
 ) -> Iterator[Clip]:
     size = _size(probe, kind, draws, rule)
     height, width = _shape(probe, size, draws, rule)
+    frame_rule = 1 if probe.old_reading is None else 2
     if kind == "image":
-        yield Clip(bucket=Bucket(height, width, 1), frame_indices=(0,))
+        bucket = Bucket(height, width, 1)
+        yield Clip(bucket=bucket, frame_indices=(0,), frame_rule=frame_rule)
         return
     asked = rule.frames
     if rule.token_budget and rule.fixed_size is None:
@@ -123,9 +127,10 @@ def _variant(
             token_size=rule.token_size,
             temporal_stride=rule.temporal_stride,
         )
-    for indices in _windows(probe, asked, draws, rule):
+    picks = picks_of(probe, stride=rule.stride, fps=rule.fps)
+    for indices in _windows(picks, asked, draws, rule):
         bucket = Bucket(height, width, len(indices))
-        yield Clip(bucket=bucket, frame_indices=indices, asked=asked)
+        yield Clip(bucket=bucket, frame_indices=indices, frame_rule=frame_rule, asked=asked)
 
 
 def _size(probe: Probe, kind: Literal["video", "image"], draws: Draws, rule: ClipRule) -> int:
@@ -154,45 +159,21 @@ def _shape(probe: Probe, size: int, draws: Draws, rule: ClipRule) -> tuple[int, 
     return scaled_size(base, size, rule.multiple)
 
 
-def frame_step(probe: Probe, rule: ClipRule) -> float:
-    """Source frames from one frame of a clip to the next, perhaps no whole number; at least 1."""
-    if rule.fps is None:
-        return rule.stride
-    if probe.fps is None or not 0 < probe.fps < math.inf:
-        raise MediaError(f"the file tells no frame rate ({probe.fps}), which --fps goes by")
-    return max(1.0, probe.fps / rule.fps)
-
-
-def reachable(available: int, step: float) -> int:
-    """How many frames a source of `available` frames gives at this step."""
-    count = max(0, int(available / step) + 2)
-    while count and _offset(count - 1, step) >= available:
-        count -= 1
-    return count
-
-
 def longest(frames: int, temporal_stride: int) -> int:
     """The largest 4n+1 of so many frames, which are at least one."""
     return (frames - 1) // temporal_stride * temporal_stride + 1
 
 
-def _offset(number: int, step: float) -> int:
-    """The source frame nearest in time to `number` steps. Ascends strictly, for steps ≥ 1."""
-    return math.floor(number * step + 0.5)
-
-
-def _windows(probe: Probe, asked: int, draws: Draws, rule: ClipRule) -> Iterator[tuple[int, ...]]:
+def _windows(picks: Picks, asked: int, draws: Draws, rule: ClipRule) -> Iterator[tuple[int, ...]]:
     """Source frames of each clip, ascending."""
-    step = frame_step(probe, rule)
-    there = reachable(probe.frames, step)
+    there = picks.reachable()
     frames = longest(min(asked, there), rule.temporal_stride)
-    offsets = [_offset(number, step) for number in range(frames)]
-    places = probe.frames - offsets[-1]
     if rule.clips == "chunk":
         # The rest is dropped, unless there is nothing else.
         for first in range(0, max(1, there // asked) * frames, frames):
-            yield tuple(_offset(number, step) for number in range(first, first + frames))
+            yield tuple(picks.at(number) for number in range(first, first + frames))
         return
+    places = picks.starts(frames)
     for number in range(1 if rule.clips == "first" else rule.clips_per_video):
         start = 0
         if rule.clips == "random":
@@ -200,7 +181,7 @@ def _windows(probe: Probe, asked: int, draws: Draws, rule: ClipRule) -> Iterator
         elif rule.clips == "uniform":
             gaps = rule.clips_per_video - 1
             start = (places - 1) * number // gaps if gaps else (places - 1) // 2
-        yield tuple(start + offset for offset in offsets)
+        yield tuple(picks.at(number, start) for number in range(frames))
 
 
 def fit(frames: Iterable[Frame], bucket: Bucket) -> npt.NDArray[np.uint8]:

@@ -17,10 +17,10 @@ from rich.console import Console
 from preprocess import report
 from preprocess.clips import Clip
 from preprocess.dataset import Rejected
-from preprocess.decode import fitted_frames, look
+from preprocess.decode import digest, fitted_frames
 from preprocess.fingerprint import refuse_absent
 from preprocess.index import settled_index
-from preprocess.media import MediaError
+from preprocess.media_info import MediaError
 from preprocess.overlays import base_cache, overlay_to_write
 from preprocess.ranks import Rank
 from preprocess.rejected import rejected_file, write_rejected
@@ -270,7 +270,11 @@ def _clips(base: CacheIndex, rows: Sequence[int], data_dir: Path) -> list[_Clip]
         for row in rows:
             info = reader.info(row)
             bucket = base.buckets[int(base.bucket_ids[row])]
-            clip = Clip(bucket=bucket, frame_indices=tuple(info["frame_indices"]))
+            clip = Clip(
+                bucket=bucket,
+                frame_indices=tuple(info["frame_indices"]),
+                frame_rule=int(info.get("frame_rule", 1)),
+            )
             name = (str(info["source"]), clip)
             found.setdefault(name, []).append(row)
             types[name] = info["type"]
@@ -298,14 +302,14 @@ def _checked(
         return None if found is None else hasher.known(found)
 
     looked = pool.completed(
-        look,
-        ((clip, (clip.path, clip.type, known(clip))) for clip in clips),
+        digest,
+        ((clip, (clip.path, known(clip))) for clip in clips),
         source=lambda clip: clip.path,
         ahead=4 * pool.workers,
     )
     for clip, future in looked:
         try:
-            _, sha256 = future.result()
+            sha256 = future.result()
         except (MediaError, OSError) as error:
             yield clip, str(error)
             continue

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from preprocess.media import ANIMATIONS, Kind, MediaError
+from preprocess.media_info import ANIMATIONS, Kind, MediaError
 from preprocess.metadata import (
     CAPTION_FIELDS,
     CAPTION_ONLY_FIELDS,
@@ -39,9 +39,9 @@ from shared.errors import UserError, json_kind
 EXTENSIONS: dict[str, Literal["video", "image"]] = {
     **dict.fromkeys((".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg"), "video"),
     **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".apng"), "image"),
-    **dict.fromkeys((".tif", ".tiff"), "image"),
+    **dict.fromkeys((".tif", ".tiff", ".avif"), "image"),
 }
-"""What a file is by its name; those of `media.ANIMATIONS` are videos if they move."""
+"""What a file is by its name; those of `media_info.ANIMATIONS` are videos if they move."""
 
 AS_ASKED = Sampling()
 """As the command line says."""

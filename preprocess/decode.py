@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from preprocess.clips import fit
-from preprocess.media import Kind, Probe, probe, read_frames
+from preprocess.media import probe, read_frames
+from preprocess.media_info import Kind, MediaError, Probe, Shortcut
 from preprocess.sources import Medium, local_file
 from preprocess.worker_process import alive
 from shared.buckets import Bucket
@@ -17,14 +18,25 @@ from shared.hashing import sha256_of
 def look(medium: Medium, kind: Kind, sha256: str | None) -> tuple[Probe, str]:
     """What a file holds, and its content's digest unless `sha256` is known. Raises MediaError."""
     with local_file(medium, on_progress=alive) as path:
-        seen = probe(path, kind)
-        alive()
+        seen = probe(path, kind, on_progress=alive)
         return seen, sha256 or sha256_of(path, on_progress=alive)
 
 
+def digest(medium: Medium, sha256: str | None) -> str:
+    """The digest of a file's content, unless `sha256` is known. Raises MediaError."""
+    with local_file(medium, on_progress=alive) as path:
+        if not path.exists():
+            raise MediaError(f"{path}: there is no such file")
+        return sha256 or sha256_of(path, on_progress=alive)
+
+
 def fitted_frames(
-    medium: Medium, kind: Literal["video", "image"], indices: Sequence[int], bucket: Bucket
+    medium: Medium,
+    kind: Literal["video", "image"],
+    indices: Sequence[int],
+    bucket: Bucket,
+    shortcut: Shortcut | None = None,
 ) -> npt.NDArray[np.uint8]:
     """(F, H, W, 3) uint8 RGB, as every encoder gets them. Raises MediaError."""
     with local_file(medium, on_progress=alive) as path:
-        return fit(read_frames(path, kind, indices), bucket)
+        return fit(read_frames(path, kind, indices, shortcut, on_progress=alive), bucket)

@@ -16,9 +16,9 @@ from rich.console import Console
 from preprocess import report
 from preprocess.clips import Clip
 from preprocess.conditions import same_content
-from preprocess.decode import fitted_frames, look
+from preprocess.decode import digest, fitted_frames
 from preprocess.findings import Finding
-from preprocess.media import MediaError
+from preprocess.media_info import MediaError
 from preprocess.tars import base_folder, medium_named
 from preprocess.workers import WorkerPool, default_workers
 from shared.cache import MEDIA_TYPES, CacheIndex, MemberReader, open_cache
@@ -213,8 +213,9 @@ def _source(
     clip = Clip(
         bucket=index.buckets[int(index.bucket_ids[row])],
         frame_indices=tuple(info["frame_indices"]),
+        frame_rule=int(info.get("frame_rule", 1)),
     )
-    _, sha256 = pool.submit(path, look, path, info["type"], None).result()
+    sha256 = pool.submit(path, digest, path, None).result()
     if not same_content({index.key(row)}, clip, sha256):
         raise MediaError(f"{path}: its content is not what was encoded")
     frames: npt.NDArray[np.uint8] = pool.submit(

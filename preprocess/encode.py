@@ -25,7 +25,7 @@ from preprocess.dataset_config import load_dataset_config
 from preprocess.engine import COMPONENTS, Engine, LocalEngine
 from preprocess.fingerprint import encode_fingerprint, refuse_other_settings, sparing_cure
 from preprocess.index import settled_index
-from preprocess.media import MediaError
+from preprocess.media_info import MediaError
 from preprocess.passes import Encoded, Times, latents_from_cache, samples_of, texts_from_cache
 from preprocess.plan import Captions, Work, committed_of, missing_of, plan_work
 from preprocess.rejected import rejected_file, write_rejected

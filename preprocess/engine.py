@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from preprocess.config import EncodeConfig
-from preprocess.media import MediaError
+from preprocess.media_info import MediaError
 from preprocess.passes import Encoded, Times, latents_from_media, release_memory, text_pass
 from preprocess.plan import Work
 from preprocess.text_cache import TextCache

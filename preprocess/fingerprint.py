@@ -5,12 +5,13 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from preprocess.clips import FRAME_RULE, RESIZE_RULE
+from preprocess.clips import RESIZE_RULE
 from preprocess.config import EncodeConfig
 from shared.cache import Sidecar
 from shared.errors import UserError
 from shared.fingerprint import (
     FORMAT_VERSION,
+    FRAME_RULE,
     LACKING,
     TEXT_CLEANING,
     Fingerprint,

@@ -14,7 +14,7 @@ import torch
 
 from preprocess.decode import fitted_frames
 from preprocess.index import caption_digest, check_shards
-from preprocess.media import MediaError
+from preprocess.media_info import MediaError
 from preprocess.plan import Captions, Committed, Work
 from preprocess.text_cache import TextCache
 from preprocess.workers import WorkerPool
@@ -223,7 +223,10 @@ def latents_from_media(
     if not work:
         return
     tasks = (
-        (item, (item.entry.path, item.type, item.clip.frame_indices, item.clip.bucket))
+        (
+            item,
+            (item.entry.path, item.type, item.clip.frame_indices, item.clip.bucket, item.shortcut),
+        )
         for item in work
     )
     # One more than there are workers to have a clip ready, one more again for a worker that hangs.

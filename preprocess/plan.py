@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,9 +12,8 @@ from preprocess.clips import Clip, ClipRule
 from preprocess.dataset import Entry, Rejected
 from preprocess.decode import look
 from preprocess.index import caption_digest
-from preprocess.media import Kind, MediaError, Probe
+from preprocess.media_info import Kind, MediaError, Probe, Shortcut
 from preprocess.probe_memo import ProbeMemo
-from preprocess.remote_media import RemoteFile
 from preprocess.sources import Medium, stamp
 from preprocess.workers import WorkerPool
 from shared.cache import CacheIndex
@@ -33,8 +32,10 @@ class Work:
     entry: Entry
     """The first entry that brought the clip."""
     probe: Probe | None
-    """None: a caption without a medium."""
+    """None: a caption without a medium. Without what choosing the clip alone needs."""
     clip: Clip
+    shortcut: Shortcut | None
+    """Where decoding of the clip may begin, in a long video."""
     samples: tuple[tuple[str, str], ...]
     """(key, caption), in order of appearance."""
     repeats: int
@@ -58,6 +59,7 @@ class Work:
             height=self.clip.bucket.height,
             frames=self.clip.bucket.frames,
             frame_indices=list(self.clip.frame_indices),
+            frame_rule=self.clip.frame_rule,
             fps=None if self.probe is None else self.probe.fps,
             source_width=None if self.probe is None else self.probe.width,
             source_height=None if self.probe is None else self.probe.height,
@@ -113,6 +115,7 @@ class _Looked:
     sha256: str
     probe: Probe | None
     clip: Clip
+    shortcut: Shortcut | None = None
 
 
 def plan_work(
@@ -139,14 +142,21 @@ def plan_work(
         else:
             files.setdefault((entry.path, entry.type), []).append(number)
     names = {path: stamp(path, hasher) for path, _ in files}
-    probes = ProbeMemo() if any(isinstance(path, RemoteFile) for path in names) else None
+    probes = ProbeMemo()
 
     def take(numbers: list[int], seen: Probe, sha256: str) -> None:
+        kept = replace(seen, times=None, key_frames=None)  # a byte a frame or more, per file
         for number in numbers:
             entry = entries[number]
             try:
                 found[number] = [
-                    _Looked(entry=entry, sha256=sha256, probe=seen, clip=clip)
+                    _Looked(
+                        entry=entry,
+                        sha256=sha256,
+                        probe=kept,
+                        clip=clip,
+                        shortcut=seen.shortcut(clip.frame_indices),
+                    )
                     for clip in entry.sampling.clips(seen, seen.type, sha256, rule)
                 ]
             except MediaError as error:
@@ -156,8 +166,8 @@ def plan_work(
     def tasks() -> Iterator[tuple[list[int], tuple[Medium, Kind, str | None]]]:
         for (path, kind), numbers in files.items():
             known = None if (name := names[path]) is None else hasher.known(name)
-            if probes and name and known and (seen := probes.known(name, kind)):
-                take(numbers, seen, known)  # to look into it would be to download it
+            if name and known and (seen := probes.known(name, kind)):
+                take(numbers, seen, known)
             else:
                 yield numbers, (path, kind, known)
 
@@ -178,8 +188,7 @@ def plan_work(
             continue
         if path is not None and (name := names[path]) is not None:
             hasher.remember(name, sha256)
-            if probes and isinstance(path, RemoteFile):
-                probes.remember(name, entries[numbers[0]].type, seen)
+            probes.remember(name, entries[numbers[0]].type, seen)
         take(numbers, seen, sha256)
 
     clips: dict[tuple[str, Clip], list[_Looked]] = {}
@@ -232,6 +241,7 @@ def _work(found: list[_Looked], committed: Captions, there: set[bytes], video_re
         entry=first.entry,
         probe=first.probe,
         clip=first.clip,
+        shortcut=first.shortcut,
         samples=tuple((keys[caption], caption) for caption in captions),
         repeats=max(looked.entry.repeats for looked in found)
         * (video_repeat if first.probe is not None and first.probe.type == "video" else 1),

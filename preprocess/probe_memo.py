@@ -1,18 +1,20 @@
-"""What files of object stores were found to hold, so that a rerun does not download them to see.
+"""What files were found to hold, so that a rerun need not decode (or download) them to see.
 
-Beside the digests (`shared.hashing.FileHasher`), in the same way: a lost line costs one download.
+Beside the digests (`shared.hashing.FileHasher`), in the same way: a lost line costs one look.
 """
 
+import base64
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from preprocess.media import Kind, Probe
+from preprocess.media_info import KeyFrames, Kind, Probe
 from shared.hashing import cache_folder
 from shared.memo import note, recall
 
 # Raised when media are read another way: what was found before does not count then.
-_VERSION = 1
+_VERSION = 2
 
 
 class ProbeMemo:
@@ -20,19 +22,46 @@ class ProbeMemo:
 
     def __init__(self, memo: Path | None = None) -> None:
         self._memo = memo or cache_folder() / "probes.jsonl"
-        self._known: dict[tuple[str, Kind], Probe] = {}
+        self._known: dict[tuple[str, Kind], dict[str, Any]] = {}
         for record in recall(self._memo):
             with suppress(KeyError, TypeError):
                 if record["version"] == _VERSION:
-                    name = record["file"], record["kind"]
-                    self._known[name] = Probe(**record["probe"])
+                    self._known[record["file"], record["kind"]] = record["probe"]
 
     def known(self, name: str, kind: Kind) -> Probe | None:
         """What the file of this stamp holds, if it was opened before."""
-        return self._known.get((name, kind))
+        with suppress(KeyError, TypeError, ValueError):
+            return _unpacked(self._known[name, kind])
+        return None
 
     def remember(self, name: str, kind: Kind, probe: Probe) -> None:
         """Note what a file held whose stamp was taken before it was opened."""
-        self._known[name, kind] = probe
-        record = {"version": _VERSION, "file": name, "kind": kind, "probe": asdict(probe)}
-        note(self._memo, [record])
+        packed = _packed(probe)
+        self._known[name, kind] = packed
+        note(self._memo, [{"version": _VERSION, "file": name, "kind": kind, "probe": packed}])
+
+
+def _packed(probe: Probe) -> dict[str, Any]:
+    """As JSON: bytes in base 85, nothing of what is as usual."""
+    fields = {name: value for name, value in asdict(probe).items() if value is not None}
+    if probe.times is not None:
+        fields["times"] = base64.b85encode(probe.times).decode()
+    if probe.key_frames is not None:
+        digests = base64.b85encode(probe.key_frames.digests).decode()
+        fields["key_frames"] = {**fields["key_frames"], "digests": digests}
+    return fields
+
+
+def _unpacked(fields: dict[str, Any]) -> Probe:
+    """The inverse. Raises KeyError, TypeError or ValueError for anything else."""
+    fields = {"fps": None, **fields, "notes": tuple(fields["notes"])}
+    if "times" in fields:
+        fields["times"] = base64.b85decode(fields["times"])
+    if "key_frames" in fields:
+        found = fields["key_frames"]
+        fields["key_frames"] = KeyFrames(
+            first=found["first"],
+            digests=base64.b85decode(found["digests"]),
+            places=tuple((int(number), int(pts)) for number, pts in found["places"]),
+        )
+    return Probe(**fields)

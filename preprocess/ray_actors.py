@@ -20,7 +20,7 @@ from preprocess.background_writer import BackgroundWriter
 from preprocess.config import EncodeConfig
 from preprocess.engine import COMPONENTS, latent_encoder, pictures_encoded, text_encoder
 from preprocess.fingerprint import encode_fingerprint
-from preprocess.media import MediaError
+from preprocess.media_info import MediaError
 from preprocess.passes import Times, latents_from_media, samples_of
 from preprocess.plan import Work
 from preprocess.ray_fleet import Joined

@@ -16,7 +16,7 @@ import torch
 
 from preprocess.config import EncodeConfig
 from preprocess.index import settled_index
-from preprocess.media import MediaError
+from preprocess.media_info import MediaError
 from preprocess.passes import Encoded, latents_from_cache
 from preprocess.plan import Captions, Work, committed_of, missing_of
 from preprocess.ray_actors import RUN_MARK, MediaActor, Orders, TextActor, encode_pictures_there

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from preprocess.media import MediaError
+from preprocess.media_info import MediaError
 from shared.durable import write_bytes
 from shared.errors import UserError
 from shared.hashing import cache_folder

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from preprocess.caption_clips import caption_clips
-from preprocess.clips import Clip, ClipRule, choose_clips, frame_step, reachable
-from preprocess.media import MediaError, Probe
+from preprocess.clips import Clip, ClipRule, choose_clips
+from preprocess.media_info import MediaError, Probe
+from preprocess.picks import picks_of
 from shared.buckets import bucket_size
 
 _NAMED_STEP = 160
@@ -104,12 +105,12 @@ class Sampling:
         if kind == "image" or not self.lengths:
             yield rule
             return
-        step = frame_step(probe, rule)
-        there = reachable(probe.frames, step)
+        picks = picks_of(probe, stride=rule.stride, fps=rule.fps)
+        there = picks.reachable()
         fitting = [length for length in self.lengths if length <= there]
         if not fitting:
             raise MediaError(
-                f"{probe.frames} frames at stride {step:g}: fewer than {self.lengths[0]}, the "
+                f"{probe.frames} frames at stride {picks.step:g}: fewer than {self.lengths[0]}, the "
                 "least that its dataset asks for"
             )
         for frames in fitting if self.every_length else fitting[-1:]:

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from braceexpand import braceexpand
 from webdataset.tariterators import base_plus_ext
 
-from preprocess.media import MediaError
+from preprocess.media_info import MediaError
 from preprocess.remote_media import remote_named
 from preprocess.sources import Medium, TarMember
 from preprocess.writer import SHARD_NAME

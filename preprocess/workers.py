@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from preprocess.media import MediaError
+from preprocess.media_info import MediaError
 from preprocess.worker_process import ALIVE, ARRAY, FAILED, READY
 from shared.errors import UserError
 
@@ -32,7 +32,7 @@ Item = TypeVar("Item")
 Results = Generator[tuple[Item, "Future[Any]"], None, None]
 """Items with their futures, each done; `close` cancels what has not begun."""
 
-PRELOAD = ("preprocess.decode", "decord")
+PRELOAD = ("preprocess.decode",)
 """What a worker imports before it says that it is ready."""
 _START_SECONDS = 300
 """A worker that is not ready by then never will be (it takes less than one)."""

@@ -64,7 +64,7 @@ class SampleInfo:
     height: int
     frames: int
     frame_indices: list[int]
-    """Which frames of the source, in order; [0] for an image."""
+    """Which frames of the source, counted as they are shown; [0] for an image."""
     fps: float | None
     """Frames per second of the source; None for an image."""
     source_width: int | None
@@ -73,6 +73,8 @@ class SampleInfo:
     repeats: int = 1
     """How often an epoch shows the sample."""
     tags: list[str] = field(default_factory=list)
+    frame_rule: int = 1
+    """2: the first frame rule may have read other pictures of this source, and the key says so."""
 
     @property
     def bucket(self) -> Bucket:
@@ -80,8 +82,9 @@ class SampleInfo:
 
     def to_bytes(self) -> bytes:
         fields = asdict(self)
-        if self.repeats == 1:  # what readers take it for, and what the first caches have
-            del fields["repeats"]
+        for name in ("repeats", "frame_rule"):
+            if fields[name] == 1:  # what readers take it for, and what the first caches have
+                del fields[name]
         return info_bytes(fields)
 
 
@@ -163,6 +166,7 @@ def unpack_info(data: bytes) -> dict[str, Any]:
         "frames": is_count(info.get("frames"), least=1),
         "frame_indices": isinstance(indices, list) and all(map(is_count, indices)),
         "repeats": is_count(info.get("repeats", 1), least=1, most=MOST_REPEATS),
+        "frame_rule": is_count(info.get("frame_rule", 1), least=1),
     }
     for name, fit in fits.items():
         if not fit:

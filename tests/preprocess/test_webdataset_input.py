@@ -16,7 +16,8 @@ import webdataset
 from PIL import Image
 
 from preprocess.dataset import load_dataset
-from preprocess.media import MediaError, probe
+from preprocess.media import probe
+from preprocess.media_info import MediaError
 from preprocess.sources import TarMember, local_file
 from preprocess.tars import base_folder, medium_at, named_tars
 from shared.cache import open_cache

@@ -1,0 +1,125 @@
+"""The first frame rule: what wandistill 0.1 read of a file, and whether that was what is shown.
+
+It took frames by seeking (decord's `video[index]`), which in many files lands elsewhere. Its caches
+stay in use; a file of which it read other pictures, or may have, gets other keys under today's rule
+(`FRAME_RULE` in `preprocess.clips`), so that its samples are encoded again and no others. The test
+of `misread` is that decord and sequential decoding differ in no file that it passes
+(`tests/field/`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from av.packet import Packet
+from av.video.frame import PictureType, VideoFrame
+
+from preprocess.orientation import Orientation
+
+# Only what was tried: in these decord's frames were those of sequential decoding, to the bit, if
+# nothing else was odd.
+_CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2": "mp4 or mov", "matroska,webm": "mkv or webm"}
+_CODECS = ("h264", "hevc", "vp8", "vp9", "mjpeg", "prores")
+_PIXEL_FORMATS = (
+    *("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"),
+    *("nv12", "gray", "gbrp", "yuv422p10le", "yuv444p10le"),
+)
+
+
+class StoredPacket(NamedTuple):
+    pts: int | None
+    key: bool
+    discarded: bool
+    """Decoded but not shown: an edit list cuts it off."""
+
+
+@dataclass(kw_only=True)
+class Stored:
+    """How a video lies in its file, as far as it decides what the first rule read."""
+
+    container: str
+    codec: str
+    streams: int
+    """Video streams in the file."""
+    packets: list[StoredPacket] = field(default_factory=list)
+    """In decoding order."""
+    dts: list[int | None] = field(default_factory=list)
+    """Of the packets that are shown."""
+    pixel_format: str = ""
+    mirrored: bool = False
+    aspects_differ: bool = False
+    sizes_differ: bool = False
+    intra: set[int | None] = field(default_factory=set)
+    """pts of frames that need no other."""
+
+    def note_packet(self, packet: Packet) -> None:
+        """A packet, before it is decoded."""
+        self.packets.append(
+            StoredPacket(packet.pts, bool(packet.is_keyframe), bool(packet.is_discard))
+        )
+        if not packet.is_discard:
+            self.dts.append(packet.dts)
+
+    def note_first(
+        self, frame: VideoFrame, orientation: Orientation, aspects_differ: bool
+    ) -> None:
+        """The first frame that is shown."""
+        self.pixel_format = frame.format.name
+        self.mirrored = not orientation.turned_only
+        self.aspects_differ = aspects_differ
+
+    def note_frame(self, frame: VideoFrame, first: VideoFrame) -> None:
+        """Any frame that is shown."""
+        if frame.pict_type == PictureType.I:
+            self.intra.add(frame.pts)
+        if (frame.width, frame.height, frame.format.name) != (
+            first.width,
+            first.height,
+            self.pixel_format,
+        ):
+            self.sizes_differ = True
+
+
+def misread(stored: Stored, pts: Sequence[int | None]) -> str | None:
+    """Why the first rule may have read other pictures than are shown; None: it read these.
+
+    `pts` of the frames that are shown, in order.
+    """
+    times = [packet.pts for packet in stored.packets]
+    keys = [packet.pts for packet in stored.packets if packet.key]
+    if stored.container not in _CONTAINERS:
+        return f"frames of {stored.container} files were taken by seeking, which lands elsewhere"
+    if stored.codec not in _CODECS:
+        return f"frames of {stored.codec} video were taken by seeking, which may land elsewhere"
+    if stored.pixel_format not in _PIXEL_FORMATS:
+        return f"colours of {stored.pixel_format} video were converted in another way"
+    if stored.mirrored:
+        return "mirrored video was shown upside down or not mirrored"
+    if stored.streams > 1 or stored.aspects_differ or stored.sizes_differ:
+        return "another stream, pixel shape or picture size of the file may have been taken"
+    if any(packet.discarded for packet in stored.packets):
+        return "frames that an edit list hides were counted"
+    if None in times or sorted(times, key=_order) != list(pts):
+        return "frames were counted from packets, which are not what is shown"
+    if not keys or not stored.packets[0].key or not set(keys) <= stored.intra:
+        return "seeking landed on frames that need earlier ones (no key frame, intra refresh)"
+    if pts[0] != 0:
+        return "times that do not begin at zero: seeking may have landed elsewhere"
+    if _open_gop(stored.packets):
+        return "frames before an open GOP's key frame were taken without those that they need"
+    return None
+
+
+def _order(time: int | None) -> int:
+    return -1 if time is None else time
+
+
+def _open_gop(packets: Sequence[StoredPacket]) -> bool:
+    """Whether frames that are decoded after a key frame are shown before it."""
+    latest_key = None
+    for packet in packets:
+        if packet.key:
+            latest_key = packet.pts
+        elif latest_key is not None and packet.pts is not None and packet.pts < latest_key:
+            return True
+    return False

@@ -1,0 +1,64 @@
+"""When each frame of a video is shown: its rate, and its times where they are not even. Pure.
+
+Headers are not believed: a rate from one counts only where the frames' own times agree with it.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+
+Times = npt.NDArray[np.float64]
+
+_COARSE = 0.001  # seconds: Matroska rounds times to it
+
+
+def rate_and_times(
+    pts: Sequence[int | None],
+    dts: Iterable[int],
+    tick: Fraction,
+    claimed: Iterable[Fraction | None],
+) -> tuple[float | None, Times | None]:
+    """(frames a second, seconds of each frame after the first), the latter None where even.
+
+    `pts` of the frames in the order in which they are shown, `dts` of their packets in any order,
+    both in units of `tick` seconds; `claimed`: rates that headers name, the likeliest first. The
+    rate is None where neither times nor headers tell one.
+    """
+    rates = [float(rate) for rate in claimed if rate is not None and 0 < rate < math.inf]
+    ticks = _shown_at(pts, sorted(set(dts)))
+    if len(pts) < 2 or ticks is None:
+        return (rates[0] if rates else None), None
+    seconds = (ticks - ticks[0]) * float(tick)
+    average = (len(pts) - 1) / float(seconds[-1])
+    even = np.arange(len(pts))
+    tolerance = 1.01 * max(float(tick), _COARSE)
+    for rate in (*rates, average):
+        if np.abs(seconds - even / rate).max() <= tolerance:
+            return rate, None
+    return average, seconds
+
+
+def _shown_at(pts: Sequence[int | None], dts: Sequence[int]) -> Times | None:
+    """A time for each frame, strictly ascending, in ticks; None where there are none to go by.
+
+    Output order is the truth. Times of presentation that contradict it (H.264 in AVI) give way to
+    the packets' own in ascending order; where some are missing (below zero in Matroska), they
+    follow from the others.
+    """
+    known = [(number, float(time)) for number, time in enumerate(pts) if time is not None]
+    if len(known) < 2 or any(b[1] <= a[1] for a, b in zip(known, known[1:], strict=False)):
+        if len(dts) < 2:
+            return None
+        # As many as frames but for packets that hold two or none.
+        places = np.linspace(0, len(dts) - 1, len(pts))
+        return np.interp(places, np.arange(len(dts)), np.asarray(dts, np.float64))
+    numbers, times = (np.asarray(part, np.float64) for part in zip(*known, strict=True))
+    step = float(np.median(np.diff(times) / np.diff(numbers)))
+    ticks = np.interp(np.arange(len(pts)), numbers, times)
+    first, last = int(numbers[0]), int(numbers[-1])
+    ticks[:first] = times[0] - step * np.arange(first, 0, -1)
+    ticks[last + 1 :] = times[-1] + step * np.arange(1, len(pts) - last)
+    return ticks

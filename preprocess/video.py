@@ -1,0 +1,316 @@
+"""Video files through FFmpeg (PyAV): what is shown, in order, from the first frame on.
+
+The truth about a video is sequential decoding in output order. Containers lie about counts, times
+and key frames, and a seek lands where they say; so frames are counted as they come out of the
+decoder. Sole user of PyAV for reading.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.filter import Graph
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+from PIL import Image
+
+from preprocess.first_rule import Stored, misread
+from preprocess.media_info import Frame, KeyFrames, MediaError, Probe, Shortcut
+from preprocess.orientation import UPRIGHT, Orientation, of_display_matrix
+from preprocess.timing import rate_and_times
+
+# Frames before this one are reached from the start of the file; seeking would gain little.
+_SEEK_FROM = 250
+# Every so many rows enter a frame's digest: at least one of each 4×4 block that a codec knows.
+_DIGEST_ROWS = 4
+# H.273: SMPTE ST 2084 (PQ), ARIB STD-B67 (HLG).
+_HDR = {16: "smpte2084", 18: "arib-std-b67"}
+
+INTERLACED = "interlaced: both fields of a frame are taken as one picture"
+
+
+def survey(path: Path, on_progress: Callable[[], None] = lambda: None) -> Probe:
+    """Decode a video from start to end; what it shows. Raises MediaError, and what PyAV raises.
+
+    `on_progress` is called after every frame.
+    """
+    with _opened(path) as (container, stream):
+        _refuse_choices(path, stream)
+        stored = Stored(
+            container=container.format.name,
+            codec=stream.codec_context.name,
+            streams=len(container.streams.video),
+        )
+        pts: list[int | None] = []
+        digests: list[int] = []
+        interlaced = False
+        first: VideoFrame | None = None
+        for frame in _frames(path, container, stream, stored):
+            on_progress()
+            if first is None:
+                first = frame
+                stored.note_first(frame, _orientation(path, frame), _differing_aspect(stream))
+            stored.note_frame(frame, first)
+            interlaced = interlaced or bool(frame.interlaced_frame)
+            if len(pts) >= _SEEK_FROM:
+                digests.append(_digest(frame))
+            pts.append(frame.pts)
+        if first is None:
+            raise MediaError(f"{path}: the video has no frames")
+        _refuse_hdr(path, first.color_trc)
+        assert stream.time_base is not None
+        claimed = (stream.average_rate, stream.guessed_rate, stream.base_rate)
+        dts = (time for time in stored.dts if time is not None)
+        fps, times = rate_and_times(pts, dts, stream.time_base, claimed)
+        width, height = _shown_size(first, stream, _orientation(path, first))
+        return Probe(
+            frames=len(pts),
+            height=height,
+            width=width,
+            fps=fps or 1.0,  # of one frame that names no rate
+            times=None if times is None else times.tobytes(),
+            old_reading=misread(stored, pts),
+            notes=(INTERLACED,) if interlaced else (),
+            key_frames=_key_frames(stored, pts, digests),
+        )
+
+
+def frames_at(
+    path: Path,
+    indices: Sequence[int],
+    shortcut: Shortcut | None = None,
+    on_progress: Callable[[], None] = lambda: None,
+) -> Iterator[Frame]:
+    """The frames at `indices` (ascending, repeated ones allowed): (H, W, 3) uint8 RGB each.
+
+    Raises MediaError where the video has fewer, or one is damaged, and what PyAV raises.
+    """
+    done = 0
+    if shortcut is not None:
+        for frame in _by_shortcut(path, indices, shortcut, on_progress):
+            yield frame
+            done += 1
+        if done == len(indices):
+            return
+    left = indices[done:]
+    place = 0
+    with _opened(path) as (container, stream):
+        picture = _Picture(path, stream)
+        for number, frame in enumerate(_frames(path, container, stream)):
+            on_progress()
+            if number != left[place]:
+                continue
+            if frame.is_corrupt:
+                raise MediaError(f"{path}: frame {number} is damaged")
+            shown = picture.of(frame)
+            while place < len(left) and left[place] == number:
+                yield shown
+                place += 1
+            if place == len(left):
+                return
+        raise MediaError(f"{path}: the video ends before frame {left[place]}")
+
+
+def _by_shortcut(
+    path: Path, indices: Sequence[int], shortcut: Shortcut, on_progress: Callable[[], None]
+) -> Iterator[Frame]:
+    """The frames at `indices` from a seek on, as long as they are those of sequential decoding."""
+    at_key, *digests = shortcut.digests
+    with _opened(path) as (container, stream):
+        picture = _Picture(path, stream)
+        try:
+            container.seek(shortcut.pts, stream=stream)
+            # Frames that need what lies before the seek come first, or are missing.
+            frames = _frames(path, container, stream)
+            number, place = shortcut.frame, 0
+            for key_frame in frames:
+                on_progress()
+                if key_frame.pts == shortcut.pts and _digest(key_frame) == at_key:
+                    break
+                if key_frame.pts is not None and key_frame.pts > shortcut.pts:
+                    return
+            else:
+                return
+            for frame in chain([key_frame], frames):
+                on_progress()
+                shown = None
+                while place < len(indices) and indices[place] == number:
+                    if frame.is_corrupt or _digest(frame) != digests[place]:
+                        return
+                    shown = picture.of(frame) if shown is None else shown
+                    yield shown
+                    place += 1
+                if place == len(indices):
+                    return
+                number += 1
+        except av.error.FFmpegError:  # from the start it may go well
+            return
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """A local file and its video stream, for one thread: several files are decoded side by side."""
+    # Only local files: a playlist that calls itself .mp4 must not reach the network.
+    with av.open(str(path), options={"protocol_whitelist": "file"}) as container:
+        stream = container.streams.best("video")
+        if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+            raise MediaError(f"{path}: the file has no video stream")
+        if stream.codec_context is None:
+            raise MediaError(f"{path}: this FFmpeg has no decoder for its video")
+        stream.codec_context.thread_count = 1
+        yield container, stream
+
+
+def _frames(
+    path: Path, container: InputContainer, stream: VideoStream, stored: "Stored | None" = None
+) -> Iterator[VideoFrame]:
+    """What the decoder shows, in order.
+
+    What can't be decoded before the first frame (a broadcast that was joined in the middle) or
+    behind the last (a recording that was cut off) shows nothing in a player, too; between them it
+    would be a wrong picture. MediaError there.
+    """
+    number = 0
+    damage: Exception | None = None
+    for packet in container.demux(stream):
+        if stored is not None and packet.size:
+            stored.note_packet(packet)
+        try:
+            decoded = packet.decode()
+        except av.error.InvalidDataError as error:
+            damage = error if number else None
+            continue
+        if damage is not None and packet.size:  # at the end only what waited comes out
+            raise MediaError(f"{path}: cannot decode the video behind frame {number} ({damage})")
+        for frame in decoded:
+            yield frame
+            number += 1
+
+
+class _Picture:
+    """Frames of one stream as they are shown: RGB, upright, square pixels."""
+
+    def __init__(self, path: Path, stream: VideoStream) -> None:
+        self._path, self._stream = path, stream
+        self._graph: Graph | None = None
+        self._of: tuple[Any, ...] = ()
+
+    def of(self, frame: VideoFrame) -> Frame:
+        """(H, W, 3) uint8."""
+        orientation = _orientation(self._path, frame)
+        rgb = orientation.apply(self._rgb(frame))
+        size = _shown_size(frame, self._stream, orientation)
+        if size != (rgb.shape[1], rgb.shape[0]):
+            stretched = Image.fromarray(rgb).resize(size, Image.Resampling.BILINEAR)
+            rgb = np.asarray(stretched)
+        return rgb
+
+    def _rgb(self, frame: VideoFrame) -> Frame:
+        """By FFmpeg's scale filter at its defaults, as the ffmpeg program and decord convert."""
+        layout = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
+        if self._graph is None or layout != self._of:
+            graph = Graph()
+            graph.threads = 1
+            graph.link_nodes(
+                graph.add_buffer(
+                    width=frame.width,
+                    height=frame.height,
+                    format=frame.format,
+                    time_base=self._stream.time_base or Fraction(1, 1000),
+                ),
+                graph.add("scale"),
+                graph.add("format", "pix_fmts=rgb24"),
+                graph.add("buffersink"),
+            ).configure()
+            self._graph, self._of = graph, layout
+        self._graph.vpush(frame)
+        rgb: Frame = self._graph.vpull().to_ndarray()
+        return rgb
+
+
+def _orientation(path: Path, frame: VideoFrame) -> Orientation:
+    for side_data in frame.side_data:
+        if side_data.type == av.sidedata.sidedata.Type.DISPLAYMATRIX:
+            try:
+                return of_display_matrix(bytes(side_data))
+            except ValueError as error:
+                raise MediaError(f"{path}: {error}") from error
+    return UPRIGHT
+
+
+def _shown_size(
+    frame: VideoFrame, stream: VideoStream, orientation: Orientation
+) -> tuple[int, int]:
+    """(width, height) upright, in square pixels: the side that is stretched grows."""
+    width, height = frame.width, frame.height
+    aspect = float(stream.sample_aspect_ratio or 1)  # the container's, else the codec's
+    width, height = orientation.size(width, height)
+    if orientation.transposed:
+        aspect = 1 / aspect
+    if aspect >= 1:
+        return round(width * aspect), height
+    return width, round(height / aspect)
+
+
+def _differing_aspect(stream: VideoStream) -> bool:
+    """Whether container and codec disagree about the shape of a pixel."""
+    own = stream.codec_context.sample_aspect_ratio
+    return bool(own) and bool(stream.sample_aspect_ratio) and own != stream.sample_aspect_ratio
+
+
+def _refuse_choices(path: Path, stream: VideoStream) -> None:
+    """MediaError for video that 8-bit RGB can't hold without a choice of the user."""
+    context = stream.codec_context
+    _refuse_hdr(path, context.color_trc)
+    tags = {name.lower(): value for name, value in stream.metadata.items()}
+    has_alpha = context.format is not None and any(part.is_alpha for part in context.format.components)
+    if has_alpha or tags.get("alpha_mode") == "1":
+        raise MediaError(
+            f"{path}: the video has an alpha channel, and what lies beneath it is not meant to be "
+            "seen. Put it on a background: ffmpeg -i IN -filter_complex "
+            '"[0]split[a][b];[a]drawbox=c=white:t=fill:replace=1[w];[w][b]overlay" OUT.mp4'
+        )
+
+
+def _refuse_hdr(path: Path, transfer: Any) -> None:
+    if (hdr := _HDR.get(int(transfer or 0))) is not None:
+        raise MediaError(
+            f"{path}: the video is HDR ({hdr}), which 8-bit RGB would show washed out. Convert "
+            "it: ffmpeg -i IN -vf zscale=t=linear:npl=100,tonemap=hable,zscale=t=bt709:m=bt709:"
+            "p=bt709:r=tv,format=yuv420p OUT.mp4"
+        )
+
+
+def _digest(frame: VideoFrame) -> int:
+    """32 bits of the first plane (luma), of every fourth row."""
+    plane = frame.planes[0]
+    rows = np.frombuffer(plane, np.uint8).reshape(plane.height, -1)
+    depth = (frame.format.components[0].bits + 7) // 8
+    used = plane.width * depth if frame.format.is_planar else rows.shape[1]
+    return zlib.crc32(np.ascontiguousarray(rows[::_DIGEST_ROWS, :used]))
+
+
+def _key_frames(
+    stored: Stored, pts: Sequence[int | None], digests: Sequence[int]
+) -> KeyFrames | None:
+    """Places to seek to, of a video long enough that seeking gains something."""
+    if not digests:
+        return None
+    keys = {packet.pts for packet in stored.packets if packet.key}
+    places = tuple(
+        (number, time)
+        for number, time in enumerate(pts)
+        if number >= _SEEK_FROM and time is not None and time in keys
+    )
+    if not places:
+        return None
+    return KeyFrames(
+        first=_SEEK_FROM, digests=np.asarray(digests, np.uint32).tobytes(), places=places
+    )
