@@ -128,8 +128,17 @@ def cut(path: Path, part: float) -> None:
 def cut_at_packet(path: Path, first: int, last: int | None) -> None:
     """Keep the video's packets from `first`, whole, to the middle of the one numbered `last`."""
     with av.open(str(path)) as container:
-        at = [packet.pos for packet in container.demux(video=0) if packet.size and packet.pos]
+        at = [packet.pos for packet in container.demux(video=0) if packet.size]
     data = path.read_bytes()
-    begin = at[first] if first else 0
-    end = len(data) if last is None else (at[last] + at[last + 1]) // 2
+    begin, end = 0, len(data)
+    if first:
+        begin = _known(at[first])
+    if last is not None:
+        end = (_known(at[last]) + _known(at[last + 1])) // 2
     path.write_bytes(data[begin:end])
+
+
+def _known(at: int | None) -> int:
+    if at is None:
+        raise ValueError("the packet shares its sector with the one before")
+    return at

@@ -53,6 +53,10 @@ class Cell:
     """What `wanprep` reads it as; auto: an animation, which is a video if it moves."""
     fps: float | None = None
     """Frames a second as shown, where ffmpeg's times of the frames don't tell."""
+    damaged_last: bool = False
+    """Cut within a frame: players show what there is of it, or don't. No other may follow."""
+    sizes_vary: bool = False
+    """Each frame has its own size; `size` is the first one's."""
     program_reads: bool = True
     """False: the ffmpeg program shows something else, or nothing; a comment says why."""
 

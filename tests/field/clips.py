@@ -38,7 +38,6 @@ _B_IN = (
     *(("H.264", c) for c in ("mp4", "m4v", "mov", "mkv", "avi", "MPEG-PS", "MPEG-TS")),
     *(("HEVC", c) for c in ("mp4", "mov", "mkv", "MPEG-TS")),
     *(("MPEG-4", c) for c in ("mp4", "mkv", "avi")),
-    ("Xvid", "mkv"),
     *(("MPEG-2", c) for c in ("mp4", "mkv", "MPEG-PS", "MPEG-TS")),
     *(("MPEG-1", c) for c in ("MPEG-PS", "mkv")),
 )
@@ -49,6 +48,8 @@ _OPEN = {
 _VP9 = ("-c:v", "libvpx-vp9", "-deadline", "good", "-cpu-used", "5", "-b:v", "1M", "-threads", "1")
 _VP8 = ("-c:v", "libvpx", "-deadline", "good", "-cpu-used", "5", "-b:v", "1M", "-threads", "1")
 _HIDDEN = ("-auto-alt-ref", "1", "-lag-in-frames", "16", "-g", "30", "-pix_fmt", "yuv420p")
+_LARGE = (384, 256)
+"""Frames of more than a few bytes, that can be cut in the middle."""
 _SOUND = ("-f", "lavfi", "-i", "sine=duration=6", "-map", "0:v", "-map", "1:a", "-b:a", "32k")
 
 
@@ -64,8 +65,11 @@ def _order() -> Iterator[Cell]:
     """Frames that are stored in another order, or lean on others across key frames."""
     for codec, container in _B_IN:
         yield Cell(container=container, codec=codec, oddity="B-frames", options=_B[codec])
-    # libxvid packs a B-frame into the packet of the one before; an empty one follows.
-    yield Cell(container="avi", codec="Xvid", oddity="packed B-frames", options=_B["Xvid"])
+    # libxvid packs a B-frame into the packet of the one before; an empty one follows. ffmpeg never
+    # gets the last two frames out of it.
+    for container in ("avi", "mkv"):
+        yield Cell(container=container, codec="Xvid", oddity="packed B-frames",
+                   options=_B["Xvid"], shown=FRAMES[:58])  # fmt: skip
     for codec, options in _OPEN.items():
         for container in ("mp4", "mov", "mkv", "MPEG-TS"):
             yield Cell(container=container, codec=codec, oddity="open GOP", options=options)
@@ -107,7 +111,7 @@ def _edits() -> Iterator[Cell]:
                    options=h264(bf=3), copies=((("-itsoffset", "1"), ()),))  # fmt: skip
     # Ours count in 1/12288 s, 512 a frame: 10 frames, then 15 from the 30th. No B-frames: with
     # them the media's own times are shifted.
-    parts = ((417, 0), (625, 30 * 512))
+    parts = ((410, 0), (625, 30 * 512))
     yield Cell(container="mp4", codec="H.264", oddity="edit list of two parts", options=h264(),
                shown=(*FRAMES[:10], *FRAMES[30:45]),
                edits=(lambda path: boxes.set_edits(path, parts),))  # fmt: skip
@@ -185,7 +189,7 @@ def _shapes() -> Iterator[Cell]:
         for container in ("mp4", "mkv", "MPEG-TS"):
             yield Cell(container=container, codec="H.264", oddity=names[orientation],
                        detail="by the codec", options=h264(), orientation=orientation,
-                       copies=(((), ("-bsf:v", f"h264_metadata={bsf}")),))  # fmt: skip
+                       copies=(((), ("-bsf:v", f"h264_metadata=display_orientation=insert:{bsf}")),))  # fmt: skip
     odd = (97, 61)
     full = ("-pix_fmt", "yuv444p")
     for container, codec, options in (
@@ -216,7 +220,7 @@ def _shapes() -> Iterator[Cell]:
                options=(*wide, *h264()), orientation=6, edits=(oriented(6),),
                shown_size=(96, 128))  # fmt: skip
     for container, codec in (("webm", "VP9"), ("webm", "VP8"), ("mkv", "H.264")):
-        yield Cell(container=container, codec=codec, oddity="size changes",
+        yield Cell(container=container, codec=codec, oddity="size changes", sizes_vary=True,
                    make_it=_size_changes(codec))  # fmt: skip
 
 
@@ -281,17 +285,20 @@ def _damaged() -> Iterator[Cell]:
     """Files of which a part is missing. What is whole is shown, as far as it can be."""
     for container, codec in (("mkv", "H.264"), ("webm", "VP9"), ("avi", "MJPEG"),
                              ("avi", "MPEG-4"), ("MPEG-TS", "H.264"), ("MPEG-PS", "MPEG-2")):  # fmt: skip
-        yield Cell(container=container, codec=codec, oddity="cut off", options=CODECS[codec],
-                   shown=FRAMES[:40], edits=(lambda path: boxes.cut_at_packet(path, 0, 40),))  # fmt: skip
+        # Frames of less than 2048 bytes share a sector of an MPEG-PS.
+        options = (*CODECS[codec], *(("-g", 1) if container == "MPEG-PS" else ()))
+        yield Cell(container=container, codec=codec, oddity="cut off", options=options,
+                   shown=FRAMES[:40], damaged_last=True, size=_LARGE,
+                   edits=(lambda path: boxes.cut_at_packet(path, 0, 40),))  # fmt: skip
     fragments = ("-movflags", "frag_keyframe+empty_moov+default_base_moof")
     yield Cell(container="mp4", codec="H.264", oddity="cut off", detail="fragmented",
-               options=(*h264(), *fragments), shown=FRAMES[:36],
+               options=(*h264(), *fragments), shown=FRAMES[:36], damaged_last=True,
                edits=(lambda path: boxes.cut_at_packet(path, 0, 36),))  # fmt: skip
     for container, codec in (("MPEG-TS", "H.264"), ("MPEG-TS", "HEVC"), ("MPEG-TS", "MPEG-2"),
                              ("MPEG-PS", "MPEG-2")):  # fmt: skip
         yield Cell(container=container, codec=codec, oddity="starts without a key frame",
-                   options=CODECS[codec], shown=FRAMES[12:],
-                   edits=(lambda path: boxes.cut_at_packet(path, 5, None),))  # fmt: skip
+                   options=CODECS[codec], shown=FRAMES[12:], size=_LARGE,
+                   edits=(lambda path: boxes.cut_at_packet(path, 4, None),))  # fmt: skip
 
 
 def _refused() -> Iterator[Cell]:
