@@ -126,19 +126,19 @@ def cut(path: Path, part: float) -> None:
 
 
 def cut_at_packet(path: Path, first: int, last: int | None) -> None:
-    """Keep the video's packets from `first`, whole, to the middle of the one numbered `last`."""
+    """Keep the video's packets from `first`, whole, to the middle of the one numbered `last`.
+
+    In an MPEG-PS, where several may share a sector, from the next that begins its own.
+    """
     with av.open(str(path)) as container:
         at = [packet.pos for packet in container.demux(video=0) if packet.size]
     data = path.read_bytes()
     begin, end = 0, len(data)
     if first:
-        begin = _known(at[first])
+        begin = next(place for place in at[first : first + 6] if place is not None)
     if last is not None:
-        end = (_known(at[last]) + _known(at[last + 1])) // 2
+        middle, after = at[last : last + 2]
+        if middle is None or after is None:
+            raise ValueError(f"{path}: packet {last} shares its sector with another")
+        end = (middle + after) // 2
     path.write_bytes(data[begin:end])
-
-
-def _known(at: int | None) -> int:
-    if at is None:
-        raise ValueError("the packet shares its sector with the one before")
-    return at

@@ -42,7 +42,6 @@ class Cell:
     """Width, height as shown; None: `size`."""
     orientation: int = 1
     """How the pictures are stored; something in the file says so."""
-    rate: float = ffmpeg.RATE
     copies: Sequence[tuple[Sequence[object], Sequence[object]]] = ()
     """Passes that copy packets: ffmpeg's options before the input, and after it."""
     edits: Sequence[Callable[[Path], None]] = ()
@@ -51,8 +50,9 @@ class Cell:
     """Makes the file in place of all this."""
     kind: Literal["video", "auto"] = "video"
     """What `wanprep` reads it as; auto: an animation, which is a video if it moves."""
-    fps: float | None = None
-    """Frames a second as shown, where ffmpeg's times of the frames don't tell."""
+    fps: float | None = ffmpeg.RATE
+    """Frames a second as shown, on average; None: an image."""
+    grey: bool = False
     damaged_last: bool = False
     """Cut within a frame: players show what there is of it, or don't. No other may follow."""
     sizes_vary: bool = False
@@ -91,7 +91,6 @@ class Cell:
                 numbers=self.numbers,
                 size=self.size,
                 orientation=self.orientation,
-                rate=self.rate,
                 inputs=self.inputs,
             )
             for before, after in self.copies:

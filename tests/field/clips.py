@@ -50,6 +50,8 @@ _VP8 = ("-c:v", "libvpx", "-deadline", "good", "-cpu-used", "5", "-b:v", "1M", "
 _HIDDEN = ("-auto-alt-ref", "1", "-lag-in-frames", "16", "-g", "30", "-pix_fmt", "yuv420p")
 _LARGE = (384, 256)
 """Frames of more than a few bytes, that can be cut in the middle."""
+_EVEN = ("-sc_threshold", "1000000000")
+"""No key frames but every 12th, whatever the pictures are."""
 _SOUND = ("-f", "lavfi", "-i", "sine=duration=6", "-map", "0:v", "-map", "1:a", "-b:a", "32k")
 
 
@@ -126,11 +128,13 @@ def _times() -> Iterator[Cell]:
     irregular = ("-vf", "settb=1/1000,setpts=N*40+mod(N*N*7\\,23)+gte(N\\,20)*700", "-fps_mode",
                  "passthrough", "-enc_time_base", "1/1000")  # fmt: skip
     vfr = "variable frame rate"
+    seconds = (59 * 40 + 59 * 59 * 7 % 23 + 700) / 1000
     for container in ("mp4", "mov", "mkv", "MPEG-TS"):
-        yield Cell(container=container, codec="H.264", oddity=vfr,
+        yield Cell(container=container, codec="H.264", oddity=vfr, fps=59 / seconds,
                    options=(*irregular, *h264(bf=3)))  # fmt: skip
     for codec in ("VP8", "VP9"):
-        yield Cell(container="webm", codec=codec, oddity=vfr, options=(*irregular, *CODECS[codec]))
+        yield Cell(container="webm", codec=codec, oddity=vfr, fps=59 / seconds,
+                   options=(*irregular, *CODECS[codec]))  # fmt: skip
     # An AVI's times are numbers of packets: it fills gaps with empty ones, 600 a second.
     sparse = ("-vf", "settb=1/600,setpts=N*25+mod(N*7\\,11)", "-fps_mode", "passthrough",
               "-enc_time_base", "1/600")  # fmt: skip
@@ -138,7 +142,7 @@ def _times() -> Iterator[Cell]:
         yield Cell(container="avi", codec=codec, oddity=vfr, options=(*sparse, *CODECS[codec]))
     slower = (((), ("-bsf:v", "setts=ts=TS*10")),)
     for container, codec in (("mkv", "H.264"), ("webm", "VP9")):
-        yield Cell(container=container, codec=codec, oddity="wrong frame rate in the header",
+        yield Cell(container=container, codec=codec, oddity="wrong frame rate in the header", fps=2.4,
                    options=CODECS[codec], copies=slower)  # fmt: skip
     for container, codec in (("mkv", "H.264"), ("webm", "VP8"), ("webm", "VP9"), ("mkv", "FFV1")):
         yield Cell(container=container, codec=codec, oddity="no duration", make_it=_piped(codec))
@@ -236,7 +240,7 @@ def _pixels() -> Iterator[Cell]:
                    options=(*CODECS[codec], "-pix_fmt", "yuv420p10le"))  # fmt: skip
     for container, codec, form in (("mp4", "H.264", "gray"), ("mkv", "FFV1", "gray"),
                                    ("mov", "MJPEG", "gray"), ("mkv", "HEVC", "gray")):  # fmt: skip
-        yield Cell(container=container, codec=codec, oddity="grey",
+        yield Cell(container=container, codec=codec, oddity="grey", grey=True,
                    options=(*CODECS[codec], "-pix_fmt", form))  # fmt: skip
     for container, codec in (("mp4", "H.264"), ("mp4", "HEVC"), ("webm", "VP9"), ("mkv", "FFV1")):
         yield Cell(container=container, codec=codec, oddity="4:4:4",
@@ -297,7 +301,8 @@ def _damaged() -> Iterator[Cell]:
     for container, codec in (("MPEG-TS", "H.264"), ("MPEG-TS", "HEVC"), ("MPEG-TS", "MPEG-2"),
                              ("MPEG-PS", "MPEG-2")):  # fmt: skip
         yield Cell(container=container, codec=codec, oddity="starts without a key frame",
-                   options=CODECS[codec], shown=FRAMES[12:], size=_LARGE,
+                   options=(*CODECS[codec], *(_EVEN if codec == "MPEG-2" else ())),
+                   shown=FRAMES[12:], size=_LARGE,
                    edits=(lambda path: boxes.cut_at_packet(path, 4, None),))  # fmt: skip
 
 

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 GOP = 12
 
-_X265 = "log-level=none:pools=1:frame-threads=1:wpp=0"
+_X265 = "log-level=none:scenecut=0:pools=1:frame-threads=1:wpp=0"
 _REALTIME = ("-deadline", "realtime", "-cpu-used", "8", "-b:v", "2M", "-auto-alt-ref", "0")
 
 
 def h264(*options: object, gop: int = GOP, bf: int = 0, extra: str = "") -> tuple[object, ...]:
     """x264 with its own parameters in `extra`, key=value with colons between."""
-    params = "threads=1" + (f":{extra}" if extra else "")
+    params = "threads=1:scenecut=0" + (f":{extra}" if extra else "")
     return ("-c:v", "libx264", "-preset", "veryfast", "-crf", "14", "-g", gop, "-bf", bf,
             "-pix_fmt", "yuv420p", "-x264-params", params, *options)  # fmt: skip
 

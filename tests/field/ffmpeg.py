@@ -11,7 +11,7 @@ import numpy as np
 from tests.field.picture import SIZE, Pixels, picture, turned
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
-RATE = 24
+RATE = 24.0
 """Frames a second of the clips, unless their oddity is another."""
 
 
@@ -39,13 +39,12 @@ def encode(
     numbers: Sequence[int],
     size: tuple[int, int] = SIZE,
     orientation: int = 1,
-    rate: float = RATE,
     inputs: Sequence[object] = (),
 ) -> Path:
     """Pictures that are `size` when upright, encoded with `options` to `path`."""
     width, height = size if orientation < 5 else size[::-1]
     run(
-        *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", rate, "-i", "-"),
+        *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", RATE, "-i", "-"),
         *inputs,
         *options,
         path,
@@ -65,15 +64,3 @@ def decoded(path: Path) -> list[Pixels]:
     pixels = run("-i", f"file:{path}", "-an", "-fps_mode", "passthrough", "-f", "rawvideo",
                  "-pix_fmt", "rgb24", "-")  # fmt: skip
     return list(np.frombuffer(pixels, np.uint8).reshape(-1, height, width, 3))
-
-
-def times(path: Path) -> list[float]:
-    """Seconds at which each frame is shown, as the program sees it (the container's own zero)."""
-    lines = run("-copyts", "-i", f"file:{path}", "-an", "-fps_mode", "passthrough", "-enc_time_base", "demux", "-f", "framehash",
-                "-hash", "crc32", "-").decode()  # fmt: skip
-    base = re.search(r"#tb 0: (\d+)/(\d+)", lines)
-    if base is None:
-        return []
-    second = int(base[1]) / int(base[2])
-    rows = [line for line in lines.splitlines() if line and not line.startswith("#")]
-    return [int(row.split(",")[2]) * second for row in rows]

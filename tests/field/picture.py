@@ -48,7 +48,8 @@ def picture(number: int, size: tuple[int, int] = SIZE) -> Pixels:
     columns = np.arange(width) * _COLUMNS // width
     grey = np.where(blocks[rows][:, columns], BRIGHT, DARK)
     # Waves of red against blue that leave the mean as it is, so that chroma is coded, too.
-    wave = np.arange(width) * 6 * np.pi / width + np.arange(height)[:, None] * 0.1 + number
+    across, down = np.arange(width) / width, np.arange(height)[:, None] / height
+    wave = 6 * np.pi * across + 2 * np.pi * down + number
     tint = np.rint(_TINT * np.sin(wave)).astype(int)
     return np.stack([grey + tint, grey, grey - tint], axis=2).astype(np.uint8)
 
@@ -90,6 +91,16 @@ def number_of(frame: Pixels) -> int:
     if orientation != 1:
         raise UnreadableError(f"picture {number} is not upright, but of orientation {orientation}")
     return number
+
+
+def error_of(frame: Pixels) -> float:
+    """Grey levels by which an upright picture differs from the one that was made, on average.
+
+    Lossy codecs stay below 5; a wrong range, channel order or matrix does not.
+    """
+    height, width, _ = frame.shape
+    wanted = picture(number_of(frame), (width, height)).astype(int)
+    return float(np.abs(frame - wanted).mean())
 
 
 def orientation_of(frame: Pixels) -> int:

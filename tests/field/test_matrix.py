@@ -6,14 +6,13 @@ program shows when it decodes from the start to the end.
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from preprocess.media import MediaError, probe, read_frames
 from tests.field import ffmpeg
 from tests.field.cells import Cell
 from tests.field.clips import CELLS
-from tests.field.picture import Pixels, UnreadableError, number_of
+from tests.field.picture import Pixels, UnreadableError, error_of, number_of
 from tests.field.rejected import REJECTED
 
 READ = [cell for cell in CELLS if cell.name not in REJECTED]
@@ -52,10 +51,12 @@ def test_the_frames_read_are_those_shown(cell: Cell, tmp_path: Path) -> None:
     seen = probe(path, cell.kind)
     assert seen.frames - whole in (0, cell.damaged_last)
     assert (seen.width, seen.height) == cell.expected_size
+    assert seen.fps == (cell.fps and pytest.approx(cell.fps, rel=0.05))
     middle = range(whole // 3, 2 * whole // 3 + 1)
     for indices in (range(0, whole, 2), middle):
         frames = list(read_frames(path, seen.type, indices))
         assert numbers(frames) == [cell.expected[index] for index in indices]
+        assert max(map(error_of, frames)) < (12 if cell.grey else 5)
         if not cell.sizes_vary:
             assert {frame.shape for frame in frames} == {(seen.height, seen.width, 3)}
 

@@ -11,6 +11,7 @@ from tests.field.picture import (
     ORIENTATIONS,
     Seen,
     UnreadableError,
+    error_of,
     number_of,
     picture,
     see,
@@ -58,3 +59,12 @@ def test_what_is_no_picture_is_not_read() -> None:
             see(wrong)
     with pytest.raises(UnreadableError, match="orientation 2"):
         number_of(turned(one, 2).astype(np.uint8))
+
+
+def test_wrong_colours_are_seen() -> None:
+    one = picture(77)
+    assert error_of(one) == 0
+    full_range_as_limited = np.clip((one.astype(float) - 16) * 255 / 219, 0, 255)
+    limited_range_as_full = one * (219 / 255) + 16
+    for wrong in (one[:, :, ::-1], full_range_as_limited, limited_range_as_full):
+        assert error_of(wrong.astype(np.uint8)) > 5
