@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import av
 import numpy as np
@@ -26,6 +26,9 @@ from preprocess.media_info import Frame, KeyFrames, MediaError, Probe, Shortcut
 from preprocess.orientation import UPRIGHT, Orientation, of_display_matrix
 from preprocess.timing import rate_and_times
 
+if TYPE_CHECKING:
+    from av.sidedata.sidedata import SideData
+
 # Frames before this one are reached from the start of the file; seeking would gain little.
 _SEEK_FROM = 250
 # Every so many rows enter a frame's digest: at least one of each 4×4 block that a codec knows.
@@ -33,7 +36,10 @@ _DIGEST_ROWS = 4
 # H.273: SMPTE ST 2084 (PQ), ARIB STD-B67 (HLG).
 _HDR = {16: "smpte2084", 18: "arib-std-b67"}
 
-INTERLACED = "interlaced: both fields of a frame are taken as one picture"
+INTERLACED = (
+    "interlaced, both fields of a frame taken as one picture (combed where it moves; "
+    "to deinterlace: ffmpeg -i IN -vf bwdif=mode=send_frame OUT.mp4)"
+)
 
 
 def survey(path: Path, on_progress: Callable[[], None] = lambda: None) -> Probe:
@@ -94,8 +100,8 @@ def frames_at(
     """
     done = 0
     if shortcut is not None:
-        for frame in _by_shortcut(path, indices, shortcut, on_progress):
-            yield frame
+        for shown in _by_shortcut(path, indices, shortcut, on_progress):
+            yield shown
             done += 1
         if done == len(indices):
             return
@@ -160,7 +166,8 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     # Only local files: a playlist that calls itself .mp4 must not reach the network.
     with av.open(str(path), options={"protocol_whitelist": "file"}) as container:
         stream = container.streams.best("video")
-        if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+        attached = av.stream.Disposition.attached_pic  # the cover of an album
+        if not isinstance(stream, VideoStream) or stream.disposition & attached:
             raise MediaError(f"{path}: the file has no video stream")
         if stream.codec_context is None:
             raise MediaError(f"{path}: this FFmpeg has no decoder for its video")
@@ -169,7 +176,7 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 
 def _frames(
-    path: Path, container: InputContainer, stream: VideoStream, stored: "Stored | None" = None
+    path: Path, container: InputContainer, stream: VideoStream, stored: Stored | None = None
 ) -> Iterator[VideoFrame]:
     """What the decoder shows, in order.
 
@@ -231,18 +238,25 @@ class _Picture:
             ).configure()
             self._graph, self._of = graph, layout
         self._graph.vpush(frame)
-        rgb: Frame = self._graph.vpull().to_ndarray()
-        return rgb
+        return np.asarray(self._graph.vpull().to_ndarray(), np.uint8)
 
 
 def _orientation(path: Path, frame: VideoFrame) -> Orientation:
-    for side_data in frame.side_data:
-        if side_data.type == av.sidedata.sidedata.Type.DISPLAYMATRIX:
-            try:
-                return of_display_matrix(bytes(side_data))
-            except ValueError as error:
-                raise MediaError(f"{path}: {error}") from error
-    return UPRIGHT
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV stops at side data that it has no name for, such as EXIF
+        matrix = None
+        if frame.rotation % 360:
+            raise MediaError(
+                f"{path}: the video is to be shown turned by {frame.rotation} degrees or mirrored, "
+                "and which of them cannot be read. Turn its pictures: ffmpeg -i IN OUT.mp4"
+            ) from None
+    if matrix is None:
+        return UPRIGHT
+    try:
+        return of_display_matrix(bytes(cast("SideData", matrix)))
+    except ValueError as error:
+        raise MediaError(f"{path}: {error}") from error
 
 
 def _shown_size(
@@ -270,7 +284,9 @@ def _refuse_choices(path: Path, stream: VideoStream) -> None:
     context = stream.codec_context
     _refuse_hdr(path, context.color_trc)
     tags = {name.lower(): value for name, value in stream.metadata.items()}
-    has_alpha = context.format is not None and any(part.is_alpha for part in context.format.components)
+    has_alpha = context.format is not None and any(
+        part.is_alpha for part in context.format.components
+    )
     if has_alpha or tags.get("alpha_mode") == "1":
         raise MediaError(
             f"{path}: the video has an alpha channel, and what lies beneath it is not meant to be "
