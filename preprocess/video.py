@@ -68,8 +68,7 @@ def survey(path: Path, on_progress: Callable[[], None] = lambda: None) -> Probe:
             if len(pts) >= _SEEK_FROM:
                 digests.append(_digest(frame))
             pts.append(frame.pts)
-        if first is None:
-            raise MediaError(f"{path}: the video has no frames")
+        assert first is not None, "_frames raises where there are none"
         _refuse_hdr(path, first.color_trc)
         assert stream.time_base is not None
         claimed = (stream.average_rate, stream.guessed_rate, stream.base_rate)
@@ -156,7 +155,7 @@ def _by_shortcut(
                 if place == len(indices):
                     return
                 number += 1
-        except av.error.FFmpegError:  # from the start it may go well
+        except (MediaError, av.error.FFmpegError):  # from the start it may go well
             return
 
 
@@ -185,6 +184,7 @@ def _frames(
     would be a wrong picture. MediaError there.
     """
     number = 0
+    first: Exception | None = None
     damage: Exception | None = None
     for packet in container.demux(stream):
         if stored is not None and packet.size:
@@ -192,6 +192,7 @@ def _frames(
         try:
             decoded = packet.decode()
         except av.error.InvalidDataError as error:
+            first = first or error
             damage = error if number else None
             continue
         if damage is not None and packet.size:  # at the end only what waited comes out
@@ -199,6 +200,9 @@ def _frames(
         for frame in decoded:
             yield frame
             number += 1
+    if number == 0:
+        why = f"cannot decode the video ({first})" if first else "the video has no frames"
+        raise MediaError(f"{path}: {why}")
 
 
 class _Picture:
