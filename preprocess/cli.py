@@ -148,6 +148,8 @@ def encode(
         )
     if outcome.rejected:
         echo(rejections, err=True)
+    if outcome.replaced:
+        echo(f"{report.count(outcome.replaced, 'sample')} replaced that an older frame rule misread")
     if outcome.removed:
         echo(
             f"{report.count(outcome.removed, 'sample')} removed that the dataset does not give any "

@@ -75,7 +75,7 @@ def verify(
     decode: Annotated[int, typer.Option(metavar="N", help="Draw N samples and decode them with the VAE.", rich_help_panel=DECODE)] = 0,
     sample: Annotated[list[str] | None, typer.Option("--sample", metavar="KEY", help="Decode this sample; may be given several times.", show_default="none", rich_help_panel=DECODE)] = None,
     model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="A model with the VAE that encoded the shards: a folder, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=DECODE)] = DEFAULT_MODEL,
-    train_data_dir: Annotated[Path, typer.Option(parser=media_folder, metavar="DIR|URL", envvar="DATASET_NAME", help="Folder of the videos and images that were encoded, to compare with.", rich_help_panel=DECODE)] = Path("datasets"),
+    train_data_dir: Annotated[Path, typer.Option(parser=media_folder, metavar="DIR|URL", envvar="DATASET_NAME", help="Folder of the videos and images that were encoded, to compare with.", rich_help_panel=INPUT)] = Path("datasets"),
     seed: Annotated[int, typer.Option(metavar="N", help="Decides which samples are drawn.", rich_help_panel=DECODE)] = 42,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=DECODE)] = "auto",
     decode_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="A source that takes longer to decode is given up.", rich_help_panel=DECODE)] = 120,
@@ -84,13 +84,13 @@ def verify(
 ) -> None:
     """Check every shard; name what is wrong, by file and sample.
 
-    Reads all of it once: checksums, members, shapes, NaN, empty text, the index against the tars; captions and conditions beside the shards too. Changes nothing, and may run beside a wanprep that encodes. The exit code is 1 where something is wrong. What a finding means and how to mend it stands with it.
+    Reads all of it once: checksums, members, shapes, NaN, empty text, the index against the tars; captions and conditions beside the shards too. Samples that an older wandistill encoded are judged by their media in --train-data-dir: of some it took other frames than players show. Changes nothing, and may run beside a wanprep that encodes. The exit code is 1 where something is wrong. What a finding means and how to mend it stands with it.
 
     Next: wantrain distill --shards DIR
     """
     from rich.console import Console
 
-    from preprocess import verify_report
+    from preprocess import old_samples, verify_report
     from preprocess.decoded import DecodeConfig, decode_samples, findings
     from preprocess.verify import verify as run_verify
 
@@ -110,6 +110,9 @@ def verify(
         decode_timeout=decode_timeout,
     )
     verified = run_verify(shards, console)
+    verified.findings += old_samples.findings(
+        shards, train_data_dir, console, timeout=decode_timeout
+    )
     quiet = json is not None and str(json) == "-"
     if not quiet:
         for line in verify_report.lines(verified.findings):

@@ -115,6 +115,7 @@ def page(plan: "Foreseen", output: Path, *, prune: bool) -> list[str]:
     lines += _listed("shortened", _said(plan.shortened))
     lines += _listed("upscaled", _said(plan.upscaled))
     lines += _listed("slow", _said(plan.slow))
+    lines += _listed("noted", _said(plan.noted))
     if plan.source_frames:
         share = plan.dropped_frames / plan.source_frames
         lines.append(

@@ -6,7 +6,7 @@ The text encoder and the VAE are never in memory together. Everything that is co
 however the run ends, and the same command goes on from there.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,6 +26,7 @@ from preprocess.engine import COMPONENTS, Engine, LocalEngine
 from preprocess.fingerprint import encode_fingerprint, refuse_other_settings, sparing_cure
 from preprocess.index import settled_index
 from preprocess.media_info import MediaError
+from preprocess.old_samples import superseded
 from preprocess.passes import Encoded, Times, latents_from_cache, samples_of, texts_from_cache
 from preprocess.plan import Captions, Work, committed_of, missing_of, plan_work
 from preprocess.rejected import rejected_file, write_rejected
@@ -72,6 +73,8 @@ class Outcome:
     """Validation prompts, where this run wrote their list."""
     removed: int = 0
     """Samples that are not in the dataset any more and were removed from the cache (--prune)."""
+    replaced: int = 0
+    """Samples that an older frame rule had misread and that were taken out for new ones."""
     left: int = 0
     """Samples of the dataset that are not in the shards."""
     rejected: list[Rejected] = field(default_factory=list)
@@ -150,10 +153,14 @@ def _encode(
         prompts = missing_prompts(config, there) if config.rank.number == 0 else []
         validation = missing_validation(job.validation, there) if config.rank.number == 0 else None
         outcome.left = len(captions)
-        _say_plan(console, config, planned, mine, committed, outcome)
+        live = {key for work in planned for key, _ in work.samples}
+        replaced: dict[str, str] = {}
+        if config.rank.number == 0 and outcome.index is not None:
+            media = {work.entry.source: work.entry.path for work in planned if work.entry.path}
+            replaced = superseded(outcome.index, sidecars, media, live, pool, console)
+        _say_plan(console, config, planned, mine, committed, outcome, replaced)
         leftover: list[str] = []
         if config.prune and config.rank.number == 0 and outcome.index is not None:
-            live = {key for work in planned for key, _ in work.samples}
             unusable = {rejected.source for rejected in outcome.rejected}
             leftover = unlisted(outcome.index, live, unusable)
 
@@ -220,9 +227,12 @@ def _encode(
                 outcome.times.end_media(writing=writer.waited)
                 if went := report.where_time_went(outcome.times):
                     say(console, went)
-                if leftover:
-                    shards.add_tombstones(leftover)
-                    outcome.removed = len(leftover)
+                unusable = {rejected.source for rejected in outcome.rejected}
+                replaced = {key: name for key, name in replaced.items() if name not in unusable}
+                if gone := {*leftover, *replaced}:
+                    shards.add_tombstones(sorted(gone))
+                    outcome.replaced = len(replaced)
+                    outcome.removed = len(gone) - len(replaced)
                 _finish(config, outcome, mine)
                 texts.delete()
                 remember_speed(config, fingerprint, outcome.times)
@@ -366,13 +376,21 @@ def _say_plan(
     mine: Sequence[Work],
     committed: Captions,
     outcome: Outcome,
+    replaced: Mapping[str, str],
 ) -> None:
     total = sum(len(work.samples) for work in mine)
     say(
         console, f"samples  {total}: {total - outcome.left} in the shards, {outcome.left} to encode"
     )
     live = {key for work in planned for key, _ in work.samples}
-    if gone := len(committed.keys() - live):
+    if replaced:
+        sources = report.count(len(set(replaced.values())), "source")
+        say(
+            console,
+            f"replaced {report.count(len(replaced), 'sample')} of {sources} that an older frame "
+            "rule misread (wanprep verify says why): encoded again, then the old ones go",
+        )
+    if gone := len(committed.keys() - live - replaced.keys()):
         say(
             console,
             f"leftover {gone} in the shards are not in this dataset (removed, or cut otherwise): "
@@ -382,7 +400,11 @@ def _say_plan(
                 else "they stay and are trained on. To remove them: --prune"
             ),
         )
-    for line in (report.short_clips(planned), report.slow_videos(planned, config.fps)):
+    for line in (
+        report.short_clips(planned),
+        report.repeated_frames(planned),
+        report.noted(planned),
+    ):
         if line:
             say(console, line)
 

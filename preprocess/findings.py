@@ -45,6 +45,8 @@ CODES = {
     "index-row": "a row of the index that is not what its tar holds",
     "overlay-foreign": "conditions that were made with another VAE than the latents",
     "overlay-orphans": "captions or conditions of samples that the cache has no more",
+    "frames-misread": "other pictures than the source shows, read under the first frame rule",
+    "frames-order": "decoded frames are those of other places in the source",
     "psnr": "decoded frames are far from the source's",
     "source-missing": "the source of a decoded sample is not there to compare with",
 }

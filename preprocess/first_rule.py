@@ -1,4 +1,4 @@
-"""The first frame rule: what wandistill 0.1 read of a file, and whether that was what is shown.
+"""The first frame rule: what wandistill once read of a file, and whether that was what is shown.
 
 It took frames by seeking (decord's `video[index]`), which in many files lands elsewhere. Its caches
 stay in use; a file of which it read other pictures, or may have, gets other keys under today's rule
@@ -7,14 +7,16 @@ of `misread` is that decord and sequential decoding differ in no file that it pa
 (`tests/field/`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from av.packet import Packet
 from av.video.frame import PictureType, VideoFrame
 
+from preprocess.media_info import Probe
 from preprocess.orientation import Orientation
+from preprocess.picks import picks_of
 
 # Only what was tried: in these decord's frames were those of sequential decoding, to the bit, if
 # nothing else was odd.
@@ -60,9 +62,7 @@ class Stored:
         if not packet.is_discard:
             self.dts.append(packet.dts)
 
-    def note_first(
-        self, frame: VideoFrame, orientation: Orientation, aspects_differ: bool
-    ) -> None:
+    def note_first(self, frame: VideoFrame, orientation: Orientation, aspects_differ: bool) -> None:
         """The first frame that is shown."""
         self.pixel_format = frame.format.name
         self.mirrored = not orientation.turned_only
@@ -108,6 +108,53 @@ def misread(stored: Stored, pts: Sequence[int | None]) -> str | None:
     if _open_gop(stored.packets):
         return "frames before an open GOP's key frame were taken without those that they need"
     return None
+
+
+def wrong_sample(info: Mapping[str, Any], probe: Probe, media: Mapping[str, Any]) -> str | None:
+    """Why a sample of the first frame rule does not hold what is shown there; None: it does.
+
+    `info`: its `KEY.json`. `media`: that group of its shard's fingerprint. With settings of a
+    --dataset-config, which the fingerprint does not have, frame rates are not looked at.
+    """
+    if info.get("frame_rule", 1) != 1 or info["type"] == "text":
+        return None
+    if probe.old_reading is not None:
+        return probe.old_reading
+    taken_for = (info.get("source_width"), info.get("source_height"))
+    if None not in taken_for and taken_for != (probe.width, probe.height):
+        return (
+            f"the source was taken for {taken_for[0]}x{taken_for[1]}, it is shown as "
+            f"{probe.width}x{probe.height}"
+        )
+    fps, most = media.get("fps"), media.get("video_sample_n_frames")
+    if info["type"] == "video" and isinstance(fps, int | float) and isinstance(most, int):
+        return _wrong_rate(info, probe, float(fps), most)
+    return None
+
+
+def _wrong_rate(info: Mapping[str, Any], probe: Probe, fps: float, most: int) -> str | None:
+    """The same for a clip of `fps` frames a second, `most` at most."""
+    taken = info["frame_indices"]
+    picks = picks_of(probe, stride=1, fps=fps)
+    nearest = [picks.at(number, taken[0]) for number in range(len(taken))]
+    believed = info.get("fps")
+    if taken != nearest:
+        return (
+            f"at {fps:g} frames a second frames {_few(nearest)} are nearest in time, {_few(taken)} "
+            f"were taken (of {believed} frames a second, as the header says)"
+        )
+    # A clip that ends early because the file was believed to be faster than it is.
+    rate_was_wrong = believed and abs(believed / (probe.fps or believed) - 1) > 0.01
+    if rate_was_wrong and len(taken) < most and picks.starts(len(taken) + 1) > taken[0]:
+        return (
+            f"{len(taken)} frames were taken, as of a video of {believed:g} frames a second; it "
+            f"has {probe.fps:g}, which gives more"
+        )
+    return None
+
+
+def _few(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:6])) + (" …" if len(numbers) > 6 else "")
 
 
 def _order(time: int | None) -> int:

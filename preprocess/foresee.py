@@ -76,7 +76,9 @@ class Foreseen:
     shortened: tuple[Change, ...]
     upscaled: tuple[Change, ...]
     slow: tuple[Change, ...]
-    """Videos slower than the frame rate asked for."""
+    """Videos slower than the frame rate asked for, if only in places."""
+    noted: tuple[Change, ...]
+    """What is odd of videos that are taken all the same."""
     source_frames: int
     """Of all videos."""
     dropped_frames: int
@@ -124,6 +126,7 @@ class Foreseen:
             "shortened": changes(self.shortened),
             "upscaled": changes(self.upscaled),
             "slow": changes(self.slow),
+            "noted": changes(self.noted),
         }
 
 
@@ -173,7 +176,8 @@ def foresee(config: EncodeConfig, console: Console, *, measure: bool = False) ->
         rejected=(*job.dataset.rejected, *rejected),
         shortened=_once(_shortened(planned)),
         upscaled=_once(_upscaled(planned)),
-        slow=_once(_slow(planned, config.fps)),
+        slow=_once(_slow(planned)),
+        noted=_once(_noted(planned)),
         **_frames(planned),
         new_bytes=sum(_bytes(config, spec, work, missing, tokens) for work, missing in new)
         + sum(_tensor(config, tokens[text], spec.text_dim) for text in prompts),
@@ -315,9 +319,17 @@ def _upscaled(planned: Sequence[Work]) -> Iterable[Change]:
             yield Change(source=work.entry.source, said=f"{sizes}, {factor:.2f} times as large")
 
 
-def _slow(planned: Sequence[Work], fps: float | None) -> Iterable[Change]:
-    for source, rate in report.slow_sources(planned, fps).items():
-        yield Change(source=source, said=f"{rate:g} frames a second, taken as they are")
+def _slow(planned: Sequence[Work]) -> Iterable[Change]:
+    for work in planned:
+        if work.probe is not None and (number := report.repeats(work)):
+            said = f"{number} of {work.clip.bucket.frames} frames are repeated"
+            yield Change(source=work.entry.source, said=f"{said} ({work.probe.fps:g} a second)")
+
+
+def _noted(planned: Sequence[Work]) -> Iterable[Change]:
+    for work in planned:
+        for note in () if work.probe is None else work.probe.notes:
+            yield Change(source=work.entry.source, said=note)
 
 
 def _frames(planned: Sequence[Work]) -> dict[str, int]:

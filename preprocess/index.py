@@ -46,7 +46,7 @@ from shared.durable import (
     write_json,
 )
 from shared.errors import UserError
-from shared.fingerprint import FORMAT_VERSION, refuse_differences
+from shared.fingerprint import FORMAT_VERSION, Fingerprint, of_cache, refuse_differences
 from shared.hashing import FileHasher, digest_of
 from shared.latent_rgb import ColourFit, LatentRgb, solve
 from shared.mirror import mirror_of, pull, shard_file
@@ -235,7 +235,7 @@ def write_index(
             {"name": removed.name, "sha256": removed.sha256, "count": len(removed.keys)}
             for removed in entries.tombstones
         ],
-        "fingerprint": entries.sidecars[0].fingerprint if entries.sidecars else {},
+        "fingerprint": _fingerprint(entries.sidecars),
         "latent_rgb": latent_rgb.to_json() if latent_rgb else None,
     }
     write_json(folder / MANIFEST, manifest)
@@ -317,6 +317,12 @@ def _shard_entry(sidecar: Sidecar) -> dict[str, Any]:
         "count": sidecar.count,
     }
     return entry
+
+
+def _fingerprint(sidecars: list[Sidecar]) -> Fingerprint:
+    if not sidecars:
+        return {}
+    return of_cache(sidecars[0].fingerprint, (sidecar.fingerprint for sidecar in sidecars))
 
 
 def _refuse_mixed(folder: Path, sidecars: list[Sidecar]) -> None:

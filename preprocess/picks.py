@@ -1,4 +1,4 @@
-"""Which frames of a video a clip takes: every N-th that is shown, or those nearest in time. Pure."""
+"""Which frames of a video a clip takes: every N-th that is shown, or the nearest in time. Pure."""
 
 import math
 from dataclasses import dataclass

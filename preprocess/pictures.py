@@ -18,8 +18,8 @@ from preprocess.media_info import Frame, MediaError, Probe
 _EIGHT_BIT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr"}
 _SIXTEEN_BIT_MODES = {"I;16", "I;16L", "I;16B", "I;16N"}
 
-# The formats of `media_info.ANIMATIONS`. PIL reads them when they move, too: FFmpeg does not compose
-# a GIF's frames on white.
+# The formats of `media_info.ANIMATIONS`. PIL reads them when they move, too: FFmpeg does not
+# compose a GIF's frames on white.
 _ANIMATION = re.compile(rb"GIF8|\x89PNG\r\n\x1a\n|RIFF.{4}WEBP|.{4}ftypavi[fs]", re.DOTALL)
 _ORIENTATION = 0x0112  # of EXIF; PIL looks for it in XMP, too
 _BROWSER_DELAY_MS = 100  # what browsers show where a frame's delay is missing or too short

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,25 +103,33 @@ def short_clips(work: Sequence[Work]) -> str | None:
     )
 
 
-def slow_sources(work: Sequence[Work], fps: float | None) -> dict[str, float]:
-    """Videos slower than the frame rate asked for, with theirs."""
-    return {
-        item.entry.source: item.probe.fps
-        for item in work
-        if item.probe is not None
-        and item.probe.fps is not None
-        and (asked := item.entry.sampling.frame_rate(fps)) is not None
-        and item.probe.fps < asked
-    }
+def repeats(work: Work) -> int:
+    """How many frames of a clip are the frame before once more."""
+    indices = work.clip.frame_indices
+    return sum(one == other for one, other in pairwise(indices))
 
 
-def slow_videos(work: Sequence[Work], fps: float | None) -> str | None:
-    """The line about videos slower than the frame rate asked for; None if there are none."""
-    slow = slow_sources(work, fps)
+def repeated_frames(work: Sequence[Work]) -> str | None:
+    """The line about videos slower than --fps, if only in places; None if there are none."""
+    slow = {item.entry.source: item for item in work if repeats(item)}
     if not slow:
         return None
-    named = _named([f"{source} ({rate:g})" for source, rate in slow.items()])
-    return f"slow     {count(len(slow), 'video')} slower than asked, taken as they are: {named}"
+    named = _named(
+        [f"{name} ({repeats(item)} of {item.clip.bucket.frames})" for name, item in slow.items()]
+    )
+    return (
+        f"slow     {count(len(slow), 'video')} slower than --fps, at least in places: frames are "
+        f"repeated, as a player shows them longer: {named}"
+    )
+
+
+def noted(work: Sequence[Work]) -> str | None:
+    """The line about what is odd of videos that are taken all the same; None if nothing is."""
+    odd = {item.entry.source: item.probe.notes for item in work if item.probe and item.probe.notes}
+    if not odd:
+        return None
+    kinds = dict.fromkeys(note for notes in odd.values() for note in notes)
+    return f"noted    {count(len(odd), 'video')} {'; '.join(kinds)}: {_named(list(odd))}"
 
 
 def contents(folder: Path, index: CacheIndex) -> str:

@@ -110,8 +110,8 @@ class Sampling:
         fitting = [length for length in self.lengths if length <= there]
         if not fitting:
             raise MediaError(
-                f"{probe.frames} frames at stride {picks.step:g}: fewer than {self.lengths[0]}, the "
-                "least that its dataset asks for"
+                f"{probe.frames} frames at stride {picks.step:g}: fewer than {self.lengths[0]}, "
+                "the least that its dataset asks for"
             )
         for frames in fitting if self.every_length else fitting[-1:]:
             yield replace(rule, frames=frames)

@@ -6,6 +6,7 @@ Headers are not believed: a rate from one counts only where the frames' own time
 import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +50,7 @@ def _shown_at(pts: Sequence[int | None], dts: Sequence[int]) -> Times | None:
     follow from the others.
     """
     known = [(number, float(time)) for number, time in enumerate(pts) if time is not None]
-    if len(known) < 2 or any(b[1] <= a[1] for a, b in zip(known, known[1:], strict=False)):
+    if len(known) < 2 or any(b[1] <= a[1] for a, b in pairwise(known)):
         if len(dts) < 2:
             return None
         # As many as frames but for packets that hold two or none.

@@ -39,7 +39,7 @@ from shared.cache import (
 from shared.columns import read_attributes
 from shared.durable import TEMPORARY_SUFFIX
 from shared.errors import UserError, first_line
-from shared.fingerprint import differences
+from shared.fingerprint import differences, of_cache
 from shared.hashing import digest_of
 from shared.latent_rgb import ColourFit
 from shared.overlays import CONDITIONS, made_by, overlay_folders, positions
@@ -176,11 +176,18 @@ class _Folder:
             bytes.fromhex(key): max(age(dead.name) for dead in dying)
             for key, dying in self._by_key(self._tombstones).items()
         }
-        common = Counter(digest_of(s.fingerprint) for s in self.sidecars).most_common(1)
-        self._digest = common[0][0] if common else ""
-        self.fingerprint: dict[str, Any] = next(
-            (s.fingerprint for s in self.sidecars if digest_of(s.fingerprint) == self._digest), {}
+        # Shards of both frame rules may lie in a cache, and have its fingerprint.
+        every = [sidecar.fingerprint for sidecar in self.sidecars]
+        whole = [of_cache(fingerprint, every) for fingerprint in every]
+        often = Counter(map(digest_of, whole))
+        self.fingerprint: dict[str, Any] = max(
+            whole, key=lambda fingerprint: often[digest_of(fingerprint)], default={}
         )
+        self._mixed = {
+            sidecar.shard
+            for sidecar, fingerprint in zip(self.sidecars, whole, strict=True)
+            if fingerprint != self.fingerprint
+        }
         self.bytes = sum(sidecar.bytes for sidecar in self.sidecars)
         self._current = self._is_current()
 
@@ -369,7 +376,7 @@ class _Folder:
         """Read every committed tar."""
         roles: set[str] = set()
         for sidecar in self.sidecars:
-            if digest_of(sidecar.fingerprint) != self._digest:
+            if sidecar.shard in self._mixed:
                 fields = differences(sidecar.fingerprint, self.fingerprint)
                 named = ", ".join(f"{name} {value!r}" for name, value, _ in fields)
                 expected = ", ".join(f"{value!r}" for _, _, value in fields)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import av
 import numpy as np
@@ -26,6 +26,9 @@ from preprocess.media_info import Frame, KeyFrames, MediaError, Probe, Shortcut
 from preprocess.orientation import UPRIGHT, Orientation, of_display_matrix
 from preprocess.timing import rate_and_times
 
+if TYPE_CHECKING:
+    from av.sidedata.sidedata import SideData
+
 # Frames before this one are reached from the start of the file; seeking would gain little.
 _SEEK_FROM = 250
 # Every so many rows enter a frame's digest: at least one of each 4×4 block that a codec knows.
@@ -33,7 +36,10 @@ _DIGEST_ROWS = 4
 # H.273: SMPTE ST 2084 (PQ), ARIB STD-B67 (HLG).
 _HDR = {16: "smpte2084", 18: "arib-std-b67"}
 
-INTERLACED = "interlaced: both fields of a frame are taken as one picture"
+INTERLACED = (
+    "interlaced, both fields of a frame taken as one picture (combed where it moves; "
+    "to deinterlace: ffmpeg -i IN -vf bwdif=mode=send_frame OUT.mp4)"
+)
 
 
 def survey(path: Path, on_progress: Callable[[], None] = lambda: None) -> Probe:
@@ -62,8 +68,7 @@ def survey(path: Path, on_progress: Callable[[], None] = lambda: None) -> Probe:
             if len(pts) >= _SEEK_FROM:
                 digests.append(_digest(frame))
             pts.append(frame.pts)
-        if first is None:
-            raise MediaError(f"{path}: the video has no frames")
+        assert first is not None, "_frames raises where there are none"
         _refuse_hdr(path, first.color_trc)
         assert stream.time_base is not None
         claimed = (stream.average_rate, stream.guessed_rate, stream.base_rate)
@@ -94,8 +99,8 @@ def frames_at(
     """
     done = 0
     if shortcut is not None:
-        for frame in _by_shortcut(path, indices, shortcut, on_progress):
-            yield frame
+        for shown in _by_shortcut(path, indices, shortcut, on_progress):
+            yield shown
             done += 1
         if done == len(indices):
             return
@@ -150,7 +155,7 @@ def _by_shortcut(
                 if place == len(indices):
                     return
                 number += 1
-        except av.error.FFmpegError:  # from the start it may go well
+        except (MediaError, av.error.FFmpegError):  # from the start it may go well
             return
 
 
@@ -160,7 +165,8 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     # Only local files: a playlist that calls itself .mp4 must not reach the network.
     with av.open(str(path), options={"protocol_whitelist": "file"}) as container:
         stream = container.streams.best("video")
-        if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+        attached = av.stream.Disposition.attached_pic  # the cover of an album
+        if not isinstance(stream, VideoStream) or stream.disposition & attached:
             raise MediaError(f"{path}: the file has no video stream")
         if stream.codec_context is None:
             raise MediaError(f"{path}: this FFmpeg has no decoder for its video")
@@ -169,7 +175,7 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 
 def _frames(
-    path: Path, container: InputContainer, stream: VideoStream, stored: "Stored | None" = None
+    path: Path, container: InputContainer, stream: VideoStream, stored: Stored | None = None
 ) -> Iterator[VideoFrame]:
     """What the decoder shows, in order.
 
@@ -178,6 +184,7 @@ def _frames(
     would be a wrong picture. MediaError there.
     """
     number = 0
+    first: Exception | None = None
     damage: Exception | None = None
     for packet in container.demux(stream):
         if stored is not None and packet.size:
@@ -185,6 +192,7 @@ def _frames(
         try:
             decoded = packet.decode()
         except av.error.InvalidDataError as error:
+            first = first or error
             damage = error if number else None
             continue
         if damage is not None and packet.size:  # at the end only what waited comes out
@@ -192,6 +200,9 @@ def _frames(
         for frame in decoded:
             yield frame
             number += 1
+    if number == 0:
+        why = f"cannot decode the video ({first})" if first else "the video has no frames"
+        raise MediaError(f"{path}: {why}")
 
 
 class _Picture:
@@ -231,18 +242,25 @@ class _Picture:
             ).configure()
             self._graph, self._of = graph, layout
         self._graph.vpush(frame)
-        rgb: Frame = self._graph.vpull().to_ndarray()
-        return rgb
+        return np.asarray(self._graph.vpull().to_ndarray(), np.uint8)
 
 
 def _orientation(path: Path, frame: VideoFrame) -> Orientation:
-    for side_data in frame.side_data:
-        if side_data.type == av.sidedata.sidedata.Type.DISPLAYMATRIX:
-            try:
-                return of_display_matrix(bytes(side_data))
-            except ValueError as error:
-                raise MediaError(f"{path}: {error}") from error
-    return UPRIGHT
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV stops at side data that it has no name for, such as EXIF
+        matrix = None
+        if frame.rotation % 360:
+            raise MediaError(
+                f"{path}: the video is to be shown turned by {frame.rotation} degrees or mirrored, "
+                "and which of them cannot be read. Turn its pictures: ffmpeg -i IN OUT.mp4"
+            ) from None
+    if matrix is None:
+        return UPRIGHT
+    try:
+        return of_display_matrix(bytes(cast("SideData", matrix)))
+    except ValueError as error:
+        raise MediaError(f"{path}: {error}") from error
 
 
 def _shown_size(
@@ -270,7 +288,9 @@ def _refuse_choices(path: Path, stream: VideoStream) -> None:
     context = stream.codec_context
     _refuse_hdr(path, context.color_trc)
     tags = {name.lower(): value for name, value in stream.metadata.items()}
-    has_alpha = context.format is not None and any(part.is_alpha for part in context.format.components)
+    has_alpha = context.format is not None and any(
+        part.is_alpha for part in context.format.components
+    )
     if has_alpha or tags.get("alpha_mode") == "1":
         raise MediaError(
             f"{path}: the video has an alpha channel, and what lies beneath it is not meant to be "

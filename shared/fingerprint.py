@@ -4,6 +4,7 @@ A fingerprint is a plain nested dict of JSON values, so that it can be stored in
 by a person, and compared field by field.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ FRAME_RULE = (
     "uniform by SHA-256 of seed and content"
 )
 
-# Values of a field that may lie in one cache. The frame rules: where the second may give other
-# frames of a file than the first, its samples have other keys.
-_ALIKE: dict[str, set[Any]] = {"media.frame_rule": {FIRST_FRAME_RULE, FRAME_RULE}}
+# Both frame rules may lie in one cache: where the second may give other frames of a file than the
+# first, its samples have other keys.
+_FRAME_RULES = {FIRST_FRAME_RULE, FRAME_RULE}
 
 Fingerprint = dict[str, Any]
 
@@ -105,8 +106,25 @@ def differences(found: Fingerprint, expected: Fingerprint) -> list[tuple[str, An
         for field, value in flatten(expected).items()
         if value is not None
         and flat_found.get(field) != value
-        and not {flat_found.get(field), value} <= _ALIKE.get(field, set())
+        and not (field == "media.frame_rule" and {flat_found.get(field), value} <= _FRAME_RULES)
     ]
+
+
+def has_first_frame_rule(fingerprint: Fingerprint) -> bool:
+    """Whether samples of it may hold other pictures than are shown (`preprocess.first_rule`)."""
+    media = fingerprint.get("media")
+    return isinstance(media, dict) and media.get("frame_rule") == FIRST_FRAME_RULE
+
+
+def of_cache(own: Fingerprint, shards: Iterable[Fingerprint]) -> Fingerprint:
+    """`own`, one of its shards', as the fingerprint of a whole cache.
+
+    It has the first frame rule if any shard has: what is rewritten under it is then looked at
+    again, and a cache that grows keeps its fingerprint.
+    """
+    if isinstance(own.get("media"), dict) and any(map(has_first_frame_rule, shards)):
+        return {**own, "media": {**own["media"], "frame_rule": FIRST_FRAME_RULE}}
+    return own
 
 
 def to_redo(differing: list[tuple[str, Any, Any]]) -> str:

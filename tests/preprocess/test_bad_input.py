@@ -284,8 +284,8 @@ def test_leftovers_of_a_killed_run_are_removed(data: Path, tiny_t2v: Path, tmp_p
     assert len(committed_shards(output)) == 2
 
 
-def test_hostile_names_and_a_video_that_decord_misreads(tiny_t2v: Path, tmp_path: Path) -> None:
-    """One entry each that once ended the whole run; the good clip beside them is encoded."""
+def test_hostile_names_and_a_tiny_video(tiny_t2v: Path, tmp_path: Path) -> None:
+    """One entry each that once ended the whole run; what is good beside them is encoded."""
     data = tmp_path / "data"
     data.mkdir()
     render_clip(data / "good.mp4", height=64, width=96, frames=6)
@@ -293,13 +293,12 @@ def test_hostile_names_and_a_video_that_decord_misreads(tiny_t2v: Path, tmp_path
     (data / "loop.mp4").symlink_to("loop.mp4")
     names = ["tiny.mp4", "~nobody.mp4", "loop.mp4", "x" * 300 + ".mp4", "good.mp4"]
     write_metadata(data, [{"file_path": name, "text": "a", "type": "video"} for name in names])
-    ran = encode(tiny_t2v, data, tmp_path / "shards", "--max-bad", 4)
+    ran = encode(tiny_t2v, data, tmp_path / "shards", "--max-bad", 3)
     assert ran.code == 0, ran.err
     assert sum(sidecar.count for sidecar in committed_shards(tmp_path / "shards")[:1]) == 1
     rejected = (tmp_path / "shards" / "rejected.jsonl").read_text().splitlines()
     reasons = {json.loads(line)["source"]: json.loads(line)["reason"] for line in rejected}
-    assert set(reasons) == set(names) - {"good.mp4"}
-    assert "expected (H, W, 3)" in reasons["tiny.mp4"]
+    assert set(reasons) == set(names) - {"good.mp4", "tiny.mp4"}
 
 
 def test_a_folder_drops_nothing_that_has_a_caption(tiny_t2v: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Literal
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -159,7 +160,8 @@ def test_frame_rates() -> None:
     assert rate(24.0, 16.0) == [0, 2, 3, 5, 6, 8, 9, 11, 12]
     assert rate(32.0, 16.0) == [0, 2, 4, 6, 8, 10, 12, 14, 16]
     assert rate(60.0, 16.0) == [0, 4, 8, 11, 15, 19, 23, 26, 30]
-    assert rate(12.0, 16.0) == list(range(9))  # slower: as it is, nothing doubled
+    assert rate(12.0, 16.0) == [0, 1, 2, 2, 3, 4, 5, 5, 6]  # slower: shown longer, so twice
+    assert rate(8.0, 16.0, frames=3) == [0, 1, 1, 2, 2]
     assert rate(24.0, 16.0, frames=8) == [0, 2, 3, 5, 6]
     with pytest.raises(MediaError, match="tells no frame rate"):
         rate(0.0, 16.0)
@@ -231,16 +233,22 @@ RULES = st.builds(
     height=st.integers(100, 1500),
     width=st.integers(100, 1500),
     kind=st.sampled_from(["video", "image"]),
+    gaps=st.none() | st.lists(st.floats(0.002, 2), min_size=1, max_size=9),
 )
 def test_whatever_is_asked(
     rule: ClipRule,
     frames: int,
     fps: float,
+    gaps: list[float] | None,
     height: int,
     width: int,
     kind: Literal["video", "image"],
 ) -> None:
     probe = Probe(frames=frames, height=height, width=width, fps=fps if kind == "video" else None)
+    if kind == "video" and gaps and frames > 1:
+        seconds = np.cumsum([0.0, *np.resize(gaps, frames - 1)])
+        fps = (frames - 1) / float(seconds[-1])
+        probe = replace(probe, fps=fps, times=seconds.tobytes())
     clips = choose_clips(probe, kind, MEDIA[1], rule)
     assert clips and len(set(clips)) == len(clips)
     assert clips == choose_clips(probe, kind, MEDIA[1], rule)
@@ -248,11 +256,17 @@ def test_whatever_is_asked(
         indices, bucket = clip.frame_indices, clip.bucket
         assert len(indices) == bucket.frames <= clip.asked <= rule.frames or kind == "image"
         assert bucket.frames % 4 == 1
-        assert all(one < other for one, other in pairwise(indices))
+        slower = rule.fps is not None and kind == "video" and (gaps or fps < rule.fps)
+        assert all(one < other or (slower and one == other) for one, other in pairwise(indices))
         assert indices[0] >= 0 and indices[-1] < (frames if kind == "video" else 1)
         assert bucket.height % rule.multiple == bucket.width % rule.multiple == 0
         assert min(bucket.height, bucket.width) >= rule.multiple
-    if kind == "video" and rule.clips == "chunk" and rule.variants == 1:
+        shown = probe.seconds()
+        if shown is not None and rule.fps is not None and rule.clips != "chunk":
+            wanted = shown[indices[0]] + np.arange(len(indices)) / rule.fps
+            off = np.abs(shown[:, None] - wanted)  # (frames, frames of the clip)
+            assert (off[list(indices), np.arange(len(indices))] <= off.min(axis=0) + 1e-8).all()
+    if kind == "video" and rule.clips == "chunk" and rule.variants == 1 and not slower:
         covered = [index for clip in clips for index in clip.frame_indices]
         assert len(set(covered)) == len(covered)
 

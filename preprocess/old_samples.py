@@ -1,0 +1,198 @@
+"""Samples of the first frame rule that hold other pictures than their source shows.
+
+For `wanprep verify`, which names them, and `wanprep encode`, which replaces them.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from preprocess import report
+from preprocess.decode import look
+from preprocess.findings import Finding
+from preprocess.first_rule import wrong_sample
+from preprocess.media_info import Kind, MediaError, Probe
+from preprocess.probe_memo import ProbeMemo
+from preprocess.sources import Medium, stamp
+from preprocess.tars import base_folder, medium_named
+from preprocess.workers import WorkerPool, default_workers
+from shared.cache import CacheIndex, MemberReader, Sidecar, committed_shards, open_cache
+from shared.errors import UserError
+from shared.fingerprint import has_first_frame_rule
+from shared.hashing import FileHasher
+
+# Fields of `KEY.json` by which a sample is judged; its caption may be long.
+_JUDGED_BY = (
+    *("type", "source", "frame_rule", "frame_indices", "fps"),
+    *("source_width", "source_height"),
+)
+_NAMED = 3  # of a long list, so many are named
+
+
+@dataclass(frozen=True, kw_only=True)
+class OldSample:
+    """A sample that was made under the first frame rule."""
+
+    key: str
+    source: str
+    type: Kind
+    shard: str
+    wrong: str | None = None
+    """Why it does not hold what its source shows; None where it does."""
+    unseen: str | None = None
+    """Why its source could not be looked at."""
+
+
+def rows_of_first_rule(index: CacheIndex, sidecars: list[Sidecar]) -> list[int]:
+    """Rows of live samples with a medium in shards of the first frame rule."""
+    old = {sidecar.shard for sidecar in sidecars if has_first_frame_rule(sidecar.fingerprint)}
+    numbers = [number for number, shard in enumerate(index.shards) if shard in old]
+    return [int(row) for row in np.flatnonzero(np.isin(index.shard_ids, numbers))]
+
+
+def looked_at(
+    index: CacheIndex,
+    rows: list[int],
+    medium_of: Callable[[str], Medium | None],
+    pool: WorkerPool,
+    on_progress: Callable[[], None],
+) -> Iterator[OldSample]:
+    """Each of these samples, judged by its source as it is now; in no fixed order.
+
+    `medium_of` gives the medium of a source's name, None where it is to be passed over. Media are
+    opened once, and not at all where they were before.
+    """
+    by_source: dict[tuple[str, Kind], list[int]] = {}
+    infos: dict[int, Mapping[str, object]] = {}
+    reader = MemberReader(index)
+    try:
+        for row in rows:
+            info = reader.info(row)
+            if info["type"] == "text":  # has no source
+                on_progress()
+                continue
+            infos[row] = {name: info[name] for name in _JUDGED_BY if name in info}
+            by_source.setdefault((str(info["source"]), info["type"]), []).append(row)
+    finally:
+        reader.close()
+    media = index.fingerprint.get("media", {})
+    hasher, probes = FileHasher(), ProbeMemo()
+
+    def judged(row: int, probe: Probe | None, unseen: str | None) -> OldSample:
+        info = infos[row]
+        on_progress()
+        return OldSample(
+            key=index.key(row),
+            source=str(info["source"]),
+            type=info["type"],  # type: ignore[arg-type]  # one of MEDIA_TYPES
+            shard=index.shards[int(index.shard_ids[row])],
+            wrong=None if probe is None else wrong_sample(info, probe, media),
+            unseen=unseen,
+        )
+
+    tasks = []
+    for (source, kind), its_rows in by_source.items():
+        try:
+            medium = medium_of(source)
+        except (MediaError, UserError, OSError) as error:
+            yield from (judged(row, None, str(error)) for row in its_rows)
+            continue
+        if medium is None:
+            for _ in its_rows:
+                on_progress()
+            continue
+        name = stamp(medium, hasher)
+        known = None if name is None else probes.known(name, kind) or probes.known(name, "auto")
+        if known is not None and known.type == kind:
+            yield from (judged(row, known, None) for row in its_rows)
+            continue
+        sha256 = None if name is None else hasher.known(name)
+        tasks.append(((medium, name, kind, its_rows), (medium, kind, sha256)))
+    done = pool.completed(look, tasks, source=lambda item: item[0], ahead=4 * pool.workers)
+    for (_, name, kind, its_rows), future in done:
+        try:
+            probe, sha256 = future.result()
+        except (MediaError, OSError) as error:
+            yield from (judged(row, None, str(error)) for row in its_rows)
+            continue
+        if name is not None:
+            hasher.remember(name, sha256)
+            probes.remember(name, kind, probe)
+        yield from (judged(row, probe, None) for row in its_rows)
+
+
+def superseded(
+    index: CacheIndex,
+    sidecars: list[Sidecar],
+    media: Mapping[str, Medium],
+    live: Collection[str],
+    pool: WorkerPool,
+    console: Console,
+) -> dict[str, str]:
+    """Key → source of samples whose place others take now: wrong ones, and no more `live`.
+
+    `media`: what the dataset has, by source; of others nothing is said.
+    """
+    rows = [row for row in rows_of_first_rule(index, sidecars) if index.key(row) not in live]
+    with report.bar(console, "looking at old samples", len(rows)) as advance:
+        judged = looked_at(index, rows, media.get, pool, advance)
+        return {sample.key: sample.source for sample in judged if sample.wrong is not None}
+
+
+def findings(folder: Path, data_dir: Path, console: Console, *, timeout: float) -> list[Finding]:
+    """What is wrong with samples of the first frame rule, by their media in `data_dir`.
+
+    Empty where a cache has none, or has no index. `timeout`: seconds a medium may take.
+    """
+    try:
+        index = open_cache(folder)
+        rows = rows_of_first_rule(index, committed_shards(folder))
+    except UserError:  # which is a finding already
+        return []
+    if not rows:
+        return []
+    base = base_folder(data_dir)
+    found, unseen = [], []
+    with (
+        report.bar(console, "looking into sources", len(rows)) as advance,
+        WorkerPool(default_workers(), timeout=timeout) as pool,
+    ):
+        for sample in looked_at(
+            index, rows, lambda source: medium_named(base, source), pool, advance
+        ):
+            if sample.wrong is not None:
+                found.append(_wrong(sample, folder))
+            elif sample.unseen is not None:
+                unseen.append(sample)
+    found.sort(key=lambda finding: (finding.file, finding.key or ""))
+    return found + ([_unseen(unseen, data_dir)] if unseen else [])
+
+
+def _wrong(sample: OldSample, folder: Path) -> Finding:
+    return Finding(
+        severity="error",
+        code="frames-misread",
+        file=sample.shard,
+        key=sample.key,
+        found=f"{sample.source}: {sample.wrong}",
+        expected="the frames that players show",
+        cure="run `wanprep encode` again, with the options of this cache and --output "
+        f"{folder}: it encodes these samples anew and takes the old ones out",
+    )
+
+
+def _unseen(samples: list[OldSample], data_dir: Path) -> Finding:
+    sources = sorted({sample.source for sample in samples})
+    named = ", ".join(sources[:_NAMED]) + (" …" if len(sources) > _NAMED else "")
+    return Finding(
+        severity="note",
+        code="source-missing",
+        file=samples[0].shard,
+        found=f"{report.count(len(samples), 'sample')} that an older wandistill encoded, whose "
+        f"sources can't be looked at in {data_dir}: {named} ({samples[0].unseen})",
+        expected="the media that were encoded, to see whether the right frames were taken",
+        cure="set --train-data-dir to the folder of the media",
+    )
