@@ -19,6 +19,7 @@ import av
 import numpy as np
 
 from tests.field import ffmpeg
+from tests.field.cells import ENDINGS, MUXERS
 from tests.field.codecs import PLAIN, h264, hevc
 from tests.field.picture import SIZE, Pixels, UnreadableError, see
 
@@ -32,7 +33,21 @@ class Setting:
     size: tuple[int, int] = SIZE
     frames: int = FRAMES
     remux: tuple[object, ...] = ()
-    """ffmpeg's arguments (before, after the input) of a second pass that copies."""
+    """ffmpeg's arguments of a second pass that copies; -ss stands before the input."""
+
+    def make(self, folder: Path, container: str) -> Path | None:
+        """The clip; None where the encoder or the container will not have it."""
+        path = folder / f"a.{ENDINGS.get(container, container)}"
+        muxer = MUXERS.get(container, ())
+        try:
+            ffmpeg.encode(path, *self.options, *muxer, numbers=range(self.frames), size=self.size)
+            if self.remux:
+                source = path.rename(folder / f"source{path.suffix}")
+                before, after = (self.remux, ()) if self.remux[0] == "-ss" else ((), self.remux)
+                ffmpeg.run(*before, "-i", source, "-c", "copy", *after, *muxer, path)
+        except RuntimeError:
+            return None
+        return path
 
 
 def numbers(frames: list[Pixels]) -> list[Any]:
@@ -209,7 +224,6 @@ def settings(codec: str) -> Iterator[Setting]:
         yield Setting("interlaced", (*plain, "-flags", "+ildct", "-field_order", "tt"))
 
 
-MUXERS = {"m4v": ("-f", "ipod"), "ts as mpg": ("-f", "mpegts")}
 PAIRS = {
     "mp4": ("H.264", "HEVC", "VP9", "AV1", "MPEG-4", "Xvid", "MPEG-2", "MPEG-1", "MJPEG", "PNG"),
     "m4v": ("H.264", "MPEG-4"),
@@ -217,8 +231,8 @@ PAIRS = {
     "mkv": ("H.264", "HEVC", "VP8", "VP9", "AV1", "MPEG-4", "Xvid", "MPEG-2", "MPEG-1", "MJPEG", "ProRes", "FFV1", "HuffYUV", "Ut Video", "raw", "Theora", "MS MPEG-4", "WMV2"),
     "webm": ("VP8", "VP9", "AV1"),
     "avi": ("H.264", "VP8", "VP9", "MPEG-4", "Xvid", "MPEG-2", "MJPEG", "FFV1", "HuffYUV", "Ut Video", "raw", "MS MPEG-4", "WMV2", "Cinepak", "H.263", "Sorenson"),
-    "mpg": ("MPEG-1", "MPEG-2", "H.264", "MPEG-4"),
-    "ts as mpg": ("H.264", "HEVC", "MPEG-2"),
+    "MPEG-PS": ("MPEG-1", "MPEG-2", "H.264", "MPEG-4"),
+    "MPEG-TS": ("H.264", "HEVC", "MPEG-2"),
 }  # fmt: skip
 
 
@@ -226,19 +240,9 @@ def every_pair(folder: Path) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     for container, codecs in PAIRS.items():
         for codec in codecs:
             for setting in settings(codec):
-                path = folder / f"a.{container.split()[-1]}"
-                try:
-                    muxer = MUXERS.get(container, ())
-                    inputs: tuple[object, ...] = ()
-                    ffmpeg.encode(path, *setting.options, *muxer, inputs=inputs,
-                                  numbers=range(setting.frames), size=setting.size)  # fmt: skip
-                    if setting.remux:
-                        source = path.rename(folder / f"source.{path.suffix[1:]}")
-                        before = setting.remux if setting.remux[0] == "-ss" else ()
-                        after = () if before else setting.remux
-                        ffmpeg.run(*before, "-i", source, "-c", "copy", *after, *muxer, path)
-                except RuntimeError as error:
-                    print(container, codec, setting.name, "not made:", str(error).splitlines()[-1][-150:], file=sys.stderr)
+                path = setting.make(folder, container)
+                if path is None:
+                    print(container, codec, setting.name, "not made", file=sys.stderr)
                     continue
                 yield container, codec, setting.name, compare(path)
 
