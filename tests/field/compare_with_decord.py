@@ -7,6 +7,7 @@ decord by index at stride 2, by index backwards, and in sequence, against PyAV i
 by number in the picture, and to the bit in rgb24.
 """
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -66,7 +67,11 @@ def by_pyav(path: Path) -> list[Pixels]:
         stream = container.streams.best("video")
         assert stream is not None
         stream.thread_count = 1
-        return [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+        frames: list[Pixels] = []
+        for packet in container.demux(stream):
+            with contextlib.suppress(av.error.InvalidDataError):
+                frames += [frame.to_ndarray(format="rgb24") for frame in packet.decode()]
+        return frames
 
 
 def by_decord(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from tests.field.clips import CELLS
 from tests.field.picture import NUMBERS, number_of
 
 COUNT = 340
-WINDOW = tuple(range(281, 330, 2))
+WINDOW = tuple(range(281, 320, 2))
 
 # Those of the matrix in which a seek may land elsewhere than the header says.
 NAMES = (
