@@ -1,4 +1,4 @@
-"""Headers edited in bytes: what no encoder writes by itself, but phones, editors and recorders do."""
+"""Headers edited in bytes: what no encoder writes, but phones, editors and recorders do."""
 
 import struct
 from collections.abc import Sequence

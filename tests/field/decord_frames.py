@@ -1,4 +1,4 @@
-"""What wandistill's first frame rule read: decord by index, in square pixels. For comparison only."""
+"""What the first frame rule read: decord by index, in square pixels. For comparison only."""
 
 from collections.abc import Sequence
 from pathlib import Path

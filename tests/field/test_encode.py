@@ -35,7 +35,9 @@ def chosen() -> dict[str, Cell]:
 
 
 @pytest.fixture(scope="module")
-def caches(chosen: dict[str, Cell], tmp_path_factory: pytest.TempPathFactory) -> tuple[Cache, Cache]:
+def caches(
+    chosen: dict[str, Cell], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Cache, Cache]:
     """Of the cells, and of clean re-encodes of the pictures that they show."""
     folder = tmp_path_factory.mktemp("encode")
     opened = []

@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 
 from preprocess.media import probe, read_frames
+from tests.field import decord_frames
 from tests.field.cells import Cell
 from tests.field.clips import CELLS
-from tests.field.compare_with_decord import PAIRS, settings
 from tests.field.rejected import REJECTED
+from tests.field.settings import PAIRS, settings
 
-pytest.importorskip("decord")
-
-from tests.field import decord_frames  # noqa: E402 - decord has no wheel for ARM
+pytest.importorskip("decord")  # there is no wheel for ARM
 
 VIDEOS = [cell for cell in CELLS if cell.name not in REJECTED and cell.kind == "video"]
 CONTAINERS = ("mp4", "mov", "mkv", "webm")

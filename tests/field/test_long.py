@@ -1,11 +1,11 @@
-"""Long videos, in which decoding of a late clip begins at a key frame: the same frames come of it."""
+"""Long videos, where decoding of a late clip begins at a key frame: the same frames come of it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from preprocess.media import probe, read_frames
-from tests.field.cells import Cell
 from tests.field.clips import CELLS
 from tests.field.picture import NUMBERS, number_of
 
@@ -40,7 +40,7 @@ NAMES = (
 def test_a_clip_late_in_a_long_video(name: str, tmp_path: Path) -> None:
     (cell,) = (cell for cell in CELLS if cell.name == name)
     hidden = cell.expected[0]  # by an edit list
-    longer = _longer(cell)
+    longer = replace(cell, numbers=[number % NUMBERS for number in range(COUNT)])
     path = longer.make(tmp_path)
     seen = probe(path, "video")
     assert seen.frames in (COUNT - hidden, COUNT - 2)  # libxvid keeps two to itself
@@ -53,9 +53,3 @@ def test_a_clip_late_in_a_long_video(name: str, tmp_path: Path) -> None:
     if name == "mp4-h-264-nothing-odd.mp4":
         assert shortcut is not None
         assert len(decoded) < 2 * (WINDOW[-1] - WINDOW[0])  # so it is one
-
-
-def _longer(cell: Cell) -> Cell:
-    from dataclasses import replace
-
-    return replace(cell, numbers=[number % NUMBERS for number in range(COUNT)])
