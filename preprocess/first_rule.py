@@ -18,13 +18,16 @@ from preprocess.media_info import Probe
 from preprocess.orientation import Orientation
 from preprocess.picks import picks_of
 
+PAIRS = frozenset({("avi", "huffyuv"), ("avi", "utvideo")})
+"""(container, codec), by FFmpeg's names, in which decord was right in all that was tried."""
+
 # Only what was tried: in these decord's frames were those of sequential decoding, to the bit, if
 # nothing else was odd.
 _CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2": "mp4 or mov", "matroska,webm": "mkv or webm"}
 _CODECS = ("h264", "hevc", "vp8", "vp9", "mjpeg", "prores")
 _PIXEL_FORMATS = (
     *("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"),
-    *("nv12", "gray", "gbrp", "yuv422p10le", "yuv444p10le"),
+    *("nv12", "gray", "gbrp", "rgb24", "bgr24", "yuv422p10le", "yuv444p10le"),
 )
 
 
@@ -48,6 +51,8 @@ class Stored:
     dts: list[int | None] = field(default_factory=list)
     """Of the packets that are shown."""
     pixel_format: str = ""
+    width: int = 0
+    height: int = 0
     mirrored: bool = False
     aspects_differ: bool = False
     sizes_differ: bool = False
@@ -65,16 +70,17 @@ class Stored:
     def note_first(self, frame: VideoFrame, orientation: Orientation, aspects_differ: bool) -> None:
         """The first frame that is shown."""
         self.pixel_format = frame.format.name
+        self.width, self.height = frame.width, frame.height
         self.mirrored = not orientation.turned_only
         self.aspects_differ = aspects_differ
 
-    def note_frame(self, frame: VideoFrame, first: VideoFrame) -> None:
+    def note_frame(self, frame: VideoFrame) -> None:
         """Any frame that is shown."""
         if frame.pict_type == PictureType.I:
             self.intra.add(frame.pts)
         if (frame.width, frame.height, frame.format.name) != (
-            first.width,
-            first.height,
+            self.width,
+            self.height,
             self.pixel_format,
         ):
             self.sizes_differ = True
@@ -87,12 +93,17 @@ def misread(stored: Stored, pts: Sequence[int | None]) -> str | None:
     """
     times = [packet.pts for packet in stored.packets]
     keys = [packet.pts for packet in stored.packets if packet.key]
+    if (stored.container, stored.codec) in PAIRS and same_colours(
+        stored.pixel_format, stored.width, stored.height
+    ):
+        return None
     if stored.container not in _CONTAINERS:
         return f"frames of {stored.container} files were taken by seeking, which lands elsewhere"
     if stored.codec not in _CODECS:
         return f"frames of {stored.codec} video were taken by seeking, which may land elsewhere"
-    if stored.pixel_format not in _PIXEL_FORMATS:
-        return f"colours of {stored.pixel_format} video were converted in another way"
+    if not same_colours(stored.pixel_format, stored.width, stored.height):
+        size = f"{stored.width}x{stored.height}"
+        return f"colours of {stored.pixel_format} video of {size} were converted in another way"
     if stored.mirrored:
         return "mirrored video was shown upside down or not mirrored"
     if stored.streams > 1 or stored.aspects_differ or stored.sizes_differ:
@@ -108,6 +119,15 @@ def misread(stored: Stored, pts: Sequence[int | None]) -> str | None:
     if _open_gop(stored.packets):
         return "frames before an open GOP's key frame were taken without those that they need"
     return None
+
+
+def same_colours(pixel_format: str, width: int, height: int) -> bool:
+    """Whether FFmpeg of today and that of decord (4.1) convert to the same RGB, to the bit.
+
+    They do not where they have to interpolate colours: of more than 8 bits at half the lines, and
+    of odd sizes.
+    """
+    return pixel_format in _PIXEL_FORMATS and width % 2 == height % 2 == 0
 
 
 def wrong_sample(info: Mapping[str, Any], probe: Probe, media: Mapping[str, Any]) -> str | None:

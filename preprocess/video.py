@@ -21,6 +21,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image
 
+from preprocess import decord_pairs
 from preprocess.first_rule import Stored, misread
 from preprocess.media_info import Frame, KeyFrames, MediaError, Probe, Shortcut
 from preprocess.orientation import UPRIGHT, Orientation, of_display_matrix
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 # Frames before this one are reached from the start of the file; seeking would gain little.
 _SEEK_FROM = 250
+# Seconds before a key frame to which a seek may have to go: program streams have no index.
+_SEEK_BEFORE = (0, 2)
 # Every so many rows enter a frame's digest: at least one of each 4×4 block that a codec knows.
 _DIGEST_ROWS = 4
 # H.273: SMPTE ST 2084 (PQ), ARIB STD-B67 (HLG).
@@ -63,7 +66,7 @@ def survey(path: Path, on_progress: Callable[[], None] = lambda: None) -> Probe:
             if first is None:
                 first = frame
                 stored.note_first(frame, _orientation(path, frame), _differing_aspect(stream))
-            stored.note_frame(frame, first)
+            stored.note_frame(frame)
             interlaced = interlaced or bool(frame.interlaced_frame)
             if len(pts) >= _SEEK_FROM:
                 digests.append(_digest(frame))
@@ -74,7 +77,8 @@ def survey(path: Path, on_progress: Callable[[], None] = lambda: None) -> Probe:
         claimed = (stream.average_rate, stream.guessed_rate, stream.base_rate)
         dts = (time for time in stored.dts if time is not None)
         fps, times = rate_and_times(pts, dts, stream.time_base, claimed)
-        width, height = _shown_size(first, stream, _orientation(path, first))
+        orientation = _orientation(path, first)
+        width, height = _shown_size(first.width, first.height, stream, orientation)
         return Probe(
             frames=len(pts),
             height=height,
@@ -108,6 +112,13 @@ def frames_at(
     place = 0
     with _opened(path) as (container, stream):
         picture = _Picture(path, stream)
+        context = stream.codec_context
+        layout = (context.pix_fmt or "", context.width, context.height)
+        if decord_pairs.reads(container.format.name, context.name, *layout):
+            for rgb in decord_pairs.frames(path, left):
+                on_progress()
+                yield picture.shown(rgb, UPRIGHT)  # an AVI cannot be turned
+            return
         for number, frame in enumerate(_frames(path, container, stream)):
             on_progress()
             if number != left[place]:
@@ -127,27 +138,16 @@ def _by_shortcut(
     path: Path, indices: Sequence[int], shortcut: Shortcut, on_progress: Callable[[], None]
 ) -> Iterator[Frame]:
     """The frames at `indices` from a seek on, as long as they are those of sequential decoding."""
-    at_key, *digests = shortcut.digests
     with _opened(path) as (container, stream):
         picture = _Picture(path, stream)
+        number, place = shortcut.frame, 0
         try:
-            container.seek(shortcut.pts, stream=stream)
-            # Frames that need what lies before the seek come first, or are missing.
-            frames = _frames(path, container, stream)
-            number, place = shortcut.frame, 0
-            for key_frame in frames:
-                on_progress()
-                if key_frame.pts == shortcut.pts and _digest(key_frame) == at_key:
-                    break
-                if key_frame.pts is not None and key_frame.pts > shortcut.pts:
-                    return
-            else:
-                return
-            for frame in chain([key_frame], frames):
+            for frame in _from_key_frame(path, container, stream, shortcut):
                 on_progress()
                 shown = None
                 while place < len(indices) and indices[place] == number:
-                    if frame.is_corrupt or _digest(frame) != digests[place]:
+                    # The first digest is the key frame's.
+                    if frame.is_corrupt or _digest(frame) != shortcut.digests[1 + place]:
                         return
                     shown = picture.of(frame) if shown is None else shown
                     yield shown
@@ -157,6 +157,23 @@ def _by_shortcut(
                 number += 1
         except (MediaError, av.error.FFmpegError):  # from the start it may go well
             return
+
+
+def _from_key_frame(
+    path: Path, container: InputContainer, stream: VideoStream, shortcut: Shortcut
+) -> Iterator[VideoFrame]:
+    """What the decoder shows from the shortcut's key frame on; nothing if no seek leads there."""
+    assert stream.time_base is not None
+    for seconds in _SEEK_BEFORE:
+        container.seek(shortcut.pts - round(seconds / stream.time_base), stream=stream)
+        # Frames that need what lies before the seek come first, damaged, or are missing.
+        frames = _frames(path, container, stream)
+        for frame in frames:
+            if frame.pts == shortcut.pts and _digest(frame) == shortcut.digests[0]:
+                yield from chain([frame], frames)
+                return
+            if frame.pts is not None and frame.pts > shortcut.pts:
+                break
 
 
 @contextmanager
@@ -214,10 +231,13 @@ class _Picture:
         self._of: tuple[Any, ...] = ()
 
     def of(self, frame: VideoFrame) -> Frame:
-        """(H, W, 3) uint8."""
-        orientation = _orientation(self._path, frame)
-        rgb = orientation.apply(self._rgb(frame))
-        size = _shown_size(frame, self._stream, orientation)
+        """(H, W, 3) uint8, from what the decoder gave."""
+        return self.shown(self._rgb(frame), _orientation(self._path, frame))
+
+    def shown(self, rgb: Frame, orientation: Orientation) -> Frame:
+        """The same, from RGB as stored."""
+        size = _shown_size(rgb.shape[1], rgb.shape[0], self._stream, orientation)
+        rgb = orientation.apply(rgb)
         if size != (rgb.shape[1], rgb.shape[0]):
             stretched = Image.fromarray(rgb).resize(size, Image.Resampling.BILINEAR)
             rgb = np.asarray(stretched)
@@ -264,10 +284,9 @@ def _orientation(path: Path, frame: VideoFrame) -> Orientation:
 
 
 def _shown_size(
-    frame: VideoFrame, stream: VideoStream, orientation: Orientation
+    width: int, height: int, stream: VideoStream, orientation: Orientation
 ) -> tuple[int, int]:
-    """(width, height) upright, in square pixels: the side that is stretched grows."""
-    width, height = frame.width, frame.height
+    """(width, height) upright, in square pixels, of stored ones: the side that is short grows."""
     aspect = float(stream.sample_aspect_ratio or 1)  # the container's, else the codec's
     width, height = orientation.size(width, height)
     if orientation.transposed:
