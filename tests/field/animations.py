@@ -1,4 +1,4 @@
-"""The animations of the matrix: GIF, WebP, APNG, as browsers show them."""
+"""The animations of the matrix: GIF, WebP, APNG, AVIF, as browsers show them."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,12 +17,14 @@ _TOO_SHORT = [0, 10, 40, 40]
 
 def animations() -> Iterator[Cell]:
     """Every cell of an animated format."""
+    # Of an AVIF the ffmpeg program takes the still that stands for it.
     lossless = {"lossless": True}
     lossy = {"quality": 90, "method": 0}
     for ending, codec, options in (
         ("gif", "GIF", {}),
         ("webp", "WebP", lossless),
         ("apng", "APNG", {}),
+        ("avif", "AVIF", {"quality": 90, "speed": 10, "max_threads": 1}),
     ):
         # 25 frames a second, each shown for 40 ms.
         yield _cell(ending, codec, PLAIN, 25.0, duration=40, **options)
@@ -56,7 +58,8 @@ def _cell(
         frames[0].save(path, **options)
 
     return Cell(container=ending, codec=codec, oddity=oddity, detail=detail, kind="auto",
-                numbers=numbers, shown=shown, fps=fps, make_it=make)  # fmt: skip
+                numbers=numbers, shown=shown, fps=fps, make_it=make,
+                program_reads=ending != "avif")  # fmt: skip
 
 
 def _save_patches(path: Path) -> None:

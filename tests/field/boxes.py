@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import av
+import numpy as np
 
 _WITH_CHILDREN = {b"moov", b"trak", b"mdia", b"udta", b"edts", b"minf", b"stbl"}
 
@@ -142,3 +143,17 @@ def cut_at_packet(path: Path, first: int, last: int | None) -> None:
             raise ValueError(f"{path}: packet {last} shares its sector with another")
         end = (middle + after) // 2
     path.write_bytes(data[begin:end])
+
+
+def damage_packet(path: Path, number: int, how: str) -> None:
+    """Overwrite the second half of one of the video's packets by zeros or noise."""
+    with av.open(str(path)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    start, size = packets[number]
+    if start is None:
+        raise ValueError(f"{path}: packet {number} shares its sector with another")
+    data = bytearray(path.read_bytes())
+    length = size - size // 2
+    noise = np.random.default_rng(1).integers(0, 256, length, dtype=np.uint8).tobytes()
+    data[start + size // 2 : start + size] = bytes(length) if how == "zeros" else noise
+    path.write_bytes(data)

@@ -304,6 +304,13 @@ def _damaged() -> Iterator[Cell]:
                    options=(*CODECS[codec], *(_EVEN if codec == "MPEG-2" else ())),
                    shown=FRAMES[12:], size=_LARGE,
                    edits=(lambda path: boxes.cut_at_packet(path, 4, None),))  # fmt: skip
+    # Frames that are stored behind the first key frame and shown before it need lost ones.
+    opened = (("H.264", _OPEN["H.264"]), ("HEVC", _OPEN["HEVC"]), ("MPEG-2", _B["MPEG-2"]))
+    for codec, options in opened:
+        yield Cell(container="MPEG-TS", codec=codec, oddity="starts without a key frame",
+                   detail="open GOP", options=(*options, *(_EVEN if codec == "MPEG-2" else ())),
+                   shown=FRAMES[12:], size=_LARGE,
+                   edits=(lambda path: boxes.cut_at_packet(path, 4, None),))  # fmt: skip
 
 
 def _refused() -> Iterator[Cell]:

@@ -18,7 +18,7 @@ CONTAINERS = {
 }
 """What a container is called, where that is not its ending."""
 
-_ALONE = ("GIF", "WebP", "APNG", "none", "unknown")
+_ALONE = ("GIF", "WebP", "APNG", "AVIF", "none", "unknown")
 """Codecs that the container says, or that there is none."""
 
 EVERY_FRAME = "every frame, in the order in which they are shown"
