@@ -1,11 +1,12 @@
 """Samples of a cache through the VAE, back to pictures that can be looked at and measured.
 
-What the VAE gives back is compared with the frames that it was given: PSNR of uint8 RGB.
+What the VAE gives back is compared with the frames that it was given: PSNR of uint8 RGB. Whether
+these are the right frames of a video is asked of another decoder, see `preprocess.shown`.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from preprocess.clips import Clip
 from preprocess.conditions import same_content
 from preprocess.decode import digest, fitted_frames
 from preprocess.findings import Finding
-from preprocess.media_info import MediaError
+from preprocess.media_info import ANIMATIONS, MediaError
+from preprocess.shown import other_frames, shown_by_ffmpeg
 from preprocess.tars import base_folder, medium_named
 from preprocess.workers import WorkerPool, default_workers
 from shared.cache import MEDIA_TYPES, CacheIndex, MemberReader, open_cache
@@ -72,6 +74,8 @@ class Decoded:
     """dB over all frames; None where there was nothing to compare with."""
     why: str | None
     """Why there was nothing."""
+    other_frames: str | None
+    """Which of its frames are those of other places in the source; None: none is."""
 
 
 def decode_samples(config: DecodeConfig, console: Console) -> list[Decoded]:
@@ -112,7 +116,7 @@ def findings(config: DecodeConfig, done: Sequence[Decoded]) -> list[Finding]:
     """What is worth saying of decoded samples: pictures far from their source, sources gone."""
     found = []
     for one in done:
-        if one.psnr is None:
+        if one.psnr is None and one.other_frames is None:
             found.append(
                 Finding(
                     severity="note",
@@ -124,7 +128,24 @@ def findings(config: DecodeConfig, done: Sequence[Decoded]) -> list[Finding]:
                     cure="set --train-data-dir to the folder of the media",
                 )
             )
-        elif one.psnr < PSNR_FLOOR:
+            continue
+        cure = (
+            f"look at {one.path}; if it is not the source: wanprep remove --shards "
+            f"{config.shards} --sample {one.key}, then `wanprep encode` again"
+        )
+        if one.other_frames is not None:
+            found.append(
+                Finding(
+                    severity="error",
+                    code="frames-order",
+                    file=one.path.name,
+                    key=one.key,
+                    found=f"{one.source}: {one.other_frames}",
+                    expected="each frame where players show it",
+                    cure=cure,
+                )
+            )
+        if one.psnr is not None and one.psnr < PSNR_FLOOR:
             found.append(
                 Finding(
                     severity="error",
@@ -133,8 +154,7 @@ def findings(config: DecodeConfig, done: Sequence[Decoded]) -> list[Finding]:
                     key=one.key,
                     found=f"{one.psnr:.1f} dB against {one.source}",
                     expected=f"at least {PSNR_FLOOR:g} dB",
-                    cure=f"look at {one.path}; if it is not the source: wanprep remove --shards "
-                    f"{config.shards} --sample {one.key}, then `wanprep encode` again",
+                    cure=cure,
                 )
             )
     return found
@@ -198,30 +218,72 @@ def _decode(
         Image.fromarray(frames[0]).save(path)
     else:
         write_mp4(path, frames, playing_fps(info) or _DEFAULT_FPS)
+    source = _Source(config, index, row, info, pool)
+    measured, why, others = None, None, None
     try:
-        measured, why = psnr(frames, _source(config, index, row, info, pool)), None
+        source.refuse_other_content()
+        others = source.other_frames(frames)
+        measured = psnr(frames, source.frames())
     except (MediaError, OSError) as error:
-        measured, why = None, str(error)
-    return Decoded(key=key, source=str(info["source"]), path=path, psnr=measured, why=why)
-
-
-def _source(
-    config: DecodeConfig, index: CacheIndex, row: int, info: dict[str, Any], pool: WorkerPool
-) -> npt.NDArray[np.uint8]:
-    """The frames that the VAE was given. Raises MediaError where the file is not there any more."""
-    path = medium_named(base_folder(config.data_dir), str(info["source"]))
-    clip = Clip(
-        bucket=index.buckets[int(index.bucket_ids[row])],
-        frame_indices=tuple(info["frame_indices"]),
-        frame_rule=int(info.get("frame_rule", 1)),
+        why = str(error)
+    return Decoded(
+        key=key,
+        source=str(info["source"]),
+        path=path,
+        psnr=measured,
+        why=why,
+        other_frames=others,
     )
-    sha256 = pool.submit(path, digest, path, None).result()
-    if not same_content({index.key(row)}, clip, sha256):
-        raise MediaError(f"{path}: its content is not what was encoded")
-    frames: npt.NDArray[np.uint8] = pool.submit(
-        path, fitted_frames, path, info["type"], list(clip.frame_indices), clip.bucket
-    ).result()
-    return frames
+
+
+class _Source:
+    """The medium that a sample was made of. Its methods raise MediaError where it can't be read."""
+
+    def __init__(
+        self,
+        config: DecodeConfig,
+        index: CacheIndex,
+        row: int,
+        info: dict[str, Any],
+        pool: WorkerPool,
+    ) -> None:
+        self._info, self._pool = info, pool
+        self._medium = medium_named(base_folder(config.data_dir), str(info["source"]))
+        self._key = index.key(row)
+        self._media = index.fingerprint.get("media", {})
+        self._clip = Clip(
+            bucket=index.buckets[int(index.bucket_ids[row])],
+            frame_indices=tuple(info["frame_indices"]),
+            frame_rule=int(info.get("frame_rule", 1)),
+        )
+
+    def refuse_other_content(self) -> None:
+        """MediaError where it is not what was encoded."""
+        sha256 = self._pool.submit(self._medium, digest, self._medium, None).result()
+        if not same_content({self._key}, self._clip, sha256):
+            raise MediaError(f"{self._medium}: its content is not what was encoded")
+
+    def frames(self) -> npt.NDArray[np.uint8]:
+        """(F, H, W, 3), as the VAE was given them."""
+        found: npt.NDArray[np.uint8] = self._pool.submit(
+            self._medium,
+            fitted_frames,
+            self._medium,
+            self._info["type"],
+            list(self._clip.frame_indices),
+            self._clip.bucket,
+        ).result()
+        return found
+
+    def other_frames(self, frames: npt.NDArray[np.uint8]) -> str | None:
+        """Which of these decoded frames a video shows elsewhere; None: none, or no video."""
+        suffix = PurePosixPath(str(self._info["source"])).suffix.lower()
+        if self._info["type"] != "video" or suffix in ANIMATIONS:
+            return None
+        shown = self._pool.submit(
+            self._medium, shown_by_ffmpeg, self._medium, self._clip.bucket
+        ).result()
+        return other_frames(frames, shown, self._info, self._media)
 
 
 def playing_fps(info: dict[str, Any]) -> float | None:
@@ -229,7 +291,7 @@ def playing_fps(info: dict[str, Any]) -> float | None:
     indices, fps = info["frame_indices"], info["fps"]
     if not fps or len(indices) < 2:
         return None
-    return float(fps) * (len(indices) - 1) / (indices[-1] - indices[0])
+    return float(fps) * (len(indices) - 1) / max(1, indices[-1] - indices[0])
 
 
 def psnr(frames: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8]) -> float:
