@@ -20,12 +20,13 @@ def animations() -> Iterator[Cell]:
     # Of an AVIF the ffmpeg program takes the still that stands for it.
     lossless = {"lossless": True}
     lossy = {"quality": 90, "method": 0}
-    for ending, codec, options in (
+    formats: tuple[tuple[str, str, dict[str, Any]], ...] = (
         ("gif", "GIF", {}),
         ("webp", "WebP", lossless),
         ("apng", "APNG", {}),
         ("avif", "AVIF", {"quality": 90, "speed": 10, "max_threads": 1}),
-    ):
+    )
+    for ending, codec, options in formats:
         # 25 frames a second, each shown for 40 ms.
         yield _cell(ending, codec, PLAIN, 25.0, duration=40, **options)
         yield _cell(ending, codec, "delays vary", 20 / 2.1, duration=_DELAYS * 5, **options)

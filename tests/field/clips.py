@@ -1,6 +1,7 @@
 """The matrix: every cell that is tried. How a cell is made: `cells`; who asserts it: test_matrix."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from tests.field import boxes, ffmpeg
@@ -53,6 +54,11 @@ _LARGE = (384, 256)
 _EVEN = ("-sc_threshold", "1000000000")
 """No key frames but every 12th, whatever the pictures are."""
 _SOUND = ("-f", "lavfi", "-i", "sine=duration=6", "-map", "0:v", "-map", "1:a", "-b:a", "32k")
+_SMALL = ("-f", "lavfi", "-i", "color=gray:size=48x32:rate=24:duration=2.5", "-map", "0:v",
+          "-map", "1:v")  # fmt: skip
+# An AVI's times are numbers of packets: it fills gaps with empty ones, here 600 a second.
+_SPARSE = ("-vf", "settb=1/600,setpts=N*25+mod(N*7\\,11)", "-fps_mode", "passthrough",
+           "-enc_time_base", "1/600")  # fmt: skip
 
 
 def _plain() -> Iterator[Cell]:
@@ -135,11 +141,8 @@ def _times() -> Iterator[Cell]:
     for codec in ("VP8", "VP9"):
         yield Cell(container="webm", codec=codec, oddity=vfr, fps=59 / seconds,
                    options=(*irregular, *CODECS[codec]))  # fmt: skip
-    # An AVI's times are numbers of packets: it fills gaps with empty ones, 600 a second.
-    sparse = ("-vf", "settb=1/600,setpts=N*25+mod(N*7\\,11)", "-fps_mode", "passthrough",
-              "-enc_time_base", "1/600")  # fmt: skip
     for codec in ("MPEG-4", "H.264", "MJPEG"):
-        yield Cell(container="avi", codec=codec, oddity=vfr, options=(*sparse, *CODECS[codec]))
+        yield Cell(container="avi", codec=codec, oddity=vfr, options=(*_SPARSE, *CODECS[codec]))
     slower = (((), ("-bsf:v", "setts=ts=TS*10")),)
     for container, codec in (("mkv", "H.264"), ("webm", "VP9")):
         yield Cell(container=container, codec=codec, oddity="wrong frame rate in the header", fps=2.4,
@@ -265,10 +268,8 @@ def _beside() -> Iterator[Cell]:
                    options=h264(bf=3), inputs=_SOUND)  # fmt: skip
     yield Cell(container="webm", codec="VP9", oddity="longer sound",
                options=(*CODECS["VP9"], "-c:a", "libopus"), inputs=_SOUND)  # fmt: skip
-    small = ("-f", "lavfi", "-i", "color=gray:size=48x32:rate=24:duration=2.5", "-map", "0:v",
-             "-map", "1:v")  # fmt: skip
     for container in ("mp4", "mkv", "mov"):
-        yield Cell(container=container, codec="H.264", oddity="two videos", inputs=small,
+        yield Cell(container=container, codec="H.264", oddity="two videos", inputs=_SMALL,
                    options=(*h264(), "-disposition:v:0", "default"))  # fmt: skip
     for container, edits in (("mp4", ()), ("mp4", (boxes.cover_first,)), ("mkv", ())):
         yield Cell(container=container, codec="H.264", oddity="cover",
@@ -283,6 +284,23 @@ def _beside() -> Iterator[Cell]:
     for ending, form in (("mp4", "matroska"), ("avi", "mp4"), ("mkv", "mpegts")):
         yield Cell(container=ending, codec="H.264", oddity="name of another container",
                    detail=f"is {form}", options=(*h264(bf=3), "-f", form))  # fmt: skip
+
+
+def _by_index() -> Iterator[Cell]:
+    """AVIs of codecs that decord reads, by index: what a wrong index would show in."""
+    for codec in ("HuffYUV", "Ut Video"):
+        cell = Cell(container="avi", codec=codec, options=CODECS[codec])
+        vfr = (*_SPARSE, *cell.options)
+        yield replace(cell, oddity="variable frame rate", options=vfr)
+        yield replace(cell, oddity="longer sound", inputs=_SOUND)
+        yield replace(cell, oddity="two videos", inputs=_SMALL)
+        yield replace(cell, oddity="one frame", numbers=(7,))
+        wide = (*cell.options, "-aspect", "3:1")
+        yield replace(cell, oddity="non-square pixels", options=wide, shown_size=(192, 64))
+        woven = (*cell.options, "-flags", "+ildct", "-field_order", "tt")
+        yield replace(cell, oddity="interlaced", options=woven)
+        yield replace(cell, oddity="cut off", shown=FRAMES[:40], damaged_last=True, size=_LARGE,
+                      edits=(lambda path: boxes.cut_at_packet(path, 0, 40),))  # fmt: skip
 
 
 def _damaged() -> Iterator[Cell]:
@@ -361,7 +379,7 @@ def _sound_with_cover(path: Path) -> None:
     cover.unlink()
 
 
-def _piped(codec: str):  # type: ignore[no-untyped-def]
+def _piped(codec: str) -> Callable[[Path], None]:
     def make(path: Path) -> None:
         form = "webm" if path.suffix == ".webm" else "matroska"
         written = ffmpeg.run(
@@ -378,7 +396,7 @@ def _write(path: Path, *options: object) -> None:
     ffmpeg.encode(path, *options, numbers=FRAMES)
 
 
-def _size_changes(codec: str):  # type: ignore[no-untyped-def]
+def _size_changes(codec: str) -> Callable[[Path], None]:
     """Thirty pictures of one size and thirty of half of it, in one stream."""
 
     def make(path: Path) -> None:
@@ -422,6 +440,7 @@ CELLS: tuple[Cell, ...] = (
     *_shapes(),
     *_pixels(),
     *_beside(),
+    *_by_index(),
     *_damaged(),
     *animations(),
     *_refused(),

@@ -51,8 +51,7 @@ def by_pyav(path: Path) -> list[Pixels]:
     """Every frame in output order, as stored."""
     with av.open(str(path)) as container:
         stream = container.streams.best("video")
-        assert stream is not None
-        stream.thread_count = 1
+        assert isinstance(stream, av.VideoStream)
         frames: list[Pixels] = []
         for packet in container.demux(stream):
             with contextlib.suppress(av.error.InvalidDataError):

@@ -1,5 +1,6 @@
 """Where `misread` says that the first frame rule read what is shown, it did, to the bit."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -42,20 +43,20 @@ def differs(path: Path) -> str | None:
 
 
 @pytest.mark.parametrize("cell", VIDEOS, ids=lambda cell: cell.name)
-def test_what_passes_was_read_as_it_is_shown(cell: Cell, tmp_path: Path) -> None:
-    assert differs(cell.make(tmp_path)) is None
+def test_what_passes_was_read_as_it_is_shown(cell: Cell, made: Callable[[Cell], Path]) -> None:
+    assert differs(made(cell)) is None
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("codec", CODECS)
-def test_ordinary_clips_pass(container: str, codec: str, tmp_path: Path) -> None:
+def test_ordinary_clips_pass(container: str, codec: str, made: Callable[[Cell], Path]) -> None:
     """So that ordinary caches are not encoded again."""
     cells = [
         cell for cell in VIDEOS
         if (cell.container, cell.codec, cell.oddity) == (container, codec, "nothing odd")
     ]  # fmt: skip
     for cell in cells:
-        assert probe(cell.make(tmp_path), "video").old_reading is None
+        assert probe(made(cell), "video").old_reading is None
 
 
 @pytest.mark.long

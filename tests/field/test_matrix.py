@@ -4,6 +4,7 @@ The truth is the number in the picture, twice: what the clip was made of, and wh
 program shows when it decodes from the start to the end.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,8 @@ def test_no_two_cells_are_one() -> None:
 
 
 @pytest.mark.parametrize("cell", READ, ids=named)
-def test_the_frames_read_are_those_shown(cell: Cell, tmp_path: Path) -> None:
-    path = cell.make(tmp_path)
+def test_the_frames_read_are_those_shown(cell: Cell, made: Callable[[Cell], Path]) -> None:
+    path = made(cell)
     whole = len(cell.expected)
     if cell.program_reads:
         shown = numbers(ffmpeg.decoded(path))
@@ -62,8 +63,10 @@ def test_the_frames_read_are_those_shown(cell: Cell, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cell", REFUSED, ids=named)
-def test_what_cannot_be_read_is_refused_with_the_reason(cell: Cell, tmp_path: Path) -> None:
-    path = cell.make(tmp_path)
+def test_what_cannot_be_read_is_refused_with_the_reason(
+    cell: Cell, made: Callable[[Cell], Path]
+) -> None:
+    path = made(cell)
     with pytest.raises(MediaError, match=REJECTED[cell.name]) as refused:
         probe(path, cell.kind)
     assert str(path) in str(refused.value)
