@@ -212,7 +212,7 @@ def _dataset(config: RecaptionConfig) -> Dataset:
 def _wanted(base: CacheIndex, dataset: Dataset | None, outcome: Recaptioned) -> dict[int, str]:
     """Row of the cache → its caption; says in `outcome` what has none and what is not used.
 
-    A file is found by the very name that it has in the cache. Where a clip has several captions there,
+    A file is found by the name that it has in the cache. Where a clip has several captions there,
     so several samples, they get the file's new captions in turn, in the order of their keys: what
     one sample got is then the same in every run.
     """

@@ -185,7 +185,7 @@ def _named(names: Sequence[str]) -> str:
 
 def _reasons(rejected: Sequence[Rejected]) -> list[str]:
     return [
-        on_one_line(f"  {item.source}: {' '.join(item.reason.splitlines())}")
+        "  " + on_one_line(f"{item.source}: " + item.reason.replace("\n", " "))
         for item in rejected[:_NAMED]
     ]
 

@@ -129,7 +129,8 @@ def remove_oldest(folder: Path, keep: int) -> None:
         # Under a name that is none first: half a checkpoint must not be found.
         path.rename(path.with_name(path.name + REMOVED_SUFFIX))
     for doomed in folder.glob(f"checkpoint-*{REMOVED_SUFFIX}"):
-        shutil.rmtree(doomed)
+        if _NAME.fullmatch(doomed.name.removesuffix(REMOVED_SUFFIX)):  # no folder of the user's
+            shutil.rmtree(doomed)
 
 
 def _write_checkpoint(
