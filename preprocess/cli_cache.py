@@ -41,7 +41,7 @@ def remove(
 ) -> None:
     """Remove samples from a cache.
 
-    Which ones, and how many, is printed before they go; where one name fits nothing, none goes. They are out of the index at once and not trained on any more; their bytes stay in the shards until `wanprep compact`. A file that the dataset still lists comes back with the next `wanprep encode`. To remove all that a dataset does not list any more: wanprep encode --prune
+    Which ones, and how many, is printed before they go; where one name fits nothing, none goes. Removed samples are out of the index at once and not trained on any more; their bytes stay in the shards until `wanprep compact`. A file that the dataset still lists comes back with the next `wanprep encode`. To remove all that a dataset does not list any more: wanprep encode --prune
 
     Next: wanprep compact --shards DIR
     """
