@@ -506,12 +506,10 @@ class _Folder:
         cure = _redo_shard(sidecar)
         if key is not None and sidecar.kind == "samples" and whole:
             again = made_by(sidecar.fingerprint)
-            cure = f"wanprep remove --shards {quoted(self.folder)} --sample {key}; then run `{again}` again"
+            folder = quoted(self.folder)
+            cure = f"wanprep remove --shards {folder} --sample {key}; then run `{again}` again"
             if self._is_dead(key, sidecar):
-                severity, cure = (
-                    "note",
-                    f"wanprep compact --shards {quoted(self.folder)}: it is dead",
-                )
+                severity, cure = "note", f"wanprep compact --shards {folder}: it is dead"
         self._add(
             problem.code,
             sidecar.shard,
