@@ -11,6 +11,7 @@ from shared.cli_support import Command, echo, new_app, run
 from shared.errors import UserError
 from shared.interrupt import SIGNAL_EXIT
 from shared.model_spec import DEFAULT_MODEL, DEFAULT_NEGATIVE_PROMPT
+from shared.names import quoted
 from shared.seed_command import SeedCommand, with_seed_flags
 
 PROGRAM_EXAMPLES = """
@@ -153,13 +154,13 @@ def encode(
     if outcome.removed:
         echo(
             f"{report.count(outcome.removed, 'sample')} removed that the dataset does not give any "
-            f"more; to have the room back: wanprep compact --shards {output}"
+            f"more; to have the room back: wanprep compact --shards {quoted(output)}"
         )
     if outcome.validation:
         echo(f"{report.count(outcome.validation, 'validation prompt')} in the shards")
     elif outcome.written == 0 and outcome.removed == 0:
         echo("nothing to do: every usable sample of the dataset is in the shards")
-    echo(f"next: wantrain distill --shards {output}")
+    echo(f"next: wantrain distill --shards {quoted(output)}")
 
 
 app.command(cls=SeedCommand, epilog=ENCODE_EXAMPLES)(with_seed_flags(encode))

@@ -1,12 +1,16 @@
 """The commands of `wanprep` that change a cache that is there: `remove`, `compact`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from preprocess.remote import shards_folder
 from shared.cli_support import Command, echo
+from shared.names import on_one_line, quoted
+
+if TYPE_CHECKING:
+    from preprocess.removal import Chosen
 
 REMOVE_EXAMPLES = """
 # a clip and a whole folder, as the dataset names them: what would go
@@ -31,28 +35,32 @@ INPUT, OUTPUT = "Input", "Output"
 
 # fmt: off
 def remove(
-    sample: Annotated[list[str], typer.Option("--sample", metavar="NAME", help="What to remove: a key, or a file as the dataset names it, where * and ? stand for any characters; may be given several times.", rich_help_panel=INPUT)],
+    sample: Annotated[list[str], typer.Option("--sample", metavar="NAME", help="What to remove: a key, or a file as the dataset names it, with all of its samples. Where no file is named exactly so, * stands for any characters (/ too) and ? for one; nothing else is special. May be given several times.", rich_help_panel=INPUT)],
     shards: Annotated[Path, typer.Option(parser=shards_folder, metavar="DIR|URL", help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be removed, then stop.", show_default="off", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Remove samples from a cache.
 
-    They are out of the index at once and not trained on any more; their bytes stay in the shards until `wanprep compact`. A file that the dataset still lists comes back with the next `wanprep encode`. To remove all that a dataset does not list any more: wanprep encode --prune
+    Which ones, and how many, is printed before they go; where one name fits nothing, none goes. Removed samples are out of the index at once and not trained on any more; their bytes stay in the shards until `wanprep compact`. A file that the dataset still lists comes back with the next `wanprep encode`. To remove all that a dataset does not list any more: wanprep encode --prune
 
     Next: wanprep compact --shards DIR
     """
     from preprocess import report
     from preprocess.removal import remove as remove_samples
 
-    removed = remove_samples(shards, sample, dry_run=dry_run)
-    for key, source in sorted(removed.sources.items(), key=lambda item: item[::-1]):
-        echo(f"{key}  {source}")
-    number = report.count(len(removed.sources), "sample")
-    if dry_run:
-        echo(f"{number} would be removed; nothing was")
-    else:
+    def announce(chosen: "Chosen") -> None:
+        for key, source in sorted(chosen.sources.items(), key=lambda item: item[::-1]):
+            echo(f"{key}  {on_one_line(source)}")
+        for note in chosen.notes:
+            echo(note)
+        number = report.count(len(chosen.sources), "sample")
+        echo(f"{number} would be removed; nothing was" if dry_run else f"{number} will be removed")
+
+    removed = remove_samples(shards, sample, dry_run=dry_run, announce=announce)
+    if not dry_run:
+        number = report.count(len(removed.sources), "sample")
         echo(f"{number} removed, {len(removed.index)} left in {shards}")
-        echo(f"next: wanprep compact --shards {shards}, to have the room back")
+        echo(f"next: wanprep compact --shards {quoted(shards)}, to have the room back")
 
 
 def compact(

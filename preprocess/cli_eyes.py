@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from preprocess.remote import media_folder, shards_folder
-from shared.cli_support import Command, echo
+from shared.cli_support import Command, echo, echo_data
 from shared.device import default_device
 from shared.errors import UserError
 from shared.model_spec import DEFAULT_MODEL
@@ -128,7 +128,7 @@ def verify(
     if json is not None:
         text = verify_report.as_json(verified)
         if quiet:
-            echo(text)
+            echo_data(text)
         else:
             with _saving("--json", json):
                 json.write_text(text + "\n")

@@ -11,6 +11,7 @@ from shared.device import default_device
 from shared.errors import UserError
 from shared.interrupt import SIGNAL_EXIT
 from shared.model_spec import DEFAULT_MODEL
+from shared.names import quoted
 
 RECAPTION_EXAMPLES = """
 # the captions of a list, called short; then train with them
@@ -98,7 +99,7 @@ def recaption(
         echo(line, err=True)
     if have == 0:
         raise UserError(f"captions: no caption for {shards} was encoded.")
-    echo(f"next: wantrain distill --captions {name} --shards {shards}")
+    echo(f"next: wantrain distill --captions {name} --shards {quoted(shards)}")
 
 
 def add_condition(
@@ -154,7 +155,8 @@ def add_condition(
             "until they have: mend the files and run again, or take the samples out with "
             "`wanprep remove`."
         )
-    echo(f"next: wantrain distill --pretrained-model-name-or-path {model} --shards {shards}")
+    options = f"--pretrained-model-name-or-path {quoted(model)} --shards {quoted(shards)}"
+    echo(f"next: wantrain distill {options}")
 
 
 # fmt: on

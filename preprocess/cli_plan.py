@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shared.cli_support import echo
+from shared.cli_support import echo, echo_data
 from shared.errors import UserError
+from shared.names import on_one_line
 from shared.seed_command import SeedCommand, with_seed_flags
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def plan(
     config = config_of(**options)
     foreseen = foresee(config, Console(stderr=True), measure=measure)
     if json:
-        echo(json_format.dumps(foreseen.to_json(), indent=1, ensure_ascii=False))
+        echo_data(json_format.dumps(foreseen.to_json(), indent=1, ensure_ascii=False))
     else:
         for line in page(foreseen, config.output, prune=config.prune):
             echo(line)
@@ -141,7 +142,11 @@ def _listed(title: str, entries: list[str]) -> list[str]:
         return []
     more = [f"  ... {len(entries) - _NAMED} more (--json names all)"]
     rest = more if len(entries) > _NAMED else []
-    return [f"{title} {len(entries)}:", *(f"  {entry}" for entry in entries[:_NAMED]), *rest]
+    return [
+        f"{title} {len(entries)}:",
+        *(f"  {on_one_line(entry)}" for entry in entries[:_NAMED]),
+        *rest,
+    ]
 
 
 def _time(plan: "Foreseen") -> str:

@@ -7,6 +7,7 @@ Nothing is decoded here. An entry that cannot be used is rejected with a reason;
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from preprocess.sources import Medium, TarMember
 from preprocess.tars import (
     TarSample,
     base_folder,
+    given_path,
     is_tars,
     medium_named,
     member_name,
@@ -35,6 +37,7 @@ from preprocess.tars import (
     tars_among,
 )
 from shared.errors import UserError, json_kind
+from shared.names import quoted
 
 EXTENSIONS: dict[str, Literal["video", "image"]] = {
     **dict.fromkeys((".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg"), "video"),
@@ -140,7 +143,8 @@ def _from_metadata(
                 entries += _entries(record.value, data_dir, kind)
         except _BadEntryError as error:
             named = _named_path(record.value)
-            rejected.append(Rejected(source=named or record.where, reason=str(error)))
+            source = record.where if named is None else _source_named(named, data_dir)
+            rejected.append(Rejected(source=source, reason=str(error)))
     nothing_found = not any(entry.path is None or _exists(entry.path) for entry in entries)
     if records and nothing_found and not data_dir.is_dir():
         raise UserError(
@@ -225,14 +229,13 @@ def _entries(item: Any, data_dir: Path, only: Literal["video", "image"] | None) 
             'for itself says so: "type": "text"'
         )
     path_field, name = _text(item, paths, PATH_FIELDS, "the path of a file")
-    given = Path(name).expanduser() if name.startswith("~/") else Path(name)
     path = medium_named(data_dir, name)
     implied = {"video_path": "video", "image_path": "image"}.get(path_field)
     said = item.get("type")
     if said and said not in ("video", "image"):
         raise _BadEntryError(f"type is {said!r}, expected 'video', 'image' or 'text'")
     kind = said or implied or only or _kind(path)
-    source = _source(path, given, data_dir)
+    source = _source(path, given_path(data_dir, name), data_dir)
     tags = _tags(item)
     return [
         _checked(path, source, caption, kind, tags=tags) for caption in _captions(item, captions)
@@ -306,7 +309,8 @@ def _from_folder(
             raise UserError(
                 f"dataset: {folder} holds media ({media[0].relative_to(folder)}) and tars "
                 f"({tars[0].relative_to(folder)}), expected one of both. For the tars: "
-                f"--train-data-dir '{folder}/*.tar'; for the media move the tars elsewhere."
+                f"--train-data-dir {quoted(folder / '*.tar')}; for the media move the tars "
+                "elsewhere."
             )
         return _from_tars(folder, tars, caption_suffix, kind)
     if not media:
@@ -464,6 +468,15 @@ def _checked(path: Medium | None, source: str, caption: str, kind: Any, **more: 
         type=kind,
         **more,
     )
+
+
+def _source_named(name: str, data_dir: Path) -> str:
+    """What the cache calls the file that a list calls `name`, usable or not: `./a.mp4` is `a.mp4`,
+    whose samples must not pass for unlisted ones."""
+    with suppress(ValueError, OSError, RuntimeError):  # no name that a file could have
+        path = medium_named(data_dir, name)
+        return _encodable(_source(path, given_path(data_dir, name), data_dir))
+    return _encodable(name)
 
 
 def _encodable(text: str) -> str:

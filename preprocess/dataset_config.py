@@ -22,6 +22,7 @@ from preprocess.sampling import Resolution, Sampling
 from preprocess.tars import base_folder, is_tars
 from shared.errors import UserError
 from shared.mirror import followed, is_url
+from shared.names import in_home_folder
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -225,9 +226,10 @@ def _path(file: Path, name: str, value: Any, caption_suffix: str) -> Path:
         if name in LISTS:
             return _pulled(metadata_file(value))
         return _pulled(media_folder(value, caption_suffix=caption_suffix))
-    path = Path(value).expanduser()
-    beside = file.parent / path
-    return beside if not path.exists() and beside.exists() else path
+    for path in (Path(value), file.parent / value):
+        if path.exists():
+            return path
+    return in_home_folder(value)
 
 
 def _sampling(values: Mapping[str, Any]) -> Sampling:

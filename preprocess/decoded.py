@@ -30,6 +30,7 @@ from shared.fingerprint import model_fields, refuse_differences
 from shared.hashing import FileHasher
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
 from shared.mp4 import write_mp4
+from shared.names import quoted
 from shared.schema import DTYPES, LATENTS_MEMBER
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def findings(config: DecodeConfig, done: Sequence[Decoded]) -> list[Finding]:
             continue
         cure = (
             f"look at {one.path}; if it is not the source: wanprep remove --shards "
-            f"{config.shards} --sample {one.key}, then `wanprep encode` again"
+            f"{quoted(config.shards)} --sample {one.key}, then `wanprep encode` again"
         )
         if one.other_frames is not None:
             found.append(

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from preprocess.clips import RESIZE_RULE
@@ -22,6 +21,7 @@ from shared.fingerprint import (
 )
 from shared.hashing import FileHasher
 from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec
+from shared.names import quoted
 
 # Raise when `shared.buckets` maps some size to another bucket than before.
 BUCKET_TABLE_VERSION = 1
@@ -122,8 +122,7 @@ def sparing_cure(config: EncodeConfig, expected: Fingerprint, found: Fingerprint
         "Give this run a folder of its own (--output), or set the values that the shards have."
     )
     this = (
-        f"--shards {quote(str(config.output))} --pretrained-model-name-or-path "
-        f"{quote(config.model)}"
+        f"--shards {quoted(config.output)} --pretrained-model-name-or-path {quoted(config.model)}"
     )
     if changed == {"text"}:
         return (
@@ -131,6 +130,6 @@ def sparing_cure(config: EncodeConfig, expected: Fingerprint, found: Fingerprint
             f"--same-captions; then wantrain distill --captions NAME. {otherwise}"
         )
     if changed <= {"mode", "image"} and found["mode"] in LACKING.get(expected["mode"], ()):
-        data = "." if config.dataset_config else quote(str(config.data_dir))
+        data = "." if config.dataset_config else quoted(config.data_dir)
         return f"To add them: wanprep add-condition {this} --train-data-dir {data}\n{otherwise}"
     return otherwise

@@ -9,8 +9,9 @@ from rich.text import Text
 
 from preprocess import report
 from preprocess.inspect_cache import SHORT_TOKENS, Histogram, Overview, histogram
+from shared.cli_support import say
 from shared.latent_rgb import R2_FLOOR
-from shared.mirror import shown
+from shared.names import on_one_line
 
 KINDS = {"video": "video", "image": "image", "text": "caption alone"}
 _BAR = 32  # characters of the longest bar
@@ -42,7 +43,7 @@ def facts(found: Overview) -> Iterator[tuple[str, str]]:
         yield "removed", f"{report.count(found.tombstones, 'key')} in tombstones"
     yield "captions", captions(found)
     if found.captions.most_common is not None:
-        said = report.printable(found.captions.most_common)
+        said = on_one_line(found.captions.most_common)
         said = said if len(said) <= 80 else said[:79] + "…"
         yield (
             "most common",
@@ -126,8 +127,7 @@ def durations_note(found: Overview) -> str:
 
 def print_overview(found: Overview, console: Console) -> None:
     """Tables and histograms; `console` is stdout's."""
-    say = Text(f"{shown(str(found.folder))}", style="bold")
-    console.print(say)
+    say(console, str(found.folder), style="bold")
     table = Table.grid(padding=(0, 2))
     for name, value in facts(found):
         warns = "WARNING" in value

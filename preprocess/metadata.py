@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError, json_kind
+from shared.names import quoted
 
 NAMES = ("metadata.json", "metadata.jsonl", "metadata.csv")
 """What is looked for in a data folder."""
@@ -66,7 +67,8 @@ def find_metadata(data_dir: Path) -> Path | None:
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise UserError(
-            f"dataset: {data_dir} holds {names}; expected one. Choose: --train-data-meta {found[0]}"
+            f"dataset: {data_dir} holds {names}; expected one. Choose: --train-data-meta "
+            f"{quoted(found[0])}"
         )
     return found[0] if found else None
 

@@ -23,6 +23,7 @@ from shared.cache import CacheIndex, MemberReader, Sidecar, committed_shards, op
 from shared.errors import UserError
 from shared.fingerprint import has_first_frame_rule
 from shared.hashing import FileHasher
+from shared.names import quoted
 
 # Fields of `KEY.json` by which a sample is judged; its caption may be long.
 _JUDGED_BY = (
@@ -180,7 +181,7 @@ def _wrong(sample: OldSample, folder: Path) -> Finding:
         found=f"{sample.source}: {sample.wrong}",
         expected="the frames that players show",
         cure="run `wanprep encode` again, with the options of this cache and --output "
-        f"{folder}: it encodes these samples anew and takes the old ones out",
+        f"{quoted(folder)}: it encodes these samples anew and takes the old ones out",
     )
 
 

@@ -1,7 +1,7 @@
 """Other captions for a cache that is there: text embeddings only, in an overlay of their own."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from preprocess.index import caption_digest, settled_index
 from preprocess.overlays import base_cache, overlay_to_write
 from preprocess.passes import Times, text_pass
 from preprocess.ranks import Rank
+from preprocess.removal import is_unusable, sources
 from preprocess.text_cache import TextCache
 from preprocess.writer import ShardWriter
 from shared.cache import CacheIndex, MemberReader, committed_shards
@@ -84,7 +85,7 @@ class Recaptioned:
     left: int = 0
     """Captions that are not written yet."""
     without: tuple[str, ...] = ()
-    """Files whose samples have no caption in the overlay, as they are named in the cache."""
+    """Files that the dataset gives no caption for, as they are named in the cache."""
     samples_without: int = 0
     unused: tuple[str, ...] = ()
     """Files of the dataset of which at least one caption fits no sample."""
@@ -143,7 +144,7 @@ def _recaption(
         prompts = [] if bank is None else [text for _, text in bank.single] + bank.listed_texts
         outcome.left = len(todo)
         say(console, f"samples  {len(mine)}: {len(mine) - len(todo)} done, {len(todo)} to encode")
-        gone = _leftover(base, wanted, there)
+        gone = _leftover(base, wanted, there, outcome.rejected)
         if gone:
             say(
                 console,
@@ -314,11 +315,20 @@ def _captions(there: CacheIndex | None) -> dict[str, bytes]:
     return {key: bytes(there.captions[row]) for row, key in enumerate(there.hex_keys())}
 
 
-def _leftover(base: CacheIndex, wanted: dict[int, str], there: CacheIndex | None) -> list[str]:
-    """Keys of samples that the overlay has a caption for and the dataset has not."""
+def _leftover(
+    base: CacheIndex,
+    wanted: dict[int, str],
+    there: CacheIndex | None,
+    rejected: Sequence[Rejected],
+) -> list[str]:
+    """Keys of samples that the overlay has a caption for and the dataset has not.
+
+    As in `removal.unlisted`, a file whose entry cannot be used today was not taken out.
+    """
     committed = _captions(there)
-    keys = (base.key(row) for row in range(len(base)) if row not in wanted)
-    return [key for key in keys if key in committed]
+    rows = [row for row in range(len(base)) if row not in wanted and base.key(row) in committed]
+    unusable = {one.source for one in rejected}
+    return [key for key, source in sources(base, rows).items() if not is_unusable(source, unusable)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,7 @@ class RemoteFile:
 
     @property
     def suffix(self) -> str:
-        return PurePosixPath(urlsplit(self.url).path).suffix
+        return PurePosixPath(_path_of(self.url)).suffix
 
     def exists(self) -> bool:
         try:
@@ -148,6 +148,12 @@ class MediaFolder:
         )
 
 
+def _path_of(url: str) -> str:
+    """Of the web's addresses the path; a store has no others, and `?` and `#` are letters there."""
+    is_web = url.lower().startswith(("http://", "https://"))
+    return urlsplit(url).path if is_web else url
+
+
 def _is_name(name: str) -> bool:
     """Whether it may be a file here; tars of media are not read in stores."""
     plain = all(part not in ("", ".", "..") for part in name.split("/"))
@@ -160,7 +166,7 @@ class _MetadataFile:
     def __init__(self, url: str) -> None:
         self.url = url
         name = hashlib.sha256(url.encode()).hexdigest()[:16]
-        path = cache_folder() / "media" / name / PurePosixPath(urlsplit(url).path).name
+        path = cache_folder() / "media" / name / PurePosixPath(_path_of(url)).name
         self.folder = path.absolute()
 
     def pull(self) -> None:
@@ -190,10 +196,16 @@ def remote_named(data_dir: Path, name: str) -> RemoteFile | None:
     if is_url(name):
         return RemoteFile(url=name)
     folder = followed(data_dir)
-    if not isinstance(folder, MediaFolder) or name.startswith(("/", "~")):
+    if not isinstance(folder, MediaFolder) or name.startswith("/") or in_home(data_dir, name):
         return None
     below = data_dir.relative_to(folder.folder).as_posix()
     return folder.file(posixpath.normpath(posixpath.join(below, name)))
+
+
+def in_home(data_dir: Path, name: str) -> bool:
+    """Whether a name in a dataset is relative to the home folder: `~/a.mp4`, unless a folder of
+    that name lies in `data_dir`."""
+    return name.startswith("~/") and not (data_dir / "~").exists()
 
 
 def name_below(url: str, data_dir: Path) -> str:

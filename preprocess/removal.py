@@ -1,9 +1,8 @@
 """Taking samples out of a cache: which ones, by key, by the name of their file, by a dataset."""
 
-import re
-from collections.abc import Collection, Iterable, Sequence
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -12,16 +11,15 @@ from preprocess.index import fresh_index
 from preprocess.writer import ShardWriter, output_lock, refusals_explained
 from shared.cache import CacheIndex, MemberReader, committed_shards
 from shared.errors import UserError
+from shared.names import has_wildcard, matcher, quoted
 from shared.schema import MEDIA_TYPES
-
-KEY = re.compile(r"[0-9a-f]{32}")
 
 
 def require_shards(folder: Path) -> None:
     """UserError where there is no cache, so that no folder is made by looking for one."""
     if not folder.is_dir() or not committed_shards(folder):
         raise UserError(
-            f"--shards: no shards in {folder}. Make some: wanprep encode --output {folder}"
+            f"--shards: no shards in {folder}. Make some: wanprep encode --output {quoted(folder)}"
         )
 
 
@@ -41,12 +39,29 @@ def unlisted(index: CacheIndex, live: Collection[str], unusable: Collection[str]
     today is no reason to throw away what was encoded from it.
     """
     rows = [row for row, key in enumerate(index.hex_keys()) if key not in live]
+    found = sources(index, rows).items()
+    return [key for key, source in found if not is_unusable(source, unusable)]
 
-    def usable(source: str) -> bool:
-        at = PurePosixPath(source)  # of what lies in a tar, the tar may be what is unusable
-        return source not in unusable and not any(str(above) in unusable for above in at.parents)
 
-    return [key for key, source in sources(index, rows).items() if usable(source)]
+def is_unusable(source: str, unusable: Collection[str]) -> bool:
+    """Whether a sample's file is among these names, or what it lies in.
+
+    Of a tar's member its tar may be what is named, or its sample: `x.tar/KEY` of `x.tar/KEY.mp4`.
+    """
+    at = PurePosixPath(source)
+    cuts = [place for place, letter in enumerate(at.name) if letter == "." and place]
+    of_samples = (str(at.with_name(at.name[:cut])) for cut in cuts)
+    return any(name in unusable for name in (source, *map(str, at.parents), *of_samples))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The samples that names stand for."""
+
+    sources: dict[str, str]
+    """Key → source."""
+    notes: tuple[str, ...]
+    """What a user may not expect of his names, a line each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,38 +74,101 @@ class Removed:
     """Of the cache as it is now."""
 
 
-def remove(folder: Path, wanted: Sequence[str], *, dry_run: bool) -> Removed:
-    """Take samples out of the cache, named by key or by a pattern of their source.
+def remove(
+    folder: Path,
+    wanted: Sequence[str],
+    *,
+    dry_run: bool,
+    announce: Callable[[Chosen], None] = lambda chosen: None,
+) -> Removed:
+    """Take samples out of the cache, by keys, names of their files, or patterns of names.
 
-    Nothing is written in a dry run, and nothing where one of the names fits no sample (UserError).
+    `announce` is told which before anything is written; what it raises stops the removal. Nothing
+    is written in a dry run, and nothing where one of the names fits no sample (UserError).
     """
     require_shards(folder)
     with output_lock(folder):
         with refusals_explained(folder, "Nothing was removed."):
             index = fresh_index(folder)
-        rows = {key: row for row, key in enumerate(index.hex_keys())}
-        names = sources(index, rows.values()) if not all(map(KEY.fullmatch, wanted)) else None
-        chosen: dict[str, None] = {}
-        for name in wanted:
-            fits = [name] if name in rows else []
-            if names is not None and not fits:
-                fits = [key for key, source in names.items() if fnmatchcase(source, name)]
-            if not fits:
-                raise UserError(
-                    f"remove: {name!r} is no key and fits no source of the {len(index)} samples "
-                    f"in {folder}. Sources are named as in the dataset, e.g. "
-                    f"{_example(index)!r}; quote patterns, so that the shell leaves them alone."
-                )
-            chosen |= dict.fromkeys(fits)
-        found = sources(index, [rows[key] for key in chosen])
+        chosen = choose(index, wanted)
+        announce(chosen)
         if not dry_run:
             with refusals_explained(folder, "Nothing was removed."):
                 writer = ShardWriter(folder, index.fingerprint, shard_bytes=1)
-                writer.add_tombstones(chosen)
-            kept = f"The samples are removed, the index is old: wanprep index --shards {folder}"
+                writer.add_tombstones(chosen.sources)
+            rebuild = f"wanprep index --shards {quoted(folder)}"
+            kept = f"The samples are removed, the index is old: {rebuild}"
             with refusals_explained(folder, kept):
                 index = fresh_index(folder)
-    return Removed(sources=found, index=index)
+    return Removed(sources=chosen.sources, index=index)
+
+
+def choose(index: CacheIndex, wanted: Sequence[str]) -> Chosen:
+    """The samples that these names stand for.
+
+    A name is a key, else the file of that very name with all of its samples, else, where it has
+    `*` or `?`, a pattern. Captions without a medium have no name: only keys stand for them. Raises
+    UserError for a name that fits no sample.
+    """
+    rows = {key: row for row, key in enumerate(index.hex_keys())}
+    if all(name in rows for name in wanted):
+        names = sources(index, [rows[name] for name in wanted])
+    else:
+        names = sources(index, rows.values())
+    keys: dict[str, list[str]] = {}
+    for key, source in names.items():
+        if source:
+            keys.setdefault(source, []).append(key)
+    chosen: dict[str, str] = {}
+    notes: list[str] = []
+    for name in dict.fromkeys(wanted):
+        if name in rows:
+            fits = [name]
+        elif name in keys:
+            fits = keys[name]
+            notes += _notes(name, keys)
+        elif has_wildcard(name):
+            is_fit = matcher(name)
+            fits = [key for source, of_file in keys.items() if is_fit(source) for key in of_file]
+        else:
+            fits = []
+        if not fits:
+            raise _fits_nothing(index, name, keys)
+        chosen |= {key: names[key] for key in fits}
+    return Chosen(sources=chosen, notes=tuple(notes))
+
+
+def _notes(name: str, keys: Mapping[str, Sequence[str]]) -> list[str]:
+    """What to say of a name that is a file's."""
+    notes = []
+    if (samples := len(keys[name])) > 1:
+        notes.append(f"{name!r} has {samples} samples: one for each clip, variant and caption")
+    if has_wildcard(name):
+        is_fit = matcher(name)
+        others = sum(is_fit(source) for source in keys) - 1
+        if others:
+            files = "1 other file" if others == 1 else f"{others} other files"
+            notes.append(
+                f"{name!r} is the name of a file, so no pattern: {files} that it fits stay"
+            )
+    return notes
+
+
+def _fits_nothing(index: CacheIndex, name: str, keys: Mapping[str, Sequence[str]]) -> UserError:
+    said = f"remove: {name!r} is no key and fits no source of the {len(index)} samples in "
+    said += f"{index.folder}. Nothing was removed. "
+    same = unicodedata.normalize("NFC", name)
+    looks = next((s for s in keys if s != name and unicodedata.normalize("NFC", s) == same), None)
+    if looks is not None:
+        return UserError(
+            f"{said}A source that looks the same is made of other characters (Unicode's composed "
+            f"and decomposed forms): {looks!a}, found {name!a}. Name it by its key: "
+            f"{', '.join(keys[looks])}"
+        )
+    return UserError(
+        f"{said}Sources are named as in the dataset, e.g. {_example(index)!r}; only * and ? stand "
+        "for other characters: quote them, so that the shell leaves them alone."
+    )
 
 
 def _example(index: CacheIndex) -> str:

@@ -24,6 +24,7 @@ from preprocess.dataset import Rejected
 from preprocess.plan import Work
 from shared.cache import CacheIndex
 from shared.latent_rgb import R2_FLOOR
+from shared.names import on_one_line
 from shared.schema import MEDIA_TYPES
 
 if TYPE_CHECKING:
@@ -36,11 +37,6 @@ _NAMED = 3  # of a long list, so many are named
 def count(number: int, noun: str) -> str:
     """1 sample, 2 samples."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def printable(text: str) -> str:
-    """Text of any origin on one line of a terminal, which obeys control characters."""
-    return "".join(letter if letter.isprintable() else "�" for letter in text)
 
 
 class Bar:
@@ -187,18 +183,25 @@ def unmatched_captions(done: "Recaptioned") -> list[str]:
         )
     if done.rejected:
         lines.append(f"{len(done.rejected)} rejected of the list:")
-        lines += [f"  {item.source}: {item.reason}" for item in done.rejected[:_NAMED]]
+        lines += _reasons(done.rejected)
     return lines
 
 
 def _named(names: Sequence[str]) -> str:
     more = [f"{len(names) - _NAMED} more"] if len(names) > _NAMED else []
-    return ", ".join([*names[:_NAMED], *more])
+    return ", ".join([*map(on_one_line, names[:_NAMED]), *more])
+
+
+def _reasons(rejected: Sequence[Rejected]) -> list[str]:
+    return [
+        "  " + on_one_line(f"{item.source}: " + item.reason.replace("\n", " "))
+        for item in rejected[:_NAMED]
+    ]
 
 
 def rejections(rejected: Sequence[Rejected], listed_in: Path) -> str:
     """The first few rejected samples with their reasons, and where all of them are listed."""
-    lines = [f"  {item.source}: {item.reason}" for item in rejected[:_NAMED]]
+    lines = _reasons(rejected)
     if len(rejected) > _NAMED:
         lines.append(f"  ... {len(rejected) - _NAMED} more")
     return "\n".join([f"{len(rejected)} rejected, listed in {listed_in}:", *lines])

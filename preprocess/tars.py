@@ -15,14 +15,15 @@ from braceexpand import braceexpand
 from webdataset.tariterators import base_plus_ext
 
 from preprocess.media_info import MediaError
-from preprocess.remote_media import remote_named
+from preprocess.remote_media import in_home, remote_named
 from preprocess.sources import Medium, TarMember
 from preprocess.writer import SHARD_NAME
 from shared.errors import UserError
+from shared.names import for_glob, has_wildcard
 
 SUFFIX = ".tar"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
-_WILD = re.compile(r"[{*?\[]")
+_PATTERN = re.compile(r"[{*?]")
 _MOST_TEXT_BYTES = 4 << 20
 """Of a caption, or of the JSON that holds it."""
 
@@ -62,25 +63,29 @@ def is_tars(data_dir: Path) -> bool:
 def base_folder(data_dir: Path) -> Path:
     """The folder that names are relative to: of a pattern, what stands before its first wildcard.
 
-    A folder is its own.
+    A folder is its own. A part that is there by that very name is no wildcard.
     """
     if not is_tars(data_dir):
         return data_dir
-    fixed: list[str] = []
+    fixed = Path()
     for part in data_dir.parent.parts:
-        if _WILD.search(part):
+        if _PATTERN.search(part) and not (fixed / part).exists():
             break
-        fixed.append(part)
-    return Path(*fixed)
+        fixed /= part
+    return fixed
 
 
 def named_tars(pattern: Path) -> list[Path]:
-    """The tars that a pattern stands for, in its order; braces name them, wildcards find them.
+    """The tars that a pattern stands for, in its order; braces name them, `*` and `?` find them.
 
-    Raises UserError where it finds none or cannot be understood.
+    What is there by that very name stands for itself. Raises UserError where it finds none or
+    cannot be understood.
     """
+    if pattern.exists():
+        return [pattern]
+    base = base_folder(pattern)
     try:
-        names = list(braceexpand(str(pattern)))
+        names = list(braceexpand(str(pattern.relative_to(base)), escape=False))
     except ValueError as error:
         raise UserError(
             f"--train-data-dir: {pattern} has braces that don't fit ({error}). Expected a pattern "
@@ -88,10 +93,9 @@ def named_tars(pattern: Path) -> list[Path]:
         ) from error
     found: list[Path] = []
     for name in names:
-        path = Path(name)
-        if re.search(r"[*?\[]", name) and not path.exists():
-            base = base_folder(path)
-            found += sorted(base.glob(str(path.relative_to(base))))
+        path = base / name
+        if has_wildcard(name) and not path.exists():
+            found += sorted(base.glob(for_glob(name)))
         else:
             found.append(path)
     if not found:
@@ -187,8 +191,12 @@ def medium_named(data_dir: Path, name: str) -> Medium:
     remote = remote_named(data_dir, name)
     if remote is not None:
         return remote
-    given = Path(name).expanduser() if name.startswith("~/") else Path(name)
-    return medium_at(given if given.is_absolute() else data_dir / given)
+    return medium_at(data_dir / given_path(data_dir, name))
+
+
+def given_path(data_dir: Path, name: str) -> Path:
+    """The path that a dataset in `data_dir` means by `name`."""
+    return Path(name).expanduser() if in_home(data_dir, name) else Path(name)
 
 
 def medium_at(path: Path) -> Medium:

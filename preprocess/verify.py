@@ -42,6 +42,7 @@ from shared.errors import UserError, first_line
 from shared.fingerprint import differences, of_cache
 from shared.hashing import digest_of
 from shared.latent_rgb import ColourFit
+from shared.names import quoted
 from shared.overlays import CONDITIONS, made_by, overlay_folders, positions
 from shared.schema import MEMBERS
 from shared.strict_json import read_object
@@ -163,7 +164,7 @@ class _Folder:
         self.findings: list[Finding] = []
         self.samples = 0
         self._prefix = "" if folder == root else f"{folder.relative_to(root)}/"
-        self._rebuild = f"wanprep index --shards {root}"
+        self._rebuild = f"wanprep index --shards {quoted(root)}"
         self._writing = _writers_at_work(folder)
         # The index first: what is committed after it was read is newer, not lost.
         with _shared_lock(folder / f"{LOCK}-index", fcntl.LOCK_SH):  # for a moment: waits
@@ -505,9 +506,10 @@ class _Folder:
         cure = _redo_shard(sidecar)
         if key is not None and sidecar.kind == "samples" and whole:
             again = made_by(sidecar.fingerprint)
-            cure = f"wanprep remove --shards {self.folder} --sample {key}; then run `{again}` again"
+            folder = quoted(self.folder)
+            cure = f"wanprep remove --shards {folder} --sample {key}; then run `{again}` again"
             if self._is_dead(key, sidecar):
-                severity, cure = "note", f"wanprep compact --shards {self.folder}: it is dead"
+                severity, cure = "note", f"wanprep compact --shards {folder}: it is dead"
         self._add(
             problem.code,
             sidecar.shard,
@@ -558,7 +560,7 @@ def _beside(base: _Folder, overlay: _Folder) -> list[Finding]:
     own, latents = base.fingerprint.get("latents"), overlay.fingerprint.get("latents")
     if own and latents:
         for name, found, expected in differences({"latents": latents}, {"latents": own}):
-            cure = f"delete {overlay.folder} and run `wanprep add-condition` again"
+            cure = f"delete {quoted(overlay.folder)} and run `wanprep add-condition` again"
             overlay._add("overlay-foreign", MANIFEST, f"{name} {found!r}", f"{expected!r}", cure)
     if base.index is not None and overlay.index is not None:
         orphans = int((positions(overlay.index.keys, base.index.keys) < 0).sum())
@@ -568,7 +570,7 @@ def _beside(base: _Folder, overlay: _Folder) -> list[Finding]:
                 INDEX,
                 f"{report.count(orphans, 'sample')} that the cache does not have",
                 "none",
-                f"wanprep compact --shards {base.folder}",
+                f"wanprep compact --shards {quoted(base.folder)}",
                 severity="note",
             )
     return overlay.findings[before:]

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 
 from preprocess.decoded import Decoded
 from preprocess.findings import Finding
-from preprocess.report import count, printable
+from preprocess.report import count
 from preprocess.verify import Verified
+from shared.names import on_one_line
 
 
 def lines(findings: Iterable[Finding]) -> Iterator[str]:
@@ -16,7 +17,7 @@ def lines(findings: Iterable[Finding]) -> Iterator[str]:
     for finding in findings:
         if cure and finding.cure != cure:
             yield f"      cure: {cure}"
-        yield printable(str(finding))
+        yield on_one_line(str(finding))
         cure = finding.cure
     if cure:
         yield f"      cure: {cure}"
@@ -50,7 +51,7 @@ def failure(verified: Verified) -> str:
 def decoded(one: Decoded) -> str:
     """A line about a decoded sample."""
     near = "no source" if one.psnr is None else f"{one.psnr:.1f} dB"
-    return f"{one.path}  {near}  {printable(one.source)}"
+    return f"{one.path}  {near}  {on_one_line(one.source)}"
 
 
 def as_json(verified: Verified) -> str:

@@ -26,6 +26,7 @@ from shared.fingerprint import FORMAT_VERSION, Fingerprint
 from shared.latent_rgb import LatentRgb
 from shared.mirror import is_remote, open_shard, read_range, reading
 from shared.model_spec import MAX_TEXT_TOKENS
+from shared.names import quoted
 from shared.schema import (
     JSON_MEMBER,
     MEDIA_TYPES,
@@ -262,7 +263,7 @@ class CacheIndex:
     def _damaged(self, column: str, why: str) -> UserError:
         return UserError(
             f"shards: column {column!r} of {self.folder / INDEX} is damaged ({why}). "
-            f"Rebuild it: wanprep index --shards {self.folder}"
+            f"Rebuild it: wanprep index --shards {quoted(self.folder)}"
         )
 
     @cached_property
@@ -378,12 +379,12 @@ def open_cache(folder: Path) -> CacheIndex:
         raise UserError(
             f"shards: {folder} has no {MANIFEST}. "
             + (
-                f"Rebuild it: wanprep index --shards {folder}"
+                f"Rebuild it: wanprep index --shards {quoted(folder)}"
                 if has_tars
-                else f"Make shards first: wanprep encode --size 640 --output {folder}"
+                else f"Make shards first: wanprep encode --size 640 --output {quoted(folder)}"
             )
         )
-    rebuild = f"Rebuild it: wanprep index --shards {folder}"
+    rebuild = f"Rebuild it: wanprep index --shards {quoted(folder)}"
     manifest = read_object(manifest_path, "shards", most=MOST_MANIFEST, cure=rebuild)
     check_format(manifest, manifest_path)
     try:
@@ -424,7 +425,8 @@ def open_cache(folder: Path) -> CacheIndex:
     if missing:
         raise UserError(
             f"shards: {manifest_path} lists {len(missing)} shard(s) that are gone, the first "
-            f"{missing[0]}. Restore them, or leave them out: wanprep index --shards {folder}"
+            f"{missing[0]}. Restore them, or leave them out: wanprep index --shards "
+            f"{quoted(folder)}"
         )
     reading(folder, dict(zip(index.shards, index.shard_bytes, strict=True)))
     return index

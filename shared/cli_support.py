@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from shared.errors import UserError
 from shared.help_page import HelpPage
 from shared.mirror import pull_mirrors, shown
+from shared.names import on_lines
 
 # The seed document writes --train_data_dir, people of this century --train-data-dir: both are read.
 CONTEXT = {
@@ -59,7 +60,7 @@ def run(app: Callable[[], Any]) -> None:
     try:
         app()
     except UserError as error:
-        typer.secho(f"error: {shown(str(error))}", fg="red", err=True)
+        typer.secho(f"error: {on_lines(shown(str(error)))}", fg="red", err=True)
         sys.exit(1)
 
 
@@ -78,10 +79,16 @@ def new_app(help_text: str, examples: str) -> typer.Typer:
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
-    """A line as it is: rich would read [brackets] in file names as markup, and wrap paths."""
-    console.print(shown(text), style=style, markup=False, highlight=False, soft_wrap=True)
+    """A line as it is: rich would read [brackets] and :cat: in file names, and wrap paths."""
+    plain = on_lines(shown(text))
+    console.print(plain, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def echo(text: str, *, err: bool = False) -> None:
-    """A line of output."""
-    typer.echo(shown(text), err=err)
+    """A line of output for people."""
+    typer.echo(on_lines(shown(text)), err=err)
+
+
+def echo_data(text: str) -> None:
+    """Output for programs: every character counts."""
+    typer.echo(shown(text))

@@ -12,6 +12,7 @@ from shared.component import component_digest, processor_digest
 from shared.errors import UserError
 from shared.hashing import FileHasher
 from shared.model_spec import ModelSpec
+from shared.names import quoted
 
 FORMAT_VERSION = 1
 TEXT_CLEANING = "ftfy, html unescape twice, whitespace"
@@ -79,7 +80,7 @@ def group_of(fingerprint: Fingerprint, name: str, folder: Path) -> dict[str, Any
             raise UserError(
                 f"shards: {name}.{field} in the fingerprint of {folder} is {group.get(field)!r:.40}"
                 ", expected bf16 or fp32. Restore its sidecars (NAME.json beside NAME.tar), then: "
-                f"wanprep index --shards {folder}"
+                f"wanprep index --shards {quoted(folder)}"
             )
     return group
 

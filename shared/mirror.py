@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -234,7 +235,7 @@ class Mirror:
         if tar not in self._sha256:
             raise UserError(
                 f"shards: {tar} stands in no sidecar and in no manifest. Rebuild the manifest: "
-                f"wanprep index --shards {tar.parent}"
+                f"wanprep index --shards {shlex.quote(shown(str(tar.parent)))}"
             )
         if not _SHA256.fullmatch(self._sha256[tar]):  # it becomes a file's name
             raise UserError(f"shards: what is said of {tar} is no SHA-256. Restore its sidecar.")

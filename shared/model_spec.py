@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from shared import original_layout
 from shared.errors import UserError, first_line, json_kind
+from shared.names import in_home_folder, quoted
 from shared.toy_model import TOY_MODELS, toy_folder
 
 DEFAULT_MODEL = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
@@ -74,9 +75,9 @@ def resolve_model(name: str, components: Sequence[str]) -> Path:
     """
     if name in TOY_MODELS:
         return toy_folder(name)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
+    for folder in (Path(name), in_home_folder(name)):
+        if folder.is_dir():
+            return folder
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != HUB_NAME_PARTS - 1
     if looks_local:
         raise UserError(
@@ -98,7 +99,7 @@ def resolve_model(name: str, components: Sequence[str]) -> Path:
             f"model: {name!r} is neither a local folder nor to be had from the Hugging Face hub "
             f"({why}). "
             "Set --pretrained-model-name-or-path (or MODEL_NAME) to a local folder, "
-            f"or run once online: hf download {name}"
+            f"or run once online: hf download {quoted(name)}"
         ) from error
 
 

@@ -17,7 +17,7 @@ def write_mp4(path: Path, clip: Clip, fps: float) -> None:
     _, height, width, _ = clip.shape
     padded = np.pad(clip, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     writer = imageio_ffmpeg.write_frames(
-        str(path),
+        str(path.absolute()),  # ffmpeg reads -name as an option and a: as a protocol
         (padded.shape[2], padded.shape[1]),
         fps=fps,
         codec="libx264",

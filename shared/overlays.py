@@ -17,6 +17,7 @@ import numpy.typing as npt
 from shared.cache import MEDIA_TYPES, CacheIndex, Overlay, open_cache
 from shared.errors import UserError
 from shared.fingerprint import Fingerprint, differences, group_of, refuse_differences
+from shared.names import quoted
 from shared.schema import CONDITION_MEMBER, JSON_MEMBER, MEMBERS, TEXT_MEMBER
 
 CAPTIONS = "captions"
@@ -70,7 +71,7 @@ def with_captions(index: CacheIndex, name: str) -> CacheIndex:
     Raises UserError where there are no captions of that name, or where that would mix encoders.
     """
     folder = captions_folder(index.folder, name)
-    make = f"wanprep recaption --name {name} --shards {index.folder}"
+    make = f"wanprep recaption --name {name} --shards {quoted(index.folder)}"
     if name not in (there := caption_names(index.folder)):
         listed = f"; it has {', '.join(there)}" if there else ""
         raise UserError(
@@ -104,8 +105,8 @@ def with_conditions(index: CacheIndex, model: str) -> CacheIndex:
     """
     folder = index.folder / CONDITIONS
     add = (
-        f"wanprep add-condition --shards {index.folder} --pretrained-model-name-or-path {model} "
-        "--train-data-dir DIR"
+        f"wanprep add-condition --shards {quoted(index.folder)} --pretrained-model-name-or-path "
+        f"{quoted(model)} --train-data-dir DIR"
     )
     lacks = (
         "image-to-video without the CLIP embeddings that this model needs"

@@ -20,6 +20,7 @@ from shared.durable import fsync_file, fsync_folder, temporary
 from shared.errors import UserError
 from shared.fingerprint import flatten
 from shared.hashing import digest_of
+from shared.names import quoted
 from train.ema import Ema
 from train.strategy import TrainedRole
 from train.tensor_files import safetensors_parts
@@ -128,7 +129,8 @@ def remove_oldest(folder: Path, keep: int) -> None:
         # Under a name that is none first: half a checkpoint must not be found.
         path.rename(path.with_name(path.name + REMOVED_SUFFIX))
     for doomed in folder.glob(f"checkpoint-*{REMOVED_SUFFIX}"):
-        shutil.rmtree(doomed)
+        if _NAME.fullmatch(doomed.name.removesuffix(REMOVED_SUFFIX)):  # no folder of the user's
+            shutil.rmtree(doomed)
 
 
 def _write_checkpoint(
@@ -348,7 +350,7 @@ def _read_bytes(file: Path, sha256: str) -> bytes:
 def _damaged(path: Path, why: str) -> DamagedCheckpointError:
     others = [other.name for other in list_checkpoints(path.parent) if other != path]
     cure = (
-        f"Resume from an earlier one: --resume-from-checkpoint {others[-1]}"
+        f"Resume from an earlier one: --resume-from-checkpoint {quoted(others[-1])}"
         if others
         else "There is no other checkpoint beside it; start anew with another --output-dir."
     )

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from shared.cli_support import Command, echo
+from shared.cli_support import Command, echo, echo_data
 from shared.model_spec import DEFAULT_MODEL
 from train import cli_options as option
 from train.cli_options import DATA, INPUT, OUTPUT
@@ -74,7 +74,7 @@ def plan(
     )
     planned = plan_memory(model, Bucket(*fix_sample_size, video_sample_n_frames), settings)
     if json:
-        echo(json_format.dumps(planned.to_json(gpu_memory), indent=1))
+        echo_data(json_format.dumps(planned.to_json(gpu_memory), indent=1))
         return
     for line in planned.lines(gpu_memory):
         echo(line)

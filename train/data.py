@@ -13,6 +13,7 @@ import torch
 from shared.cache import MEDIA_TYPES, REENCODE_SHARD, CacheIndex, MemberReader
 from shared.errors import UserError
 from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec
+from shared.names import quoted
 from shared.prompts import read_prompts
 from shared.schema import CONDITION_MEMBER, DTYPES, LATENTS_MEMBER, TEXT_MEMBER, TORCH_DTYPES
 from shared.tensor_header import TensorHeader
@@ -380,7 +381,7 @@ class MicroBatches:
             raise UserError(
                 f"shards: {self._dataset.where(row)} has no {member}, which every "
                 f"{self._spec.mode} model needs. Encode with this model: wanprep encode "
-                f"--pretrained-model-name-or-path {self._spec.folder} --output <new folder>"
+                f"--pretrained-model-name-or-path {quoted(self._spec.folder)} --output <new folder>"
             )
 
     def _misshapen(self, row: int, member: str, found: TensorHeader, expected: str) -> UserError:

@@ -144,7 +144,7 @@ def dataset_of(
     caches: Sequence[tuple[CacheIndex, Fraction]], conditions: Sequence[Condition] = ()
 ) -> Dataset:
     """Samples of caches, each with its weight. UserError where `conditions` leave none."""
-    chosen = [np.flatnonzero(select(index, conditions)) for index, _ in caches]
+    chosen = list(map(np.flatnonzero, select([index for index, _ in caches], conditions)))
     if not any(map(len, chosen)):
         raise (
             nothing_selected([index for index, _ in caches], conditions)

@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from shared.errors import UserError
-from shared.mirror import shards_to_read
+from shared.mirror import is_url, shards_to_read
 
 MOST_WEIGHT, FINEST_WEIGHT = 1000, 1000
 _WEIGHTED = re.compile(r"(?P<folder>.+)@(?P<weight>[0-9.]+(?:/[0-9]+)?)", re.DOTALL)
@@ -22,16 +22,18 @@ class WeightedFolder:
     weight: Fraction = Fraction(1)
 
     def __str__(self) -> str:
-        return str(self.path) if self.weight == 1 else f"{self.path}@{self.weight}"
+        plain = self.weight == 1 and not _WEIGHTED.fullmatch(str(self.path))
+        return str(self.path) if plain else f"{self.path}@{self.weight}"
 
 
 def weighted_folder(text: str) -> WeightedFolder:
     """`DIR`, `DIR@3`, `s3://bucket/shards@0.5` or `DIR@1/3`: the last @NUMBER is a weight.
 
-    Raises UserError for a weight that is none, and for a store that can't be opened.
+    A folder that is there by that very name stands for itself, with the weight 1. Raises UserError
+    for a weight that is none, and for a store that can't be opened.
     """
     found = _WEIGHTED.fullmatch(text)
-    if found is None:
+    if found is None or (not is_url(text) and Path(text).exists()):
         return WeightedFolder(shards_to_read(text))
     try:
         weight = Fraction(found["weight"])

@@ -14,6 +14,7 @@ from diffusers import WanTransformer3DModel
 
 from shared.errors import UserError, first_line
 from shared.model_spec import ModelSpec, read_json
+from shared.names import quoted
 from shared.original_layout import expert_folder, is_original, transformer_config
 from shared.original_weights import State, converted, empty_model, read_tensors, transformer_of
 
@@ -136,8 +137,8 @@ def load_own(path: Path, spec: ModelSpec, component: str, *, dtype: torch.dtype)
         state |= tensors
     if all(set(_LORA_PARTS) & set(name.split(".")) or name.endswith(".alpha") for name in state):
         raise UserError(
-            f"{OPTION}: {path} is a LoRA. Merge it into the base: --base-lora {path}; or start the "
-            f"training from it: --init-lora {path}"
+            f"{OPTION}: {path} is a LoRA. Merge it into the base: --base-lora {quoted(path)}; or "
+            f"start the training from it: --init-lora {quoted(path)}"
         )
     return transformer_of(
         WanTransformer3DModel,

@@ -22,6 +22,7 @@ from shared.fingerprint import (
 from shared.hashing import FileHasher
 from shared.mirror import described
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
+from shared.names import quoted
 from shared.overlays import CONDITIONS, with_captions, with_conditions
 from shared.schema import TEXT_MEMBER
 from train.attention import check_attention
@@ -148,7 +149,7 @@ def _open(shards: Path, config: TrainConfig, spec: ModelSpec, fields: Fingerprin
     if not len(index):
         raise UserError(
             f"shards: {shards} has no samples; all were removed. Encode "
-            f"some: wanprep encode --output {shards}"
+            f"some: wanprep encode --output {quoted(shards)}"
         )
     refuse_other_encoding(config.encoded_as, index.fingerprint, shards)
     if config.captions is not None:
@@ -249,7 +250,7 @@ def _refuse_other_model(config: TrainConfig, index: CacheIndex, expected: Finger
 
 def _cure(config: TrainConfig, index: CacheIndex, expected: Fingerprint) -> str:
     """What to do about shards of another model."""
-    model = f"--pretrained-model-name-or-path {config.model}"
+    model = f"--pretrained-model-name-or-path {quoted(config.model)}"
     cure = (
         "Use the model that encoded them (--pretrained-model-name-or-path), or encode for this "
         f"one: wanprep encode {model} --output <folder>"
@@ -258,13 +259,13 @@ def _cure(config: TrainConfig, index: CacheIndex, expected: Fingerprint) -> str:
     if all(field.startswith("text.") for field, _, _ in differing):
         return (
             f"Encode the text anew: wanprep recaption --name NAME --same-captions --shards "
-            f"{index.folder} {model}, then train with --captions NAME. {cure}"
+            f"{quoted(index.folder)} {model}, then train with --captions NAME. {cure}"
         )
     conditions = index.folder / CONDITIONS
     if all(field.startswith("image.") for field, _, _ in differing) and conditions.is_dir():
         return (
             f"Delete {conditions} and add them for this model: wanprep add-condition --shards "
-            f"{index.folder} {model} --train-data-dir DIR. {cure}"
+            f"{quoted(index.folder)} {model} --train-data-dir DIR. {cure}"
         )
     return cure
 

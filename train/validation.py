@@ -25,6 +25,7 @@ from shared.errors import UserError
 from shared.latent_rgb import R2_FLOOR, LatentRgb, latents_to_rgb
 from shared.model_spec import ModelSpec
 from shared.mp4 import Clip, write_mp4
+from shared.names import quoted
 from shared.prompts import Prompt, current_validation, prompts_by_shard
 from shared.schema import DTYPES, TEXT_MEMBER
 from train.data import MicroBatches, StoredBatch
@@ -76,11 +77,11 @@ class Validation:
         lines = [f"validate {len(self.inputs)} clips every {self.every} updates in {self.folder}"]
         if self.rgb is None:
             lines.append("validate no pictures: these shards have no latent → RGB map; see them by "
-                         f"wantrain decode --latents {self.folder}")  # fmt: skip
+                         f"wantrain decode --latents {quoted(self.folder)}")  # fmt: skip
         elif self.rgb.r2 is not None and self.rgb.r2 < R2_FLOOR:
             lines.append(
                 f"validate the colours of latents are a poor guide here (R² {self.rgb.r2:.2f}); "
-                f"judge by wantrain decode --latents {self.folder}"
+                f"judge by wantrain decode --latents {quoted(self.folder)}"
             )
         return lines
 

@@ -2,9 +2,11 @@
 
     frames>=17    width>height    type=video    bucket=832x480x*    tag!=blurry    caption~=cat|dog
 
-A condition is a field, an operator and a value. What stands in the index (`type`, `bucket`, the
-numbers) is answered from it; `caption`, `source` and `tag` stand in the samples' KEY.json, which
-are read shard by shard. What such a search has found is remembered on this machine.
+A condition is a field, an operator and a value. With `=` and `!=` the value is the text that some
+sample has, else a pattern, in which `*` and `?` stand for others. What stands in the
+index (`type`, `bucket`, the numbers) is answered from it; `caption`, `source` and `tag` stand in
+the samples' KEY.json, which are read shard by shard. What such a search has found is remembered on
+this machine.
 """
 
 import hashlib
@@ -15,7 +17,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from fnmatch import translate
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from shared.cache import CacheIndex, MemberReader
 from shared.durable import write_bytes
 from shared.errors import UserError
 from shared.hashing import cache_folder, digest_of
+from shared.names import has_wildcard, matcher
 from shared.schema import JSON_MEMBER, MEDIA_TYPES, MEMBERS, TEXT_MEMBER
 
 Mask = npt.NDArray[np.bool_]
@@ -50,6 +52,7 @@ _FORM = (
 
 _THREADS = 16
 _BLOCK = 2048  # samples that a thread reads before it looks for the next ones
+_MEMO_FORMAT = 2  # 1: a mask of what fulfils all conditions, where brackets were special, too
 _EXAMPLES, _MOST_LISTED, _MOST_READ = 3, 12, 2000
 
 
@@ -60,20 +63,22 @@ class Condition:
     field: str
     operator: str
     value: str
-    """As it was given: a pattern, a regular expression, a number or the field of a number."""
+    """As it was given: a text or pattern, a regular expression, a number or a number's field."""
 
     def __str__(self) -> str:
         return f"{self.field}{self.operator}{self.value}"
 
-    def matcher(self) -> Callable[[Sequence[str]], bool]:
-        """Of a field of text: whether its values (all tags, or one text) fulfil the condition."""
+    def is_fit(self) -> Callable[[str], bool]:
+        """Of a field of text: whether a value fits, be it wanted (`=`, `~=`) or not (`!=`)."""
         if self.operator == "~=":
             search = re.compile(self.value).search
-            return lambda texts: any(search(text) for text in texts)
-        match = re.compile(translate(self.value)).match
-        if self.operator == "=":
-            return lambda texts: any(match(text) for text in texts)
-        return lambda texts: not any(match(text) for text in texts)
+            return lambda text: search(text) is not None
+        return matcher(self.value)
+
+    @property
+    def may_be_pattern(self) -> bool:
+        """Whether it depends on all samples what fits: a text that one of them has is no pattern"""
+        return self.field in TEXTS and self.operator != "~=" and has_wildcard(self.value)
 
 
 def condition(text: str) -> Condition:
@@ -89,7 +94,12 @@ def condition(text: str) -> Condition:
         raise UserError(
             f"--where: {text!r} has the operator {comparison!r}; for {field} there are "
             f"{' '.join(allowed)}"
-            + (" (= and != take * and ?, ~= a regular expression)." if allowed is _MATCH else ".")
+            + (
+                " (= and != take * and ?, ~= a regular expression); a value that begins with such "
+                f"a sign has a space before it, as in '{field}= ~a'."
+                if allowed is _MATCH
+                else "."
+            )
         )
     if field in NUMBERS and not (value in NUMBERS or re.fullmatch(r"\d{1,12}", value)):
         raise UserError(
@@ -105,33 +115,60 @@ def condition(text: str) -> Condition:
                 "a sign that stands for itself."
             ) from error
     checked = Condition(field, comparison, value)
-    if field == "type" and not any(map(checked.matcher(), ([kind] for kind in MEDIA_TYPES))):
+    if field == "type" and not _from_names(checked, MEDIA_TYPES).any():
         raise UserError(f"--where: {text!r} fits no type; types are {', '.join(MEDIA_TYPES)}.")
     return checked
 
 
-def select(index: CacheIndex, conditions: Sequence[Condition]) -> Mask:
-    """(N) which samples fulfil all conditions. Raises UserError on damaged samples."""
-    chosen = np.ones(len(index), dtype=np.bool_)
-    for one in conditions:
-        if one.field not in TEXTS:
-            chosen &= _from_index(index, one)
+def select(indexes: Sequence[CacheIndex], conditions: Sequence[Condition]) -> list[Mask]:
+    """(N) of each cache, which samples fulfil all conditions. UserError on damaged samples."""
     of_text = [one for one in conditions if one.field in TEXTS]
-    if not (of_text and chosen.any()):
+    others = [one for one in conditions if one.field not in TEXTS]
+    chosen = []
+    for index in indexes:
+        chosen.append(np.ones(len(index), dtype=np.bool_))
+        for one in others:
+            chosen[-1] &= _from_index(index, one)
+    if not of_text:
         return chosen
+    # A text that any sample of any cache has is no pattern, so then all of them are looked at.
+    whole = any(one.may_be_pattern for one in of_text)
+    found = []
+    for index, mask in zip(indexes, chosen, strict=True):
+        among = np.ones_like(mask) if whole else mask
+        found.append(_remembered(index, of_text, others, among))
+    for number, one in enumerate(of_text):
+        is_text = any(bool(same[number].any()) for _, same in found)
+        for mask, (fits, same) in zip(chosen, found, strict=True):
+            of_value = same[number] if one.may_be_pattern and is_text else fits[number]
+            mask &= ~of_value if one.operator == "!=" else of_value
+    return chosen
+
+
+def _remembered(
+    index: CacheIndex, of_text: Sequence[Condition], others: Sequence[Condition], among: Mask
+) -> tuple[Mask, Mask]:
+    """`_search`, or what this machine remembers of it."""
+    if not among.any():
+        nothing = np.zeros((len(of_text), len(index)), dtype=np.bool_)
+        return nothing, nothing
     overlay = index.overlays.get(TEXT_MEMBER)
-    what = [index.digest, overlay and overlay.index.digest, sorted(map(str, conditions))]
+    asked = [list(map(str, of_text)), sorted(map(str, others))]
+    what = [_MEMO_FORMAT, index.digest, overlay and overlay.index.digest, asked]
     memo = cache_folder() / "where" / digest_of(what)
+    shape = (2, len(of_text), len(index))
+    number = shape[0] * shape[1] * shape[2]
     with suppress(OSError):
         data = memo.read_bytes()
         bits = np.frombuffer(data[32:], dtype=np.uint8)
-        if data[:32] == hashlib.sha256(data[32:]).digest() and len(bits) == -(-len(index) // 8):
-            return np.unpackbits(bits, count=len(index)).astype(np.bool_)
-    _search(index, of_text, chosen)
-    packed = np.packbits(chosen).tobytes()
+        if data[:32] == hashlib.sha256(data[32:]).digest() and len(bits) == -(-number // 8):
+            fits, same = np.unpackbits(bits, count=number).astype(np.bool_).reshape(shape)
+            return fits, same
+    fits, same = _search(index, of_text, among)
+    packed = np.packbits(np.stack([fits, same])).tobytes()
     with suppress(OSError):  # it would have saved time
         write_bytes(memo, hashlib.sha256(packed).digest(), packed)
-    return chosen
+    return fits, same
 
 
 def nothing_selected(indexes: Sequence[CacheIndex], conditions: Sequence[Condition]) -> UserError:
@@ -140,7 +177,7 @@ def nothing_selected(indexes: Sequence[CacheIndex], conditions: Sequence[Conditi
     folders = ", ".join(str(index.folder) for index in indexes)
     lines = [f"--where: none of the {samples} samples in {folders} fulfils all of:"]
     for one in conditions:
-        fit = sum(int(select(index, [one]).sum()) for index in indexes)
+        fit = sum(int(mask.sum()) for mask in select(indexes, [one]))
         lines.append(f"  {one}  (fits {fit}; {_there_is(indexes, one.field)})")
     if any(one.field in ("caption", "source") and one.operator == "=" for one in conditions):
         lines.append("With = the whole text must fit; * stands for any characters: caption=*cat*")
@@ -151,12 +188,15 @@ def _from_index(index: CacheIndex, one: Condition) -> Mask:
     if one.field in NUMBERS:
         other: Any = _numbers(index, one.value) if one.value in NUMBERS else int(one.value)
         return np.asarray(_COMPARE[one.operator](_numbers(index, one.field), other))
-    fits = one.matcher()
     if one.field == "type":
-        return np.array([fits([name]) for name in MEDIA_TYPES])[index.types]
-    return np.array([fits([str(bucket)]) for bucket in index.buckets], dtype=np.bool_)[
-        index.bucket_ids
-    ]
+        return _from_names(one, MEDIA_TYPES)[index.types]
+    return _from_names(one, list(map(str, index.buckets)))[index.bucket_ids]
+
+
+def _from_names(one: Condition, names: Sequence[str]) -> Mask:
+    """(n) which of these fulfil a condition on a name."""
+    fits = np.array(list(map(one.is_fit(), names)), dtype=np.bool_)
+    return ~fits if one.operator == "!=" else fits
 
 
 def _numbers(index: CacheIndex, field: str) -> npt.NDArray[np.int32]:
@@ -167,16 +207,23 @@ def _numbers(index: CacheIndex, field: str) -> npt.NDArray[np.int32]:
     return of_buckets[index.bucket_ids]
 
 
-def _search(index: CacheIndex, conditions: Sequence[Condition], chosen: Mask) -> None:
-    """Clear what of `chosen` does not fulfil conditions on text, in the order of the shards."""
-    matchers = [(one.field, one.matcher()) for one in conditions]
+def _search(index: CacheIndex, conditions: Sequence[Condition], among: Mask) -> tuple[Mask, Mask]:
+    """(n, N) twice, of conditions on text: of which samples a value fits, of which it is the value.
+
+    Samples are read in the order of the shards; those not `among` are not, and nothing is theirs.
+    """
+    fitting = [one.is_fit() for one in conditions]
     fields = {one.field for one in conditions}
+    fits = np.zeros((len(conditions), len(index)), dtype=np.bool_)
+    same = np.zeros_like(fits)
 
     def search(rows: npt.NDArray[np.intp]) -> None:
         for row, texts in _texts(index, rows, fields):
-            chosen[row] = all(fits(texts[field]) for field, fits in matchers)
+            for number, (one, is_fit) in enumerate(zip(conditions, fitting, strict=True)):
+                fits[number, row] = any(map(is_fit, texts[one.field]))
+                same[number, row] = one.value in texts[one.field]
 
-    rows = np.flatnonzero(chosen)
+    rows = np.flatnonzero(among)
     places = index.offsets[rows, MEMBERS.index(JSON_MEMBER)]
     rows = rows[np.lexsort((places, index.shard_ids[rows]))]
     blocks = np.array_split(rows, -(-len(rows) // _BLOCK))
@@ -187,6 +234,7 @@ def _search(index: CacheIndex, conditions: Sequence[Condition], chosen: Mask) ->
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    return fits, same
 
 
 def _texts(

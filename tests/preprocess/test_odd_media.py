@@ -77,13 +77,18 @@ def test_codecs(name: str, clip: Path, tmp_path: Path) -> None:
     assert not same(ours, np.roll(ours, 1, axis=0))  # so the comparison can fail
 
 
-def test_variable_frame_rate_counts_frames_not_seconds(clip: Path, tmp_path: Path) -> None:
+def test_variable_frame_rate(clip: Path, tmp_path: Path) -> None:
+    """Every frame once, at the time at which it is shown."""
     path = tmp_path / "vfr.mp4"
     ffmpeg("-i", clip, "-vf", "select='not(between(n,3,7))',setpts='PTS+gte(N,4)*2/TB'",
            "-fps_mode", "vfr", path)  # fmt: skip
     ours = everything(path)
     assert len(ours) == 7
     assert same(ours, decoded(path, 96, 64))
+    seconds = probe(path, "video").seconds()
+    assert seconds is not None
+    # 16 a second; `select` leaves frames 0 to 2 and 8 to 11, and the fifth of these is 2 s late.
+    assert np.allclose(seconds, [0, 1 / 16, 2 / 16, 8 / 16, *(2 + n / 16 for n in (9, 10, 11))])
 
 
 @pytest.mark.parametrize(("sar", "width", "height"), [("2/1", 192, 64), ("1/2", 96, 128)])
@@ -172,6 +177,65 @@ def test_animations_are_videos_and_stills_are_images(name: str, tmp_path: Path) 
     assert (seen.frames, seen.width, seen.height, seen.fps) == (3, 40, 24, 10.0)
     for frame, colour in zip(read_frames(path, "video", [0, 1, 2]), colours, strict=True):
         assert np.abs(frame.astype(int) - colour).max() <= 4
+
+
+@pytest.mark.parametrize(
+    ("name", "delays", "seconds"),
+    [
+        ("a.gif", [10, 100, 40, 20], [0, 0.1, 0.2, 0.24]),  # browsers show 10 ms for 100
+        ("a.webp", [15, 100, 40, 8], [0, 0.015, 0.115, 0.155]),
+        ("a.png", [16, 16, 30, 16], [0, 0.016, 0.032, 0.062]),
+        ("a.avif", [40, 40, 80, 40], [0, 0.04, 0.08, 0.16]),
+        ("even.webp", [40, 40, 40, 40], None),
+    ],
+)
+def test_when_frames_of_animations_are_shown(
+    name: str, delays: list[int], seconds: list[float] | None, tmp_path: Path
+) -> None:
+    frames = [Image.new("RGB", (40, 24), (60 * n, 0, 0)) for n in range(4)]
+    options = {"lossless": True} if name.endswith("webp") else {}
+    seen = probe(moving(tmp_path / name, frames, duration=delays, **options), "auto")
+    assert seen.frames == 4
+    if seconds is None:
+        assert (seen.fps, seen.times) == (25.0, None)
+    else:
+        found = seen.seconds()
+        assert found is not None and np.allclose(found, seconds)
+
+
+def test_an_apng_shows_no_picture_that_is_not_of_it(tmp_path: Path) -> None:
+    """Its default image is for viewers that know no APNG."""
+    frames = [Image.new("RGB", (40, 24), (60 * n, 0, 0)) for n in range(1, 5)]
+    path = moving(tmp_path / "a.png", frames, duration=40, default_image=True)
+    seen = probe(path, "auto")
+    assert seen.frames == 3 and seen.old_reading is not None
+    shown = list(read_frames(path, "video", [0, 1, 2]))
+    assert [int(frame[5, 5, 0]) for frame in shown] == [120, 180, 240]
+    with pytest.raises(MediaError, match="ends before frame 3"):
+        list(read_frames(path, "video", [3]))
+
+
+def test_interlaced_video_is_taken_and_said_to_be(clip: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tff.mp4"
+    ffmpeg("-i", clip, "-vf", "setfield=tff", "-c:v", "libx264",
+           "-flags", "+ilme+ildct", path)  # fmt: skip
+    assert probe(clip, "video").notes == ()
+    (note,) = probe(path, "video").notes
+    assert "interlaced" in note and "ffmpeg -i IN -vf bwdif" in note
+    assert same(everything(path), decoded(path, 96, 64))
+
+
+def test_a_cover_is_no_video(clip: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), (9, 90, 200)).save(tmp_path / "cover.png")
+    sound = ["-f", "lavfi", "-i", "sine=duration=1", "-i", tmp_path / "cover.png"]
+    ffmpeg(*sound, "-map", 0, "-map", 1, "-c:v", "copy", "-disposition:v:0", "attached_pic",
+           tmp_path / "song.mp4")  # fmt: skip
+    with pytest.raises(MediaError, match=r"song\.mp4: the file has no video stream"):
+        probe(tmp_path / "song.mp4", "video")
+    ffmpeg("-i", tmp_path / "cover.png", "-i", clip, "-map", 0, "-map", 1, "-c", "copy",
+           "-disposition:v:0", "attached_pic", tmp_path / "film.mp4")  # fmt: skip
+    assert probe(tmp_path / "film.mp4", "video").frames == 12
+    assert (everything(tmp_path / "film.mp4") == everything(clip)).all()
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.webp", "a.gif", "palette.png", "grey.png", "a.tif"])

@@ -49,7 +49,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chosen(index: CacheIndex, *conditions: str) -> set[int]:
     """Numbers of the samples that are selected, as their latents have them."""
     reader = MemberReader(index)
-    rows = select(index, [condition(text) for text in conditions]).nonzero()[0]
+    (mask,) = select([index], [condition(text) for text in conditions])
+    rows = mask.nonzero()[0]
     found = [reader.read(int(row), LATENTS_MEMBER) for row in rows]
     reader.close()
     return {int(tensors["latents"][0, 0, 0, 0]) for tensors in found if tensors}
@@ -79,7 +80,7 @@ def these(*remainders: int, of: int = 5) -> set[int]:
         (("caption=*cat*",), these(0, 2)),
         (("caption!=*cat*",), these(1, 3, 4)),
         (("caption=a dog*rain",), these(1)),
-        (("caption=*[[]wet]",), these(2)),
+        (("caption=*[wet]",), these(2)),
         (("caption=Cat people",), these(3)),
         (("caption = Cat people ",), these(3)),
         (("tag=good",), these(0, 2)),
@@ -114,7 +115,8 @@ def test_what_is_remembered_is_of_these_shards_and_checked(
         memo.write_bytes(damaged)
         assert chosen(index, "tag=good") == these(0, 2)
         assert memo.read_bytes() == whole
-    first = index.key(int(select(index, [condition("tag=good")]).argmax()))
+    (mask,) = select([index], [condition("tag=good")])
+    first = index.key(int(mask.argmax()))
     copy = tmp_path / "copy"
 
     shutil.copytree(cache, copy)
@@ -176,7 +178,8 @@ def test_the_caption_that_is_trained_on_is_what_counts(
     index = with_captions(own, "new")
 
     def number(index: CacheIndex, *texts: str) -> int:
-        return int(select(index, [condition(text) for text in texts]).sum())
+        (mask,) = select([index], [condition(text) for text in texts])
+        return int(mask.sum())
 
     assert number(own, "caption~=waves") == 5 and number(own, "caption=the sea") == 0
     assert number(index, "caption~=waves") == 4 and number(index, "caption=the sea") == 1
@@ -194,4 +197,4 @@ def test_a_damaged_sample_is_named(cache: Path, tmp_path: Path) -> None:
     data[offset] = ord("[")
     shard.write_bytes(bytes(data))
     with pytest.raises(UserError, match=f"sample {index.key(3)}: json is damaged"):
-        select(index, [condition("caption~=damaged, so it is not remembered")])
+        select([index], [condition("caption~=damaged, so it is not remembered")])

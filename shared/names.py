@@ -1,0 +1,58 @@
+"""Names of files and samples: matched, printed, pasted into a shell.
+
+A name is taken as it is. It stands for others only where patterns are documented, where nothing is
+named exactly so, and then by `*` and `?` alone.
+"""
+
+import re
+import shlex
+from collections.abc import Callable
+from fnmatch import translate
+from pathlib import Path
+
+from shared.mirror import shown
+
+# What a terminal obeys or that breaks a line: control characters, line and paragraph separators,
+# changes of direction, halves of characters.
+_OBEYED = "\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
+_IN_TEXT = re.compile(f"[{_OBEYED}]")
+_IN_LINE = re.compile(f"[{_OBEYED}\t\n]")
+
+
+def has_wildcard(name: str) -> bool:
+    """Whether a name may be a pattern."""
+    return "*" in name or "?" in name
+
+
+def matcher(pattern: str) -> Callable[[str], bool]:
+    """Whether a whole text fits, where `*` stands for any characters, `/` too, and `?` for one."""
+    match = re.compile(translate(for_glob(pattern))).match
+    return lambda text: match(text) is not None
+
+
+def for_glob(pattern: str) -> str:
+    """For `fnmatch` and `Path.glob`, to which brackets are special, too."""
+    return pattern.replace("[", "[[]")
+
+
+def in_home_folder(name: str) -> Path:
+    """`~/models` of the user; a name that begins with the name of no user stays as it is."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
+def on_one_line(text: str) -> str:
+    """Text of any origin as one line of a terminal; � in place of what it would obey."""
+    return _IN_LINE.sub("�", text)
+
+
+def on_lines(text: str) -> str:
+    """The same for text that has lines of its own."""
+    return _IN_TEXT.sub("�", text)
+
+
+def quoted(name: str | Path) -> str:
+    """A folder, file or name as a shell takes it; URLs in place of mirrors' folders."""
+    return shlex.quote(shown(str(name)))
