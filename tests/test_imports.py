@@ -31,8 +31,8 @@ def _files(package: str) -> list[Path]:
     ("package", "never"),
     [
         ("preprocess", {"train"}),
-        ("train", {"preprocess", "decord"}),
-        ("shared", {"preprocess", "train", "decord", "diffusers", "transformers", "peft"}),
+        ("train", {"preprocess", "decord", "av"}),
+        ("shared", {"preprocess", "train", "decord", "av", "diffusers", "transformers", "peft"}),
     ],
 )
 def test_packages_keep_their_distance(package: str, never: set[str]) -> None:
@@ -54,6 +54,19 @@ def test_encoders_are_built_in_three_places_only() -> None:
         if ENCODERS & {name for _, name in _imports(file)}
     }
     assert users == MAY_BUILD_ENCODERS
+
+
+def test_media_are_opened_in_one_place_each() -> None:
+    """What is shown is decided once: by `video` and `pictures`, and decord only where it is right."""
+
+    def users(root: str) -> set[str]:
+        files = _files("preprocess")
+        return {f.name for f in files if root in {m.split(".")[0] for m, _ in _imports(f)}}
+
+    assert users("av") == {"video.py", "first_rule.py"}  # the latter for its names
+    assert users("decord") == {"decord_pairs.py"}
+    opens = {f.name for f in _files("preprocess") if "Image.open(" in f.read_text()}
+    assert opens == {"pictures.py"}
 
 
 def test_nothing_unpickles() -> None:
