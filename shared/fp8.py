@@ -23,7 +23,6 @@ SCALES = ("scale_weight", "weight_scale")
 _LAYER_FORMAT = "comfy_quant"
 _OF_ACTIVATIONS = ("scale_input", "input_scale")
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_LINEAR = 2  # sides of a linear layer's weight
 # Of a text encoder: they have two sides, too, and nobody scales them.
 _TABLES = ("shared.weight", "token_embedding.weight", "embed_tokens.weight",
            "relative_attention_bias.weight", "pos_embedding.embedding.weight")  # fmt: skip
@@ -59,12 +58,12 @@ def split(state: Mapping[str, torch.Tensor], source: Path) -> tuple[State, State
         if not tensor.dtype.is_floating_point:
             raise _unreadable(f"{name} is {_called(tensor.dtype)}", source)
     if scales or said_fp8 or any(name.rpartition(".")[2] == SCALED_MARKER for name in state):
-        # One that is linear and has none has lost it: ComfyUI scales all that it brings to fp8.
+        # A matrix or kernel that has none has lost it: ComfyUI scales all that it brings to fp8.
         lacking = [
             name
             for name, tensor in weights.items()
             if tensor.dtype in _FP8
-            and tensor.ndim == _LINEAR
+            and tensor.ndim > 1
             and name not in scales
             and not name.endswith(_TABLES)
         ]

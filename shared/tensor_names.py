@@ -32,9 +32,9 @@ SCALED_MARKER = "scaled_fp8"
 # What has no part in the component: the other halves of the models that they are cut from, buffers
 # that count up, a tokenizer in a tensor.
 _NO_PART: Mapping[str, re.Pattern[str]] = {
-    "text_encoder": re.compile(r"decoder\..*|lm_head\.weight|spiece_model"),
+    "text_encoder": re.compile(r"decoder\..*|lm_head\..*|spiece_model"),
     "image_encoder": re.compile(
-        r"text_model\..*|(visual|text)_projection\.weight|logit_scale|.*position_ids"
+        r"text_model\..*|(visual|text)_projection\..*|logit_scale|.*position_ids"
         r"|textual\..*|log_scale|visual\.head(\..*)?"
     ),
 }
@@ -43,6 +43,7 @@ _ADAPTER = re.compile(
     r"lora_|lora\.|hada_|lokr_|(^|[._])oft_|\.alpha$|\.diff(_b)?$|base_layer\.|dora_scale"
     r"|magnitude_vector"
 )
+_AVERAGE = re.compile(r"(^|[._])ema([._]|$)|^ema_|_ema_")
 # What tensors are that a component has no place for: (pattern, in words, cure).
 _KINDS = (
     (
@@ -52,15 +53,17 @@ _KINDS = (
         "tensors out.",
     ),
     (
-        re.compile(r"scale|absmax|quant|\.SCB$|qweight|qzeros|zero_point"),
+        _AVERAGE,
+        "a second copy of the weights (an average, EMA)",
+        "Take the one out that is not meant.",
+    ),
+    (
+        re.compile(
+            r"scale(?!_shift)|absmax|quant_(map|state)|nested_|\.SCB$|qweight|qzeros|zero_point"
+        ),
         "scales or codes of a quantisation that is not read",
         "Expected fp32, fp16, bf16, or fp8 with at most one scale a weight or a row: get one of "
         "these.",
-    ),
-    (
-        re.compile(r"(^|[._])ema([._]|$)|ema_|_average"),
-        "a second copy of the weights (an average, EMA)",
-        "Take the one out that is not meant.",
     ),
 )
 
@@ -84,10 +87,20 @@ def unwrapped(component: str, tensors: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def _of_transformer(state: dict[str, Value]) -> dict[str, Value]:
-    """Without the text encoder and VAE of a file that is all in one."""
-    if not any(name.startswith(_COMFYUI) for name in state):
-        return state
-    return {name: value for name, value in state.items() if not _REST_OF_ALL_IN_ONE.fullmatch(name)}
+    """Without ComfyUI's prefix, and text encoder and VAE of a file that is all in one."""
+    for prefix in _COMFYUI:
+        if any(name.startswith(prefix) for name in state):
+            own = {
+                name: value
+                for name, value in state.items()
+                if not _REST_OF_ALL_IN_ONE.fullmatch(name)
+            }
+            # A name that is there without it, too, keeps it, and is found to be too many.
+            return {
+                name if (bare := name.removeprefix(prefix)) in own else bare: value
+                for name, value in own.items()
+            }
+    return state
 
 
 def _wrapper(names: Iterable[str]) -> str | None:
@@ -100,10 +113,19 @@ def is_adapter(name: str) -> bool:
     return _ADAPTER.search(name) is not None
 
 
+def never_weights(names: Iterable[str]) -> list[str]:
+    """Those names, in order, that no component has: of an adapter, else of an average."""
+    listed = sorted(names)
+    for pattern in (_ADAPTER, _AVERAGE):
+        if found := [name for name in listed if pattern.search(name)]:
+            return found
+    return []
+
+
 def kind_of(names: Iterable[str]) -> tuple[str, str] | None:
     """What tensors are that a component has no place for, and the cure; None where unknown."""
     listed = list(names)
     for pattern, words, cure in _KINDS:
-        if any(pattern.search(name) for name in listed):
+        if all(pattern.search(name) for name in listed):
             return words, cure
     return None

@@ -24,7 +24,7 @@ from shared import fp8, original_weights
 from shared.errors import UserError, first_line
 from shared.model_spec import read_json
 from shared.original_layout import is_original, transformer_config
-from shared.tensor_names import is_adapter, kind_of, unwrapped
+from shared.tensor_names import kind_of, never_weights, unwrapped
 from shared.weight_files import weight_files
 
 State = dict[str, torch.Tensor]
@@ -105,8 +105,8 @@ def weights_of(
             )
         state |= tensors
     state = unwrapped(component, state)
-    if adapters := sorted(name for name in state if is_adapter(name)):
-        raise _too_many(adapters, source, AGAIN)
+    if never := never_weights(state):
+        raise _too_many(never, source, AGAIN)
     if component == "text_encoder":
         state = _without_tied(state, source)
     stored, scales = fp8.split(state, source)

@@ -17,6 +17,7 @@ from torch import nn
 from shared.errors import UserError
 from shared.hashing import FileHasher, digest_of
 from shared.model_spec import ModelSpec
+from shared.original_layout import expert_folder, is_original
 from shared.original_weights import converted
 from shared.weight_files import weight_files
 from shared.weights import check_component, load_transformer
@@ -189,9 +190,10 @@ def base_digest(model: Path, component: str, base: Base = MODELS_OWN) -> str:
     """
     files = weight_files(model, component) if base.own is None else own_files(base.own, component)
     if not files:
+        folder = expert_folder(model, component) if is_original(model) else model / component
         raise UserError(
-            f"model: {model} holds no safetensors of its {component}; pickled weights are not "
-            "read. Use a folder with safetensors."
+            f"model: {folder} holds no safetensors; pickled weights are not read. Use a folder "
+            "with safetensors."
         )
     parts: dict[str, list[object]] = {}
     for file in files:

@@ -208,7 +208,10 @@ def _as_bytes(value: object) -> torch.Tensor:
             {f"{LAYER}.comfy_quant": _as_bytes({"format": "float8_e4m3fn", "convrot": True})},
             r"attn\.q is float8_e4m3fn with convrot",
         ),
-        ({f"{LAYER}.comfy_quant": torch.ones(3, dtype=torch.uint8)}, r"says of .*self_attn\.q a format that can't be read"),
+        (
+            {f"{LAYER}.comfy_quant": torch.ones(3, dtype=torch.uint8)},
+            r"says of .*self_attn\.q a format that can't be read",
+        ),
         (
             {f"{LAYER}.scale_weight": torch.ones(32, 4, 1)},
             r"the scale of .*self_attn\.q\.weight \(\[32, 32\]\) has shape \[32, 4, 1\] in float32",
