@@ -57,6 +57,10 @@ def split(state: Mapping[str, torch.Tensor], source: Path) -> tuple[State, State
     for name, tensor in weights.items():
         if not tensor.dtype.is_floating_point:
             raise _unreadable(f"{name} is {_called(tensor.dtype)}", source)
+    for weight in said_fp8:
+        if weight not in weights or weights[weight].dtype not in _FP8:
+            held = f"it is {_called(weights[weight].dtype)}" if weight in weights else "not there"
+            raise _damaged(f"says that {weight} is fp8, but {held}", source)
     if scales or said_fp8 or any(name.rpartition(".")[2] == SCALED_MARKER for name in state):
         # A matrix or kernel that has none has lost it: ComfyUI scales all that it brings to fp8.
         lacking = [

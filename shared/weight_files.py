@@ -67,6 +67,13 @@ def _chosen(folder: Path, name: str, ending: str, what: str) -> list[Path]:
         )
     if index.is_file():
         files = _indexed(index, what)
+        if not there and not any(file.is_file() for file in files):
+            return []  # JSON alone was downloaded, as on a machine that trains
+        if lost := [file for file in files if not file.is_file()]:
+            raise UserError(
+                f"{what}: {index} names {lost[0].name}, which is not in its folder. Download the "
+                "folder again."
+            )
     elif whole in there:
         files = [whole]
     else:
@@ -84,20 +91,13 @@ def _chosen(folder: Path, name: str, ending: str, what: str) -> list[Path]:
 
 
 def _indexed(index: Path, what: str) -> list[Path]:
-    """The files that an index names, each of which is there."""
+    """The files that an index names, there or not."""
     try:
         names = {str(name) for name in read_json(index, what)["weight_map"].values()}
     except (KeyError, AttributeError, TypeError) as error:
         raise UserError(
             f"{what}: {index} is damaged ({first_line(error)}). Get it again."
         ) from error
-    files = sorted(index.parent / name for name in names)
-    for file in files:
-        if not file.is_file() or file.parent != index.parent:
-            raise UserError(
-                f"{what}: {index} names {file.name}, which is not in its folder. Download the "
-                "folder again."
-            )
-    if not files:
-        raise UserError(f"{what}: {index} names no file. Download the folder again.")
-    return files
+    if not names or any("/" in name for name in names):
+        raise UserError(f"{what}: {index} names no files of its folder. Get it again.")
+    return sorted(index.parent / name for name in names)

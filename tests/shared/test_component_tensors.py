@@ -142,7 +142,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], P
     return found
 
 
-@pytest.fixture(params=[(c, layout) for c in COMPONENTS for layout in LAYOUTS], ids="-".join)
+CELLS = [(component, layout) for component in COMPONENTS for layout in LAYOUTS]
+# Those whose files lie in a folder of their own, and those with an index.
+FOLDERS = [(c, x) for c, x in CELLS if "diffusers" in x or (c in EXPERTS and x != "comfyui")]
+SHARDED = [(c, x) for c, x in FOLDERS if x in ("diffusers sharded", "original")]
+
+
+@pytest.fixture(params=CELLS, ids="-".join)
 def cell(
     request: pytest.FixtureRequest, models: dict[tuple[str, bool], Path], tmp_path: Path
 ) -> Iterator[tuple[Cell, State]]:
@@ -211,9 +217,16 @@ def scaled(state: State, style: str) -> tuple[State, State]:
         meant[f"{layer}.weight"] = held[f"{layer}.weight"].float() * rows
         held[f"{layer}.{'scale_weight' if style == 'old' else 'weight_scale'}"] = scale
         held[f"{layer}.{'scale_input' if style == 'old' else 'input_scale'}"] = torch.ones(1)
+        if style == "new":
+            held[f"{layer}.comfy_quant"] = _told_fp8()
     if style == "old":
         held["scaled_fp8"] = torch.empty(2, dtype=torch.float8_e4m3fn)
     return held, meant
+
+
+def _told_fp8() -> torch.Tensor:
+    told = json.dumps({"format": "float8_e4m3fn"}).encode()
+    return torch.frombuffer(bytearray(told), dtype=torch.uint8)
 
 
 def plain_fp8(state: State) -> tuple[State, State]:
@@ -386,6 +399,10 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
         lambda s: s | {f"{_first_layer(s)}.scale_weight": torch.ones(1)},
         r"has a scale for .*, which is float32, not fp8",
     ),
+    "no fp8 though it says so": (
+        lambda s: s | {f"{_first_layer(s)}.comfy_quant": _told_fp8()},
+        r"says that .* is fp8, but it is float32",
+    ),
     "two scales": (
         lambda s: scaled(s, "old")[0] | {f"{_first_layer(s)}.weight_scale": torch.ones(1)},
         "has two scales for ",
@@ -483,44 +500,72 @@ def _whole_too(place: Cell, state: State) -> None:
     )
 
 
-FILES: dict[str, tuple[Callable[[Cell, State], None], str, bool]] = {
-    "stray": (_stray, r"pytorch_lora_weights\.safetensors is none of the weights", False),
-    "adapter": (_adapter_file, r"adapter_model\.bin is none of the weights", False),
+FilesSpoil = Callable[[Cell, State], None]
+IN_FOLDERS: dict[str, tuple[FilesSpoil, str]] = {
+    "stray": (_stray, r"pytorch_lora_weights\.safetensors is none of the weights"),
+    "adapter": (_adapter_file, r"adapter_model\.bin is none of the weights"),
+}
+IN_SHARDS: dict[str, tuple[FilesSpoil, str]] = {
     "index names fewer": (
         _unnamed,
         r"-00002-of-00002\.safetensors is none of the weights by .*index\.json: nobody would read",
-        True,
     ),
-    "index names more": (_names_more, r"names lost\.safetensors, which is not in its folder", True),
-    "in two files": (_in_both, "has .* twice, in .*-00002-of-00002.safetensors too", True),
-    "whole and in parts": (_whole_too, "holds weights twice, in ", True),
+    "index names more": (_names_more, r"names lost\.safetensors, which is not in its folder"),
+    "index of nothing": (
+        lambda place, _: place.index.write_text('{"weight_map": {}}') and None,
+        r"index\.json names no files of its folder",
+    ),
+    "cut index": (
+        lambda place, _: place.index.write_text('{"metadata": {}}') and None,
+        r"index\.json is damaged",
+    ),
+    "in two files": (_in_both, r"has .* twice, in .*-00002-of-00002\.safetensors too"),
+    "whole and in parts": (_whole_too, "holds weights twice, in "),
 }
 
 
-@pytest.mark.parametrize("oddity", FILES)
-def test_files_that_contradict_one_another(oddity: str, cell: tuple[Cell, State]) -> None:
+def _refuses_files(cell: tuple[Cell, State], spoil: FilesSpoil, message: str) -> None:
     place, state = cell
-    spoil, message, of_shards = FILES[oddity]
-    if of_shards and not place.sharded:
-        pytest.skip("no index")
-    if not (place.diffusers or (place.is_expert and place.layout != "comfyui")):
-        pytest.skip("named alone, in a folder of anything")
     spoil(place, state)
     with pytest.raises(UserError, match=message) as refused:
         place.load()
     assert str(place.folder) in str(refused.value)
 
 
+@pytest.mark.parametrize("oddity", IN_FOLDERS)
+@pytest.mark.parametrize("cell", FOLDERS, indirect=True, ids="-".join)
+def test_files_that_nobody_would_read(oddity: str, cell: tuple[Cell, State]) -> None:
+    _refuses_files(cell, *IN_FOLDERS[oddity])
+
+
+@pytest.mark.parametrize("oddity", IN_SHARDS)
+@pytest.mark.parametrize("cell", SHARDED, indirect=True, ids="-".join)
+def test_files_that_contradict_their_index(oddity: str, cell: tuple[Cell, State]) -> None:
+    _refuses_files(cell, *IN_SHARDS[oddity])
+
+
+@pytest.mark.parametrize("cell", FOLDERS, indirect=True, ids="-".join)
 def test_variants_are_left_alone(cell: tuple[Cell, State]) -> None:
     """Repositories have other precisions and formats beside; nobody asked for them."""
     place, _ = cell
-    if not place.diffusers:
-        pytest.skip("no variants")
     expected = place.load()
     save_file({"stale": torch.ones(1)}, place.folder / f"{place.stem}.fp16.safetensors")
     torch.save({"stale": torch.ones(1)}, place.folder / "pytorch_model.bin")
     found = place.load()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("cell", SHARDED, indirect=True, ids="-".join)
+def test_an_index_alone_is_no_weights(cell: tuple[Cell, State], tmp_path: Path) -> None:
+    """From the hub a machine that trains has every JSON file, and the weights of one expert."""
+    place, _ = cell
+    for number in (1, 2):
+        place.shard(number).unlink()
+    if not place.is_expert:
+        assert place.digest(tmp_path / "memo") is None
+    weights.check_component(None, place.model, place.component)
+    with pytest.raises(UserError, match=f"lacks the weights of its {place.component}"):
+        place.load()
 
 
 def test_two_files_of_one_component(models: dict[tuple[str, bool], Path], tmp_path: Path) -> None:
