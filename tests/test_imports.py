@@ -76,5 +76,5 @@ def test_nothing_unpickles() -> None:
             calls = re.findall(r"(?<!safetensors\.)torch\.load\(([^()]*)\)", source)
             assert len(calls) == len(re.findall(r"(?<!safetensors\.)torch\.load\(", source))
             assert all("weights_only=True" in call for call in calls), file.name
-            assert file.name == "original_weights.py" or not calls, file.name
+            assert file.name == "weights.py" or not calls, file.name
             assert "import pickle" not in source, file.name

@@ -4,7 +4,6 @@ The only module of this stage that builds a VAE and a text encoder, in a process
 """
 
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +28,7 @@ from rich.progress import track
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
 
-from shared import cli_support, original_weights
+from shared import cli_support, original_weights, weights
 from shared.device import check_device
 from shared.durable import write_json
 from shared.errors import UserError, first_line
@@ -331,30 +330,18 @@ def build_pipeline(
     kind = WanImageToVideoPipeline if from_image else WanPipeline
     alone = spec.two_experts and len(bases) == 1
     left_out = {"transformer_2": None, "boundary_ratio": None} if alone else {}
-    dtypes = {"vae": torch.float32, "default": dtype}
-    if spec.image_dim is not None:
-        dtypes["image_encoder"] = torch.float32  # as the shards' embeddings were computed
     transformers.utils.logging.disable_progress_bar()  # ours follows; two would tear each other
-    try:
-        with warnings.catch_warnings():
-            # diffusers renames torch_dtype to dtype; its older releases know the old name only.
-            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            if is_original(spec.folder):
-                pipeline = _original_pipeline(kind, spec, dtype, bases)
-            else:
-                own = {
-                    component: load_weights(spec, component, dtype=dtype, own=base.own)
-                    for component, base in bases.items()
-                    if base.own is not None
-                }
-                pipeline = kind.from_pretrained(spec.folder, torch_dtype=dtypes, **left_out, **own)
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"model: cannot load {spec.folder}: {first_line(error)}. Expected a whole "
-            "diffusers folder (VAE and text encoder too); download it again."
-        ) from error
+    parts = _weighty_parts(spec, dtype, bases)
+    if is_original(spec.folder):
+        pipeline = _original_pipeline(kind, spec, parts)
+    else:
+        try:
+            pipeline = kind.from_pretrained(spec.folder, **left_out, **parts)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(
+                f"model: cannot load {spec.folder}: {first_line(error)}. Expected a whole "
+                "diffusers folder (tokenizer and scheduler too); download it again."
+            ) from error
     for component, base in bases.items():
         merge(getattr(pipeline, component), base.merged, device)
     for lora in loras:
@@ -394,35 +381,43 @@ def place(
         pipeline.to(device)
 
 
-def _original_pipeline(
-    kind: Any, spec: ModelSpec, dtype: torch.dtype, bases: Mapping[str, Base]
-) -> Any:
-    """The pipeline of a folder in Wan's original layout, its dtypes as `from_pretrained` has them.
-
-    The second expert is left out where it has no base.
-    """
+def _weighty_parts(
+    spec: ModelSpec, dtype: torch.dtype, bases: Mapping[str, Base]
+) -> dict[str, Any]:
+    """All of a pipeline that has weights, by name. None is loaded by diffusers' pipeline, which
+    would leave out what it has no place for. Raises UserError."""
     folder = spec.folder
-    loaded = {
+    parts = {
         component: load_weights(spec, component, dtype=dtype, own=base.own)
         for component, base in bases.items()
     }
+    parts["text_encoder"] = weights.load_text_encoder(UMT5EncoderModel, folder, dtype=dtype)
+    parts["vae"] = weights.load_vae(AutoencoderKLWan, folder, dtype=torch.float32)
+    if spec.image_dim is not None:  # in fp32, as the shards' embeddings were computed
+        parts["image_encoder"] = weights.load_image_encoder(
+            CLIPVisionModel, folder, dtype=torch.float32
+        )
+    return parts
+
+
+def _original_pipeline(kind: Any, spec: ModelSpec, weighty: Mapping[str, Any]) -> Any:
+    """The pipeline of a folder in Wan's original layout.
+
+    The second expert is left out where it is none of the parts.
+    """
     parts: dict[str, Any] = {
-        "tokenizer": original_weights.load_tokenizer(AutoTokenizer, folder),
-        "text_encoder": original_weights.load_text_encoder(UMT5EncoderModel, folder, dtype=dtype),
-        "vae": original_weights.load_vae(AutoencoderKLWan, folder, dtype=torch.float32),
+        "tokenizer": original_weights.load_tokenizer(AutoTokenizer, spec.folder),
         "transformer_2": None,
-        **loaded,
+        **weighty,
         "scheduler": teacher_scheduler(spec.flow_shift),
-        "boundary_ratio": spec.boundary if "transformer_2" in loaded else None,
+        "boundary_ratio": spec.boundary if "transformer_2" in weighty else None,
         "expand_timesteps": spec.mode == "ti2v",
     }
     if kind is WanImageToVideoPipeline:
-        parts |= {"image_encoder": None, "image_processor": None}
+        parts = {"image_encoder": None, "image_processor": None} | parts
     if spec.image_dim is not None:
-        encoder = original_weights.load_image_encoder(CLIPVisionModel, folder, dtype=torch.float32)
-        settings = original_weights.processor_config(encoder.config.image_size)
-        processor = transformers.CLIPImageProcessor(**settings)
-        parts |= {"image_encoder": encoder, "image_processor": processor}
+        settings = original_weights.processor_config(parts["image_encoder"].config.image_size)
+        parts["image_processor"] = transformers.CLIPImageProcessor(**settings)
     return kind(**parts)
 
 
