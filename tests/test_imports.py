@@ -57,7 +57,7 @@ def test_encoders_are_built_in_three_places_only() -> None:
 
 
 def test_media_are_opened_in_one_place_each() -> None:
-    """What is shown is decided once: by `video` and `pictures`, and decord only where it is right."""
+    """What is shown is decided once: by `video` and `pictures`; decord only where it is right."""
 
     def users(root: str) -> set[str]:
         files = _files("preprocess")
