@@ -3,6 +3,7 @@
 The only module of this stage that builds a VAE and a text encoder, in a process of its own.
 """
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,10 @@ from train.base import Base, base_digest, component_of, load_weights, merge
 from train.config import check_writable
 from train.dmd import Pairing
 from train.flow import Schedule
+from train.lora_files import PEFT_METADATA_KEY, check_fits, read_lora
+from train.lora_forms import DIFFUSERS_PREFIX, to_form
 from train.media_out import contact_sheet
+from train.own_transformer import empty_transformer
 from train.provenance import Provenance, read_provenance, wrong_base
 from train.quantised import QuantisedPrecision, check_installed, quantise
 from train.rng import counted_rng
@@ -180,6 +184,8 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
             if told:
                 say(f"base     {component}: {told}")
     for lora in loras:
+        if lora.note:
+            say(f"warning  {lora.note}", style="yellow")
         component = component_of(lora.provenance.expert)
         found = base_digest(spec.folder, component, bases[component])
         if warning := wrong_base(lora.path, lora.provenance, found, str(spec.folder)):
@@ -261,11 +267,18 @@ class TrainedLora:
 
     path: Path
     provenance: Provenance
+    note: str | None
+    """What a user should be told of it."""
 
 
 def read_loras(paths: Sequence[Path], spec: ModelSpec) -> list[TrainedLora]:
-    """Read the files' provenance; UserError when they don't fit the model or one another."""
-    loras = [TrainedLora(path, read_provenance(path)) for path in paths]
+    """Read the files, in any form; UserError when they don't fit the model or one another."""
+    files = []
+    loras = []
+    for path in paths:
+        provenance = read_provenance(path)  # before the tensors, which may be large
+        files.append(read_lora(path))
+        loras.append(TrainedLora(path, provenance, files[-1].note))
     experts = [lora.provenance.expert for lora in loras]
     if len(set(experts)) != len(experts) or ("full" in experts and len(experts) > 1):
         raise UserError(
@@ -292,6 +305,11 @@ def read_loras(paths: Sequence[Path], spec: ModelSpec) -> list[TrainedLora]:
             f"--lora: {first.path} is for the {experts[0]}-noise expert, but {spec.folder} has one "
             "transformer. Use the model that it was trained on."
         )
+    for lora, file in zip(loras, files, strict=True):
+        component = component_of(lora.provenance.expert)
+        model = empty_transformer(spec, component)
+        shapes = {name: weight.shape for name, weight in model.named_parameters()}
+        check_fits(file, shapes, f"the {component} of {spec.folder}")
     return loras
 
 
@@ -345,19 +363,26 @@ def build_pipeline(
     for component, base in bases.items():
         merge(getattr(pipeline, component), base.merged, device)
     for lora in loras:
-        try:
-            pipeline.load_lora_weights(
-                str(lora.path),
-                adapter_name=lora.provenance.expert,
-                load_into_transformer_2=lora.provenance.expert == "low",
-            )
-        except (ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(
-                f"--lora: diffusers can't load {lora.path} ({first_line(error)}). Expected a file "
-                "that `wantrain` wrote for this model."
-            ) from error
+        _apply(lora, getattr(pipeline, component_of(lora.provenance.expert)))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _apply(lora: TrainedLora, transformer: Any) -> None:
+    """Add a LoRA of any form to the transformer, as an adapter that is named after its expert.
+
+    Read by us and handed over in diffusers' own form: what diffusers makes of the others is not the
+    same. It fails at kohya's where a layer of a block is left out, and multiplies A by the strength
+    of ComfyUI's, which rounds in bf16.
+    """
+    tensors, needed = to_form(read_lora(lora.path).lora, "diffusers")
+    transformer.load_lora_adapter(
+        tensors,
+        prefix=DIFFUSERS_PREFIX.removesuffix("."),
+        adapter_name=lora.provenance.expert,
+        metadata=json.loads(needed[PEFT_METADATA_KEY]),
+        low_cpu_mem_usage=True,  # takes the tensors as they are, in the file's dtype
+    )
 
 
 def place(
