@@ -18,7 +18,7 @@ from preprocess import report
 from preprocess.clips import Clip
 from preprocess.dataset import Rejected
 from preprocess.decode import digest, fitted_frames
-from preprocess.fingerprint import refuse_absent
+from preprocess.fingerprint import encoder_fields, refuse_absent
 from preprocess.index import settled_index
 from preprocess.media_info import MediaError
 from preprocess.overlays import base_cache, overlay_to_write
@@ -39,7 +39,6 @@ from shared.fingerprint import (
     Fingerprint,
     cache_mode,
     group_of,
-    model_fields,
     refuse_differences,
 )
 from shared.hashing import FileHasher
@@ -234,7 +233,7 @@ def _fingerprint(
 ) -> Fingerprint:
     """Refuses a VAE that is not the cache's."""
     with console.status("digesting the encoders' weights (read once, then remembered)"):
-        fields = model_fields(spec, hasher)
+        fields = encoder_fields(spec, hasher)
     made_by: Fingerprint = {
         group: fields[group] for group in ("latents", "image") if group in fields
     }

@@ -19,6 +19,7 @@ from preprocess.clips import Clip
 from preprocess.conditions import same_content
 from preprocess.decode import digest, fitted_frames
 from preprocess.findings import Finding
+from preprocess.fingerprint import encoder_fields
 from preprocess.media_info import ANIMATIONS, MediaError
 from preprocess.shown import other_frames, shown_by_ffmpeg
 from preprocess.tars import base_folder, medium_named
@@ -26,7 +27,7 @@ from preprocess.workers import WorkerPool, default_workers
 from shared.cache import MEDIA_TYPES, CacheIndex, MemberReader, open_cache
 from shared.device import check_device
 from shared.errors import UserError
-from shared.fingerprint import model_fields, refuse_differences
+from shared.fingerprint import refuse_differences
 from shared.hashing import FileHasher
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
 from shared.mp4 import write_mp4
@@ -90,7 +91,7 @@ def decode_samples(config: DecodeConfig, console: Console) -> list[Decoded]:
     check_device(config.device)
     hasher = FileHasher()
     with console.status("digesting the VAE's weights (read once, then remembered)"):
-        vae = model_fields(spec, hasher)["latents"]
+        vae = encoder_fields(spec, hasher)["latents"]
     if vae["vae"] is None:
         raise UserError(
             f"model: {spec.folder / 'vae'} holds no weights. Download the whole vae folder."

@@ -13,7 +13,6 @@ Representations, each made in one place:
 What comes out is to the bit what diffusers' Wan pipelines compute for the same frames and prompt.
 """
 
-import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from PIL import Image
 from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
 
-from shared import original_weights
+from shared import original_weights, weights
 from shared.errors import UserError, first_line
 from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec, read_json
 from shared.original_layout import is_original
@@ -38,16 +37,12 @@ class TextEncoder:
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, device: str) -> None:
         """Load `tokenizer` and `text_encoder` of a model folder; UserError if they are damaged."""
+        transformers.utils.logging.disable_progress_bar()  # would tear our own bars apart
         if is_original(folder):
-            transformers.utils.logging.disable_progress_bar()
             self._tokenizer = original_weights.load_tokenizer(AutoTokenizer, folder)
-            model = original_weights.load_text_encoder(UMT5EncoderModel, folder, dtype=dtype)
         else:
             self._tokenizer = _load_tokenizer(folder)
-            model, report = _load(
-                UMT5EncoderModel, folder / "text_encoder", dtype=dtype, output_loading_info=True
-            )
-            _refuse_missing(report, folder / "text_encoder")
+        model = weights.load_text_encoder(UMT5EncoderModel, folder, dtype=dtype)
         self._model = model.to(device).eval().requires_grad_(False)
 
     @torch.inference_mode()
@@ -90,18 +85,13 @@ class ImageEncoder:
         # PIL's resizing, also where torchvision is installed: the same bits on every machine.
         pil = hasattr(transformers, "CLIPImageProcessorPil")  # before transformers 5 it's the only
         processor = transformers.CLIPImageProcessorPil if pil else transformers.CLIPImageProcessor
+        transformers.utils.logging.disable_progress_bar()
+        model = weights.load_image_encoder(CLIPVisionModel, spec.folder, dtype=torch.float32)
         if is_original(spec.folder):
-            model = original_weights.load_image_encoder(
-                CLIPVisionModel, spec.folder, dtype=torch.float32
-            )
             settings = original_weights.processor_config(model.config.image_size)
             self._processor = processor(**settings)
         else:
             self._processor = _load(processor, spec.folder / "image_processor")
-            model, report = _load(
-                CLIPVisionModel, folder, dtype=torch.float32, output_loading_info=True
-            )
-            _refuse_missing(report, folder)
         if model.config.hidden_size != spec.image_dim:
             raise UserError(
                 f"model: {folder} gives embeddings of width {model.config.hidden_size}, the "
@@ -129,14 +119,7 @@ class LatentEncoder:
 
     def __init__(self, spec: ModelSpec, *, dtype: torch.dtype, device: str) -> None:
         """Load `vae` (and CLIP) of a model folder; UserError if they are damaged."""
-        folder = spec.folder / "vae"
-        if is_original(spec.folder):
-            vae = original_weights.load_vae(AutoencoderKLWan, spec.folder, dtype=dtype)
-        else:
-            vae, report = _load(
-                AutoencoderKLWan, folder, torch_dtype=dtype, output_loading_info=True
-            )
-            _refuse_missing(report, folder)
+        vae = weights.load_vae(AutoencoderKLWan, spec.folder, dtype=dtype)
         self._vae = vae.to(device).eval().requires_grad_(False)
         per_channel = (1, spec.latent_channels, 1, 1, 1)
         self._mean = torch.tensor(spec.latents_mean).view(per_channel).to(device)
@@ -210,28 +193,22 @@ def _load_tokenizer(folder: Path) -> Any:
     return _load(tokenizer, folder / "tokenizer")
 
 
-def _load(loader: Any, folder: Path, **options: Any) -> Any:
+def _load(loader: Any, folder: Path) -> Any:
     """`loader.from_pretrained(folder)`; every way in which that fails becomes a UserError."""
-    transformers.utils.logging.disable_progress_bar()  # would tear our own bars apart
     try:
-        with warnings.catch_warnings():
-            # diffusers renames torch_dtype to dtype; its older releases know the old name only.
-            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            return loader.from_pretrained(folder, **options)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # OSError, SafetensorError, ValueError, KeyError, RuntimeError …
+        return loader.from_pretrained(folder)
+    except Exception as error:  # OSError, ValueError, KeyError, RuntimeError …
         raise UserError(
             f"model: cannot load {folder.name} from {folder} ({first_line(error)}). "
             "Its files are damaged or incomplete: download them again."
         ) from error
 
 
-def _refuse_missing(report: dict[str, Any], folder: Path) -> None:
-    """Both libraries fill weights that a file lacks with random numbers, and only warn."""
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise UserError(
-            f"model: {folder} lacks {len(missing)} weights, the first {missing[0]}. "
-            "Its files are damaged or of another model: download them again."
-        )
+def check_weights(folder: Path, component: str) -> None:
+    """UserError where an encoder of a model folder could not be loaded, before a weight is read."""
+    kind = {
+        "vae": AutoencoderKLWan,
+        "text_encoder": UMT5EncoderModel,
+        "image_encoder": CLIPVisionModel,
+    }[component]
+    weights.check_component(kind, folder, component)

@@ -35,7 +35,7 @@ def encode_fingerprint(config: EncodeConfig, spec: ModelSpec, hasher: FileHasher
 
     Raises UserError where a component that encoding needs has no weights.
     """
-    fields = model_fields(spec, hasher)
+    fields = encoder_fields(spec, hasher)
     refuse_absent(spec, fields)
     by_fps, fixed = config.fps is not None, config.fixed_size is not None
     media: dict[str, Any] = {
@@ -76,6 +76,21 @@ def encode_fingerprint(config: EncodeConfig, spec: ModelSpec, hasher: FileHasher
             "seed": config.seed,
         },
     }
+
+
+def encoder_fields(spec: ModelSpec, hasher: FileHasher) -> Fingerprint:
+    """`model_fields`, of encoders whose weights fit them.
+
+    Where digests are remembered, the encoders' libraries are not imported for that. Raises
+    UserError naming weights that are too few, too many or of another shape.
+    """
+
+    def check(component: str) -> None:
+        from preprocess.encoders import check_weights
+
+        check_weights(spec.folder, component)
+
+    return model_fields(spec, hasher, check)
 
 
 def refuse_absent(spec: ModelSpec, fields: Fingerprint) -> None:

@@ -13,6 +13,7 @@ from preprocess import report
 from preprocess.config import StoredDtype
 from preprocess.dataset import Dataset, Rejected, load_dataset
 from preprocess.dataset_config import load_dataset_config
+from preprocess.fingerprint import encoder_fields
 from preprocess.index import caption_digest, settled_index
 from preprocess.overlays import base_cache, overlay_to_write
 from preprocess.passes import Times, text_pass
@@ -24,7 +25,7 @@ from shared.cache import CacheIndex, MemberReader, committed_shards
 from shared.cli_support import say
 from shared.device import check_device
 from shared.errors import UserError
-from shared.fingerprint import FORMAT_VERSION, TEXT_CLEANING, Fingerprint, group_of, model_fields
+from shared.fingerprint import FORMAT_VERSION, TEXT_CLEANING, Fingerprint, group_of
 from shared.hashing import FileHasher
 from shared.interrupt import Interrupted, Interruption, catch_signals
 from shared.model_spec import MAX_TEXT_TOKENS, read_model_spec, resolve_model
@@ -276,7 +277,7 @@ def _infos(base: CacheIndex, rows: Iterable[int]) -> Iterator[tuple[int, dict[st
 def _fingerprint(config: RecaptionConfig, base: CacheIndex, console: Console) -> Fingerprint:
     spec = read_model_spec(resolve_model(config.model, ("text_encoder", "tokenizer")))
     with console.status("digesting the text encoder's weights (read once, then remembered)"):
-        text = model_fields(spec, FileHasher())["text"]
+        text = encoder_fields(spec, FileHasher())["text"]
     for name, component in (("encoder", "text_encoder"), ("tokenizer", "tokenizer")):
         if text[name] is None:
             raise UserError(

@@ -328,11 +328,14 @@ def _refuse_hdr(path: Path, transfer: Any) -> None:
 
 
 def _digest(frame: VideoFrame) -> int:
-    """32 bits of the first plane (luma), of every fourth row."""
+    """32 bits of the first plane (luma), of every fourth row; not of what pads its rows."""
     plane = frame.planes[0]
     rows = np.frombuffer(plane, np.uint8).reshape(plane.height, -1)
-    depth = (frame.format.components[0].bits + 7) // 8
-    used = plane.width * depth if frame.format.is_planar else rows.shape[1]
+    layout = frame.format
+    if layout.is_planar:
+        used = plane.width * ((layout.components[0].bits + 7) // 8)
+    else:
+        used = plane.width * layout.padded_bits_per_pixel // 8
     return zlib.crc32(np.ascontiguousarray(rows[::_DIGEST_ROWS, :used]))
 
 

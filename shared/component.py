@@ -5,20 +5,20 @@ into several, as bf16 or written out in fp32: none of that changes what an encod
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from shared import original_layout, original_weights
-from shared.errors import UserError
 from shared.hashing import FileHasher, digest_of
 from shared.model_spec import read_json
+from shared.weight_files import weight_files
+from shared.weights import config_of, model_weights
 
 # Raise when a digest of the same weights becomes another: it is part of the memo's names.
-_VERSION = 1
+_VERSION = 2
 _CHUNK = 1 << 22  # values
 # What of a config decides outputs beside the shapes of the weights, with the classes' defaults. By
 # the class that the config is of; of any other class every field counts.
@@ -63,57 +63,58 @@ _PROCESSOR: Mapping[str, Any] = {
     "rescale_factor": 1 / 255,
     "size": {"shortest_edge": 224},
 }
-# Other names of the same weight: by transformers' version, or of tied ones.
-_ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
 
 
-def component_digest(model: Path, component: str, hasher: FileHasher) -> str | None:
+def component_digest(
+    model: Path,
+    component: str,
+    hasher: FileHasher,
+    check: Callable[[str], None] = lambda component: None,
+) -> str | None:
     """Digest of a component of the model in a folder; None where its weights are not there.
 
-    Remembered by the files' sizes and times of change. Weights that cannot be read count by their
-    bytes: whoever loads them says what is wrong.
+    Of the values that it is loaded with: scales of fp8 are multiplied in. Remembered by the files'
+    sizes and times of change; `check` is called with the component before weights are read that
+    are not remembered. Raises UserError for weights that can't be read or understood.
     """
     original = original_layout.is_original(model)
-    if original:
-        files = original_layout.component_files(model, component)
-    else:
-        files = [file for file in sorted((model / component).glob("*")) if file.is_file()]
-    weights = [f for f in files if f.suffix in {".safetensors", ".bin", ".pth", ".model"}]
     if component == "tokenizer":
-        weights = weights or [file for file in files if file.name == "tokenizer.json"]
-        return hasher.combined(weights) if weights else None
-    if not weights:
+        return _tokenizer_digest(model, original, hasher)
+    files = weight_files(model, component)
+    if not files:
         return None
-    remembered = digest_of([_VERSION, component, *(hasher.name(file) for file in weights)])
+    remembered = digest_of([_VERSION, component, *(hasher.name(file) for file in files)])
     # The original layout's configs follow from the weights, so one memo holds both.
     config = {} if original else _config(model / component)
     remembered = digest_of([remembered, config])
     digest = hasher.known(remembered)
     if digest is None:
-        try:
-            if original:
-                state = original_weights.read_state(model, component)
-                found = original_weights.config_of(model, component, state)
-                config = _deciding(found, _CLASS[component])
-                values = _values(iter(state.items()))
-            else:
-                values = _values(_safetensors(weights))
-        except (UserError, SafetensorError, OSError):
-            values = hasher.combined(weights)
-        digest = digest_of([values, config])
+        check(component)
+        weights = model_weights(model, component)
+        if original:
+            config = _deciding(config_of(model, component, weights), _CLASS[component])
+        digest = digest_of([_values((name, weights.plain(name)) for name in weights), config])
         hasher.remember(remembered, digest)
     return digest
+
+
+def _tokenizer_digest(model: Path, original: bool, hasher: FileHasher) -> str | None:
+    if original:
+        files = original_layout.original_files(model, "tokenizer")
+    else:
+        files = [file for file in sorted((model / "tokenizer").glob("*")) if file.is_file()]
+    vocabulary = [f for f in files if f.suffix in {".safetensors", ".bin", ".pth", ".model"}]
+    vocabulary = vocabulary or [file for file in files if file.name == "tokenizer.json"]
+    return hasher.combined(vocabulary) if vocabulary else None
 
 
 def processor_digest(model: Path) -> str | None:
     """Digest of what the image processor of a folder does; None where there is none."""
     if original_layout.is_original(model):
-        files = original_layout.component_files(model, "image_encoder")
-        if not files:
+        if not weight_files(model, "image_encoder"):
             return None
-        state = original_weights.read_state(model, "image_encoder")
-        size = original_weights.config_of(model, "image_encoder", state)["image_size"]
-        found = original_weights.processor_config(size)
+        config = config_of(model, "image_encoder", model_weights(model, "image_encoder"))
+        found = original_weights.processor_config(config["image_size"])
     else:
         path = model / "image_processor" / "preprocessor_config.json"
         if not path.exists():
@@ -136,21 +137,9 @@ def _deciding(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return {name: config.get(name, default) for name, default in _DECIDING[kind].items()}
 
 
-def _safetensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - it is no dictionary
-                yield name, tensors.get_tensor(name)
-
-
 def _values(tensors: Iterator[tuple[str, torch.Tensor]]) -> str:
     """One digest of all tensors' names, shapes and values."""
-    digests: dict[str, str] = {}
-    for name, tensor in tensors:
-        name = name.removeprefix("vision_model.")
-        if not name.endswith("position_ids"):  # counts up; only old files have it
-            digests[_ALIASES.get(name, name)] = _value_digest(tensor)
-    return digest_of(sorted(digests.items()))
+    return digest_of(sorted((name, _value_digest(tensor)) for name, tensor in tensors))
 
 
 def _value_digest(tensor: torch.Tensor) -> str:

@@ -4,7 +4,7 @@ A fingerprint is a plain nested dict of JSON values, so that it can be stored in
 by a person, and compared field by field.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,17 @@ def cache_mode(spec: ModelSpec) -> str:
     return spec.mode if spec.image_dim is None else WITH_CLIP
 
 
-def model_fields(spec: ModelSpec, hasher: FileHasher) -> Fingerprint:
+def model_fields(
+    spec: ModelSpec, hasher: FileHasher, check: Callable[[str], None] = lambda component: None
+) -> Fingerprint:
     """The part of a fingerprint that the model folder alone decides.
 
     Stage two computes it without building any encoder. A digest is None where that component's
-    weights are absent (a training machine may hold transformers only).
+    weights are absent (a training machine may hold transformers only). Raises UserError for weights
+    that can't be read or understood; `check` as in `component_digest`.
     """
     image = {
-        "encoder": component_digest(spec.folder, "image_encoder", hasher),
+        "encoder": component_digest(spec.folder, "image_encoder", hasher, check),
         "processor": processor_digest(spec.folder),
         "dim": spec.image_dim,
         "compute": "fp32",
@@ -55,14 +58,14 @@ def model_fields(spec: ModelSpec, hasher: FileHasher) -> Fingerprint:
     return {
         **({} if spec.image_dim is None else {"image": image}),
         "latents": {
-            "vae": component_digest(spec.folder, "vae", hasher),
+            "vae": component_digest(spec.folder, "vae", hasher, check),
             "channels": spec.latent_channels,
             "stride": list(spec.stride),
             "mean": list(spec.latents_mean),
             "std": list(spec.latents_std),
         },
         "text": {
-            "encoder": component_digest(spec.folder, "text_encoder", hasher),
+            "encoder": component_digest(spec.folder, "text_encoder", hasher, check),
             "tokenizer": component_digest(spec.folder, "tokenizer", hasher),
             "dim": spec.text_dim,
         },

@@ -8,63 +8,114 @@ A plain fp8 file holds the rounded weights themselves. A scaled one holds, besid
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from shared.errors import UserError, first_line
+from shared.tensor_names import SCALED_MARKER
 
 State = dict[str, torch.Tensor]
 FORMATS = ("float8_e4m3fn", "float8_e5m2")
 FULL_MATRIX_MULT = "full_precision_matrix_mult"  # how ComfyUI computes, not what the weights are
 SCALES = ("scale_weight", "weight_scale")
-_MARKER, _LAYER_FORMAT = "scaled_fp8", "comfy_quant"
+_LAYER_FORMAT = "comfy_quant"
 _OF_ACTIVATIONS = ("scale_input", "input_scale")
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# Of a text encoder: they have two sides, too, and nobody scales them.
+_TABLES = ("shared.weight", "token_embedding.weight", "embed_tokens.weight",
+           "relative_attention_bias.weight", "pos_embedding.embedding.weight")  # fmt: skip
 
 
-def plain(state: State, dtype_of: Callable[[str], torch.dtype], source: Path) -> State:
-    """The weights of a file in the dtype wanted for each, scales multiplied in (in fp32).
+def split(state: Mapping[str, torch.Tensor], source: Path) -> tuple[State, State]:
+    """(weights as they are stored, scale of each weight that has one, by the weight's name).
 
-    Tensors that are in their dtype already are passed on untouched (memory-mapped, it may be).
-    Raises UserError naming a weight of another quantisation: int8, nvfp4, mxfp8, scales by block.
+    Raises UserError naming a scale or a weight of which the other is lost, and a weight of another
+    quantisation: int8, nvfp4, mxfp8, scales by block.
     """
     scales: State = {}
     weights: State = {}
+    said_fp8: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         layer, _, kind = name.rpartition(".")
+        weight = f"{layer}.weight"
         if kind in SCALES:
-            scales[f"{layer}.weight"] = tensor
+            if weight in scales:
+                raise _damaged(f"has two scales for {weight}", source)
+            scales[weight] = tensor
         elif kind == _LAYER_FORMAT:
-            _check_format(layer, tensor, source)
-        elif kind not in (_MARKER, *_OF_ACTIVATIONS):
+            said_fp8[weight] = tensor
+        elif kind not in (SCALED_MARKER, *_OF_ACTIVATIONS):
             weights[name] = tensor
+    for weight, told in said_fp8.items():
+        _check_format(weight.removesuffix(".weight"), told, source)
     if lost := sorted(scales.keys() - weights.keys()):
-        raise UserError(
-            f"model: {source} has a scale for {lost[0]}, but not that weight. Its file is damaged: "
-            "get it again."
-        )
-    result: State = {}
+        raise _damaged(f"has a scale for {lost[0]}, but not that weight", source)
+    for name, scale in scales.items():
+        _check_scale(name, scale, weights[name], source)
     for name, tensor in weights.items():
         if not tensor.dtype.is_floating_point:
-            raise _unreadable(f"{name} is {str(tensor.dtype).removeprefix('torch.')}", source)
-        if name in scales:
-            tensor = tensor.float() * _as_factor(name, scales[name], tensor.shape, source)
-        result[name] = tensor.to(dtype_of(name))
-    return result
+            raise _unreadable(f"{name} is {_called(tensor.dtype)}", source)
+    for weight in said_fp8:
+        if weight not in weights or weights[weight].dtype not in _FP8:
+            held = f"it is {_called(weights[weight].dtype)}" if weight in weights else "not there"
+            raise _damaged(f"says that {weight} is fp8, but {held}", source)
+    if scales or said_fp8 or any(name.rpartition(".")[2] == SCALED_MARKER for name in state):
+        # A matrix or kernel that has none has lost it: ComfyUI scales all that it brings to fp8.
+        lacking = [
+            name
+            for name, tensor in weights.items()
+            if tensor.dtype in _FP8
+            and tensor.ndim > 1
+            and name not in scales
+            and not name.endswith(_TABLES)
+        ]
+        if lacking:
+            raise _damaged(
+                f"is a file of scaled fp8 weights, but {len(lacking)} of them have no scale, the "
+                f"first {min(lacking)}",
+                source,
+            )
+    return weights, scales
 
 
-def _as_factor(name: str, scale: torch.Tensor, shape: torch.Size, source: Path) -> torch.Tensor:
-    """A scale, one for the weight or one for each of its rows, so that it multiplies the weight."""
-    rows = (shape[0], *(1 for _ in shape[1:]))
-    of_rows = tuple(scale.shape) in ((shape[0],), rows)
+def plain(
+    weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """What a stored weight stands for: in `dtype`, or in its own if that is no fp8, else fp32.
+
+    A scale is multiplied in fp32. A tensor that is in its dtype already is passed on untouched
+    (memory-mapped, it may be).
+    """
+    if dtype is None:
+        dtype = torch.float32 if weight.dtype in _FP8 else weight.dtype
+    if scale is not None:
+        of_rows = scale.numel() == weight.shape[0] and scale.numel() > 1
+        weight = weight.float() * scale.float().reshape(_rows(weight.shape) if of_rows else ())
+    return weight.to(dtype)
+
+
+def _check_scale(name: str, scale: torch.Tensor, weight: torch.Tensor, source: Path) -> None:
+    """One for the weight or one for each of its rows, of a weight that is fp8."""
+    shape = weight.shape
+    of_rows = len(shape) > 0 and tuple(scale.shape) in ((shape[0],), _rows(shape))
     if not scale.dtype.is_floating_point or not (scale.numel() == 1 or of_rows):
         raise _unreadable(
             f"the scale of {name} ({list(shape)}) has shape {list(scale.shape)} in "
-            f"{str(scale.dtype).removeprefix('torch.')}",
+            f"{_called(scale.dtype)}",
             source,
         )
-    return scale.float().reshape(rows if of_rows else ())
+    if weight.dtype.is_floating_point and weight.dtype not in _FP8:
+        raise UserError(
+            f"model: {source} has a scale for {name}, which is {_called(weight.dtype)}, not fp8: "
+            "whether it is multiplied in already, nothing says. Get the file as it was published, "
+            "or one without scales."
+        )
+
+
+def _rows(shape: torch.Size) -> tuple[int, ...]:
+    return (shape[0], *(1 for _ in shape[1:]))
 
 
 def _check_format(layer: str, tensor: torch.Tensor, source: Path) -> None:
@@ -72,12 +123,19 @@ def _check_format(layer: str, tensor: torch.Tensor, source: Path) -> None:
         told = json.loads(bytes(tensor.tolist()))
         what, more = told["format"], sorted(told.keys() - {"format", FULL_MATRIX_MULT})
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"model: {source}: the format of {layer} can't be read ({first_line(error)}). Its file "
-            "is damaged: get it again."
+        raise _damaged(
+            f"says of {layer} a format that can't be read ({first_line(error)})", source
         ) from error
     if what not in FORMATS or more:
         raise _unreadable(f"{layer} is {what}{' with ' + ', '.join(more) if more else ''}", source)
+
+
+def _called(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _damaged(how: str, source: Path) -> UserError:
+    return UserError(f"model: {source} {how}. It is damaged: get it again.")
 
 
 def _unreadable(what: str, source: Path) -> UserError:

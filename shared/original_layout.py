@@ -7,7 +7,8 @@ and what diffusers' config files would say.
     models_t5_umt5-xxl-enc-bf16.pth, google/umt5-xxl/
     models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth     Wan 2.1 i2v
 
-Only JSON and the headers of safetensors are read here.
+In place of a .pth file its .safetensors may lie there, or ComfyUI's file by the name that it is
+published under. Only JSON and the headers of safetensors are read here.
 """
 
 import json
@@ -18,6 +19,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from shared.errors import UserError
+from shared.tensor_names import unwrapped
 
 HIGH, LOW = "high_noise_model", "low_noise_model"
 TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
@@ -35,8 +37,6 @@ PATTERNS: Mapping[str, tuple[str, ...]] = {
 }
 # Switch of the experts as published (the original code has it in Python, no file says it).
 BOUNDARIES = {"i2v": 0.9, "t2v": 0.875}
-# What may stand before the names of a transformer that ComfyUI wrote.
-COMFYUI_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 CLIP_DIM, UMT5_DIM = 1280, 4096
 
 # The published configs of the two VAEs, which have no config file in this layout. What a smaller
@@ -89,6 +89,26 @@ WAN_22_VAE: dict[str, Any] = {
 }  # fmt: skip
 # Latent channels of the transformer → file and config of its VAE.
 _VAES = {16: ("Wan2.1_VAE.pth", WAN_21_VAE), 48: ("Wan2.2_VAE.pth", WAN_22_VAE)}
+# What ComfyUI's repositories call the same components.
+_COMFYUI_NAMES: Mapping[str, tuple[str, ...]] = {
+    "Wan2.1_VAE.pth": ("wan_2.1_vae.safetensors",),
+    "Wan2.2_VAE.pth": ("wan2.2_vae.safetensors",),
+    TEXT_ENCODER: (
+        "umt5_xxl_fp16.safetensors",
+        "umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+    ),
+    IMAGE_ENCODER: ("clip_vision_h.safetensors",),
+}
+
+
+def _names_of(published: str) -> tuple[str, ...]:
+    """What a component's file may be called, the published name first."""
+    safetensors = f"{published.removesuffix('.pth')}.safetensors"
+    return (published, safetensors, *_COMFYUI_NAMES[published])
+
+
+COMPONENT_NAMES = frozenset(name for published in _COMFYUI_NAMES for name in _names_of(published))
+"""All of these, so that none passes for a transformer."""
 
 
 def is_original(folder: Path) -> bool:
@@ -111,18 +131,17 @@ def expert_folder(folder: Path, component: str) -> Path:
     return folder / HIGH if (folder / HIGH).exists() or (folder / LOW).exists() else folder
 
 
-def component_files(folder: Path, component: str) -> list[Path]:
-    """The files with a component's weights (of the tokenizer: all of it) that are there."""
-    if component in ("transformer", "transformer_2"):
-        return sorted(expert_folder(folder, component).glob("*.safetensors"))
+def original_files(folder: Path, component: str) -> list[Path]:
+    """The files of VAE, text encoder or image encoder that are there (of the tokenizer: all of
+    it). Of the first three one is expected."""
     if component == "tokenizer":
         return sorted(file for file in (folder / TOKENIZER).glob("*") if file.is_file())
-    name = {
-        "vae": lambda: _VAES[_latent_channels(folder)][0],
-        "text_encoder": lambda: TEXT_ENCODER,
-        "image_encoder": lambda: IMAGE_ENCODER,
+    names = {
+        "vae": lambda: _names_of(_VAES[_latent_channels(folder)][0]),
+        "text_encoder": lambda: _names_of(TEXT_ENCODER),
+        "image_encoder": lambda: _names_of(IMAGE_ENCODER),
     }[component]()
-    return [folder / name] if (folder / name).exists() else []
+    return [folder / name for name in names if (folder / name).is_file()]
 
 
 def model_index(folder: Path) -> dict[str, Any]:
@@ -211,15 +230,15 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
     """Name → shape of all tensors in the safetensors files of a folder, by their headers."""
     shapes: dict[str, list[int]] = {}
     for file in sorted(folder.glob("*.safetensors")):
+        if file.name in COMPONENT_NAMES:
+            continue
         try:
             with safe_open(file, framework="np") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - it is no dictionary
                     shape = tensors.get_slice(name).get_shape()
-                    for prefix in COMFYUI_PREFIXES:
-                        name = name.removeprefix(prefix)
                     shapes[name] = shape
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"model: {file} is damaged ({type(error).__name__}: {error}). Download it again."
             ) from error
-    return shapes
+    return unwrapped("transformer", shapes)

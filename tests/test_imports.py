@@ -31,8 +31,8 @@ def _files(package: str) -> list[Path]:
     ("package", "never"),
     [
         ("preprocess", {"train"}),
-        ("train", {"preprocess", "decord"}),
-        ("shared", {"preprocess", "train", "decord", "diffusers", "transformers", "peft"}),
+        ("train", {"preprocess", "decord", "av"}),
+        ("shared", {"preprocess", "train", "decord", "av", "diffusers", "transformers", "peft"}),
     ],
 )
 def test_packages_keep_their_distance(package: str, never: set[str]) -> None:
@@ -56,6 +56,19 @@ def test_encoders_are_built_in_three_places_only() -> None:
     assert users == MAY_BUILD_ENCODERS
 
 
+def test_media_are_opened_in_one_place_each() -> None:
+    """What is shown is decided once: by `video` and `pictures`; decord only where it is right."""
+
+    def users(root: str) -> set[str]:
+        files = _files("preprocess")
+        return {f.name for f in files if root in {m.split(".")[0] for m, _ in _imports(f)}}
+
+    assert users("av") == {"video.py", "first_rule.py"}  # the latter for its names
+    assert users("decord") == {"decord_pairs.py"}
+    opens = {f.name for f in _files("preprocess") if "Image.open(" in f.read_text()}
+    assert opens == {"pictures.py"}
+
+
 def test_nothing_unpickles() -> None:
     for package in ("preprocess", "train", "shared"):
         for file in _files(package):
@@ -63,5 +76,5 @@ def test_nothing_unpickles() -> None:
             calls = re.findall(r"(?<!safetensors\.)torch\.load\(([^()]*)\)", source)
             assert len(calls) == len(re.findall(r"(?<!safetensors\.)torch\.load\(", source))
             assert all("weights_only=True" in call for call in calls), file.name
-            assert file.name == "original_weights.py" or not calls, file.name
+            assert file.name == "weights.py" or not calls, file.name
             assert "import pickle" not in source, file.name

@@ -432,7 +432,9 @@ ROWS: dict[str, tuple[str, str]] = {
         SAMPLE + "--lora {foreign_safetensors}",
         "error: LoRA: {foreign_safetensors} does not say how it was trained (no 'wandistill' "
         "in its metadata), so its steps can't be reproduced. Expected a file that `wantrain "
-        "distill` or `lora` wrote.",
+        "distill` or `lora` wrote; a style or a motion of others is merged into the base: "
+        "--base-lora FILE (or --base-lora-high), beside --teacher or the LoRA that was trained on "
+        "it.",
     ),
     "frames of a clip": (
         TEACHER + "--num-frames 80",

@@ -12,14 +12,15 @@ from typing import Any, Literal
 
 import torch
 from diffusers import WanTransformer3DModel
-from safetensors import SafetensorError
 from torch import nn
 
-from shared.errors import UserError, first_line
+from shared.errors import UserError
 from shared.hashing import FileHasher, digest_of
 from shared.model_spec import ModelSpec
 from shared.original_layout import expert_folder, is_original
-from shared.original_weights import converted, load_transformer
+from shared.original_weights import converted
+from shared.weight_files import weight_files
+from shared.weights import check_component, load_transformer
 from train.flow import Expert
 from train.lora_files import check_fits, read_lora
 from train.own_transformer import check_own, empty_transformer, load_own, own_files
@@ -97,9 +98,14 @@ class Base:
         return [note for lora in self.merged if (note := read_lora(lora.path).note)]
 
     def check(self, spec: ModelSpec, component: str) -> None:
-        """UserError unless files are there and fit the model, by configs and LoRA files alone."""
+        """UserError unless weights and LoRAs fit the model, by configs, names and shapes alone.
+
+        The model's own weights need not be there yet.
+        """
         if self.own is not None:
             check_own(self.own, spec, component)
+        else:
+            check_component(WanTransformer3DModel, spec.folder, component)
         if self.merged:
             model = empty_transformer(spec, component)
             shapes = {name: weight.shape for name, weight in model.named_parameters()}
@@ -158,32 +164,8 @@ def load_weights(spec: ModelSpec, component: str, *, dtype: torch.dtype, own: Pa
     """A component's WanTransformer3DModel as diffusers loads it in `dtype`. Raises UserError."""
     if own is not None:
         return load_own(own, spec, component, dtype=dtype)
-    if is_original(spec.folder):
-        return load_transformer(WanTransformer3DModel, spec.folder, component, dtype=dtype)
-    return _from_diffusers(spec, component, dtype)
-
-
-def _from_diffusers(spec: ModelSpec, component: str, dtype: torch.dtype) -> Any:
-    try:
-        # Never .to(bf16): it would destroy the modules that diffusers keeps in fp32.
-        transformer, report = WanTransformer3DModel.from_pretrained(
-            spec.folder,
-            subfolder=component,
-            torch_dtype=dtype,
-            output_loading_info=True,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"model: cannot load {spec.folder / component}: {first_line(error)}. "
-            "Expected a WanTransformer3DModel in diffusers layout; download the folder again."
-        ) from error
-    if report["missing_keys"]:  # diffusers fills them with random numbers and only warns
-        raise UserError(
-            f"model: {spec.folder / component} lacks {len(report['missing_keys'])} weights, the "
-            f"first {min(report['missing_keys'])}. Download the folder again."
-        )
-    return transformer
+    # Never .to(bf16): it would destroy the modules that diffusers keeps in fp32.
+    return load_transformer(WanTransformer3DModel, spec.folder, component, dtype=dtype)
 
 
 @torch.no_grad()
@@ -206,22 +188,17 @@ def base_digest(model: Path, component: str, base: Base = MODELS_OWN) -> str:
     Over tensors by diffusers' names, so that neither the layout of the folder nor how the weights
     are cut into files decides. Raises UserError when there are no readable safetensors.
     """
-    original = base.own is not None or is_original(model)
-    if base.own is not None:
-        files = own_files(base.own, component)
-    else:
-        folder = expert_folder(model, component) if original else model / component
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise UserError(
-                f"model: {folder} holds no safetensors; pickled weights are not read. Use a "
-                "folder with safetensors."
-            )
+    files = weight_files(model, component) if base.own is None else own_files(base.own, component)
+    if not files:
+        folder = expert_folder(model, component) if is_original(model) else model / component
+        raise UserError(
+            f"model: {folder} holds no safetensors; pickled weights are not read. Use a folder "
+            "with safetensors."
+        )
     parts: dict[str, list[object]] = {}
     for file in files:
         parts |= _probes(file)
-    if original:
-        parts = converted(component, parts)
+    parts = converted(component, parts)
     weights = digest_of(sorted(([name, *part] for name, part in parts.items()), key=str))
     if base.merged:
         return digest_of([weights, *([lora.digest, lora.strength] for lora in base.merged)])

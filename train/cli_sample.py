@@ -37,7 +37,7 @@ def sample(
     prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="What to show; one clip for each --prompt given.", rich_help_panel=SHOWN)],
     image: Annotated[Path | None, typer.Option(metavar="FILE", help="First frame, for i2v models; resized to cover the clip and cropped at the centre.", show_default="none", rich_help_panel=SHOWN)] = None,
 
-    lora: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="LoRA of `wantrain distill` or `wantrain lora`; give it twice for a high and a low one, in any order.", show_default="none: give --teacher", rich_help_panel=MODEL)] = None,
+    lora: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="LoRA of `wantrain distill` or `wantrain lora`, in any of its forms; give it twice for a high and a low one, in any order.", show_default="none: give --teacher", rich_help_panel=MODEL)] = None,
     model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that the LoRAs are of: a folder of diffusers or Wan, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=MODEL)] = DEFAULT_MODEL,
     transformer_path: Annotated[Path | None, typer.Option(metavar="PATH", help="Weights of your own for the low-noise expert, or for MODEL's only transformer, as `wantrain distill` takes them.", show_default="MODEL's", rich_help_panel=MODEL)] = None,
     transformer_high_path: Annotated[Path | None, typer.Option(metavar="PATH", help="The same for the high-noise expert.", show_default="MODEL's", rich_help_panel=MODEL)] = None,

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
+import torch._inductor.config
 from torch import nn
 
 from shared.errors import UserError, first_line
@@ -39,6 +40,9 @@ def compile_blocks(transformer: Any, *, several_shapes: bool) -> None:
     torch._dynamo.config.cache_size_limit = max(
         torch._dynamo.config.cache_size_limit, RECOMPILE_LIMIT
     )
+    # Fused kernels keep fp32 where eager code rounds to bf16 between operations, and teacher and
+    # student would be other models than those which are sampled, in eager code.
+    torch._inductor.config.emulate_precision_casts = True
     # Rotary embeddings are views of (frames, height, width, channels), and dynamo guards the sides
     # of a view's base: it would compile anew for clips with two equal sides.
     transformer.rope.register_forward_hook(_in_memory_of_their_own)

@@ -1,6 +1,5 @@
 """`wantrain decode`: latents of validation through the real VAE, in a process of its own."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,16 +10,14 @@ import torch
 from diffusers import AutoencoderKLWan
 from rich.console import Console
 from rich.progress import track
-from safetensors import SafetensorError
 
-from shared import cli_support, original_weights
+from shared import cli_support, weights
 from shared.component import component_digest
 from shared.device import check_device
-from shared.errors import UserError, first_line
+from shared.errors import UserError
 from shared.hashing import FileHasher
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
 from shared.mp4 import Clip, write_mp4
-from shared.original_layout import is_original
 from shared.schema import DTYPES
 from train.config import check_writable
 from train.latent_files import LatentClip, read_latents
@@ -97,7 +94,8 @@ def _in_order(path: Path) -> tuple[int, str]:
 
 def _refuse_other_vae(spec: ModelSpec, clips: Sequence[LatentClip]) -> None:
     """UserError where latents are of another VAE: what came out would pass for what was trained."""
-    own = component_digest(spec.folder, "vae", FileHasher())
+    check = partial(weights.check_component, AutoencoderKLWan, spec.folder)
+    own = component_digest(spec.folder, "vae", FileHasher(), check)
     for clip in clips:
         if own is not None and clip.vae != own:
             raise UserError(
@@ -108,22 +106,8 @@ def _refuse_other_vae(spec: ModelSpec, clips: Sequence[LatentClip]) -> None:
 
 def load_vae(spec: ModelSpec, dtype: torch.dtype) -> Any:
     """The model's VAE. UserError where it can't be loaded."""
-    try:
-        with warnings.catch_warnings():
-            # diffusers renames torch_dtype to dtype; its older releases know the old name only.
-            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            if is_original(spec.folder):
-                vae = original_weights.load_vae(AutoencoderKLWan, spec.folder, dtype=dtype)
-            else:
-                vae = AutoencoderKLWan.from_pretrained(spec.folder / "vae", torch_dtype=dtype)
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"model: cannot load the VAE of {spec.folder}: {first_line(error)}. Download its "
-            "folder again."
-        ) from error
-    return vae.eval().requires_grad_(False)
+    vae = weights.load_vae(AutoencoderKLWan, spec.folder, dtype=dtype)
+    return vae.requires_grad_(False)
 
 
 @torch.inference_mode()

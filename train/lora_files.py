@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
@@ -314,7 +315,17 @@ def _alpha(path: Path, module: str, held: Mapping[str, torch.Tensor]) -> float |
             f"LoRA: {path}: alpha of {_shown(module)} has shape {list(held['alpha'].shape)}; "
             "expected one number. Its file is damaged: get it again."
         )
-    return _checked_alpha(path, module, held["alpha"].item())
+    return _checked_alpha(path, module, _as_meant(held["alpha"]))
+
+
+def _as_meant(alpha: torch.Tensor) -> Any:
+    """The number that a tensor was made of: 0.3 where fp32 holds 0.300000011920929.
+
+    So that a LoRA has one strength, whichever of its forms is read, and each form gives the others.
+    """
+    if alpha.dtype != torch.float32:
+        return alpha.item()
+    return float(str(np.float32(alpha.item())))  # the shortest that is this one in fp32
 
 
 def _checked_alpha(path: Path, module: str, alpha: Any) -> float:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import WanTransformer3DModel
 from huggingface_hub import split_state_dict_into_shards_factory
 from rich.console import Console
 from rich.progress import track
@@ -25,8 +26,10 @@ from shared import cli_support
 from shared.durable import fsync_folder, rename, temporary, write_json
 from shared.errors import UserError, first_line
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
-from shared.original_layout import expert_folder, is_original
+from shared.original_layout import COMPONENT_NAMES, expert_folder, is_original
 from shared.original_weights import converted
+from shared.weight_files import weight_files
+from shared.weights import check_component, model_weights
 from train.base import base_digest, component_of
 from train.flow import Expert
 from train.lora_files import LoraFile, LoraWeights, check_fits, read_lora
@@ -194,27 +197,28 @@ class _Transformer:
         self.folder = expert_folder(model, component) if original else model / component
         self._inside = self.folder.relative_to(model)
         self._stored: dict[str, Stored] = {}
-        for file in sorted(self.folder.glob("*.safetensors")):
+        files = weight_files(model, component)
+        for file in files:
             try:
-                held = stored_tensors(file)
+                self._stored |= stored_tensors(file)
             except (OSError, ValueError) as error:
                 raise UserError(
                     f"model: {file} is damaged ({first_line(error)}). Download it again."
                 ) from error
-            if twice := self._stored.keys() & held.keys():
-                raise UserError(
-                    f"model: {file} and {self._stored[min(twice)].file} both hold {min(twice)}. "
-                    f"Leave one set of weights in {self.folder}."
-                )
-            self._stored |= held
-        if not self._stored:
+        if not files:
             raise UserError(
                 f"model: {self.folder} holds no safetensors; pickled weights are not read. Use a "
                 "folder with safetensors."
             )
-        names: dict[str, Any] = {name: name for name in self._stored}
+        check_component(WanTransformer3DModel, model, component)
+        weights = model_weights(model, component)
+        if weights.scales:
+            raise UserError(
+                f"model: {weights.source} holds {len(weights.scales)} fp8 weights with scales "
+                "beside them, to which nothing can be added. Use the model in bf16 or fp32."
+            )
         # diffusers' name → the name in the files
-        self._names = converted(component, names) if original else names
+        self._names = converted(component, {name: name for name in self._stored})
         self._loras: dict[str, list[tuple[LoraWeights, str]]] = {}
         self._files: Mapping[str, list[str]] = {}
 
@@ -312,8 +316,10 @@ def _take_along(
         if entry.is_dir():
             (target / entry.name).mkdir()
             _take_along(entry, target / entry.name, left_out, merged)
-        elif source in merged and (
-            entry.suffix == ".safetensors" or entry.name.endswith(".safetensors.index.json")
+        elif (
+            source in merged
+            and entry.name.endswith((".safetensors", ".safetensors.index.json"))
+            and entry.name not in COMPONENT_NAMES
         ):
             continue
         elif entry.suffix in WEIGHTS:

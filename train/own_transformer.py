@@ -16,11 +16,19 @@ from shared.errors import UserError, first_line
 from shared.model_spec import ModelSpec, read_json
 from shared.names import quoted
 from shared.original_layout import expert_folder, is_original, transformer_config
-from shared.original_weights import State, converted, empty_model, read_tensors, transformer_of
+from shared.tensor_names import is_adapter
+from shared.weight_files import DIFFUSERS, chosen
+from shared.weights import (
+    Weights,
+    check_fits,
+    empty_model,
+    filled,
+    read_tensors,
+    weights_of,
+)
 
 OPTION = "--transformer-path"
 _PICKLED = (".pth", ".pt", ".ckpt", ".bin")
-_LORA_PARTS = ("lora_A", "lora_B", "lora_down", "lora_up")
 # Fields of a config that don't say what the weights are.
 _FREE = ("rope_max_seq_len",)
 
@@ -40,18 +48,7 @@ def own_files(path: Path, component: str) -> list[Path]:
         )
         raise UserError(f"{OPTION}: {path}: {why}. Expected a .safetensors file, or a folder.")
     folder = _folder(path, component)
-    index = folder / "diffusion_pytorch_model.safetensors.index.json"
-    if index.is_file():  # other files beside are other variants of the same weights
-        try:
-            names = set(read_json(index, OPTION)["weight_map"].values())
-        except (KeyError, AttributeError, TypeError) as error:
-            raise UserError(
-                f"{OPTION}: {index} is damaged ({first_line(error)}). Get it again."
-            ) from error
-        files = sorted(folder / name for name in names)
-    else:
-        whole = folder / "diffusion_pytorch_model.safetensors"
-        files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+    files = chosen(folder, DIFFUSERS, what=OPTION)
     if not files:
         raise UserError(
             f"{OPTION}: {'no safetensors in ' if folder.is_dir() else 'there is no '}{folder}. "
@@ -84,7 +81,14 @@ def empty_transformer(spec: ModelSpec, component: str) -> Any:
 
 
 def check_own(path: Path, spec: ModelSpec, component: str) -> None:
-    """UserError unless there are files, and no config beside them that contradicts the model's."""
+    """UserError unless there are files whose weights are of the model's form, by names and shapes,
+    and no config beside them that contradicts the model's."""
+    _check_config(path, spec, component)
+    weights = _own_weights(path, component)
+    check_fits(empty_transformer(spec, component), weights, _cure(spec, component))
+
+
+def _check_config(path: Path, spec: ModelSpec, component: str) -> None:
     folder = own_files(path, component)[0].parent
     if path.is_file() or not (folder / "config.json").is_file():
         return
@@ -125,27 +129,26 @@ def load_own(path: Path, spec: ModelSpec, component: str, *, dtype: torch.dtype)
 
     Raises UserError naming the weight that is missing, too many or of another shape.
     """
-    check_own(path, spec, component)
-    state: State = {}
-    for file in own_files(path, component):
-        tensors = read_tensors(file)
-        if twice := sorted(state.keys() & tensors.keys()):
-            raise UserError(
-                f"{OPTION}: {file.parent} has {twice[0]} twice, in {file.name} too: its files are "
-                f"variants of one another. Name the one to take: {OPTION} {file}"
-            )
-        state |= tensors
-    if all(set(_LORA_PARTS) & set(name.split(".")) or name.endswith(".alpha") for name in state):
+    _check_config(path, spec, component)
+    weights = _own_weights(path, component)
+    return filled(
+        empty_transformer(spec, component), weights, dtype=dtype, cure=_cure(spec, component)
+    )
+
+
+def _own_weights(path: Path, component: str) -> Weights:
+    files = own_files(path, component)
+    if all(is_adapter(name) for file in files for name in read_tensors(file)):
         raise UserError(
             f"{OPTION}: {path} is a LoRA. Merge it into the base: --base-lora {quoted(path)}; or "
             f"start the training from it: --init-lora {quoted(path)}"
         )
-    return transformer_of(
-        WanTransformer3DModel,
-        component_config(spec, component),
-        converted(component, state),
-        dtype=dtype,
-        source=path,
-        cure=f"Expected a whole transformer of the form of {spec.folder}'s {component}: set "
-        "--model to the model that it was finetuned from.",
+    one = f"Name the one to take: {OPTION} {files[-1]}"
+    return weights_of(component, files, path, cure_twice=one)
+
+
+def _cure(spec: ModelSpec, component: str) -> str:
+    return (
+        f"Expected a whole transformer of the form of {spec.folder}'s {component}: set --model to "
+        "the model that it was finetuned from."
     )

@@ -9,6 +9,7 @@ from shared.errors import UserError
 from train.launch import Machines
 from train.ranks import ALONE, Ranks, launched
 from train.strategy import StrategyName
+from train.zero_file import stage_of_launcher, zero_section
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ def place(
                 f"--strategy: found single in a run of {ranks.world_size} processes, which would "
                 "all write to one folder. Use ddp, zero2, zero3 or fsdp."
             )
+        _check_file(strategy)
         return strategy, Placement(
             machines=Machines(num_processes=ranks.world_size),
             ranks=ranks,
@@ -59,6 +61,7 @@ def place(
         several = strategy not in (None, "single") or num_machines > 1
         num_processes = num_machines * (max(1, _gpus()) if several else 1)
     strategy = strategy_for(num_processes, strategy)
+    _check_file(strategy)
     machines = Machines(
         num_processes=num_processes,
         num_machines=num_machines,
@@ -86,6 +89,12 @@ def strategy_for(num_processes: int, wanted: StrategyName | None) -> StrategyNam
             "Use --strategy ddp, zero2, zero3 or fsdp."
         )
     return strategy
+
+
+def _check_file(strategy: StrategyName) -> None:
+    """UserError for a DeepSpeed file that does not fit, before weights are read."""
+    if strategy in ("zero2", "zero3"):
+        zero_section(3 if strategy == "zero3" else 2)
 
 
 def _check_device_of_each(wanted: str, device: str, processes: int) -> None:
@@ -137,8 +146,6 @@ def _strategy_of_accelerate(ranks: Ranks) -> StrategyName:
                 "nothing for a LoRA, whose optimizer is small."
             )
         if stage is None:
-            from train.zero import stage_of_launcher
-
             return "zero3" if stage_of_launcher() == 3 else "zero2"
         return "zero3" if stage == "3" else "zero2"
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":

@@ -149,7 +149,8 @@ def read_provenance(path: Path) -> Provenance:
         raise UserError(
             f"LoRA: {path} does not say how it was trained (no {METADATA_KEY!r} in its metadata), "
             "so its steps can't be reproduced. Expected a file that `wantrain distill` or `lora` "
-            "wrote."
+            "wrote; a style or a motion of others is merged into the base: --base-lora FILE (or "
+            "--base-lora-high), beside --teacher or the LoRA that was trained on it."
         )
     try:
         return Provenance.of(json.loads(metadata[METADATA_KEY]))

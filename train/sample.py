@@ -3,8 +3,8 @@
 The only module of this stage that builds a VAE and a text encoder, in a process of its own.
 """
 
+import json
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,7 @@ from rich.progress import track
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
 
-from shared import cli_support, original_weights
+from shared import cli_support, original_weights, weights
 from shared.device import check_device
 from shared.durable import write_json
 from shared.errors import UserError, first_line
@@ -49,7 +49,10 @@ from train.base import Base, base_digest, component_of, load_weights, merge
 from train.config import check_writable
 from train.dmd import Pairing
 from train.flow import Schedule
+from train.lora_files import PEFT_METADATA_KEY, check_fits, read_lora
+from train.lora_forms import DIFFUSERS_PREFIX, to_form
 from train.media_out import contact_sheet
+from train.own_transformer import empty_transformer
 from train.provenance import Provenance, read_provenance, wrong_base
 from train.quantised import QuantisedPrecision, check_installed, quantise
 from train.rng import counted_rng
@@ -181,6 +184,8 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
             if told:
                 say(f"base     {component}: {told}")
     for lora in loras:
+        if lora.note:
+            say(f"warning  {lora.note}", style="yellow")
         component = component_of(lora.provenance.expert)
         found = base_digest(spec.folder, component, bases[component])
         if warning := wrong_base(lora.path, lora.provenance, found, str(spec.folder)):
@@ -262,11 +267,18 @@ class TrainedLora:
 
     path: Path
     provenance: Provenance
+    note: str | None
+    """What a user should be told of it."""
 
 
 def read_loras(paths: Sequence[Path], spec: ModelSpec) -> list[TrainedLora]:
-    """Read the files' provenance; UserError when they don't fit the model or one another."""
-    loras = [TrainedLora(path, read_provenance(path)) for path in paths]
+    """Read the files, in any form; UserError when they don't fit the model or one another."""
+    files = []
+    loras = []
+    for path in paths:
+        provenance = read_provenance(path)  # before the tensors, which may be large
+        files.append(read_lora(path))
+        loras.append(TrainedLora(path, provenance, files[-1].note))
     experts = [lora.provenance.expert for lora in loras]
     if len(set(experts)) != len(experts) or ("full" in experts and len(experts) > 1):
         raise UserError(
@@ -293,6 +305,11 @@ def read_loras(paths: Sequence[Path], spec: ModelSpec) -> list[TrainedLora]:
             f"--lora: {first.path} is for the {experts[0]}-noise expert, but {spec.folder} has one "
             "transformer. Use the model that it was trained on."
         )
+    for lora, file in zip(loras, files, strict=True):
+        component = component_of(lora.provenance.expert)
+        model = empty_transformer(spec, component)
+        shapes = {name: weight.shape for name, weight in model.named_parameters()}
+        check_fits(file, shapes, f"the {component} of {spec.folder}")
     return loras
 
 
@@ -331,46 +348,41 @@ def build_pipeline(
     kind = WanImageToVideoPipeline if from_image else WanPipeline
     alone = spec.two_experts and len(bases) == 1
     left_out = {"transformer_2": None, "boundary_ratio": None} if alone else {}
-    dtypes = {"vae": torch.float32, "default": dtype}
-    if spec.image_dim is not None:
-        dtypes["image_encoder"] = torch.float32  # as the shards' embeddings were computed
     transformers.utils.logging.disable_progress_bar()  # ours follows; two would tear each other
-    try:
-        with warnings.catch_warnings():
-            # diffusers renames torch_dtype to dtype; its older releases know the old name only.
-            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            if is_original(spec.folder):
-                pipeline = _original_pipeline(kind, spec, dtype, bases)
-            else:
-                own = {
-                    component: load_weights(spec, component, dtype=dtype, own=base.own)
-                    for component, base in bases.items()
-                    if base.own is not None
-                }
-                pipeline = kind.from_pretrained(spec.folder, torch_dtype=dtypes, **left_out, **own)
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"model: cannot load {spec.folder}: {first_line(error)}. Expected a whole "
-            "diffusers folder (VAE and text encoder too); download it again."
-        ) from error
+    parts = _weighty_parts(spec, dtype, bases)
+    if is_original(spec.folder):
+        pipeline = _original_pipeline(kind, spec, parts)
+    else:
+        try:
+            pipeline = kind.from_pretrained(spec.folder, **left_out, **parts)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(
+                f"model: cannot load {spec.folder}: {first_line(error)}. Expected a whole "
+                "diffusers folder (tokenizer and scheduler too); download it again."
+            ) from error
     for component, base in bases.items():
         merge(getattr(pipeline, component), base.merged, device)
     for lora in loras:
-        try:
-            pipeline.load_lora_weights(
-                str(lora.path),
-                adapter_name=lora.provenance.expert,
-                load_into_transformer_2=lora.provenance.expert == "low",
-            )
-        except (ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(
-                f"--lora: diffusers can't load {lora.path} ({first_line(error)}). Expected a file "
-                "that `wantrain` wrote for this model."
-            ) from error
+        _apply(lora, getattr(pipeline, component_of(lora.provenance.expert)))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _apply(lora: TrainedLora, transformer: Any) -> None:
+    """Add a LoRA of any form to the transformer, as an adapter that is named after its expert.
+
+    Read by us and handed over in diffusers' own form: what diffusers makes of the others is not the
+    same. It fails at kohya's where a layer of a block is left out, and multiplies A by the strength
+    of ComfyUI's, which rounds in bf16.
+    """
+    tensors, needed = to_form(read_lora(lora.path).lora, "diffusers")
+    transformer.load_lora_adapter(
+        tensors,
+        prefix=DIFFUSERS_PREFIX.removesuffix("."),
+        adapter_name=lora.provenance.expert,
+        metadata=json.loads(needed[PEFT_METADATA_KEY]),
+        low_cpu_mem_usage=True,  # takes the tensors as they are, in the file's dtype
+    )
 
 
 def place(
@@ -394,35 +406,43 @@ def place(
         pipeline.to(device)
 
 
-def _original_pipeline(
-    kind: Any, spec: ModelSpec, dtype: torch.dtype, bases: Mapping[str, Base]
-) -> Any:
-    """The pipeline of a folder in Wan's original layout, its dtypes as `from_pretrained` has them.
-
-    The second expert is left out where it has no base.
-    """
+def _weighty_parts(
+    spec: ModelSpec, dtype: torch.dtype, bases: Mapping[str, Base]
+) -> dict[str, Any]:
+    """All of a pipeline that has weights, by name. None is loaded by diffusers' pipeline, which
+    would leave out what it has no place for. Raises UserError."""
     folder = spec.folder
-    loaded = {
+    parts = {
         component: load_weights(spec, component, dtype=dtype, own=base.own)
         for component, base in bases.items()
     }
+    parts["text_encoder"] = weights.load_text_encoder(UMT5EncoderModel, folder, dtype=dtype)
+    parts["vae"] = weights.load_vae(AutoencoderKLWan, folder, dtype=torch.float32)
+    if spec.image_dim is not None:  # in fp32, as the shards' embeddings were computed
+        parts["image_encoder"] = weights.load_image_encoder(
+            CLIPVisionModel, folder, dtype=torch.float32
+        )
+    return parts
+
+
+def _original_pipeline(kind: Any, spec: ModelSpec, weighty: Mapping[str, Any]) -> Any:
+    """The pipeline of a folder in Wan's original layout.
+
+    The second expert is left out where it is none of the parts.
+    """
     parts: dict[str, Any] = {
-        "tokenizer": original_weights.load_tokenizer(AutoTokenizer, folder),
-        "text_encoder": original_weights.load_text_encoder(UMT5EncoderModel, folder, dtype=dtype),
-        "vae": original_weights.load_vae(AutoencoderKLWan, folder, dtype=torch.float32),
+        "tokenizer": original_weights.load_tokenizer(AutoTokenizer, spec.folder),
         "transformer_2": None,
-        **loaded,
+        **weighty,
         "scheduler": teacher_scheduler(spec.flow_shift),
-        "boundary_ratio": spec.boundary if "transformer_2" in loaded else None,
+        "boundary_ratio": spec.boundary if "transformer_2" in weighty else None,
         "expand_timesteps": spec.mode == "ti2v",
     }
     if kind is WanImageToVideoPipeline:
-        parts |= {"image_encoder": None, "image_processor": None}
+        parts = {"image_encoder": None, "image_processor": None} | parts
     if spec.image_dim is not None:
-        encoder = original_weights.load_image_encoder(CLIPVisionModel, folder, dtype=torch.float32)
-        settings = original_weights.processor_config(encoder.config.image_size)
-        processor = transformers.CLIPImageProcessor(**settings)
-        parts |= {"image_encoder": encoder, "image_processor": processor}
+        settings = original_weights.processor_config(parts["image_encoder"].config.image_size)
+        parts["image_processor"] = transformers.CLIPImageProcessor(**settings)
     return kind(**parts)
 
 

@@ -187,6 +187,8 @@ def open_session(run: Run, say: Say) -> Session:
         accumulation=config.gradient_accumulation_steps,
         max_norm=config.max_grad_norm,
     )
+    for note in strategy.notes:
+        say(f"spread   {note}")
     if (blocks := streamed_blocks(transformer)) is not None:
         say(streaming_line([blocks]))
     if levers.activation_offloading:

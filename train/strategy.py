@@ -64,6 +64,8 @@ class Strategy:
     """In the order of the objective."""
     backward: Callable[[torch.Tensor], None] = torch.Tensor.backward
     """Adds the gradients of one micro-step's loss. Call it inside the role."""
+    notes: tuple[str, ...] = ()
+    """What to tell the user of how it came about."""
 
 
 def spread(

@@ -1,16 +1,15 @@
 """DeepSpeed ZeRO: gradients and moments are cut among the processes (2), and the base, too (3).
 
 One engine over the transformer, with a parameter group for each role. Without DeepSpeed's own bf16
-and fp16, which would cast the LoRAs; compute is under our autocast.
+and fp16, which would cast the LoRAs; compute is under our autocast. Without its linear layer, too
+(`train.zero_file`), which rounds otherwise.
 """
 
-import json
 import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,9 +20,8 @@ from shared.errors import UserError, first_line
 from train.ranks import Ranks
 from train.roles import Roles
 from train.strategy import AdamSettings, Strategy
+from train.zero_file import zero_section
 
-CONFIG_VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
-CONFIGURATIONS = Path(__file__).parent / "launch_configs"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -161,6 +159,7 @@ def partitioned(
     Raises UserError where DeepSpeed is missing or its configuration file does not fit.
     """
     deepspeed = _deepspeed()
+    section, notes = zero_section(stage)
     groups = [{"params": list(roles.parameters(role).values()), "role": role} for role in rates]
     optimizer = RoleAdamW(groups, betas=adam.betas, eps=adam.eps, weight_decay=adam.weight_decay)
     config = {
@@ -170,7 +169,7 @@ def partitioned(
         "steps_per_print": 1 << 40,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": _zero_section(stage),
+        "zero_optimization": section,
     }
     if stage == 3:  # weight by weight, from the CPU: `initialize` would move the whole first
         deepspeed.zero.Init(module=roles.transformer, config_dict_or_path=config)
@@ -192,7 +191,7 @@ def partitioned(
         for (flat, _), role in zip(_flat_groups(engine.optimizer, 2), rates, strict=True):
             parameters = list(zero_roles[role].parameters.values())
             lazy_init_hp_params_optimizer_state(parameters, flat, optimizer.state)
-    return Strategy(roles=zero_roles, backward=partial(_backward, engine))
+    return Strategy(roles=zero_roles, backward=partial(_backward, engine), notes=notes)
 
 
 def _backward(engine: Any, loss: torch.Tensor) -> None:
@@ -221,32 +220,3 @@ def _deepspeed() -> Any:
     # Of its own calls of torch, in every pass.
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     return deepspeed
-
-
-def _section_of(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text())["zero_optimization"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"DeepSpeed's configuration {path} has no readable zero_optimization ({error}). "
-            "Expected a JSON file as in DeepSpeed's documentation."
-        ) from error
-
-
-def stage_of_launcher() -> int | None:
-    """The stage in the DeepSpeed file that `accelerate launch` was given; None: no file."""
-    given = os.environ.get(CONFIG_VARIABLE)
-    return _section_of(Path(given)).get("stage") if given else None
-
-
-def _zero_section(stage: Literal[2, 3]) -> dict[str, Any]:
-    """`zero_optimization` of the launcher's DeepSpeed file, or the shipped one, for this stage."""
-    given = os.environ.get(CONFIG_VARIABLE)
-    path = Path(given) if given else CONFIGURATIONS / f"zero{stage}.json"
-    section = _section_of(path)
-    if section.get("offload_optimizer", {}).get("device", "none") != "none":
-        raise UserError(
-            f"{path}: found zero_optimization.offload_optimizer; the optimizer of a LoRA is small "
-            "and stays on the GPU. Remove that field; offload_param may stay."
-        )
-    return {k: v for k, v in section.items() if v != "auto"} | {"stage": stage}

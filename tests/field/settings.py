@@ -77,6 +77,8 @@ def settings(codec: str) -> Iterator[Setting]:
         "VP9": _vp9,
         "AV1": _av1,
         "FFV1": _ffv1,
+        "HuffYUV": _huffyuv,
+        "Ut Video": _utvideo,
         "ProRes": _prores,
     }
     yield from own.get(codec, lambda: ())()
@@ -171,6 +173,23 @@ def _av1() -> Iterator[Setting]:
 def _ffv1() -> Iterator[Setting]:
     for form in ("yuv444p", "gray", "yuv422p10le", "gbrp"):
         yield Setting(form, ("-c:v", "ffv1", "-pix_fmt", form))
+
+
+def _huffyuv() -> Iterator[Setting]:
+    for form in ("yuv420p", "rgb24"):
+        yield Setting(form, ("-c:v", "huffyuv", "-pix_fmt", form))
+    for prediction in ("left", "plane", "median"):
+        options = ("-c:v", "huffyuv", "-pix_fmt", "yuv422p", "-pred", prediction)
+        yield Setting(prediction, options)
+    yield Setting("adaptive", ("-c:v", "huffyuv", "-pix_fmt", "yuv422p", "-context", "1"))
+    yield Setting("interlaced", _words("-c:v huffyuv -pix_fmt yuv422p -flags +ildct"))
+
+
+def _utvideo() -> Iterator[Setting]:
+    for form in ("yuv422p", "yuv444p", "gbrp"):
+        yield Setting(form, ("-c:v", "utvideo", "-pix_fmt", form))
+    for prediction in ("none", "left", "gradient", "median"):
+        yield Setting(prediction, ("-c:v", "utvideo", "-pix_fmt", "yuv420p", "-pred", prediction))
 
 
 def _prores() -> Iterator[Setting]:

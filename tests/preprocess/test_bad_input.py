@@ -158,15 +158,18 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut index": (lambda m: truncate(m / "model_index.json"), "is not valid JSON"),
     "no vae config": (lambda m: (m / "vae/config.json").unlink(), "cannot read"),
     "no vae weights": (lambda m: (m / "vae" / WEIGHTS).unlink(), "vae holds no weights"),
-    "cut vae": (lambda m: truncate(m / "vae" / WEIGHTS), "cannot load vae from"),
-    "vae lacks": (lambda m: drop_a_weight(m / "vae" / WEIGHTS), "vae lacks 1 weights, the first"),
+    "cut vae": (lambda m: truncate(m / "vae" / WEIGHTS), "cannot read"),
+    "vae lacks": (
+        lambda m: drop_a_weight(m / "vae" / WEIGHTS),
+        f"vae/{WEIGHTS} lacks 1 weights, the first",
+    ),
     "cut text encoder": (
         lambda m: truncate(m / "text_encoder/model.safetensors"),
-        "cannot load text_encoder from",
+        "cannot read",
     ),
     "text encoder lacks": (
         lambda m: drop_a_weight(m / "text_encoder/model.safetensors"),
-        "text_encoder lacks 1 weights, the first",
+        "text_encoder/model.safetensors lacks 1 weights, the first",
     ),
     "cut tokenizer": (
         lambda m: truncate(m / "tokenizer/tokenizer.json"),

@@ -316,10 +316,12 @@ def test_damaged_base_is_named(tiny_t2v: Path, t2v_shards: Path, tmp_path: Path)
     weights = model / "transformer_2" / "diffusion_pytorch_model.safetensors"
     whole = load_file(weights)
     save_file({n: t for n, t in whole.items() if "blocks.1." not in n}, weights, {"format": "pt"})
-    with pytest.raises(UserError, match=r"transformer_2 lacks \d+ weights, the first blocks\.1\."):
+    with pytest.raises(
+        UserError, match=r"transformer_2/\S+ lacks \d+ weights, the first blocks\.1\."
+    ):
         distill(model, t2v_shards, tmp_path / "out")
     weights.write_bytes(weights.read_bytes()[:3])
-    with pytest.raises(UserError, match=r"transformer_2/.*is damaged"):
+    with pytest.raises(UserError, match=r"cannot read .*transformer_2/"):
         distill(model, t2v_shards, tmp_path / "out")
     weights.unlink()
     with pytest.raises(UserError, match=r"transformer_2 holds no safetensors"):
