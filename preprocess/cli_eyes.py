@@ -84,7 +84,7 @@ def verify(
 ) -> None:
     """Check every shard; name what is wrong, by file and sample.
 
-    Reads all of it once: checksums, members, shapes, NaN, empty text, the index against the tars; captions and conditions beside the shards too. Samples that an older wandistill encoded are judged by their media in --train-data-dir: of some it took other frames than players show. Changes nothing, and may run beside a wanprep that encodes. The exit code is 1 where something is wrong. What a finding means and how to mend it stands with it.
+    Reads all of it once: checksums, members, shapes, NaN, empty text, the index against the tars; captions and conditions beside the shards too. Samples of an older wandistill, which took other frames than players show of some files, are judged by their media (in --train-data-dir). Changes nothing, and may run beside a wanprep that encodes. The exit code is 1 where something is wrong. What a finding means and how to mend it stands with it.
 
     Next: wantrain distill --shards DIR
     """

@@ -26,9 +26,15 @@ def reads(container: str, codec: str, pixel_format: str, width: int, height: int
 
 
 def frames(path: Path, indices: Sequence[int]) -> Iterator[Frame]:
-    """The frames at `indices`: (H, W, 3) uint8 RGB as stored. Raises what decord raises."""
+    """The frames at `indices`, (H, W, 3) uint8 RGB as stored, up to the first that decord fails at.
+
+    In a file that was cut off it fails by chance: it reads ahead, into the part that is missing.
+    """
     import decord
 
-    video = decord.VideoReader(str(path), num_threads=1)
-    for index in indices:
-        yield video[index].asnumpy()
+    try:
+        video = decord.VideoReader(str(path), num_threads=1)
+        for index in indices:
+            yield video[index].asnumpy()
+    except (decord.DECORDError, IndexError):
+        return

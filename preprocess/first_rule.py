@@ -15,7 +15,7 @@ from av.packet import Packet
 from av.video.frame import PictureType, VideoFrame
 
 from preprocess.media_info import Probe
-from preprocess.orientation import Orientation
+from preprocess.orientation import UPRIGHT, Orientation
 from preprocess.picks import picks_of
 
 PAIRS = frozenset({("avi", "huffyuv"), ("avi", "utvideo")})
@@ -36,6 +36,8 @@ class StoredPacket(NamedTuple):
     key: bool
     discarded: bool
     """Decoded but not shown: an edit list cuts it off."""
+    partial: bool
+    """The file ends before it does."""
 
 
 @dataclass(kw_only=True)
@@ -46,6 +48,8 @@ class Stored:
     codec: str
     streams: int
     """Video streams in the file."""
+    aspects_differ: bool = False
+    """Container and codec disagree about the shape of a pixel."""
     packets: list[StoredPacket] = field(default_factory=list)
     """In decoding order."""
     dts: list[int | None] = field(default_factory=list)
@@ -53,8 +57,9 @@ class Stored:
     pixel_format: str = ""
     width: int = 0
     height: int = 0
-    mirrored: bool = False
-    aspects_differ: bool = False
+    orientations: set[Orientation] = field(default_factory=set)
+    all_told: bool = True
+    """Whether each frame came with its orientation: from the container, not from the pictures."""
     sizes_differ: bool = False
     intra: set[int | None] = field(default_factory=set)
     """pts of frames that need no other."""
@@ -62,27 +67,27 @@ class Stored:
     def note_packet(self, packet: Packet) -> None:
         """A packet, before it is decoded."""
         self.packets.append(
-            StoredPacket(packet.pts, bool(packet.is_keyframe), bool(packet.is_discard))
+            StoredPacket(
+                pts=packet.pts,
+                key=bool(packet.is_keyframe),
+                discarded=bool(packet.is_discard),
+                partial=bool(packet.is_corrupt),
+            )
         )
         if not packet.is_discard:
             self.dts.append(packet.dts)
 
-    def note_first(self, frame: VideoFrame, orientation: Orientation, aspects_differ: bool) -> None:
-        """The first frame that is shown."""
-        self.pixel_format = frame.format.name
-        self.width, self.height = frame.width, frame.height
-        self.mirrored = not orientation.turned_only
-        self.aspects_differ = aspects_differ
-
-    def note_frame(self, frame: VideoFrame) -> None:
-        """Any frame that is shown."""
+    def note_frame(self, frame: VideoFrame, orientation: Orientation, *, told: bool) -> None:
+        """A frame that is shown; `told`: by itself, not by one before."""
+        if not self.pixel_format:
+            self.pixel_format = frame.format.name
+            self.width, self.height = frame.width, frame.height
         if frame.pict_type == PictureType.I:
             self.intra.add(frame.pts)
-        if (frame.width, frame.height, frame.format.name) != (
-            self.width,
-            self.height,
-            self.pixel_format,
-        ):
+        self.orientations.add(orientation)
+        self.all_told = self.all_told and told
+        layout = (frame.width, frame.height, frame.format.name)
+        if layout != (self.width, self.height, self.pixel_format):
             self.sizes_differ = True
 
 
@@ -96,7 +101,8 @@ def misread(stored: Stored, pts: Sequence[int | None]) -> str | None:
     if (stored.container, stored.codec) in PAIRS and same_colours(
         stored.pixel_format, stored.width, stored.height
     ):
-        return None
+        whole = len(pts) == len(stored.packets)
+        return None if whole else "a damaged frame at the end was counted"
     if stored.container not in _CONTAINERS:
         return f"frames of {stored.container} files were taken by seeking, which lands elsewhere"
     if stored.codec not in _CODECS:
@@ -104,8 +110,14 @@ def misread(stored: Stored, pts: Sequence[int | None]) -> str | None:
     if not same_colours(stored.pixel_format, stored.width, stored.height):
         size = f"{stored.width}x{stored.height}"
         return f"colours of {stored.pixel_format} video of {size} were converted in another way"
-    if stored.mirrored:
+    if not all(orientation.turned_only for orientation in stored.orientations):
         return "mirrored video was shown upside down or not mirrored"
+    if stored.orientations != {UPRIGHT} and (
+        not stored.all_told or stored.container == "matroska,webm" or len(stored.orientations) > 1
+    ):
+        return "video that is to be turned by Matroska, or by its pictures, was not turned"
+    if any(one.transposed for one in stored.orientations) and "422" in stored.pixel_format:
+        return f"colours of turned {stored.pixel_format} video were converted in another way"
     if stored.streams > 1 or stored.aspects_differ or stored.sizes_differ:
         return "another stream, pixel shape or picture size of the file may have been taken"
     if any(packet.discarded for packet in stored.packets):

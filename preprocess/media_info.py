@@ -6,6 +6,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from preprocess.orientation import Orientation
+
 Frame = npt.NDArray[np.uint8]
 """(H, W, 3), RGB, 0..255."""
 
@@ -34,6 +36,8 @@ class KeyFrames:
     """uint32 of each frame from `first` on, in order."""
     places: tuple[tuple[int, int], ...]
     """(frame number, pts in the stream's time base) of key frames, ascending."""
+    orientation: Orientation
+    """Of all frames: the pictures themselves may tell it at the start of the file alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,7 @@ class Shortcut:
     pts: int
     digests: tuple[int, ...]
     """Of the key frame, then of each of the clip's frames."""
+    orientation: Orientation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,4 +91,9 @@ class Probe:
         frame, pts = before[-1]
         digests = np.frombuffer(found.digests, np.uint32)
         wanted = digests[np.asarray([frame, *indices]) - found.first]
-        return Shortcut(frame=frame, pts=pts, digests=tuple(map(int, wanted)))
+        return Shortcut(
+            frame=frame,
+            pts=pts,
+            digests=tuple(map(int, wanted)),
+            orientation=found.orientation,
+        )

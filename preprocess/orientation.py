@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-
-from preprocess.media_info import Frame
+import numpy.typing as npt
 
 _NEARLY = 1e-3  # of a right angle's sine; matrices are 16.16 fixed point
 
@@ -28,7 +27,7 @@ class Orientation:
         """(width, height) as shown."""
         return (height, width) if self.transposed else (width, height)
 
-    def apply(self, frame: Frame) -> Frame:
+    def apply(self, frame: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """(H, W, 3) as shown, from (H, W, 3) as stored."""
         if self.transposed:
             frame = frame.swapaxes(0, 1)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from preprocess.media_info import KeyFrames, Kind, Probe
+from preprocess.orientation import Orientation
 from shared.hashing import cache_folder
 from shared.memo import note, recall
 
@@ -63,5 +64,6 @@ def _unpacked(fields: dict[str, Any]) -> Probe:
             first=found["first"],
             digests=base64.b85decode(found["digests"]),
             places=tuple((int(number), int(pts)) for number, pts in found["places"]),
+            orientation=Orientation(**found["orientation"]),
         )
     return Probe(**fields)

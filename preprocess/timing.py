@@ -45,21 +45,27 @@ def rate_and_times(
 def _shown_at(pts: Sequence[int | None], dts: Sequence[int]) -> Times | None:
     """A time for each frame, strictly ascending, in ticks; None where there are none to go by.
 
-    Output order is the truth. Times of presentation that contradict it (H.264 in AVI) give way to
-    the packets' own in ascending order; where some are missing (below zero in Matroska), they
-    follow from the others.
+    Output order is the truth. Times of presentation that contradict it give way to the packets'
+    own, if each has one (H.264 in AVI), or are taken in ascending order (Matroska with times below
+    zero); where some are missing, they follow from the others.
     """
-    known = [(number, float(time)) for number, time in enumerate(pts) if time is not None]
-    if len(known) < 2 or any(b[1] <= a[1] for a, b in pairwise(known)):
-        if len(dts) < 2:
-            return None
-        # As many as frames but for packets that hold two or none.
-        places = np.linspace(0, len(dts) - 1, len(pts))
-        return np.interp(places, np.arange(len(dts)), np.asarray(dts, np.float64))
-    numbers, times = (np.asarray(part, np.float64) for part in zip(*known, strict=True))
-    step = float(np.median(np.diff(times) / np.diff(numbers)))
-    ticks = np.interp(np.arange(len(pts)), numbers, times)
-    first, last = int(numbers[0]), int(numbers[-1])
+    places = [number for number, time in enumerate(pts) if time is not None]
+    known = [float(time) for time in pts if time is not None]
+    ascending = all(before < after for before, after in pairwise(known))
+    if len(known) >= 2 and (ascending or (len(dts) < len(pts) and len(set(known)) == len(known))):
+        return _filled(np.asarray(places), np.asarray(sorted(known)), len(pts))
+    if len(dts) < 2:
+        return None
+    # As many as frames but for packets that hold two or none.
+    ordinals = np.linspace(0, len(dts) - 1, len(pts))
+    return np.interp(ordinals, np.arange(len(dts)), np.asarray(dts, np.float64))
+
+
+def _filled(places: npt.NDArray[np.int64], times: Times, count: int) -> Times:
+    """A time for each of `count` frames, of which those at `places` have these."""
+    step = float(np.median(np.diff(times) / np.diff(places)))
+    ticks = np.interp(np.arange(count), places, times)
+    first, last = int(places[0]), int(places[-1])
     ticks[:first] = times[0] - step * np.arange(first, 0, -1)
-    ticks[last + 1 :] = times[-1] + step * np.arange(1, len(pts) - last)
+    ticks[last + 1 :] = times[-1] + step * np.arange(1, count - last)
     return ticks

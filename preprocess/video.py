@@ -9,9 +9,10 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import av
 import numpy as np
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 _SEEK_FROM = 250
 # Seconds before a key frame to which a seek may have to go: program streams have no index.
 _SEEK_BEFORE = (0, 2)
+# Frames that a codec may show before one that is stored earlier.
+_MOST_REORDERED = 16
 # Every so many rows enter a frame's digest: at least one of each 4×4 block that a codec knows.
 _DIGEST_ROWS = 4
 # H.273: SMPTE ST 2084 (PQ), ARIB STD-B67 (HLG).
@@ -43,6 +46,15 @@ INTERLACED = (
     "interlaced, both fields of a frame taken as one picture (combed where it moves; "
     "to deinterlace: ffmpeg -i IN -vf bwdif=mode=send_frame OUT.mp4)"
 )
+
+
+class _Decoded(NamedTuple):
+    """A frame as the decoder puts it out."""
+
+    frame: VideoFrame
+    orientation: Orientation
+    told: bool
+    """Whether the frame itself tells its orientation; else it is that of the frame before."""
 
 
 def survey(path: Path, on_progress: Callable[[], None] = lambda: None) -> Probe:
@@ -56,39 +68,74 @@ def survey(path: Path, on_progress: Callable[[], None] = lambda: None) -> Probe:
             container=container.format.name,
             codec=stream.codec_context.name,
             streams=len(container.streams.video),
+            aspects_differ=_aspects_differ(stream),
         )
         pts: list[int | None] = []
         digests: list[int] = []
+        damaged: list[int] = []
         interlaced = False
-        first: VideoFrame | None = None
-        for frame in _frames(path, container, stream, stored):
+        first: _Decoded | None = None
+        for decoded in _frames(path, container, stream, stored=stored):
             on_progress()
+            frame = decoded.frame
             if first is None:
-                first = frame
-                stored.note_first(frame, _orientation(path, frame), _differing_aspect(stream))
-            stored.note_frame(frame)
+                first = decoded
+                _refuse_hdr(path, frame.color_trc)
+            stored.note_frame(frame, decoded.orientation, told=decoded.told)
             interlaced = interlaced or bool(frame.interlaced_frame)
+            if frame.is_corrupt:
+                damaged.append(len(pts))
             if len(pts) >= _SEEK_FROM:
                 digests.append(_digest(frame))
             pts.append(frame.pts)
         assert first is not None, "_frames raises where there are none"
-        _refuse_hdr(path, first.color_trc)
         assert stream.time_base is not None
+        if stored.packets[-1].partial:  # not every decoder marks what it makes of one
+            damaged += _from_partial(stored.packets[-1].pts, pts)
+        count = _without_damage(path, len(pts), damaged)
         claimed = (stream.average_rate, stream.guessed_rate, stream.base_rate)
         dts = (time for time in stored.dts if time is not None)
         fps, times = rate_and_times(pts, dts, stream.time_base, claimed)
-        orientation = _orientation(path, first)
-        width, height = _shown_size(first.width, first.height, stream, orientation)
+        size = first.frame.width, first.frame.height
+        width, height = _shown_size(*size, stream, first.orientation)
         return Probe(
-            frames=len(pts),
+            frames=count,
             height=height,
             width=width,
             fps=fps or 1.0,  # of one frame that names no rate
-            times=None if times is None else times.tobytes(),
-            old_reading=misread(stored, pts),
+            times=None if times is None else times[:count].tobytes(),
+            old_reading=misread(stored, pts[:count]),
             notes=(INTERLACED,) if interlaced else (),
-            key_frames=_key_frames(stored, pts, digests),
+            key_frames=_key_frames(stored, pts[:count], digests),
         )
+
+
+def _from_partial(time: int | None, pts: Sequence[int | None]) -> range:
+    """The last frames, from that on which was made of the packet of this time; empty: none was."""
+    for number in range(len(pts) - 1, max(-1, len(pts) - _MOST_REORDERED), -1):
+        if time is not None and pts[number] == time:
+            return range(number, len(pts))
+    return range(0)
+
+
+def _without_damage(path: Path, count: int, damaged: Sequence[int]) -> int:
+    """How many of `count` frames there are, but for damaged ones at the end.
+
+    A file that was cut off ends in one, a broadcast that was joined in the middle may begin with
+    some. Between them, frames before and behind lean on a damaged one without being marked:
+    MediaError.
+    """
+    bad = set(damaged)
+    intact = [number for number in range(count) if number not in bad] if bad else range(count)
+    if not intact:
+        raise MediaError(f"{path}: every frame of the video is damaged")
+    inside = [number for number in damaged if intact[0] < number < intact[-1]]
+    if inside:
+        raise MediaError(
+            f"{path}: frame {inside[0]} of the video is damaged, and others are made of it. Cut "
+            "that part out, or download the file again"
+        )
+    return intact[-1] + 1
 
 
 def frames_at(
@@ -102,54 +149,73 @@ def frames_at(
     Raises MediaError where the video has fewer, or one is damaged, and what PyAV raises.
     """
     done = 0
-    if shortcut is not None:
-        for shown in _by_shortcut(path, indices, shortcut, on_progress):
-            yield shown
+    for way in (_by_decord, partial(_by_shortcut, shortcut=shortcut), _in_order):
+        for frame in way(path, indices[done:], on_progress):
+            yield frame
             done += 1
         if done == len(indices):
             return
-    left = indices[done:]
+
+
+def _in_order(
+    path: Path, indices: Sequence[int], on_progress: Callable[[], None]
+) -> Iterator[Frame]:
+    """The frames at `indices`, from the first frame of the file on. Raises MediaError."""
     place = 0
     with _opened(path) as (container, stream):
-        picture = _Picture(path, stream)
-        context = stream.codec_context
-        layout = (context.pix_fmt or "", context.width, context.height)
-        if decord_pairs.reads(container.format.name, context.name, *layout):
-            for rgb in decord_pairs.frames(path, left):
-                on_progress()
-                yield picture.shown(rgb, UPRIGHT)  # an AVI cannot be turned
-            return
-        for number, frame in enumerate(_frames(path, container, stream)):
+        picture = _Picture(stream)
+        for number, decoded in enumerate(_frames(path, container, stream)):
             on_progress()
-            if number != left[place]:
+            if number != indices[place]:
                 continue
-            if frame.is_corrupt:
+            if decoded.frame.is_corrupt:
                 raise MediaError(f"{path}: frame {number} is damaged")
-            shown = picture.of(frame)
-            while place < len(left) and left[place] == number:
+            shown = picture.of(decoded)
+            while place < len(indices) and indices[place] == number:
                 yield shown
                 place += 1
-            if place == len(left):
+            if place == len(indices):
                 return
-        raise MediaError(f"{path}: the video ends before frame {left[place]}")
+        raise MediaError(f"{path}: the video ends before frame {indices[place]}")
+
+
+def _by_decord(
+    path: Path, indices: Sequence[int], on_progress: Callable[[], None]
+) -> Iterator[Frame]:
+    """The frames at `indices` as far as decord reads them: none but in its pairs."""
+    with _opened(path) as (container, stream):
+        context = stream.codec_context
+        layout = (context.pix_fmt or "", context.width, context.height)
+        if not decord_pairs.reads(container.format.name, context.name, *layout):
+            return
+        picture = _Picture(stream)
+        for rgb in decord_pairs.frames(path, indices):
+            on_progress()
+            yield picture.shown(rgb, UPRIGHT)  # an AVI cannot be turned
 
 
 def _by_shortcut(
-    path: Path, indices: Sequence[int], shortcut: Shortcut, on_progress: Callable[[], None]
+    path: Path,
+    indices: Sequence[int],
+    on_progress: Callable[[], None],
+    *,
+    shortcut: Shortcut | None,
 ) -> Iterator[Frame]:
     """The frames at `indices` from a seek on, as long as they are those of sequential decoding."""
+    if shortcut is None:
+        return
     with _opened(path) as (container, stream):
-        picture = _Picture(path, stream)
+        picture = _Picture(stream)
         number, place = shortcut.frame, 0
         try:
-            for frame in _from_key_frame(path, container, stream, shortcut):
+            for decoded in _from_key_frame(path, container, stream, shortcut):
                 on_progress()
                 shown = None
                 while place < len(indices) and indices[place] == number:
                     # The first digest is the key frame's.
-                    if frame.is_corrupt or _digest(frame) != shortcut.digests[1 + place]:
+                    if _digest(decoded.frame) != shortcut.digests[1 + place]:
                         return
-                    shown = picture.of(frame) if shown is None else shown
+                    shown = picture.of(decoded) if shown is None else shown
                     yield shown
                     place += 1
                 if place == len(indices):
@@ -161,18 +227,19 @@ def _by_shortcut(
 
 def _from_key_frame(
     path: Path, container: InputContainer, stream: VideoStream, shortcut: Shortcut
-) -> Iterator[VideoFrame]:
+) -> Iterator[_Decoded]:
     """What the decoder shows from the shortcut's key frame on; nothing if no seek leads there."""
     assert stream.time_base is not None
     for seconds in _SEEK_BEFORE:
         container.seek(shortcut.pts - round(seconds / stream.time_base), stream=stream)
         # Frames that need what lies before the seek come first, damaged, or are missing.
-        frames = _frames(path, container, stream)
-        for frame in frames:
-            if frame.pts == shortcut.pts and _digest(frame) == shortcut.digests[0]:
-                yield from chain([frame], frames)
+        frames = _frames(path, container, stream, orientation=shortcut.orientation)
+        for decoded in frames:
+            pts = decoded.frame.pts
+            if pts == shortcut.pts and _digest(decoded.frame) == shortcut.digests[0]:
+                yield from chain([decoded], frames)
                 return
-            if frame.pts is not None and frame.pts > shortcut.pts:
+            if pts is not None and pts > shortcut.pts:
                 break
 
 
@@ -192,9 +259,14 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 
 def _frames(
-    path: Path, container: InputContainer, stream: VideoStream, stored: Stored | None = None
-) -> Iterator[VideoFrame]:
-    """What the decoder shows, in order.
+    path: Path,
+    container: InputContainer,
+    stream: VideoStream,
+    *,
+    stored: Stored | None = None,
+    orientation: Orientation = UPRIGHT,
+) -> Iterator[_Decoded]:
+    """What the decoder shows, in order; `orientation` holds until a frame tells another.
 
     What can't be decoded before the first frame (a broadcast that was joined in the middle) or
     behind the last (a recording that was cut off) shows nothing in a player, too; between them it
@@ -207,15 +279,17 @@ def _frames(
         if stored is not None and packet.size:
             stored.note_packet(packet)
         try:
-            decoded = packet.decode()
+            frames = packet.decode()
         except av.error.InvalidDataError as error:
             first = first or error
             damage = error if number else None
             continue
         if damage is not None and packet.size:  # at the end only what waited comes out
             raise MediaError(f"{path}: cannot decode the video behind frame {number} ({damage})")
-        for frame in decoded:
-            yield frame
+        for frame in frames:
+            told = _orientation(path, frame)
+            orientation = told or orientation
+            yield _Decoded(frame, orientation, told is not None)
             number += 1
     if number == 0:
         why = f"cannot decode the video ({first})" if first else "the video has no frames"
@@ -225,14 +299,14 @@ def _frames(
 class _Picture:
     """Frames of one stream as they are shown: RGB, upright, square pixels."""
 
-    def __init__(self, path: Path, stream: VideoStream) -> None:
-        self._path, self._stream = path, stream
+    def __init__(self, stream: VideoStream) -> None:
+        self._stream = stream
         self._graph: Graph | None = None
         self._of: tuple[Any, ...] = ()
 
-    def of(self, frame: VideoFrame) -> Frame:
+    def of(self, decoded: _Decoded) -> Frame:
         """(H, W, 3) uint8, from what the decoder gave."""
-        return self.shown(self._rgb(frame), _orientation(self._path, frame))
+        return self.shown(self._rgb(decoded.frame), decoded.orientation)
 
     def shown(self, rgb: Frame, orientation: Orientation) -> Frame:
         """The same, from RGB as stored."""
@@ -265,7 +339,8 @@ class _Picture:
         return np.asarray(self._graph.vpull().to_ndarray(), np.uint8)
 
 
-def _orientation(path: Path, frame: VideoFrame) -> Orientation:
+def _orientation(path: Path, frame: VideoFrame) -> Orientation | None:
+    """What a frame says of itself: by the container, or by the pictures (H.264's SEI)."""
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # PyAV stops at side data that it has no name for, such as EXIF
@@ -276,7 +351,7 @@ def _orientation(path: Path, frame: VideoFrame) -> Orientation:
                 "and which of them cannot be read. Turn its pictures: ffmpeg -i IN OUT.mp4"
             ) from None
     if matrix is None:
-        return UPRIGHT
+        return None
     try:
         return of_display_matrix(bytes(cast("SideData", matrix)))
     except ValueError as error:
@@ -296,7 +371,7 @@ def _shown_size(
     return width, round(height / aspect)
 
 
-def _differing_aspect(stream: VideoStream) -> bool:
+def _aspects_differ(stream: VideoStream) -> bool:
     """Whether container and codec disagree about the shape of a pixel."""
     own = stream.codec_context.sample_aspect_ratio
     return bool(own) and bool(stream.sample_aspect_ratio) and own != stream.sample_aspect_ratio
@@ -343,8 +418,9 @@ def _key_frames(
     stored: Stored, pts: Sequence[int | None], digests: Sequence[int]
 ) -> KeyFrames | None:
     """Places to seek to, of a video long enough that seeking gains something."""
-    if not digests:
+    if not digests or len(stored.orientations) > 1:
         return None
+    (orientation,) = stored.orientations
     keys = {packet.pts for packet in stored.packets if packet.key}
     places = tuple(
         (number, time)
@@ -354,5 +430,8 @@ def _key_frames(
     if not places:
         return None
     return KeyFrames(
-        first=_SEEK_FROM, digests=np.asarray(digests, np.uint32).tobytes(), places=places
+        first=_SEEK_FROM,
+        digests=np.asarray(digests[: len(pts) - _SEEK_FROM], np.uint32).tobytes(),
+        places=places,
+        orientation=orientation,
     )

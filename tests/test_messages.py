@@ -98,7 +98,7 @@ ROWS: dict[str, tuple[str, str]] = {
         ENCODE + "--train-data-dir {empty}",
         "error: dataset: {empty} has no metadata.json or metadata.jsonl or metadata.csv and "
         "no media (.mp4 .mov .mkv .webm .avi .m4v .mpg .mpeg .jpg .jpeg .png .webp .bmp .gif "
-        ".apng .tif .tiff). Set"
+        ".apng .tif .tiff .avif). Set"
         " --train-data-dir (or DATASET_NAME) to a folder that has.",
     ),
     "no metadata file": (
@@ -204,8 +204,8 @@ ROWS: dict[str, tuple[str, str]] = {
         ENCODE + "--train-data-dir {with-text_mp4}",
         "error: dataset: {with-text_mp4} has nothing that can be encoded.\n"
         "1 rejected, listed in {new}/rejected.jsonl:\n"
-        "  text.mp4: {with-text_mp4}/text.mp4: cannot decode the video (Error reading "
-        "{with-text_mp4}/text.mp4...)",
+        "  text.mp4: {with-text_mp4}/text.mp4: cannot decode the video (Invalid "
+        "data found when processing input)",
     ),
     "an image that is text": (
         ENCODE + "--train-data-dir {with-text_png}",

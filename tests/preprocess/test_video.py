@@ -1,6 +1,7 @@
 """Videos, counted and timed by what comes out of the decoder; seeking that is proven."""
 
 import subprocess
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -95,13 +96,11 @@ def test_a_shortcut_that_leads_elsewhere_is_not_taken(film: Path, tmp_path: Path
     right, _ = decoded(path, indices, None)
     key, *digests = shortcut.digests
     for wrong in (
-        Shortcut(frame=499, pts=shortcut.pts, digests=shortcut.digests),
-        Shortcut(frame=500, pts=shortcut.pts + 1, digests=shortcut.digests),
-        Shortcut(frame=500, pts=10**12, digests=shortcut.digests),
-        Shortcut(frame=500, pts=shortcut.pts, digests=(key ^ 1, *digests)),
-        Shortcut(
-            frame=500, pts=shortcut.pts, digests=(key, digests[0], digests[1] ^ 1, digests[2])
-        ),
+        replace(shortcut, frame=499),
+        replace(shortcut, pts=shortcut.pts + 1),
+        replace(shortcut, pts=10**12),
+        replace(shortcut, digests=(key ^ 1, *digests)),
+        replace(shortcut, digests=(key, digests[0], digests[1] ^ 1, digests[2])),
     ):
         frames, _ = decoded(path, indices, wrong)
         assert all((one == other).all() for one, other in zip(right, frames, strict=True)), wrong
