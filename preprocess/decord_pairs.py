@@ -13,6 +13,13 @@ from preprocess.first_rule import PAIRS, same_colours
 from preprocess.media_info import Frame
 
 
+def is_avi(path: Path) -> bool:
+    """Whether a file is of the container that all pairs have, by its first bytes."""
+    with path.open("rb") as stream:
+        start = stream.read(12)
+    return start[:4] == b"RIFF" and start[8:] == b"AVI "
+
+
 def reads(container: str, codec: str, pixel_format: str, width: int, height: int) -> bool:
     """Whether decord gives the frames of such a video, and is installed (not on ARM Linux)."""
     if (container, codec) not in PAIRS or not same_colours(pixel_format, width, height):

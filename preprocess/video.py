@@ -183,6 +183,8 @@ def _by_decord(
     path: Path, indices: Sequence[int], on_progress: Callable[[], None]
 ) -> Iterator[Frame]:
     """The frames at `indices` as far as decord reads them: none but in its pairs."""
+    if not decord_pairs.is_avi(path):  # which spares opening all others twice
+        return
     with _opened(path) as (container, stream):
         context = stream.codec_context
         layout = (context.pix_fmt or "", context.width, context.height)
