@@ -100,7 +100,7 @@ def encode(
     vae_mini_batch: Annotated[int, typer.Option(metavar="N", help="Taken for the sake of VideoX-Fun's scripts: clips go through the VAE one at a time, since together they would get other bits.", rich_help_panel=ENCODERS)] = 1,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=ENCODERS)] = "auto",
     num_workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that decode and resize media beside the encoders; each holds one clip in memory.", show_default="one a core but one, at most 8", rich_help_panel=ENCODERS)] = None,
-    decode_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="A file that takes longer to decode is given up and listed as rejected.", rich_help_panel=ENCODERS)] = 120,
+    decode_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="A file of which no frame comes for so long is given up and listed as rejected.", rich_help_panel=ENCODERS)] = 120,
 
     output: Annotated[Path, typer.Option(parser=shards_folder, metavar="DIR|URL", help="Folder of the shards; what is in it already is kept and not encoded again.", rich_help_panel=OUTPUT)] = Path("shards"),
     dtype: Annotated[Dtype, typer.Option(help="Number format of the tensors in the shards.", rich_help_panel=OUTPUT)] = "bf16",
