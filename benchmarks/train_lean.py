@@ -139,10 +139,12 @@ def first_step(work: Path, quick: bool, name: str) -> None:
 
 
 def text_wide(model: Path, width: int) -> Path:
-    """Only the configs say how wide the text is: enough for reading, not for training."""
-    for component in ("transformer",):
-        path = model / component / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"text_dim": width}))
+    """Its transformer for text of this width, with random weights."""
+    from diffusers import WanTransformer3DModel
+
+    folder = model / "transformer"
+    config = json.loads((folder / "config.json").read_text()) | {"text_dim": width}
+    WanTransformer3DModel.from_config(config).save_pretrained(folder)
     return model
 
 

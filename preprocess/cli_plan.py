@@ -125,6 +125,8 @@ def page(plan: "Foreseen", output: Path, *, prune: bool) -> list[str]:
         )
     if plan.leftover:
         then = "would be removed" if prune else "stay (but see --prune)"
+        if plan.first_rule and not prune:
+            then += ", but for those that an older frame rule misread: they are replaced"
         lines.append(f"leftover {plan.leftover} in {output} are not in this dataset and {then}")
     if plan.epoch != plan.samples:
         lines.append(f"epoch    {plan.epoch} samples, repeats counted")

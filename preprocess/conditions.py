@@ -37,6 +37,7 @@ from shared.fingerprint import (
     FORMAT_VERSION,
     LACKING,
     Fingerprint,
+    as_in_cache,
     cache_mode,
     group_of,
     refuse_differences,
@@ -234,6 +235,7 @@ def _fingerprint(
     """Refuses a VAE that is not the cache's."""
     with console.status("digesting the encoders' weights (read once, then remembered)"):
         fields = encoder_fields(spec, hasher)
+        fields = as_in_cache(fields, base.fingerprint, spec.folder, hasher)
     made_by: Fingerprint = {
         group: fields[group] for group in ("latents", "image") if group in fields
     }

@@ -27,7 +27,7 @@ from preprocess.workers import WorkerPool, default_workers
 from shared.cache import MEDIA_TYPES, CacheIndex, MemberReader, open_cache
 from shared.device import check_device
 from shared.errors import UserError
-from shared.fingerprint import refuse_differences
+from shared.fingerprint import as_in_cache, refuse_differences
 from shared.hashing import FileHasher
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
 from shared.mp4 import write_mp4
@@ -91,7 +91,8 @@ def decode_samples(config: DecodeConfig, console: Console) -> list[Decoded]:
     check_device(config.device)
     hasher = FileHasher()
     with console.status("digesting the VAE's weights (read once, then remembered)"):
-        vae = encoder_fields(spec, hasher)["latents"]
+        fields = encoder_fields(spec, hasher)
+        vae = as_in_cache(fields, index.fingerprint, spec.folder, hasher)["latents"]
     if vae["vae"] is None:
         raise UserError(
             f"model: {spec.folder / 'vae'} holds no weights. Download the whole vae folder."

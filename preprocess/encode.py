@@ -51,7 +51,7 @@ from shared.cache import CacheIndex, committed_shards
 from shared.cli_support import say
 from shared.device import check_device
 from shared.errors import UserError
-from shared.fingerprint import Fingerprint
+from shared.fingerprint import Fingerprint, as_in_cache
 from shared.hashing import FileHasher
 from shared.interrupt import Interrupted, Interruption, catch_signals
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
@@ -125,6 +125,8 @@ def _encode(
         # What is committed already, under the same settings.
         sidecars = committed_shards(config.output)
         cure = partial(sparing_cure, config, fingerprint)
+        if sidecars:
+            fingerprint = as_in_cache(fingerprint, sidecars[0].fingerprint, spec.folder, job.hasher)
         refuse_other_settings(config.output, sidecars, fingerprint, cure=cure)
         outcome.index = settled_index(config.output) if sidecars else None
         committed = committed_of(outcome.index)
@@ -156,7 +158,7 @@ def _encode(
         live = {key for work in planned for key, _ in work.samples}
         replaced: dict[str, str] = {}
         if config.rank.number == 0 and outcome.index is not None:
-            media = {work.entry.source: work.entry.path for work in planned if work.entry.path}
+            media = {entry.source: entry.path for entry in dataset.entries if entry.path}
             replaced = superseded(outcome.index, sidecars, media, live, pool, console)
         _say_plan(console, config, planned, mine, committed, outcome, replaced)
         leftover: list[str] = []
@@ -227,8 +229,7 @@ def _encode(
                 outcome.times.end_media(writing=writer.waited)
                 if went := report.where_time_went(outcome.times):
                     say(console, went)
-                unusable = {rejected.source for rejected in outcome.rejected}
-                replaced = {key: name for key, name in replaced.items() if name not in unusable}
+                replaced = _with_successors(config, replaced, planned, outcome.rejected)
                 if gone := {*leftover, *replaced}:
                     shards.add_tombstones(sorted(gone))
                     outcome.replaced = len(replaced)
@@ -387,8 +388,8 @@ def _say_plan(
         sources = report.count(len(set(replaced.values())), "source")
         say(
             console,
-            f"replaced {report.count(len(replaced), 'sample')} of {sources} that an older frame "
-            "rule misread (wanprep verify says why): encoded again, then the old ones go",
+            f"replace  {report.count(len(replaced), 'sample')} of {sources} that an older frame "
+            "rule misread (wanprep verify says why): once they are encoded again, the old ones go",
         )
     if gone := len(committed.keys() - live - replaced.keys()):
         say(
@@ -407,6 +408,30 @@ def _say_plan(
     ):
         if line:
             say(console, line)
+
+
+def _with_successors(
+    config: EncodeConfig,
+    replaced: Mapping[str, str],
+    planned: Sequence[Work],
+    rejected: Sequence[Rejected],
+) -> dict[str, str]:
+    """Those of `replaced` (key → source) whose source has all of its new samples in the shards.
+
+    Another rank may still have to make some, or a file was rejected: its old ones go in a later
+    run. A copy of another file has no clips of its own, and waits for all.
+    """
+    if not replaced or not committed_shards(config.output):
+        return {}
+    committed = committed_of(settled_index(config.output))
+    lacking = {work.entry.source for work in planned if missing_of(work, committed)}
+    there = {work.entry.source for work in planned} - lacking
+    unusable = {one.source for one in rejected}
+    return {
+        key: source
+        for key, source in replaced.items()
+        if source not in unusable and (source in there or not lacking)
+    }
 
 
 def _finish(config: EncodeConfig, outcome: Outcome, planned: Sequence[Work]) -> None:

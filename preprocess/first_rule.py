@@ -17,6 +17,7 @@ from av.video.frame import PictureType, VideoFrame
 from preprocess.media_info import Probe
 from preprocess.orientation import UPRIGHT, Orientation
 from preprocess.picks import picks_of
+from shared.buckets import nearest_base
 
 PAIRS = frozenset({("avi", "huffyuv"), ("avi", "utvideo")})
 """(container, codec), by FFmpeg's names, in which decord was right in all that was tried."""
@@ -48,6 +49,8 @@ class Stored:
     codec: str
     streams: int
     """Video streams in the file."""
+    rotate_tag: bool = False
+    """The stream has a tag `rotate`, of before there were display matrices."""
     aspects_differ: bool = False
     """Container and codec disagree about the shape of a pixel."""
     packets: list[StoredPacket] = field(default_factory=list)
@@ -116,6 +119,8 @@ def misread(stored: Stored, pts: Sequence[int | None]) -> str | None:
         not stored.all_told or stored.container == "matroska,webm" or len(stored.orientations) > 1
     ):
         return "video that is to be turned by Matroska, or by its pictures, was not turned"
+    if stored.rotate_tag and stored.orientations == {UPRIGHT}:
+        return "video with a tag `rotate` was turned, which players do no more"
     if any(one.transposed for one in stored.orientations) and "422" in stored.pixel_format:
         return f"colours of turned {stored.pixel_format} video were converted in another way"
     if stored.streams > 1 or stored.aspects_differ or stored.sizes_differ:
@@ -152,28 +157,51 @@ def wrong_sample(info: Mapping[str, Any], probe: Probe, media: Mapping[str, Any]
         return None
     if probe.old_reading is not None:
         return probe.old_reading
-    taken_for = (info.get("source_width"), info.get("source_height"))
-    if None not in taken_for and taken_for != (probe.width, probe.height):
+    width, height = info.get("source_width"), info.get("source_height")
+    if (
+        isinstance(width, int)
+        and isinstance(height, int)
+        and _other_bucket((width, height), (probe.width, probe.height), media)
+    ):
         return (
-            f"the source was taken for {taken_for[0]}x{taken_for[1]}, it is shown as "
+            f"the source was taken for {width}x{height}, it is shown as "
             f"{probe.width}x{probe.height}"
         )
     fps, most = media.get("fps"), media.get("video_sample_n_frames")
     if info["type"] == "video" and isinstance(fps, int | float) and isinstance(most, int):
-        return _wrong_rate(info, probe, float(fps), most)
+        chunks = media.get("clips") == "chunk"
+        return _wrong_rate(info, probe, float(fps), most, chunks=chunks)
     return None
 
 
-def _wrong_rate(info: Mapping[str, Any], probe: Probe, fps: float, most: int) -> str | None:
-    """The same for a clip of `fps` frames a second, `most` at most."""
+def _other_bucket(one: tuple[int, int], other: tuple[int, int], media: Mapping[str, Any]) -> bool:
+    """Whether sources of these (width, height) go to buckets of different shapes."""
+    if media.get("enable_bucket") is False or isinstance(media.get("fix_sample_size"), list):
+        return False
+    return nearest_base(*one[::-1]) != nearest_base(*other[::-1])
+
+
+def _wrong_rate(
+    info: Mapping[str, Any], probe: Probe, fps: float, most: int, *, chunks: bool
+) -> str | None:
+    """The same for a clip of `fps` frames a second, `most` at most.
+
+    `chunks`: its times are counted from the source's first frame, as of a run of clips.
+    """
     taken = info["frame_indices"]
     picks = picks_of(probe, stride=1, fps=fps)
     nearest = [picks.at(number, taken[0]) for number in range(len(taken))]
     believed = info.get("fps")
+    if chunks and taken[0] > 0:
+        first = next((n for n in range(picks.reachable()) if picks.at(n) >= taken[0]), 0)
+        nearest = [picks.at(first + number) for number in range(len(taken))]
     if taken != nearest:
+        place = next(
+            n for n, (one, other) in enumerate(zip(taken, nearest, strict=True)) if one != other
+        )
         return (
-            f"at {fps:g} frames a second frames {_few(nearest)} are nearest in time, {_few(taken)} "
-            f"were taken (of {believed} frames a second, as the header says)"
+            f"at {fps:g} frames a second the frames nearest in time are {_few(nearest, place)}, "
+            f"taken were {_few(taken, place)} (as of {believed} frames a second)"
         )
     # A clip that ends early because the file was believed to be faster than it is.
     rate_was_wrong = believed and abs(believed / (probe.fps or believed) - 1) > 0.01
@@ -185,8 +213,11 @@ def _wrong_rate(info: Mapping[str, Any], probe: Probe, fps: float, most: int) ->
     return None
 
 
-def _few(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers[:6])) + (" …" if len(numbers) > 6 else "")
+def _few(numbers: Sequence[int], place: int) -> str:
+    """Some of them, up to a little behind a place."""
+    first, last = max(0, place - 3), place + 3
+    shown = ", ".join(map(str, numbers[first:last]))
+    return f"{'… ' if first else ''}{shown}{' …' if last < len(numbers) else ''}"
 
 
 def _order(time: int | None) -> int:

@@ -29,7 +29,7 @@ from preprocess.workers import WorkerPool
 from shared.buckets import Bucket
 from shared.cache import committed_shards
 from shared.errors import UserError
-from shared.fingerprint import Fingerprint
+from shared.fingerprint import Fingerprint, as_in_cache, has_first_frame_rule
 from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec
 from shared.prompts import prompts_by_shard
 from shared.schema import DTYPES
@@ -70,6 +70,8 @@ class Foreseen:
     new: int
     leftover: int
     """Samples in the shards that the dataset does not give (any more)."""
+    first_rule: bool
+    """Whether shards of the first frame rule are there, of which `encode` may replace samples."""
     epoch: int
     """Samples that an epoch shows, repeats counted."""
     rejected: tuple[Rejected, ...]
@@ -143,6 +145,8 @@ def foresee(config: EncodeConfig, console: Console, *, measure: bool = False) ->
         spec, fingerprint = job.spec, job.fingerprint
         sidecars = committed_shards(config.output) if config.output.is_dir() else []
         cure = partial(sparing_cure, config, fingerprint)
+        if sidecars:
+            fingerprint = as_in_cache(fingerprint, sidecars[0].fingerprint, spec.folder, job.hasher)
         refuse_other_settings(config.output, sidecars, fingerprint, cure=cure)
         committed: Captions = {}
         bank: tuple[str, ...] = ()
@@ -172,6 +176,7 @@ def foresee(config: EncodeConfig, console: Console, *, measure: bool = False) ->
         samples=len(live),
         new=sum(len(missing) for _, missing in new),
         leftover=len(committed.keys() - live),
+        first_rule=any(has_first_frame_rule(sidecar.fingerprint) for sidecar in sidecars),
         epoch=sum(work.repeats * len(work.samples) for work in planned),
         rejected=(*job.dataset.rejected, *rejected),
         shortened=_once(_shortened(planned)),

@@ -6,11 +6,14 @@ For `wanprep verify`, which names them, and `wanprep encode`, which replaces the
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 
 from preprocess import report
+from preprocess.clips import Clip
+from preprocess.conditions import same_content
 from preprocess.decode import look
 from preprocess.findings import Finding
 from preprocess.first_rule import wrong_sample
@@ -66,8 +69,10 @@ def looked_at(
     `medium_of` gives the medium of a source's name, None where it is to be passed over. Media are
     opened once, and not at all where they were before.
     """
+    if not rows:
+        return
     by_source: dict[tuple[str, Kind], list[int]] = {}
-    infos: dict[int, Mapping[str, object]] = {}
+    infos: dict[int, dict[str, Any]] = {}
     reader = MemberReader(index)
     try:
         for row in rows:
@@ -82,15 +87,27 @@ def looked_at(
     media = index.fingerprint.get("media", {})
     hasher, probes = FileHasher(), ProbeMemo()
 
-    def judged(row: int, probe: Probe | None, unseen: str | None) -> OldSample:
+    def judged(row: int, seen: tuple[Probe, str] | None, unseen: str | None) -> OldSample:
         info = infos[row]
         on_progress()
+        wrong = None
+        if seen is not None:
+            probe, sha256 = seen
+            clip = Clip(
+                bucket=index.buckets[int(index.bucket_ids[row])],
+                frame_indices=tuple(info["frame_indices"]),
+                frame_rule=int(info.get("frame_rule", 1)),
+            )
+            if same_content({index.key(row)}, clip, sha256):
+                wrong = wrong_sample(info, probe, media)
+            else:
+                unseen = f"{info['source']}: its content is not what was encoded"
         return OldSample(
             key=index.key(row),
             source=str(info["source"]),
-            type=info["type"],  # type: ignore[arg-type]  # one of MEDIA_TYPES
+            type=info["type"],
             shard=index.shards[int(index.shard_ids[row])],
-            wrong=None if probe is None else wrong_sample(info, probe, media),
+            wrong=wrong,
             unseen=unseen,
         )
 
@@ -106,11 +123,11 @@ def looked_at(
                 on_progress()
             continue
         name = stamp(medium, hasher)
-        known = None if name is None else probes.known(name, kind) or probes.known(name, "auto")
-        if known is not None and known.type == kind:
-            yield from (judged(row, known, None) for row in its_rows)
-            continue
         sha256 = None if name is None else hasher.known(name)
+        known = None if name is None else probes.known(name, kind) or probes.known(name, "auto")
+        if known is not None and sha256 is not None and known.type == kind:
+            yield from (judged(row, (known, sha256), None) for row in its_rows)
+            continue
         tasks.append(((medium, name, kind, its_rows), (medium, kind, sha256)))
     done = pool.completed(look, tasks, source=lambda item: item[0], ahead=4 * pool.workers)
     for (_, name, kind, its_rows), future in done:
@@ -122,7 +139,7 @@ def looked_at(
         if name is not None:
             hasher.remember(name, sha256)
             probes.remember(name, kind, probe)
-        yield from (judged(row, probe, None) for row in its_rows)
+        yield from (judged(row, (probe, sha256), None) for row in its_rows)
 
 
 def superseded(
@@ -195,5 +212,6 @@ def _unseen(samples: list[OldSample], data_dir: Path) -> Finding:
         found=f"{report.count(len(samples), 'sample')} that an older wandistill encoded, whose "
         f"sources can't be looked at in {data_dir}: {named} ({samples[0].unseen})",
         expected="the media that were encoded, to see whether the right frames were taken",
-        cure="set --train-data-dir to the folder of the media",
+        cure="set --train-data-dir to the folder of the media; where they lie there, mend what the "
+        "reason says",
     )

@@ -56,7 +56,7 @@ def of_display_matrix(side_data: bytes) -> Orientation:
         return Orientation(mirrored_x=bool(a < 0), mirrored_y=bool(d < 0))
     if across > 0 and straight <= _NEARLY * across and b and c:
         return Orientation(transposed=True, mirrored_x=bool(c < 0), mirrored_y=bool(b < 0))
-    degrees = np.degrees(np.arctan2(b, a)) % 360
+    degrees = -np.degrees(np.arctan2(b, a)) % 360  # counter-clockwise, as ffmpeg counts
     raise ValueError(
         f"the video is to be shown turned by {degrees:.0f} degrees, expected a multiple of 90. "
         "Turn its pictures: ffmpeg -i IN OUT.mp4"

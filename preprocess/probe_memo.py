@@ -30,16 +30,18 @@ class ProbeMemo:
                     self._known[record["file"], record["kind"]] = record["probe"]
 
     def known(self, name: str, kind: Kind) -> Probe | None:
-        """What the file of this stamp holds, if it was opened before."""
+        """What the file of this stamp holds, if it was opened before. Once: it is not kept then.
+
+        A film's frames take some hundred kilobytes, and a dataset may have many films.
+        """
         with suppress(KeyError, TypeError, ValueError):
-            return _unpacked(self._known[name, kind])
+            return _unpacked(self._known.pop((name, kind)))
         return None
 
     def remember(self, name: str, kind: Kind, probe: Probe) -> None:
         """Note what a file held whose stamp was taken before it was opened."""
-        packed = _packed(probe)
-        self._known[name, kind] = packed
-        note(self._memo, [{"version": _VERSION, "file": name, "kind": kind, "probe": packed}])
+        record = {"version": _VERSION, "file": name, "kind": kind, "probe": _packed(probe)}
+        note(self._memo, [record])
 
 
 def _packed(probe: Probe) -> dict[str, Any]:

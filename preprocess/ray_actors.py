@@ -31,7 +31,7 @@ from preprocess.workers import WorkerPool
 from preprocess.writer import ShardWriter, free_writer_lock
 from shared.device import check_device
 from shared.errors import UserError
-from shared.fingerprint import Fingerprint, refuse_differences
+from shared.fingerprint import Fingerprint, as_in_cache, refuse_differences
 from shared.hashing import FileHasher
 from shared.model_spec import ModelSpec, resolve_model
 from shared.schema import DTYPES
@@ -176,8 +176,10 @@ def _checked_node(orders: Orders) -> ModelSpec:
         _check_folders(orders)
         spec = replace(orders.spec, folder=resolve_model(orders.config.model, COMPONENTS))
         check_device(orders.config.device)
+        hasher = FileHasher()
+        own = encode_fingerprint(orders.config, spec, hasher)
         refuse_differences(
-            encode_fingerprint(orders.config, spec, FileHasher()),
+            as_in_cache(own, orders.fingerprint, spec.folder, hasher),
             orders.fingerprint,
             what=f"the model in {spec.folder} is another one there, or another wandistill",
             cure="Copy the model to that node again, and install the same version.",

@@ -25,7 +25,13 @@ from shared.cache import CacheIndex, MemberReader, committed_shards
 from shared.cli_support import say
 from shared.device import check_device
 from shared.errors import UserError
-from shared.fingerprint import FORMAT_VERSION, TEXT_CLEANING, Fingerprint, group_of
+from shared.fingerprint import (
+    FORMAT_VERSION,
+    TEXT_CLEANING,
+    Fingerprint,
+    as_in_cache,
+    group_of,
+)
 from shared.hashing import FileHasher
 from shared.interrupt import Interrupted, Interruption, catch_signals
 from shared.model_spec import MAX_TEXT_TOKENS, read_model_spec, resolve_model
@@ -277,7 +283,9 @@ def _infos(base: CacheIndex, rows: Iterable[int]) -> Iterator[tuple[int, dict[st
 def _fingerprint(config: RecaptionConfig, base: CacheIndex, console: Console) -> Fingerprint:
     spec = read_model_spec(resolve_model(config.model, ("text_encoder", "tokenizer")))
     with console.status("digesting the text encoder's weights (read once, then remembered)"):
-        text = encoder_fields(spec, FileHasher())["text"]
+        hasher = FileHasher()
+        fields = encoder_fields(spec, hasher)
+        text = as_in_cache(fields, base.fingerprint, spec.folder, hasher)["text"]
     for name, component in (("encoder", "text_encoder"), ("tokenizer", "tokenizer")):
         if text[name] is None:
             raise UserError(

@@ -20,6 +20,7 @@ from preprocess.sources import Medium, local_file
 from preprocess.worker_process import alive
 from shared.buckets import Bucket
 
+_ALIVE_SECONDS = 5
 _LONG_SIDE = 32  # pixels of a thumbnail
 _TIME = re.compile(rb"\bn: *\d+ pts:.*?pts_time:(\S+)")
 # Levels, root mean square: less than this apart, two thumbnails are the same picture after a VAE.
@@ -57,14 +58,19 @@ def shown_by_ffmpeg(medium: Medium, bucket: Bucket) -> Shown:
             *("-vf", filters, "-fps_mode", "passthrough"),
             *("-f", "rawvideo", "-pix_fmt", "gray", "pipe:1"),
         ]
-        ran = subprocess.run(command, capture_output=True, check=False)
-    alive()
-    pictures = np.frombuffer(ran.stdout, np.uint8)
-    if ran.returncode or not len(pictures):
-        why = ran.stderr.decode(errors="replace").strip().splitlines() or ["no frames"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+            while True:
+                try:
+                    stdout, stderr = running.communicate(timeout=_ALIVE_SECONDS)
+                    break
+                except subprocess.TimeoutExpired:
+                    alive()  # a long film takes long
+    pictures = np.frombuffer(stdout, np.uint8)
+    if running.returncode or not len(pictures):
+        why = stderr.decode(errors="replace").strip().splitlines() or ["no frames"]
         raise MediaError(f"{medium}: ffmpeg cannot decode it ({why[-1]})")
     thumbnails = pictures.reshape(-1, height, width)
-    seconds = [_number(time) for time in _TIME.findall(ran.stderr)][: len(thumbnails)]
+    seconds = [_number(time) for time in _TIME.findall(stderr)][: len(thumbnails)]
     seconds += [np.nan] * (len(thumbnails) - len(seconds))
     return Shown(thumbnails=thumbnails, seconds=np.asarray(seconds))
 

@@ -6,7 +6,6 @@ Headers are not believed: a rate from one counts only where the frames' own time
 import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +13,7 @@ import numpy.typing as npt
 Times = npt.NDArray[np.float64]
 
 _COARSE = 0.001  # seconds: Matroska rounds times to it
+_JOINED_EVERY = 16  # frames: times that go back more often than so are out of order, not begun anew
 
 
 def rate_and_times(
@@ -35,7 +35,7 @@ def rate_and_times(
     seconds = (ticks - ticks[0]) * float(tick)
     average = (len(pts) - 1) / float(seconds[-1])
     even = np.arange(len(pts))
-    tolerance = 1.01 * max(float(tick), _COARSE)
+    tolerance = max(0.51 * float(tick), 1.01 * _COARSE)
     for rate in (*rates, average):
         if np.abs(seconds - even / rate).max() <= tolerance:
             return rate, None
@@ -45,13 +45,20 @@ def rate_and_times(
 def _shown_at(pts: Sequence[int | None], dts: Sequence[int]) -> Times | None:
     """A time for each frame, strictly ascending, in ticks; None where there are none to go by.
 
-    Output order is the truth. Times of presentation that contradict it give way to the packets'
-    own, if each has one (H.264 in AVI), or are taken in ascending order (Matroska with times below
-    zero); where some are missing, they follow from the others.
+    Output order is the truth. Times of presentation that contradict it go on one step later where
+    they begin anew (recordings that were joined); else they give way to the packets' own, if each
+    has one (H.264 in AVI), or are taken in ascending order (Matroska with times below zero). Where
+    some are missing, they follow from the others.
     """
     places = [number for number, time in enumerate(pts) if time is not None]
     known = [float(time) for time in pts if time is not None]
-    ascending = all(before < after for before, after in pairwise(known))
+    steps = np.diff(known)
+    backward = int((steps <= 0).sum())
+    if 0 < backward <= len(known) // _JOINED_EVERY:
+        steps[steps <= 0] = np.median(steps[steps > 0])
+        known = [known[0], *(known[0] + np.cumsum(steps)).tolist()]
+        backward = 0
+    ascending = backward == 0
     if len(known) >= 2 and (ascending or (len(dts) < len(pts) and len(set(known)) == len(known))):
         return _filled(np.asarray(places), np.asarray(sorted(known)), len(pts))
     if len(dts) < 2:

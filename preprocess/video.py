@@ -7,7 +7,7 @@ decoder. Sole user of PyAV for reading.
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from functools import partial
 from itertools import chain
@@ -37,6 +37,9 @@ _SEEK_FROM = 250
 _SEEK_BEFORE = (0, 2)
 # Frames that a codec may show before one that is stored earlier.
 _MOST_REORDERED = 16
+# Containers without a list of their streams, by FFmpeg's names; and bytes, microseconds to look at.
+_STREAMS_COME_LATE = ("mpeg", "mpegts")
+_MOST_PROBED = (1 << 31) - 1
 # Every so many rows enter a frame's digest: at least one of each 4×4 block that a codec knows.
 _DIGEST_ROWS = 4
 # H.273: SMPTE ST 2084 (PQ), ARIB STD-B67 (HLG).
@@ -69,6 +72,7 @@ def survey(path: Path, on_progress: Callable[[], None] = lambda: None) -> Probe:
             codec=stream.codec_context.name,
             streams=len(container.streams.video),
             aspects_differ=_aspects_differ(stream),
+            rotate_tag=_rotate_tag(stream),
         )
         pts: list[int | None] = []
         digests: list[int] = []
@@ -92,6 +96,7 @@ def survey(path: Path, on_progress: Callable[[], None] = lambda: None) -> Probe:
         assert stream.time_base is not None
         if stored.packets[-1].partial:  # not every decoder marks what it makes of one
             damaged += _from_partial(stored.packets[-1].pts, pts)
+        damaged += _lost(path, stored, pts)
         count = _without_damage(path, len(pts), damaged)
         claimed = (stream.average_rate, stream.guessed_rate, stream.base_rate)
         dts = (time for time in stored.dts if time is not None)
@@ -116,6 +121,28 @@ def _from_partial(time: int | None, pts: Sequence[int | None]) -> range:
         if time is not None and pts[number] == time:
             return range(number, len(pts))
     return range(0)
+
+
+def _lost(path: Path, stored: Stored, pts: Sequence[int | None]) -> list[int]:
+    """Frames of packets that came damaged. MediaError for packets that gave no frame.
+
+    Of H.264 and HEVC each packet between the first and the last that are shown gives one.
+    """
+    times = {time: number for number, time in enumerate(pts) if time is not None}
+    # At the end of a file that was cut off, the packet before the last may be marked for it.
+    partial = {packet.pts for packet in stored.packets[:-2] if packet.partial}
+    if stored.codec in ("h264", "hevc") and None not in pts and len(times) == len(pts):
+        first, last = min(times), max(times)
+        for packet in stored.packets:
+            time = packet.pts
+            if time is None or packet.discarded or time in times or not first < time < last:
+                continue
+            number = sum(shown < time for shown in times)
+            raise MediaError(
+                f"{path}: the picture behind frame {number - 1} of the video is lost: what is "
+                "stored for it gives none. Cut that part out, or download the file again"
+            )
+    return [times[time] for time in partial if time in times]
 
 
 def _without_damage(path: Path, count: int, damaged: Sequence[int]) -> int:
@@ -150,6 +177,8 @@ def frames_at(
     """
     done = 0
     for way in (_by_decord, partial(_by_shortcut, shortcut=shortcut), _in_order):
+        if way is not _in_order and done:
+            continue  # what one way has begun is ended in order
         for frame in way(path, indices[done:], on_progress):
             yield frame
             done += 1
@@ -249,7 +278,13 @@ def _from_key_frame(
 def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """A local file and its video stream, for one thread: several files are decoded side by side."""
     # Only local files: a playlist that calls itself .mp4 must not reach the network.
-    with av.open(str(path), options={"protocol_whitelist": "file"}) as container:
+    options = {"protocol_whitelist": "file"}
+    with ExitStack() as held:
+        container = held.enter_context(av.open(str(path), options=options))
+        if container.format.name in _STREAMS_COME_LATE:
+            # PyAV fails where a stream begins that it has not seen: it is to look at all of it.
+            options |= {"probesize": str(_MOST_PROBED), "analyzeduration": str(_MOST_PROBED)}
+            container = held.enter_context(av.open(str(path), options=options))
         stream = container.streams.best("video")
         attached = av.stream.Disposition.attached_pic  # the cover of an album
         if not isinstance(stream, VideoStream) or stream.disposition & attached:
@@ -371,6 +406,11 @@ def _shown_size(
     if aspect >= 1:
         return round(width * aspect), height
     return width, round(height / aspect)
+
+
+def _rotate_tag(stream: VideoStream) -> bool:
+    tags = {name.lower(): value for name, value in stream.metadata.items()}
+    return tags.get("rotate", "0").strip() not in ("", "0")
 
 
 def _aspects_differ(stream: VideoStream) -> bool:

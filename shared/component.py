@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from shared import original_layout, original_weights
 from shared.hashing import FileHasher, digest_of
@@ -19,6 +20,8 @@ from shared.weights import config_of, model_weights
 
 # Raise when a digest of the same weights becomes another: it is part of the memo's names.
 _VERSION = 2
+_FIRST = 1
+"""That of `first_digest`."""
 _CHUNK = 1 << 22  # values
 # What of a config decides outputs beside the shapes of the weights, with the classes' defaults. By
 # the class that the config is of; of any other class every field counts.
@@ -96,6 +99,44 @@ def component_digest(
         digest = digest_of([_values((name, weights.plain(name)) for name in weights), config])
         hasher.remember(remembered, digest)
     return digest
+
+
+def first_digest(model: Path, component: str, hasher: FileHasher) -> str | None:
+    """What the digest of a component in diffusers' layout once was: of every file and tensor there.
+
+    Caches have it. It is another than today's where there is more than is loaded: a `.bin` or a
+    variant beside the weights, the text half of a CLIP. None in Wan's layout and without weights.
+    """
+    if original_layout.is_original(model):
+        return None
+    endings = {".safetensors", ".bin", ".pth", ".model"}
+    files = [f for f in sorted((model / component).glob("*")) if f.suffix in endings]
+    if not files:
+        return None
+    config = _config(model / component)
+    remembered = digest_of([_FIRST, component, *(hasher.name(file) for file in files)])
+    remembered = digest_of([remembered, config])
+    digest = hasher.known(remembered)
+    if digest is None:
+        try:
+            values = digest_of(sorted(_first_values(files).items()))
+        except (SafetensorError, OSError):
+            values = hasher.combined(files)
+        digest = digest_of([values, config])
+        hasher.remember(remembered, digest)
+    return digest
+
+
+def _first_values(files: list[Path]) -> dict[str, str]:
+    digests: dict[str, str] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for stored in tensors.keys():  # noqa: SIM118 - it is no dictionary
+                name = stored.removeprefix("vision_model.")
+                if not name.endswith("position_ids"):
+                    name = "shared.weight" if name == "encoder.embed_tokens.weight" else name
+                    digests[name] = _value_digest(tensors.get_tensor(stored))
+    return digests
 
 
 def _tokenizer_digest(model: Path, original: bool, hasher: FileHasher) -> str | None:

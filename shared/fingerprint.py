@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from shared.component import component_digest, processor_digest
+from shared.component import component_digest, first_digest, processor_digest
 from shared.errors import UserError
 from shared.hashing import FileHasher
 from shared.model_spec import ModelSpec
@@ -70,6 +70,30 @@ def model_fields(
             "dim": spec.text_dim,
         },
     }
+
+
+_DIGESTS = {
+    "latents": ("vae", "vae"),
+    "text": ("encoder", "text_encoder"),
+    "image": ("encoder", "image_encoder"),
+}
+"""Group of a fingerprint → the field with a component's digest, and the component."""
+
+
+def as_in_cache(
+    fields: Fingerprint, cache: Fingerprint, folder: Path, hasher: FileHasher
+) -> Fingerprint:
+    """`fields` of the model in `folder`, with a cache's digests where they are of the same weights.
+
+    What a digest is of has changed once (`shared.component.first_digest`); a cache keeps its own.
+    """
+    for group, (field, component) in _DIGESTS.items():
+        own, other = fields.get(group, {}).get(field), cache.get(group, {}).get(field)
+        if None in (own, other) or own == other:
+            continue
+        if first_digest(folder, component, hasher) == other:
+            fields = {**fields, group: {**fields[group], field: other}}
+    return fields
 
 
 def group_of(fingerprint: Fingerprint, name: str, folder: Path) -> dict[str, Any]:

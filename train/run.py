@@ -14,6 +14,7 @@ from shared.errors import UserError
 from shared.fingerprint import (
     LACKING,
     Fingerprint,
+    as_in_cache,
     cache_mode,
     differences,
     model_fields,
@@ -154,7 +155,8 @@ def _open(shards: Path, config: TrainConfig, spec: ModelSpec, fields: Fingerprin
     refuse_other_encoding(config.encoded_as, index.fingerprint, shards)
     if config.captions is not None:
         index = with_captions(index, config.captions)
-    expected = dict(fields)
+    expected = as_in_cache(fields, index.fingerprint, spec.folder, FileHasher())
+    expected = dict(expected)
     image = {"image": expected.pop("image", {})}  # CLIP's embeddings may have been added later
     _refuse_other_model(config, index, expected)
     if index.fingerprint.get("mode") in LACKING.get(cache_mode(spec), ()):

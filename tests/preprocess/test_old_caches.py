@@ -125,9 +125,9 @@ REASONS = {
     "E-mirrored.mp4": "mirrored",
     "E-portrait.tiff": "the source was taken for 96x64, it is shown as 64x96",
     "B-600.avi": "frames of avi files",
-    "B-anim.webp": "frames 0, 2, 3, 5, 6, 8 … are nearest in time",
-    "B-slow.mp4": "frames 0, 1, 1, 2, 2, 3 … are nearest in time",
-    "B-vfr.mp4": "are nearest in time",
+    "B-anim.webp": "nearest in time are 0, 2, 3, 5 …, taken were 0, 1, 2, 3 …",
+    "B-slow.mp4": "nearest in time are 0, 1, 1, 2, 2 …",
+    "B-vfr.mp4": "frames nearest in time are",
 }
 
 
