@@ -38,7 +38,7 @@ class StoredPacket(NamedTuple):
     discarded: bool
     """Decoded but not shown: an edit list cuts it off."""
     partial: bool
-    """The file ends before it does."""
+    """The file ends before it does. (In transport streams it may be marked so and be whole.)"""
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,10 @@
 """Taking samples out of a cache: which ones, by key, by the name of their file, by a dataset."""
 
+import json
+import os
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -11,8 +14,10 @@ from preprocess.index import fresh_index
 from preprocess.writer import ShardWriter, output_lock, refusals_explained
 from shared.cache import CacheIndex, MemberReader, committed_shards
 from shared.errors import UserError
+from shared.mirror import shard_file
 from shared.names import has_wildcard, matcher, quoted
-from shared.schema import MEDIA_TYPES
+from shared.schema import JSON_MEMBER, MEDIA_TYPES, MEMBERS, unpack_info
+from shared.tar import members
 
 
 def require_shards(folder: Path) -> None:
@@ -107,8 +112,8 @@ def choose(index: CacheIndex, wanted: Sequence[str]) -> Chosen:
     """The samples that these names stand for.
 
     A name is a key, else the file of that very name with all of its samples, else, where it has
-    `*` or `?`, a pattern. Captions without a medium have no name: only keys stand for them. Raises
-    UserError for a name that fits no sample.
+    `*` or `?` and no file was ever called so, a pattern. Captions without a medium have no name:
+    only keys stand for them. Raises UserError for a name that fits no sample.
     """
     rows = {key: row for row, key in enumerate(index.hex_keys())}
     if all(name in rows for name in wanted):
@@ -127,6 +132,12 @@ def choose(index: CacheIndex, wanted: Sequence[str]) -> Chosen:
         elif name in keys:
             fits = keys[name]
             notes += _notes(name, keys)
+        elif has_wildcard(name) and name in gone_files(index):
+            raise UserError(
+                f"remove: {name!r} is a file whose samples are out of {index.folder} already, or "
+                "that was rejected; it is not taken for a pattern. Nothing was removed. After "
+                "wanprep compact, and a run that does not reject it, it is one again."
+            )
         elif has_wildcard(name):
             is_fit = matcher(name)
             fits = [key for source, of_file in keys.items() if is_fit(source) for key in of_file]
@@ -136,6 +147,28 @@ def choose(index: CacheIndex, wanted: Sequence[str]) -> Chosen:
             raise _fits_nothing(index, name, keys)
         chosen |= {key: names[key] for key in fits}
     return Chosen(sources=chosen, notes=tuple(notes))
+
+
+def gone_files(index: CacheIndex) -> set[str]:
+    """Names of files that have had samples in shards that are still there, or that were rejected.
+
+    A name that was removed must not become a pattern for others when the command is run again.
+    """
+    alive = np.bincount(index.shard_ids, minlength=len(index.shards))
+    count = dict(zip(index.shards, alive, strict=True))
+    names: set[str] = set()
+    for sidecar in committed_shards(index.folder):
+        if sidecar.kind == "prompts" or count.get(sidecar.shard, 0) >= sidecar.count:
+            continue
+        with shard_file(index.folder / sidecar.shard).open("rb") as stream:
+            for member in members(stream, os.fstat(stream.fileno()).st_size, MEMBERS):
+                if member.suffix == JSON_MEMBER:
+                    stream.seek(member.offset)
+                    names.add(unpack_info(stream.read(member.size))["source"])
+    for listed in index.folder.glob("rejected*.jsonl"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            names |= {json.loads(line)["source"] for line in listed.read_text().splitlines()}
+    return names
 
 
 def _notes(name: str, keys: Mapping[str, Sequence[str]]) -> list[str]:

@@ -37,8 +37,9 @@ _SEEK_FROM = 250
 _SEEK_BEFORE = (0, 2)
 # Frames that a codec may show before one that is stored earlier.
 _MOST_REORDERED = 16
-# Containers without a list of their streams, by FFmpeg's names; and bytes, microseconds to look at.
-_STREAMS_COME_LATE = ("mpeg", "mpegts")
+# Containers without a list of their streams, by FFmpeg's names; bytes and microseconds to look at.
+# (A transport stream tells PyAV of new ones in a way that it bears.)
+_STREAMS_COME_LATE = ("mpeg",)
 _MOST_PROBED = (1 << 31) - 1
 # Every so many rows enter a frame's digest: at least one of each 4×4 block that a codec knows.
 _DIGEST_ROWS = 4
@@ -96,7 +97,7 @@ def survey(path: Path, on_progress: Callable[[], None] = lambda: None) -> Probe:
         assert stream.time_base is not None
         if stored.packets[-1].partial:  # not every decoder marks what it makes of one
             damaged += _from_partial(stored.packets[-1].pts, pts)
-        damaged += _lost(path, stored, pts)
+        _refuse_lost(path, stored, pts)
         count = _without_damage(path, len(pts), damaged)
         claimed = (stream.average_rate, stream.guessed_rate, stream.base_rate)
         dts = (time for time in stored.dts if time is not None)
@@ -123,26 +124,24 @@ def _from_partial(time: int | None, pts: Sequence[int | None]) -> range:
     return range(0)
 
 
-def _lost(path: Path, stored: Stored, pts: Sequence[int | None]) -> list[int]:
-    """Frames of packets that came damaged. MediaError for packets that gave no frame.
+def _refuse_lost(path: Path, stored: Stored, pts: Sequence[int | None]) -> None:
+    """MediaError where what is stored for a picture in the middle gave none: it is damaged.
 
     Of H.264 and HEVC each packet between the first and the last that are shown gives one.
     """
-    times = {time: number for number, time in enumerate(pts) if time is not None}
-    # At the end of a file that was cut off, the packet before the last may be marked for it.
-    partial = {packet.pts for packet in stored.packets[:-2] if packet.partial}
-    if stored.codec in ("h264", "hevc") and None not in pts and len(times) == len(pts):
-        first, last = min(times), max(times)
-        for packet in stored.packets:
-            time = packet.pts
-            if time is None or packet.discarded or time in times or not first < time < last:
-                continue
-            number = sum(shown < time for shown in times)
-            raise MediaError(
-                f"{path}: the picture behind frame {number - 1} of the video is lost: what is "
-                "stored for it gives none. Cut that part out, or download the file again"
-            )
-    return [times[time] for time in partial if time in times]
+    times = {time for time in pts if time is not None}
+    if stored.codec not in ("h264", "hevc") or None in pts or len(times) < len(pts):
+        return
+    first, last = min(times), max(times)
+    for packet in stored.packets:
+        time = packet.pts
+        if time is None or packet.discarded or time in times or not first < time < last:
+            continue
+        number = sum(shown < time for shown in times)
+        raise MediaError(
+            f"{path}: the picture behind frame {number - 1} of the video is lost: what is stored "
+            "for it gives none. Cut that part out, or download the file again"
+        )
 
 
 def _without_damage(path: Path, count: int, damaged: Sequence[int]) -> int:
