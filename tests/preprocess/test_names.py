@@ -118,6 +118,9 @@ def test_remove_takes_a_name_as_it_is(shards: Path) -> None:
             note for note in notes if "is the name of a file, so no pattern: " not in note
         ] == []
         assert bool(notes) == (name in ("a*b.png", "what?.png"))
+        again = wanprep("remove", "--shards", shards, "--sample", name)  # a retry takes no other
+        assert again.code == 1 and "Nothing was removed" in again.err
+        assert sources(shards) == left, name
     assert left == sorted(PAIRS.values())
 
 

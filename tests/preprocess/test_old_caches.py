@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from preprocess.clips import ClipRule, choose_clips
 from preprocess.decode import fitted_frames
+from preprocess.first_rule import wrong_sample
 from preprocess.media import probe
+from preprocess.media_info import Probe
 from shared.buckets import Bucket
 from shared.cache import committed_shards
 from shared.fingerprint import FIRST_FRAME_RULE, FRAME_RULE
@@ -174,3 +177,50 @@ def test_decoding_shows_which_frames_are_others(tmp_path: Path) -> None:
         )
         named = {one["found"].split(": ")[0] for one in found if one["code"] == "frames-order"}
         assert named == others
+
+
+def test_a_file_that_took_anothers_name_says_nothing_of_the_sample(tmp_path: Path) -> None:
+    """What was right stays, whatever lies under its name today."""
+    folder = Path(shutil.copytree(OLD, tmp_path / "old"))
+    shutil.copy(folder / "media" / "E-mirrored.mp4", folder / "media" / "h264.mp4")
+    _, found = verify(folder, "shards")
+    assert READ["media/h264.mp4"]["key"] not in {one["key"] for one in found}
+    (note,) = [one for one in found if one["code"] == "source-missing"]
+    assert "h264.mp4: its content is not what was encoded" in note["found"]
+    assert encode(folder, "shards").code == 0
+    assert READ["media/h264.mp4"]["key"] in tensors(folder / "shards")
+
+
+def test_no_rank_takes_out_what_another_has_still_to_make(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(OLD, tmp_path / "old"))
+    sources = {source for source, *_ in tensors(folder / "shards").values()}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert encode(folder, "shards").code == 0
+        assert {source for source, *_ in tensors(folder / "shards").values()} == sources
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert encode(folder, "shards").code == 0
+    assert verify(folder, "shards")[0].code == 0
+
+
+@pytest.mark.parametrize("clips", ["chunk", "uniform", "random"])
+def test_what_was_picked_right_by_time_is_not_named(clips: str) -> None:
+    """Whatever the clips, `verify` names no sample that `encode` would make with the same key."""
+    seen = Probe(frames=300, height=64, width=96, fps=29.97)
+    media = {"fps": 16.0, "video_sample_n_frames": 33, "clips": clips}
+    rule = ClipRule(
+        image_size=64, video_size=64, stride=2, frames=33, seed=1, multiple=16, temporal_stride=4,
+        fps=16.0, clips=clips, clips_per_video=3,  # type: ignore[arg-type]
+    )  # fmt: skip
+    taken = choose_clips(seen, "video", "ab" * 32, rule)
+    assert len(taken) > 2
+    for clip in taken:
+        info = {"type": "video", "frame_indices": list(clip.frame_indices), "fps": 29.97}
+        assert wrong_sample(info, seen, media) is None
+        info["frame_indices"] = [index + 1 for index in clip.frame_indices[:-1]]
+        info["frame_indices"] += [clip.frame_indices[-1] + 3]
+        assert wrong_sample(info, seen, media) is not None

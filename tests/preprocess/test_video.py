@@ -201,3 +201,33 @@ def test_damage_in_the_middle_is_refused_and_at_the_end_is_not(tmp_path: Path) -
     with pytest.raises(MediaError, match=r"middle\.mov: cannot decode the video behind frame 9 "):
         probe(hit("middle.mov", 9), "video")
     assert probe(hit("end.mov", 23), "video").frames == 23
+
+
+def test_recordings_that_were_joined_go_on(tmp_path: Path) -> None:
+    """Their times begin anew; the second is as long as the first, not between its frames."""
+    one = [6000 + 3750 * n for n in range(48)]
+    for shift in (0, 7, -90000):
+        joined = one + [time + shift for time in one]
+        fps, times = rate_and_times(joined, joined, Fraction(1, 90000), [Fraction(24)])
+        assert (fps, times) == (24.0, None)
+    path = tmp_path / "a.ts"
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=s=64x64:r=24:d=2", "-c:v", "libx264", path)
+    twice = tmp_path / "twice.mpg"
+    twice.write_bytes(path.read_bytes() * 2)
+    seen = probe(twice, "video")
+    assert (seen.frames, seen.fps, seen.times) == (96, 24.0, None)
+
+
+def test_a_clock_of_few_ticks_is_exact() -> None:
+    pts = [n if n <= 10 else n + 1 for n in range(40)]  # the eleventh is held twice as long
+    _, times = rate_and_times(pts, pts, Fraction(1, 5), [Fraction(5)])
+    assert times is not None and np.allclose(times, np.asarray(pts) / 5)
+
+
+def test_sound_that_begins_late_in_a_program_stream(tmp_path: Path) -> None:
+    """PyAV fails where a stream begins that it has not seen at the start."""
+    path = tmp_path / "a.mpg"
+    noise = "nullsrc=s=320x240:r=25:d=14,geq=random(1)*255:128:128"
+    ffmpeg("-f", "lavfi", "-i", noise, "-itsoffset", 12, "-f", "lavfi", "-i", "sine=d=2",
+           "-c:v", "mpeg2video", "-q:v", 3, "-c:a", "mp2", path)  # fmt: skip
+    assert probe(path, "video").frames == 350

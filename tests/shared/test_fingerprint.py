@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import torch
 
 from preprocess.config import EncodeConfig
 from preprocess.fingerprint import encode_fingerprint
 from shared.component import component_digest
 from shared.errors import UserError
 from shared.fingerprint import (
+    as_in_cache,
     differences,
     flatten,
     model_fields,
@@ -19,6 +21,7 @@ from shared.fingerprint import (
 )
 from shared.hashing import FileHasher
 from shared.model_spec import read_model_spec
+from shared.toy_model import toy_folder
 
 
 @pytest.fixture
@@ -154,3 +157,25 @@ def test_changes_of_the_mode_and_of_several_fields(
     with pytest.raises(UserError) as caught:
         refuse_differences(found, expected, what="what", cure="cure")
     assert f"To be redone for the expected values: {redo}" in str(caught.value)
+
+
+def test_a_cache_keeps_the_digest_that_its_components_once_had(
+    tmp_path: Path, hasher: FileHasher
+) -> None:
+    """Golden: made at d0f92fe, which digested all that lay in a folder. Caches have these."""
+    model = tmp_path / "model"
+    shutil.copytree(toy_folder("toy"), model)
+    (model / "text_encoder" / "pytorch_model.bin").write_bytes(b"weights once more")
+    variant = {"left.out": torch.arange(6.0).reshape(2, 3)}
+    safetensors.torch.save_file(variant, model / "vae" / "diffusion_pytorch_model.fp16.safetensors")
+    old = {
+        "text": {"encoder": "35313484cb672b0298b5373a278be92ac78d5d999be9a1625e11d9c958d7e885"},
+        "latents": {"vae": "36db0b4b719101df182184c8fe1baada6fcfd78c8348898de50260bb3982eab0"},
+    }
+    fields = model_fields(read_model_spec(model), hasher)
+    assert len(differences(old, {"text": fields["text"], "latents": fields["latents"]})) > 0
+    same = as_in_cache(fields, old, model, hasher)
+    assert same["text"]["encoder"] == old["text"]["encoder"]
+    assert same["latents"]["vae"] == old["latents"]["vae"]
+    other = {"text": {"encoder": "0" * 64}}
+    assert as_in_cache(fields, other, model, hasher) == fields
