@@ -217,6 +217,12 @@ class _Transformer:
                 f"model: {weights.source} holds {len(weights.scales)} fp8 weights with scales "
                 "beside them, to which nothing can be added. Use the model in bf16 or fp32."
             )
+        # In diffusers' layout the names must be diffusers' own, without what a trainer's wrapper
+        # put before them. Of Wan's layout they stay: ComfyUI's prefix is read there.
+        self._written = {name: name for name in self._stored}
+        if not original:
+            self._written = {old: new for new, old in unwrapped(component, self._written).items()}
+            self._stored = {old: self._stored[old] for old in self._written}
         # diffusers' name → the name in the files
         self._names = converted(component, {name: name for name in self._stored})
         self._loras: dict[str, list[tuple[LoraWeights, str]]] = {}
