@@ -37,7 +37,7 @@ from preprocess.tars import (
     tars_among,
 )
 from shared.errors import UserError, json_kind
-from shared.names import quoted
+from shared.names import is_folder, quoted
 
 EXTENSIONS: dict[str, Literal["video", "image"]] = {
     **dict.fromkeys((".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg"), "video"),
@@ -114,7 +114,7 @@ def load_dataset(
     if metadata is None:
         if is_tars(data_dir):
             return _from_tars(data_dir, named_tars(data_dir), caption_suffix, kind)
-        if not data_dir.is_dir():
+        if not is_folder(data_dir):
             raise UserError(
                 f"dataset: no folder {data_dir}. Set --train-data-dir (or DATASET_NAME) to a "
                 "folder of videos and images with a metadata.json (or .jsonl, .csv), or with "

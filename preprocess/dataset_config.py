@@ -22,7 +22,7 @@ from preprocess.sampling import Resolution, Sampling
 from preprocess.tars import base_folder, is_tars
 from shared.errors import UserError
 from shared.mirror import followed, is_url
-from shared.names import in_home_folder
+from shared.names import exists, in_home_folder, is_folder
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -173,7 +173,7 @@ def _load(file: Path, where: str, table: Mapping[str, Any]) -> Dataset:
         data_dir = _pulled(media_folder(table[listed[0]].rpartition("/")[0]))
     else:
         data_dir = paths[listed[0]].parent
-    if folder and not data_dir.is_dir() and not is_tars(data_dir):
+    if folder and not is_folder(data_dir) and not is_tars(data_dir):
         raise _BadValueError(f"{folder[0]}: there is no folder {data_dir}.")
     if metadata is not None and not metadata.is_file():
         raise _BadValueError(f"{listed[0]}: there is no file {metadata}.")
@@ -227,7 +227,7 @@ def _path(file: Path, name: str, value: Any, caption_suffix: str) -> Path:
             return _pulled(metadata_file(value))
         return _pulled(media_folder(value, caption_suffix=caption_suffix))
     for path in (Path(value), file.parent / value):
-        if path.exists():
+        if exists(path):
             return path
     return in_home_folder(value)
 

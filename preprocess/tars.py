@@ -19,7 +19,7 @@ from preprocess.remote_media import in_home, remote_named
 from preprocess.sources import Medium, TarMember
 from preprocess.writer import SHARD_NAME
 from shared.errors import UserError
-from shared.names import for_glob, has_wildcard
+from shared.names import exists, for_glob, has_wildcard, is_folder
 
 SUFFIX = ".tar"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
@@ -57,7 +57,7 @@ class Listing:
 
 def is_tars(data_dir: Path) -> bool:
     """Whether this names tars, one or by a pattern as `clips/{000..099}.tar`, and no folder."""
-    return data_dir.name.lower().endswith((SUFFIX, *COMPRESSED)) and not data_dir.is_dir()
+    return data_dir.name.lower().endswith((SUFFIX, *COMPRESSED)) and not is_folder(data_dir)
 
 
 def base_folder(data_dir: Path) -> Path:
@@ -69,7 +69,7 @@ def base_folder(data_dir: Path) -> Path:
         return data_dir
     fixed = Path()
     for part in data_dir.parent.parts:
-        if _PATTERN.search(part) and not (fixed / part).exists():
+        if _PATTERN.search(part) and not exists(fixed / part):
             break
         fixed /= part
     return fixed
@@ -81,7 +81,7 @@ def named_tars(pattern: Path) -> list[Path]:
     What is there by that very name stands for itself. Raises UserError where it finds none or
     cannot be understood.
     """
-    if pattern.exists():
+    if exists(pattern):
         return [pattern]
     base = base_folder(pattern)
     try:
@@ -94,8 +94,8 @@ def named_tars(pattern: Path) -> list[Path]:
     found: list[Path] = []
     for name in names:
         path = base / name
-        if has_wildcard(name) and not path.exists():
-            found += sorted(base.glob(for_glob(name)))
+        if has_wildcard(name) and not exists(path):
+            found += _fitting(base, name)
         else:
             found.append(path)
     if not found:
@@ -104,6 +104,13 @@ def named_tars(pattern: Path) -> list[Path]:
             "a tar or a pattern such as 'clips/{000..099}.tar'."
         )
     return found
+
+
+def _fitting(base: Path, pattern: str) -> list[Path]:
+    try:
+        return sorted(base.glob(for_glob(pattern)))
+    except OSError:  # a part without a wildcard is too long for a name
+        return []
 
 
 def tars_among(files: Iterable[Path]) -> list[Path]:

@@ -23,6 +23,12 @@ SCALES = ("scale_weight", "weight_scale")
 _LAYER_FORMAT = "comfy_quant"
 _OF_ACTIVATIONS = ("scale_input", "input_scale")
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_NOT_READ = tuple(
+    getattr(torch, name)
+    for name in ("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2")
+    if hasattr(torch, name)
+)
+_BUFFERS = ("num_batches_tracked", "position_ids")  # integers, and no codes of weights
 # Of a text encoder: they have two sides, too, and nobody scales them.
 _TABLES = ("shared.weight", "token_embedding.weight", "embed_tokens.weight",
            "relative_attention_bias.weight", "pos_embedding.embedding.weight")  # fmt: skip
@@ -37,6 +43,7 @@ def split(state: Mapping[str, torch.Tensor], source: Path) -> tuple[State, State
     scales: State = {}
     weights: State = {}
     said_fp8: dict[str, torch.Tensor] = {}
+    activations: dict[str, str] = {}
     for name, tensor in state.items():
         layer, _, kind = name.rpartition(".")
         weight = f"{layer}.weight"
@@ -46,7 +53,9 @@ def split(state: Mapping[str, torch.Tensor], source: Path) -> tuple[State, State
             scales[weight] = tensor
         elif kind == _LAYER_FORMAT:
             said_fp8[weight] = tensor
-        elif kind not in (SCALED_MARKER, *_OF_ACTIVATIONS):
+        elif kind in _OF_ACTIVATIONS:
+            activations[name] = weight
+        elif name != SCALED_MARKER:
             weights[name] = tensor
     for weight, told in said_fp8.items():
         _check_format(weight.removesuffix(".weight"), told, source)
@@ -54,14 +63,19 @@ def split(state: Mapping[str, torch.Tensor], source: Path) -> tuple[State, State
         raise _damaged(f"has a scale for {lost[0]}, but not that weight", source)
     for name, scale in scales.items():
         _check_scale(name, scale, weights[name], source)
+    for name, weight in activations.items():
+        if weight not in weights or weights[weight].dtype not in _FP8:
+            held = f"is {_called(weights[weight].dtype)}" if weight in weights else "is not there"
+            raise _damaged(f"has {name}, a scale of fp8 arithmetic, but {weight} {held}", source)
     for name, tensor in weights.items():
-        if not tensor.dtype.is_floating_point:
+        number = tensor.dtype.is_floating_point or name.rpartition(".")[2] in _BUFFERS
+        if tensor.dtype in _NOT_READ or not number:
             raise _unreadable(f"{name} is {_called(tensor.dtype)}", source)
     for weight in said_fp8:
         if weight not in weights or weights[weight].dtype not in _FP8:
             held = f"it is {_called(weights[weight].dtype)}" if weight in weights else "not there"
             raise _damaged(f"says that {weight} is fp8, but {held}", source)
-    if scales or said_fp8 or any(name.rpartition(".")[2] == SCALED_MARKER for name in state):
+    if scales or said_fp8 or SCALED_MARKER in state:
         # A matrix or kernel that has none has lost it: ComfyUI scales all that it brings to fp8.
         lacking = [
             name
@@ -106,6 +120,8 @@ def _check_scale(name: str, scale: torch.Tensor, weight: torch.Tensor, source: P
             f"{_called(scale.dtype)}",
             source,
         )
+    if not torch.isfinite(scale.float()).all():
+        raise _damaged(f"has a scale for {name} that is not finite", source)
     if weight.dtype.is_floating_point and weight.dtype not in _FP8:
         raise UserError(
             f"model: {source} has a scale for {name}, which is {_called(weight.dtype)}, not fp8: "

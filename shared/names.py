@@ -31,8 +31,21 @@ def matcher(pattern: str) -> Callable[[str], bool]:
 
 
 def for_glob(pattern: str) -> str:
-    """For `fnmatch` and `Path.glob`, to which brackets are special, too."""
-    return pattern.replace("[", "[[]")
+    """For `fnmatch` and `Path.glob`, to which brackets and `**` are special, too."""
+    return re.sub(r"\*+", "*", pattern).replace("[", "[[]")
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder; a name too long for one is none, and no OSError."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """The same of a folder."""
+    return exists(path) and path.is_dir()
 
 
 def in_home_folder(name: str) -> Path:

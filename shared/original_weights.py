@@ -61,6 +61,11 @@ def names_of(component: str, stored: Iterable[str]) -> dict[str, str]:
     return _CONVERSIONS[component]({name: name for name in stored})
 
 
+def parts(component: str, stored: str) -> int:
+    """How many weights a tensor of a file is."""
+    return 3 if component == "image_encoder" and _CLIP_QKV.fullmatch(stored) else 1
+
+
 def part(component: str, name: str, stored: str, tensor: torch.Tensor) -> torch.Tensor:
     """The weight `name` of the tensor that a file has under `stored`: a view of it."""
     if component != "image_encoder" or not stored.startswith("visual."):

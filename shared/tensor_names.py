@@ -23,7 +23,16 @@ WRAPPERS = (
     "first_stage_model.",
     "vae.",
 )
-_COMFYUI = WRAPPERS[:2]
+COMFYUI = WRAPPERS[:2]
+# Those that say which component it is.
+_PLACES: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys((*COMFYUI, "transformer."), ("transformer", "transformer_2")),
+    "transformer_2.": ("transformer_2",),
+    "text_encoder.": ("text_encoder",),
+    "image_encoder.": ("image_encoder",),
+    "first_stage_model.": ("vae",),
+    "vae.": ("vae",),
+}
 # ComfyUI's files that are a whole model: what the transformer is not.
 _REST_OF_ALL_IN_ONE = re.compile(
     r"(vae|text_encoders|clip_vision|first_stage_model|cond_stage_model|conditioner)\..*"
@@ -34,14 +43,14 @@ SCALED_MARKER = "scaled_fp8"
 _NO_PART: Mapping[str, re.Pattern[str]] = {
     "text_encoder": re.compile(r"decoder\..*|lm_head\..*|spiece_model"),
     "image_encoder": re.compile(
-        r"text_model\..*|(visual|text)_projection\..*|logit_scale|.*position_ids"
+        r"text_model\..*|(visual|text)_projection\..*|logit_scale|(.*\.)?position_ids"
         r"|textual\..*|log_scale|visual\.head(\..*)?"
     ),
 }
 
 _ADAPTER = re.compile(
-    r"lora_|lora\.|hada_|lokr_|(^|[._])oft_|\.alpha$|\.diff(_b)?$|base_layer\.|dora_scale"
-    r"|magnitude_vector"
+    r"lora_|lora\.|hada_|lokr_|(^|[._])oft_|\.alpha$|\.diff(_[bm])?$|\.set_weight$|base_layer\.|dora_scale"
+    r"|magnitude_vector|(^|[._])(boft|ia3|vera)_"
 )
 _AVERAGE = re.compile(r"(^|[._])ema([._]|$)|^ema_|_ema_")
 # What tensors are that a component has no place for: (pattern, in words, cure).
@@ -76,7 +85,7 @@ def unwrapped(component: str, tensors: Mapping[str, Value]) -> dict[str, Value]:
     state = dict(tensors)
     if component in ("transformer", "transformer_2"):
         state = _of_transformer(state)
-    while wrapper := _wrapper(state):
+    while wrapper := _wrapper(component, state):
         state = {
             name if name == SCALED_MARKER else name.removeprefix(wrapper): value
             for name, value in state.items()
@@ -88,7 +97,7 @@ def unwrapped(component: str, tensors: Mapping[str, Value]) -> dict[str, Value]:
 
 def _of_transformer(state: dict[str, Value]) -> dict[str, Value]:
     """Without ComfyUI's prefix, and text encoder and VAE of a file that is all in one."""
-    for prefix in _COMFYUI:
+    for prefix in COMFYUI:
         if any(name.startswith(prefix) for name in state):
             own = {
                 name: value
@@ -103,9 +112,10 @@ def _of_transformer(state: dict[str, Value]) -> dict[str, Value]:
     return state
 
 
-def _wrapper(names: Iterable[str]) -> str | None:
+def _wrapper(component: str, names: Iterable[str]) -> str | None:
     own = [name for name in names if name != SCALED_MARKER]
-    return next((w for w in WRAPPERS if own and all(name.startswith(w) for name in own)), None)
+    fit = [w for w in WRAPPERS if component in _PLACES.get(w, (component,))]
+    return next((w for w in fit if own and all(name.startswith(w) for name in own)), None)
 
 
 def is_adapter(name: str) -> bool:

@@ -11,6 +11,7 @@ Classes are the caller's: `shared` builds none.
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +25,7 @@ from shared import fp8, original_weights
 from shared.errors import UserError, first_line
 from shared.model_spec import read_json
 from shared.original_layout import is_original, transformer_config
-from shared.tensor_names import kind_of, never_weights, unwrapped
+from shared.tensor_names import is_adapter, kind_of, never_weights, unwrapped
 from shared.weight_files import weight_files
 
 State = dict[str, torch.Tensor]
@@ -106,12 +107,18 @@ def weights_of(
         state |= tensors
     state = unwrapped(component, state)
     if never := never_weights(state):
+        if len(never) == len(state) and not is_adapter(never[0]):
+            raise UserError(
+                f"model: {source} holds nothing but an average of weights (EMA), the first "
+                f"{never[0]}. Get the weights themselves, or write these under the model's names."
+            )
         raise _too_many(never, source, AGAIN)
     if component == "text_encoder":
         state = _without_tied(state, source)
     stored, scales = fp8.split(state, source)
     names = original_weights.names_of(component, stored)
-    if twice := sorted(stored.keys() - set(names.values())):
+    used = Counter(names.values())
+    if twice := sorted(n for n in stored if used[n] < original_weights.parts(component, n)):
         raise _too_many(twice, source, f"They are there under other names, too. {_ONE_SET}")
     return Weights(component=component, source=source, stored=stored, scales=scales, names=names)
 
@@ -228,7 +235,9 @@ def check_fits(model: Any, weights: Weights, cure: str) -> None:
     expected = {_plainly(name): tensor.shape for name, tensor in model.state_dict().items()}
     found = dict(weights.shapes)
     for pattern in model._keys_to_ignore_on_load_unexpected or ():
-        found = {name: s for name, s in found.items() if not re.search(pattern, name)}
+        # A whole part of the name: diffusers searches for the pattern anywhere in it.
+        part = re.compile(rf"(^|\.)({pattern})(\.|$)")
+        found = {name: s for name, s in found.items() if not part.search(name)}
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(found.keys() - expected.keys())
     if unexpected:

@@ -9,6 +9,7 @@ import typer
 
 from shared.errors import UserError
 from shared.mirror import is_url, shards_to_read
+from shared.names import exists
 
 MOST_WEIGHT, FINEST_WEIGHT = 1000, 1000
 _WEIGHTED = re.compile(r"(?P<folder>.+)@(?P<weight>[0-9.]+(?:/[0-9]+)?)", re.DOTALL)
@@ -33,7 +34,7 @@ def weighted_folder(text: str) -> WeightedFolder:
     for a weight that is none, and for a store that can't be opened.
     """
     found = _WEIGHTED.fullmatch(text)
-    if found is None or (not is_url(text) and Path(text).exists()):
+    if found is None or (not is_url(text) and exists(Path(text))):
         return WeightedFolder(shards_to_read(text))
     try:
         weight = Fraction(found["weight"])

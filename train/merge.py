@@ -28,6 +28,7 @@ from shared.errors import UserError, first_line
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
 from shared.original_layout import COMPONENT_NAMES, expert_folder, is_original
 from shared.original_weights import converted
+from shared.tensor_names import COMFYUI, unwrapped
 from shared.weight_files import weight_files
 from shared.weights import check_component, model_weights
 from train.base import base_digest, component_of
@@ -39,7 +40,7 @@ from train.tensor_files import Stored, stored_tensors, write_stream
 PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 WEIGHTS = {".safetensors", ".bin", ".pth", ".pt"}
-FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+FLOATS = {"F64", "F32", "F16", "BF16"}  # sums rounded to fp8 would lose most of a LoRA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,8 +218,17 @@ class _Transformer:
                 f"model: {weights.source} holds {len(weights.scales)} fp8 weights with scales "
                 "beside them, to which nothing can be added. Use the model in bf16 or fp32."
             )
+        itself = {name: name for name in self._stored}
         # diffusers' name → the name in the files
-        self._names = converted(component, {name: name for name in self._stored})
+        self._names = converted(component, itself)
+        # The name in the files → the one that is written, without what a trainer's wrapper put
+        # before it: other programs ignore a name that is not quite theirs. ComfyUI's stay.
+        self._written = itself
+        if not original:
+            self._written = {old: new for new, old in self._names.items()}
+        elif not any(name.startswith(COMFYUI) for name in itself):
+            self._written = {old: new for new, old in unwrapped(component, itself).items()}
+        self._stored = {old: self._stored[old] for old in self._written}
         self._loras: dict[str, list[tuple[LoraWeights, str]]] = {}
         self._files: Mapping[str, list[str]] = {}
 
@@ -275,7 +285,10 @@ class _Transformer:
             for source in {stored.file for stored in self._stored.values()}:
                 sources[source] = stack.enter_context(safe_open(source, framework="pt"))
 
-            def value(name: str) -> torch.Tensor:
+            own = {new: old for old, new in self._written.items()}
+
+            def value(new: str) -> torch.Tensor:
+                name = own[new]
                 try:
                     weight: torch.Tensor = sources[self._stored[name].file].get_tensor(name)
                 except SafetensorError as error:
@@ -294,10 +307,12 @@ class _Transformer:
             for file, names in track(
                 self._files.items(), f"merging {named}", console=console, transient=True
             ):
-                chosen = {name: self._stored[name] for name in names}
+                chosen = {self._written[name]: self._stored[name] for name in names}
                 write_stream(folder / file, chosen, value, metadata)
         if len(self._files) > 1:
-            where = {name: file for file, names in self._files.items() for name in names}
+            where = {
+                self._written[name]: file for file, names in self._files.items() for name in names
+            }
             total = sum(stored.size for stored in self._stored.values())
             write_json(
                 folder / INDEX,

@@ -28,6 +28,10 @@ _OTHER_NUMBERS = {
 }
 
 
+_ABSENT = (None, False, "auto")
+"""What a field may say that asks for nothing."""
+
+
 def stage_of_launcher() -> int | None:
     """The stage in the DeepSpeed file that `accelerate launch` was given; None: no file."""
     given = os.environ.get(CONFIG_VARIABLE)
@@ -42,25 +46,42 @@ def zero_section(stage: Literal[2, 3]) -> tuple[dict[str, Any], tuple[str, ...]]
     given = os.environ.get(CONFIG_VARIABLE)
     path = Path(given) if given else CONFIGURATIONS / f"zero{stage}.json"
     section = _section_of(path)
-    if (section.get("offload_optimizer") or {}).get("device", "none") != "none":
-        raise UserError(
-            f"{path}: found zero_optimization.offload_optimizer; the optimizer of a LoRA is small "
-            "and stays on the GPU. Remove that field; offload_param may stay."
-        )
+    for field in ("offload_optimizer", "cpu_offload"):  # the second is the first's old form
+        if _offloads(section.get(field)):
+            raise UserError(
+                f"{path}: found zero_optimization.{field}; the optimizer of a LoRA is small "
+                "and stays on the GPU. Remove that field; offload_param may stay."
+            )
     for field, instead in _OTHER_NUMBERS.items():
-        if section.get(field) not in (None, False, "auto"):
+        if section.get(field) not in _ABSENT:
             raise UserError(
                 f"{path}: found zero_optimization.{field}, which changes numbers: the run would "
                 f"not be that of one process. Remove that field; {instead}."
             )
     notes = []
-    if section.get(_OWN_LINEAR) is True:
+    if section.get(_OWN_LINEAR) not in (*_ABSENT, 0):
         notes.append(
             f"{path}: {_OWN_LINEAR} is true there and false here; in bf16 it would round the "
             "output of every linear layer twice"
         )
-    said = {field: value for field, value in section.items() if value != "auto"}
+    said = _without_auto(section)
+    said.pop("offload_optimizer", None)  # it asks for nothing, as was checked
     return said | {"stage": stage, _OWN_LINEAR: False}, tuple(notes)
+
+
+def _offloads(value: Any) -> bool:
+    if isinstance(value, dict):
+        return value.get("device") not in (*_ABSENT, "none")
+    return value not in _ABSENT
+
+
+def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
+    """Without the fields that Accelerate would fill, those of `offload_param` too."""
+    return {
+        field: _without_auto(value) if isinstance(value, dict) else value
+        for field, value in section.items()
+        if value != "auto"
+    }
 
 
 def _section_of(path: Path) -> dict[str, Any]:

@@ -303,6 +303,13 @@ def test_tars(data: Path, encoded: Path, tiny_t2v: Path, tmp_path: Path) -> None
     assert named("x?z.tar") == {"x0z.tar"}
     assert named("{x0z,1}.tar") == {"x0z.tar", "1.tar"}
     assert named("{x0z,x[0]*}.tar") == {"x0z.tar", "x[0]*.tar"}
+    (folder / "deep").mkdir()
+    (folder / "1.tar").rename(folder / "deep" / "1.tar")
+    assert named("x**.tar") == {"x[0]*.tar", "x0z.tar"}
+    assert named("**/1.tar") == {"deep"}  # `**` is `*`: one folder
+    many = ",".join(f"none{number:03d}" for number in range(60))
+    assert named(f"{{{many},x0z}}.tar") == {"x0z.tar"}
+    assert named(f"{{{many},deep}}/*.tar") == {"deep"}
     gone = load_dataset(folder / "x[0]z.tar", None)  # no class of characters
     assert not gone.entries and gone.rejected[0].source == "x[0]z.tar"
 

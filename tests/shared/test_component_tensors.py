@@ -2,6 +2,7 @@
 refused by name. diffusers and transformers load nearly all of these without a word."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -403,6 +404,49 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
         lambda s: s | {f"{_first_layer(s)}.comfy_quant": _told_fp8()},
         r"says that .* is fp8, but it is float32",
     ),
+    "a scale of fp8 arithmetic without a layer": (
+        lambda s: s | {"no.such.layer.input_scale": torch.ones(1)},
+        r"has no\.such\.layer\.input_scale, .*, but no\.such\.layer\.weight is not there",
+    ),
+    "a scale of fp8 arithmetic of a plain layer": (
+        lambda s: s | {f"{_first_layer(s)}.scale_input": torch.ones(1)},
+        r"scale_input, a scale of fp8 arithmetic, but .*\.weight is float32",
+    ),
+    "a marker inside": (
+        lambda s: s | {"x.y.scaled_fp8": torch.ones(3)},
+        r"1 weights too many, the first x\.y\.scaled_fp8",
+    ),
+    "like what has no part": (
+        lambda s: s | {"norm_added_q_extra": torch.ones(3), "foo.bar_position_ids": torch.ones(3)},
+        r"has 2 weights too many, the first foo\.bar_position_ids, norm_added_q_extra",
+    ),
+    "scale without a number": (
+        lambda s: scaled(s, "old")[0] | {f"{_first_layer(s)}.scale_weight": torch.tensor(math.inf)},
+        r"has a scale for .*\.weight that is not finite",
+    ),
+    "fp8 of another kind": (
+        lambda s: (
+            s
+            | {
+                f"{_first_layer(s)}.weight": s[f"{_first_layer(s)}.weight"].to(
+                    torch.float8_e4m3fnuz
+                )
+            }
+        ),
+        r"quantised in a way that is not read: .*\.weight is float8_e4m3fnuz",
+    ),
+    "a buffer": (
+        lambda s: s | {"bn.num_batches_tracked": torch.tensor(3)},
+        r"1 weights too many, the first bn\.num_batches_tracked\. ",
+    ),
+    "boft": (
+        lambda s: s | {f"{_first_layer(s)}.boft_R.default": torch.ones(4)},
+        r"1 weights too many, the first .*boft_R\.default: an adapter",
+    ),
+    "only the average": (
+        lambda s: {f"ema.{name}": tensor for name, tensor in s.items()},
+        r"holds nothing but an average of weights \(EMA\)",
+    ),
     "two scales": (
         lambda s: scaled(s, "old")[0] | {f"{_first_layer(s)}.weight_scale": torch.ones(1)},
         "has two scales for ",
@@ -503,7 +547,7 @@ def _whole_too(place: Cell, state: State) -> None:
 FilesSpoil = Callable[[Cell, State], None]
 IN_FOLDERS: dict[str, tuple[FilesSpoil, str]] = {
     "stray": (_stray, r"pytorch_lora_weights\.safetensors is none of the weights"),
-    "adapter": (_adapter_file, r"adapter_model\.bin is none of the weights"),
+    "adapter": (_adapter_file, r"adapter_model\.bin is none of the weights [^,]*\."),
 }
 IN_SHARDS: dict[str, tuple[FilesSpoil, str]] = {
     "index names fewer": (
@@ -591,6 +635,11 @@ def test_one_weight_under_two_names(models: dict[tuple[str, bool], Path], tmp_pa
         ("text_encoder", "norm.weight", "encoder.final_layer_norm.weight"),
         ("vae", "conv1.bias", "quant_conv.bias"),
         ("image_encoder", "visual.pre_norm.bias", "vision_model.pre_layrnorm.bias"),
+        (  # a part of the fused one
+            "image_encoder",
+            "visual.transformer.0.attn.to_qkv.bias",
+            "vision_model.encoder.layers.0.self_attn.k_proj.bias",
+        ),
     ):
         file = model / ORIGINAL_NAME[component]
         state = torch.load(file, weights_only=True)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from shared.errors import UserError
 from shared.model_spec import read_model_spec
 from tests.models import tiny_model
-from tests.original_layout import write_original
+from tests.original_layout import TRANSFORMER, renamed, write_original
 from tests.train.test_lora import ALL, EXPERTS, applied, outputs, trained
 from tests.train.test_lora_files import diffusers, tensors_of, written
 from train.base import load_base
@@ -252,6 +252,38 @@ def test_what_cannot_be_merged_is_said(tiny_t2v: Path, tiny_ti2v: Path, tmp_path
     with pytest.raises(UserError, match=r"pytorch_model\.safetensors is damaged"):
         merge(twice, output, "--lora", high)
     assert not output.exists() and not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.diffusion_model."])
+def test_the_merged_names_are_diffusers_own(tmp_path: Path, prefix: str) -> None:
+    model = tiny_model(tmp_path / "model", "t2v")
+    trained(model, "high", ("q",), tmp_path)
+    file = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    if prefix == "model.diffusion_model.":  # ComfyUI's file in a folder of diffusers
+        state = renamed(state, TRANSFORMER)
+    save_file({prefix + name: tensor for name, tensor in state.items()}, file)
+    lora = ("--lora", lora_path(tmp_path, "high", "diffusers"))
+    merged = merge(model, tmp_path / "merged", *lora, "--max-shard-size", "60KB")
+    _, report = WanTransformer3DModel.from_pretrained(
+        merged / "transformer", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+
+
+def test_nothing_is_added_to_fp8(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", "t2v")
+    trained(model, "high", ("q",), tmp_path)
+    file = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file(
+        {
+            name: tensor.to(torch.float8_e4m3fn) if name.endswith("to_q.weight") else tensor
+            for name, tensor in load_file(file).items()
+        },
+        file,
+    )
+    with pytest.raises(UserError, match=r"to_q\.weight as F8_E4M3, to which nothing can be added"):
+        merge(model, tmp_path / "out", "--lora", lora_path(tmp_path, "high", "diffusers"))
 
 
 @pytest.mark.parametrize("fault", ["enospc@3", "kill@4"])

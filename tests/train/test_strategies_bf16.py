@@ -12,7 +12,7 @@ import torch
 from shared.errors import UserError
 from tests.train.test_distill import distill, losses
 from tests.train.test_strategies import apart, command, lora_of, typed
-from train.zero_file import CONFIG_VARIABLE
+from train.zero_file import CONFIG_VARIABLE, zero_section
 
 # No gradient is as long as 1: the norm of parts that processes hold is rounded otherwise.
 BF16 = ("--mixed-precision", "bf16", "--max-grad-norm", "1")
@@ -149,6 +149,8 @@ def test_a_users_file_is_overridden_and_nothing_stays_patched(
         ("zero_quantized_gradients", True, "Remove that field; the gradients of a LoRA are small"),
         ("zenflow", {"topk_ratio": 0.1}, "zenflow, which changes numbers"),
         ("offload_optimizer", {"device": "cpu"}, "the optimizer of a LoRA is small and stays"),
+        ("offload_optimizer", "cpu", "the optimizer of a LoRA is small and stays"),
+        ("cpu_offload", True, "the optimizer of a LoRA is small and stays"),
     ],
 )
 def test_what_a_file_may_not_ask_for_is_refused_before_weights_are_read(
@@ -163,3 +165,26 @@ def test_what_a_file_may_not_ask_for_is_refused_before_weights_are_read(
         with pytest.raises(UserError, match=message):
             distill(tiny_t2v, t2v_shards, tmp_path / "out", "--strategy", strategy)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_asks_for_nothing_is_taken_for_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    auto = {"device": "auto", "nvme_path": "auto"}
+    for fields in (
+        {"offload_optimizer": None, "memory_efficient_linear": "auto"},
+        {"offload_optimizer": False, "cpu_offload": False, "memory_efficient_linear": False},
+        {"offload_optimizer": "auto", "offload_param": auto},
+        {"offload_optimizer": auto, "offload_param": {"device": "none"}},
+        {"offload_optimizer": {"device": None}},
+    ):
+        monkeypatch.setenv(CONFIG_VARIABLE, str(deepspeed_file(tmp_path, **fields)))
+        section, notes = zero_section(3)
+        config = DeepSpeedZeroConfig(**section)
+        assert not notes and not config.memory_efficient_linear
+        for found in (config.offload_optimizer, config.offload_param):
+            assert found is None or found.device == "none"
+    monkeypatch.setenv(CONFIG_VARIABLE, str(deepspeed_file(tmp_path, memory_efficient_linear=1)))
+    assert len(zero_section(3)[1]) == 1
