@@ -167,7 +167,7 @@ def transformer_config(folder: Path, component: str = "transformer") -> dict[str
     is read from the safetensors' headers where they are on this machine. Raises UserError.
     """
     config = _config(folder, component)
-    shapes = _shapes(expert_folder(folder, component))
+    shapes = _shapes(expert_folder(folder, component), component)
     patch = shapes.get("patch_embedding.weight", [0, 0, *config.get("patch_size", (1, 2, 2))])[2:]
     text = shapes.get("text_embedding.0.weight", [0, config.get("text_dim", UMT5_DIM)])[1]
     if shapes:
@@ -226,7 +226,7 @@ def _config(folder: Path, component: str) -> dict[str, Any]:
     return config
 
 
-def _shapes(folder: Path) -> dict[str, list[int]]:
+def _shapes(folder: Path, component: str) -> dict[str, list[int]]:
     """Name → shape of all tensors in the safetensors files of a folder, by their headers."""
     shapes: dict[str, list[int]] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -241,4 +241,4 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
             raise UserError(
                 f"model: {file} is damaged ({type(error).__name__}: {error}). Download it again."
             ) from error
-    return unwrapped("transformer", shapes)
+    return unwrapped(component, shapes)

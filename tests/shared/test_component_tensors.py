@@ -646,6 +646,7 @@ def test_one_weight_under_two_names(models: dict[tuple[str, bool], Path], tmp_pa
         torch.save(state | {other: state[own] + 1}, file)
         with pytest.raises(UserError, match=r"1 weights too many, .* under other names"):
             LOAD[component](model, torch.float32)
+        torch.save(state, file)
     file = model / "diffusion_pytorch_model-00001-of-00002.safetensors"
     state = load_file(file)
     other, name = "blocks.0.attn1.to_q.weight", "blocks.0.self_attn.q.weight"
