@@ -4,11 +4,11 @@ What was cut out of a file stands in `KEY.json`, so the media are all that is ne
 cache: no size, stride or seed. The latents are neither read nor written.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -270,12 +270,7 @@ def _clips(base: CacheIndex, rows: Sequence[int], data_dir: Path) -> list[_Clip]
     try:
         for row in rows:
             info = reader.info(row)
-            bucket = base.buckets[int(base.bucket_ids[row])]
-            clip = Clip(
-                bucket=bucket,
-                frame_indices=tuple(info["frame_indices"]),
-                frame_rule=int(info.get("frame_rule", 1)),
-            )
+            clip = clip_of(base, row, info)
             name = (str(info["source"]), clip)
             found.setdefault(name, []).append(row)
             types[name] = info["type"]
@@ -320,6 +315,15 @@ def _checked(
             yield clip, None
         else:
             yield clip, f"{clip.path}: its content is not what was encoded; `wanprep encode` again"
+
+
+def clip_of(index: CacheIndex, row: int, info: Mapping[str, Any]) -> Clip:
+    """The clip that a sample was made of, by its `KEY.json`."""
+    return Clip(
+        bucket=index.buckets[int(index.bucket_ids[row])],
+        frame_indices=tuple(info["frame_indices"]),
+        frame_rule=int(info.get("frame_rule", 1)),
+    )
 
 
 def same_content(keys: set[str], clip: Clip, sha256: str) -> bool:

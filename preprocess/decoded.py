@@ -6,6 +6,7 @@ these are the right frames of a video is asked of another decoder, see `preproce
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from preprocess import report
-from preprocess.clips import Clip
-from preprocess.conditions import same_content
+from preprocess.conditions import clip_of, same_content
 from preprocess.decode import digest, fitted_frames
 from preprocess.findings import Finding
 from preprocess.fingerprint import encoder_fields
@@ -119,47 +119,31 @@ def findings(config: DecodeConfig, done: Sequence[Decoded]) -> list[Finding]:
     """What is worth saying of decoded samples: pictures far from their source, sources gone."""
     found = []
     for one in done:
+        finding = partial(Finding, file=one.path.name, key=one.key)
         if one.psnr is None and one.other_frames is None:
             found.append(
-                Finding(
+                finding(
                     severity="note",
                     code="source-missing",
-                    file=one.path.name,
-                    key=one.key,
                     found=str(one.why),
                     expected="the file that was encoded",
                     cure="set --train-data-dir to the folder of the media",
                 )
             )
             continue
-        cure = (
-            f"look at {one.path}; if it is not the source: wanprep remove --shards "
-            f"{quoted(config.shards)} --sample {one.key}, then `wanprep encode` again"
+        wrong = partial(
+            finding,
+            severity="error",
+            cure=f"look at {one.path}; if it is not the source: wanprep remove --shards "
+            f"{quoted(config.shards)} --sample {one.key}, then `wanprep encode` again",
         )
         if one.other_frames is not None:
-            found.append(
-                Finding(
-                    severity="error",
-                    code="frames-order",
-                    file=one.path.name,
-                    key=one.key,
-                    found=f"{one.source}: {one.other_frames}",
-                    expected="each frame where players show it",
-                    cure=cure,
-                )
-            )
+            said = f"{one.source}: {one.other_frames}"
+            expected = "each frame where players show it"
+            found.append(wrong(code="frames-order", found=said, expected=expected))
         if one.psnr is not None and one.psnr < PSNR_FLOOR:
-            found.append(
-                Finding(
-                    severity="error",
-                    code="psnr",
-                    file=one.path.name,
-                    key=one.key,
-                    found=f"{one.psnr:.1f} dB against {one.source}",
-                    expected=f"at least {PSNR_FLOOR:g} dB",
-                    cure=cure,
-                )
-            )
+            said = f"{one.psnr:.1f} dB against {one.source}"
+            found.append(wrong(code="psnr", found=said, expected=f"at least {PSNR_FLOOR:g} dB"))
     return found
 
 
@@ -254,11 +238,7 @@ class _Source:
         self._medium = medium_named(base_folder(config.data_dir), str(info["source"]))
         self._key = index.key(row)
         self._media = index.fingerprint.get("media", {})
-        self._clip = Clip(
-            bucket=index.buckets[int(index.bucket_ids[row])],
-            frame_indices=tuple(info["frame_indices"]),
-            frame_rule=int(info.get("frame_rule", 1)),
-        )
+        self._clip = clip_of(index, row, info)
 
     def refuse_other_content(self) -> None:
         """MediaError where it is not what was encoded."""

@@ -23,7 +23,7 @@ from preprocess.config import EncodeConfig
 from preprocess.dataset import Dataset, Rejected, load_dataset
 from preprocess.dataset_config import load_dataset_config
 from preprocess.engine import COMPONENTS, Engine, LocalEngine
-from preprocess.fingerprint import encode_fingerprint, refuse_other_settings, sparing_cure
+from preprocess.fingerprint import encode_fingerprint, settings_for_cache
 from preprocess.index import settled_index
 from preprocess.media_info import MediaError
 from preprocess.old_samples import superseded
@@ -51,7 +51,7 @@ from shared.cache import CacheIndex, committed_shards
 from shared.cli_support import say
 from shared.device import check_device
 from shared.errors import UserError
-from shared.fingerprint import Fingerprint, as_in_cache
+from shared.fingerprint import Fingerprint
 from shared.hashing import FileHasher
 from shared.interrupt import Interrupted, Interruption, catch_signals
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
@@ -124,10 +124,7 @@ def _encode(
         remove_abandoned(config.output, config.rank.world)
         # What is committed already, under the same settings.
         sidecars = committed_shards(config.output)
-        cure = partial(sparing_cure, config, fingerprint)
-        if sidecars:
-            fingerprint = as_in_cache(fingerprint, sidecars[0].fingerprint, spec.folder, job.hasher)
-        refuse_other_settings(config.output, sidecars, fingerprint, cure=cure)
+        fingerprint = settings_for_cache(config, fingerprint, sidecars, spec.folder, job.hasher)
         outcome.index = settled_index(config.output) if sidecars else None
         committed = committed_of(outcome.index)
 

@@ -1,6 +1,7 @@
 """The fingerprint of a cache that `encode` writes: every setting that changes its bytes."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from shared.fingerprint import (
     LACKING,
     TEXT_CLEANING,
     Fingerprint,
+    as_in_cache,
     cache_mode,
     differences,
     model_fields,
@@ -108,6 +110,24 @@ def refuse_absent(spec: ModelSpec, fields: Fingerprint) -> None:
                 f"{component} folder, or set --pretrained-model-name-or-path (or MODEL_NAME) "
                 "to a complete model."
             )
+
+
+def settings_for_cache(
+    config: EncodeConfig,
+    fingerprint: Fingerprint,
+    sidecars: list[Sidecar],
+    model: Path,
+    hasher: FileHasher,
+) -> Fingerprint:
+    """`fingerprint` of a run as the cache in `config.output`, with these sidecars, has it.
+
+    Raises UserError where its shards were made with other settings.
+    """
+    if sidecars:
+        fingerprint = as_in_cache(fingerprint, sidecars[0].fingerprint, model, hasher)
+    cure = partial(sparing_cure, config, fingerprint)
+    refuse_other_settings(config.output, sidecars, fingerprint, cure=cure)
+    return fingerprint
 
 
 def refuse_other_settings(

@@ -6,7 +6,6 @@ Nothing is written to the output folder. An encoder is built only to measure its
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from preprocess.config import EncodeConfig
 from preprocess.dataset import Rejected
 from preprocess.encode import look_into_media, missing_prompts, read_job
 from preprocess.engine import LocalEngine
-from preprocess.fingerprint import refuse_other_settings, sparing_cure
+from preprocess.fingerprint import settings_for_cache
 from preprocess.index import live_columns
 from preprocess.media_info import MediaError
 from preprocess.passes import Times
@@ -29,7 +28,7 @@ from preprocess.workers import WorkerPool
 from shared.buckets import Bucket
 from shared.cache import committed_shards
 from shared.errors import UserError
-from shared.fingerprint import Fingerprint, as_in_cache, has_first_frame_rule
+from shared.fingerprint import Fingerprint, has_first_frame_rule
 from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec
 from shared.prompts import prompts_by_shard
 from shared.schema import DTYPES
@@ -144,10 +143,7 @@ def foresee(config: EncodeConfig, console: Console, *, measure: bool = False) ->
         job = read_job(config, console)
         spec, fingerprint = job.spec, job.fingerprint
         sidecars = committed_shards(config.output) if config.output.is_dir() else []
-        cure = partial(sparing_cure, config, fingerprint)
-        if sidecars:
-            fingerprint = as_in_cache(fingerprint, sidecars[0].fingerprint, spec.folder, job.hasher)
-        refuse_other_settings(config.output, sidecars, fingerprint, cure=cure)
+        fingerprint = settings_for_cache(config, fingerprint, sidecars, spec.folder, job.hasher)
         committed: Captions = {}
         bank: tuple[str, ...] = ()
         if sidecars:

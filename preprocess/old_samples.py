@@ -12,8 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from preprocess import report
-from preprocess.clips import Clip
-from preprocess.conditions import same_content
+from preprocess.conditions import clip_of, same_content
 from preprocess.decode import look
 from preprocess.findings import Finding
 from preprocess.first_rule import wrong_sample
@@ -93,12 +92,7 @@ def looked_at(
         wrong = None
         if seen is not None:
             probe, sha256 = seen
-            clip = Clip(
-                bucket=index.buckets[int(index.bucket_ids[row])],
-                frame_indices=tuple(info["frame_indices"]),
-                frame_rule=int(info.get("frame_rule", 1)),
-            )
-            if same_content({index.key(row)}, clip, sha256):
+            if same_content({index.key(row)}, clip_of(index, row, info), sha256):
                 wrong = wrong_sample(info, probe, media)
             else:
                 unseen = f"{info['source']}: its content is not what was encoded"

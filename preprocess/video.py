@@ -408,8 +408,12 @@ def _shown_size(
 
 
 def _rotate_tag(stream: VideoStream) -> bool:
-    tags = {name.lower(): value for name, value in stream.metadata.items()}
-    return tags.get("rotate", "0").strip() not in ("", "0")
+    return _tags(stream).get("rotate", "0").strip() not in ("", "0")
+
+
+def _tags(stream: VideoStream) -> dict[str, str]:
+    """By their names in small letters: containers write them either way."""
+    return {name.lower(): value for name, value in stream.metadata.items()}
 
 
 def _aspects_differ(stream: VideoStream) -> bool:
@@ -422,11 +426,10 @@ def _refuse_choices(path: Path, stream: VideoStream) -> None:
     """MediaError for video that 8-bit RGB can't hold without a choice of the user."""
     context = stream.codec_context
     _refuse_hdr(path, context.color_trc)
-    tags = {name.lower(): value for name, value in stream.metadata.items()}
     has_alpha = context.format is not None and any(
         part.is_alpha for part in context.format.components
     )
-    if has_alpha or tags.get("alpha_mode") == "1":
+    if has_alpha or _tags(stream).get("alpha_mode") == "1":
         raise MediaError(
             f"{path}: the video has an alpha channel, and what lies beneath it is not meant to be "
             "seen. Put it on a background: ffmpeg -i IN -filter_complex "
