@@ -214,7 +214,7 @@ def make_clip(path: Path, bucket: Any) -> None:
     """A texture that moves."""
     import numpy as np
 
-    from shared.mp4 import write_mp4
+    from shared.io.mp4 import write_mp4
 
     random = np.random.default_rng(1)
     texture = random.integers(0, 256, (bucket.height, bucket.width, 3), dtype=np.uint8)

@@ -8,7 +8,7 @@ from preprocess.index import build_index
 from preprocess.writer import ShardWriter
 from shared.buckets import Bucket
 from shared.fingerprint import cache_mode, model_fields
-from shared.hashing import FileHasher
+from shared.io.hashing import FileHasher
 from shared.model_spec import read_model_spec
 from shared.prompts import Prompt
 from shared.schema import Sample, SampleInfo, sample_key

@@ -47,7 +47,7 @@ def make(work: Path, quick: bool) -> None:
     from transformers import UMT5Config, UMT5EncoderModel
 
     from preprocess.cli import app
-    from shared.mp4 import write_mp4
+    from shared.io.mp4 import write_mp4
     from tests.models import TEXT_DIM, tiny_model
 
     heads, layers = (2, 2) if quick else (8, 8)

@@ -10,8 +10,8 @@ from preprocess.remote import media_folder, metadata_file, shards_folder
 from shared.cli_support import Command, echo, new_app, run
 from shared.errors import UserError
 from shared.interrupt import SIGNAL_EXIT
+from shared.io.names import quoted
 from shared.model_spec import DEFAULT_MODEL, DEFAULT_NEGATIVE_PROMPT
-from shared.names import quoted
 from shared.seed_command import SeedCommand, with_seed_flags
 
 PROGRAM_EXAMPLES = """
@@ -180,7 +180,7 @@ def index(
     from preprocess.index import build_index, check_shards
     from preprocess.removal import require_shards
     from preprocess.writer import output_lock, refusals_explained
-    from shared.mirror import mirror_of
+    from shared.io.mirror import mirror_of
     from shared.overlays import overlay_folders
 
     require_shards(shards)

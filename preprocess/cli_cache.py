@@ -7,7 +7,7 @@ import typer
 
 from preprocess.remote import shards_folder
 from shared.cli_support import Command, echo
-from shared.names import on_one_line, quoted
+from shared.io.names import on_one_line, quoted
 
 if TYPE_CHECKING:
     from preprocess.removal import Chosen

@@ -10,8 +10,8 @@ from shared.cli_support import Command, echo
 from shared.device import default_device
 from shared.errors import UserError
 from shared.interrupt import SIGNAL_EXIT
+from shared.io.names import quoted
 from shared.model_spec import DEFAULT_MODEL
-from shared.names import quoted
 
 RECAPTION_EXAMPLES = """
 # the captions of a list, called short; then train with them

@@ -10,7 +10,7 @@ import typer
 
 from shared.cli_support import echo, echo_data
 from shared.errors import UserError
-from shared.names import on_one_line
+from shared.io.names import on_one_line
 from shared.seed_command import SeedCommand, with_seed_flags
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from preprocess.writer import (
     remove_uncommitted,
 )
 from shared.cache import CacheIndex, MemberReader, Sidecar, committed_shards, committed_tombstones
-from shared.durable import fsync_folder, remove
+from shared.io.durable import fsync_folder, remove
 from shared.latent_rgb import ColourFit
 from shared.overlays import overlay_folders, positions
 from shared.schema import MEMBERS

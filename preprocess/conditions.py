@@ -42,8 +42,8 @@ from shared.fingerprint import (
     group_of,
     refuse_differences,
 )
-from shared.hashing import FileHasher
 from shared.interrupt import Interrupted, Interruption, catch_signals
+from shared.io.hashing import FileHasher
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
 from shared.overlays import CONDITIONS
 from shared.schema import CONDITION_MEMBER, DTYPES, JSON_MEMBER, MEDIA_TYPES, pack, sample_key

@@ -9,7 +9,7 @@ from preprocess.clips import Clips
 from preprocess.ranks import Rank, this_rank
 from shared.device import default_device
 from shared.errors import UserError
-from shared.mirror import mirror_of
+from shared.io.mirror import mirror_of
 
 StoredDtype = Literal["bf16", "fp32"]
 TrainMode = Literal["normal", "i2v", "ti2v"]

@@ -37,7 +37,7 @@ from preprocess.tars import (
     tars_among,
 )
 from shared.errors import UserError, json_kind
-from shared.names import is_folder, quoted
+from shared.io.names import is_folder, quoted
 
 EXTENSIONS: dict[str, Literal["video", "image"]] = {
     **dict.fromkeys((".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg"), "video"),

@@ -21,8 +21,8 @@ from preprocess.remote_media import media_folder, metadata_file
 from preprocess.sampling import Resolution, Sampling
 from preprocess.tars import base_folder, is_tars
 from shared.errors import UserError
-from shared.mirror import followed, is_url
-from shared.names import exists, in_home_folder, is_folder
+from shared.io.mirror import followed, is_url
+from shared.io.names import exists, in_home_folder, is_folder
 
 if sys.version_info >= (3, 11):
     import tomllib

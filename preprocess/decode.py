@@ -12,7 +12,7 @@ from preprocess.media_info import Kind, MediaError, Probe, Shortcut
 from preprocess.sources import Medium, local_file
 from preprocess.worker_process import alive
 from shared.buckets import Bucket
-from shared.hashing import sha256_of
+from shared.io.hashing import sha256_of
 
 
 def look(medium: Medium, kind: Kind, sha256: str | None) -> tuple[Probe, str]:

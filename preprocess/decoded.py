@@ -28,10 +28,10 @@ from shared.cache import MEDIA_TYPES, CacheIndex, MemberReader, open_cache
 from shared.device import check_device
 from shared.errors import UserError
 from shared.fingerprint import as_in_cache, refuse_differences
-from shared.hashing import FileHasher
+from shared.io.hashing import FileHasher
+from shared.io.mp4 import write_mp4
+from shared.io.names import quoted
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
-from shared.mp4 import write_mp4
-from shared.names import quoted
 from shared.schema import DTYPES, LATENTS_MEMBER
 
 if TYPE_CHECKING:

@@ -52,8 +52,8 @@ from shared.cli_support import say
 from shared.device import check_device
 from shared.errors import UserError
 from shared.fingerprint import Fingerprint
-from shared.hashing import FileHasher
 from shared.interrupt import Interrupted, Interruption, catch_signals
+from shared.io.hashing import FileHasher
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
 from shared.prompts import EMPTY, NEGATIVE, Prompt, prompts_by_shard
 

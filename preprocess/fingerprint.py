@@ -21,9 +21,9 @@ from shared.fingerprint import (
     model_fields,
     refuse_differences,
 )
-from shared.hashing import FileHasher
+from shared.io.hashing import FileHasher
+from shared.io.names import quoted
 from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec
-from shared.names import quoted
 
 # Raise when `shared.buckets` maps some size to another bucket than before.
 BUCKET_TABLE_VERSION = 1

@@ -36,7 +36,9 @@ from shared.cache import (
     open_cache,
 )
 from shared.columns import COLUMNS, Columns, column_digest
-from shared.durable import (
+from shared.errors import UserError
+from shared.fingerprint import FORMAT_VERSION, Fingerprint, of_cache, refuse_differences
+from shared.io.durable import (
     fault_point,
     fsync_file,
     fsync_folder,
@@ -45,11 +47,9 @@ from shared.durable import (
     temporary,
     write_json,
 )
-from shared.errors import UserError
-from shared.fingerprint import FORMAT_VERSION, Fingerprint, of_cache, refuse_differences
-from shared.hashing import FileHasher, digest_of
+from shared.io.hashing import FileHasher, digest_of
+from shared.io.mirror import mirror_of, pull, shard_file
 from shared.latent_rgb import ColourFit, LatentRgb, solve
-from shared.mirror import mirror_of, pull, shard_file
 from shared.model_spec import MAX_TEXT_TOKENS
 from shared.overlays import made_by, required_members
 from shared.schema import (

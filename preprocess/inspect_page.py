@@ -25,9 +25,9 @@ from preprocess.inspect_cache import (
 )
 from preprocess.inspect_report import KINDS, durations_note, facts, size
 from shared.cache import MemberReader
-from shared.durable import write_bytes
+from shared.io.durable import write_bytes
+from shared.io.mirror import shown
 from shared.latent_rgb import R2_FLOOR, latents_to_rgb
-from shared.mirror import shown
 from shared.schema import LATENTS_MEMBER
 
 _TEMPLATE = Path(__file__).with_name("inspect_page.html")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError, json_kind
-from shared.names import quoted
+from shared.io.names import quoted
 
 NAMES = ("metadata.json", "metadata.jsonl", "metadata.csv")
 """What is looked for in a data folder."""

@@ -24,8 +24,8 @@ from preprocess.workers import WorkerPool, default_workers
 from shared.cache import CacheIndex, MemberReader, Sidecar, committed_shards, open_cache
 from shared.errors import UserError
 from shared.fingerprint import has_first_frame_rule
-from shared.hashing import FileHasher
-from shared.names import quoted
+from shared.io.hashing import FileHasher
+from shared.io.names import quoted
 
 # Fields of `KEY.json` by which a sample is judged; its caption may be long.
 _JUDGED_BY = (

@@ -18,7 +18,7 @@ from preprocess.sources import Medium, stamp
 from preprocess.workers import WorkerPool
 from shared.cache import CacheIndex
 from shared.columns import hex_keys
-from shared.hashing import FileHasher
+from shared.io.hashing import FileHasher
 from shared.schema import MediaType, SampleInfo, sample_key
 
 MOST_CAPTIONS = 64

@@ -1,6 +1,6 @@
 """What files were found to hold, so that a rerun need not decode (or download) them to see.
 
-Beside the digests (`shared.hashing.FileHasher`), in the same way: a lost line costs one look.
+Beside the digests (`shared.io.hashing.FileHasher`), in the same way: a lost line costs one look.
 """
 
 import base64
@@ -11,8 +11,8 @@ from typing import Any
 
 from preprocess.media_info import KeyFrames, Kind, Probe
 from preprocess.orientation import Orientation
-from shared.hashing import cache_folder
-from shared.memo import note, recall
+from shared.io.hashing import cache_folder
+from shared.io.memo import note, recall
 
 # Raised when media are read another way: what was found before does not count then.
 _VERSION = 2

@@ -32,7 +32,7 @@ from preprocess.writer import ShardWriter, free_writer_lock
 from shared.device import check_device
 from shared.errors import UserError
 from shared.fingerprint import Fingerprint, as_in_cache, refuse_differences
-from shared.hashing import FileHasher
+from shared.io.hashing import FileHasher
 from shared.model_spec import ModelSpec, resolve_model
 from shared.schema import DTYPES
 

@@ -27,10 +27,10 @@ from preprocess.text_cache import TextCache
 from preprocess.validation_prompts import Picture
 from preprocess.writer import MOST_WRITERS, remove_abandoned
 from shared.cache import CacheIndex, committed_shards
-from shared.durable import write_bytes
 from shared.errors import UserError
 from shared.fingerprint import Fingerprint
 from shared.interrupt import Interruption
+from shared.io.durable import write_bytes
 from shared.model_spec import ModelSpec
 
 Item = TypeVar("Item")

@@ -32,8 +32,8 @@ from shared.fingerprint import (
     as_in_cache,
     group_of,
 )
-from shared.hashing import FileHasher
 from shared.interrupt import Interrupted, Interruption, catch_signals
+from shared.io.hashing import FileHasher
 from shared.model_spec import MAX_TEXT_TOKENS, read_model_spec, resolve_model
 from shared.overlays import CAPTIONS, captions_folder
 from shared.prompts import (

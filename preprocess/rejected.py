@@ -7,7 +7,7 @@ from pathlib import Path
 
 from preprocess.dataset import Rejected
 from preprocess.ranks import Rank
-from shared.durable import remove, write_bytes
+from shared.io.durable import remove, write_bytes
 
 
 def rejected_file(folder: Path, rank: Rank) -> Path:

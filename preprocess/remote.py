@@ -9,7 +9,7 @@ import typer
 
 from preprocess.ranks import this_rank
 from shared.errors import UserError
-from shared.mirror import ROWS_SUFFIX, local_folder, mirror_of
+from shared.io.mirror import ROWS_SUFFIX, local_folder, mirror_of
 
 
 def shards_folder(location: str | Path) -> Path:
@@ -51,7 +51,7 @@ def _put_rows(written: Path, final: Path) -> None:
     from preprocess.index import scan_shard
     from preprocess.shard_rows import pack_rows
     from shared.cache import Sidecar
-    from shared.durable import write_bytes
+    from shared.io.durable import write_bytes
 
     sidecar = Sidecar.read(written, final=final)
     if sidecar.kind == "samples":

@@ -15,10 +15,10 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from preprocess.media_info import MediaError
-from shared.durable import write_bytes
 from shared.errors import UserError
-from shared.hashing import cache_folder
-from shared.mirror import (
+from shared.io.durable import write_bytes
+from shared.io.hashing import cache_folder
+from shared.io.mirror import (
     explained,
     filesystem,
     flock,

@@ -23,8 +23,8 @@ from rich.progress import (
 from preprocess.dataset import Rejected
 from preprocess.plan import Work
 from shared.cache import CacheIndex
+from shared.io.names import on_one_line
 from shared.latent_rgb import R2_FLOOR
-from shared.names import on_one_line
 from shared.schema import MEDIA_TYPES
 
 if TYPE_CHECKING:

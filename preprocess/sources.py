@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from preprocess.media_info import MediaError
-from shared.hashing import FileHasher
+from shared.io.hashing import FileHasher
 
 _BLOCK_BYTES = 1 << 22
 

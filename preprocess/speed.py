@@ -8,8 +8,8 @@ from pathlib import Path
 from preprocess.config import EncodeConfig
 from preprocess.passes import Times
 from shared.fingerprint import Fingerprint
-from shared.hashing import cache_folder, digest_of
-from shared.memo import note, recall
+from shared.io.hashing import cache_folder, digest_of
+from shared.io.memo import note, recall
 
 MEGAPIXEL, CAPTION = "megapixel", "caption"
 """What is counted: pixels of all frames that go through the VAE; captions."""

@@ -19,7 +19,7 @@ from preprocess.remote_media import in_home, remote_named
 from preprocess.sources import Medium, TarMember
 from preprocess.writer import SHARD_NAME
 from shared.errors import UserError
-from shared.names import exists, for_glob, has_wildcard, is_folder
+from shared.io.names import exists, for_glob, has_wildcard, is_folder
 
 SUFFIX = ".tar"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from shared.durable import DurableFile, remove_tree, rename, temporary
 from shared.fingerprint import Fingerprint
-from shared.hashing import digest_of
+from shared.io.durable import DurableFile, remove_tree, rename, temporary
+from shared.io.hashing import digest_of
 from shared.schema import TEXT_MEMBER, pack, unpack
 
 PREFIX = ".text-"

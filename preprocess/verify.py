@@ -37,12 +37,12 @@ from shared.cache import (
     open_cache,
 )
 from shared.columns import read_attributes
-from shared.durable import TEMPORARY_SUFFIX
 from shared.errors import UserError, first_line
 from shared.fingerprint import differences, of_cache
-from shared.hashing import digest_of
+from shared.io.durable import TEMPORARY_SUFFIX
+from shared.io.hashing import digest_of
+from shared.io.names import quoted
 from shared.latent_rgb import ColourFit
-from shared.names import quoted
 from shared.overlays import CONDITIONS, made_by, overlay_folders, positions
 from shared.schema import MEMBERS
 from shared.strict_json import read_object

@@ -8,7 +8,7 @@ from preprocess.decoded import Decoded
 from preprocess.findings import Finding
 from preprocess.report import count
 from preprocess.verify import Verified
-from shared.names import on_one_line
+from shared.io.names import on_one_line
 
 
 def lines(findings: Iterable[Finding]) -> Iterator[str]:

@@ -18,7 +18,7 @@ from preprocess.sample_check import (
 from preprocess.tar_stream import HashedStream, Member, TarDamage, members
 from shared.cache import MEDIA_TYPES, Sidecar
 from shared.errors import UserError
-from shared.mirror import shard_file
+from shared.io.mirror import shard_file
 from shared.schema import CONDITION_MEMBER, JSON_MEMBER, LATENTS_MEMBER, MEMBERS, TEXT_MEMBER
 
 

@@ -19,7 +19,9 @@ import webdataset
 
 from shared.buckets import Bucket
 from shared.cache import TOMBSTONES, Sidecar, Tombstones, age
-from shared.durable import (
+from shared.errors import UserError
+from shared.fingerprint import Fingerprint
+from shared.io.durable import (
     TEMPORARY_SUFFIX,
     DurableFile,
     commit,
@@ -28,10 +30,8 @@ from shared.durable import (
     temporary,
     write_json,
 )
-from shared.errors import UserError
-from shared.fingerprint import Fingerprint
+from shared.io.mirror import mirror_of
 from shared.latent_rgb import ColourFit, ColourSums
-from shared.mirror import mirror_of
 from shared.prompts import Prompt
 from shared.schema import Sample
 from shared.tar import room

@@ -29,7 +29,7 @@ sys.path.insert(0, str(HERE))  # imported by the tests as well as run
 from demo_page import Column, page, read_curves  # noqa: E402
 
 from shared import __version__  # noqa: E402
-from shared.mp4 import Clip  # noqa: E402
+from shared.io.mp4 import Clip  # noqa: E402
 from train.media_out import contact_sheet  # noqa: E402
 
 CAPTIONS = [

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.mp4 import Clip, write_mp4
+from shared.io.mp4 import Clip, write_mp4
 
 FPS = 12
 TEMPLATE = Path(__file__).with_name("demo_page.html")

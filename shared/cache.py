@@ -23,10 +23,10 @@ from shared.buckets import Bucket
 from shared.columns import COLUMNS, Columns, column_digest, hex_keys, read_attributes, read_column
 from shared.errors import UserError
 from shared.fingerprint import FORMAT_VERSION, Fingerprint
+from shared.io.mirror import is_remote, open_shard, read_range, reading
+from shared.io.names import quoted
 from shared.latent_rgb import LatentRgb
-from shared.mirror import is_remote, open_shard, read_range, reading
 from shared.model_spec import MAX_TEXT_TOKENS
-from shared.names import quoted
 from shared.schema import (
     JSON_MEMBER,
     MEDIA_TYPES,

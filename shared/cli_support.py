@@ -11,8 +11,8 @@ from typer.core import TyperGroup
 
 from shared.errors import UserError
 from shared.help_page import HelpPage
-from shared.mirror import pull_mirrors, shown
-from shared.names import on_lines
+from shared.io.mirror import pull_mirrors, shown
+from shared.io.names import on_lines
 
 # The seed document writes --train_data_dir, people of this century --train-data-dir: both are read.
 CONTEXT = {

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from shared import original_layout, original_weights
-from shared.hashing import FileHasher, digest_of
+from shared.io.hashing import FileHasher, digest_of
 from shared.model_spec import read_json
 from shared.weight_files import weight_files
 from shared.weights import config_of, model_weights

@@ -10,9 +10,9 @@ from typing import Any
 
 from shared.component import component_digest, first_digest, processor_digest
 from shared.errors import UserError
-from shared.hashing import FileHasher
+from shared.io.hashing import FileHasher
+from shared.io.names import quoted
 from shared.model_spec import ModelSpec
-from shared.names import quoted
 
 FORMAT_VERSION = 1
 TEXT_CLEANING = "ftfy, html unescape twice, whitespace"

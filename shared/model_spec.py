@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from shared import original_layout
 from shared.errors import UserError, first_line, json_kind
-from shared.names import in_home_folder, quoted
+from shared.io.names import in_home_folder, quoted
 from shared.toy_model import TOY_MODELS, toy_folder
 
 DEFAULT_MODEL = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"

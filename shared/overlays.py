@@ -17,7 +17,7 @@ import numpy.typing as npt
 from shared.cache import MEDIA_TYPES, CacheIndex, Overlay, open_cache
 from shared.errors import UserError
 from shared.fingerprint import Fingerprint, differences, group_of, refuse_differences
-from shared.names import quoted
+from shared.io.names import quoted
 from shared.schema import CONDITION_MEMBER, JSON_MEMBER, MEMBERS, TEXT_MEMBER
 
 CAPTIONS = "captions"

@@ -16,8 +16,8 @@ import torch
 from shared.buckets import Bucket
 from shared.cache import Sidecar
 from shared.errors import UserError
-from shared.hashing import digest_of
-from shared.mirror import shard_file
+from shared.io.hashing import digest_of
+from shared.io.mirror import shard_file
 from shared.model_spec import MAX_TEXT_TOKENS
 from shared.schema import (
     CONDITION_MEMBER,

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from shared.buckets import Bucket
-from shared.hashing import digest_of
+from shared.io.hashing import digest_of
 from shared.strict_json import is_count, parse
 from shared.tensor_header import TensorHeader, read_header
 

@@ -10,10 +10,10 @@ import os
 import shutil
 from pathlib import Path
 
-from shared.hashing import cache_folder, digest_of
+from shared.io.hashing import cache_folder, digest_of
 
 TOY_MODELS = {"toy": "t2v", "toy-i2v": "i2v"}
-_DATA = Path(__file__).parent / "toy"
+_DATA = Path(__file__).parents[1] / "toy"
 
 
 def toy_folder(name: str) -> Path:

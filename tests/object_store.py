@@ -17,7 +17,7 @@ from typing import Any
 
 import s3fs
 
-from shared.mirror import forget_mirrors
+from shared.io.mirror import forget_mirrors
 
 BUCKET = "bucket"
 

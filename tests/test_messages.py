@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import preprocess.cli
 import train.cli
-from shared.mirror import forget_mirrors
+from shared.io.mirror import forget_mirrors
 from tests.models import tiny_model
 from tests.preprocess.conftest import render_clip
 from tests.train.conftest import encode, write_dataset

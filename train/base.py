@@ -15,7 +15,7 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 
 from shared.errors import UserError
-from shared.hashing import FileHasher, digest_of
+from shared.io.hashing import FileHasher, digest_of
 from shared.model_spec import ModelSpec
 from shared.original_layout import expert_folder, is_original
 from shared.original_weights import converted

@@ -30,7 +30,7 @@ from torch.nn.modules.module import (
 )
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from shared.mirror import shard_file
+from shared.io.mirror import shard_file
 from train import flops
 from train.data import load_prompt_bank
 from train.loop import micro_batches, train

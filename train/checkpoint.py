@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from safetensors.torch import load
 
-from shared.durable import fsync_file, fsync_folder, temporary
 from shared.errors import UserError
 from shared.fingerprint import flatten
-from shared.hashing import digest_of
-from shared.names import quoted
+from shared.io.durable import fsync_file, fsync_folder, temporary
+from shared.io.hashing import digest_of
+from shared.io.names import quoted
 from train.ema import Ema
 from train.strategy import TrainedRole
 from train.tensor_files import safetensors_parts

@@ -15,9 +15,9 @@ from shared import cli_support, weights
 from shared.component import component_digest
 from shared.device import check_device
 from shared.errors import UserError
-from shared.hashing import FileHasher
+from shared.io.hashing import FileHasher
+from shared.io.mp4 import Clip, write_mp4
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
-from shared.mp4 import Clip, write_mp4
 from shared.schema import DTYPES
 from train.config import check_writable
 from train.latent_files import LatentClip, read_latents

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from shared.durable import write_bytes
 from shared.errors import UserError
+from shared.io.durable import write_bytes
 from train.checkpoint import read_product
 from train.flow import Expert
 from train.lora_files import PEFT_METADATA_KEY, Form, LoraWeights, read_lora

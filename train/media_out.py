@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from shared.mp4 import Clip
+from shared.io.mp4 import Clip
 
 _MARGIN, _LABEL_HEIGHT, _MIN_TILE = 4, 16, 96
 

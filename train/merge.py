@@ -23,8 +23,8 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 
 from shared import cli_support
-from shared.durable import fsync_folder, rename, temporary, write_json
 from shared.errors import UserError, first_line
+from shared.io.durable import fsync_folder, rename, temporary, write_json
 from shared.model_spec import ModelSpec, read_model_spec, resolve_model
 from shared.original_layout import COMPONENT_NAMES, expert_folder, is_original
 from shared.original_weights import converted

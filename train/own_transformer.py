@@ -13,8 +13,8 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from shared.errors import UserError, first_line
+from shared.io.names import quoted
 from shared.model_spec import ModelSpec, read_json
-from shared.names import quoted
 from shared.original_layout import expert_folder, is_original, transformer_config
 from shared.tensor_names import is_adapter
 from shared.weight_files import DIFFUSERS, chosen

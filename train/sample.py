@@ -31,8 +31,9 @@ from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
 
 from shared import cli_support, original_weights, weights
 from shared.device import check_device
-from shared.durable import write_json
 from shared.errors import UserError, first_line
+from shared.io.durable import write_json
+from shared.io.mp4 import Clip, write_mp4
 from shared.model_spec import (
     DEFAULT_NEGATIVE_PROMPT,
     MAX_TEXT_TOKENS,
@@ -41,7 +42,6 @@ from shared.model_spec import (
     read_model_spec,
     resolve_model,
 )
-from shared.mp4 import Clip, write_mp4
 from shared.original_layout import is_original
 from shared.resize import fit_to
 from shared.schema import DTYPES

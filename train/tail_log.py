@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from shared.durable import write_bytes
-from shared.memo import note, recall
+from shared.io.durable import write_bytes
+from shared.io.memo import note, recall
 from train.dataset import Dataset
 from train.plan import BatchPlan
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import safetensors.torch
 import torch
 
-from shared.durable import DurableFile, fsync_file
 from shared.errors import first_line
+from shared.io.durable import DurableFile, fsync_file
 
 
 def safetensors_parts(

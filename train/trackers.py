@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from shared.durable import write_bytes
 from shared.errors import UserError, first_line
-from shared.mp4 import Clip
+from shared.io.durable import write_bytes
+from shared.io.mp4 import Clip
 
 CSV, TENSORBOARD, WANDB, ALL, NONE = "csv", "tensorboard", "wandb", "all", "none"
 # Name in accelerate → (module that must be there, what to install).

@@ -23,10 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.cache import CacheIndex, MemberReader
-from shared.durable import write_bytes
 from shared.errors import UserError
-from shared.hashing import cache_folder, digest_of
-from shared.names import has_wildcard, matcher
+from shared.io.durable import write_bytes
+from shared.io.hashing import cache_folder, digest_of
+from shared.io.names import has_wildcard, matcher
 from shared.schema import JSON_MEMBER, MEDIA_TYPES, MEMBERS, TEXT_MEMBER
 
 Mask = npt.NDArray[np.bool_]

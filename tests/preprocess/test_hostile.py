@@ -25,7 +25,7 @@ from preprocess.shard_rows import pack_rows, stored_rows
 from shared.cache import MANIFEST, Sidecar, open_cache
 from shared.columns import COLUMNS
 from shared.errors import UserError
-from shared.mirror import ROWS_SUFFIX
+from shared.io.mirror import ROWS_SUFFIX
 from shared.prompts import read_prompts
 from shared.schema import JSON_MEMBER, LATENTS_MEMBER, MEMBERS, TEXT_MEMBER
 from tests.preprocess import hostile

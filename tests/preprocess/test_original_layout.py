@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from shared.component import component_digest
 from shared.fingerprint import model_fields
-from shared.hashing import FileHasher
+from shared.io.hashing import FileHasher
 from shared.model_spec import ModelSpec, read_model_spec
 from shared.original_layout import vae_config
 from tests.models import Mode, tiny_model

@@ -20,7 +20,7 @@ from transformers import CLIPVisionModel, UMT5EncoderModel
 from shared import weights
 from shared.component import component_digest
 from shared.errors import UserError
-from shared.hashing import FileHasher
+from shared.io.hashing import FileHasher
 from shared.original_layout import expert_folder
 from tests.models import tiny_model
 from tests.original_layout import TRANSFORMER, renamed, write_original

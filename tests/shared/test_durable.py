@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.durable import TEMPORARY_SUFFIX, write_bytes, write_json
+from shared.io.durable import TEMPORARY_SUFFIX, write_bytes, write_json
 
 
 def test_written_whole_and_nothing_left_beside(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from shared.fingerprint import (
     model_fields,
     refuse_differences,
 )
-from shared.hashing import FileHasher
+from shared.io.hashing import FileHasher
 from shared.model_spec import read_model_spec
 from shared.toy_model import toy_folder
 

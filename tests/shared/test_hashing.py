@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.hashing import FileHasher, digest_of
+from shared.io.hashing import FileHasher, digest_of
 
 
 def test_the_memo_saves_the_second_read_and_notices_changes(tmp_path: Path) -> None:

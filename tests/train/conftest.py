@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from preprocess.cli import app as wanprep
-from shared.mp4 import write_mp4
+from shared.io.mp4 import write_mp4
 
 FRAMES = 9
 

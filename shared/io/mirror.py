@@ -3,7 +3,7 @@
 The folder (the mirror) holds what is small, as it lies in the store: sidecars, tombstones, manifest
 and index. A tar is an empty file in it; its bytes are fetched whole when they are asked for, and
 kept in a store of shards by content that all mirrors of this machine share, up to a limit. What
-`shared.durable` renames or removes in the folder is put to the store or removed there first, one
+`shared.io.durable` renames or removes in the folder is put to the store or removed there first, one
 whole object after the other: so a store goes through the states that a folder goes through, and
 what holds for a killed run there holds here.
 
@@ -25,15 +25,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from shared.durable import (
+from shared.errors import UserError, first_line
+from shared.io.durable import (
     TEMPORARY_SUFFIX,
     fault_point,
     replicate,
     temporary,
     write_bytes,
 )
-from shared.errors import UserError, first_line
-from shared.hashing import cache_folder, sha256_of
+from shared.io.hashing import cache_folder, sha256_of
 
 Result = TypeVar("Result")
 
@@ -314,7 +314,7 @@ class Mirror:
             )
         return data
 
-    # To the store: what `shared.durable` calls before it does the same here.
+    # To the store: what `shared.io.durable` calls before it does the same here.
 
     def put(self, written: Path, final: Path) -> None:
         """Put the file or the folder `written` to where `final` will be. Raises OSError."""

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from shared.memo import note, recall
+from shared.io.memo import note, recall
 
 _BLOCK_BYTES = 1 << 22
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from fnmatch import translate
 from pathlib import Path
 
-from shared.mirror import shown
+from shared.io.mirror import shown
 
 # What a terminal obeys or that breaks a line: control characters, line and paragraph separators,
 # changes of direction, halves of characters.
