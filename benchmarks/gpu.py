@@ -120,7 +120,7 @@ class Place:
 
     def published(self, size: str) -> Any:
         """The model; quick: two narrow layers of it, and a small VAE."""
-        from shared.published_models import PUBLISHED
+        from shared.models.published import PUBLISHED
 
         model = PUBLISHED[SIZES[size].published]
         if not self.quick:

@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from shared.buckets import Bucket
-from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec, read_model_spec
-from shared.published_models import PUBLISHED, write_configs
+from shared.models.published import PUBLISHED, write_configs
+from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec, read_model_spec
 from train.base import keep_from_autocast
 from train.data import MASK_CHANNELS, Batch
 from train.dmd import Recipe, critic_step, generator_step

@@ -31,7 +31,7 @@ from toy_students import (
     toy_folder,
 )
 
-from shared.model_spec import MAX_TEXT_TOKENS, read_model_spec
+from shared.models.spec import MAX_TEXT_TOKENS, read_model_spec
 from train.base import Precision, load_base
 from train.data import Batch
 from train.dmd import Recipe, critic_step, generator_step

@@ -9,7 +9,7 @@ from preprocess.writer import ShardWriter
 from shared.buckets import Bucket
 from shared.fingerprint import cache_mode, model_fields
 from shared.io.hashing import FileHasher
-from shared.model_spec import read_model_spec
+from shared.models.spec import read_model_spec
 from shared.prompts import Prompt
 from shared.schema import Sample, SampleInfo, sample_key
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from shared.model_spec import read_model_spec
+from shared.models.spec import read_model_spec
 from tests.models import TEXT_DIM, tiny_model
 from train.attention import NATIVE, trainable, use_attention
 from train.base import Precision, load_base

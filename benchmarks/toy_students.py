@@ -33,7 +33,7 @@ from toy_sampling import (  # noqa: E402
 )
 from train_toy_vae import HELD_OUT_SEED, encode_moments, to_pixels  # noqa: E402
 
-from shared.toy_model import toy_folder  # noqa: E402
+from shared.models.toy_model import toy_folder  # noqa: E402
 
 LATENT_SHAPE = (5, 8, 8)
 LATENT_CHANNELS = 16

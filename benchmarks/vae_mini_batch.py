@@ -12,7 +12,7 @@ from itertools import product
 import torch
 from diffusers import AutoencoderKLWan
 
-from shared.toy_model import toy_folder
+from shared.models.toy_model import toy_folder
 
 SHAPES = ((5, 48, 80), (9, 64, 112), (1, 64, 64), (17, 96, 96))
 

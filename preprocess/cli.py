@@ -11,7 +11,7 @@ from shared.cli_support import Command, echo, new_app, run
 from shared.errors import UserError
 from shared.interrupt import SIGNAL_EXIT
 from shared.io.names import quoted
-from shared.model_spec import DEFAULT_MODEL, DEFAULT_NEGATIVE_PROMPT
+from shared.models.spec import DEFAULT_MODEL, DEFAULT_NEGATIVE_PROMPT
 from shared.seed_command import SeedCommand, with_seed_flags
 
 PROGRAM_EXAMPLES = """

@@ -11,7 +11,7 @@ from preprocess.remote import media_folder, shards_folder
 from shared.cli_support import Command, echo, echo_data
 from shared.device import default_device
 from shared.errors import UserError
-from shared.model_spec import DEFAULT_MODEL
+from shared.models.spec import DEFAULT_MODEL
 
 INSPECT_EXAMPLES = """
 # what is in shards/

@@ -11,7 +11,7 @@ from shared.device import default_device
 from shared.errors import UserError
 from shared.interrupt import SIGNAL_EXIT
 from shared.io.names import quoted
-from shared.model_spec import DEFAULT_MODEL
+from shared.models.spec import DEFAULT_MODEL
 
 RECAPTION_EXAMPLES = """
 # the captions of a list, called short; then train with them

@@ -44,7 +44,7 @@ from shared.fingerprint import (
 )
 from shared.interrupt import Interrupted, Interruption, catch_signals
 from shared.io.hashing import FileHasher
-from shared.model_spec import ModelSpec, read_model_spec, resolve_model
+from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 from shared.overlays import CONDITIONS
 from shared.schema import CONDITION_MEMBER, DTYPES, JSON_MEMBER, MEDIA_TYPES, pack, sample_key
 

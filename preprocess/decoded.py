@@ -31,7 +31,7 @@ from shared.fingerprint import as_in_cache, refuse_differences
 from shared.io.hashing import FileHasher
 from shared.io.mp4 import write_mp4
 from shared.io.names import quoted
-from shared.model_spec import ModelSpec, read_model_spec, resolve_model
+from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 from shared.schema import DTYPES, LATENTS_MEMBER
 
 if TYPE_CHECKING:

@@ -54,7 +54,7 @@ from shared.errors import UserError
 from shared.fingerprint import Fingerprint
 from shared.interrupt import Interrupted, Interruption, catch_signals
 from shared.io.hashing import FileHasher
-from shared.model_spec import ModelSpec, read_model_spec, resolve_model
+from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 from shared.prompts import EMPTY, NEGATIVE, Prompt, prompts_by_shard
 
 if TYPE_CHECKING:  # ray is imported where a cluster is asked for

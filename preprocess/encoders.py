@@ -26,10 +26,10 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from PIL import Image
 from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
 
-from shared import original_weights, weights
 from shared.errors import UserError, first_line
-from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec, read_json
-from shared.original_layout import is_original
+from shared.models import original_weights, weights
+from shared.models.original_layout import is_original
+from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec, read_json
 
 
 class TextEncoder:

@@ -23,7 +23,7 @@ from shared.fingerprint import (
 )
 from shared.io.hashing import FileHasher
 from shared.io.names import quoted
-from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec
+from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec
 
 # Raise when `shared.buckets` maps some size to another bucket than before.
 BUCKET_TABLE_VERSION = 1

@@ -29,7 +29,7 @@ from shared.buckets import Bucket
 from shared.cache import committed_shards
 from shared.errors import UserError
 from shared.fingerprint import Fingerprint, has_first_frame_rule
-from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec
+from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec
 from shared.prompts import prompts_by_shard
 from shared.schema import DTYPES
 from shared.tar import room

@@ -50,7 +50,7 @@ from shared.io.durable import (
 from shared.io.hashing import FileHasher, digest_of
 from shared.io.mirror import mirror_of, pull, shard_file
 from shared.latent_rgb import ColourFit, LatentRgb, solve
-from shared.model_spec import MAX_TEXT_TOKENS
+from shared.models.spec import MAX_TEXT_TOKENS
 from shared.overlays import made_by, required_members
 from shared.schema import (
     JSON_MEMBER,

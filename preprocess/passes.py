@@ -20,7 +20,7 @@ from preprocess.text_cache import TextCache
 from preprocess.workers import WorkerPool
 from shared.cache import CacheIndex, MemberReader
 from shared.latent_rgb import ColourSums
-from shared.model_spec import ModelSpec
+from shared.models.spec import ModelSpec
 from shared.schema import CONDITION_MEMBER, LATENTS_MEMBER, TEXT_MEMBER, Sample
 
 if TYPE_CHECKING:  # diffusers and transformers wait until an encoder is built

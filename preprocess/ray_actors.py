@@ -33,7 +33,7 @@ from shared.device import check_device
 from shared.errors import UserError
 from shared.fingerprint import Fingerprint, as_in_cache, refuse_differences
 from shared.io.hashing import FileHasher
-from shared.model_spec import ModelSpec, resolve_model
+from shared.models.spec import ModelSpec, resolve_model
 from shared.schema import DTYPES
 
 if TYPE_CHECKING:

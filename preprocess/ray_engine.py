@@ -31,7 +31,7 @@ from shared.errors import UserError
 from shared.fingerprint import Fingerprint
 from shared.interrupt import Interruption
 from shared.io.durable import write_bytes
-from shared.model_spec import ModelSpec
+from shared.models.spec import ModelSpec
 
 Item = TypeVar("Item")
 

@@ -34,7 +34,7 @@ from shared.fingerprint import (
 )
 from shared.interrupt import Interrupted, Interruption, catch_signals
 from shared.io.hashing import FileHasher
-from shared.model_spec import MAX_TEXT_TOKENS, read_model_spec, resolve_model
+from shared.models.spec import MAX_TEXT_TOKENS, read_model_spec, resolve_model
 from shared.overlays import CAPTIONS, captions_folder
 from shared.prompts import (
     NEGATIVE,

@@ -12,7 +12,7 @@ from safetensors.numpy import save
 from shared.cache import Sidecar
 from shared.columns import COLUMNS, Columns, column_digest
 from shared.io.mirror import ROWS_SUFFIX
-from shared.model_spec import MAX_TEXT_TOKENS
+from shared.models.spec import MAX_TEXT_TOKENS
 from shared.schema import MEDIA_TYPES, MOST_REPEATS
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Literal
 
 from shared.errors import UserError
-from shared.model_spec import Mode, ModelSpec
+from shared.models.spec import Mode, ModelSpec
 
 _MODES: dict[str, Mode] = {"normal": "t2v", "i2v": "i2v", "ti2v": "ti2v"}
 

@@ -24,7 +24,7 @@ from preprocess.metadata import Form, Record, read_metadata
 from shared.buckets import Bucket
 from shared.errors import UserError, json_kind
 from shared.io.hashing import sha256_of
-from shared.model_spec import ModelSpec
+from shared.models.spec import ModelSpec
 from shared.prompts import VALIDATION, Prompt, current_validation
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from shared.fingerprint import FORMAT_VERSION, Fingerprint
 from shared.io.mirror import is_remote, open_shard, read_range, reading
 from shared.io.names import quoted
 from shared.latent_rgb import LatentRgb
-from shared.model_spec import MAX_TEXT_TOKENS
+from shared.models.spec import MAX_TEXT_TOKENS
 from shared.schema import (
     JSON_MEMBER,
     MEDIA_TYPES,

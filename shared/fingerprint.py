@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from shared.component import component_digest, first_digest, processor_digest
 from shared.errors import UserError
 from shared.io.hashing import FileHasher
 from shared.io.names import quoted
-from shared.model_spec import ModelSpec
+from shared.models.digest import component_digest, first_digest, processor_digest
+from shared.models.spec import ModelSpec
 
 FORMAT_VERSION = 1
 TEXT_CLEANING = "ftfy, html unescape twice, whitespace"
@@ -85,7 +85,7 @@ def as_in_cache(
 ) -> Fingerprint:
     """`fields` of the model in `folder`, with a cache's digests where they are of the same weights.
 
-    What a digest is of has changed once (`shared.component.first_digest`); a cache keeps its own.
+    What a digest is of has changed once (`shared.models.digest.first_digest`); a cache keeps its own.
     """
     for group, (field, component) in _DIGESTS.items():
         own, other = fields.get(group, {}).get(field), cache.get(group, {}).get(field)

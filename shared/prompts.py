@@ -18,7 +18,7 @@ from shared.cache import Sidecar
 from shared.errors import UserError
 from shared.io.hashing import digest_of
 from shared.io.mirror import shard_file
-from shared.model_spec import MAX_TEXT_TOKENS
+from shared.models.spec import MAX_TEXT_TOKENS
 from shared.schema import (
     CONDITION_MEMBER,
     JSON_MEMBER,

@@ -17,7 +17,7 @@ from safetensors.torch import load
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shared.io.mp4 import write_mp4
-from shared.toy_model import toy_folder
+from shared.models.toy_model import toy_folder
 
 SOURCE_FRAMES = 17  # 9 frames at stride 2: three latent frames, so that two cores can train on it
 

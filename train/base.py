@@ -16,11 +16,11 @@ from torch import nn
 
 from shared.errors import UserError
 from shared.io.hashing import FileHasher, digest_of
-from shared.model_spec import ModelSpec
-from shared.original_layout import expert_folder, is_original
-from shared.original_weights import converted
-from shared.weight_files import weight_files
-from shared.weights import check_component, load_transformer
+from shared.models.original_layout import expert_folder, is_original
+from shared.models.original_weights import converted
+from shared.models.spec import ModelSpec
+from shared.models.weight_files import weight_files
+from shared.models.weights import check_component, load_transformer
 from train.flow import Expert
 from train.lora_files import check_fits, read_lora
 from train.own_transformer import check_own, empty_transformer, load_own, own_files

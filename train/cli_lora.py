@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from shared.io.mirror import DEFAULT_SHARD_CACHE_GB, limit_shard_cache
-from shared.model_spec import DEFAULT_MODEL
+from shared.models.spec import DEFAULT_MODEL
 from shared.seed_command import Given, SeedCommand, with_seed_flags
 from train import cli_options as option
 

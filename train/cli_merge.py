@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from shared.cli_support import Command
-from shared.model_spec import DEFAULT_MODEL
+from shared.models.spec import DEFAULT_MODEL
 from train.cli_options import OUTPUT
 
 MERGE_EXAMPLES = """

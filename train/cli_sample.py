@@ -7,7 +7,7 @@ import typer
 
 from shared.cli_support import Command
 from shared.device import default_device
-from shared.model_spec import DEFAULT_MODEL
+from shared.models.spec import DEFAULT_MODEL
 from train.cli_options import DEVICE
 
 SAMPLE_EXAMPLES = """

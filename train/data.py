@@ -13,7 +13,7 @@ import torch
 from shared.cache import MEDIA_TYPES, REENCODE_SHARD, CacheIndex, MemberReader
 from shared.errors import UserError
 from shared.io.names import quoted
-from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec
+from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec
 from shared.prompts import read_prompts
 from shared.schema import CONDITION_MEMBER, DTYPES, LATENTS_MEMBER, TEXT_MEMBER, TORCH_DTYPES
 from shared.tensor_header import TensorHeader

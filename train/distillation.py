@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from shared.errors import UserError
-from shared.model_spec import ModelSpec
+from shared.models.spec import ModelSpec
 from train.config import DistillConfig
 from train.data import Batch
 from train.dataset import Dataset

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from shared.model_spec import TIMESTEPS
+from shared.models.spec import TIMESTEPS
 from train.data import Batch
 from train.flow import (
     Expert,

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from shared.errors import UserError
-from shared.model_spec import TIMESTEPS
+from shared.models.spec import TIMESTEPS
 
 # In the command line's order: typing keeps one Optional[Literal] for all orders, the first it saw.
 Expert = Literal["low", "high", "full"]

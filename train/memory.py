@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from shared.model_spec import MAX_TEXT_TOKENS, ModelSpec
-from shared.original_layout import is_original
+from shared.models.original_layout import is_original
+from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec
 from train.adam8bit import moment_bytes
 from train.base import Precision, component_of
 from train.levers import Levers

@@ -7,9 +7,9 @@ from typing import Any
 
 from shared.buckets import Bucket
 from shared.errors import UserError
-from shared.model_spec import ModelSpec, read_model_spec, resolve_model
-from shared.original_layout import is_original
-from shared.published_models import PUBLISHED, published_model, write_configs
+from shared.models.original_layout import is_original
+from shared.models.published import PUBLISHED, published_model, write_configs
+from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 from train.config import WHOLE, check_option
 from train.levers import Levers
 from train.memory import Estimate, Settings, estimate_of, tokens_of

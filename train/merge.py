@@ -25,12 +25,12 @@ from safetensors import SafetensorError, safe_open
 from shared import cli_support
 from shared.errors import UserError, first_line
 from shared.io.durable import fsync_folder, rename, temporary, write_json
-from shared.model_spec import ModelSpec, read_model_spec, resolve_model
-from shared.original_layout import COMPONENT_NAMES, expert_folder, is_original
-from shared.original_weights import converted
-from shared.tensor_names import COMFYUI, unwrapped
-from shared.weight_files import weight_files
-from shared.weights import check_component, model_weights
+from shared.models.original_layout import COMPONENT_NAMES, expert_folder, is_original
+from shared.models.original_weights import converted
+from shared.models.spec import ModelSpec, read_model_spec, resolve_model
+from shared.models.tensor_names import COMFYUI, unwrapped
+from shared.models.weight_files import weight_files
+from shared.models.weights import check_component, model_weights
 from train.base import base_digest, component_of
 from train.flow import Expert
 from train.lora_files import LoraFile, LoraWeights, check_fits, read_lora

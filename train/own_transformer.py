@@ -14,11 +14,11 @@ from diffusers import WanTransformer3DModel
 
 from shared.errors import UserError, first_line
 from shared.io.names import quoted
-from shared.model_spec import ModelSpec, read_json
-from shared.original_layout import expert_folder, is_original, transformer_config
-from shared.tensor_names import is_adapter
-from shared.weight_files import DIFFUSERS, chosen
-from shared.weights import (
+from shared.models.original_layout import expert_folder, is_original, transformer_config
+from shared.models.spec import ModelSpec, read_json
+from shared.models.tensor_names import is_adapter
+from shared.models.weight_files import DIFFUSERS, chosen
+from shared.models.weights import (
     Weights,
     check_fits,
     empty_model,

@@ -13,7 +13,7 @@ from typing import Any
 
 from shared import __version__
 from shared.errors import UserError, first_line
-from shared.model_spec import Mode
+from shared.models.spec import Mode
 from train.dmd import Pairing
 from train.flow import Expert, Schedule
 from train.lora_files import read_metadata

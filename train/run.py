@@ -23,7 +23,7 @@ from shared.fingerprint import (
 from shared.io.hashing import FileHasher
 from shared.io.mirror import described
 from shared.io.names import quoted
-from shared.model_spec import ModelSpec, read_model_spec, resolve_model
+from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 from shared.overlays import CONDITIONS, with_captions, with_conditions
 from shared.schema import TEXT_MEMBER
 from train.attention import check_attention

@@ -29,12 +29,14 @@ from rich.progress import track
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
 
-from shared import cli_support, original_weights, weights
+from shared import cli_support
 from shared.device import check_device
 from shared.errors import UserError, first_line
 from shared.io.durable import write_json
 from shared.io.mp4 import Clip, write_mp4
-from shared.model_spec import (
+from shared.models import original_weights, weights
+from shared.models.original_layout import is_original
+from shared.models.spec import (
     DEFAULT_NEGATIVE_PROMPT,
     MAX_TEXT_TOKENS,
     TIMESTEPS,
@@ -42,7 +44,6 @@ from shared.model_spec import (
     read_model_spec,
     resolve_model,
 )
-from shared.original_layout import is_original
 from shared.resize import fit_to
 from shared.schema import DTYPES
 from train.base import Base, base_digest, component_of, load_weights, merge

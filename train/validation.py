@@ -25,7 +25,7 @@ from shared.io.durable import fsync_folder, temporary, write_bytes, write_json
 from shared.io.mp4 import Clip, write_mp4
 from shared.io.names import quoted
 from shared.latent_rgb import R2_FLOOR, LatentRgb, latents_to_rgb
-from shared.model_spec import ModelSpec
+from shared.models.spec import ModelSpec
 from shared.prompts import Prompt, current_validation, prompts_by_shard
 from shared.schema import DTYPES, TEXT_MEMBER
 from train.data import MicroBatches, StoredBatch

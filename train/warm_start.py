@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from shared.errors import UserError
-from shared.model_spec import ModelSpec
+from shared.models.spec import ModelSpec
 from train.lora import DIFFUSERS_TO_ORIGINAL, LoraSpec, select_targets
 from train.lora_files import LoraFile, check_fits, read_lora
 from train.own_transformer import empty_transformer

@@ -12,7 +12,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from shared.cache import open_cache
-from shared.published_models import PUBLISHED
+from shared.models.published import PUBLISHED
 from train.cli import app as wantrain
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from shared.toy_model import toy_folder
+from shared.models.toy_model import toy_folder
 from train.export import write_loras
 from train.flow import Schedule
 from train.lora import LoraSpec

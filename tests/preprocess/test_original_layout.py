@@ -12,11 +12,11 @@ import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 
-from shared.component import component_digest
 from shared.fingerprint import model_fields
 from shared.io.hashing import FileHasher
-from shared.model_spec import ModelSpec, read_model_spec
-from shared.original_layout import vae_config
+from shared.models.digest import component_digest
+from shared.models.original_layout import vae_config
+from shared.models.spec import ModelSpec, read_model_spec
 from tests.models import Mode, tiny_model
 from tests.original_layout import write_original
 from tests.preprocess.conftest import Cache, Ran, render_clip, wanprep

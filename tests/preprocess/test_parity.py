@@ -145,7 +145,7 @@ def test_latents_are_causal(mode: str, data: Path, request: pytest.FixtureReques
     from preprocess.encoders import LatentEncoder
     from preprocess.media import read_frames
     from shared.buckets import Bucket
-    from shared.model_spec import read_model_spec
+    from shared.models.spec import read_model_spec
 
     model = read_model_spec(request.getfixturevalue(f"tiny_{mode}"))
     encoder = LatentEncoder(model, dtype=torch.float32, device="cpu")

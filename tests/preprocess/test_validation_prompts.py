@@ -17,7 +17,7 @@ from preprocess.writer import ShardWriter
 from shared.buckets import Bucket
 from shared.cache import committed_shards
 from shared.errors import UserError
-from shared.model_spec import ModelSpec, read_model_spec
+from shared.models.spec import ModelSpec, read_model_spec
 from shared.overlays import captions_folder
 from shared.prompts import VALIDATION, Prompt, current_validation, prompts_by_shard
 from shared.resize import fit_to

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKLWan
 from PIL import Image, ImageOps
 
 from preprocess.decoded import PSNR_FLOOR
-from shared.toy_model import toy_folder
+from shared.models.toy_model import toy_folder
 from tests.models import tiny_model
 from tests.preprocess.conftest import Cache, Ran, render_clip, wanprep, write_metadata
 

@@ -17,11 +17,11 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModel, UMT5EncoderModel
 
-from shared import weights
-from shared.component import component_digest
 from shared.errors import UserError
 from shared.io.hashing import FileHasher
-from shared.original_layout import expert_folder
+from shared.models import weights
+from shared.models.digest import component_digest
+from shared.models.original_layout import expert_folder
 from tests.models import tiny_model
 from tests.original_layout import TRANSFORMER, renamed, write_original
 

@@ -10,7 +10,6 @@ import torch
 
 from preprocess.config import EncodeConfig
 from preprocess.fingerprint import encode_fingerprint
-from shared.component import component_digest
 from shared.errors import UserError
 from shared.fingerprint import (
     as_in_cache,
@@ -20,8 +19,9 @@ from shared.fingerprint import (
     refuse_differences,
 )
 from shared.io.hashing import FileHasher
-from shared.model_spec import read_model_spec
-from shared.toy_model import toy_folder
+from shared.models.digest import component_digest
+from shared.models.spec import read_model_spec
+from shared.models.toy_model import toy_folder
 
 
 @pytest.fixture

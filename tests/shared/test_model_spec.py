@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import UserError
-from shared.model_spec import read_model_spec, resolve_model
+from shared.models.spec import read_model_spec, resolve_model
 
 
 def test_the_tiny_models(tiny_t2v: Path, tiny_i2v: Path) -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 
-from shared.model_spec import read_model_spec
-from shared.published_models import PUBLISHED, published_model, write_configs
+from shared.models.published import PUBLISHED, published_model, write_configs
+from shared.models.spec import read_model_spec
 
 # Parameters of one transformer, rounded.
 WEIGHTS = {

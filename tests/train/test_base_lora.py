@@ -9,7 +9,7 @@ from diffusers import WanPipeline
 from safetensors.torch import load_file, save_file
 
 from shared.errors import UserError
-from shared.model_spec import read_model_spec
+from shared.models.spec import read_model_spec
 from tests.original_layout import write_original
 from tests.train.test_distill import distill, final_bytes
 from tests.train.test_lora import ALL, trained

@@ -10,7 +10,7 @@ import webdataset
 from safetensors.torch import load
 
 from shared.cache import open_cache
-from shared.model_spec import read_model_spec
+from shared.models.spec import read_model_spec
 from tests.train.conftest import encode
 from train.data import Batch, MicroBatches, load_prompt_bank
 from train.dataset import dataset_of

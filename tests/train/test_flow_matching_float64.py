@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from shared.model_spec import read_model_spec
+from shared.models.spec import read_model_spec
 from tests.models import IMAGE_DIM
 from tests.train.conftest import randomise_lora
 from tests.train.test_dmd_float64 import _compare_lora_gradients, _maths, _merged

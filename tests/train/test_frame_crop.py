@@ -11,7 +11,7 @@ from preprocess.encoders import LatentEncoder
 from preprocess.media import read_frames
 from shared.buckets import Bucket
 from shared.cache import MemberReader, open_cache
-from shared.model_spec import read_model_spec
+from shared.models.spec import read_model_spec
 from tests.train.conftest import encode
 from tests.train.test_data import _dataset
 from tests.train.test_distill import distill, final_bytes

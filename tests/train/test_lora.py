@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from shared.errors import UserError
-from shared.model_spec import read_model_spec
+from shared.models.spec import read_model_spec
 from tests.original_layout import TRANSFORMER, renamed
 from tests.train.conftest import randomise_lora
 from tests.train.test_roles import CPU, build_batch

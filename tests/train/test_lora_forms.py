@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from shared.errors import UserError
-from shared.model_spec import read_model_spec
+from shared.models.spec import read_model_spec
 from tests.train.conftest import randomise_lora
 from tests.train.test_distill import distill
 from tests.train.test_lora import provenance

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.plan_peaks import batch_of, peak_of_updates, recipe_of
-from shared.model_spec import read_model_spec
+from shared.models.spec import read_model_spec
 from tests.models import Mode, tiny_model, tiny_transformer
 from tests.train.test_distill import SMALL
 from train.base import Precision, load_base

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from shared.errors import UserError
-from shared.model_spec import read_model_spec
+from shared.models.spec import read_model_spec
 from tests.models import tiny_model
 from tests.original_layout import TRANSFORMER, renamed, write_original
 from tests.train.test_lora import ALL, EXPERTS, applied, outputs, trained

@@ -7,9 +7,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from shared.component import component_digest
 from shared.errors import UserError
 from shared.io.hashing import FileHasher
+from shared.models.digest import component_digest
 from tests.preprocess.test_odd_weights import TEXT, VAE, changed
 from tests.shared.test_component_tensors import scaled
 from tests.train.test_distill import distill, final_bytes

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.model_spec import read_model_spec
+from shared.models.spec import read_model_spec
 from tests.models import Mode
 from tests.preprocess.test_original_layout import both
 from tests.train.conftest import encode

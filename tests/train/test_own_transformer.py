@@ -11,7 +11,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from shared.errors import UserError
-from shared.model_spec import read_model_spec
+from shared.models.spec import read_model_spec
 from tests.models import tiny_model, tiny_transformer
 from tests.original_layout import TRANSFORMER, renamed, write_original
 from tests.train.test_distill import distill, final_bytes

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from shared.errors import UserError
-from shared.model_spec import read_model_spec
-from shared.toy_model import toy_folder
+from shared.models.spec import read_model_spec
+from shared.models.toy_model import toy_folder
 from tests.train.test_distill import arguments, distill, final_bytes, losses
 from tests.train.test_finetune import finetune
 from tests.train.test_strategies import ALONE, IN_TWO, RUN, apart, command, lora_of, typed

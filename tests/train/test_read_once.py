@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.model_spec import read_model_spec
+from shared.models.spec import read_model_spec
 from tests.models import tiny_model
 from tests.train.conftest import encode
 from tests.train.test_strategies import IN_TWO, _environment, command

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.model_spec import read_model_spec
+from shared.models.spec import read_model_spec
 from tests.train.conftest import randomise_lora
 from train.base import load_base
 from train.data import Batch

@@ -13,7 +13,7 @@ import torch
 
 from shared.cache import CacheIndex, open_cache
 from shared.errors import UserError
-from shared.model_spec import read_model_spec
+from shared.models.spec import read_model_spec
 from tests.train.conftest import encode, write_dataset
 from tests.train.test_distill import SMALL, distill, final_bytes, losses
 from tests.train.test_updates import config_of

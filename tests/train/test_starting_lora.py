@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from shared.errors import UserError
-from shared.model_spec import read_model_spec
+from shared.models.spec import read_model_spec
 from tests.train.test_distill import distill
 from tests.train.test_lora import trained
 from tests.train.test_roles import CPU, build_batch

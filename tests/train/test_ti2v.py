@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from shared.cache import MEDIA_TYPES, open_cache
-from shared.model_spec import read_model_spec
+from shared.models.spec import read_model_spec
 from tests.train.conftest import encode
 from tests.train.test_data import _dataset
 from tests.train.test_distill import distill, final_bytes

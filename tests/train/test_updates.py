@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from shared.model_spec import read_model_spec
+from shared.models.spec import read_model_spec
 from tests.train.test_distill import arguments, distill, final_bytes
 from train.base import base_digest, load_base
 from train.cli import app as wantrain

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from shared.cache import MemberReader, open_cache
 from shared.errors import UserError
 from shared.latent_rgb import latents_to_rgb
-from shared.model_spec import read_model_spec
+from shared.models.spec import read_model_spec
 from shared.prompts import current_validation, prompts_by_shard
 from shared.schema import CONDITION_MEMBER, LATENTS_MEMBER, TEXT_MEMBER
 from tests.models import tiny_model

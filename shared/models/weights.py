@@ -3,7 +3,7 @@
 Every command loads every component this way, whatever the layout. diffusers and transformers leave
 out tensors that a model has no place for, and fill those that a file lacks with random numbers, and
 only warn. Here names and shapes must be the model's, one for one, once scales of fp8 are multiplied
-in, wrappers before the names taken off, and what has no part (`shared.tensor_names`) left out.
+in, wrappers before the names taken off, and what has no part (`shared.models.tensor_names`) left out.
 
 Files are read with safetensors or `torch.load(weights_only=True)`: nothing that they say is run.
 Classes are the caller's: `shared` builds none.
@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from shared import fp8, original_weights
 from shared.errors import UserError, first_line
-from shared.model_spec import read_json
-from shared.original_layout import is_original, transformer_config
-from shared.tensor_names import is_adapter, kind_of, never_weights, unwrapped
-from shared.weight_files import weight_files
+from shared.models import fp8, original_weights
+from shared.models.original_layout import is_original, transformer_config
+from shared.models.spec import read_json
+from shared.models.tensor_names import is_adapter, kind_of, never_weights, unwrapped
+from shared.models.weight_files import weight_files
 
 State = dict[str, torch.Tensor]
 AGAIN = "It is damaged, or of another model: download it again."

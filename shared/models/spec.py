@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from shared import original_layout
 from shared.errors import UserError, first_line, json_kind
 from shared.io.names import in_home_folder, quoted
-from shared.toy_model import TOY_MODELS, toy_folder
+from shared.models import original_layout
+from shared.models.toy_model import TOY_MODELS, toy_folder
 
 DEFAULT_MODEL = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
 MAX_TEXT_TOKENS = 512
@@ -122,7 +122,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 def read_model_spec(folder: Path) -> ModelSpec:
     """Read the model's facts from `model_index.json` and the components' `config.json`.
 
-    Of a folder in Wan's original layout: from what `shared.original_layout` makes of its own.
+    Of a folder in Wan's original layout: from what `shared.models.original_layout` makes of its own.
     """
     original = original_layout.is_original(folder)
     if not original and not (folder / "model_index.json").is_file():

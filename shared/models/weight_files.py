@@ -8,13 +8,13 @@ folder is refused: two sets of weights, a file beside the weights that nobody wo
 from pathlib import Path
 
 from shared.errors import UserError, first_line
-from shared.model_spec import read_json
-from shared.original_layout import (
+from shared.models.original_layout import (
     COMPONENT_NAMES,
     expert_folder,
     is_original,
     original_files,
 )
+from shared.models.spec import read_json
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
 OF_TRANSFORMERS = ("text_encoder", "image_encoder")

@@ -19,7 +19,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from shared.errors import UserError
-from shared.tensor_names import unwrapped
+from shared.models.tensor_names import unwrapped
 
 HIGH, LOW = "high_noise_model", "low_noise_model"
 TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"

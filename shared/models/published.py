@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from shared.original_layout import BOUNDARIES, CLIP_DIM, UMT5_DIM, WAN_21_VAE, WAN_22_VAE
+from shared.models.original_layout import BOUNDARIES, CLIP_DIM, UMT5_DIM, WAN_21_VAE, WAN_22_VAE
 
 _HUB, _ENDING = "Wan-AI/", "-Diffusers"
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from shared.errors import UserError, first_line
-from shared.original_layout import TOKENIZER, vae_config
-from shared.tensor_names import unwrapped
+from shared.models.original_layout import TOKENIZER, vae_config
+from shared.models.tensor_names import unwrapped
 
 Shapes = Mapping[str, Sequence[int]]
 CLIP_HEADS = 16  # of ViT-H/14, in the original code; no shape tells

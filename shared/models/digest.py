@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from shared import original_layout, original_weights
 from shared.io.hashing import FileHasher, digest_of
-from shared.model_spec import read_json
-from shared.weight_files import weight_files
-from shared.weights import config_of, model_weights
+from shared.models import original_layout, original_weights
+from shared.models.spec import read_json
+from shared.models.weight_files import weight_files
+from shared.models.weights import config_of, model_weights
 
 # Raise when a digest of the same weights becomes another: it is part of the memo's names.
 _VERSION = 2

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from shared.errors import UserError, first_line
-from shared.tensor_names import SCALED_MARKER
+from shared.models.tensor_names import SCALED_MARKER
 
 State = dict[str, torch.Tensor]
 FORMATS = ("float8_e4m3fn", "float8_e5m2")
