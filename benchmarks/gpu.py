@@ -114,7 +114,7 @@ class Place:
         return self.folder / "clips"
 
     def bucket(self) -> Any:
-        from shared.buckets import Bucket
+        from shared.format.buckets import Bucket
 
         return Bucket(32, 64, 9) if self.quick else Bucket(480, 832, 81)
 

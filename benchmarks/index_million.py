@@ -47,9 +47,9 @@ def write(folder: Path, samples: int) -> None:
     import numpy as np
 
     from preprocess.index import entries_of, write_index
-    from shared.buckets import Bucket
-    from shared.cache import Sidecar
-    from shared.schema import MEMBERS
+    from shared.format.buckets import Bucket
+    from shared.format.cache import Sidecar
+    from shared.format.schema import MEMBERS
 
     buckets = [Bucket(480, 832, 81), Bucket(832, 480, 81), Bucket(640, 640, 1)]
     shards = -(-samples // SHARD_SAMPLES)
@@ -93,7 +93,7 @@ def read(folder: Path) -> None:
     """As `wantrain` does."""
     from fractions import Fraction
 
-    from shared.cache import open_cache
+    from shared.format.cache import open_cache
     from train.dataset import dataset_of
     from train.plan import BatchPlan
 
@@ -155,7 +155,7 @@ def write_tars(folder: Path, samples: int) -> None:
     import torch
 
     from preprocess.writer import ShardWriter
-    from shared.schema import Sample, SampleInfo, sample_key
+    from shared.format.schema import Sample, SampleInfo, sample_key
 
     writer = ShardWriter(folder, FINGERPRINT, shard_bytes=64_000_000)
     latents, text, cond = torch.zeros(2, 3, 4, 4), torch.zeros(8, 8), torch.ones(2, 3, 4, 4)
@@ -180,7 +180,7 @@ def write_tars(folder: Path, samples: int) -> None:
 
 def rebuild(folder: Path, samples: int) -> None:
     """The console script's work, from tars alone."""
-    from shared.cache import open_cache
+    from shared.format.cache import open_cache
 
     before = time.perf_counter()
     command = [Path(sys.executable).with_name("wanprep"), "index", "--shards", folder]
@@ -195,11 +195,11 @@ def rebuild(folder: Path, samples: int) -> None:
     print(f"{'  a sample':<44}{each}")
     print(f"{'  peak memory':<44}{used.ru_maxrss / 1024:8.0f} MiB")
     # Beside it: the headers of the same tars, by our reader and by Python's.
-    from shared.schema import MEMBERS
-    from shared.tar import members
+    from shared.format.schema import MEMBERS
+    from shared.format.tar import members
 
     tars = sorted(folder.glob("*.tar"))[:4]
-    for name, walk in (("shared.tar", None), ("tarfile", tarfile.open)):
+    for name, walk in (("shared.format.tar", None), ("tarfile", tarfile.open)):
         before, count = time.process_time(), 0
         for path in tars:
             with path.open("rb") as stream:

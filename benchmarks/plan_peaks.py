@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from shared.buckets import Bucket
+from shared.format.buckets import Bucket
 from shared.models.published import PUBLISHED, write_configs
 from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec, read_model_spec
 from train.base import keep_from_autocast

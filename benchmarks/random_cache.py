@@ -6,12 +6,12 @@ import torch
 
 from preprocess.index import build_index
 from preprocess.writer import ShardWriter
-from shared.buckets import Bucket
-from shared.fingerprint import cache_mode, model_fields
+from shared.format.buckets import Bucket
+from shared.format.fingerprint import cache_mode, model_fields
+from shared.format.prompts import Prompt
+from shared.format.schema import Sample, SampleInfo, sample_key
 from shared.io.hashing import FileHasher
 from shared.models.spec import read_model_spec
-from shared.prompts import Prompt
-from shared.schema import Sample, SampleInfo, sample_key
 
 
 def write_cache(folder: Path, model: Path, bucket: Bucket, samples: int, *, shard_mb: int) -> None:

@@ -111,7 +111,7 @@ def loader(work: Path, quick: bool) -> None:
     """Samples as of 832 × 480 × 81: 4.2 MB of latents, 4.2 MB of condition, 60 to 300 tokens."""
     from random_cache import write_cache
 
-    from shared.buckets import Bucket
+    from shared.format.buckets import Bucket
     from tests.models import tiny_model
 
     model = text_wide(tiny_model(work / "wide", "i2v", two_experts=False), 4096)
@@ -124,7 +124,7 @@ def start(work: Path, quick: bool) -> None:
     """A million rows that share the bytes of 256 real samples."""
     from random_cache import write_cache
 
-    from shared.buckets import Bucket
+    from shared.format.buckets import Bucket
     from tests.models import tiny_model
 
     model = tiny_model(work / "small", "i2v", two_experts=False)
@@ -153,7 +153,7 @@ def repeat_shard(one: Path, many: Path, times: int) -> None:
     import numpy as np
 
     from preprocess.index import entries_of, write_index
-    from shared.cache import Sidecar, open_cache
+    from shared.format.cache import Sidecar, open_cache
 
     many.mkdir()
     index = open_cache(one)

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 
 from preprocess.writer import ShardWriter
-from shared.latent_rgb import ColourSums
-from shared.schema import Sample
+from shared.format.latent_rgb import ColourSums
+from shared.format.schema import Sample
 
 # Waiting samples hold memory; this many hide an fsync of a whole shard behind a few encodings.
 _MOST_WAITING = 8

@@ -7,7 +7,7 @@ from the seed and the caption, so that a cache is the same wherever it is made.
 from preprocess.clips import Clip, ClipRule
 from preprocess.draws import Draws
 from preprocess.sizes import budget_frames, token_sizes
-from shared.buckets import BASE_BUCKETS, BASE_SIZE, Bucket, nearest_base, scaled_size
+from shared.format.buckets import BASE_BUCKETS, BASE_SIZE, Bucket, nearest_base, scaled_size
 
 
 def caption_clips(

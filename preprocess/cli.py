@@ -180,8 +180,8 @@ def index(
     from preprocess.index import build_index, check_shards
     from preprocess.removal import require_shards
     from preprocess.writer import output_lock, refusals_explained
+    from shared.format.overlays import overlay_folders
     from shared.io.mirror import mirror_of
-    from shared.overlays import overlay_folders
 
     require_shards(shards)
     for folder in (shards, *overlay_folders(shards)):

@@ -23,8 +23,8 @@ from preprocess.sizes import (
     budget_frames,
     token_sizes,
 )
-from shared.buckets import BASE_SIZE, Bucket, nearest_base, scaled_size
-from shared.resize import fit_to
+from shared.format.buckets import BASE_SIZE, Bucket, nearest_base, scaled_size
+from shared.format.resize import fit_to
 
 RESIZE_RULE = "cover, PIL bilinear (antialiased, uint8), centre crop"
 

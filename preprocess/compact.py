@@ -20,11 +20,17 @@ from preprocess.writer import (
     refusals_explained,
     remove_uncommitted,
 )
-from shared.cache import CacheIndex, MemberReader, Sidecar, committed_shards, committed_tombstones
+from shared.format.cache import (
+    CacheIndex,
+    MemberReader,
+    Sidecar,
+    committed_shards,
+    committed_tombstones,
+)
+from shared.format.latent_rgb import ColourFit
+from shared.format.overlays import overlay_folders, positions
+from shared.format.schema import MEMBERS
 from shared.io.durable import fsync_folder, remove
-from shared.latent_rgb import ColourFit
-from shared.overlays import overlay_folders, positions
-from shared.schema import MEMBERS
 
 
 @dataclass(frozen=True, kw_only=True)

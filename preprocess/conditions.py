@@ -28,12 +28,12 @@ from preprocess.sources import Medium, stamp
 from preprocess.tars import base_folder, medium_named
 from preprocess.workers import WorkerPool
 from preprocess.writer import ShardWriter
-from shared.buckets import Bucket
-from shared.cache import CacheIndex, MemberReader, committed_shards
 from shared.cli_support import say
 from shared.device import check_device
 from shared.errors import UserError
-from shared.fingerprint import (
+from shared.format.buckets import Bucket
+from shared.format.cache import CacheIndex, MemberReader, committed_shards
+from shared.format.fingerprint import (
     FORMAT_VERSION,
     LACKING,
     Fingerprint,
@@ -42,11 +42,18 @@ from shared.fingerprint import (
     group_of,
     refuse_differences,
 )
+from shared.format.overlays import CONDITIONS
+from shared.format.schema import (
+    CONDITION_MEMBER,
+    DTYPES,
+    JSON_MEMBER,
+    MEDIA_TYPES,
+    pack,
+    sample_key,
+)
 from shared.interrupt import Interrupted, Interruption, catch_signals
 from shared.io.hashing import FileHasher
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
-from shared.overlays import CONDITIONS
-from shared.schema import CONDITION_MEMBER, DTYPES, JSON_MEMBER, MEDIA_TYPES, pack, sample_key
 
 if TYPE_CHECKING:
     from preprocess.encoders import LatentEncoder

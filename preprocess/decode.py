@@ -11,7 +11,7 @@ from preprocess.media import probe, read_frames
 from preprocess.media_info import Kind, MediaError, Probe, Shortcut
 from preprocess.sources import Medium, local_file
 from preprocess.worker_process import alive
-from shared.buckets import Bucket
+from shared.format.buckets import Bucket
 from shared.io.hashing import sha256_of
 
 

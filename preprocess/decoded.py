@@ -24,15 +24,15 @@ from preprocess.media_info import ANIMATIONS, MediaError
 from preprocess.shown import other_frames, shown_by_ffmpeg
 from preprocess.tars import base_folder, medium_named
 from preprocess.workers import WorkerPool, default_workers
-from shared.cache import MEDIA_TYPES, CacheIndex, MemberReader, open_cache
 from shared.device import check_device
 from shared.errors import UserError
-from shared.fingerprint import as_in_cache, refuse_differences
+from shared.format.cache import MEDIA_TYPES, CacheIndex, MemberReader, open_cache
+from shared.format.fingerprint import as_in_cache, refuse_differences
+from shared.format.schema import DTYPES, LATENTS_MEMBER
 from shared.io.hashing import FileHasher
 from shared.io.mp4 import write_mp4
 from shared.io.names import quoted
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
-from shared.schema import DTYPES, LATENTS_MEMBER
 
 if TYPE_CHECKING:
     from preprocess.encoders import LatentEncoder

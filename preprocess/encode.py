@@ -47,15 +47,15 @@ from preprocess.writer import (
     remove_abandoned,
     writer_lock,
 )
-from shared.cache import CacheIndex, committed_shards
 from shared.cli_support import say
 from shared.device import check_device
 from shared.errors import UserError
-from shared.fingerprint import Fingerprint
+from shared.format.cache import CacheIndex, committed_shards
+from shared.format.fingerprint import Fingerprint
+from shared.format.prompts import EMPTY, NEGATIVE, Prompt, prompts_by_shard
 from shared.interrupt import Interrupted, Interruption, catch_signals
 from shared.io.hashing import FileHasher
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
-from shared.prompts import EMPTY, NEGATIVE, Prompt, prompts_by_shard
 
 if TYPE_CHECKING:  # ray is imported where a cluster is asked for
     from preprocess.ray_cluster import Cluster

@@ -12,8 +12,8 @@ from preprocess.plan import Work
 from preprocess.text_cache import TextCache
 from preprocess.validation_prompts import Picture, encode_pictures
 from preprocess.workers import WorkerPool
+from shared.format.schema import DTYPES
 from shared.models.spec import ModelSpec
-from shared.schema import DTYPES
 
 if TYPE_CHECKING:  # diffusers and transformers wait until an encoder is built: a run that has
     from preprocess.encoders import LatentEncoder, TextEncoder  # nothing to do needs neither

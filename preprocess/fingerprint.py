@@ -7,9 +7,9 @@ from typing import Any
 
 from preprocess.clips import RESIZE_RULE
 from preprocess.config import EncodeConfig
-from shared.cache import Sidecar
 from shared.errors import UserError
-from shared.fingerprint import (
+from shared.format.cache import Sidecar
+from shared.format.fingerprint import (
     FORMAT_VERSION,
     FRAME_RULE,
     LACKING,
@@ -25,7 +25,7 @@ from shared.io.hashing import FileHasher
 from shared.io.names import quoted
 from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec
 
-# Raise when `shared.buckets` maps some size to another bucket than before.
+# Raise when `shared.format.buckets` maps some size to another bucket than before.
 BUCKET_TABLE_VERSION = 1
 OFF = "off"
 BY_DATASET = "by dataset"

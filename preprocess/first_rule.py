@@ -17,7 +17,7 @@ from av.video.frame import PictureType, VideoFrame
 from preprocess.media_info import Probe
 from preprocess.orientation import UPRIGHT, Orientation
 from preprocess.picks import picks_of
-from shared.buckets import nearest_base
+from shared.format.buckets import nearest_base
 
 PAIRS = frozenset({("avi", "huffyuv"), ("avi", "utvideo")})
 """(container, codec), by FFmpeg's names, in which decord was right in all that was tried."""

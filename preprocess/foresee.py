@@ -25,14 +25,14 @@ from preprocess.speed import Speed, known_speed, remember_speed
 from preprocess.text_cache import TextCache
 from preprocess.validation_prompts import missing_validation
 from preprocess.workers import WorkerPool
-from shared.buckets import Bucket
-from shared.cache import committed_shards
 from shared.errors import UserError
-from shared.fingerprint import Fingerprint, has_first_frame_rule
+from shared.format.buckets import Bucket
+from shared.format.cache import committed_shards
+from shared.format.fingerprint import Fingerprint, has_first_frame_rule
+from shared.format.prompts import prompts_by_shard
+from shared.format.schema import DTYPES
+from shared.format.tar import room
 from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec
-from shared.prompts import prompts_by_shard
-from shared.schema import DTYPES
-from shared.tar import room
 
 _TENSOR_HEADER = 96  # bytes that safetensors puts before a tensor, about
 _CLIP_TOKENS = 257

@@ -1,6 +1,6 @@
 """`manifest.json` and `index.zarr`, derived from the committed tars and their sidecars.
 
-Both can be deleted at any time and rebuilt from what `shared.cache.committed_shards` finds. The
+Both can be deleted at any time and rebuilt from what `shared.format.cache.committed_shards` finds. The
 index is written beside and swapped in, the manifest last: a reader that comes between sees that
 the two do not belong together.
 """
@@ -21,8 +21,9 @@ from zarr.storage import LocalStore
 
 from preprocess.shard_rows import stored_rows
 from preprocess.writer import index_lock
-from shared.buckets import Bucket
-from shared.cache import (
+from shared.errors import UserError
+from shared.format.buckets import Bucket
+from shared.format.cache import (
     INDEX,
     MANIFEST,
     MOST_MANIFEST,
@@ -35,9 +36,24 @@ from shared.cache import (
     committed_tombstones,
     open_cache,
 )
-from shared.columns import COLUMNS, Columns, column_digest
-from shared.errors import UserError
-from shared.fingerprint import FORMAT_VERSION, Fingerprint, of_cache, refuse_differences
+from shared.format.columns import COLUMNS, Columns, column_digest
+from shared.format.fingerprint import FORMAT_VERSION, Fingerprint, of_cache, refuse_differences
+from shared.format.latent_rgb import ColourFit, LatentRgb, solve
+from shared.format.overlays import made_by, required_members
+from shared.format.schema import (
+    JSON_MEMBER,
+    KEY_BYTES,
+    LATENTS_MEMBER,
+    MEDIA_TYPES,
+    MEMBERS,
+    MOST_INFO_BYTES,
+    TEXT_MEMBER,
+    tensors_in,
+    unpack_info,
+)
+from shared.format.strict_json import parse
+from shared.format.tar import Member, members
+from shared.format.tensor_header import LENGTH_BYTES, MOST_HEADER
 from shared.io.durable import (
     fault_point,
     fsync_file,
@@ -49,23 +65,7 @@ from shared.io.durable import (
 )
 from shared.io.hashing import FileHasher, digest_of
 from shared.io.mirror import mirror_of, pull, shard_file
-from shared.latent_rgb import ColourFit, LatentRgb, solve
 from shared.models.spec import MAX_TEXT_TOKENS
-from shared.overlays import made_by, required_members
-from shared.schema import (
-    JSON_MEMBER,
-    KEY_BYTES,
-    LATENTS_MEMBER,
-    MEDIA_TYPES,
-    MEMBERS,
-    MOST_INFO_BYTES,
-    TEXT_MEMBER,
-    tensors_in,
-    unpack_info,
-)
-from shared.strict_json import parse
-from shared.tar import Member, members
-from shared.tensor_header import LENGTH_BYTES, MOST_HEADER
 
 # Rows of a column that are written and read together.
 CHUNK_ROWS = 1 << 16
@@ -115,7 +115,7 @@ def live_columns(folder: Path) -> tuple[Columns, tuple[str, ...]]:
 def build_index(folder: Path) -> CacheIndex:
     """Write `index.zarr` and `manifest.json` from the committed shards alone; open the result.
 
-    Where several shards hold the same key, the newest (`shared.cache.age`) counts: that is how an
+    Where several shards hold the same key, the newest (`shared.format.cache.age`) counts: that is how an
     edited caption replaces the old sample. A key whose newest mention is a tombstone is left out.
     Raises UserError naming a damaged shard, or two shards that were made with different settings.
     """

@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from preprocess.index import caption_digest
-from shared.buckets import Bucket
-from shared.cache import (
+from shared.errors import UserError
+from shared.format.buckets import Bucket
+from shared.format.cache import (
     INDEX,
     MANIFEST,
     MEDIA_TYPES,
@@ -25,12 +26,11 @@ from shared.cache import (
     committed_tombstones,
     open_cache,
 )
-from shared.errors import UserError
-from shared.fingerprint import Fingerprint
-from shared.latent_rgb import LatentRgb
-from shared.overlays import overlay_folders, positions
-from shared.schema import MEMBERS
-from shared.tar import BLOCK, room
+from shared.format.fingerprint import Fingerprint
+from shared.format.latent_rgb import LatentRgb
+from shared.format.overlays import overlay_folders, positions
+from shared.format.schema import MEMBERS
+from shared.format.tar import BLOCK, room
 
 MOST_READ = 2000
 """Samples whose `KEY.json` is read for the durations."""

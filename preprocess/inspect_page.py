@@ -24,11 +24,11 @@ from preprocess.inspect_cache import (
     seconds_of,
 )
 from preprocess.inspect_report import KINDS, durations_note, facts, size
-from shared.cache import MemberReader
+from shared.format.cache import MemberReader
+from shared.format.latent_rgb import R2_FLOOR, latents_to_rgb
+from shared.format.schema import LATENTS_MEMBER
 from shared.io.durable import write_bytes
 from shared.io.mirror import shown
-from shared.latent_rgb import R2_FLOOR, latents_to_rgb
-from shared.schema import LATENTS_MEMBER
 
 _TEMPLATE = Path(__file__).with_name("inspect_page.html")
 _MOST_FRAMES = 24  # of a thumbnail

@@ -10,8 +10,8 @@ from rich.text import Text
 from preprocess import report
 from preprocess.inspect_cache import SHORT_TOKENS, Histogram, Overview, histogram
 from shared.cli_support import say
+from shared.format.latent_rgb import R2_FLOOR
 from shared.io.names import on_one_line
-from shared.latent_rgb import R2_FLOOR
 
 KINDS = {"video": "video", "image": "image", "text": "caption alone"}
 _BAR = 32  # characters of the longest bar

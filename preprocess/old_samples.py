@@ -21,9 +21,9 @@ from preprocess.probe_memo import ProbeMemo
 from preprocess.sources import Medium, stamp
 from preprocess.tars import base_folder, medium_named
 from preprocess.workers import WorkerPool, default_workers
-from shared.cache import CacheIndex, MemberReader, Sidecar, committed_shards, open_cache
 from shared.errors import UserError
-from shared.fingerprint import has_first_frame_rule
+from shared.format.cache import CacheIndex, MemberReader, Sidecar, committed_shards, open_cache
+from shared.format.fingerprint import has_first_frame_rule
 from shared.io.hashing import FileHasher
 from shared.io.names import quoted
 

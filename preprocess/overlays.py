@@ -13,8 +13,8 @@ from preprocess.writer import (
     remove_abandoned,
     writer_lock,
 )
-from shared.cache import CacheIndex, committed_shards
-from shared.fingerprint import Fingerprint
+from shared.format.cache import CacheIndex, committed_shards
+from shared.format.fingerprint import Fingerprint
 
 
 @contextmanager

@@ -18,10 +18,10 @@ from preprocess.media_info import MediaError
 from preprocess.plan import Captions, Committed, Work
 from preprocess.text_cache import TextCache
 from preprocess.workers import WorkerPool
-from shared.cache import CacheIndex, MemberReader
-from shared.latent_rgb import ColourSums
+from shared.format.cache import CacheIndex, MemberReader
+from shared.format.latent_rgb import ColourSums
+from shared.format.schema import CONDITION_MEMBER, LATENTS_MEMBER, TEXT_MEMBER, Sample
 from shared.models.spec import ModelSpec
-from shared.schema import CONDITION_MEMBER, LATENTS_MEMBER, TEXT_MEMBER, Sample
 
 if TYPE_CHECKING:  # diffusers and transformers wait until an encoder is built
     from preprocess.encoders import LatentEncoder, TextEncoder

@@ -16,10 +16,10 @@ from preprocess.media_info import Kind, MediaError, Probe, Shortcut
 from preprocess.probe_memo import ProbeMemo
 from preprocess.sources import Medium, stamp
 from preprocess.workers import WorkerPool
-from shared.cache import CacheIndex
-from shared.columns import hex_keys
+from shared.format.cache import CacheIndex
+from shared.format.columns import hex_keys
+from shared.format.schema import MediaType, SampleInfo, sample_key
 from shared.io.hashing import FileHasher
-from shared.schema import MediaType, SampleInfo, sample_key
 
 MOST_CAPTIONS = 64
 """Captions of one clip: all ordinals below are looked through for one that is committed."""

@@ -31,10 +31,10 @@ from preprocess.workers import WorkerPool
 from preprocess.writer import ShardWriter, free_writer_lock
 from shared.device import check_device
 from shared.errors import UserError
-from shared.fingerprint import Fingerprint, as_in_cache, refuse_differences
+from shared.format.fingerprint import Fingerprint, as_in_cache, refuse_differences
+from shared.format.schema import DTYPES
 from shared.io.hashing import FileHasher
 from shared.models.spec import ModelSpec, resolve_model
-from shared.schema import DTYPES
 
 if TYPE_CHECKING:
     from preprocess.encoders import LatentEncoder, TextEncoder

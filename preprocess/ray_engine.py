@@ -26,9 +26,9 @@ from preprocess.sources import Medium
 from preprocess.text_cache import TextCache
 from preprocess.validation_prompts import Picture
 from preprocess.writer import MOST_WRITERS, remove_abandoned
-from shared.cache import CacheIndex, committed_shards
 from shared.errors import UserError
-from shared.fingerprint import Fingerprint
+from shared.format.cache import CacheIndex, committed_shards
+from shared.format.fingerprint import Fingerprint
 from shared.interrupt import Interruption
 from shared.io.durable import write_bytes
 from shared.models.spec import ModelSpec

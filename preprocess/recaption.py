@@ -21,29 +21,29 @@ from preprocess.ranks import Rank
 from preprocess.removal import is_unusable, sources
 from preprocess.text_cache import TextCache
 from preprocess.writer import ShardWriter
-from shared.cache import CacheIndex, MemberReader, committed_shards
 from shared.cli_support import say
 from shared.device import check_device
 from shared.errors import UserError
-from shared.fingerprint import (
+from shared.format.cache import CacheIndex, MemberReader, committed_shards
+from shared.format.fingerprint import (
     FORMAT_VERSION,
     TEXT_CLEANING,
     Fingerprint,
     as_in_cache,
     group_of,
 )
-from shared.interrupt import Interrupted, Interruption, catch_signals
-from shared.io.hashing import FileHasher
-from shared.models.spec import MAX_TEXT_TOKENS, read_model_spec, resolve_model
-from shared.overlays import CAPTIONS, captions_folder
-from shared.prompts import (
+from shared.format.overlays import CAPTIONS, captions_folder
+from shared.format.prompts import (
     NEGATIVE,
     VALIDATION,
     Prompt,
     current_validation,
     prompts_by_shard,
 )
-from shared.schema import DTYPES, JSON_MEMBER, TEXT_MEMBER, pack
+from shared.format.schema import DTYPES, JSON_MEMBER, TEXT_MEMBER, pack
+from shared.interrupt import Interrupted, Interruption, catch_signals
+from shared.io.hashing import FileHasher
+from shared.models.spec import MAX_TEXT_TOKENS, read_model_spec, resolve_model
 
 if TYPE_CHECKING:
     from preprocess.encoders import TextEncoder

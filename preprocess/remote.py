@@ -50,7 +50,7 @@ def _put_rows(written: Path, final: Path) -> None:
     """Write the shard's rows beside it, so that no other machine must fetch it for the index."""
     from preprocess.index import scan_shard
     from preprocess.shard_rows import pack_rows
-    from shared.cache import Sidecar
+    from shared.format.cache import Sidecar
     from shared.io.durable import write_bytes
 
     sidecar = Sidecar.read(written, final=final)

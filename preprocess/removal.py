@@ -12,12 +12,12 @@ import numpy as np
 
 from preprocess.index import fresh_index
 from preprocess.writer import ShardWriter, output_lock, refusals_explained
-from shared.cache import CacheIndex, MemberReader, committed_shards
 from shared.errors import UserError
+from shared.format.cache import CacheIndex, MemberReader, committed_shards
+from shared.format.schema import JSON_MEMBER, MEDIA_TYPES, MEMBERS, unpack_info
+from shared.format.tar import members
 from shared.io.mirror import shard_file
 from shared.io.names import has_wildcard, matcher, quoted
-from shared.schema import JSON_MEMBER, MEDIA_TYPES, MEMBERS, unpack_info
-from shared.tar import members
 
 
 def require_shards(folder: Path) -> None:

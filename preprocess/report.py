@@ -22,10 +22,10 @@ from rich.progress import (
 
 from preprocess.dataset import Rejected
 from preprocess.plan import Work
-from shared.cache import CacheIndex
+from shared.format.cache import CacheIndex
+from shared.format.latent_rgb import R2_FLOOR
+from shared.format.schema import MEDIA_TYPES
 from shared.io.names import on_one_line
-from shared.latent_rgb import R2_FLOOR
-from shared.schema import MEDIA_TYPES
 
 if TYPE_CHECKING:
     from preprocess.passes import Times

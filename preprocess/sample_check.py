@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from shared.buckets import Bucket
 from shared.errors import json_kind
-from shared.fingerprint import WITH_CLIP, Fingerprint
-from shared.overlays import required_members
-from shared.prompts import VALIDATION
-from shared.schema import (
+from shared.format.buckets import Bucket
+from shared.format.fingerprint import WITH_CLIP, Fingerprint
+from shared.format.overlays import required_members
+from shared.format.prompts import VALIDATION
+from shared.format.schema import (
     CONDITION_MEMBER,
     DTYPES,
     JSON_MEMBER,
@@ -22,8 +22,8 @@ from shared.schema import (
     TEXT_MEMBER,
     unpack,
 )
-from shared.strict_json import is_count, parse
-from shared.tensor_header import read_header
+from shared.format.strict_json import is_count, parse
+from shared.format.tensor_header import read_header
 
 # Bytes of a member beyond its tensors, or of a whole JSON, that nobody needs.
 _MOST_OVERHEAD = MOST_INFO_BYTES

@@ -9,7 +9,7 @@ from preprocess.caption_clips import caption_clips
 from preprocess.clips import Clip, ClipRule, choose_clips
 from preprocess.media_info import MediaError, Probe
 from preprocess.picks import picks_of
-from shared.buckets import bucket_size
+from shared.format.buckets import bucket_size
 
 _NAMED_STEP = 160
 

@@ -9,11 +9,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from shared.cache import Sidecar
-from shared.columns import COLUMNS, Columns, column_digest
+from shared.format.cache import Sidecar
+from shared.format.columns import COLUMNS, Columns, column_digest
+from shared.format.schema import MEDIA_TYPES, MOST_REPEATS
 from shared.io.mirror import ROWS_SUFFIX
 from shared.models.spec import MAX_TEXT_TOKENS
-from shared.schema import MEDIA_TYPES, MOST_REPEATS
 
 
 def pack_rows(columns: Columns, sha256: str) -> bytes:

@@ -18,7 +18,7 @@ from PIL import Image
 from preprocess.media_info import MediaError
 from preprocess.sources import Medium, local_file
 from preprocess.worker_process import alive
-from shared.buckets import Bucket
+from shared.format.buckets import Bucket
 
 _ALIVE_SECONDS = 5
 _LONG_SIDE = 32  # pixels of a thumbnail

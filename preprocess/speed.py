@@ -7,7 +7,7 @@ from pathlib import Path
 
 from preprocess.config import EncodeConfig
 from preprocess.passes import Times
-from shared.fingerprint import Fingerprint
+from shared.format.fingerprint import Fingerprint
 from shared.io.hashing import cache_folder, digest_of
 from shared.io.memo import note, recall
 

@@ -1,6 +1,6 @@
 """A tar read once from its start to its end, hashed on the way.
 
-`shared.tar` reads headers alone, and stops at the first thing that is not as it should be; here
+`shared.format.tar` reads headers alone, and stops at the first thing that is not as it should be; here
 every byte is read, and as many members as there are.
 """
 
@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO
 
-from shared import tar
-from shared.tar import BLOCK
+from shared.format import tar
+from shared.format.tar import BLOCK
 
 _READ_BYTES = 1 << 22
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from shared.fingerprint import Fingerprint
+from shared.format.fingerprint import Fingerprint
+from shared.format.schema import TEXT_MEMBER, pack, unpack
 from shared.io.durable import DurableFile, remove_tree, rename, temporary
 from shared.io.hashing import digest_of
-from shared.schema import TEXT_MEMBER, pack, unpack
 
 PREFIX = ".text-"
 _LENGTH_BYTES = 8  # safetensors: the header's length, little endian; the header; the tensors

@@ -21,11 +21,11 @@ from preprocess.clips import ClipRule, fit
 from preprocess.media import probe, read_frames
 from preprocess.media_info import MediaError
 from preprocess.metadata import Form, Record, read_metadata
-from shared.buckets import Bucket
 from shared.errors import UserError, json_kind
+from shared.format.buckets import Bucket
+from shared.format.prompts import VALIDATION, Prompt, current_validation
 from shared.io.hashing import sha256_of
 from shared.models.spec import ModelSpec
-from shared.prompts import VALIDATION, Prompt, current_validation
 
 if TYPE_CHECKING:
     from preprocess.encoders import LatentEncoder

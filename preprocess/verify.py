@@ -24,7 +24,8 @@ from preprocess.removal import require_shards
 from preprocess.sample_check import Expected, Problem
 from preprocess.verify_shard import Row, ShardReport, check_shard
 from preprocess.writer import LOCK, SHARD_NAME
-from shared.cache import (
+from shared.errors import UserError, first_line
+from shared.format.cache import (
     INDEX,
     MANIFEST,
     MOST_MANIFEST,
@@ -36,16 +37,15 @@ from shared.cache import (
     check_format,
     open_cache,
 )
-from shared.columns import read_attributes
-from shared.errors import UserError, first_line
-from shared.fingerprint import differences, of_cache
+from shared.format.columns import read_attributes
+from shared.format.fingerprint import differences, of_cache
+from shared.format.latent_rgb import ColourFit
+from shared.format.overlays import CONDITIONS, made_by, overlay_folders, positions
+from shared.format.schema import MEMBERS
+from shared.format.strict_json import read_object
 from shared.io.durable import TEMPORARY_SUFFIX
 from shared.io.hashing import digest_of
 from shared.io.names import quoted
-from shared.latent_rgb import ColourFit
-from shared.overlays import CONDITIONS, made_by, overlay_folders, positions
-from shared.schema import MEMBERS
-from shared.strict_json import read_object
 
 _NEEDED_PROMPTS = ("empty", "negative")
 # Codes that keep `wanprep index`, and so `wanprep remove`, from reading the shard at all.

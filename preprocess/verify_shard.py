@@ -16,15 +16,15 @@ from preprocess.sample_check import (
     check_tensors,
 )
 from preprocess.tar_stream import HashedStream, Member, TarDamage, members
-from shared.cache import MEDIA_TYPES, Sidecar
 from shared.errors import UserError
+from shared.format.cache import MEDIA_TYPES, Sidecar
+from shared.format.schema import CONDITION_MEMBER, JSON_MEMBER, LATENTS_MEMBER, MEMBERS, TEXT_MEMBER
 from shared.io.mirror import shard_file
-from shared.schema import CONDITION_MEMBER, JSON_MEMBER, LATENTS_MEMBER, MEMBERS, TEXT_MEMBER
 
 
 @dataclass
 class Row:
-    """What the index should say of a sample: `shared.cache.COLUMNS`."""
+    """What the index should say of a sample: `shared.format.cache.COLUMNS`."""
 
     caption: bytes = b""
     type: int = 0

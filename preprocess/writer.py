@@ -1,6 +1,6 @@
 """Shards: one open tar per bucket, hashed while it is written, committed whole.
 
-A shard exists once its sidecar does (`shared.cache.Sidecar`), which is written last. Whatever a
+A shard exists once its sidecar does (`shared.format.cache.Sidecar`), which is written last. Whatever a
 killed run left without one is removed by the next.
 """
 
@@ -17,10 +17,14 @@ from pathlib import Path
 
 import webdataset
 
-from shared.buckets import Bucket
-from shared.cache import TOMBSTONES, Sidecar, Tombstones, age
 from shared.errors import UserError
-from shared.fingerprint import Fingerprint
+from shared.format.buckets import Bucket
+from shared.format.cache import TOMBSTONES, Sidecar, Tombstones, age
+from shared.format.fingerprint import Fingerprint
+from shared.format.latent_rgb import ColourFit, ColourSums
+from shared.format.prompts import Prompt
+from shared.format.schema import Sample
+from shared.format.tar import room
 from shared.io.durable import (
     TEMPORARY_SUFFIX,
     DurableFile,
@@ -31,10 +35,6 @@ from shared.io.durable import (
     write_json,
 )
 from shared.io.mirror import mirror_of
-from shared.latent_rgb import ColourFit, ColourSums
-from shared.prompts import Prompt
-from shared.schema import Sample
-from shared.tar import room
 
 # h480-w832-f81-w000-00012.tar: bucket, writer, number. The number is higher than all that were
 # there when the writer began, so it tells which of two shards that hold the same key is newer.

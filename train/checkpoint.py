@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load
 
 from shared.errors import UserError
-from shared.fingerprint import flatten
+from shared.format.fingerprint import flatten
 from shared.io.durable import fsync_file, fsync_folder, temporary
 from shared.io.hashing import digest_of
 from shared.io.names import quoted

@@ -40,7 +40,7 @@ def export(
 
     Next: docs/use-your-lora.md
     """
-    from shared.schema import DTYPES
+    from shared.format.schema import DTYPES
     from train import export as exported
 
     if (lora is None) == (checkpoint is None):

@@ -56,7 +56,7 @@ def plan(
     """
     options = locals()  # as they were given
 
-    from shared.buckets import Bucket
+    from shared.format.buckets import Bucket
     from train.levers import Levers
     from train.memory import Settings
     from train.memory_plan import plan_memory

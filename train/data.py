@@ -10,13 +10,13 @@ from functools import partial
 
 import torch
 
-from shared.cache import MEDIA_TYPES, REENCODE_SHARD, CacheIndex, MemberReader
 from shared.errors import UserError
+from shared.format.cache import MEDIA_TYPES, REENCODE_SHARD, CacheIndex, MemberReader
+from shared.format.prompts import read_prompts
+from shared.format.schema import CONDITION_MEMBER, DTYPES, LATENTS_MEMBER, TEXT_MEMBER, TORCH_DTYPES
+from shared.format.tensor_header import TensorHeader
 from shared.io.names import quoted
 from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec
-from shared.prompts import read_prompts
-from shared.schema import CONDITION_MEMBER, DTYPES, LATENTS_MEMBER, TEXT_MEMBER, TORCH_DTYPES
-from shared.tensor_header import TensorHeader
 from train.buffers import Buffers
 from train.dataset import Dataset
 from train.plan import BatchPlan, micro_batch

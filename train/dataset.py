@@ -9,11 +9,11 @@ from math import lcm
 import numpy as np
 import numpy.typing as npt
 
-from shared.buckets import Bucket
-from shared.cache import CacheIndex
 from shared.errors import UserError
-from shared.overlays import positions
-from shared.schema import JSON_MEMBER, MEDIA_TYPES, TEXT_MEMBER
+from shared.format.buckets import Bucket
+from shared.format.cache import CacheIndex
+from shared.format.overlays import positions
+from shared.format.schema import JSON_MEMBER, MEDIA_TYPES, TEXT_MEMBER
 from train.where import Condition, nothing_selected, select
 
 

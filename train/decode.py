@@ -14,12 +14,12 @@ from rich.progress import track
 from shared import cli_support
 from shared.device import check_device
 from shared.errors import UserError
+from shared.format.schema import DTYPES
 from shared.io.hashing import FileHasher
 from shared.io.mp4 import Clip, write_mp4
 from shared.models import weights
 from shared.models.digest import component_digest
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
-from shared.schema import DTYPES
 from train.config import check_writable
 from train.latent_files import LatentClip, read_latents
 from train.media_out import contact_sheet

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError
-from shared.fingerprint import Fingerprint
+from shared.format.fingerprint import Fingerprint
 from shared.seed_command import Given
 
 # Of a fingerprint's media settings. A setting that played no part has no value, and datasets of a

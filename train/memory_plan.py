@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shared.buckets import Bucket
 from shared.errors import UserError
+from shared.format.buckets import Bucket
 from shared.models.original_layout import is_original
 from shared.models.published import PUBLISHED, published_model, write_configs
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model

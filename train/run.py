@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from shared.cache import MEDIA_TYPES, CacheIndex, open_cache
 from shared.device import check_device
 from shared.errors import UserError
-from shared.fingerprint import (
+from shared.format.cache import MEDIA_TYPES, CacheIndex, open_cache
+from shared.format.fingerprint import (
     LACKING,
     Fingerprint,
     as_in_cache,
@@ -20,12 +20,12 @@ from shared.fingerprint import (
     model_fields,
     refuse_differences,
 )
+from shared.format.overlays import CONDITIONS, with_captions, with_conditions
+from shared.format.schema import TEXT_MEMBER
 from shared.io.hashing import FileHasher
 from shared.io.mirror import described
 from shared.io.names import quoted
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
-from shared.overlays import CONDITIONS, with_captions, with_conditions
-from shared.schema import TEXT_MEMBER
 from train.attention import check_attention
 from train.base import component_of
 from train.checkpoint import Identity

@@ -32,6 +32,8 @@ from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
 from shared import cli_support
 from shared.device import check_device
 from shared.errors import UserError, first_line
+from shared.format.resize import fit_to
+from shared.format.schema import DTYPES
 from shared.io.durable import write_json
 from shared.io.mp4 import Clip, write_mp4
 from shared.models import original_weights, weights
@@ -44,8 +46,6 @@ from shared.models.spec import (
     read_model_spec,
     resolve_model,
 )
-from shared.resize import fit_to
-from shared.schema import DTYPES
 from train.base import Base, base_digest, component_of, load_weights, merge
 from train.config import check_writable
 from train.dmd import Pairing

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from shared.errors import UserError
-from shared.schema import DTYPES
+from shared.format.schema import DTYPES
 from train.activation_offloading import ActivationOffloading
 from train.attention import use_attention
 from train.base import base_digest, component_of, load_base

@@ -1,7 +1,7 @@
 """Validation: what the product makes of fixed inputs while it trains.
 
 Latents are sampled with the roles as they are in training, at the trained steps, and shown by their
-colours (`shared.latent_rgb`): no VAE is there. They are kept, so that `wantrain decode` can show
+colours (`shared.format.latent_rgb`): no VAE is there. They are kept, so that `wantrain decode` can show
 the real thing. The noise is counted, of a stream of its own, and no weight changes, so training
 goes on as if nothing had been.
 
@@ -19,15 +19,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shared.cache import MEDIA_TYPES, CacheIndex
 from shared.errors import UserError
+from shared.format.cache import MEDIA_TYPES, CacheIndex
+from shared.format.latent_rgb import R2_FLOOR, LatentRgb, latents_to_rgb
+from shared.format.prompts import Prompt, current_validation, prompts_by_shard
+from shared.format.schema import DTYPES, TEXT_MEMBER
 from shared.io.durable import fsync_folder, temporary, write_bytes, write_json
 from shared.io.mp4 import Clip, write_mp4
 from shared.io.names import quoted
-from shared.latent_rgb import R2_FLOOR, LatentRgb, latents_to_rgb
 from shared.models.spec import ModelSpec
-from shared.prompts import Prompt, current_validation, prompts_by_shard
-from shared.schema import DTYPES, TEXT_MEMBER
 from train.data import MicroBatches, StoredBatch
 from train.dataset import Dataset
 from train.latent_files import LatentClip, latent_bytes

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shared.cache import CacheIndex, MemberReader
 from shared.errors import UserError
+from shared.format.cache import CacheIndex, MemberReader
+from shared.format.schema import JSON_MEMBER, MEDIA_TYPES, MEMBERS, TEXT_MEMBER
 from shared.io.durable import write_bytes
 from shared.io.hashing import cache_folder, digest_of
 from shared.io.names import has_wildcard, matcher
-from shared.schema import JSON_MEMBER, MEDIA_TYPES, MEMBERS, TEXT_MEMBER
 
 Mask = npt.NDArray[np.bool_]
 

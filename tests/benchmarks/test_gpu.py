@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from shared.cache import open_cache
+from shared.format.cache import open_cache
 from shared.models.published import PUBLISHED
 from train.cli import app as wantrain
 

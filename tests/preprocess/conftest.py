@@ -20,9 +20,9 @@ from PIL import Image
 
 import shared
 from preprocess.cli import app
-from shared.cache import CacheIndex, MemberReader, open_cache
 from shared.cli_support import run
-from shared.schema import MEMBERS
+from shared.format.cache import CacheIndex, MemberReader, open_cache
+from shared.format.schema import MEMBERS
 
 
 def _package(name: str) -> Path:

@@ -14,12 +14,12 @@ import torch
 
 from preprocess.index import build_index
 from preprocess.writer import ShardWriter
-from shared.cache import MemberReader, Sidecar, open_cache
-from shared.columns import column_digest
-from shared.latent_rgb import ColourSums
-from shared.overlays import captions_folder, overlay_folders, with_captions
-from shared.prompts import Prompt, read_prompts
-from shared.schema import (
+from shared.format.cache import MemberReader, Sidecar, open_cache
+from shared.format.columns import column_digest
+from shared.format.latent_rgb import ColourSums
+from shared.format.overlays import captions_folder, overlay_folders, with_captions
+from shared.format.prompts import Prompt, read_prompts
+from shared.format.schema import (
     JSON_MEMBER,
     MEMBERS,
     TEXT_MEMBER,

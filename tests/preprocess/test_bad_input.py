@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 from PIL import Image
 
-from shared.cache import committed_shards
+from shared.format.cache import committed_shards
 from tests.preprocess.conftest import VIDEOS, Cache, Ran, render_clip, wanprep, write_metadata
 
 FAST = ("--size", 64, "--video-sample-n-frames", 5, "--device", "cpu")

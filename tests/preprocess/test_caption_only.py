@@ -16,11 +16,11 @@ from safetensors.torch import load
 from preprocess.caption_clips import caption_clips
 from preprocess.clips import ClipRule
 from preprocess.dataset import load_dataset
-from shared.buckets import BASE_BUCKETS, Bucket
-from shared.cache import Sidecar, open_cache
 from shared.errors import UserError
-from shared.overlays import with_conditions
-from shared.schema import pack
+from shared.format.buckets import BASE_BUCKETS, Bucket
+from shared.format.cache import Sidecar, open_cache
+from shared.format.overlays import with_conditions
+from shared.format.schema import pack
 from tests.preprocess.conftest import Cache, Ran, render_clip, wanprep
 
 SETTINGS = (

@@ -10,7 +10,7 @@ from PIL import Image
 
 from preprocess.clips import Clip, ClipRule, choose_clips, fit
 from preprocess.media_info import MediaError, Probe
-from shared.buckets import Bucket
+from shared.format.buckets import Bucket
 
 RULE = ClipRule(
     image_size=512,

@@ -11,9 +11,9 @@ import pytest
 
 from preprocess.dataset_config import load_dataset_config
 from preprocess.sampling import Resolution
-from shared.buckets import bucket_size
-from shared.cache import open_cache
 from shared.errors import UserError
+from shared.format.buckets import bucket_size
+from shared.format.cache import open_cache
 from tests.preprocess.conftest import PICTURES, REPOSITORY, Cache, render_clip, wanprep
 
 Calls = Callable[[], dict[str, int]]

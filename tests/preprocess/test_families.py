@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
-from shared.overlays import with_conditions
+from shared.format.overlays import with_conditions
 from tests.preprocess.conftest import Cache, Ran, render_clip, wanprep
 from tests.preprocess.test_overlays import members
 

@@ -17,9 +17,9 @@ import zarr
 
 from preprocess.index import build_index, caption_digest
 from preprocess.writer import ShardWriter
-from shared.cache import COLUMNS, Sidecar, committed_shards, open_cache
-from shared.prompts import Prompt
-from shared.schema import MEMBERS, Sample, SampleInfo, sample_key
+from shared.format.cache import COLUMNS, Sidecar, committed_shards, open_cache
+from shared.format.prompts import Prompt
+from shared.format.schema import MEMBERS, Sample, SampleInfo, sample_key
 from tests.preprocess.conftest import (
     PHOTOS,
     REPOSITORY,

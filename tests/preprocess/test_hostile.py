@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 
 from preprocess.index import build_index, scan_shard
 from preprocess.shard_rows import pack_rows, stored_rows
-from shared.cache import MANIFEST, Sidecar, open_cache
-from shared.columns import COLUMNS
 from shared.errors import UserError
+from shared.format.cache import MANIFEST, Sidecar, open_cache
+from shared.format.columns import COLUMNS
+from shared.format.prompts import read_prompts
+from shared.format.schema import JSON_MEMBER, LATENTS_MEMBER, MEMBERS, TEXT_MEMBER
 from shared.io.mirror import ROWS_SUFFIX
-from shared.prompts import read_prompts
-from shared.schema import JSON_MEMBER, LATENTS_MEMBER, MEMBERS, TEXT_MEMBER
 from tests.preprocess import hostile
 from tests.preprocess.conftest import REPOSITORY, wanprep
 from tests.preprocess.hostile import (

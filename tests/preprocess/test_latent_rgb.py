@@ -11,9 +11,9 @@ import torch
 
 from preprocess.clips import fit
 from preprocess.media import read_frames
-from shared.buckets import Bucket
-from shared.cache import CacheIndex, Sidecar, committed_shards
-from shared.latent_rgb import (
+from shared.format.buckets import Bucket
+from shared.format.cache import CacheIndex, Sidecar, committed_shards
+from shared.format.latent_rgb import (
     ColourFit,
     ColourSums,
     LatentRgb,

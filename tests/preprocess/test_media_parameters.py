@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from preprocess.clips import Clip, ClipRule, choose_clips
 from preprocess.media_info import MediaError, Probe
 from preprocess.sizes import RATIO_CROPS, adapted_weights, budget_frames
-from shared.buckets import Bucket
+from shared.format.buckets import Bucket
 
 RULE = ClipRule(
     image_size=640,

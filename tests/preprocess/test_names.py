@@ -19,9 +19,9 @@ from PIL import Image
 
 from preprocess.dataset import load_dataset
 from preprocess.dataset_config import load_dataset_config
-from shared.cache import committed_tombstones
+from shared.format.cache import committed_tombstones
+from shared.format.overlays import with_captions
 from shared.io.names import matcher, on_lines, on_one_line
-from shared.overlays import with_captions
 from tests.object_store import BUCKET, ObjectStore, another_machine
 from tests.preprocess.conftest import Cache, Ran, render_clip, wanprep
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from shared.cache import committed_shards
+from shared.format.cache import committed_shards
+from shared.format.prompts import read_prompts
 from shared.io.durable import FAULT
-from shared.prompts import read_prompts
 from tests.object_store import BUCKET, ObjectStore, another_machine, sidecars
 from tests.preprocess.conftest import REPOSITORY, Cache, Ran, wanprep, wanprep_process
 

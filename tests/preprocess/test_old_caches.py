@@ -14,9 +14,9 @@ from preprocess.decode import fitted_frames
 from preprocess.first_rule import wrong_sample
 from preprocess.media import probe
 from preprocess.media_info import Probe
-from shared.buckets import Bucket
-from shared.cache import committed_shards
-from shared.fingerprint import FIRST_FRAME_RULE, FRAME_RULE
+from shared.format.buckets import Bucket
+from shared.format.cache import committed_shards
+from shared.format.fingerprint import FIRST_FRAME_RULE, FRAME_RULE
 from tests.preprocess.conftest import Cache, Ran, wanprep
 
 OLD = Path(__file__).parents[1] / "old_caches" / "d0f92fe"

@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 
-from shared.fingerprint import model_fields
+from shared.format.fingerprint import model_fields
 from shared.io.hashing import FileHasher
 from shared.models.digest import component_digest
 from shared.models.original_layout import vae_config

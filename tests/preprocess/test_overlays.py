@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from shared.cache import MemberReader, open_cache
-from shared.overlays import captions_folder, positions, with_captions, with_conditions
-from shared.prompts import read_prompts
+from shared.format.cache import MemberReader, open_cache
+from shared.format.overlays import captions_folder, positions, with_captions, with_conditions
+from shared.format.prompts import read_prompts
 from tests.models import tiny_model
 from tests.preprocess.conftest import Cache, Ran, render_clip, wanprep
 

@@ -144,7 +144,7 @@ def test_latents_are_causal(mode: str, data: Path, request: pytest.FixtureReques
     from preprocess.clips import fit
     from preprocess.encoders import LatentEncoder
     from preprocess.media import read_frames
-    from shared.buckets import Bucket
+    from shared.format.buckets import Bucket
     from shared.models.spec import read_model_spec
 
     model = read_model_spec(request.getfixturevalue(f"tiny_{mode}"))

@@ -11,9 +11,9 @@ import pytest
 
 from preprocess.ranks import Rank, this_rank
 from preprocess.writer import output_lock, writer_lock
-from shared.cache import committed_shards
 from shared.errors import UserError
-from shared.prompts import read_prompts
+from shared.format.cache import committed_shards
+from shared.format.prompts import read_prompts
 from tests.preprocess.conftest import REPOSITORY, Cache, wanprep, wanprep_process
 
 SETTINGS = ("--size", 256, "--dtype", "fp32", "--shard-size-mb", 1, "--device", "cpu")

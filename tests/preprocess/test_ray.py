@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from preprocess.writer import free_writer_lock, writer_lock
-from shared.cache import committed_shards
 from shared.errors import UserError
+from shared.format.cache import committed_shards
 from shared.interrupt import Interruption, catch_signals
 from tests.foreign_names import foreign_names
 from tests.preprocess.conftest import REPOSITORY, Cache, wanprep, wanprep_process, write_metadata

@@ -10,8 +10,8 @@ import torch
 
 from preprocess.index import build_index, fresh_index
 from preprocess.writer import ShardWriter
-from shared.cache import committed_shards, committed_tombstones, open_cache
-from shared.schema import Sample, SampleInfo, sample_key
+from shared.format.cache import committed_shards, committed_tombstones, open_cache
+from shared.format.schema import Sample, SampleInfo, sample_key
 from tests.preprocess.conftest import Cache, Ran, wanprep
 
 SETTINGS = ("--size", 64, "--dtype", "fp32", "--shard-size-mb", 1, "--device", "cpu")

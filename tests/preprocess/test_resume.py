@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from preprocess.index import caption_digest
-from shared.cache import committed_shards
-from shared.prompts import read_prompts
+from shared.format.cache import committed_shards
+from shared.format.prompts import read_prompts
 from tests.preprocess.conftest import REPOSITORY, Cache, wanprep, wanprep_process
 
 # Small shards, so that several are committed in a run: a picture makes about 200 KB.

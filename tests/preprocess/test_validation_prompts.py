@@ -14,13 +14,13 @@ from PIL import Image
 from preprocess.clips import ClipRule
 from preprocess.validation_prompts import read_validation_prompts
 from preprocess.writer import ShardWriter
-from shared.buckets import Bucket
-from shared.cache import committed_shards
 from shared.errors import UserError
+from shared.format.buckets import Bucket
+from shared.format.cache import committed_shards
+from shared.format.overlays import captions_folder
+from shared.format.prompts import VALIDATION, Prompt, current_validation, prompts_by_shard
+from shared.format.resize import fit_to
 from shared.models.spec import ModelSpec, read_model_spec
-from shared.overlays import captions_folder
-from shared.prompts import VALIDATION, Prompt, current_validation, prompts_by_shard
-from shared.resize import fit_to
 from tests.preprocess.conftest import Cache, wanprep
 
 RULE = ClipRule(

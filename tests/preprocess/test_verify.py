@@ -24,7 +24,7 @@ from safetensors.torch import load, save
 
 from preprocess.findings import CODES
 from preprocess.writer import writer_lock
-from shared.cache import Sidecar, column_digest
+from shared.format.cache import Sidecar, column_digest
 from tests.models import tiny_model
 from tests.preprocess.conftest import Cache, render_clip, wanprep, wanprep_process, write_metadata
 

@@ -20,9 +20,9 @@ from preprocess.media import probe
 from preprocess.media_info import MediaError
 from preprocess.sources import TarMember, local_file
 from preprocess.tars import base_folder, medium_at, named_tars
-from shared.cache import open_cache
 from shared.errors import UserError
-from shared.overlays import with_conditions
+from shared.format.cache import open_cache
+from shared.format.overlays import with_conditions
 from tests.preprocess.conftest import PICTURES, Cache, Ran, render_clip, wanprep
 
 SETTINGS = (

@@ -166,7 +166,7 @@ def test_a_failed_write_comes_back() -> None:
         "import resource, tempfile, pathlib, torch\n"
         "from preprocess.background_writer import BackgroundWriter\n"
         "from preprocess.writer import ShardWriter\n"
-        "from shared.schema import Sample, SampleInfo\n"
+        "from shared.format.schema import Sample, SampleInfo\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
         "info = SampleInfo(caption='a', type='image', source='a', width=64, height=64, frames=1,\n"
         "    frame_indices=[0], fps=None, source_width=64, source_height=64)\n"

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from shared.errors import UserError
-from shared.schema import MEMBERS
+from shared.format.schema import MEMBERS
 from tests.preprocess.hostile import (
     copy,
     read,

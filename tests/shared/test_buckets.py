@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.buckets import (
+from shared.format.buckets import (
     BASE_BUCKETS,
     Bucket,
     bucket_size,
     nearest_base,
 )
-from shared.resize import centre_crop, cover_size
+from shared.format.resize import centre_crop, cover_size
 
 SIDES = st.integers(1, 5000)
 

@@ -11,10 +11,10 @@ import torch
 
 from preprocess.index import build_index
 from preprocess.writer import ShardWriter
-from shared.cache import MemberReader, open_cache
 from shared.errors import UserError
-from shared.prompts import Prompt, read_prompts
-from shared.schema import (
+from shared.format.cache import MemberReader, open_cache
+from shared.format.prompts import Prompt, read_prompts
+from shared.format.schema import (
     CONDITION_MEMBER,
     LATENTS_MEMBER,
     MEMBERS,
@@ -23,7 +23,7 @@ from shared.schema import (
     SampleInfo,
     sample_key,
 )
-from shared.tensor_header import TensorHeader
+from shared.format.tensor_header import TensorHeader
 
 
 @pytest.fixture

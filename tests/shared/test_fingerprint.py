@@ -11,7 +11,7 @@ import torch
 from preprocess.config import EncodeConfig
 from preprocess.fingerprint import encode_fingerprint
 from shared.errors import UserError
-from shared.fingerprint import (
+from shared.format.fingerprint import (
     as_in_cache,
     differences,
     flatten,

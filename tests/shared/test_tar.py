@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.tar import BLOCK, Member, TarError, members
+from shared.format.tar import BLOCK, Member, TarError, members
 
 KEY, OTHER = "0" * 32, "f" * 32
 SUFFIXES = ("json", "text.safetensors")

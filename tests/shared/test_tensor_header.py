@@ -7,8 +7,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from shared.schema import CONDITION_MEMBER, LATENTS_MEMBER, TEXT_MEMBER, pack, unpack
-from shared.tensor_header import MOST_HEADER, TensorHeader, read_header
+from shared.format.schema import CONDITION_MEMBER, LATENTS_MEMBER, TEXT_MEMBER, pack, unpack
+from shared.format.tensor_header import MOST_HEADER, TensorHeader, read_header
 
 
 def file_of(header: Any, data: bytes = b"", length: int | None = None) -> bytes:

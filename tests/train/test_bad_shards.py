@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from preprocess.removal import remove
-from shared.cache import COLUMNS, CacheIndex, open_cache
-from shared.schema import LATENTS_MEMBER, MEMBERS, TEXT_MEMBER
+from shared.format.cache import COLUMNS, CacheIndex, open_cache
+from shared.format.schema import LATENTS_MEMBER, MEMBERS, TEXT_MEMBER
 from tests.train.test_distill import WANTRAIN, arguments
 from train.cli import main
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from preprocess.cli import app as wanprep
-from shared.cache import open_cache
 from shared.errors import UserError
+from shared.format.cache import open_cache
 from tests.train.conftest import encode, write_dataset
 from tests.train.test_data import CPU, _dataset
 from tests.train.test_distill import distill, final_bytes, losses

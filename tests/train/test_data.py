@@ -9,7 +9,7 @@ import torch
 import webdataset
 from safetensors.torch import load
 
-from shared.cache import open_cache
+from shared.format.cache import open_cache
 from shared.models.spec import read_model_spec
 from tests.train.conftest import encode
 from train.data import Batch, MicroBatches, load_prompt_bank
@@ -141,7 +141,7 @@ def test_a_damaged_member_is_named_with_its_shard(
     import shutil
 
     from shared.errors import UserError
-    from shared.schema import LATENTS_MEMBER, MEMBERS
+    from shared.format.schema import LATENTS_MEMBER, MEMBERS
 
     copy = tmp_path / "shards"
     shutil.copytree(i2v_shards, copy)

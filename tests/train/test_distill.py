@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from shared.cache import open_cache
 from shared.errors import UserError
+from shared.format.cache import open_cache
 from tests.models import tiny_model
 from train.cli import app as wantrain
 from train.lora_forms import FORMS

@@ -9,8 +9,8 @@ import torch
 from preprocess.clips import fit
 from preprocess.encoders import LatentEncoder
 from preprocess.media import read_frames
-from shared.buckets import Bucket
-from shared.cache import MemberReader, open_cache
+from shared.format.buckets import Bucket
+from shared.format.cache import MemberReader, open_cache
 from shared.models.spec import read_model_spec
 from tests.train.conftest import encode
 from tests.train.test_data import _dataset

@@ -11,9 +11,9 @@ import torch
 from preprocess.cli import app as wanprep
 from preprocess.index import fresh_index
 from preprocess.writer import ShardWriter
-from shared.cache import CacheIndex, MemberReader, open_cache
 from shared.cli_support import run
-from shared.schema import Sample, SampleInfo, sample_key
+from shared.format.cache import CacheIndex, MemberReader, open_cache
+from shared.format.schema import Sample, SampleInfo, sample_key
 from tests.train.test_finetune import SMALL
 from train.checkpoint import list_checkpoints, remove_oldest
 from train.cli import app

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.cache import committed_shards
 from shared.errors import UserError
+from shared.format.cache import committed_shards
 from shared.io.mirror import limit_shard_cache, pull_mirrors, shard_file, shards_to_read
 from tests.object_store import BUCKET, ObjectStore, another_machine
 from tests.train.test_distill import WANTRAIN, arguments, distill, final_bytes
@@ -103,7 +103,7 @@ def test_two_runs_share_what_they_fetch(
 ) -> None:
     """Two processes and eight threads want the same shards at once; all get whole ones."""
     script = (
-        "import sys\nfrom pathlib import Path\nfrom shared.cache import open_cache\n"
+        "import sys\nfrom pathlib import Path\nfrom shared.format.cache import open_cache\n"
         "from shared.io.mirror import pull_mirrors, shard_file, shards_to_read\n"
         "folder = shards_to_read(sys.argv[1])\npull_mirrors()\n"
         "for name in open_cache(folder).shards: print(shard_file(folder / name).stat().st_size)\n"

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.cache import CacheIndex, open_cache
 from shared.errors import UserError
+from shared.format.cache import CacheIndex, open_cache
 from shared.models.spec import read_model_spec
 from tests.train.conftest import encode, write_dataset
 from tests.train.test_distill import SMALL, distill, final_bytes, losses

@@ -10,7 +10,7 @@ from diffusers import WanTransformer3DModel
 from PIL import Image
 from safetensors import safe_open
 
-from shared.cache import MEDIA_TYPES, open_cache
+from shared.format.cache import MEDIA_TYPES, open_cache
 from shared.models.spec import read_model_spec
 from tests.train.conftest import encode
 from tests.train.test_data import _dataset

@@ -18,12 +18,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from shared.cache import MemberReader, open_cache
 from shared.errors import UserError
-from shared.latent_rgb import latents_to_rgb
+from shared.format.cache import MemberReader, open_cache
+from shared.format.latent_rgb import latents_to_rgb
+from shared.format.prompts import current_validation, prompts_by_shard
+from shared.format.schema import CONDITION_MEMBER, LATENTS_MEMBER, TEXT_MEMBER
 from shared.models.spec import read_model_spec
-from shared.prompts import current_validation, prompts_by_shard
-from shared.schema import CONDITION_MEMBER, LATENTS_MEMBER, TEXT_MEMBER
 from tests.models import tiny_model
 from tests.train.conftest import encode
 from train.cli import app as wantrain

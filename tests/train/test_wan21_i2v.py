@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors.torch import load, load_file, save_file
 
 from preprocess.cli import app as wanprep
-from shared.cache import open_cache
 from shared.errors import UserError
+from shared.format.cache import open_cache
 from tests.models import IMAGE_DIM
 from tests.train.conftest import encode
 from tests.train.test_data import _dataset, _plain

@@ -10,10 +10,10 @@ import torch
 from preprocess.cli import app as wanprep
 from preprocess.index import fresh_index
 from preprocess.writer import ShardWriter
-from shared.cache import CacheIndex, MemberReader, open_cache
 from shared.errors import UserError
-from shared.overlays import with_captions
-from shared.schema import LATENTS_MEMBER, Sample, SampleInfo, sample_key
+from shared.format.cache import CacheIndex, MemberReader, open_cache
+from shared.format.overlays import with_captions
+from shared.format.schema import LATENTS_MEMBER, Sample, SampleInfo, sample_key
 from train.where import condition, nothing_selected, select
 
 CAPTIONS = ["a cat on a roof", "a dog\nin the rain", "two cats [wet]", "Cat people", "grün, 猫"]

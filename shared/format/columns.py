@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from shared.schema import KEY_BYTES, MEMBERS
-from shared.strict_json import is_count, parse
+from shared.format.schema import KEY_BYTES, MEMBERS
+from shared.format.strict_json import is_count, parse
 
 # column → (dtype, values per row). A row is one live sample; rows are sorted by key, so that what
 # is trained on does not depend on how an encode was cut into shards.

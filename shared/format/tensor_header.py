@@ -10,7 +10,7 @@ from math import prod
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from shared.strict_json import is_count, parse
+from shared.format.strict_json import is_count, parse
 
 LENGTH_BYTES = 8
 """The file begins with its header's length, little-endian; then the header, then the tensors."""

@@ -12,10 +12,10 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from shared.buckets import Bucket
+from shared.format.buckets import Bucket
+from shared.format.strict_json import is_count, parse
+from shared.format.tensor_header import TensorHeader, read_header
 from shared.io.hashing import digest_of
-from shared.strict_json import is_count, parse
-from shared.tensor_header import TensorHeader, read_header
 
 # Suffix after the key's dot → the tensors inside. Order is the order in the tar.
 JSON_MEMBER = "json"

@@ -19,15 +19,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from shared.buckets import Bucket
-from shared.columns import COLUMNS, Columns, column_digest, hex_keys, read_attributes, read_column
 from shared.errors import UserError
-from shared.fingerprint import FORMAT_VERSION, Fingerprint
-from shared.io.mirror import is_remote, open_shard, read_range, reading
-from shared.io.names import quoted
-from shared.latent_rgb import LatentRgb
-from shared.models.spec import MAX_TEXT_TOKENS
-from shared.schema import (
+from shared.format.buckets import Bucket
+from shared.format.columns import (
+    COLUMNS,
+    Columns,
+    column_digest,
+    hex_keys,
+    read_attributes,
+    read_column,
+)
+from shared.format.fingerprint import FORMAT_VERSION, Fingerprint
+from shared.format.latent_rgb import LatentRgb
+from shared.format.schema import (
     JSON_MEMBER,
     MEDIA_TYPES,
     MEMBERS,
@@ -38,8 +42,11 @@ from shared.schema import (
     unpack,
     unpack_info,
 )
-from shared.strict_json import is_count, is_shallow, read_object
-from shared.tensor_header import TensorHeader, header_bytes
+from shared.format.strict_json import is_count, is_shallow, read_object
+from shared.format.tensor_header import TensorHeader, header_bytes
+from shared.io.mirror import is_remote, open_shard, read_range, reading
+from shared.io.names import quoted
+from shared.models.spec import MAX_TEXT_TOKENS
 
 # h480-w832-f81-w000-00012.tar: bucket, writer, number; tombstones-w000-00013.json counts on.
 _KEY = re.compile(r"[0-9a-f]{32}")
@@ -238,7 +245,7 @@ class CacheIndex:
     latent_rgb: LatentRgb | None
     """For previews without a VAE; None in caches that were encoded without it."""
     overlays: Mapping[str, "Overlay"] = field(default_factory=dict)
-    """Member → where it is read instead (`shared.overlays`)."""
+    """Member → where it is read instead (`shared.format.overlays`)."""
 
     def __len__(self) -> int:
         return self.samples

@@ -13,13 +13,10 @@ from typing import Any, BinaryIO
 
 import torch
 
-from shared.buckets import Bucket
-from shared.cache import Sidecar
 from shared.errors import UserError
-from shared.io.hashing import digest_of
-from shared.io.mirror import shard_file
-from shared.models.spec import MAX_TEXT_TOKENS
-from shared.schema import (
+from shared.format.buckets import Bucket
+from shared.format.cache import Sidecar
+from shared.format.schema import (
     CONDITION_MEMBER,
     JSON_MEMBER,
     KEY_BYTES,
@@ -29,8 +26,11 @@ from shared.schema import (
     pack,
     unpack,
 )
-from shared.strict_json import is_count, parse
-from shared.tar import Member, members
+from shared.format.strict_json import is_count, parse
+from shared.format.tar import Member, members
+from shared.io.hashing import digest_of
+from shared.io.mirror import shard_file
+from shared.models.spec import MAX_TEXT_TOKENS
 
 EMPTY, NEGATIVE, VALIDATION = "empty", "negative", "validation"
 PROMPT_MEMBERS = (JSON_MEMBER, TEXT_MEMBER, CONDITION_MEMBER)

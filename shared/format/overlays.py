@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from shared.cache import MEDIA_TYPES, CacheIndex, Overlay, open_cache
 from shared.errors import UserError
-from shared.fingerprint import Fingerprint, differences, group_of, refuse_differences
+from shared.format.cache import MEDIA_TYPES, CacheIndex, Overlay, open_cache
+from shared.format.fingerprint import Fingerprint, differences, group_of, refuse_differences
+from shared.format.schema import CONDITION_MEMBER, JSON_MEMBER, MEMBERS, TEXT_MEMBER
 from shared.io.names import quoted
-from shared.schema import CONDITION_MEMBER, JSON_MEMBER, MEMBERS, TEXT_MEMBER
 
 CAPTIONS = "captions"
 CONDITIONS = "conditions"

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from shared.strict_json import is_count
+from shared.format.strict_json import is_count
 
 HOLD_OUT = 4
 """One sample in so many, chosen by its key, is kept from the fit."""
