@@ -41,7 +41,7 @@ import preprocess.encode  # noqa: E402
 import preprocess.encoders  # noqa: E402
 import preprocess.recaption  # noqa: E402, F401
 from preprocess.cli import app  # noqa: E402
-from shared.cli_support import run  # noqa: E402
+from shared.cli.support import run  # noqa: E402
 from shared.io.durable import FAULT  # noqa: E402
 from tests.models import tiny_model  # noqa: E402
 

@@ -7,12 +7,12 @@ import typer
 
 from preprocess import cli_cache, cli_eyes, cli_overlays, cli_plan
 from preprocess.remote import media_folder, metadata_file, shards_folder
-from shared.cli_support import Command, echo, new_app, run
+from shared.cli.support import Command, echo, new_app, run
+from shared.cli.videox_fun_command import SeedCommand, with_seed_flags
 from shared.errors import UserError
 from shared.interrupt import SIGNAL_EXIT
 from shared.io.names import quoted
 from shared.models.spec import DEFAULT_MODEL, DEFAULT_NEGATIVE_PROMPT
-from shared.seed_command import SeedCommand, with_seed_flags
 
 PROGRAM_EXAMPLES = """
 # encode datasets/ for Wan2.2-I2V-A14B, then train on the shards

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from preprocess.remote import shards_folder
-from shared.cli_support import Command, echo
+from shared.cli.support import Command, echo
 from shared.io.names import on_one_line, quoted
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from preprocess.remote import media_folder, metadata_file, shards_folder
-from shared.cli_support import Command, echo
+from shared.cli.support import Command, echo
 from shared.device import default_device
 from shared.errors import UserError
 from shared.interrupt import SIGNAL_EXIT

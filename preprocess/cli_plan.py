@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shared.cli_support import echo, echo_data
+from shared.cli.support import echo, echo_data
+from shared.cli.videox_fun_command import SeedCommand, with_seed_flags
 from shared.errors import UserError
 from shared.io.names import on_one_line
-from shared.seed_command import SeedCommand, with_seed_flags
 
 if TYPE_CHECKING:
     from preprocess.foresee import Change, Foreseen

@@ -28,7 +28,7 @@ from preprocess.sources import Medium, stamp
 from preprocess.tars import base_folder, medium_named
 from preprocess.workers import WorkerPool
 from preprocess.writer import ShardWriter
-from shared.cli_support import say
+from shared.cli.support import say
 from shared.device import check_device
 from shared.errors import UserError
 from shared.format.buckets import Bucket

@@ -47,7 +47,7 @@ from preprocess.writer import (
     remove_abandoned,
     writer_lock,
 )
-from shared.cli_support import say
+from shared.cli.support import say
 from shared.device import check_device
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, committed_shards

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from preprocess import report
 from preprocess.inspect_cache import SHORT_TOKENS, Histogram, Overview, histogram
-from shared.cli_support import say
+from shared.cli.support import say
 from shared.format.latent_rgb import R2_FLOOR
 from shared.io.names import on_one_line
 

@@ -21,7 +21,7 @@ from preprocess.ranks import Rank
 from preprocess.removal import is_unusable, sources
 from preprocess.text_cache import TextCache
 from preprocess.writer import ShardWriter
-from shared.cli_support import say
+from shared.cli.support import say
 from shared.device import check_device
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, MemberReader, committed_shards

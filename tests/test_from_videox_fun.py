@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 import preprocess.cli
 import train.cli
+from shared.cli.videox_fun_command import told
+from shared.cli.videox_fun_flags import ENCODE, SEED_FLAGS, TRAIN
 from shared.errors import UserError
-from shared.seed_command import told
-from shared.seed_flags import ENCODE, SEED_FLAGS, TRAIN
 from tests.models import tiny_model
 from tests.test_help import options_of
 from tests.train.conftest import write_dataset

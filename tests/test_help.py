@@ -29,7 +29,7 @@ COMMANDS = [
 PAGES = [(program, "") for program in APPS] + COMMANDS
 
 # The arguments of the seed document's shell blocks, as they are written there, and what it names
-# beside them. Both commands take all of it: shared/seed_flags.py.
+# beside them. Both commands take all of it: shared/cli/videox_fun_flags.py.
 SEED_BLOCK = """
   --config_path="config/wan2.2/wan_civitai_i2v.yaml"
   --pretrained_model_name_or_path=models/Diffusion_Transformer/Wan2.2-I2V-A14B

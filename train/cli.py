@@ -1,6 +1,6 @@
 """`wantrain`: the command line of stage two. Heavy imports wait until a command runs."""
 
-from shared.cli_support import new_app, run
+from shared.cli.support import new_app, run
 from train import (
     cli_bench,
     cli_decode,

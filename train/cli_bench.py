@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from shared.cli_support import Command, echo
+from shared.cli.support import Command, echo
 from train.cli_options import INPUT, OUTPUT
 
 BENCH_EXAMPLES = """

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from shared.cli_support import Command, echo
+from shared.cli.support import Command, echo
 from shared.errors import UserError
 from train.cli_options import OUTPUT
 

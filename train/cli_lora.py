@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from shared.cli.videox_fun_command import Given, SeedCommand, with_seed_flags
 from shared.io.mirror import DEFAULT_SHARD_CACHE_GB, limit_shard_cache
 from shared.models.spec import DEFAULT_MODEL
-from shared.seed_command import Given, SeedCommand, with_seed_flags
 from train import cli_options as option
 
 LORA_EXAMPLES = """

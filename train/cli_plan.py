@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from shared.cli_support import Command, echo, echo_data
+from shared.cli.support import Command, echo, echo_data
 from shared.models.spec import DEFAULT_MODEL
 from train import cli_options as option
 from train.cli_options import DATA, INPUT, OUTPUT

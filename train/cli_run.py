@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
-from shared.cli_support import echo, say
+from shared.cli.support import echo, say
 from train.base import Base
 from train.cli_options import names
 from train.config import TrainConfig

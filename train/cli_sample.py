@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from shared.cli_support import Command
+from shared.cli.support import Command
 from shared.device import default_device
 from shared.models.spec import DEFAULT_MODEL
 from train.cli_options import DEVICE

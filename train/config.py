@@ -6,8 +6,8 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Literal
 
+from shared.cli.videox_fun_command import Given
 from shared.errors import UserError
-from shared.seed_command import Given
 from train.attention import check_name
 from train.base import Base
 from train.dmd import Maths, Pairing, Start

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLWan
 from rich.console import Console
 from rich.progress import track
 
-from shared import cli_support
+from shared.cli import support
 from shared.device import check_device
 from shared.errors import UserError
 from shared.format.schema import DTYPES
@@ -44,7 +44,7 @@ class DecodeConfig:
 
 def decode_clips(config: DecodeConfig, console: Console) -> list[Path]:
     """Decode every clip; write mp4s and a contact sheet. Returns the clips' paths."""
-    say = partial(cli_support.say, console)
+    say = partial(support.say, console)
     files = latent_files(config.latents)
     clips = [read_latents(path) for _, path in files]
     spec = read_model_spec(resolve_model(config.model, ["vae"]))

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from shared.cli.videox_fun_command import Given
 from shared.errors import UserError
 from shared.format.fingerprint import Fingerprint
-from shared.seed_command import Given
 
 # Of a fingerprint's media settings. A setting that played no part has no value, and datasets of a
 # --dataset-config have each their own.

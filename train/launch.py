@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shared.cli_support import echo
+from shared.cli.support import echo
 from shared.interrupt import SIGNAL_EXIT, ending_signals
 
 # A process whose partner is gone ends by itself when it waits for it, at the latest here.

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from rich.console import Console
 
-from shared import cli_support
+from shared.cli import support
 from shared.errors import UserError
 from shared.interrupt import Interrupted, Interruption, catch_signals
 from train.data import Batch, MicroBatches, PromptBank, load_prompt_bank
@@ -40,7 +40,7 @@ def train(run: Run, console: Console) -> int | None:
     console = console if ranks.first else Console(quiet=True)
     with joined(ranks, torch.device(run.config.device)):
         validation = validation_of(run)  # refuses before weights are read
-        session = open_session(run, partial(cli_support.say, console))
+        session = open_session(run, partial(support.say, console))
         state, stopped_by = session.state, None
         # One process can save whatever ended it: its state is that of the last whole update. Of
         # several, one that failed alone is not there to save with the others; and they stop

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 
-from shared import cli_support
+from shared.cli import support
 from shared.errors import UserError, first_line
 from shared.io.durable import fsync_folder, rename, temporary, write_json
 from shared.models.original_layout import COMPONENT_NAMES, expert_folder, is_original
@@ -75,7 +75,7 @@ class _Addition:
 
 def merge(config: MergeConfig, console: Console) -> None:
     """Write the merged model folder, whole or not at all. UserError for all that can't be done."""
-    say = partial(cli_support.say, console)
+    say = partial(support.say, console)
     spec = read_model_spec(resolve_model(config.model, ["*"]))
     additions = [_addition(path, spec, config.boundary_type) for path in config.loras]
     alone = any(addition.expert == "full" for addition in additions) and spec.two_experts

@@ -29,7 +29,7 @@ from rich.progress import track
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
 
-from shared import cli_support
+from shared.cli import support
 from shared.device import check_device
 from shared.errors import UserError, first_line
 from shared.format.resize import fit_to
@@ -170,7 +170,7 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
     Returns the clips' paths. Seconds are those of the pipeline's call: text encoder, transformers
     and VAE, without loading.
     """
-    say = partial(cli_support.say, console)
+    say = partial(support.say, console)
     spec = read_model_spec(resolve_model(config.model, ["*"]))
     config.check_against(spec)
     loras = read_loras(config.loras, spec) if config.loras else []

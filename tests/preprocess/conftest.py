@@ -20,7 +20,7 @@ from PIL import Image
 
 import shared
 from preprocess.cli import app
-from shared.cli_support import run
+from shared.cli.support import run
 from shared.format.cache import CacheIndex, MemberReader, open_cache
 from shared.format.schema import MEMBERS
 

@@ -119,7 +119,7 @@ FAILS = """
 import os, sys
 from pathlib import Path
 import torch
-from shared.cli_support import run
+from shared.cli.support import run
 from shared.errors import UserError
 from train.ranks import joined, launched
 def first():
@@ -179,7 +179,7 @@ from datetime import timedelta
 from pathlib import Path
 import torch
 from dataclasses import replace
-from shared.cli_support import run
+from shared.cli.support import run
 from train.ranks import joined, launched
 def work():
     ranks = replace(launched(), timeout=timedelta(seconds=3))

@@ -11,7 +11,7 @@ import torch
 from preprocess.cli import app as wanprep
 from preprocess.index import fresh_index
 from preprocess.writer import ShardWriter
-from shared.cli_support import run
+from shared.cli.support import run
 from shared.format.cache import CacheIndex, MemberReader, open_cache
 from shared.format.schema import Sample, SampleInfo, sample_key
 from tests.train.test_finetune import SMALL

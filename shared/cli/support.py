@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from shared.cli.help_page import HelpPage
 from shared.errors import UserError
-from shared.help_page import HelpPage
 from shared.io.mirror import pull_mirrors, shown
 from shared.io.names import on_lines
 

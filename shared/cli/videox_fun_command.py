@@ -10,9 +10,9 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from shared.cli_support import Command, echo
+from shared.cli.support import Command, echo
+from shared.cli.videox_fun_flags import SEED_FLAGS, SeedFlag
 from shared.errors import UserError
-from shared.seed_flags import SEED_FLAGS, SeedFlag
 
 Given = Mapping[str, tuple[str, ...]]
 """Flag of the other stage → its values as they were written."""
