@@ -1,7 +1,7 @@
 """`manifest.json` and `index.zarr`, derived from the committed tars and their sidecars.
 
-Both can be deleted at any time and rebuilt from what `shared.format.cache.committed_shards` finds. The
-index is written beside and swapped in, the manifest last: a reader that comes between sees that
+Both can be deleted at any time and rebuilt from what `shared.format.cache.committed_shards` finds.
+The index is written beside and swapped in, the manifest last: a reader that comes between sees that
 the two do not belong together.
 """
 
@@ -115,9 +115,10 @@ def live_columns(folder: Path) -> tuple[Columns, tuple[str, ...]]:
 def build_index(folder: Path) -> CacheIndex:
     """Write `index.zarr` and `manifest.json` from the committed shards alone; open the result.
 
-    Where several shards hold the same key, the newest (`shared.format.cache.age`) counts: that is how an
-    edited caption replaces the old sample. A key whose newest mention is a tombstone is left out.
-    Raises UserError naming a damaged shard, or two shards that were made with different settings.
+    Where several shards hold the same key, the newest (`shared.format.cache.age`) counts: that is
+    how an edited caption replaces the old sample. A key whose newest mention is a tombstone is left
+    out. Raises UserError naming a damaged shard, or two shards that were made with different
+    settings.
     """
     pull(folder)
     index = write_index(folder, entries_of(folder), None)

@@ -1,7 +1,7 @@
 """A tar read once from its start to its end, hashed on the way.
 
-`shared.format.tar` reads headers alone, and stops at the first thing that is not as it should be; here
-every byte is read, and as many members as there are.
+`shared.format.tar` reads headers alone, and stops at the first thing that is not as it should be;
+here every byte is read, and as many members as there are.
 """
 
 import hashlib

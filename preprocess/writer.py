@@ -1,7 +1,7 @@
 """Shards: one open tar per bucket, hashed while it is written, committed whole.
 
-A shard exists once its sidecar does (`shared.format.cache.Sidecar`), which is written last. Whatever a
-killed run left without one is removed by the next.
+A shard exists once its sidecar does (`shared.format.cache.Sidecar`), which is written last.
+Whatever a killed run left without one is removed by the next.
 """
 
 import errno

@@ -1,9 +1,9 @@
 """Validation: what the product makes of fixed inputs while it trains.
 
 Latents are sampled with the roles as they are in training, at the trained steps, and shown by their
-colours (`shared.format.latent_rgb`): no VAE is there. They are kept, so that `wantrain decode` can show
-the real thing. The noise is counted, of a stream of its own, and no weight changes, so training
-goes on as if nothing had been.
+colours (`shared.format.latent_rgb`): no VAE is there. They are kept, so that `wantrain decode` can
+show the real thing. The noise is counted, of a stream of its own, and no weight changes, so
+training goes on as if nothing had been.
 
 Inputs are the validation prompts of the prompt bank. An expert that begins from latents, as the low
 one does, cannot begin them: it gets fixed samples of the cache, with their own captions, noised to

@@ -85,7 +85,8 @@ def as_in_cache(
 ) -> Fingerprint:
     """`fields` of the model in `folder`, with a cache's digests where they are of the same weights.
 
-    What a digest is of has changed once (`shared.models.digest.first_digest`); a cache keeps its own.
+    What a digest is of has changed once (`shared.models.digest.first_digest`); a cache keeps its
+    own.
     """
     for group, (field, component) in _DIGESTS.items():
         own, other = fields.get(group, {}).get(field), cache.get(group, {}).get(field)

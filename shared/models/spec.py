@@ -122,7 +122,8 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 def read_model_spec(folder: Path) -> ModelSpec:
     """Read the model's facts from `model_index.json` and the components' `config.json`.
 
-    Of a folder in Wan's original layout: from what `shared.models.original_layout` makes of its own.
+    Of a folder in Wan's original layout: from what `shared.models.original_layout` makes of its
+    own.
     """
     original = original_layout.is_original(folder)
     if not original and not (folder / "model_index.json").is_file():

@@ -3,7 +3,8 @@
 Every command loads every component this way, whatever the layout. diffusers and transformers leave
 out tensors that a model has no place for, and fill those that a file lacks with random numbers, and
 only warn. Here names and shapes must be the model's, one for one, once scales of fp8 are multiplied
-in, wrappers before the names taken off, and what has no part (`shared.models.tensor_names`) left out.
+in, wrappers before the names taken off, and what has no part (`shared.models.tensor_names`) left
+out.
 
 Files are read with safetensors or `torch.load(weights_only=True)`: nothing that they say is run.
 Classes are the caller's: `shared` builds none.
