@@ -46,7 +46,7 @@ def write(folder: Path, samples: int) -> None:
     """Sidecars (their tars empty, but long), rows as they come from tars, index and manifest."""
     import numpy as np
 
-    from preprocess.index import entries_of, write_index
+    from preprocess.cache.index import entries_of, write_index
     from shared.format.buckets import Bucket
     from shared.format.cache import Sidecar
     from shared.format.schema import MEMBERS
@@ -139,7 +139,7 @@ def _check_shares(plan: "BatchPlan", bucket_ids: "npt.NDArray[np.int32]") -> Non
 
 def again(folder: Path) -> None:
     """As `wanprep encode` does when there is nothing to do, without looking into the media."""
-    from preprocess.index import settled_index
+    from preprocess.cache.index import settled_index
     from preprocess.plan import committed_of
 
     with timed("sidecars, index, columns"):
@@ -154,7 +154,7 @@ def again(folder: Path) -> None:
 def write_tars(folder: Path, samples: int) -> None:
     import torch
 
-    from preprocess.writer import ShardWriter
+    from preprocess.cache.writer import ShardWriter
     from shared.format.schema import Sample, SampleInfo, sample_key
 
     writer = ShardWriter(folder, FINGERPRINT, shard_bytes=64_000_000)

@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
-import preprocess.compact  # noqa: E402 - these are imported before the forks
+import preprocess.cache.compact  # noqa: E402 - these are imported before the forks
 import preprocess.conditions  # noqa: E402
 import preprocess.encode  # noqa: E402
 import preprocess.encoders  # noqa: E402

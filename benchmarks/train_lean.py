@@ -152,7 +152,7 @@ def repeat_shard(one: Path, many: Path, times: int) -> None:
     """The index and sidecars of a cache of `times` as many samples; its tars are links to one."""
     import numpy as np
 
-    from preprocess.index import entries_of, write_index
+    from preprocess.cache.index import entries_of, write_index
     from shared.format.cache import Sidecar, open_cache
 
     many.mkdir()

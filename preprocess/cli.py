@@ -177,9 +177,9 @@ def index(
     Next: wantrain distill --shards DIR
     """
     from preprocess import report
-    from preprocess.index import build_index, check_shards
-    from preprocess.removal import require_shards
-    from preprocess.writer import output_lock, refusals_explained
+    from preprocess.cache.index import build_index, check_shards
+    from preprocess.cache.remove import require_shards
+    from preprocess.cache.writer import output_lock, refusals_explained
     from shared.format.overlays import overlay_folders
     from shared.io.mirror import mirror_of
 

@@ -10,7 +10,7 @@ from shared.cli.support import Command, echo
 from shared.io.names import on_one_line, quoted
 
 if TYPE_CHECKING:
-    from preprocess.removal import Chosen
+    from preprocess.cache.remove import Chosen
 
 REMOVE_EXAMPLES = """
 # a clip and a whole folder, as the dataset names them: what would go
@@ -46,7 +46,7 @@ def remove(
     Next: wanprep compact --shards DIR
     """
     from preprocess import report
-    from preprocess.removal import remove as remove_samples
+    from preprocess.cache.remove import remove as remove_samples
 
     def announce(chosen: "Chosen") -> None:
         for key, source in sorted(chosen.sources.items(), key=lambda item: item[::-1]):
@@ -74,7 +74,7 @@ def compact(
     Next: wantrain distill --shards DIR
     """
     from preprocess import report
-    from preprocess.compact import compact_with_overlays
+    from preprocess.cache.compact import compact_with_overlays
 
     done = compact_with_overlays(shards, shard_bytes=shard_size_mb * 1_000_000)
     echo(report.contents(shards, done.index))

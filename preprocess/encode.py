@@ -17,22 +17,28 @@ import torch
 from rich.console import Console
 
 from preprocess import report
-from preprocess.background_writer import BackgroundWriter
+from preprocess.cache.background_writer import BackgroundWriter
+from preprocess.cache.index import settled_index
+from preprocess.cache.remove import unlisted
+from preprocess.cache.text_cache import TextCache
+from preprocess.cache.writer import (
+    ShardWriter,
+    refusals_explained,
+    remove_abandoned,
+    writer_lock,
+)
 from preprocess.clips import ClipRule
 from preprocess.config import EncodeConfig
 from preprocess.dataset import Dataset, Rejected, load_dataset
 from preprocess.dataset_config import load_dataset_config
 from preprocess.engine import COMPONENTS, Engine, LocalEngine
 from preprocess.fingerprint import encode_fingerprint, settings_for_cache
-from preprocess.index import settled_index
 from preprocess.media_info import MediaError
 from preprocess.old_samples import superseded
 from preprocess.passes import Encoded, Times, latents_from_cache, samples_of, texts_from_cache
 from preprocess.plan import Captions, Work, committed_of, missing_of, plan_work
 from preprocess.rejected import rejected_file, write_rejected
-from preprocess.removal import unlisted
 from preprocess.speed import remember_speed
-from preprocess.text_cache import TextCache
 from preprocess.train_mode import in_train_mode
 from preprocess.validation_prompts import (
     ValidationPrompt,
@@ -41,12 +47,6 @@ from preprocess.validation_prompts import (
     read_validation_prompts,
 )
 from preprocess.workers import WorkerPool
-from preprocess.writer import (
-    ShardWriter,
-    refusals_explained,
-    remove_abandoned,
-    writer_lock,
-)
 from shared.cli.support import say
 from shared.device import check_device
 from shared.errors import UserError

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from preprocess.cache.text_cache import TextCache
 from preprocess.config import EncodeConfig
 from preprocess.media_info import MediaError
 from preprocess.passes import Encoded, Times, latents_from_media, release_memory, text_pass
 from preprocess.plan import Work
-from preprocess.text_cache import TextCache
 from preprocess.validation_prompts import Picture, encode_pictures
 from preprocess.workers import WorkerPool
 from shared.format.schema import DTYPES

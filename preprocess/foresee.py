@@ -12,17 +12,17 @@ from typing import Any
 from rich.console import Console
 
 from preprocess import report
+from preprocess.cache.index import live_columns
+from preprocess.cache.text_cache import TextCache
 from preprocess.config import EncodeConfig
 from preprocess.dataset import Rejected
 from preprocess.encode import look_into_media, missing_prompts, read_job
 from preprocess.engine import LocalEngine
 from preprocess.fingerprint import settings_for_cache
-from preprocess.index import live_columns
 from preprocess.media_info import MediaError
 from preprocess.passes import Times
 from preprocess.plan import Captions, Work, committed_samples, missing_of
 from preprocess.speed import Speed, known_speed, remember_speed
-from preprocess.text_cache import TextCache
 from preprocess.validation_prompts import missing_validation
 from preprocess.workers import WorkerPool
 from shared.errors import UserError

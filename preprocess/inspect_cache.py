@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from preprocess.index import caption_digest
+from preprocess.cache.index import caption_digest
 from shared.errors import UserError
 from shared.format.buckets import Bucket
 from shared.format.cache import (

@@ -4,15 +4,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from preprocess.fingerprint import refuse_other_settings
-from preprocess.index import settled_index
-from preprocess.removal import require_shards
-from preprocess.writer import (
+from preprocess.cache.index import settled_index
+from preprocess.cache.remove import require_shards
+from preprocess.cache.writer import (
     reader_lock,
     refusals_explained,
     remove_abandoned,
     writer_lock,
 )
+from preprocess.fingerprint import refuse_other_settings
 from shared.format.cache import CacheIndex, committed_shards
 from shared.format.fingerprint import Fingerprint
 

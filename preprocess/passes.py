@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from preprocess.cache.index import caption_digest, check_shards
+from preprocess.cache.text_cache import TextCache
 from preprocess.decode import fitted_frames
-from preprocess.index import caption_digest, check_shards
 from preprocess.media_info import MediaError
 from preprocess.plan import Captions, Committed, Work
-from preprocess.text_cache import TextCache
 from preprocess.workers import WorkerPool
 from shared.format.cache import CacheIndex, MemberReader
 from shared.format.latent_rgb import ColourSums

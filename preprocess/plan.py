@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from preprocess.cache.index import caption_digest
 from preprocess.clips import Clip, ClipRule
 from preprocess.dataset import Entry, Rejected
 from preprocess.decode import look
-from preprocess.index import caption_digest
 from preprocess.media_info import Kind, MediaError, Probe, Shortcut
 from preprocess.probe_memo import ProbeMemo
 from preprocess.sources import Medium, stamp

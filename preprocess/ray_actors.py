@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 import ray
 import torch
 
-from preprocess.background_writer import BackgroundWriter
+from preprocess.cache.background_writer import BackgroundWriter
+from preprocess.cache.text_cache import TextCache
+from preprocess.cache.writer import ShardWriter, free_writer_lock
 from preprocess.config import EncodeConfig
 from preprocess.engine import COMPONENTS, latent_encoder, pictures_encoded, text_encoder
 from preprocess.fingerprint import encode_fingerprint
@@ -25,10 +27,8 @@ from preprocess.passes import Times, latents_from_media, samples_of
 from preprocess.plan import Work
 from preprocess.ray_fleet import Joined
 from preprocess.sources import Medium
-from preprocess.text_cache import TextCache
 from preprocess.validation_prompts import Picture
 from preprocess.workers import WorkerPool
-from preprocess.writer import ShardWriter, free_writer_lock
 from shared.device import check_device
 from shared.errors import UserError
 from shared.format.fingerprint import Fingerprint, as_in_cache, refuse_differences

@@ -14,8 +14,10 @@ from typing import Any, TypeVar
 import ray
 import torch
 
+from preprocess.cache.index import settled_index
+from preprocess.cache.text_cache import TextCache
+from preprocess.cache.writer import MOST_WRITERS, remove_abandoned
 from preprocess.config import EncodeConfig
-from preprocess.index import settled_index
 from preprocess.media_info import MediaError
 from preprocess.passes import Encoded, latents_from_cache
 from preprocess.plan import Captions, Work, committed_of, missing_of
@@ -23,9 +25,7 @@ from preprocess.ray_actors import RUN_MARK, MediaActor, Orders, TextActor, encod
 from preprocess.ray_cluster import Cluster
 from preprocess.ray_fleet import Fleet
 from preprocess.sources import Medium
-from preprocess.text_cache import TextCache
 from preprocess.validation_prompts import Picture
-from preprocess.writer import MOST_WRITERS, remove_abandoned
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, committed_shards
 from shared.format.fingerprint import Fingerprint

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from preprocess import report
+from preprocess.cache.index import caption_digest, settled_index
+from preprocess.cache.remove import is_unusable, sources
+from preprocess.cache.text_cache import TextCache
+from preprocess.cache.writer import ShardWriter
 from preprocess.config import StoredDtype
 from preprocess.dataset import Dataset, Rejected, load_dataset
 from preprocess.dataset_config import load_dataset_config
 from preprocess.fingerprint import encoder_fields
-from preprocess.index import caption_digest, settled_index
 from preprocess.overlays import base_cache, overlay_to_write
 from preprocess.passes import Times, text_pass
 from preprocess.ranks import Rank
-from preprocess.removal import is_unusable, sources
-from preprocess.text_cache import TextCache
-from preprocess.writer import ShardWriter
 from shared.cli.support import say
 from shared.device import check_device
 from shared.errors import UserError

@@ -14,10 +14,10 @@ from pathlib import Path, PurePosixPath
 from braceexpand import braceexpand
 from webdataset.tariterators import base_plus_ext
 
+from preprocess.cache.writer import SHARD_NAME
 from preprocess.media_info import MediaError
 from preprocess.remote_media import in_home, remote_named
 from preprocess.sources import Medium, TarMember
-from preprocess.writer import SHARD_NAME
 from shared.errors import UserError
 from shared.io.names import exists, for_glob, has_wildcard, is_folder
 

@@ -18,12 +18,12 @@ import numpy.typing as npt
 from rich.console import Console
 
 from preprocess import report
+from preprocess.cache.index import entries_digest
+from preprocess.cache.remove import require_shards
+from preprocess.cache.writer import LOCK, SHARD_NAME
 from preprocess.findings import Finding, Severity
-from preprocess.index import entries_digest
-from preprocess.removal import require_shards
 from preprocess.sample_check import Expected, Problem
 from preprocess.verify_shard import Row, ShardReport, check_shard
-from preprocess.writer import LOCK, SHARD_NAME
 from shared.errors import UserError, first_line
 from shared.format.cache import (
     INDEX,

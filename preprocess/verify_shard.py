@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from preprocess.index import caption_digest
+from preprocess.cache.index import caption_digest
 from preprocess.sample_check import (
     Expected,
     Problem,

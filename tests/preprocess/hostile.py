@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from preprocess.index import build_index
-from preprocess.writer import ShardWriter
+from preprocess.cache.index import build_index
+from preprocess.cache.writer import ShardWriter
 from shared.format.cache import MemberReader, Sidecar, open_cache
 from shared.format.columns import column_digest
 from shared.format.latent_rgb import ColourSums

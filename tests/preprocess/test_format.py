@@ -15,8 +15,8 @@ import torch
 import webdataset
 import zarr
 
-from preprocess.index import build_index, caption_digest
-from preprocess.writer import ShardWriter
+from preprocess.cache.index import build_index, caption_digest
+from preprocess.cache.writer import ShardWriter
 from shared.format.cache import COLUMNS, Sidecar, committed_shards, open_cache
 from shared.format.prompts import Prompt
 from shared.format.schema import MEMBERS, Sample, SampleInfo, sample_key

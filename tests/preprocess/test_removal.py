@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from preprocess.index import build_index, fresh_index
-from preprocess.writer import ShardWriter
+from preprocess.cache.index import build_index, fresh_index
+from preprocess.cache.writer import ShardWriter
 from shared.format.cache import committed_shards, committed_tombstones, open_cache
 from shared.format.schema import Sample, SampleInfo, sample_key
 from tests.preprocess.conftest import Cache, Ran, wanprep

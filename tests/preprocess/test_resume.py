@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocess.index import caption_digest
+from preprocess.cache.index import caption_digest
 from shared.format.cache import committed_shards
 from shared.format.prompts import read_prompts
 from tests.preprocess.conftest import REPOSITORY, Cache, wanprep, wanprep_process
@@ -229,7 +229,7 @@ def test_another_model_is_refused(pictures: Path, tiny_t2v: Path, uninterrupted:
 
 
 def test_a_second_writer_is_refused(pictures: Path, tiny_i2v: Path, uninterrupted: Cache) -> None:
-    from preprocess.writer import output_lock
+    from preprocess.cache.writer import output_lock
 
     with output_lock(uninterrupted.folder):
         ran = wanprep(*command(tiny_i2v, pictures, uninterrupted.folder))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from preprocess.background_writer import BackgroundWriter
+from preprocess.cache.background_writer import BackgroundWriter
 from preprocess.media_info import MediaError
 from preprocess.workers import WorkerPool
 from tests.preprocess import slow_tasks
@@ -164,8 +164,8 @@ def test_a_failed_write_comes_back() -> None:
     """Of the thread that writes, to the loop."""
     program = (
         "import resource, tempfile, pathlib, torch\n"
-        "from preprocess.background_writer import BackgroundWriter\n"
-        "from preprocess.writer import ShardWriter\n"
+        "from preprocess.cache.background_writer import BackgroundWriter\n"
+        "from preprocess.cache.writer import ShardWriter\n"
         "from shared.format.schema import Sample, SampleInfo\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
         "info = SampleInfo(caption='a', type='image', source='a', width=64, height=64, frames=1,\n"

@@ -9,8 +9,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from preprocess.index import build_index
-from preprocess.writer import ShardWriter
+from preprocess.cache.index import build_index
+from preprocess.cache.writer import ShardWriter
 from shared.errors import UserError
 from shared.format.cache import MemberReader, open_cache
 from shared.format.prompts import Prompt, read_prompts

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocess.removal import remove
+from preprocess.cache.remove import remove
 from shared.format.cache import COLUMNS, CacheIndex, open_cache
 from shared.format.schema import LATENTS_MEMBER, MEMBERS, TEXT_MEMBER
 from tests.train.test_distill import WANTRAIN, arguments

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from preprocess.index import check_shards, fresh_index, settled_index
-from preprocess.removal import require_shards
-from preprocess.writer import (
+from preprocess.cache.index import check_shards, fresh_index, settled_index
+from preprocess.cache.remove import require_shards
+from preprocess.cache.writer import (
     ShardWriter,
     output_lock,
     reader_lock,

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from preprocess.writer import ShardWriter
+from preprocess.cache.writer import ShardWriter
 from shared.format.latent_rgb import ColourSums
 from shared.format.schema import Sample
 

@@ -19,8 +19,8 @@ import zarr
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
-from preprocess.shard_rows import stored_rows
-from preprocess.writer import index_lock
+from preprocess.cache.shard_rows import stored_rows
+from preprocess.cache.writer import index_lock
 from shared.errors import UserError
 from shared.format.buckets import Bucket
 from shared.format.cache import (
