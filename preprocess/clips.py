@@ -14,8 +14,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from preprocess.draws import Draws
-from preprocess.media_info import Frame, MediaError, Probe
-from preprocess.picks import Picks, picks_of
+from preprocess.frames.media_info import Frame, MediaError, Probe
+from preprocess.frames.picks import Picks, picks_of
 from preprocess.sizes import (
     RATIO_CROPS,
     adapted_sizes,

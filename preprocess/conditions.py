@@ -21,7 +21,7 @@ from preprocess.clips import Clip
 from preprocess.dataset import Rejected
 from preprocess.decode import digest, fitted_frames
 from preprocess.fingerprint import encoder_fields, refuse_absent
-from preprocess.media_info import MediaError
+from preprocess.frames.media_info import MediaError
 from preprocess.overlays import base_cache, overlay_to_write
 from preprocess.ranks import Rank
 from preprocess.rejected import rejected_file, write_rejected

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from preprocess.media_info import ANIMATIONS, Kind, MediaError
+from preprocess.frames.media_info import ANIMATIONS, Kind, MediaError
 from preprocess.metadata import (
     CAPTION_FIELDS,
     CAPTION_ONLY_FIELDS,

@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from preprocess.clips import fit
+from preprocess.frames.media_info import Kind, MediaError, Probe, Shortcut
 from preprocess.media import probe, read_frames
-from preprocess.media_info import Kind, MediaError, Probe, Shortcut
 from preprocess.sources import Medium, local_file
 from preprocess.worker_process import alive
 from shared.format.buckets import Bucket

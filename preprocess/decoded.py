@@ -20,7 +20,7 @@ from preprocess.conditions import clip_of, same_content
 from preprocess.decode import digest, fitted_frames
 from preprocess.findings import Finding
 from preprocess.fingerprint import encoder_fields
-from preprocess.media_info import ANIMATIONS, MediaError
+from preprocess.frames.media_info import ANIMATIONS, MediaError
 from preprocess.shown import other_frames, shown_by_ffmpeg
 from preprocess.tars import base_folder, medium_named
 from preprocess.workers import WorkerPool, default_workers

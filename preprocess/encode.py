@@ -33,7 +33,7 @@ from preprocess.dataset import Dataset, Rejected, load_dataset
 from preprocess.dataset_config import load_dataset_config
 from preprocess.engine import COMPONENTS, Engine, LocalEngine
 from preprocess.fingerprint import encode_fingerprint, settings_for_cache
-from preprocess.media_info import MediaError
+from preprocess.frames.media_info import MediaError
 from preprocess.old_samples import superseded
 from preprocess.passes import Encoded, Times, latents_from_cache, samples_of, texts_from_cache
 from preprocess.plan import Captions, Work, committed_of, missing_of, plan_work

@@ -7,7 +7,7 @@ import torch
 
 from preprocess.cache.text_cache import TextCache
 from preprocess.config import EncodeConfig
-from preprocess.media_info import MediaError
+from preprocess.frames.media_info import MediaError
 from preprocess.passes import Encoded, Times, latents_from_media, release_memory, text_pass
 from preprocess.plan import Work
 from preprocess.validation_prompts import Picture, encode_pictures

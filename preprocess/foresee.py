@@ -19,7 +19,7 @@ from preprocess.dataset import Rejected
 from preprocess.encode import look_into_media, missing_prompts, read_job
 from preprocess.engine import LocalEngine
 from preprocess.fingerprint import settings_for_cache
-from preprocess.media_info import MediaError
+from preprocess.frames.media_info import MediaError
 from preprocess.passes import Times
 from preprocess.plan import Captions, Work, committed_samples, missing_of
 from preprocess.speed import Speed, known_speed, remember_speed

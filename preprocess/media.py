@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from preprocess import pictures, video
-from preprocess.media_info import Frame, Kind, MediaError, Probe, Shortcut
+from preprocess.frames import pictures, video
+from preprocess.frames.media_info import Frame, Kind, MediaError, Probe, Shortcut
 from shared.errors import UserError
 
 

@@ -15,8 +15,8 @@ from preprocess import report
 from preprocess.conditions import clip_of, same_content
 from preprocess.decode import look
 from preprocess.findings import Finding
-from preprocess.first_rule import wrong_sample
-from preprocess.media_info import Kind, MediaError, Probe
+from preprocess.frames.first_rule import wrong_sample
+from preprocess.frames.media_info import Kind, MediaError, Probe
 from preprocess.probe_memo import ProbeMemo
 from preprocess.sources import Medium, stamp
 from preprocess.tars import base_folder, medium_named

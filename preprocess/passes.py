@@ -15,7 +15,7 @@ import torch
 from preprocess.cache.index import caption_digest, check_shards
 from preprocess.cache.text_cache import TextCache
 from preprocess.decode import fitted_frames
-from preprocess.media_info import MediaError
+from preprocess.frames.media_info import MediaError
 from preprocess.plan import Captions, Committed, Work
 from preprocess.workers import WorkerPool
 from shared.format.cache import CacheIndex, MemberReader

@@ -12,7 +12,7 @@ from preprocess.cache.index import caption_digest
 from preprocess.clips import Clip, ClipRule
 from preprocess.dataset import Entry, Rejected
 from preprocess.decode import look
-from preprocess.media_info import Kind, MediaError, Probe, Shortcut
+from preprocess.frames.media_info import Kind, MediaError, Probe, Shortcut
 from preprocess.probe_memo import ProbeMemo
 from preprocess.sources import Medium, stamp
 from preprocess.workers import WorkerPool

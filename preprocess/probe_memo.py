@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from preprocess.media_info import KeyFrames, Kind, Probe
-from preprocess.orientation import Orientation
+from preprocess.frames.media_info import KeyFrames, Kind, Probe
+from preprocess.frames.orientation import Orientation
 from shared.io.hashing import cache_folder
 from shared.io.memo import note, recall
 

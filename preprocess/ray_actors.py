@@ -22,7 +22,7 @@ from preprocess.cache.writer import ShardWriter, free_writer_lock
 from preprocess.config import EncodeConfig
 from preprocess.engine import COMPONENTS, latent_encoder, pictures_encoded, text_encoder
 from preprocess.fingerprint import encode_fingerprint
-from preprocess.media_info import MediaError
+from preprocess.frames.media_info import MediaError
 from preprocess.passes import Times, latents_from_media, samples_of
 from preprocess.plan import Work
 from preprocess.ray_fleet import Joined

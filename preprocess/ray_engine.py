@@ -18,7 +18,7 @@ from preprocess.cache.index import settled_index
 from preprocess.cache.text_cache import TextCache
 from preprocess.cache.writer import MOST_WRITERS, remove_abandoned
 from preprocess.config import EncodeConfig
-from preprocess.media_info import MediaError
+from preprocess.frames.media_info import MediaError
 from preprocess.passes import Encoded, latents_from_cache
 from preprocess.plan import Captions, Work, committed_of, missing_of
 from preprocess.ray_actors import RUN_MARK, MediaActor, Orders, TextActor, encode_pictures_there

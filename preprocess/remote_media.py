@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from preprocess.media_info import MediaError
+from preprocess.frames.media_info import MediaError
 from shared.errors import UserError
 from shared.io.durable import write_bytes
 from shared.io.hashing import cache_folder

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from preprocess.caption_clips import caption_clips
 from preprocess.clips import Clip, ClipRule, choose_clips
-from preprocess.media_info import MediaError, Probe
-from preprocess.picks import picks_of
+from preprocess.frames.media_info import MediaError, Probe
+from preprocess.frames.picks import picks_of
 from shared.format.buckets import bucket_size
 
 _NAMED_STEP = 160

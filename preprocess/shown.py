@@ -2,7 +2,7 @@
 
 The second opinion of `wanprep verify --decode`: another program decodes the whole file, and each
 frame of the sample is looked up by its picture. Nothing that chose or read the sample's frames
-(`preprocess.video`, `preprocess.picks`) is used.
+(`preprocess.frames.video`, `preprocess.frames.picks`) is used.
 """
 
 import re
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from preprocess.media_info import MediaError
+from preprocess.frames.media_info import MediaError
 from preprocess.sources import Medium, local_file
 from preprocess.worker_process import alive
 from shared.format.buckets import Bucket

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from preprocess.media_info import MediaError
+from preprocess.frames.media_info import MediaError
 from shared.io.hashing import FileHasher
 
 _BLOCK_BYTES = 1 << 22

@@ -15,7 +15,7 @@ from braceexpand import braceexpand
 from webdataset.tariterators import base_plus_ext
 
 from preprocess.cache.writer import SHARD_NAME
-from preprocess.media_info import MediaError
+from preprocess.frames.media_info import MediaError
 from preprocess.remote_media import in_home, remote_named
 from preprocess.sources import Medium, TarMember
 from shared.errors import UserError

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from preprocess.media_info import MediaError
+from preprocess.frames.media_info import MediaError
 from preprocess.worker_process import ALIVE, ARRAY, FAILED, READY
 from shared.errors import UserError
 

@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from preprocess import decord_pairs
+from preprocess.frames import decord_pairs
 from preprocess.media import probe
 from tests.field.cells import Cell
 from tests.field.clips import CELLS

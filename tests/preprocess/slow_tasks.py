@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from preprocess.media_info import MediaError
+from preprocess.frames.media_info import MediaError
 from preprocess.worker_process import alive
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from preprocess.clips import Clip, ClipRule, choose_clips, fit
-from preprocess.media_info import MediaError, Probe
+from preprocess.frames.media_info import MediaError, Probe
 from shared.format.buckets import Bucket
 
 RULE = ClipRule(

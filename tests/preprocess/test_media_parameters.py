@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preprocess.clips import Clip, ClipRule, choose_clips
-from preprocess.media_info import MediaError, Probe
+from preprocess.frames.media_info import MediaError, Probe
 from preprocess.sizes import RATIO_CROPS, adapted_weights, budget_frames
 from shared.format.buckets import Bucket
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from preprocess.dataset import load_dataset
+from preprocess.frames.media_info import MediaError
 from preprocess.media import probe, read_frames
-from preprocess.media_info import MediaError
 from tests.preprocess.conftest import VIDEOS, render_clip
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from preprocess.frames.media_info import MediaError, Probe, Shortcut
+from preprocess.frames.orientation import of_display_matrix
+from preprocess.frames.timing import rate_and_times
 from preprocess.media import probe, read_frames
-from preprocess.media_info import MediaError, Probe, Shortcut
-from preprocess.orientation import of_display_matrix
 from preprocess.probe_memo import ProbeMemo
-from preprocess.timing import rate_and_times
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 LENGTH = 700

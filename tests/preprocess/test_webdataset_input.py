@@ -16,8 +16,8 @@ import webdataset
 from PIL import Image
 
 from preprocess.dataset import load_dataset
+from preprocess.frames.media_info import MediaError
 from preprocess.media import probe
-from preprocess.media_info import MediaError
 from preprocess.sources import TarMember, local_file
 from preprocess.tars import base_folder, medium_at, named_tars
 from shared.errors import UserError

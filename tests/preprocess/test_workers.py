@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from preprocess.cache.background_writer import BackgroundWriter
-from preprocess.media_info import MediaError
+from preprocess.frames.media_info import MediaError
 from preprocess.workers import WorkerPool
 from tests.preprocess import slow_tasks
 from tests.preprocess.conftest import (

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from preprocess.media_info import Frame, MediaError, Probe
+from preprocess.frames.media_info import Frame, MediaError, Probe
 
 # What 8-bit RGB can hold without a choice that we should not make for the user.
 _EIGHT_BIT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr"}

@@ -9,8 +9,8 @@ fails on one (`docs/decisions.md` has the table). A pair that fails once is take
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from preprocess.first_rule import PAIRS, same_colours
-from preprocess.media_info import Frame
+from preprocess.frames.first_rule import PAIRS, same_colours
+from preprocess.frames.media_info import Frame
 
 
 def is_avi(path: Path) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from preprocess.media_info import MediaError, Probe
+from preprocess.frames.media_info import MediaError, Probe
 
 _ROUNDING = 1e-9  # seconds: two frames are equally near, and the later one is taken
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from av.packet import Packet
 from av.video.frame import PictureType, VideoFrame
 
-from preprocess.media_info import Probe
-from preprocess.orientation import UPRIGHT, Orientation
-from preprocess.picks import picks_of
+from preprocess.frames.media_info import Probe
+from preprocess.frames.orientation import UPRIGHT, Orientation
+from preprocess.frames.picks import picks_of
 from shared.format.buckets import nearest_base
 
 PAIRS = frozenset({("avi", "huffyuv"), ("avi", "utvideo")})

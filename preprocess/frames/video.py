@@ -22,11 +22,11 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image
 
-from preprocess import decord_pairs
-from preprocess.first_rule import Stored, misread
-from preprocess.media_info import Frame, KeyFrames, MediaError, Probe, Shortcut
-from preprocess.orientation import UPRIGHT, Orientation, of_display_matrix
-from preprocess.timing import rate_and_times
+from preprocess.frames import decord_pairs
+from preprocess.frames.first_rule import Stored, misread
+from preprocess.frames.media_info import Frame, KeyFrames, MediaError, Probe, Shortcut
+from preprocess.frames.orientation import UPRIGHT, Orientation, of_display_matrix
+from preprocess.frames.timing import rate_and_times
 
 if TYPE_CHECKING:
     from av.sidedata.sidedata import SideData
