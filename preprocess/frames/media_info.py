@@ -66,7 +66,7 @@ class Probe:
     times: bytes | None = None
     """float64 of each frame: seconds after the first. None where frame n is shown at n / `fps`."""
     old_reading: str | None = None
-    """Why the first frame rule (`preprocess.frames.first_rule`) may have read other pictures here."""
+    """Why the first rule may have read other pictures here (`preprocess.frames.first_rule`)."""
     notes: tuple[str, ...] = ()
     """What the user should know of a file that is taken all the same."""
     key_frames: KeyFrames | None = None

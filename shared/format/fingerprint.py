@@ -140,7 +140,7 @@ def differences(found: Fingerprint, expected: Fingerprint) -> list[tuple[str, An
 
 
 def has_first_frame_rule(fingerprint: Fingerprint) -> bool:
-    """Whether samples of it may hold other pictures than are shown (`preprocess.frames.first_rule`)."""
+    """Whether its samples may hold wrong pictures: see `preprocess.frames.first_rule`."""
     media = fingerprint.get("media")
     return isinstance(media, dict) and media.get("frame_rule") == FIRST_FRAME_RULE
 
