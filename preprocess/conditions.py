@@ -19,15 +19,15 @@ from preprocess.cache.index import settled_index
 from preprocess.cache.writer import ShardWriter
 from preprocess.clips import Clip
 from preprocess.dataset import Rejected
-from preprocess.decode import digest, fitted_frames
 from preprocess.fingerprint import encoder_fields, refuse_absent
 from preprocess.frames.media_info import MediaError
+from preprocess.media.decode import digest, fitted_frames
+from preprocess.media.sources import Medium, stamp
+from preprocess.media.tars import base_folder, medium_named
+from preprocess.media.worker_pool import WorkerPool
 from preprocess.overlays import base_cache, overlay_to_write
 from preprocess.ranks import Rank
 from preprocess.rejected import rejected_file, write_rejected
-from preprocess.sources import Medium, stamp
-from preprocess.tars import base_folder, medium_named
-from preprocess.workers import WorkerPool
 from shared.cli.support import say
 from shared.device import check_device
 from shared.errors import UserError

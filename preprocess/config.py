@@ -216,7 +216,7 @@ def config_of(
 
     Raises UserError, naming the option.
     """
-    from preprocess.workers import default_workers
+    from preprocess.media.worker_pool import default_workers
 
     if same["fps"] is not None and video_sample_stride is not None:
         raise UserError(

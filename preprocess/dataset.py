@@ -13,19 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from preprocess.frames.media_info import ANIMATIONS, Kind, MediaError
-from preprocess.metadata import (
-    CAPTION_FIELDS,
-    CAPTION_ONLY_FIELDS,
-    NAMES,
-    PATH_FIELDS,
-    Record,
-    find_metadata,
-    read_metadata,
-)
-from preprocess.remote_media import RemoteFile, name_below, stored
-from preprocess.sampling import Sampling
-from preprocess.sources import Medium, TarMember
-from preprocess.tars import (
+from preprocess.media.remote import RemoteFile, name_below, stored
+from preprocess.media.sources import Medium, TarMember
+from preprocess.media.tars import (
     TarSample,
     base_folder,
     given_path,
@@ -36,6 +26,16 @@ from preprocess.tars import (
     read_tar,
     tars_among,
 )
+from preprocess.metadata import (
+    CAPTION_FIELDS,
+    CAPTION_ONLY_FIELDS,
+    NAMES,
+    PATH_FIELDS,
+    Record,
+    find_metadata,
+    read_metadata,
+)
+from preprocess.sampling import Sampling
 from shared.errors import UserError, json_kind
 from shared.io.names import is_folder, quoted
 

@@ -17,13 +17,13 @@ from rich.console import Console
 
 from preprocess import report
 from preprocess.conditions import clip_of, same_content
-from preprocess.decode import digest, fitted_frames
 from preprocess.findings import Finding
 from preprocess.fingerprint import encoder_fields
 from preprocess.frames.media_info import ANIMATIONS, MediaError
+from preprocess.media.decode import digest, fitted_frames
+from preprocess.media.tars import base_folder, medium_named
+from preprocess.media.worker_pool import WorkerPool, default_workers
 from preprocess.shown import other_frames, shown_by_ffmpeg
-from preprocess.tars import base_folder, medium_named
-from preprocess.workers import WorkerPool, default_workers
 from shared.device import check_device
 from shared.errors import UserError
 from shared.format.cache import MEDIA_TYPES, CacheIndex, MemberReader, open_cache

@@ -34,6 +34,7 @@ from preprocess.dataset_config import load_dataset_config
 from preprocess.engine import COMPONENTS, Engine, LocalEngine
 from preprocess.fingerprint import encode_fingerprint, settings_for_cache
 from preprocess.frames.media_info import MediaError
+from preprocess.media.worker_pool import WorkerPool
 from preprocess.old_samples import superseded
 from preprocess.passes import Encoded, Times, latents_from_cache, samples_of, texts_from_cache
 from preprocess.plan import Captions, Work, committed_of, missing_of, plan_work
@@ -46,7 +47,6 @@ from preprocess.validation_prompts import (
     read_pictures,
     read_validation_prompts,
 )
-from preprocess.workers import WorkerPool
 from shared.cli.support import say
 from shared.device import check_device
 from shared.errors import UserError

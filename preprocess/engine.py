@@ -8,10 +8,10 @@ import torch
 from preprocess.cache.text_cache import TextCache
 from preprocess.config import EncodeConfig
 from preprocess.frames.media_info import MediaError
+from preprocess.media.worker_pool import WorkerPool
 from preprocess.passes import Encoded, Times, latents_from_media, release_memory, text_pass
 from preprocess.plan import Work
 from preprocess.validation_prompts import Picture, encode_pictures
-from preprocess.workers import WorkerPool
 from shared.format.schema import DTYPES
 from shared.models.spec import ModelSpec
 

@@ -20,11 +20,11 @@ from preprocess.encode import look_into_media, missing_prompts, read_job
 from preprocess.engine import LocalEngine
 from preprocess.fingerprint import settings_for_cache
 from preprocess.frames.media_info import MediaError
+from preprocess.media.worker_pool import WorkerPool
 from preprocess.passes import Times
 from preprocess.plan import Captions, Work, committed_samples, missing_of
 from preprocess.speed import Speed, known_speed, remember_speed
 from preprocess.validation_prompts import missing_validation
-from preprocess.workers import WorkerPool
 from shared.errors import UserError
 from shared.format.buckets import Bucket
 from shared.format.cache import committed_shards

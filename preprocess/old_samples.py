@@ -13,14 +13,14 @@ from rich.console import Console
 
 from preprocess import report
 from preprocess.conditions import clip_of, same_content
-from preprocess.decode import look
 from preprocess.findings import Finding
 from preprocess.frames.first_rule import wrong_sample
 from preprocess.frames.media_info import Kind, MediaError, Probe
-from preprocess.probe_memo import ProbeMemo
-from preprocess.sources import Medium, stamp
-from preprocess.tars import base_folder, medium_named
-from preprocess.workers import WorkerPool, default_workers
+from preprocess.media.decode import look
+from preprocess.media.probe_cache import ProbeMemo
+from preprocess.media.sources import Medium, stamp
+from preprocess.media.tars import base_folder, medium_named
+from preprocess.media.worker_pool import WorkerPool, default_workers
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, MemberReader, Sidecar, committed_shards, open_cache
 from shared.format.fingerprint import has_first_frame_rule

@@ -11,11 +11,11 @@ import numpy.typing as npt
 from preprocess.cache.index import caption_digest
 from preprocess.clips import Clip, ClipRule
 from preprocess.dataset import Entry, Rejected
-from preprocess.decode import look
 from preprocess.frames.media_info import Kind, MediaError, Probe, Shortcut
-from preprocess.probe_memo import ProbeMemo
-from preprocess.sources import Medium, stamp
-from preprocess.workers import WorkerPool
+from preprocess.media.decode import look
+from preprocess.media.probe_cache import ProbeMemo
+from preprocess.media.sources import Medium, stamp
+from preprocess.media.worker_pool import WorkerPool
 from shared.format.cache import CacheIndex
 from shared.format.columns import hex_keys
 from shared.format.schema import MediaType, SampleInfo, sample_key

@@ -23,12 +23,12 @@ from preprocess.config import EncodeConfig
 from preprocess.engine import COMPONENTS, latent_encoder, pictures_encoded, text_encoder
 from preprocess.fingerprint import encode_fingerprint
 from preprocess.frames.media_info import MediaError
+from preprocess.media.sources import Medium
+from preprocess.media.worker_pool import WorkerPool
 from preprocess.passes import Times, latents_from_media, samples_of
 from preprocess.plan import Work
 from preprocess.ray_fleet import Joined
-from preprocess.sources import Medium
 from preprocess.validation_prompts import Picture
-from preprocess.workers import WorkerPool
 from shared.device import check_device
 from shared.errors import UserError
 from shared.format.fingerprint import Fingerprint, as_in_cache, refuse_differences

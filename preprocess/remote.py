@@ -22,16 +22,16 @@ def shards_folder(location: str | Path) -> Path:
 
 def media_folder(location: str | Path) -> Path:
     """What `--train-data-dir` takes: a folder as it is, a URL as the folder that lists it."""
-    from preprocess import remote_media
+    from preprocess.media import remote
 
-    return remote_media.media_folder(location)
+    return remote.media_folder(location)
 
 
 def metadata_file(location: str | Path) -> Path:
     """What `--train-data-meta` takes: a file as it is, a URL as a copy of it."""
-    from preprocess import remote_media
+    from preprocess.media import remote
 
-    return remote_media.metadata_file(location)
+    return remote.metadata_file(location)
 
 
 def open_for_writing(location: str | Path, *, writer: int) -> Path:

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from preprocess.frames.media_info import MediaError
-from preprocess.sources import Medium, local_file
-from preprocess.worker_process import alive
+from preprocess.media.sources import Medium, local_file
+from preprocess.media.worker_process import alive
 from shared.format.buckets import Bucket
 
 _ALIVE_SECONDS = 5

@@ -19,7 +19,7 @@ import torch
 from preprocess.caption_clips import caption_clips
 from preprocess.clips import ClipRule, fit
 from preprocess.frames.media_info import MediaError
-from preprocess.media import probe, read_frames
+from preprocess.media.reader import probe, read_frames
 from preprocess.metadata import Form, Record, read_metadata
 from shared.errors import UserError, json_kind
 from shared.format.buckets import Bucket

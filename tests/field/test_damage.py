@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocess.media import MediaError, probe, read_frames
+from preprocess.media.reader import MediaError, probe, read_frames
 from tests.field import boxes
 from tests.field.cells import Cell
 from tests.field.clips import CELLS

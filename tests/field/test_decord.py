@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from preprocess.frames import decord_pairs
-from preprocess.media import probe
+from preprocess.media.reader import probe
 from tests.field.cells import Cell
 from tests.field.clips import CELLS
 from tests.field.compare_with_decord import by_pyav

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from preprocess.media import probe, read_frames
+from preprocess.media.reader import probe, read_frames
 from tests.field import boxes, decord_frames
 from tests.field.compare_with_decord import by_pyav
 from tests.field.ffmpeg import run

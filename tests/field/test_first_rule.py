@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from preprocess.media import probe, read_frames
+from preprocess.media.reader import probe, read_frames
 from tests.field import decord_frames
 from tests.field.cells import Cell
 from tests.field.clips import CELLS

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocess.media import probe, read_frames
+from preprocess.media.reader import probe, read_frames
 from tests.field.clips import CELLS
 from tests.field.picture import NUMBERS, number_of
 

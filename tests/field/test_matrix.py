@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocess.media import MediaError, probe, read_frames
+from preprocess.media.reader import MediaError, probe, read_frames
 from tests.field import ffmpeg
 from tests.field.cells import Cell
 from tests.field.clips import CELLS

@@ -7,7 +7,7 @@ import time
 import numpy as np
 
 from preprocess.frames.media_info import MediaError
-from preprocess.worker_process import alive
+from preprocess.media.worker_process import alive
 
 
 def ramp(shape: tuple[int, ...]) -> np.ndarray:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from preprocess.clips import fit
-from preprocess.media import read_frames
+from preprocess.media.reader import read_frames
 from shared.format.buckets import Bucket
 from shared.format.cache import CacheIndex, Sidecar, committed_shards
 from shared.format.latent_rgb import (

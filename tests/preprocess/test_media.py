@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from preprocess.media import probe, read_frames
+from preprocess.media.reader import probe, read_frames
 from tests.preprocess.conftest import PHOTOS, PICTURES, VIDEOS, render_clip
 
 

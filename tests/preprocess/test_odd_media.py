@@ -11,7 +11,7 @@ from PIL import Image
 
 from preprocess.dataset import load_dataset
 from preprocess.frames.media_info import MediaError
-from preprocess.media import probe, read_frames
+from preprocess.media.reader import probe, read_frames
 from tests.preprocess.conftest import VIDEOS, render_clip
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()

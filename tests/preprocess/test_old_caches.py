@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from preprocess.clips import ClipRule, choose_clips
-from preprocess.decode import fitted_frames
 from preprocess.frames.first_rule import wrong_sample
 from preprocess.frames.media_info import Probe
-from preprocess.media import probe
+from preprocess.media.decode import fitted_frames
+from preprocess.media.reader import probe
 from shared.format.buckets import Bucket
 from shared.format.cache import committed_shards
 from shared.format.fingerprint import FIRST_FRAME_RULE, FRAME_RULE

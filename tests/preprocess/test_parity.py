@@ -143,7 +143,7 @@ def test_latents_are_causal(mode: str, data: Path, request: pytest.FixtureReques
     """
     from preprocess.clips import fit
     from preprocess.encoders import LatentEncoder
-    from preprocess.media import read_frames
+    from preprocess.media.reader import read_frames
     from shared.format.buckets import Bucket
     from shared.models.spec import read_model_spec
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from preprocess.frames.media_info import MediaError, Probe, Shortcut
 from preprocess.frames.orientation import of_display_matrix
 from preprocess.frames.timing import rate_and_times
-from preprocess.media import probe, read_frames
-from preprocess.probe_memo import ProbeMemo
+from preprocess.media.probe_cache import ProbeMemo
+from preprocess.media.reader import probe, read_frames
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 LENGTH = 700

@@ -17,9 +17,9 @@ from PIL import Image
 
 from preprocess.dataset import load_dataset
 from preprocess.frames.media_info import MediaError
-from preprocess.media import probe
-from preprocess.sources import TarMember, local_file
-from preprocess.tars import base_folder, medium_at, named_tars
+from preprocess.media.reader import probe
+from preprocess.media.sources import TarMember, local_file
+from preprocess.media.tars import base_folder, medium_at, named_tars
 from shared.errors import UserError
 from shared.format.cache import open_cache
 from shared.format.overlays import with_conditions

@@ -14,7 +14,7 @@ from PIL import Image
 
 from preprocess.cache.background_writer import BackgroundWriter
 from preprocess.frames.media_info import MediaError
-from preprocess.workers import WorkerPool
+from preprocess.media.worker_pool import WorkerPool
 from tests.preprocess import slow_tasks
 from tests.preprocess.conftest import (
     REPOSITORY,

@@ -8,7 +8,7 @@ import torch
 
 from preprocess.clips import fit
 from preprocess.encoders import LatentEncoder
-from preprocess.media import read_frames
+from preprocess.media.reader import read_frames
 from shared.format.buckets import Bucket
 from shared.format.cache import MemberReader, open_cache
 from shared.models.spec import read_model_spec

@@ -40,7 +40,7 @@ _TARS = (".tar", ".tar.gz", ".tgz")
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteFile:
-    """A medium in an object store (`preprocess.sources.Packed`)."""
+    """A medium in an object store (`preprocess.media.sources.Packed`)."""
 
     url: str
     signature: str | None = None

@@ -1,7 +1,7 @@
 """A worker process: runs the functions that it is sent, until the connection ends.
 
 It imports what those functions need and nothing heavier (no torch). It may be killed at any moment;
-it leaves nothing behind. The other end is `preprocess.workers`.
+it leaves nothing behind. The other end is `preprocess.media.worker_pool`.
 """
 
 import ctypes

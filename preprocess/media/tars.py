@@ -1,7 +1,8 @@
 """WebDataset tars of media: which tars there are, and where in them each sample's files lie.
 
 Only headers are read here, and captions, as bytes: nothing is unpacked and nothing unpickled,
-whatever a member is called. Decoders get a medium by its place in the tar (`preprocess.sources`).
+whatever a member is called. Decoders get a medium by its place in the tar
+(`preprocess.media.sources`).
 """
 
 import re
@@ -16,8 +17,8 @@ from webdataset.tariterators import base_plus_ext
 
 from preprocess.cache.writer import SHARD_NAME
 from preprocess.frames.media_info import MediaError
-from preprocess.remote_media import in_home, remote_named
-from preprocess.sources import Medium, TarMember
+from preprocess.media.remote import in_home, remote_named
+from preprocess.media.sources import Medium, TarMember
 from shared.errors import UserError
 from shared.io.names import exists, for_glob, has_wildcard, is_folder
 

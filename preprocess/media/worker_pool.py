@@ -25,14 +25,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from preprocess.frames.media_info import MediaError
-from preprocess.worker_process import ALIVE, ARRAY, FAILED, READY
+from preprocess.media.worker_process import ALIVE, ARRAY, FAILED, READY
 from shared.errors import UserError
 
 Item = TypeVar("Item")
 Results = Generator[tuple[Item, "Future[Any]"], None, None]
 """Items with their futures, each done; `close` cancels what has not begun."""
 
-PRELOAD = ("preprocess.decode",)
+PRELOAD = ("preprocess.media.decode",)
 """What a worker imports before it says that it is ready."""
 _START_SECONDS = 300
 """A worker that is not ready by then never will be (it takes less than one)."""
@@ -179,7 +179,7 @@ class _Worker:
         program = (
             f"import sys; sys.path[:] = {json.dumps(path)}\n"
             "from wandistill_cli import ours_first; ours_first()\n"
-            "from preprocess.worker_process import main\n"
+            "from preprocess.media.worker_process import main\n"
             f"main({theirs.fileno()}, {os.getpid()}, {PRELOAD!r})\n"
         )
         with theirs:

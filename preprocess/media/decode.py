@@ -8,9 +8,9 @@ import numpy.typing as npt
 
 from preprocess.clips import fit
 from preprocess.frames.media_info import Kind, MediaError, Probe, Shortcut
-from preprocess.media import probe, read_frames
-from preprocess.sources import Medium, local_file
-from preprocess.worker_process import alive
+from preprocess.media.reader import probe, read_frames
+from preprocess.media.sources import Medium, local_file
+from preprocess.media.worker_process import alive
 from shared.format.buckets import Bucket
 from shared.io.hashing import sha256_of
 
