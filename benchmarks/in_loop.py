@@ -16,7 +16,7 @@ import decord
 import torch
 from rich.console import Console
 
-from preprocess.clips import fit
+from preprocess.dataset.clips import fit
 from preprocess.encoders import LatentEncoder, TextEncoder
 from train.base import load_base
 from train.cli import app

@@ -126,8 +126,8 @@ def encode(
     from rich.console import Console
 
     from preprocess import report
+    from preprocess.dataset.rejected import rejected_file
     from preprocess.encode import encode as run_encode
-    from preprocess.rejected import rejected_file
 
     outcome = run_encode(config, Console(stderr=True))
     if outcome.index is not None:

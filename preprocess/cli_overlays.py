@@ -122,9 +122,9 @@ def add_condition(
     from preprocess import report
     from preprocess.conditions import ConditionConfig
     from preprocess.conditions import add_condition as run_add_condition
+    from preprocess.dataset.rejected import rejected_file
     from preprocess.media.worker_pool import default_workers
     from preprocess.ranks import this_rank
-    from preprocess.rejected import rejected_file
 
     rank = this_rank()
     done = run_add_condition(

@@ -17,8 +17,9 @@ from rich.console import Console
 from preprocess import report
 from preprocess.cache.index import settled_index
 from preprocess.cache.writer import ShardWriter
-from preprocess.clips import Clip
-from preprocess.dataset import Rejected
+from preprocess.dataset.clips import Clip
+from preprocess.dataset.entries import Rejected
+from preprocess.dataset.rejected import rejected_file, write_rejected
 from preprocess.fingerprint import encoder_fields, refuse_absent
 from preprocess.frames.media_info import MediaError
 from preprocess.media.decode import digest, fitted_frames
@@ -27,7 +28,6 @@ from preprocess.media.tars import base_folder, medium_named
 from preprocess.media.worker_pool import WorkerPool
 from preprocess.overlays import base_cache, overlay_to_write
 from preprocess.ranks import Rank
-from preprocess.rejected import rejected_file, write_rejected
 from shared.cli.support import say
 from shared.device import check_device
 from shared.errors import UserError

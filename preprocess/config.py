@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from preprocess.clips import Clips
+from preprocess.dataset.clips import Clips
 from preprocess.ranks import Rank, this_rank
 from shared.device import default_device
 from shared.errors import UserError

@@ -27,10 +27,11 @@ from preprocess.cache.writer import (
     remove_abandoned,
     writer_lock,
 )
-from preprocess.clips import ClipRule
 from preprocess.config import EncodeConfig
-from preprocess.dataset import Dataset, Rejected, load_dataset
-from preprocess.dataset_config import load_dataset_config
+from preprocess.dataset.clips import ClipRule
+from preprocess.dataset.entries import Dataset, Rejected, load_dataset
+from preprocess.dataset.rejected import rejected_file, write_rejected
+from preprocess.dataset.toml_config import load_dataset_config
 from preprocess.engine import COMPONENTS, Engine, LocalEngine
 from preprocess.fingerprint import encode_fingerprint, settings_for_cache
 from preprocess.frames.media_info import MediaError
@@ -38,7 +39,6 @@ from preprocess.media.worker_pool import WorkerPool
 from preprocess.old_samples import superseded
 from preprocess.passes import Encoded, Times, latents_from_cache, samples_of, texts_from_cache
 from preprocess.plan import Captions, Work, committed_of, missing_of, plan_work
-from preprocess.rejected import rejected_file, write_rejected
 from preprocess.speed import remember_speed
 from preprocess.train_mode import in_train_mode
 from preprocess.validation_prompts import (

@@ -5,8 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from preprocess.clips import RESIZE_RULE
 from preprocess.config import EncodeConfig
+from preprocess.dataset.clips import RESIZE_RULE
 from shared.errors import UserError
 from shared.format.cache import Sidecar
 from shared.format.fingerprint import (

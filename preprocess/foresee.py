@@ -15,7 +15,7 @@ from preprocess import report
 from preprocess.cache.index import live_columns
 from preprocess.cache.text_cache import TextCache
 from preprocess.config import EncodeConfig
-from preprocess.dataset import Rejected
+from preprocess.dataset.entries import Rejected
 from preprocess.encode import look_into_media, missing_prompts, read_job
 from preprocess.engine import LocalEngine
 from preprocess.fingerprint import settings_for_cache

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from preprocess.cache.index import caption_digest
-from preprocess.clips import Clip, ClipRule
-from preprocess.dataset import Entry, Rejected
+from preprocess.dataset.clips import Clip, ClipRule
+from preprocess.dataset.entries import Entry, Rejected
 from preprocess.frames.media_info import Kind, MediaError, Probe, Shortcut
 from preprocess.media.decode import look
 from preprocess.media.probe_cache import ProbeMemo

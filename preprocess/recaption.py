@@ -15,8 +15,8 @@ from preprocess.cache.remove import is_unusable, sources
 from preprocess.cache.text_cache import TextCache
 from preprocess.cache.writer import ShardWriter
 from preprocess.config import StoredDtype
-from preprocess.dataset import Dataset, Rejected, load_dataset
-from preprocess.dataset_config import load_dataset_config
+from preprocess.dataset.entries import Dataset, Rejected, load_dataset
+from preprocess.dataset.toml_config import load_dataset_config
 from preprocess.fingerprint import encoder_fields
 from preprocess.overlays import base_cache, overlay_to_write
 from preprocess.passes import Times, text_pass

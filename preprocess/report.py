@@ -20,7 +20,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from preprocess.dataset import Rejected
+from preprocess.dataset.entries import Rejected
 from preprocess.plan import Work
 from shared.format.cache import CacheIndex
 from shared.format.latent_rgb import R2_FLOOR

@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from preprocess.caption_clips import caption_clips
-from preprocess.clips import ClipRule, fit
+from preprocess.dataset.caption_clips import caption_clips
+from preprocess.dataset.clips import ClipRule, fit
+from preprocess.dataset.metadata import Form, Record, read_metadata
 from preprocess.frames.media_info import MediaError
 from preprocess.media.reader import probe, read_frames
-from preprocess.metadata import Form, Record, read_metadata
 from shared.errors import UserError, json_kind
 from shared.format.buckets import Bucket
 from shared.format.prompts import VALIDATION, Prompt, current_validation

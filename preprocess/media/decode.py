@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from preprocess.clips import fit
+from preprocess.dataset.clips import fit
 from preprocess.frames.media_info import Kind, MediaError, Probe, Shortcut
 from preprocess.media.reader import probe, read_frames
 from preprocess.media.sources import Medium, local_file

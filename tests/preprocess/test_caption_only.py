@@ -13,9 +13,9 @@ import webdataset
 from PIL import Image
 from safetensors.torch import load
 
-from preprocess.caption_clips import caption_clips
-from preprocess.clips import ClipRule
-from preprocess.dataset import load_dataset
+from preprocess.dataset.caption_clips import caption_clips
+from preprocess.dataset.clips import ClipRule
+from preprocess.dataset.entries import load_dataset
 from shared.errors import UserError
 from shared.format.buckets import BASE_BUCKETS, Bucket
 from shared.format.cache import Sidecar, open_cache

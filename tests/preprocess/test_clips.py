@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from preprocess.clips import Clip, ClipRule, choose_clips, fit
+from preprocess.dataset.clips import Clip, ClipRule, choose_clips, fit
 from preprocess.frames.media_info import MediaError, Probe
 from shared.format.buckets import Bucket
 

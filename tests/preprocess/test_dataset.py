@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from preprocess.dataset import load_dataset
+from preprocess.dataset.entries import load_dataset
 from shared.errors import UserError
 from tests.preprocess.conftest import Cache, render_clip, wanprep
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from preprocess.dataset_config import load_dataset_config
-from preprocess.sampling import Resolution
+from preprocess.dataset.clip_overrides import Resolution
+from preprocess.dataset.toml_config import load_dataset_config
 from shared.errors import UserError
 from shared.format.buckets import bucket_size
 from shared.format.cache import open_cache

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preprocess.clips import Clip, ClipRule, choose_clips
+from preprocess.dataset.clips import Clip, ClipRule, choose_clips
+from preprocess.dataset.sizes import RATIO_CROPS, adapted_weights, budget_frames
 from preprocess.frames.media_info import MediaError, Probe
-from preprocess.sizes import RATIO_CROPS, adapted_weights, budget_frames
 from shared.format.buckets import Bucket
 
 RULE = ClipRule(

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from preprocess.dataset import load_dataset
-from preprocess.dataset_config import load_dataset_config
+from preprocess.dataset.entries import load_dataset
+from preprocess.dataset.toml_config import load_dataset_config
 from shared.format.cache import committed_tombstones
 from shared.format.overlays import with_captions
 from shared.io.names import matcher, on_lines, on_one_line

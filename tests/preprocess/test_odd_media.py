@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from preprocess.dataset import load_dataset
+from preprocess.dataset.entries import load_dataset
 from preprocess.frames.media_info import MediaError
 from preprocess.media.reader import probe, read_frames
 from tests.preprocess.conftest import VIDEOS, render_clip

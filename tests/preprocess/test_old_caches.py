@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from preprocess.clips import ClipRule, choose_clips
+from preprocess.dataset.clips import ClipRule, choose_clips
 from preprocess.frames.first_rule import wrong_sample
 from preprocess.frames.media_info import Probe
 from preprocess.media.decode import fitted_frames

@@ -141,7 +141,7 @@ def test_latents_are_causal(mode: str, data: Path, request: pytest.FixtureReques
     """A shorter clip from the same start is a slice of the longer one's latents: what lets
     training cut in time for free, and what makes ti2v's condition a latent frame.
     """
-    from preprocess.clips import fit
+    from preprocess.dataset.clips import fit
     from preprocess.encoders import LatentEncoder
     from preprocess.media.reader import read_frames
     from shared.format.buckets import Bucket

@@ -12,7 +12,7 @@ from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
 from preprocess.cache.writer import ShardWriter
-from preprocess.clips import ClipRule
+from preprocess.dataset.clips import ClipRule
 from preprocess.validation_prompts import read_validation_prompts
 from shared.errors import UserError
 from shared.format.buckets import Bucket

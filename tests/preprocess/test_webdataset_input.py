@@ -15,7 +15,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from preprocess.dataset import load_dataset
+from preprocess.dataset.entries import load_dataset
 from preprocess.frames.media_info import MediaError
 from preprocess.media.reader import probe
 from preprocess.media.sources import TarMember, local_file

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from preprocess.clips import fit
+from preprocess.dataset.clips import fit
 from preprocess.encoders import LatentEncoder
 from preprocess.media.reader import read_frames
 from shared.format.buckets import Bucket

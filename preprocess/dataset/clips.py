@@ -13,16 +13,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from preprocess.draws import Draws
-from preprocess.frames.media_info import Frame, MediaError, Probe
-from preprocess.frames.picks import Picks, picks_of
-from preprocess.sizes import (
+from preprocess.dataset.draws import Draws
+from preprocess.dataset.sizes import (
     RATIO_CROPS,
     adapted_sizes,
     adapted_weights,
     budget_frames,
     token_sizes,
 )
+from preprocess.frames.media_info import Frame, MediaError, Probe
+from preprocess.frames.picks import Picks, picks_of
 from shared.format.buckets import BASE_SIZE, Bucket, nearest_base, scaled_size
 from shared.format.resize import fit_to
 

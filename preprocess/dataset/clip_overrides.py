@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from preprocess.caption_clips import caption_clips
-from preprocess.clips import Clip, ClipRule, choose_clips
+from preprocess.dataset.caption_clips import caption_clips
+from preprocess.dataset.clips import Clip, ClipRule, choose_clips
 from preprocess.frames.media_info import MediaError, Probe
 from preprocess.frames.picks import picks_of
 from shared.format.buckets import bucket_size
@@ -76,7 +76,7 @@ class Sampling:
         shape: tuple[int, int] | None,
         frames: int | None,
     ) -> tuple[Clip, ...]:
-        """The buckets of a caption without a medium; see `preprocess.caption_clips`."""
+        """The buckets of a caption without a medium; see `preprocess.dataset.caption_clips`."""
         lengths = self.lengths if self.every_length else self.lengths[-1:]
         return tuple(
             dict.fromkeys(

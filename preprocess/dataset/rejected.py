@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from preprocess.dataset import Rejected
+from preprocess.dataset.entries import Rejected
 from preprocess.ranks import Rank
 from shared.io.durable import remove, write_bytes
 

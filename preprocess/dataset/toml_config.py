@@ -14,12 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from preprocess.clips import Clips
 from preprocess.config import LARGEST_SIZE, SMALLEST_SIZE
-from preprocess.dataset import Dataset, Entry, Rejected, load_dataset
+from preprocess.dataset.clip_overrides import Resolution, Sampling
+from preprocess.dataset.clips import Clips
+from preprocess.dataset.entries import Dataset, Entry, Rejected, load_dataset
 from preprocess.media.remote import media_folder, metadata_file
 from preprocess.media.tars import base_folder, is_tars
-from preprocess.sampling import Resolution, Sampling
 from shared.errors import UserError
 from shared.io.mirror import followed, is_url
 from shared.io.names import exists, in_home_folder, is_folder

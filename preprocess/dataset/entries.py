@@ -12,6 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from preprocess.dataset.clip_overrides import Sampling
+from preprocess.dataset.metadata import (
+    CAPTION_FIELDS,
+    CAPTION_ONLY_FIELDS,
+    NAMES,
+    PATH_FIELDS,
+    Record,
+    find_metadata,
+    read_metadata,
+)
 from preprocess.frames.media_info import ANIMATIONS, Kind, MediaError
 from preprocess.media.remote import RemoteFile, name_below, stored
 from preprocess.media.sources import Medium, TarMember
@@ -26,16 +36,6 @@ from preprocess.media.tars import (
     read_tar,
     tars_among,
 )
-from preprocess.metadata import (
-    CAPTION_FIELDS,
-    CAPTION_ONLY_FIELDS,
-    NAMES,
-    PATH_FIELDS,
-    Record,
-    find_metadata,
-    read_metadata,
-)
-from preprocess.sampling import Sampling
 from shared.errors import UserError, json_kind
 from shared.io.names import is_folder, quoted
 

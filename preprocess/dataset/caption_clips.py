@@ -4,9 +4,9 @@ VideoX-Fun's trainers draw it for every batch from all aspect ratios alike; here
 from the seed and the caption, so that a cache is the same wherever it is made.
 """
 
-from preprocess.clips import Clip, ClipRule
-from preprocess.draws import Draws
-from preprocess.sizes import budget_frames, token_sizes
+from preprocess.dataset.clips import Clip, ClipRule
+from preprocess.dataset.draws import Draws
+from preprocess.dataset.sizes import budget_frames, token_sizes
 from shared.format.buckets import BASE_BUCKETS, BASE_SIZE, Bucket, nearest_base, scaled_size
 
 
