@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from preprocess.dataset.clips import fit
-from preprocess.encoders import LatentEncoder, TextEncoder
+from preprocess.encode.encoders import LatentEncoder, TextEncoder
 from train.base import load_base
 from train.cli import app
 from train.cli_run import carried_out_by

@@ -140,7 +140,7 @@ def _check_shares(plan: "BatchPlan", bucket_ids: "npt.NDArray[np.int32]") -> Non
 def again(folder: Path) -> None:
     """As `wanprep encode` does when there is nothing to do, without looking into the media."""
     from preprocess.cache.index import settled_index
-    from preprocess.plan import committed_of
+    from preprocess.encode.work import committed_of
 
     with timed("sidecars, index, columns"):
         index = settled_index(folder)

@@ -119,15 +119,15 @@ def encode(
     Next: wantrain distill --shards DIR
     """
     options = dict(locals())  # nothing but the parameters yet
-    from preprocess.config import config_of
+    from preprocess.encode.config import config_of
 
     config = config_of(**options)
 
     from rich.console import Console
 
-    from preprocess import report
     from preprocess.dataset.rejected import rejected_file
-    from preprocess.encode import encode as run_encode
+    from preprocess.encode import report
+    from preprocess.encode.run import encode as run_encode
 
     outcome = run_encode(config, Console(stderr=True))
     if outcome.index is not None:
@@ -176,10 +176,10 @@ def index(
 
     Next: wantrain distill --shards DIR
     """
-    from preprocess import report
     from preprocess.cache.index import build_index, check_shards
     from preprocess.cache.remove import require_shards
     from preprocess.cache.writer import output_lock, refusals_explained
+    from preprocess.encode import report
     from shared.format.overlays import overlay_folders
     from shared.io.mirror import mirror_of
 

@@ -45,8 +45,8 @@ def remove(
 
     Next: wanprep compact --shards DIR
     """
-    from preprocess import report
     from preprocess.cache.remove import remove as remove_samples
+    from preprocess.encode import report
 
     def announce(chosen: "Chosen") -> None:
         for key, source in sorted(chosen.sources.items(), key=lambda item: item[::-1]):
@@ -73,8 +73,8 @@ def compact(
 
     Next: wantrain distill --shards DIR
     """
-    from preprocess import report
     from preprocess.cache.compact import compact_with_overlays
+    from preprocess.encode import report
 
     done = compact_with_overlays(shards, shard_bytes=shard_size_mb * 1_000_000)
     echo(report.contents(shards, done.index))

@@ -90,8 +90,9 @@ def verify(
     """
     from rich.console import Console
 
-    from preprocess import old_samples, verify_report
+    from preprocess import verify_report
     from preprocess.decoded import DecodeConfig, decode_samples, findings
+    from preprocess.encode import old_samples
     from preprocess.verify import verify as run_verify
 
     _refuse_folder("--json", json)

@@ -14,7 +14,7 @@ from shared.errors import UserError
 from shared.io.names import on_one_line
 
 if TYPE_CHECKING:
-    from preprocess.foresee import Change, Foreseen
+    from preprocess.encode.dry_run import Change, Foreseen
 
 PLAN_EXAMPLES = """
 # what `wanprep encode` would do with datasets/
@@ -51,8 +51,8 @@ def plan(
     """
     from rich.console import Console
 
-    from preprocess.config import config_of
-    from preprocess.foresee import foresee
+    from preprocess.encode.config import config_of
+    from preprocess.encode.dry_run import foresee
 
     config = config_of(**options)
     foreseen = foresee(config, Console(stderr=True), measure=measure)

@@ -14,20 +14,20 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from preprocess import report
 from preprocess.cache.index import settled_index
 from preprocess.cache.writer import ShardWriter
 from preprocess.dataset.clips import Clip
 from preprocess.dataset.entries import Rejected
 from preprocess.dataset.rejected import rejected_file, write_rejected
-from preprocess.fingerprint import encoder_fields, refuse_absent
+from preprocess.encode import report
+from preprocess.encode.fingerprint import encoder_fields, refuse_absent
+from preprocess.encode.ranks import Rank
 from preprocess.frames.media_info import MediaError
 from preprocess.media.decode import digest, fitted_frames
 from preprocess.media.sources import Medium, stamp
 from preprocess.media.tars import base_folder, medium_named
 from preprocess.media.worker_pool import WorkerPool
 from preprocess.overlays import base_cache, overlay_to_write
-from preprocess.ranks import Rank
 from shared.cli.support import say
 from shared.device import check_device
 from shared.errors import UserError
@@ -56,7 +56,7 @@ from shared.io.hashing import FileHasher
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 
 if TYPE_CHECKING:
-    from preprocess.encoders import LatentEncoder
+    from preprocess.encode.encoders import LatentEncoder
 
 SHARD_BYTES = 256_000_000
 # A key is a digest of content and a small number, of which only the digest can be had again.
@@ -178,7 +178,7 @@ def _add(
         )
 
         def encoder() -> "LatentEncoder":
-            from preprocess.encoders import LatentEncoder
+            from preprocess.encode.encoders import LatentEncoder
 
             dtype = DTYPES[own["compute"]]
             return LatentEncoder(spec, dtype=dtype, device=config.device)

@@ -15,10 +15,10 @@ import numpy.typing as npt
 from PIL import Image
 from rich.console import Console
 
-from preprocess import report
 from preprocess.conditions import clip_of, same_content
+from preprocess.encode import report
+from preprocess.encode.fingerprint import encoder_fields
 from preprocess.findings import Finding
-from preprocess.fingerprint import encoder_fields
 from preprocess.frames.media_info import ANIMATIONS, MediaError
 from preprocess.media.decode import digest, fitted_frames
 from preprocess.media.tars import base_folder, medium_named
@@ -35,7 +35,7 @@ from shared.io.names import quoted
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 
 if TYPE_CHECKING:
-    from preprocess.encoders import LatentEncoder
+    from preprocess.encode.encoders import LatentEncoder
 
 PSNR_FLOOR = 20.0
 """dB. Wan's VAEs give over 30 on most clips; below this the picture is another one."""
@@ -174,7 +174,7 @@ def _decoded(
 ) -> Iterator[Decoded]:
     if not rows:
         return
-    from preprocess.encoders import LatentEncoder
+    from preprocess.encode.encoders import LatentEncoder
 
     dtype = DTYPES[index.fingerprint["latents"]["compute"]]
     vae = LatentEncoder(spec, dtype=dtype, device=config.device)

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from preprocess import report
+from preprocess.encode import report
 from preprocess.inspect_cache import SHORT_TOKENS, Histogram, Overview, histogram
 from shared.cli.support import say
 from shared.format.latent_rgb import R2_FLOOR

@@ -12,7 +12,7 @@ from preprocess.cache.writer import (
     remove_abandoned,
     writer_lock,
 )
-from preprocess.fingerprint import refuse_other_settings
+from preprocess.encode.fingerprint import refuse_other_settings
 from shared.format.cache import CacheIndex, committed_shards
 from shared.format.fingerprint import Fingerprint
 

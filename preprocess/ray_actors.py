@@ -19,16 +19,16 @@ import torch
 from preprocess.cache.background_writer import BackgroundWriter
 from preprocess.cache.text_cache import TextCache
 from preprocess.cache.writer import ShardWriter, free_writer_lock
-from preprocess.config import EncodeConfig
-from preprocess.engine import COMPONENTS, latent_encoder, pictures_encoded, text_encoder
-from preprocess.fingerprint import encode_fingerprint
+from preprocess.encode.config import EncodeConfig
+from preprocess.encode.engine import COMPONENTS, latent_encoder, pictures_encoded, text_encoder
+from preprocess.encode.fingerprint import encode_fingerprint
+from preprocess.encode.passes import Times, latents_from_media, samples_of
+from preprocess.encode.validation_prompts import Picture
+from preprocess.encode.work import Work
 from preprocess.frames.media_info import MediaError
 from preprocess.media.sources import Medium
 from preprocess.media.worker_pool import WorkerPool
-from preprocess.passes import Times, latents_from_media, samples_of
-from preprocess.plan import Work
 from preprocess.ray_fleet import Joined
-from preprocess.validation_prompts import Picture
 from shared.device import check_device
 from shared.errors import UserError
 from shared.format.fingerprint import Fingerprint, as_in_cache, refuse_differences
@@ -37,7 +37,7 @@ from shared.io.hashing import FileHasher
 from shared.models.spec import ModelSpec, resolve_model
 
 if TYPE_CHECKING:
-    from preprocess.encoders import LatentEncoder, TextEncoder
+    from preprocess.encode.encoders import LatentEncoder, TextEncoder
 
 RUN_MARK = ".lock-ray"
 """File in the output folder that says which run writes there: whoever reads it sees the folder."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
-from preprocess.config import EncodeConfig
+from preprocess.encode.config import EncodeConfig
 from shared.device import default_device
 from shared.errors import UserError, first_line
 

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from preprocess import report
 from preprocess.cache.index import caption_digest, settled_index
 from preprocess.cache.remove import is_unusable, sources
 from preprocess.cache.text_cache import TextCache
 from preprocess.cache.writer import ShardWriter
-from preprocess.config import StoredDtype
 from preprocess.dataset.entries import Dataset, Rejected, load_dataset
 from preprocess.dataset.toml_config import load_dataset_config
-from preprocess.fingerprint import encoder_fields
+from preprocess.encode import report
+from preprocess.encode.config import StoredDtype
+from preprocess.encode.fingerprint import encoder_fields
+from preprocess.encode.passes import Times, text_pass
+from preprocess.encode.ranks import Rank
 from preprocess.overlays import base_cache, overlay_to_write
-from preprocess.passes import Times, text_pass
-from preprocess.ranks import Rank
 from shared.cli.support import say
 from shared.device import check_device
 from shared.errors import UserError
@@ -46,7 +46,7 @@ from shared.io.hashing import FileHasher
 from shared.models.spec import MAX_TEXT_TOKENS, read_model_spec, resolve_model
 
 if TYPE_CHECKING:
-    from preprocess.encoders import TextEncoder
+    from preprocess.encode.encoders import TextEncoder
 
 SHARD_BYTES = 256_000_000
 
@@ -164,7 +164,7 @@ def _recaption(
         )
 
         def text_encoder() -> "TextEncoder":
-            from preprocess.encoders import TextEncoder
+            from preprocess.encode.encoders import TextEncoder
 
             dtype = DTYPES[fingerprint["text"]["compute"]]
             folder = resolve_model(config.model, ("text_encoder", "tokenizer"))

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
-from preprocess import report
 from preprocess.cache.index import entries_digest
 from preprocess.cache.remove import require_shards
 from preprocess.cache.writer import LOCK, SHARD_NAME
+from preprocess.encode import report
 from preprocess.findings import Finding, Severity
 from preprocess.sample_check import Expected, Problem
 from preprocess.verify_shard import Row, ShardReport, check_shard

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from preprocess.decoded import Decoded
+from preprocess.encode.report import count
 from preprocess.findings import Finding
-from preprocess.report import count
 from preprocess.verify import Verified
 from shared.io.names import on_one_line
 

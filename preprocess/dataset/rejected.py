@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from preprocess.dataset.entries import Rejected
-from preprocess.ranks import Rank
+from preprocess.encode.ranks import Rank
 from shared.io.durable import remove, write_bytes
 
 

@@ -142,7 +142,7 @@ def test_latents_are_causal(mode: str, data: Path, request: pytest.FixtureReques
     training cut in time for free, and what makes ti2v's condition a latent frame.
     """
     from preprocess.dataset.clips import fit
-    from preprocess.encoders import LatentEncoder
+    from preprocess.encode.encoders import LatentEncoder
     from preprocess.media.reader import read_frames
     from shared.format.buckets import Bucket
     from shared.models.spec import read_model_spec

@@ -13,7 +13,7 @@ from PIL import Image
 
 from preprocess.cache.writer import ShardWriter
 from preprocess.dataset.clips import ClipRule
-from preprocess.validation_prompts import read_validation_prompts
+from preprocess.encode.validation_prompts import read_validation_prompts
 from shared.errors import UserError
 from shared.format.buckets import Bucket
 from shared.format.cache import committed_shards

@@ -8,8 +8,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from preprocess.config import EncodeConfig
-from preprocess.fingerprint import encode_fingerprint
+from preprocess.encode.config import EncodeConfig
+from preprocess.encode.fingerprint import encode_fingerprint
 from shared.errors import UserError
 from shared.format.fingerprint import (
     as_in_cache,

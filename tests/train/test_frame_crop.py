@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from preprocess.dataset.clips import fit
-from preprocess.encoders import LatentEncoder
+from preprocess.encode.encoders import LatentEncoder
 from preprocess.media.reader import read_frames
 from shared.format.buckets import Bucket
 from shared.format.cache import MemberReader, open_cache

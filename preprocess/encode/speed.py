@@ -5,8 +5,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from preprocess.config import EncodeConfig
-from preprocess.passes import Times
+from preprocess.encode.config import EncodeConfig
+from preprocess.encode.passes import Times
 from shared.format.fingerprint import Fingerprint
 from shared.io.hashing import cache_folder, digest_of
 from shared.io.memo import note, recall

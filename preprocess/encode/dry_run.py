@@ -11,20 +11,20 @@ from typing import Any
 
 from rich.console import Console
 
-from preprocess import report
 from preprocess.cache.index import live_columns
 from preprocess.cache.text_cache import TextCache
-from preprocess.config import EncodeConfig
 from preprocess.dataset.entries import Rejected
-from preprocess.encode import look_into_media, missing_prompts, read_job
-from preprocess.engine import LocalEngine
-from preprocess.fingerprint import settings_for_cache
+from preprocess.encode import report
+from preprocess.encode.config import EncodeConfig
+from preprocess.encode.engine import LocalEngine
+from preprocess.encode.fingerprint import settings_for_cache
+from preprocess.encode.passes import Times
+from preprocess.encode.run import look_into_media, missing_prompts, read_job
+from preprocess.encode.speed import Speed, known_speed, remember_speed
+from preprocess.encode.validation_prompts import missing_validation
+from preprocess.encode.work import Captions, Work, committed_samples, missing_of
 from preprocess.frames.media_info import MediaError
 from preprocess.media.worker_pool import WorkerPool
-from preprocess.passes import Times
-from preprocess.plan import Captions, Work, committed_samples, missing_of
-from preprocess.speed import Speed, known_speed, remember_speed
-from preprocess.validation_prompts import missing_validation
 from shared.errors import UserError
 from shared.format.buckets import Bucket
 from shared.format.cache import committed_shards

@@ -21,14 +21,14 @@ from rich.progress import (
 )
 
 from preprocess.dataset.entries import Rejected
-from preprocess.plan import Work
+from preprocess.encode.work import Work
 from shared.format.cache import CacheIndex
 from shared.format.latent_rgb import R2_FLOOR
 from shared.format.schema import MEDIA_TYPES
 from shared.io.names import on_one_line
 
 if TYPE_CHECKING:
-    from preprocess.passes import Times
+    from preprocess.encode.passes import Times
     from preprocess.recaption import Recaptioned
 
 _NAMED = 3  # of a long list, so many are named

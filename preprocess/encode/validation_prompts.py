@@ -28,7 +28,7 @@ from shared.io.hashing import sha256_of
 from shared.models.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from preprocess.encoders import LatentEncoder
+    from preprocess.encode.encoders import LatentEncoder
 
 OPTION = "--validation-prompts"
 PROMPT_FIELDS = ("prompt", "text", "caption")

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from preprocess import report
 from preprocess.conditions import clip_of, same_content
+from preprocess.encode import report
 from preprocess.findings import Finding
 from preprocess.frames.first_rule import wrong_sample
 from preprocess.frames.media_info import Kind, MediaError, Probe

@@ -5,8 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from preprocess.config import EncodeConfig
 from preprocess.dataset.clips import RESIZE_RULE
+from preprocess.encode.config import EncodeConfig
 from shared.errors import UserError
 from shared.format.cache import Sidecar
 from shared.format.fingerprint import (
@@ -88,7 +88,7 @@ def encoder_fields(spec: ModelSpec, hasher: FileHasher) -> Fingerprint:
     """
 
     def check(component: str) -> None:
-        from preprocess.encoders import check_weights
+        from preprocess.encode.encoders import check_weights
 
         check_weights(spec.folder, component)
 

@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from preprocess.cache.text_cache import TextCache
-from preprocess.config import EncodeConfig
+from preprocess.encode.config import EncodeConfig
+from preprocess.encode.passes import Encoded, Times, latents_from_media, release_memory, text_pass
+from preprocess.encode.validation_prompts import Picture, encode_pictures
+from preprocess.encode.work import Work
 from preprocess.frames.media_info import MediaError
 from preprocess.media.worker_pool import WorkerPool
-from preprocess.passes import Encoded, Times, latents_from_media, release_memory, text_pass
-from preprocess.plan import Work
-from preprocess.validation_prompts import Picture, encode_pictures
 from shared.format.schema import DTYPES
 from shared.models.spec import ModelSpec
 
 if TYPE_CHECKING:  # diffusers and transformers wait until an encoder is built: a run that has
-    from preprocess.encoders import LatentEncoder, TextEncoder  # nothing to do needs neither
+    from preprocess.encode.encoders import LatentEncoder, TextEncoder  # nothing to do needs neither
 
 COMPONENTS = ("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor")
 """Folders of a model that an engine loads."""
@@ -90,7 +90,7 @@ class LocalEngine:
 
 def text_encoder(config: EncodeConfig, spec: ModelSpec) -> "TextEncoder":
     """Load the text encoder. Imports transformers."""
-    from preprocess.encoders import TextEncoder
+    from preprocess.encode.encoders import TextEncoder
 
     dtype = DTYPES[config.text_encoder_dtype]
     return TextEncoder(spec.folder, dtype=dtype, device=config.device)
@@ -98,7 +98,7 @@ def text_encoder(config: EncodeConfig, spec: ModelSpec) -> "TextEncoder":
 
 def latent_encoder(config: EncodeConfig, spec: ModelSpec) -> "LatentEncoder":
     """Load the VAE. Imports diffusers."""
-    from preprocess.encoders import LatentEncoder
+    from preprocess.encode.encoders import LatentEncoder
 
     return LatentEncoder(spec, dtype=DTYPES[config.vae_dtype], device=config.device)
 

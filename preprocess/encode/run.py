@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from preprocess import report
 from preprocess.cache.background_writer import BackgroundWriter
 from preprocess.cache.index import settled_index
 from preprocess.cache.remove import unlisted
@@ -27,26 +26,33 @@ from preprocess.cache.writer import (
     remove_abandoned,
     writer_lock,
 )
-from preprocess.config import EncodeConfig
 from preprocess.dataset.clips import ClipRule
 from preprocess.dataset.entries import Dataset, Rejected, load_dataset
 from preprocess.dataset.rejected import rejected_file, write_rejected
 from preprocess.dataset.toml_config import load_dataset_config
-from preprocess.engine import COMPONENTS, Engine, LocalEngine
-from preprocess.fingerprint import encode_fingerprint, settings_for_cache
-from preprocess.frames.media_info import MediaError
-from preprocess.media.worker_pool import WorkerPool
-from preprocess.old_samples import superseded
-from preprocess.passes import Encoded, Times, latents_from_cache, samples_of, texts_from_cache
-from preprocess.plan import Captions, Work, committed_of, missing_of, plan_work
-from preprocess.speed import remember_speed
-from preprocess.train_mode import in_train_mode
-from preprocess.validation_prompts import (
+from preprocess.encode import report
+from preprocess.encode.config import EncodeConfig
+from preprocess.encode.engine import COMPONENTS, Engine, LocalEngine
+from preprocess.encode.fingerprint import encode_fingerprint, settings_for_cache
+from preprocess.encode.old_samples import superseded
+from preprocess.encode.passes import (
+    Encoded,
+    Times,
+    latents_from_cache,
+    samples_of,
+    texts_from_cache,
+)
+from preprocess.encode.speed import remember_speed
+from preprocess.encode.train_mode import in_train_mode
+from preprocess.encode.validation_prompts import (
     ValidationPrompt,
     missing_validation,
     read_pictures,
     read_validation_prompts,
 )
+from preprocess.encode.work import Captions, Work, committed_of, missing_of, plan_work
+from preprocess.frames.media_info import MediaError
+from preprocess.media.worker_pool import WorkerPool
 from shared.cli.support import say
 from shared.device import check_device
 from shared.errors import UserError

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from preprocess.dataset.clips import Clips
-from preprocess.ranks import Rank, this_rank
+from preprocess.encode.ranks import Rank, this_rank
 from shared.device import default_device
 from shared.errors import UserError
 from shared.io.mirror import mirror_of
