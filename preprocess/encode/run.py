@@ -64,7 +64,7 @@ from shared.io.hashing import FileHasher
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 
 if TYPE_CHECKING:  # ray is imported where a cluster is asked for
-    from preprocess.ray_cluster import Cluster
+    from preprocess.cluster.ray_cluster import Cluster
 
 
 @dataclass
@@ -98,7 +98,7 @@ def encode(config: EncodeConfig, console: Console) -> Outcome:
     with ExitStack() as held:
         cluster = None
         if config.engine == "ray":
-            from preprocess.ray_cluster import connected
+            from preprocess.cluster.ray_cluster import connected
 
             cluster = held.enter_context(connected(config))
             config = replace(config, device=cluster.device)
@@ -179,7 +179,7 @@ def _encode(
         writer = BackgroundWriter(shards)
         engine: Engine = LocalEngine(config, spec, pool, outcome.times)
         if cluster is not None:
-            from preprocess.ray_engine import RayEngine
+            from preprocess.cluster.ray_engine import RayEngine
 
             engine = RayEngine(cluster, config, spec, fingerprint, signals, partial(say, console))
 

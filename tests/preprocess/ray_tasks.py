@@ -8,7 +8,7 @@ from pathlib import Path
 
 import ray
 
-from preprocess.ray_fleet import Joined
+from preprocess.cluster.fleet import Joined
 from shared.errors import UserError
 
 

@@ -17,15 +17,15 @@ import torch
 from preprocess.cache.index import settled_index
 from preprocess.cache.text_cache import TextCache
 from preprocess.cache.writer import MOST_WRITERS, remove_abandoned
+from preprocess.cluster.actors import RUN_MARK, MediaActor, Orders, TextActor, encode_pictures_there
+from preprocess.cluster.fleet import Fleet
+from preprocess.cluster.ray_cluster import Cluster
 from preprocess.encode.config import EncodeConfig
 from preprocess.encode.passes import Encoded, latents_from_cache
 from preprocess.encode.validation_prompts import Picture
 from preprocess.encode.work import Captions, Work, committed_of, missing_of
 from preprocess.frames.media_info import MediaError
 from preprocess.media.sources import Medium
-from preprocess.ray_actors import RUN_MARK, MediaActor, Orders, TextActor, encode_pictures_there
-from preprocess.ray_cluster import Cluster
-from preprocess.ray_fleet import Fleet
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, committed_shards
 from shared.format.fingerprint import Fingerprint

@@ -19,6 +19,7 @@ import torch
 from preprocess.cache.background_writer import BackgroundWriter
 from preprocess.cache.text_cache import TextCache
 from preprocess.cache.writer import ShardWriter, free_writer_lock
+from preprocess.cluster.fleet import Joined
 from preprocess.encode.config import EncodeConfig
 from preprocess.encode.engine import COMPONENTS, latent_encoder, pictures_encoded, text_encoder
 from preprocess.encode.fingerprint import encode_fingerprint
@@ -28,7 +29,6 @@ from preprocess.encode.work import Work
 from preprocess.frames.media_info import MediaError
 from preprocess.media.sources import Medium
 from preprocess.media.worker_pool import WorkerPool
-from preprocess.ray_fleet import Joined
 from shared.device import check_device
 from shared.errors import UserError
 from shared.format.fingerprint import Fingerprint, as_in_cache, refuse_differences
