@@ -54,15 +54,15 @@ def inspect(
     """
     from rich.console import Console
 
-    from preprocess.inspect_cache import overview
-    from preprocess.inspect_report import print_overview, saved
+    from preprocess.inspection.overview import overview
+    from preprocess.inspection.terminal import print_overview, saved
 
     _refuse_folder("--html", html)
     found = overview(shards, seed=seed)
     console = Console()
     print_overview(found, console if console.is_terminal else Console(width=max(110, console.width)))
     if html is not None:
-        from preprocess.inspect_page import write_page
+        from preprocess.inspection.html import write_page
 
         with _saving("--html", html):
             number = write_page(html, found, samples=samples, seed=seed)

@@ -14,9 +14,9 @@ import torch
 from PIL import Image, ImageSequence
 from safetensors.torch import load
 
-from preprocess import inspect_cache
-from preprocess.inspect_cache import Histogram, drawn_across_buckets, histogram, overview
-from preprocess.inspect_page import histogram_svg
+from preprocess.inspection import overview
+from preprocess.inspection.html import histogram_svg
+from preprocess.inspection.overview import Histogram, drawn_across_buckets, histogram, overview
 from tests.html_page import Parsed
 from tests.models import tiny_model
 from tests.preprocess.conftest import Cache, render_clip, wanprep

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from preprocess.inspect_cache import (
+from preprocess.inspection.overview import (
     Histogram,
     Overview,
     drawn_across_buckets,
@@ -23,7 +23,7 @@ from preprocess.inspect_cache import (
     nice_step,
     seconds_of,
 )
-from preprocess.inspect_report import KINDS, durations_note, facts, size
+from preprocess.inspection.terminal import KINDS, durations_note, facts, size
 from shared.format.cache import MemberReader
 from shared.format.latent_rgb import R2_FLOOR, latents_to_rgb
 from shared.format.schema import LATENTS_MEMBER

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from preprocess.encode import report
-from preprocess.inspect_cache import SHORT_TOKENS, Histogram, Overview, histogram
+from preprocess.inspection.overview import SHORT_TOKENS, Histogram, Overview, histogram
 from shared.cli.support import say
 from shared.format.latent_rgb import R2_FLOOR
 from shared.io.names import on_one_line
