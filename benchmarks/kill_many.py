@@ -36,10 +36,10 @@ import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import preprocess.cache.compact  # noqa: E402 - these are imported before the forks
-import preprocess.conditions  # noqa: E402
 import preprocess.encode.encoders  # noqa: E402
 import preprocess.encode.run  # noqa: E402
-import preprocess.recaption  # noqa: E402, F401
+import preprocess.overlays.conditions  # noqa: E402
+import preprocess.overlays.recaption  # noqa: E402, F401
 from preprocess.cli import app  # noqa: E402
 from shared.cli.support import run  # noqa: E402
 from shared.io.durable import FAULT  # noqa: E402

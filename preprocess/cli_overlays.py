@@ -63,8 +63,8 @@ def recaption(
 
     from preprocess.encode import report
     from preprocess.encode.ranks import this_rank
-    from preprocess.recaption import RecaptionConfig
-    from preprocess.recaption import recaption as run_recaption
+    from preprocess.overlays.recaption import RecaptionConfig
+    from preprocess.overlays.recaption import recaption as run_recaption
 
     rank = this_rank()
     done = run_recaption(
@@ -119,12 +119,12 @@ def add_condition(
     """
     from rich.console import Console
 
-    from preprocess.conditions import ConditionConfig
-    from preprocess.conditions import add_condition as run_add_condition
     from preprocess.dataset.rejected import rejected_file
     from preprocess.encode import report
     from preprocess.encode.ranks import this_rank
     from preprocess.media.worker_pool import default_workers
+    from preprocess.overlays.conditions import ConditionConfig
+    from preprocess.overlays.conditions import add_condition as run_add_condition
 
     rank = this_rank()
     done = run_add_condition(

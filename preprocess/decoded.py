@@ -15,7 +15,6 @@ import numpy.typing as npt
 from PIL import Image
 from rich.console import Console
 
-from preprocess.conditions import clip_of, same_content
 from preprocess.encode import report
 from preprocess.encode.fingerprint import encoder_fields
 from preprocess.findings import Finding
@@ -23,6 +22,7 @@ from preprocess.frames.media_info import ANIMATIONS, MediaError
 from preprocess.media.decode import digest, fitted_frames
 from preprocess.media.tars import base_folder, medium_named
 from preprocess.media.worker_pool import WorkerPool, default_workers
+from preprocess.overlays.conditions import clip_of, same_content
 from preprocess.shown import other_frames, shown_by_ffmpeg
 from shared.device import check_device
 from shared.errors import UserError

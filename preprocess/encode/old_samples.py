@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from preprocess.conditions import clip_of, same_content
 from preprocess.encode import report
 from preprocess.findings import Finding
 from preprocess.frames.first_rule import wrong_sample
@@ -21,6 +20,7 @@ from preprocess.media.probe_cache import ProbeMemo
 from preprocess.media.sources import Medium, stamp
 from preprocess.media.tars import base_folder, medium_named
 from preprocess.media.worker_pool import WorkerPool, default_workers
+from preprocess.overlays.conditions import clip_of, same_content
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, MemberReader, Sidecar, committed_shards, open_cache
 from shared.format.fingerprint import has_first_frame_rule

@@ -29,7 +29,7 @@ from shared.io.names import on_one_line
 
 if TYPE_CHECKING:
     from preprocess.encode.passes import Times
-    from preprocess.recaption import Recaptioned
+    from preprocess.overlays.recaption import Recaptioned
 
 _NAMED = 3  # of a long list, so many are named
 

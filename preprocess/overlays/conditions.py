@@ -27,7 +27,7 @@ from preprocess.media.decode import digest, fitted_frames
 from preprocess.media.sources import Medium, stamp
 from preprocess.media.tars import base_folder, medium_named
 from preprocess.media.worker_pool import WorkerPool
-from preprocess.overlays import base_cache, overlay_to_write
+from preprocess.overlays.base import base_cache, overlay_to_write
 from shared.cli.support import say
 from shared.device import check_device
 from shared.errors import UserError

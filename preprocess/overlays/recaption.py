@@ -20,7 +20,7 @@ from preprocess.encode.config import StoredDtype
 from preprocess.encode.fingerprint import encoder_fields
 from preprocess.encode.passes import Times, text_pass
 from preprocess.encode.ranks import Rank
-from preprocess.overlays import base_cache, overlay_to_write
+from preprocess.overlays.base import base_cache, overlay_to_write
 from shared.cli.support import say
 from shared.device import check_device
 from shared.errors import UserError
