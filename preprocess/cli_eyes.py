@@ -90,10 +90,10 @@ def verify(
     """
     from rich.console import Console
 
-    from preprocess import verify_report
-    from preprocess.decoded import DecodeConfig, decode_samples, findings
     from preprocess.encode import old_samples
-    from preprocess.verify import verify as run_verify
+    from preprocess.verify import report
+    from preprocess.verify.cache_check import verify as run_verify
+    from preprocess.verify.decode_samples import DecodeConfig, decode_samples, findings
 
     _refuse_folder("--json", json)
     if (decode or sample) and output.exists() and not output.is_dir():
@@ -116,25 +116,25 @@ def verify(
     )
     quiet = json is not None and str(json) == "-"
     if not quiet:
-        for line in verify_report.lines(verified.findings):
+        for line in report.lines(verified.findings):
             echo(line)
-        echo(verify_report.summary(verified))
+        echo(report.summary(verified))
     if decode or sample:
         done = decode_samples(config, console)
         also = findings(config, done)
         verified.findings += also
         if not quiet:
-            for line in [*map(verify_report.decoded, done), *verify_report.lines(also)]:
+            for line in [*map(report.decoded, done), *report.lines(also)]:
                 echo(line)
     if json is not None:
-        text = verify_report.as_json(verified)
+        text = report.as_json(verified)
         if quiet:
             echo_data(text)
         else:
             with _saving("--json", json):
                 json.write_text(text + "\n")
     if verified.errors:
-        raise UserError(verify_report.failure(verified))
+        raise UserError(report.failure(verified))
 
 
 # fmt: on

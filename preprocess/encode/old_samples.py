@@ -12,7 +12,6 @@ import numpy as np
 from rich.console import Console
 
 from preprocess.encode import report
-from preprocess.findings import Finding
 from preprocess.frames.first_rule import wrong_sample
 from preprocess.frames.media_info import Kind, MediaError, Probe
 from preprocess.media.decode import look
@@ -21,6 +20,7 @@ from preprocess.media.sources import Medium, stamp
 from preprocess.media.tars import base_folder, medium_named
 from preprocess.media.worker_pool import WorkerPool, default_workers
 from preprocess.overlays.conditions import clip_of, same_content
+from preprocess.verify.findings import Finding
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, MemberReader, Sidecar, committed_shards, open_cache
 from shared.format.fingerprint import has_first_frame_rule

@@ -23,7 +23,7 @@ import zarr
 from safetensors.torch import load, save
 
 from preprocess.cache.writer import writer_lock
-from preprocess.findings import CODES
+from preprocess.verify.findings import CODES
 from shared.format.cache import Sidecar, column_digest
 from tests.models import tiny_model
 from tests.preprocess.conftest import Cache, render_clip, wanprep, wanprep_process, write_metadata

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from PIL import Image, ImageOps
 
-from preprocess.decoded import PSNR_FLOOR
+from preprocess.verify.decode_samples import PSNR_FLOOR
 from shared.models.toy_model import toy_folder
 from tests.models import tiny_model
 from tests.preprocess.conftest import Cache, Ran, render_clip, wanprep, write_metadata

@@ -1,7 +1,7 @@
 """Samples of a cache through the VAE, back to pictures that can be looked at and measured.
 
 What the VAE gives back is compared with the frames that it was given: PSNR of uint8 RGB. Whether
-these are the right frames of a video is asked of another decoder, see `preprocess.shown`.
+these are the right frames of a video is asked of another decoder, see `preprocess.verify.shown`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,13 +17,13 @@ from rich.console import Console
 
 from preprocess.encode import report
 from preprocess.encode.fingerprint import encoder_fields
-from preprocess.findings import Finding
 from preprocess.frames.media_info import ANIMATIONS, MediaError
 from preprocess.media.decode import digest, fitted_frames
 from preprocess.media.tars import base_folder, medium_named
 from preprocess.media.worker_pool import WorkerPool, default_workers
 from preprocess.overlays.conditions import clip_of, same_content
-from preprocess.shown import other_frames, shown_by_ffmpeg
+from preprocess.verify.findings import Finding
+from preprocess.verify.shown import other_frames, shown_by_ffmpeg
 from shared.device import check_device
 from shared.errors import UserError
 from shared.format.cache import MEDIA_TYPES, CacheIndex, MemberReader, open_cache

@@ -35,7 +35,7 @@ _OF_SPREAD = 0.1
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a sample; `preprocess.findings` has the codes."""
+    """What is wrong with a sample; `preprocess.verify.findings` has the codes."""
 
     code: str
     found: str

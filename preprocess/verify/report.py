@@ -4,10 +4,10 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from preprocess.decoded import Decoded
 from preprocess.encode.report import count
-from preprocess.findings import Finding
-from preprocess.verify import Verified
+from preprocess.verify.cache_check import Verified
+from preprocess.verify.decode_samples import Decoded
+from preprocess.verify.findings import Finding
 from shared.io.names import on_one_line
 
 

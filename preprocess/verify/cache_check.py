@@ -21,9 +21,9 @@ from preprocess.cache.index import entries_digest
 from preprocess.cache.remove import require_shards
 from preprocess.cache.writer import LOCK, SHARD_NAME
 from preprocess.encode import report
-from preprocess.findings import Finding, Severity
-from preprocess.sample_check import Expected, Problem
-from preprocess.verify_shard import Row, ShardReport, check_shard
+from preprocess.verify.findings import Finding, Severity
+from preprocess.verify.sample_check import Expected, Problem
+from preprocess.verify.shard_check import Row, ShardReport, check_shard
 from shared.errors import UserError, first_line
 from shared.format.cache import (
     INDEX,

@@ -8,14 +8,14 @@ from typing import Any, BinaryIO
 import torch
 
 from preprocess.cache.index import caption_digest
-from preprocess.sample_check import (
+from preprocess.verify.sample_check import (
     Expected,
     Problem,
     check_condition,
     check_info,
     check_tensors,
 )
-from preprocess.tar_stream import HashedStream, Member, TarDamage, members
+from preprocess.verify.tar_stream import HashedStream, Member, TarDamage, members
 from shared.errors import UserError
 from shared.format.cache import MEDIA_TYPES, Sidecar
 from shared.format.schema import CONDITION_MEMBER, JSON_MEMBER, LATENTS_MEMBER, MEMBERS, TEXT_MEMBER
