@@ -33,7 +33,7 @@ def ours_first() -> None:
 def wanprep() -> None:
     """Console script `wanprep`."""
     ours_first()
-    from preprocess.cli import main
+    from preprocess.cli.app import main
 
     main()
 

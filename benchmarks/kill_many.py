@@ -40,7 +40,7 @@ import preprocess.encode.encoders  # noqa: E402
 import preprocess.encode.run  # noqa: E402
 import preprocess.overlays.conditions  # noqa: E402
 import preprocess.overlays.recaption  # noqa: E402, F401
-from preprocess.cli import app  # noqa: E402
+from preprocess.cli.app import app  # noqa: E402
 from shared.cli.support import run  # noqa: E402
 from shared.io.durable import FAULT  # noqa: E402
 from tests.models import tiny_model  # noqa: E402

@@ -46,7 +46,7 @@ def make(work: Path, quick: bool) -> None:
     import torch
     from transformers import UMT5Config, UMT5EncoderModel
 
-    from preprocess.cli import app
+    from preprocess.cli.app import app
     from shared.io.mp4 import write_mp4
     from tests.models import TEXT_DIM, tiny_model
 

@@ -15,11 +15,11 @@ import typer
 from typer.core import TyperGroup, TyperOption
 from typer.testing import CliRunner
 
-import preprocess.cli
+import preprocess.cli.app
 import train.cli
 
 ROOT = Path(__file__).parents[1]
-APPS = {"wanprep": preprocess.cli.app, "wantrain": train.cli.app}
+APPS = {"wanprep": preprocess.cli.app.app, "wantrain": train.cli.app}
 COMMANDS = [
     (program, command.name or command.callback.__name__)
     for program, app in APPS.items()
@@ -219,7 +219,7 @@ def test_help_imports_nothing_heavy() -> None:
     program = (
         "import sys\n"
         "from typer.testing import CliRunner\n"
-        "from preprocess.cli import app as wanprep\n"
+        "from preprocess.cli.app import app as wanprep\n"
         "from train.cli import app as wantrain\n"
         f"for program, name in {PAGES}:\n"
         "    app = {'wanprep': wanprep, 'wantrain': wantrain}[program]\n"

@@ -18,14 +18,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import preprocess.cli
+import preprocess.cli.app
 import train.cli
 from shared.io.mirror import forget_mirrors
 from tests.models import tiny_model
 from tests.preprocess.conftest import render_clip
 from tests.train.conftest import encode, write_dataset
 
-MAINS = {"wanprep": preprocess.cli.main, "wantrain": train.cli.main}
+MAINS = {"wanprep": preprocess.cli.app.main, "wantrain": train.cli.main}
 World = dict[str, Path]
 
 ENCODE = "wanprep encode --model {t2v} --size 64 --video-sample-n-frames 5 --output {new} "

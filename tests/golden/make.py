@@ -57,10 +57,10 @@ def command(words: str, folder: Path) -> str:
 
 
 def group_of(program: str) -> TyperGroup:
-    import preprocess.cli
+    import preprocess.cli.app
     import train.cli
 
-    apps = {"wanprep": preprocess.cli.app, "wantrain": train.cli.app}
+    apps = {"wanprep": preprocess.cli.app.app, "wantrain": train.cli.app}
     group = typer.main.get_command(apps[program])
     assert isinstance(group, TyperGroup)
     return group

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 import shared
-from preprocess.cli import app
+from preprocess.cli.app import app
 from shared.cli.support import run
 from shared.format.cache import CacheIndex, MemberReader, open_cache
 from shared.format.schema import MEMBERS

@@ -99,7 +99,7 @@ def test_with_nothing_to_do_no_model_is_loaded(
     arguments = [str(a) for a in command(tiny_i2v, pictures, uninterrupted.folder)]
     program = (
         "import sys\n"
-        "from preprocess.cli import app\n"
+        "from preprocess.cli.app import app\n"
         f"app({arguments!r}, standalone_mode=False)\n"
         "print(sorted({'diffusers', 'transformers'} & set(sys.modules)))\n"
     )
@@ -246,7 +246,7 @@ def test_a_full_disk_leaves_a_valid_cache(
         "import resource, sys\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, 700_000))\n"
         f"sys.argv[1:] = {arguments!r}\n"
-        "from preprocess.cli import main\n"
+        "from preprocess.cli.app import main\n"
         "main()\n"
     )
     done = subprocess.run(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from preprocess.cli import app as wanprep
+from preprocess.cli.app import app as wanprep
 from shared.io.mp4 import write_mp4
 
 FRAMES = 9

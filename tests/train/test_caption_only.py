@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from preprocess.cli import app as wanprep
+from preprocess.cli.app import app as wanprep
 from shared.errors import UserError
 from shared.format.cache import open_cache
 from tests.train.conftest import encode, write_dataset

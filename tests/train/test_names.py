@@ -10,7 +10,7 @@ import torch
 
 from preprocess.cache.index import fresh_index
 from preprocess.cache.writer import ShardWriter
-from preprocess.cli import app as wanprep
+from preprocess.cli.app import app as wanprep
 from shared.cli.support import run
 from shared.format.cache import CacheIndex, MemberReader, open_cache
 from shared.format.schema import Sample, SampleInfo, sample_key

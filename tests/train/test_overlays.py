@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from preprocess.cli import app as wanprep
+from preprocess.cli.app import app as wanprep
 from shared.errors import UserError
 from tests.train.conftest import encode
 from tests.train.test_distill import distill, losses

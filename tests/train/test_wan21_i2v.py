@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load, load_file, save_file
 
-from preprocess.cli import app as wanprep
+from preprocess.cli.app import app as wanprep
 from shared.errors import UserError
 from shared.format.cache import open_cache
 from tests.models import IMAGE_DIM

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from preprocess.remote import media_folder, metadata_file, shards_folder
+from preprocess.cli.locations import media_folder, metadata_file, shards_folder
 from shared.cli.support import Command, echo
 from shared.device import default_device
 from shared.errors import UserError

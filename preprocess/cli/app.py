@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from preprocess import cli_cache, cli_eyes, cli_overlays, cli_plan
-from preprocess.remote import media_folder, metadata_file, shards_folder
+from preprocess.cli import edit, inspect, overlays, plan
+from preprocess.cli.locations import media_folder, metadata_file, shards_folder
 from shared.cli.support import Command, echo, new_app, run
 from shared.cli.videox_fun_command import SeedCommand, with_seed_flags
 from shared.errors import UserError
@@ -192,10 +192,10 @@ def index(
 
 
 # fmt: on
-cli_plan.add_command(app, encode)
-cli_cache.add_commands(app)
-cli_overlays.add_commands(app)
-cli_eyes.add_commands(app)
+plan.add_command(app, encode)
+edit.add_commands(app)
+overlays.add_commands(app)
+inspect.add_commands(app)
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from preprocess.remote import shards_folder
+from preprocess.cli.locations import shards_folder
 from shared.cli.support import Command, echo
 from shared.io.names import on_one_line, quoted
 
