@@ -14,7 +14,6 @@ import torch
 from PIL import Image, ImageSequence
 from safetensors.torch import load
 
-from preprocess.inspection import overview
 from preprocess.inspection.html import histogram_svg
 from preprocess.inspection.overview import Histogram, drawn_across_buckets, histogram, overview
 from tests.html_page import Parsed
@@ -128,7 +127,7 @@ def test_dead_bytes_are_what_compact_frees(shards: Path, tmp_path: Path) -> None
 
 
 def test_many_videos_are_drawn_from(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspect_cache, "MOST_READ", 2)
+    monkeypatch.setattr("preprocess.inspection.overview.MOST_READ", 2)
     found = overview(shards, seed=0)
     assert (len(found.seconds), found.seconds_of) == (2, 3)
     assert "2 drawn of 3 videos" in wanprep("inspect", "--shards", shards).out
