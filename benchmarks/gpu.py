@@ -141,7 +141,7 @@ def machine(place: Place, configuration: Configuration, result: Path) -> None:
     """What the card and the CPU can do by themselves."""
     import torch
 
-    from train.rng import noise
+    from train.functional.rng import noise
 
     device, bf16 = torch.device(place.device), torch.bfloat16
     on_gpu = device.type == "cuda"

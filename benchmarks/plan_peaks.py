@@ -27,7 +27,7 @@ from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec, read_model_spec
 from train.base import keep_from_autocast
 from train.data import MASK_CHANNELS, Batch
 from train.dmd import Recipe, critic_step, generator_step
-from train.flow import Schedule
+from train.functional.schedule import Schedule
 from train.levers import Levers
 from train.lora import LoraSpec, select_targets
 from train.memory import Settings, estimate_of, tokens_of

@@ -35,7 +35,7 @@ from shared.models.spec import MAX_TEXT_TOKENS, read_model_spec
 from train.base import Precision, load_base
 from train.data import Batch
 from train.dmd import Recipe, critic_step, generator_step
-from train.flow import Schedule
+from train.functional.schedule import Schedule
 from train.lora import LoraSpec, select_targets
 from train.quantised import BasePrecision, quantise
 from train.roles import CRITIC, GENERATOR, Roles

@@ -32,7 +32,7 @@ from train.base import Precision, load_base
 from train.compiling import compile_blocks
 from train.data import Batch
 from train.dmd import Recipe, critic_step, generator_step
-from train.flow import Schedule
+from train.functional.schedule import Schedule
 from train.lora import LoraSpec, select_targets
 from train.roles import CRITIC, GENERATOR, Roles
 

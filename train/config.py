@@ -11,9 +11,9 @@ from shared.errors import UserError
 from train.attention import check_name
 from train.base import Base
 from train.dmd import Maths, Pairing, Start
-from train.flow import Expert, ScoreFloor
 from train.flow_matching import TimestepSampling
 from train.folders import WeightedFolder
+from train.functional.schedule import Expert, ScoreFloor
 from train.learning_rate import LEAST_POLYNOMIAL_RATE, LrScheduler
 from train.levers import Levers
 from train.placement import Placement

@@ -19,8 +19,8 @@ from shared.io.names import quoted
 from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec
 from train.buffers import Buffers
 from train.dataset import Dataset
+from train.functional.rng import counted_rng
 from train.plan import BatchPlan, micro_batch
-from train.rng import counted_rng
 
 VIDEO, TEXT = (MEDIA_TYPES.index(name) for name in ("video", "text"))
 MASK_CHANNELS = 4
@@ -39,7 +39,7 @@ class Batch:
     update: int
     """Number of the optimizer step, counted from the start of the run: randomness hangs on it."""
     samples: tuple[int, ...]
-    """Positions inside the update batch: the global sample numbers of `train.rng`."""
+    """Positions inside the update batch: the global sample numbers of `train.functional.rng`."""
     keys: tuple[str, ...]
     latents: torch.Tensor
     """(B, C, T, H, W) fp32, normalised; zeros of a caption without a medium."""

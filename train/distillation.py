@@ -12,7 +12,7 @@ from train.config import DistillConfig
 from train.data import Batch
 from train.dataset import Dataset
 from train.dmd import Recipe, critic_step, generator_step, rollout
-from train.flow import Expert, Schedule
+from train.functional.schedule import Expert, Schedule
 from train.objective import Method
 from train.roles import CRITIC, GENERATOR, Roles
 from train.run import Run, captions_alone, open_data, plan_run

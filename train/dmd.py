@@ -1,6 +1,6 @@
 """One update of each role: rollout, scores, losses. No optimizer, no I/O, no state.
 
-Everything random is drawn from (seed, purpose, update, sample); see `train.rng`.
+Everything random is drawn from (seed, purpose, update, sample); see `train.functional.rng`.
 """
 
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ import torch
 
 from shared.models.spec import TIMESTEPS
 from train.data import Batch
-from train.flow import (
+from train.flow_matching import Level, guided_velocity, over_frames, velocity_loss
+from train.functional.losses import dmd_gradient, dmd_loss, mean_gap
+from train.functional.rng import choice, noise, spread
+from train.functional.schedule import (
     Expert,
     Schedule,
     ScoreFloor,
     add_noise,
     x0_from_velocity,
 )
-from train.flow_matching import Level, guided_velocity, over_frames, velocity_loss
-from train.losses import dmd_gradient, dmd_loss, mean_gap
-from train.rng import choice, noise, spread
 from train.roles import CRITIC, GENERATOR, Roles
 from train.watched import Watched
 

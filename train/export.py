@@ -9,7 +9,7 @@ import torch
 from shared.errors import UserError
 from shared.io.durable import write_bytes
 from train.checkpoint import read_product
-from train.flow import Expert
+from train.functional.schedule import Expert
 from train.lora_files import PEFT_METADATA_KEY, Form, LoraWeights, read_lora
 from train.lora_forms import FORMS, to_form
 from train.provenance import Provenance

@@ -10,8 +10,8 @@ import torch
 from shared.errors import UserError
 from train.config import FinetuneConfig
 from train.data import Batch
-from train.flow import Expert
 from train.flow_matching import NoiseLevels, euler_sample, flow_matching_step
+from train.functional.schedule import Expert
 from train.objective import Method
 from train.roles import Roles
 from train.run import Run, captions_alone, open_data, plan_run

@@ -12,7 +12,9 @@ import torch
 from shared.errors import UserError
 from shared.models.spec import TIMESTEPS
 from train.data import Batch
-from train.flow import (
+from train.functional.losses import flow_matching_loss
+from train.functional.rng import noise, spread
+from train.functional.schedule import (
     Expert,
     add_noise,
     expert_interval,
@@ -21,8 +23,6 @@ from train.flow import (
     shift_sigma,
     x0_from_velocity,
 )
-from train.losses import flow_matching_loss
-from train.rng import noise, spread
 from train.roles import Roles
 from train.watched import Watched
 

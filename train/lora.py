@@ -10,7 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from shared.errors import UserError
-from train.rng import counted_rng
+from train.functional.rng import counted_rng
 
 # Wan's original names (which the seed, ComfyUI and musubi use) → diffusers' names, per block.
 ORIGINAL_TO_DIFFUSERS = {

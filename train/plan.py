@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.errors import UserError
-from train.rng import counted_rng
+from train.functional.rng import counted_rng
 
 Tail = Literal["pad", "drop"]
 Rows = npt.NDArray[np.int64]

@@ -15,7 +15,7 @@ from shared import __version__
 from shared.errors import UserError, first_line
 from shared.models.spec import Mode
 from train.dmd import Pairing
-from train.flow import Expert, Schedule
+from train.functional.schedule import Expert, Schedule
 from train.lora_files import read_metadata
 from train.objective import Method
 

@@ -11,7 +11,7 @@ from diffusers import WanPipeline
 
 from shared.models.toy_model import toy_folder
 from train.export import write_loras
-from train.flow import Schedule
+from train.functional.schedule import Schedule
 from train.lora import LoraSpec
 from train.lora_files import LoraWeights
 from train.provenance import Provenance

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.errors import UserError
-from train.flow import (
+from train.functional.schedule import (
     MAX_SCORE_U,
     MIN_SCORE_SIGMA,
     Schedule,

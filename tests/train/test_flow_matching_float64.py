@@ -20,8 +20,8 @@ from train.base import load_base
 from train.data import Batch
 from train.finetune import LORA
 from train.flow_matching import NoiseLevels, flow_matching_step
+from train.functional.rng import noise, uniform
 from train.lora import LoraSpec, select_targets
-from train.rng import noise, uniform
 from train.roles import Roles
 
 SEED, UPDATE = 3, 5

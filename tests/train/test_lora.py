@@ -16,7 +16,7 @@ from tests.train.conftest import randomise_lora
 from tests.train.test_roles import CPU, build_batch
 from train.base import load_base
 from train.export import lora_path, write_loras
-from train.flow import Expert
+from train.functional.schedule import Expert
 from train.lora import LoraSpec, select_targets
 from train.lora_files import Form, LoraWeights, read_lora
 from train.lora_forms import FORMS

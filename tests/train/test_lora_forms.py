@@ -20,7 +20,7 @@ from tests.train.test_sample import sample
 from train.base import load_base
 from train.cli import app as wantrain
 from train.export import lora_path, write_loras
-from train.flow import Expert
+from train.functional.schedule import Expert
 from train.lora import LoraSpec, select_targets
 from train.lora_files import Form, LoraWeights
 from train.lora_forms import FORMS

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from train.losses import dmd_gradient, dmd_loss, flow_matching_loss
+from train.functional.losses import dmd_gradient, dmd_loss, flow_matching_loss
 
 SHAPE = (3, 4, 2, 6, 5)
 

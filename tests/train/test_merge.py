@@ -21,7 +21,7 @@ from tests.train.test_lora_files import diffusers, tensors_of, written
 from train.base import load_base
 from train.cli import app as wantrain
 from train.export import lora_path
-from train.flow import Expert
+from train.functional.schedule import Expert
 from train.lora_files import Form, read_lora
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from tests.train.conftest import encode
 from tests.train.test_distill import distill, final_bytes
 from tests.train.test_sample import frames, sample
 from train.base import base_digest, load_base
-from train.flow import Expert
+from train.functional.schedule import Expert
 
 CPU = torch.device("cpu")
 

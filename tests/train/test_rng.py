@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from train.rng import choice, counted_rng, noise, spread, uniform
+from train.functional.rng import choice, counted_rng, noise, spread, uniform
 
 SHAPE = (2, 3, 4, 4)
 

@@ -10,7 +10,7 @@ from tests.train.conftest import randomise_lora
 from train.base import load_base
 from train.data import Batch
 from train.dmd import Recipe, critic_step, generator_step
-from train.flow import Schedule
+from train.functional.schedule import Schedule
 from train.lora import LoraSpec, select_targets
 from train.roles import CRITIC, GENERATOR, Roles
 

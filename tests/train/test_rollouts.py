@@ -17,9 +17,9 @@ from tests.train.test_dmd_float64 import _merged
 from tests.train.test_roles import NEGATIVE, build_batch, build_recipe, build_roles
 from train.data import Batch
 from train.dmd import Recipe, critic_step, draw_level, exit_step, generator_step, rollout
-from train.flow import Schedule
-from train.losses import dmd_gradient
-from train.rng import noise, uniform
+from train.functional.losses import dmd_gradient
+from train.functional.rng import noise, uniform
+from train.functional.schedule import Schedule
 from train.roles import CRITIC, GENERATOR, Roles
 
 UPDATE = 5

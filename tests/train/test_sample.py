@@ -11,7 +11,7 @@ from shared.errors import UserError
 from tests.train.test_lora import ALL, trained
 from train.cli import app as wantrain
 from train.export import lora_path
-from train.flow import Expert, Schedule
+from train.functional.schedule import Expert, Schedule
 from train.sample import VisitedSteps
 
 SHAPE = ("--height", "48", "--width", "80", "--num-frames", "9", "--dtype", "fp32")

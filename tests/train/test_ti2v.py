@@ -20,9 +20,9 @@ from tests.train.test_roles import NEGATIVE, build_recipe, build_roles
 from train.cli import app as wantrain
 from train.data import Batch
 from train.dmd import critic_step, exit_step, generator_step, rollout
-from train.flow import Schedule
-from train.losses import dmd_gradient, dmd_loss, flow_matching_loss
-from train.rng import noise, uniform
+from train.functional.losses import dmd_gradient, dmd_loss, flow_matching_loss
+from train.functional.rng import noise, uniform
+from train.functional.schedule import Schedule
 from train.roles import CRITIC, GENERATOR, Roles
 
 UPDATE, SHIFT = 5, 5.0

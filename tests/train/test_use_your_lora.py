@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.models import Mode, tiny_model
 from tests.train.test_lora import ALL, trained
-from train.flow import Expert, Schedule
+from train.functional.schedule import Expert, Schedule
 from train.provenance import read_provenance
 
 PAGE = (Path(__file__).parents[2] / "docs" / "use-your-lora.md").read_text()

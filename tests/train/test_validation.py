@@ -29,7 +29,7 @@ from tests.train.conftest import encode
 from train.cli import app as wantrain
 from train.data import pad_text
 from train.decode import DecodeConfig, decode_clips, decoded, load_vae
-from train.rng import noise
+from train.functional.rng import noise
 
 STEPS = "1000,600,300"
 SMALL = (
