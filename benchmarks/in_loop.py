@@ -21,7 +21,7 @@ from preprocess.encode.encoders import LatentEncoder, TextEncoder
 from train.base import load_base
 from train.cli import app
 from train.cli_run import carried_out_by
-from train.data import Batch, pad_text, with_mask
+from train.data.batches import Batch, pad_text, with_mask
 from train.lora import LoraSpec, select_targets
 from train.roles import Roles
 from train.run import Run

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from train.plan import BatchPlan
+    from train.data.batch_plan import BatchPlan
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -94,8 +94,8 @@ def read(folder: Path) -> None:
     from fractions import Fraction
 
     from shared.format.cache import open_cache
-    from train.dataset import dataset_of
-    from train.plan import BatchPlan
+    from train.data.batch_plan import BatchPlan
+    from train.data.dataset import dataset_of
 
     with timed("open"):
         index = open_cache(folder)
@@ -122,7 +122,7 @@ def _check_shares(plan: "BatchPlan", bucket_ids: "npt.NDArray[np.int32]") -> Non
     sample once, but for those that fill batches."""
     import numpy as np
 
-    from train.plan import micro_batch
+    from train.data.batch_plan import micro_batch
 
     order = plan.epoch(0)
     shares = [

@@ -25,7 +25,7 @@ from shared.format.buckets import Bucket
 from shared.models.published import PUBLISHED, write_configs
 from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec, read_model_spec
 from train.base import keep_from_autocast
-from train.data import MASK_CHANNELS, Batch
+from train.data.batches import MASK_CHANNELS, Batch
 from train.dmd import Recipe, critic_step, generator_step
 from train.functional.schedule import Schedule
 from train.levers import Levers

@@ -33,7 +33,7 @@ from toy_students import (
 
 from shared.models.spec import MAX_TEXT_TOKENS, read_model_spec
 from train.base import Precision, load_base
-from train.data import Batch
+from train.data.batches import Batch
 from train.dmd import Recipe, critic_step, generator_step
 from train.functional.schedule import Schedule
 from train.lora import LoraSpec, select_targets

@@ -30,7 +30,7 @@ from tests.models import TEXT_DIM, tiny_model
 from train.attention import NATIVE, trainable, use_attention
 from train.base import Precision, load_base
 from train.compiling import compile_blocks
-from train.data import Batch
+from train.data.batches import Batch
 from train.dmd import Recipe, critic_step, generator_step
 from train.functional.schedule import Schedule
 from train.lora import LoraSpec, select_targets

@@ -32,7 +32,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from shared.io.mirror import shard_file
 from train import flops
-from train.data import load_prompt_bank
+from train.data.batches import load_prompt_bank
 from train.loop import micro_batches, train
 from train.run import Run
 from train.strategy import held_bytes

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from train.folders import WeightedFolder, shards_option
+from train.data.weighted_folder import WeightedFolder, shards_option
 
 INPUT, OUTPUT, LENGTH, WATCH, LORA, OPTIMIZER, DATA, DEVICE, PROCESSES = (
     "Input",

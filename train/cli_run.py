@@ -13,13 +13,13 @@ from shared.cli.support import echo, say
 from train.base import Base
 from train.cli_options import names
 from train.config import TrainConfig
+from train.data.filters import condition
 from train.launch import end_with_launcher, launch, own_command
 from train.levers import Levers
 from train.loop import train, validation_of
 from train.memory import estimate
 from train.placement import place
 from train.run import Run, resolved_configuration
-from train.where import condition
 
 _Config = TypeVar("_Config", bound=TrainConfig)
 _instead: ContextVar[Callable[[Run, Console], None] | None] = ContextVar("instead", default=None)

@@ -10,16 +10,16 @@ from shared.cli.videox_fun_command import Given
 from shared.errors import UserError
 from train.attention import check_name
 from train.base import Base
+from train.data.batch_plan import Tail
+from train.data.filters import Condition
+from train.data.weighted_folder import WeightedFolder
 from train.dmd import Maths, Pairing, Start
 from train.flow_matching import TimestepSampling
-from train.folders import WeightedFolder
 from train.functional.schedule import Expert, ScoreFloor
 from train.learning_rate import LEAST_POLYNOMIAL_RATE, LrScheduler
 from train.levers import Levers
 from train.placement import Placement
-from train.plan import Tail
 from train.trackers import chosen
-from train.where import Condition
 
 TrainMode = Literal["normal", "i2v", "ti2v"]
 WHOLE, ABOVE_0, FROM_0 = "a whole number from 1", "a number above 0", "0 or more"

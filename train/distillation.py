@@ -9,8 +9,8 @@ import torch
 from shared.errors import UserError
 from shared.models.spec import ModelSpec
 from train.config import DistillConfig
-from train.data import Batch
-from train.dataset import Dataset
+from train.data.batches import Batch
+from train.data.dataset import Dataset
 from train.dmd import Recipe, critic_step, generator_step, rollout
 from train.functional.schedule import Expert, Schedule
 from train.objective import Method

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from shared.models.spec import TIMESTEPS
-from train.data import Batch
+from train.data.batches import Batch
 from train.flow_matching import Level, guided_velocity, over_frames, velocity_loss
 from train.functional.losses import dmd_gradient, dmd_loss, mean_gap
 from train.functional.rng import choice, noise, spread

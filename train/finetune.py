@@ -9,7 +9,7 @@ import torch
 
 from shared.errors import UserError
 from train.config import FinetuneConfig
-from train.data import Batch
+from train.data.batches import Batch
 from train.flow_matching import NoiseLevels, euler_sample, flow_matching_step
 from train.functional.schedule import Expert
 from train.objective import Method

@@ -15,7 +15,7 @@ from diffusers import WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from train.base import component_of
-from train.data import MicroBatches, PromptBank
+from train.data.batches import MicroBatches, PromptBank
 from train.lora import LoraSpec, select_targets
 from train.own_transformer import component_config
 from train.roles import Roles

@@ -11,7 +11,7 @@ import torch
 
 from shared.errors import UserError
 from shared.models.spec import TIMESTEPS
-from train.data import Batch
+from train.data.batches import Batch
 from train.functional.losses import flow_matching_loss
 from train.functional.rng import noise, spread
 from train.functional.schedule import (

@@ -13,14 +13,14 @@ from rich.console import Console
 from shared.cli import support
 from shared.errors import UserError
 from shared.interrupt import Interrupted, Interruption, catch_signals
-from train.data import Batch, MicroBatches, PromptBank, load_prompt_bank
+from train.data.batches import Batch, MicroBatches, PromptBank, load_prompt_bank
+from train.data.tail_log import TailLog
 from train.learning_rate import learning_rate
 from train.progress import TrainProgress
 from train.ranks import joined
 from train.rate_guard import FirstSteps
 from train.run import Run
 from train.session import Session, open_session
-from train.tail_log import TailLog
 from train.trackers import Tracker, chosen, open_trackers
 from train.validation import Validation, prepare_validation, weights_in_place
 from train.watch import Update, Watch

@@ -5,7 +5,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from train.data import Batch
+from train.data.batches import Batch
 from train.functional.schedule import Expert
 from train.roles import Roles
 from train.watched import Watched

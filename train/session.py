@@ -27,7 +27,7 @@ from train.checkpoint import (
 )
 from train.compiling import check_compile, compile_blocks
 from train.config import check_writable
-from train.data import PromptBank, load_prompt_bank
+from train.data.batches import PromptBank, load_prompt_bank
 from train.ema import Ema
 from train.export import write_loras
 from train.lora import LoraSpec, select_targets

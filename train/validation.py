@@ -28,8 +28,8 @@ from shared.io.durable import fsync_folder, temporary, write_bytes, write_json
 from shared.io.mp4 import Clip, write_mp4
 from shared.io.names import quoted
 from shared.models.spec import ModelSpec
-from train.data import MicroBatches, StoredBatch
-from train.dataset import Dataset
+from train.data.batches import MicroBatches, StoredBatch
+from train.data.dataset import Dataset
 from train.latent_files import LatentClip, latent_bytes
 from train.media_out import contact_sheet
 from train.objective import Objective

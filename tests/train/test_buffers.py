@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from train.buffers import Buffers
+from train.data.buffer_pool import Buffers
 
 
 def test_what_was_left_is_used_again() -> None:

@@ -12,9 +12,9 @@ from safetensors.torch import load
 from shared.format.cache import open_cache
 from shared.models.spec import read_model_spec
 from tests.train.conftest import encode
-from train.data import Batch, MicroBatches, load_prompt_bank
-from train.dataset import dataset_of
-from train.plan import BatchPlan
+from train.data.batch_plan import BatchPlan
+from train.data.batches import Batch, MicroBatches, load_prompt_bank
+from train.data.dataset import dataset_of
 
 CPU = torch.device("cpu")
 

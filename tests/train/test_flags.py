@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from shared.errors import UserError
 from tests.train.test_distill import distill, final_bytes, losses
-from train.data import MicroBatches
+from train.data.batches import MicroBatches
 from train.learning_rate import learning_rate
 
 ONE_UPDATE = (

@@ -8,7 +8,7 @@ from tests.train.test_distill import SMALL
 from train import flops
 from train.cli import app as wantrain
 from train.cli_run import carried_out_by
-from train.data import load_prompt_bank
+from train.data.batches import load_prompt_bank
 from train.distillation import Distillation
 from train.dmd import exit_step
 from train.loop import micro_batches

@@ -17,7 +17,7 @@ from tests.train.test_dmd_float64 import _compare_lora_gradients, _maths, _merge
 from tests.train.test_roles import CPU, TARGETS, build_batch
 from tests.train.test_ti2v import Reference, mixed_batch
 from train.base import load_base
-from train.data import Batch
+from train.data.batches import Batch
 from train.finetune import LORA
 from train.flow_matching import NoiseLevels, flow_matching_step
 from train.functional.rng import noise, uniform

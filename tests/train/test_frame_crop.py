@@ -15,7 +15,7 @@ from shared.models.spec import read_model_spec
 from tests.train.conftest import encode
 from tests.train.test_data import _dataset
 from tests.train.test_distill import distill, final_bytes
-from train.data import cropped_frames
+from train.data.batches import cropped_frames
 
 
 def test_shares_of_the_lengths() -> None:

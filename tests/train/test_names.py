@@ -17,8 +17,8 @@ from shared.format.schema import Sample, SampleInfo, sample_key
 from tests.train.test_finetune import SMALL
 from train.checkpoint import list_checkpoints, remove_oldest
 from train.cli import app
-from train.folders import WeightedFolder, weighted_folder
-from train.where import condition, select
+from train.data.filters import condition, select
+from train.data.weighted_folder import WeightedFolder, weighted_folder
 
 PAIRS = {  # a source → another that it would fit as a pattern
     "a[1].mp4": "a1.mp4",

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import UserError
-from train.plan import BatchPlan, micro_batch
+from train.data.batch_plan import BatchPlan, micro_batch
 
 SIZES = st.lists(st.integers(0, 23), min_size=1, max_size=5).filter(any)
 
@@ -247,7 +247,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
-from train.plan import BatchPlan, micro_batch
+from train.data.batch_plan import BatchPlan, micro_batch
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 rank, ranks = dist.get_rank(), dist.get_world_size()
 draw = np.random.default_rng(7)

@@ -8,7 +8,7 @@ import torch
 from shared.models.spec import read_model_spec
 from tests.train.conftest import randomise_lora
 from train.base import load_base
-from train.data import Batch
+from train.data.batches import Batch
 from train.dmd import Recipe, critic_step, generator_step
 from train.functional.schedule import Schedule
 from train.lora import LoraSpec, select_targets

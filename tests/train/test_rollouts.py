@@ -15,7 +15,7 @@ from diffusers import WanTransformer3DModel
 
 from tests.train.test_dmd_float64 import _merged
 from tests.train.test_roles import NEGATIVE, build_batch, build_recipe, build_roles
-from train.data import Batch
+from train.data.batches import Batch
 from train.dmd import Recipe, critic_step, draw_level, exit_step, generator_step, rollout
 from train.functional.losses import dmd_gradient
 from train.functional.rng import noise, uniform

@@ -18,11 +18,11 @@ from tests.train.conftest import encode, write_dataset
 from tests.train.test_distill import SMALL, distill, final_bytes, losses
 from tests.train.test_updates import config_of
 from train.cli import app as wantrain
-from train.data import Batch, MicroBatches, load_prompt_bank
-from train.dataset import Dataset, dataset_of
+from train.data.batch_plan import BatchPlan
+from train.data.batches import Batch, MicroBatches, load_prompt_bank
+from train.data.dataset import Dataset, dataset_of
+from train.data.weighted_folder import WeightedFolder, weighted_folder
 from train.distillation import prepare_distillation
-from train.folders import WeightedFolder, weighted_folder
-from train.plan import BatchPlan
 
 SHORT = ("--max-train-steps", "1", "--mixed-precision", "no")
 

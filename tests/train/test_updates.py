@@ -16,7 +16,7 @@ from tests.train.test_distill import arguments, distill, final_bytes
 from train.base import base_digest, load_base
 from train.cli import app as wantrain
 from train.config import DistillConfig
-from train.data import MicroBatches, load_prompt_bank
+from train.data.batches import MicroBatches, load_prompt_bank
 from train.distillation import prepare_distillation as prepare
 from train.dmd import critic_step, generator_step
 from train.lora import LoraSpec, select_targets

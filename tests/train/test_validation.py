@@ -27,7 +27,7 @@ from shared.models.spec import read_model_spec
 from tests.models import tiny_model
 from tests.train.conftest import encode
 from train.cli import app as wantrain
-from train.data import pad_text
+from train.data.batches import pad_text
 from train.decode import DecodeConfig, decode_clips, decoded, load_vae
 from train.functional.rng import noise
 

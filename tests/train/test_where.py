@@ -14,7 +14,7 @@ from shared.errors import UserError
 from shared.format.cache import CacheIndex, MemberReader, open_cache
 from shared.format.overlays import with_captions
 from shared.format.schema import LATENTS_MEMBER, Sample, SampleInfo, sample_key
-from train.where import condition, nothing_selected, select
+from train.data.filters import condition, nothing_selected, select
 
 CAPTIONS = ["a cat on a roof", "a dog\nin the rain", "two cats [wet]", "Cat people", "grün, 猫"]
 TAGS = [["good", "night"], [], ["good"], ["goodish"], ["bad"]]

@@ -17,10 +17,10 @@ from shared.format.schema import CONDITION_MEMBER, DTYPES, LATENTS_MEMBER, TEXT_
 from shared.format.tensor_header import TensorHeader
 from shared.io.names import quoted
 from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec
-from train.buffers import Buffers
-from train.dataset import Dataset
+from train.data.batch_plan import BatchPlan, micro_batch
+from train.data.buffer_pool import Buffers
+from train.data.dataset import Dataset
 from train.functional.rng import counted_rng
-from train.plan import BatchPlan, micro_batch
 
 VIDEO, TEXT = (MEDIA_TYPES.index(name) for name in ("video", "text"))
 MASK_CHANNELS = 4

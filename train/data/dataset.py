@@ -14,7 +14,7 @@ from shared.format.buckets import Bucket
 from shared.format.cache import CacheIndex
 from shared.format.overlays import positions
 from shared.format.schema import JSON_MEMBER, MEDIA_TYPES, TEXT_MEMBER
-from train.where import Condition, nothing_selected, select
+from train.data.filters import Condition, nothing_selected, select
 
 
 @dataclass(frozen=True, kw_only=True)

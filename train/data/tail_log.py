@@ -5,8 +5,8 @@ from pathlib import Path
 
 from shared.io.durable import write_bytes
 from shared.io.memo import note, recall
-from train.dataset import Dataset
-from train.plan import BatchPlan
+from train.data.batch_plan import BatchPlan
+from train.data.dataset import Dataset
 
 TAIL_LOG = "tail.jsonl"
 
