@@ -21,11 +21,11 @@ from shared.models.original_weights import converted
 from shared.models.spec import ModelSpec
 from shared.models.weight_files import weight_files
 from shared.models.weights import check_component, load_transformer
+from train.distributed.load_once import read_once
+from train.distributed.process_group import ALONE, Ranks
 from train.functional.schedule import Expert
 from train.lora_files import check_fits, read_lora
 from train.own_transformer import check_own, empty_transformer, load_own, own_files
-from train.ranks import ALONE, Ranks
-from train.read_once import read_once
 
 Precision = Literal["bf16", "no"]
 

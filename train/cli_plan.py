@@ -57,10 +57,10 @@ def plan(
     options = locals()  # as they were given
 
     from shared.format.buckets import Bucket
+    from train.distributed.placement import strategy_for
     from train.levers import Levers
     from train.memory import Settings
     from train.memory_plan import plan_memory
-    from train.placement import strategy_for
 
     settings = Settings(
         samples=train_batch_size,

@@ -14,11 +14,11 @@ from train.base import Base
 from train.cli_options import names
 from train.config import TrainConfig
 from train.data.filters import condition
-from train.launch import end_with_launcher, launch, own_command
+from train.distributed.launcher import end_with_launcher, launch, own_command
+from train.distributed.placement import place
 from train.levers import Levers
 from train.loop import train, validation_of
 from train.memory import estimate
-from train.placement import place
 from train.run import Run, resolved_configuration
 
 _Config = TypeVar("_Config", bound=TrainConfig)

@@ -13,12 +13,12 @@ from train.base import Base
 from train.data.batch_plan import Tail
 from train.data.filters import Condition
 from train.data.weighted_folder import WeightedFolder
+from train.distributed.placement import Placement
 from train.dmd import Maths, Pairing, Start
 from train.flow_matching import TimestepSampling
 from train.functional.schedule import Expert, ScoreFloor
 from train.learning_rate import LEAST_POLYNOMIAL_RATE, LrScheduler
 from train.levers import Levers
-from train.placement import Placement
 from train.trackers import chosen
 
 TrainMode = Literal["normal", "i2v", "ti2v"]

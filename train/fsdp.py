@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from train.ranks import Ranks
+from train.distributed.process_group import Ranks
 from train.replicated import adamw, moments_of, stepped
 from train.roles import Roles
 from train.strategy import AdamSettings, Strategy

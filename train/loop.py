@@ -15,9 +15,9 @@ from shared.errors import UserError
 from shared.interrupt import Interrupted, Interruption, catch_signals
 from train.data.batches import Batch, MicroBatches, PromptBank, load_prompt_bank
 from train.data.tail_log import TailLog
+from train.distributed.process_group import joined
 from train.learning_rate import learning_rate
 from train.progress import TrainProgress
-from train.ranks import joined
 from train.rate_guard import FirstSteps
 from train.run import Run
 from train.session import Session, open_session

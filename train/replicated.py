@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from train.adam8bit import AdamW8bit
-from train.ranks import Ranks
+from train.distributed.process_group import Ranks
 from train.roles import Roles
 from train.strategy import AdamSettings, Strategy
 

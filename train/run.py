@@ -34,13 +34,13 @@ from train.data.batch_plan import BatchPlan
 from train.data.dataset import Dataset, dataset_of
 from train.data.encoding_check import refuse_other_encoding
 from train.data.tail_log import TAIL_LOG
+from train.distributed.process_group import Ranks
 from train.learning_rate import DECAYING
 from train.lora import LoraSpec
 from train.objective import Objective
 from train.own_transformer import empty_transformer
 from train.provenance import Provenance
 from train.quantised import check_installed, is_quantised
-from train.ranks import Ranks
 from train.warm_start import check_init
 
 

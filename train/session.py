@@ -28,13 +28,13 @@ from train.checkpoint import (
 from train.compiling import check_compile, compile_blocks
 from train.config import check_writable
 from train.data.batches import PromptBank, load_prompt_bank
+from train.distributed.process_group import ALONE
 from train.ema import Ema
 from train.export import write_loras
 from train.lora import LoraSpec, select_targets
 from train.lora_files import LoraWeights, read_lora
 from train.provenance import Provenance
 from train.quantised import quantise
-from train.ranks import ALONE
 from train.rate_guard import Weights, warn_of_file, warn_of_rate
 from train.roles import Roles
 from train.run import Run, run_identity

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from train.ranks import Ranks
+from train.distributed.process_group import Ranks
 from train.roles import Roles
 from train.streaming import stream_blocks, streamed_blocks
 

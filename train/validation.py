@@ -30,10 +30,10 @@ from shared.io.names import quoted
 from shared.models.spec import ModelSpec
 from train.data.batches import MicroBatches, StoredBatch
 from train.data.dataset import Dataset
+from train.distributed.process_group import Ranks
 from train.latent_files import LatentClip, latent_bytes
 from train.media_out import contact_sheet
 from train.objective import Objective
-from train.ranks import Ranks
 from train.roles import Roles
 from train.strategy import TrainedRole
 from train.trackers import SampledClip, Tracker

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from shared.errors import UserError, first_line
-from train.ranks import Ranks
+from train.distributed.process_group import Ranks
 from train.roles import Roles
 from train.strategy import AdamSettings, Strategy
 from train.zero_file import zero_section

@@ -19,7 +19,7 @@ from train.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from train.ranks import Ranks
+from train.distributed.process_group import Ranks
 from train.replicated import WholeRole
 
 # Kill -9 at every file operation of a save: the audit hook comes before open, rename, rmdir …

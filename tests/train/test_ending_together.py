@@ -19,18 +19,18 @@ import torch
 
 from shared.errors import UserError
 from tests.train.test_distill import WANTRAIN, arguments
-from train.placement import Placement, place
+from train.distributed.placement import Placement, place
 
 LAUNCH = """
 import sys
-from train.launch import Machines, launch
+from train.distributed.launcher import Machines, launch
 sys.exit(launch([sys.executable, *sys.argv[1:]], Machines(num_processes=2)))
 """
 # Says that it is there, and which signal it got.
 WAITS = """
 import os, signal, sys, time
 from pathlib import Path
-from train.launch import end_with_launcher
+from train.distributed.launcher import end_with_launcher
 me = Path(sys.argv[1], os.environ["RANK"])
 def told(signum, _):
     me.with_suffix(".told").write_text(str(signum))
@@ -121,7 +121,7 @@ from pathlib import Path
 import torch
 from shared.cli.support import run
 from shared.errors import UserError
-from train.ranks import joined, launched
+from train.distributed.process_group import joined, launched
 def first():
     raise OSError(28, "No space left on device", "checkpoint-1")
 def work():
@@ -180,7 +180,7 @@ from pathlib import Path
 import torch
 from dataclasses import replace
 from shared.cli.support import run
-from train.ranks import joined, launched
+from train.distributed.process_group import joined, launched
 def work():
     ranks = replace(launched(), timeout=timedelta(seconds=3))
     with joined(ranks, torch.device("cpu")):
@@ -204,7 +204,7 @@ run(work)
 def test_one_that_hangs_ends_all_and_is_named(
     tmp_path: Path, stopped: int, speaks: int, names: str
 ) -> None:
-    few = LAUNCH.replace("import sys\n", "import sys, train.launch as it\n")
+    few = LAUNCH.replace("import sys\n", "import sys, train.distributed.launcher as it\n")
     few = few.replace("sys.exit", "it.GRACE_AFTER_FAILURE_S = 2\nsys.exit")
     launcher, processes = _launched(tmp_path, HANGS, str(stopped), launch=few)
     _, said = launcher.communicate(timeout=120)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from shared.errors import UserError, first_line
-from train.roll_call import Answer, RollCall
+from train.distributed.failure_report import Answer, RollCall
 
 T = TypeVar("T")
 

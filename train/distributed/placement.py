@@ -6,8 +6,8 @@ from datetime import timedelta
 
 from shared.device import check_device, default_device
 from shared.errors import UserError
-from train.launch import Machines
-from train.ranks import ALONE, Ranks, launched
+from train.distributed.launcher import Machines
+from train.distributed.process_group import ALONE, Ranks, launched
 from train.strategy import StrategyName
 from train.zero_file import stage_of_launcher, zero_section
 

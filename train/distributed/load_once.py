@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from train.ranks import Ranks
+from train.distributed.process_group import Ranks
 
 
 @dataclass(frozen=True)
