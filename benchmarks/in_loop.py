@@ -18,12 +18,12 @@ from rich.console import Console
 
 from preprocess.dataset.clips import fit
 from preprocess.encode.encoders import LatentEncoder, TextEncoder
-from train.base import load_base
 from train.cli import app
 from train.cli_run import carried_out_by
 from train.data.batches import Batch, pad_text, with_mask
-from train.lora import LoraSpec, select_targets
-from train.roles import Roles
+from train.model.base import load_base
+from train.model.lora_adapter import LoraSpec, select_targets
+from train.model.roles import Roles
 from train.run import Run
 from train.watch import peak_memory
 

@@ -24,14 +24,14 @@ from torch.utils._pytree import tree_leaves
 from shared.format.buckets import Bucket
 from shared.models.published import PUBLISHED, write_configs
 from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec, read_model_spec
-from train.base import keep_from_autocast
 from train.data.batches import MASK_CHANNELS, Batch
 from train.dmd import Recipe, critic_step, generator_step
 from train.functional.schedule import Schedule
 from train.levers import Levers
-from train.lora import LoraSpec, select_targets
 from train.memory import Settings, estimate_of, tokens_of
-from train.roles import CRITIC, GENERATOR, Roles
+from train.model.base import keep_from_autocast
+from train.model.lora_adapter import LoraSpec, select_targets
+from train.model.roles import CRITIC, GENERATOR, Roles
 
 TARGETS = ("q", "k", "v", "ffn.0", "ffn.2")
 GIB = 2**30

@@ -27,14 +27,14 @@ import torch
 
 from shared.models.spec import read_model_spec
 from tests.models import TEXT_DIM, tiny_model
-from train.attention import NATIVE, trainable, use_attention
-from train.base import Precision, load_base
-from train.compiling import compile_blocks
 from train.data.batches import Batch
 from train.dmd import Recipe, critic_step, generator_step
 from train.functional.schedule import Schedule
-from train.lora import LoraSpec, select_targets
-from train.roles import CRITIC, GENERATOR, Roles
+from train.model.attention import NATIVE, trainable, use_attention
+from train.model.base import Precision, load_base
+from train.model.compile import compile_blocks
+from train.model.lora_adapter import LoraSpec, select_targets
+from train.model.roles import CRITIC, GENERATOR, Roles
 
 RECIPE = Recipe(
     expert="full",

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from shared.cli.support import echo, say
-from train.base import Base
 from train.cli_options import names
 from train.config import TrainConfig
 from train.data.filters import condition
@@ -19,6 +18,7 @@ from train.distributed.placement import place
 from train.levers import Levers
 from train.loop import train, validation_of
 from train.memory import estimate
+from train.model.base import Base
 from train.run import Run, resolved_configuration
 
 _Config = TypeVar("_Config", bound=TrainConfig)

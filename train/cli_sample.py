@@ -71,7 +71,7 @@ def sample(
     """
     from rich.console import Console
 
-    from train.base import Base
+    from train.model.base import Base
     from train.sample import SampleConfig, sample_clips
 
     config = SampleConfig(

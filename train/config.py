@@ -8,8 +8,6 @@ from typing import Literal
 
 from shared.cli.videox_fun_command import Given
 from shared.errors import UserError
-from train.attention import check_name
-from train.base import Base
 from train.data.batch_plan import Tail
 from train.data.filters import Condition
 from train.data.weighted_folder import WeightedFolder
@@ -19,6 +17,8 @@ from train.flow_matching import TimestepSampling
 from train.functional.schedule import Expert, ScoreFloor
 from train.learning_rate import LEAST_POLYNOMIAL_RATE, LrScheduler
 from train.levers import Levers
+from train.model.attention import check_name
+from train.model.base import Base
 from train.trackers import chosen
 
 TrainMode = Literal["normal", "i2v", "ti2v"]

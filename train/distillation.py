@@ -13,8 +13,8 @@ from train.data.batches import Batch
 from train.data.dataset import Dataset
 from train.dmd import Recipe, critic_step, generator_step, rollout
 from train.functional.schedule import Expert, Schedule
+from train.model.roles import CRITIC, GENERATOR, Roles
 from train.objective import Method
-from train.roles import CRITIC, GENERATOR, Roles
 from train.run import Run, captions_alone, open_data, plan_run
 from train.watched import Watched
 

@@ -21,7 +21,7 @@ from train.functional.schedule import (
     add_noise,
     x0_from_velocity,
 )
-from train.roles import CRITIC, GENERATOR, Roles
+from train.model.roles import CRITIC, GENERATOR, Roles
 from train.watched import Watched
 
 Start = Literal["latents", "noise"]

@@ -10,8 +10,8 @@ from shared.errors import UserError
 from shared.io.durable import write_bytes
 from train.checkpoint import read_product
 from train.functional.schedule import Expert
-from train.lora_files import PEFT_METADATA_KEY, Form, LoraWeights, read_lora
 from train.lora_forms import FORMS, to_form
+from train.model.lora_files import PEFT_METADATA_KEY, Form, LoraWeights, read_lora
 from train.provenance import Provenance
 from train.tensor_files import safetensors_parts
 

@@ -12,8 +12,8 @@ from train.config import FinetuneConfig
 from train.data.batches import Batch
 from train.flow_matching import NoiseLevels, euler_sample, flow_matching_step
 from train.functional.schedule import Expert
+from train.model.roles import Roles
 from train.objective import Method
-from train.roles import Roles
 from train.run import Run, captions_alone, open_data, plan_run
 from train.watched import Watched
 

@@ -14,11 +14,11 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from train.base import component_of
 from train.data.batches import MicroBatches, PromptBank
-from train.lora import LoraSpec, select_targets
-from train.own_transformer import component_config
-from train.roles import Roles
+from train.model.base import component_of
+from train.model.custom_weights import component_config
+from train.model.lora_adapter import LoraSpec, select_targets
+from train.model.roles import Roles
 from train.run import Run
 
 # Dense bf16, FLOP/s, by the name that CUDA gives the card; from NVIDIA's datasheets, where those of

@@ -23,7 +23,7 @@ from train.functional.schedule import (
     shift_sigma,
     x0_from_velocity,
 )
-from train.roles import Roles
+from train.model.roles import Roles
 from train.watched import Watched
 
 TimestepSampling = Literal["uniform", "logit-normal"]

@@ -15,8 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from train.distributed.process_group import Ranks
+from train.model.roles import Roles
 from train.replicated import adamw, moments_of, stepped
-from train.roles import Roles
 from train.strategy import AdamSettings, Strategy
 
 

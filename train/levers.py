@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from shared.errors import UserError
-from train.base import Precision
+from train.model.base import Precision
 from train.quantised import BasePrecision, is_quantised
 from train.strategy import CUTTING, StrategyName
 from train.streaming import BUFFERS, swapped_blocks

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from train.lora import DIFFUSERS_TO_ORIGINAL
-from train.lora_files import PEFT_METADATA_KEY, Form, LoraWeights
+from train.model.lora_adapter import DIFFUSERS_TO_ORIGINAL
+from train.model.lora_files import PEFT_METADATA_KEY, Form, LoraWeights
 
 Tensors = dict[str, torch.Tensor]
 DIFFUSERS_PREFIX = "transformer."  # for both experts: diffusers ignores "transformer_2." keys

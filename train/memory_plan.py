@@ -13,7 +13,7 @@ from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 from train.config import WHOLE, check_option
 from train.levers import Levers
 from train.memory import Estimate, Settings, estimate_of, tokens_of
-from train.own_transformer import empty_transformer
+from train.model.custom_weights import empty_transformer
 
 _GIB = 2**30
 LEFT_FREE = 1.5  # GiB of a GPU for what is no tensor: CUDA's context, libraries, fragments

@@ -7,7 +7,7 @@ import torch
 
 from train.data.batches import Batch
 from train.functional.schedule import Expert
-from train.roles import Roles
+from train.model.roles import Roles
 from train.watched import Watched
 
 Method = Literal["distill", "lora"]

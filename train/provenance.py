@@ -16,7 +16,7 @@ from shared.errors import UserError, first_line
 from shared.models.spec import Mode
 from train.dmd import Pairing
 from train.functional.schedule import Expert, Schedule
-from train.lora_files import read_metadata
+from train.model.lora_files import read_metadata
 from train.objective import Method
 
 METADATA_KEY = "wandistill"

@@ -14,7 +14,7 @@ from torch import nn
 
 from train.adam8bit import AdamW8bit
 from train.distributed.process_group import Ranks
-from train.roles import Roles
+from train.model.roles import Roles
 from train.strategy import AdamSettings, Strategy
 
 

@@ -26,8 +26,6 @@ from shared.io.hashing import FileHasher
 from shared.io.mirror import described
 from shared.io.names import quoted
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
-from train.attention import check_attention
-from train.base import component_of
 from train.checkpoint import Identity
 from train.config import TrainConfig
 from train.data.batch_plan import BatchPlan
@@ -36,12 +34,14 @@ from train.data.encoding_check import refuse_other_encoding
 from train.data.tail_log import TAIL_LOG
 from train.distributed.process_group import Ranks
 from train.learning_rate import DECAYING
-from train.lora import LoraSpec
+from train.model.attention import check_attention
+from train.model.base import component_of
+from train.model.custom_weights import empty_transformer
+from train.model.lora_adapter import LoraSpec
+from train.model.lora_init import check_init
 from train.objective import Objective
-from train.own_transformer import empty_transformer
 from train.provenance import Provenance
 from train.quantised import check_installed, is_quantised
-from train.warm_start import check_init
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,15 +46,15 @@ from shared.models.spec import (
     read_model_spec,
     resolve_model,
 )
-from train.base import Base, base_digest, component_of, load_weights, merge
 from train.config import check_writable
 from train.dmd import Pairing
 from train.functional.rng import counted_rng
 from train.functional.schedule import Schedule
-from train.lora_files import PEFT_METADATA_KEY, check_fits, read_lora
 from train.lora_forms import DIFFUSERS_PREFIX, to_form
 from train.media_out import contact_sheet
-from train.own_transformer import empty_transformer
+from train.model.base import Base, base_digest, component_of, load_weights, merge
+from train.model.custom_weights import empty_transformer
+from train.model.lora_files import PEFT_METADATA_KEY, check_fits, read_lora
 from train.provenance import Provenance, read_provenance, wrong_base
 from train.quantised import QuantisedPrecision, check_installed, quantise
 from train.streaming import StreamedBlocks, streaming_line

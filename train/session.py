@@ -11,8 +11,6 @@ import torch
 from shared.errors import UserError
 from shared.format.schema import DTYPES
 from train.activation_offloading import ActivationOffloading
-from train.attention import use_attention
-from train.base import base_digest, component_of, load_base
 from train.checkpoint import (
     Files,
     Identity,
@@ -25,22 +23,24 @@ from train.checkpoint import (
     save_checkpoint,
     set_later_aside,
 )
-from train.compiling import check_compile, compile_blocks
 from train.config import check_writable
 from train.data.batches import PromptBank, load_prompt_bank
 from train.distributed.process_group import ALONE
 from train.ema import Ema
 from train.export import write_loras
-from train.lora import LoraSpec, select_targets
-from train.lora_files import LoraWeights, read_lora
+from train.model.attention import use_attention
+from train.model.base import base_digest, component_of, load_base
+from train.model.compile import check_compile, compile_blocks
+from train.model.lora_adapter import LoraSpec, select_targets
+from train.model.lora_files import LoraWeights, read_lora
+from train.model.lora_init import start_from
+from train.model.roles import Roles
 from train.provenance import Provenance
 from train.quantised import quantise
 from train.rate_guard import Weights, warn_of_file, warn_of_rate
-from train.roles import Roles
 from train.run import Run, run_identity
 from train.strategy import AdamSettings, Strategy, device_bytes, parameter_bytes, spread
 from train.streaming import streamed_blocks, streaming_line
-from train.warm_start import start_from
 
 Say = Callable[[str], None]
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from train.distributed.process_group import Ranks
-from train.roles import Roles
+from train.model.roles import Roles
 from train.streaming import stream_blocks, streamed_blocks
 
 StrategyName = Literal["single", "ddp", "zero2", "zero3", "fsdp"]

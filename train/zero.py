@@ -18,7 +18,7 @@ from torch import nn
 
 from shared.errors import UserError, first_line
 from train.distributed.process_group import Ranks
-from train.roles import Roles
+from train.model.roles import Roles
 from train.strategy import AdamSettings, Strategy
 from train.zero_file import zero_section
 

@@ -12,8 +12,8 @@ from diffusers import WanPipeline
 from shared.models.toy_model import toy_folder
 from train.export import write_loras
 from train.functional.schedule import Schedule
-from train.lora import LoraSpec
-from train.lora_files import LoraWeights
+from train.model.lora_adapter import LoraSpec
+from train.model.lora_files import LoraWeights
 from train.provenance import Provenance
 from train.sample import student_scheduler
 

@@ -8,7 +8,7 @@ import torch
 
 from shared.errors import UserError
 from tests.train.test_distill import distill, losses
-from train.attention import check_attention
+from train.model.attention import check_attention
 
 RUN = ("--max-train-steps", "1", "--mixed-precision", "no")
 

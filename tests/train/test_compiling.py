@@ -21,7 +21,7 @@ from tests.train.test_roles import build_roles
 from tests.train.test_strategies import apart, lora_of, typed
 from tests.train.test_streaming import LateStream
 from train import activation_offloading, streaming
-from train.compiling import RECOMPILE_LIMIT, compile_blocks
+from train.model.compile import RECOMPILE_LIMIT, compile_blocks
 
 RUN = (
     "--mixed-precision", "no", "--where", "type=video", "--where", "height<=48",

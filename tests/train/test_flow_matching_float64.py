@@ -16,13 +16,13 @@ from tests.train.conftest import randomise_lora
 from tests.train.test_dmd_float64 import _compare_lora_gradients, _maths, _merged
 from tests.train.test_roles import CPU, TARGETS, build_batch
 from tests.train.test_ti2v import Reference, mixed_batch
-from train.base import load_base
 from train.data.batches import Batch
 from train.finetune import LORA
 from train.flow_matching import NoiseLevels, flow_matching_step
 from train.functional.rng import noise, uniform
-from train.lora import LoraSpec, select_targets
-from train.roles import Roles
+from train.model.base import load_base
+from train.model.lora_adapter import LoraSpec, select_targets
+from train.model.roles import Roles
 
 SEED, UPDATE = 3, 5
 

@@ -10,8 +10,8 @@ from diffusers import WanPipeline
 from safetensors.torch import save_file
 
 from shared.errors import UserError
-from train.lora import ORIGINAL_TO_DIFFUSERS
-from train.lora_files import LoraFile, check_fits, read_lora
+from train.model.lora_adapter import ORIGINAL_TO_DIFFUSERS
+from train.model.lora_files import LoraFile, check_fits, read_lora
 
 WIDTH, HIDDEN, RANK, ALPHA = 12, 20, 4, 3.0
 BLOCKS = 2

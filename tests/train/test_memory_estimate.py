@@ -10,12 +10,12 @@ from benchmarks.plan_peaks import batch_of, peak_of_updates, recipe_of
 from shared.models.spec import read_model_spec
 from tests.models import Mode, tiny_model, tiny_transformer
 from tests.train.test_distill import SMALL
-from train.base import Precision, load_base
 from train.cli import app as wantrain
 from train.levers import Levers
-from train.lora import LoraSpec, select_targets
 from train.memory import Settings, base_sizes, block_bytes, estimate_of, tokens_of
-from train.roles import GENERATOR, Roles
+from train.model.base import Precision, load_base
+from train.model.lora_adapter import LoraSpec, select_targets
+from train.model.roles import GENERATOR, Roles
 
 TARGETS = ("q", "k", "v", "ffn.0", "ffn.2")
 

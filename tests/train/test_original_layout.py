@@ -11,8 +11,8 @@ from tests.preprocess.test_original_layout import both
 from tests.train.conftest import encode
 from tests.train.test_distill import distill, final_bytes
 from tests.train.test_sample import frames, sample
-from train.base import base_digest, load_base
 from train.functional.schedule import Expert
+from train.model.base import base_digest, load_base
 
 CPU = torch.device("cpu")
 

@@ -14,13 +14,13 @@ from shared.models.toy_model import toy_folder
 from tests.train.test_distill import arguments, distill, final_bytes, losses
 from tests.train.test_finetune import finetune
 from tests.train.test_strategies import ALONE, IN_TWO, RUN, apart, command, lora_of, typed
-from train.base import Precision, load_base
 from train.cli import app as wantrain
-from train.lora import LoraSpec, select_targets
 from train.memory import base_bytes
+from train.model.base import Precision, load_base
+from train.model.lora_adapter import LoraSpec, select_targets
+from train.model.roles import GENERATOR, Roles
 from train.provenance import read_provenance
 from train.quantised import BasePrecision, QuantisedLinear, quantise, quantised_bytes
-from train.roles import GENERATOR, Roles
 
 CPU = torch.device("cpu")
 QUANTISED = ("int8", "fp8", "nf4")

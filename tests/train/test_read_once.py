@@ -16,7 +16,7 @@ from shared.models.spec import read_model_spec
 from tests.models import tiny_model
 from tests.train.conftest import encode
 from tests.train.test_strategies import IN_TWO, _environment, command
-from train.base import load_base
+from train.model.base import load_base
 
 # Before training begins: growth of memory from the load of the base until it is cut, and the
 # digest of each weight and table that this process can have, put together from all parts.

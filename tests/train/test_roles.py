@@ -7,12 +7,12 @@ import torch
 
 from shared.models.spec import read_model_spec
 from tests.train.conftest import randomise_lora
-from train.base import load_base
 from train.data.batches import Batch
 from train.dmd import Recipe, critic_step, generator_step
 from train.functional.schedule import Schedule
-from train.lora import LoraSpec, select_targets
-from train.roles import CRITIC, GENERATOR, Roles
+from train.model.base import load_base
+from train.model.lora_adapter import LoraSpec, select_targets
+from train.model.roles import CRITIC, GENERATOR, Roles
 
 TARGETS = ("q", "k", "v", "ffn.0", "ffn.2")
 CPU = torch.device("cpu")

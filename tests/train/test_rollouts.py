@@ -20,7 +20,7 @@ from train.dmd import Recipe, critic_step, draw_level, exit_step, generator_step
 from train.functional.losses import dmd_gradient
 from train.functional.rng import noise, uniform
 from train.functional.schedule import Schedule
-from train.roles import CRITIC, GENERATOR, Roles
+from train.model.roles import CRITIC, GENERATOR, Roles
 
 UPDATE = 5
 # Not from 1000 on: at σ = 1 a rollout from latents and one from noise would start alike.

@@ -27,10 +27,10 @@ from train import activation_offloading, streaming
 from train.activation_offloading import ActivationOffloading
 from train.cli import app as wantrain
 from train.cli_run import carried_out_by
-from train.lora import LoraSpec, select_targets
 from train.memory import Estimate, estimate
+from train.model.lora_adapter import LoraSpec, select_targets
+from train.model.roles import Roles
 from train.quantised import quantise
-from train.roles import Roles
 from train.side_stream import Copy, SideStream
 from train.streaming import StreamedBlocks, blocks_on_device, stream_blocks, swapped_blocks
 

@@ -23,7 +23,7 @@ from train.dmd import critic_step, exit_step, generator_step, rollout
 from train.functional.losses import dmd_gradient, dmd_loss, flow_matching_loss
 from train.functional.rng import noise, uniform
 from train.functional.schedule import Schedule
-from train.roles import CRITIC, GENERATOR, Roles
+from train.model.roles import CRITIC, GENERATOR, Roles
 
 UPDATE, SHIFT = 5, 5.0
 SIGMAS = [SHIFT * u / (1 + (SHIFT - 1) * u) for u in (1, 0.75, 0.5, 0.25)]

@@ -13,16 +13,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from shared.models.spec import read_model_spec
 from tests.train.test_distill import arguments, distill, final_bytes
-from train.base import base_digest, load_base
 from train.cli import app as wantrain
 from train.config import DistillConfig
 from train.data.batches import MicroBatches, load_prompt_bank
 from train.distillation import prepare_distillation as prepare
 from train.dmd import critic_step, generator_step
-from train.lora import LoraSpec, select_targets
 from train.lora_forms import FORMS
+from train.model.base import base_digest, load_base
+from train.model.lora_adapter import LoraSpec, select_targets
+from train.model.roles import CRITIC, GENERATOR, Roles
 from train.provenance import read_provenance
-from train.roles import CRITIC, GENERATOR, Roles
 
 Array = npt.NDArray[np.float64]
 

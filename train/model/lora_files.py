@@ -21,7 +21,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from shared.errors import UserError, first_line
-from train.lora import DIFFUSERS_TO_ORIGINAL, ORIGINAL_TO_DIFFUSERS
+from train.model.lora_adapter import DIFFUSERS_TO_ORIGINAL, ORIGINAL_TO_DIFFUSERS
 
 Form = Literal["diffusers", "comfyui", "kohya"]
 PEFT_METADATA_KEY = "lora_adapter_metadata"  # diffusers' name for peft's configuration

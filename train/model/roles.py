@@ -11,7 +11,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from train.lora import LoraSpec, adapter_parameters, add_adapter
+from train.model.lora_adapter import LoraSpec, adapter_parameters, add_adapter
 
 GENERATOR = "generator"
 CRITIC = "critic"

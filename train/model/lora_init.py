@@ -13,9 +13,9 @@ from torch import nn
 
 from shared.errors import UserError
 from shared.models.spec import ModelSpec
-from train.lora import DIFFUSERS_TO_ORIGINAL, LoraSpec, select_targets
-from train.lora_files import LoraFile, check_fits, read_lora
-from train.own_transformer import empty_transformer
+from train.model.custom_weights import empty_transformer
+from train.model.lora_adapter import DIFFUSERS_TO_ORIGINAL, LoraSpec, select_targets
+from train.model.lora_files import LoraFile, check_fits, read_lora
 
 
 def check_init(
@@ -48,8 +48,8 @@ def check_init(
 def start_from(file: LoraFile, parameters: Mapping[str, nn.Parameter], spec: LoraSpec) -> None:
     """Fill a new adapter (B zero) so that it adds what the checked file adds.
 
-    `parameters` under `train.lora`'s names, (rank, in) and (out, rank). Modules that the file does
-    not have stay as they are.
+    `parameters` under `train.model.lora_adapter`'s names, (rank, in) and (out, rank). Modules that
+    the file does not have stay as they are.
     """
     for module in file.lora.modules:
         rank = file.lora.rank(module)

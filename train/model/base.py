@@ -24,8 +24,8 @@ from shared.models.weights import check_component, load_transformer
 from train.distributed.load_once import read_once
 from train.distributed.process_group import ALONE, Ranks
 from train.functional.schedule import Expert
-from train.lora_files import check_fits, read_lora
-from train.own_transformer import check_own, empty_transformer, load_own, own_files
+from train.model.custom_weights import check_own, empty_transformer, load_own, own_files
+from train.model.lora_files import check_fits, read_lora
 
 Precision = Literal["bf16", "no"]
 
@@ -79,7 +79,7 @@ class Base:
     """Weights of one transformer where they are not simply the model's."""
 
     own: Path | None = None
-    """In place of the model's, in any form that `train.own_transformer` reads."""
+    """In place of the model's, in any form that `train.model.custom_weights` reads."""
     merged: tuple[MergedLora, ...] = ()
     """Added to them, in this order."""
 
