@@ -21,7 +21,7 @@ from shared.format.fingerprint import flatten
 from shared.io.durable import fsync_file, fsync_folder, temporary
 from shared.io.hashing import digest_of
 from shared.io.names import quoted
-from train.ema import Ema
+from train.optim.ema import Ema
 from train.strategy import TrainedRole
 from train.tensor_files import safetensors_parts
 

@@ -15,10 +15,10 @@ from train.distributed.placement import Placement
 from train.dmd import Maths, Pairing, Start
 from train.flow_matching import TimestepSampling
 from train.functional.schedule import Expert, ScoreFloor
-from train.learning_rate import LEAST_POLYNOMIAL_RATE, LrScheduler
 from train.levers import Levers
 from train.model.attention import check_name
 from train.model.base import Base
+from train.optim.lr_schedule import LEAST_POLYNOMIAL_RATE, LrScheduler
 from train.trackers import chosen
 
 TrainMode = Literal["normal", "i2v", "ti2v"]

@@ -16,9 +16,9 @@ from shared.interrupt import Interrupted, Interruption, catch_signals
 from train.data.batches import Batch, MicroBatches, PromptBank, load_prompt_bank
 from train.data.tail_log import TailLog
 from train.distributed.process_group import joined
-from train.learning_rate import learning_rate
+from train.optim.lr_checks import FirstSteps
+from train.optim.lr_schedule import learning_rate
 from train.progress import TrainProgress
-from train.rate_guard import FirstSteps
 from train.run import Run
 from train.session import Session, open_session
 from train.trackers import Tracker, chosen, open_trackers

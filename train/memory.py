@@ -16,11 +16,11 @@ from torch import nn
 
 from shared.models.original_layout import is_original
 from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec
-from train.adam8bit import moment_bytes
 from train.levers import Levers
 from train.model.base import Precision, component_of
 from train.model.custom_weights import empty_transformer
 from train.model.lora_adapter import select_targets
+from train.optim.adamw8bit import moment_bytes
 from train.quantised import BasePrecision, base_linears, is_quantised, quantised_bytes
 from train.run import Run
 from train.streaming import blocks_on_device

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from train.adam8bit import AdamW8bit
 from train.distributed.process_group import Ranks
 from train.model.roles import Roles
+from train.optim.adamw8bit import AdamW8bit
 from train.strategy import AdamSettings, Strategy
 
 

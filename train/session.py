@@ -26,7 +26,6 @@ from train.checkpoint import (
 from train.config import check_writable
 from train.data.batches import PromptBank, load_prompt_bank
 from train.distributed.process_group import ALONE
-from train.ema import Ema
 from train.export import write_loras
 from train.model.attention import use_attention
 from train.model.base import base_digest, component_of, load_base
@@ -35,9 +34,10 @@ from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.lora_files import LoraWeights, read_lora
 from train.model.lora_init import start_from
 from train.model.roles import Roles
+from train.optim.ema import Ema
+from train.optim.lr_checks import Weights, warn_of_file, warn_of_rate
 from train.provenance import Provenance
 from train.quantised import quantise
-from train.rate_guard import Weights, warn_of_file, warn_of_rate
 from train.run import Run, run_identity
 from train.strategy import AdamSettings, Strategy, device_bytes, parameter_bytes, spread
 from train.streaming import streamed_blocks, streaming_line

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from shared.errors import UserError
 from tests.train.test_distill import distill, final_bytes
-from train.ema import Ema
+from train.optim.ema import Ema
 
 AVERAGED = (
     "--mixed-precision", "no", "--save-precision", "fp32", "--checkpointing-steps", "1",

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from shared.errors import UserError
 from tests.train.test_distill import distill, final_bytes, losses
 from train.data.batches import MicroBatches
-from train.learning_rate import learning_rate
+from train.optim.lr_schedule import learning_rate
 
 ONE_UPDATE = (
     "--max_train_steps=1", "--gen_update_interval=1", "--mixed_precision=no",

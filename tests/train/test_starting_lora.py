@@ -17,7 +17,7 @@ from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.lora_files import Form, read_lora
 from train.model.lora_init import start_from
 from train.model.roles import CRITIC, GENERATOR, Roles
-from train.rate_guard import FirstSteps, lost_steps, warn_of_file
+from train.optim.lr_checks import FirstSteps, lost_steps, warn_of_file
 
 SEED = ("q", "k", "v", "ffn.0", "ffn.2")  # the default of --target-name
 RUN = ("--max-train-steps", "1", "--mixed-precision", "no", "--save-precision", "fp32")
