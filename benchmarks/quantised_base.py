@@ -35,10 +35,10 @@ from shared.models.spec import MAX_TEXT_TOKENS, read_model_spec
 from train.data.batches import Batch
 from train.dmd import Recipe, critic_step, generator_step
 from train.functional.schedule import Schedule
+from train.memory.quantize import BasePrecision, quantise
 from train.model.base import Precision, load_base
 from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.roles import CRITIC, GENERATOR, Roles
-from train.quantised import BasePrecision, quantise
 
 CPU = torch.device("cpu")
 SAMPLES = 4

@@ -58,9 +58,9 @@ def plan(
 
     from shared.format.buckets import Bucket
     from train.distributed.placement import strategy_for
-    from train.levers import Levers
-    from train.memory import Settings
-    from train.memory_plan import plan_memory
+    from train.memory.estimate import Settings
+    from train.memory.options import Levers
+    from train.memory.plan import plan_memory
 
     settings = Settings(
         samples=train_batch_size,

@@ -15,9 +15,9 @@ from train.config import TrainConfig
 from train.data.filters import condition
 from train.distributed.launcher import end_with_launcher, launch, own_command
 from train.distributed.placement import place
-from train.levers import Levers
 from train.loop import train, validation_of
-from train.memory import estimate
+from train.memory.estimate import estimate
+from train.memory.options import Levers
 from train.model.base import Base
 from train.run import Run, resolved_configuration
 

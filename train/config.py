@@ -15,7 +15,7 @@ from train.distributed.placement import Placement
 from train.dmd import Maths, Pairing, Start
 from train.flow_matching import TimestepSampling
 from train.functional.schedule import Expert, ScoreFloor
-from train.levers import Levers
+from train.memory.options import Levers
 from train.model.attention import check_name
 from train.model.base import Base
 from train.optim.lr_schedule import LEAST_POLYNOMIAL_RATE, LrScheduler

@@ -10,7 +10,6 @@ import torch
 
 from shared.errors import UserError
 from shared.format.schema import DTYPES
-from train.activation_offloading import ActivationOffloading
 from train.checkpoint import (
     Files,
     Identity,
@@ -27,6 +26,9 @@ from train.config import check_writable
 from train.data.batches import PromptBank, load_prompt_bank
 from train.distributed.process_group import ALONE
 from train.export import write_loras
+from train.memory.activation_offload import ActivationOffloading
+from train.memory.block_offload import streamed_blocks, streaming_line
+from train.memory.quantize import quantise
 from train.model.attention import use_attention
 from train.model.base import base_digest, component_of, load_base
 from train.model.compile import check_compile, compile_blocks
@@ -37,10 +39,8 @@ from train.model.roles import Roles
 from train.optim.ema import Ema
 from train.optim.lr_checks import Weights, warn_of_file, warn_of_rate
 from train.provenance import Provenance
-from train.quantised import quantise
 from train.run import Run, run_identity
 from train.strategy import AdamSettings, Strategy, device_bytes, parameter_bytes, spread
-from train.streaming import streamed_blocks, streaming_line
 
 Say = Callable[[str], None]
 

@@ -13,8 +13,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from train.distributed.process_group import Ranks
+from train.memory.block_offload import stream_blocks, streamed_blocks
 from train.model.roles import Roles
-from train.streaming import stream_blocks, streamed_blocks
 
 StrategyName = Literal["single", "ddp", "zero2", "zero3", "fsdp"]
 CUTTING: tuple[StrategyName, ...] = ("zero3", "fsdp")

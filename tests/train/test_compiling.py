@@ -20,7 +20,7 @@ from tests.train.test_finetune import finetune, loss_curve
 from tests.train.test_roles import build_roles
 from tests.train.test_strategies import apart, lora_of, typed
 from tests.train.test_streaming import LateStream
-from train import activation_offloading, streaming
+from train.memory import activation_offload, block_offload
 from train.model.compile import RECOMPILE_LIMIT, compile_blocks
 
 RUN = (
@@ -121,8 +121,8 @@ def test_what_saves_memory_can_be_compiled(
     )  # fmt: skip
     eager, out = tmp_path / "eager", tmp_path / "compiled"
     distill(model, t2v_shards, eager, *few)
-    monkeypatch.setattr(streaming, "SideStream", LateStream)
-    monkeypatch.setattr(activation_offloading, "SideStream", LateStream)
+    monkeypatch.setattr(block_offload, "SideStream", LateStream)
+    monkeypatch.setattr(activation_offload, "SideStream", LateStream)
     distill(model, t2v_shards, out, *few, "--compile", "--low-vram", "--activation-offloading")
     assert counters["stats"]["unique_graphs"] == GRAPHS + 1
     assert counters["frames"]["total"] == counters["frames"]["ok"]

@@ -11,8 +11,8 @@ from shared.models.spec import read_model_spec
 from tests.models import Mode, tiny_model, tiny_transformer
 from tests.train.test_distill import SMALL
 from train.cli import app as wantrain
-from train.levers import Levers
-from train.memory import Settings, base_sizes, block_bytes, estimate_of, tokens_of
+from train.memory.estimate import Settings, base_sizes, block_bytes, estimate_of, tokens_of
+from train.memory.options import Levers
 from train.model.base import Precision, load_base
 from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.roles import GENERATOR, Roles

@@ -15,12 +15,12 @@ from tests.train.test_distill import arguments, distill, final_bytes, losses
 from tests.train.test_finetune import finetune
 from tests.train.test_strategies import ALONE, IN_TWO, RUN, apart, command, lora_of, typed
 from train.cli import app as wantrain
-from train.memory import base_bytes
+from train.memory.estimate import base_bytes
+from train.memory.quantize import BasePrecision, QuantisedLinear, quantise, quantised_bytes
 from train.model.base import Precision, load_base
 from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.roles import GENERATOR, Roles
 from train.provenance import read_provenance
-from train.quantised import BasePrecision, QuantisedLinear, quantise, quantised_bytes
 
 CPU = torch.device("cpu")
 QUANTISED = ("int8", "fp8", "nf4")
@@ -269,7 +269,7 @@ def test_what_does_not_go_together_is_refused(
 def test_nf4_without_bitsandbytes_says_what_to_install(
     tiny_t2v: Path, t2v_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.quantised.find_spec", lambda name: None)
+    monkeypatch.setattr("train.memory.quantize.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'wandistill\[quant\]'"):
         distill(tiny_t2v, t2v_shards, tmp_path, "--base-precision", "nf4", "--max-train-steps", "1")
 

@@ -16,7 +16,7 @@ from tests.train.test_lora import ALL, trained
 from tests.train.test_sample import frames, sample
 from tests.train.test_streaming import LateStream
 from train.export import lora_path
-from train.quantised import QuantisedPrecision
+from train.memory.quantize import QuantisedPrecision
 from train.sample import VisitedSteps
 
 LAYERS = 4
@@ -79,7 +79,7 @@ def test_clips_are_the_same_to_the_bit(
         return look
 
     monkeypatch.setattr(VisitedSteps, "_record", counted)
-    monkeypatch.setattr("train.streaming.SideStream", LateStream)
+    monkeypatch.setattr("train.memory.block_offload.SideStream", LateStream)
     capsys.readouterr()
     assert clips(sample(model, tmp_path / "streamed", *words, "--low-vram")) == expected
     assert len(there) == 8 and max(there) <= 2, "LoRAs stream, too"
@@ -116,6 +116,6 @@ def test_a_quantised_base_keeps_its_loras_and_streams(
 def test_nf4_without_bitsandbytes_says_what_to_install(
     tiny_t2v: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.quantised.find_spec", lambda name: None)
+    monkeypatch.setattr("train.memory.quantize.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'wandistill\[quant\]'"):
         sample(tiny_t2v, tmp_path / "out", "--teacher", "--base-precision", "nf4")

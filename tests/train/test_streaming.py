@@ -23,16 +23,21 @@ from tests.train.conftest import randomise_lora
 from tests.train.test_distill import distill, losses
 from tests.train.test_finetune import finetune
 from tests.train.test_strategies import ALONE, IN_TWO, RUN, assert_like_alone, command, typed
-from train import activation_offloading, streaming
-from train.activation_offloading import ActivationOffloading
 from train.cli import app as wantrain
 from train.cli_run import carried_out_by
-from train.memory import Estimate, estimate
+from train.memory import activation_offload, block_offload
+from train.memory.activation_offload import ActivationOffloading
+from train.memory.block_offload import (
+    StreamedBlocks,
+    blocks_on_device,
+    stream_blocks,
+    swapped_blocks,
+)
+from train.memory.copy_stream import Copy, SideStream
+from train.memory.estimate import Estimate, estimate
+from train.memory.quantize import quantise
 from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.roles import Roles
-from train.quantised import quantise
-from train.side_stream import Copy, SideStream
-from train.streaming import StreamedBlocks, blocks_on_device, stream_blocks, swapped_blocks
 
 CPU = torch.device("cpu")
 LAYERS = 5
@@ -374,8 +379,8 @@ class LateStream(SideStream):
 def test_nothing_relies_on_a_copy_before_it_is_waited_for(
     monkeypatch: pytest.MonkeyPatch, count: int | None
 ) -> None:
-    monkeypatch.setattr(streaming, "SideStream", LateStream)
-    monkeypatch.setattr(activation_offloading, "SideStream", LateStream)
+    monkeypatch.setattr(block_offload, "SideStream", LateStream)
+    monkeypatch.setattr(activation_offload, "SideStream", LateStream)
     expected = generator_pass(roles_of())
     roles = roles_of()
     streamed = stream_blocks(roles.transformer, swapped_blocks(LAYERS, count), CPU)

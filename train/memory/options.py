@@ -5,10 +5,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from shared.errors import UserError
+from train.memory.block_offload import BUFFERS, swapped_blocks
+from train.memory.quantize import BasePrecision, is_quantised
 from train.model.base import Precision
-from train.quantised import BasePrecision, is_quantised
 from train.strategy import CUTTING, StrategyName
-from train.streaming import BUFFERS, swapped_blocks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,14 +16,14 @@ from torch import nn
 
 from shared.models.original_layout import is_original
 from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec
-from train.levers import Levers
+from train.memory.block_offload import blocks_on_device
+from train.memory.options import Levers
+from train.memory.quantize import BasePrecision, base_linears, is_quantised, quantised_bytes
 from train.model.base import Precision, component_of
 from train.model.custom_weights import empty_transformer
 from train.model.lora_adapter import select_targets
 from train.optim.adamw8bit import moment_bytes
-from train.quantised import BasePrecision, base_linears, is_quantised, quantised_bytes
 from train.run import Run
-from train.streaming import blocks_on_device
 
 _ADAM = 8  # two fp32 moments for each weight
 _FP32 = 4

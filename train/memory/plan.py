@@ -11,8 +11,8 @@ from shared.models.original_layout import is_original
 from shared.models.published import PUBLISHED, published_model, write_configs
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 from train.config import WHOLE, check_option
-from train.levers import Levers
-from train.memory import Estimate, Settings, estimate_of, tokens_of
+from train.memory.estimate import Estimate, Settings, estimate_of, tokens_of
+from train.memory.options import Levers
 from train.model.custom_weights import empty_transformer
 
 _GIB = 2**30

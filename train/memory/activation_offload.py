@@ -5,9 +5,10 @@ every block. While the block works they are copied out. In the backward pass, wh
 be computed again, those of the block that comes next, the one before it, are copied back. The other
 inputs (text, time) are the same tensors for all blocks and stay where they are.
 
-What makes it free of races, on top of `train.side_stream`: hidden states on their way out are held
-until the compute stream has been told to wait for that copy, those on their way back likewise, even
-if nobody asks for them in the end. CPU memory goes from one to the next through copies alone.
+What makes it free of races, on top of `train.memory.copy_stream`: hidden states on their way out
+are held until the compute stream has been told to wait for that copy, those on their way back
+likewise, even if nobody asks for them in the end. CPU memory goes from one to the next through
+copies alone.
 
 Not torch's `save_on_cpu`, which waits for each copy, takes pinned memory in powers of two, and
 moves what blocks share once for each: see docs/decisions.md.
@@ -23,7 +24,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from train.side_stream import Copy, HostMemory, SideStream
+from train.memory.copy_stream import Copy, HostMemory, SideStream
 
 
 @dataclass(frozen=True)
