@@ -29,7 +29,7 @@ from train.watch import peak_memory
 
 
 class ThreeModels:
-    """What `train.dmd` asks of `Roles`, with a model each."""
+    """What `train.methods.dmd` asks of `Roles`, with a model each."""
 
     def __init__(self, models: dict[str, Roles]) -> None:
         self._models, self._active = models, "teacher"

@@ -25,10 +25,10 @@ from shared.format.buckets import Bucket
 from shared.models.published import PUBLISHED, write_configs
 from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec, read_model_spec
 from train.data.batches import MASK_CHANNELS, Batch
-from train.dmd import Recipe, critic_step, generator_step
 from train.functional.schedule import Schedule
 from train.memory.estimate import Settings, estimate_of, tokens_of
 from train.memory.options import Levers
+from train.methods.dmd import Recipe, critic_step, generator_step
 from train.model.base import keep_from_autocast
 from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.roles import CRITIC, GENERATOR, Roles

@@ -28,8 +28,8 @@ import torch
 from shared.models.spec import read_model_spec
 from tests.models import TEXT_DIM, tiny_model
 from train.data.batches import Batch
-from train.dmd import Recipe, critic_step, generator_step
 from train.functional.schedule import Schedule
+from train.methods.dmd import Recipe, critic_step, generator_step
 from train.model.attention import NATIVE, trainable, use_attention
 from train.model.base import Precision, load_base
 from train.model.compile import compile_blocks

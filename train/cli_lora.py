@@ -121,7 +121,7 @@ def lora(
 
     from train.cli_run import carry_out, configured
     from train.config import FinetuneConfig
-    from train.finetune import prepare_finetuning
+    from train.methods.finetune import prepare_finetuning
 
     limit_shard_cache(shard_cache_gb)
     config = configured(FinetuneConfig, options)

@@ -12,10 +12,10 @@ from train.data.batch_plan import Tail
 from train.data.filters import Condition
 from train.data.weighted_folder import WeightedFolder
 from train.distributed.placement import Placement
-from train.dmd import Maths, Pairing, Start
-from train.flow_matching import TimestepSampling
 from train.functional.schedule import Expert, ScoreFloor
 from train.memory.options import Levers
+from train.methods.dmd import Maths, Pairing, Start
+from train.methods.flow_matching import TimestepSampling
 from train.model.attention import check_name
 from train.model.base import Base
 from train.optim.lr_schedule import LEAST_POLYNOMIAL_RATE, LrScheduler

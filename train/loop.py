@@ -16,6 +16,7 @@ from shared.interrupt import Interrupted, Interruption, catch_signals
 from train.data.batches import Batch, MicroBatches, PromptBank, load_prompt_bank
 from train.data.tail_log import TailLog
 from train.distributed.process_group import joined
+from train.methods.step_output import Numbers, together
 from train.optim.lr_checks import FirstSteps
 from train.optim.lr_schedule import learning_rate
 from train.progress import TrainProgress
@@ -24,7 +25,6 @@ from train.session import Session, open_session
 from train.trackers import Tracker, chosen, open_trackers
 from train.validation import Validation, prepare_validation, weights_in_place
 from train.watch import Update, Watch
-from train.watched import Numbers, together
 
 
 class NotFiniteError(UserError):

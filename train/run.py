@@ -34,12 +34,12 @@ from train.data.encoding_check import refuse_other_encoding
 from train.data.tail_log import TAIL_LOG
 from train.distributed.process_group import Ranks
 from train.memory.quantize import check_installed, is_quantised
+from train.methods.base import Objective
 from train.model.attention import check_attention
 from train.model.base import component_of
 from train.model.custom_weights import empty_transformer
 from train.model.lora_adapter import LoraSpec
 from train.model.lora_init import check_init
-from train.objective import Objective
 from train.optim.lr_schedule import DECAYING
 from train.provenance import Provenance
 

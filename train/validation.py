@@ -33,8 +33,8 @@ from train.data.dataset import Dataset
 from train.distributed.process_group import Ranks
 from train.latent_files import LatentClip, latent_bytes
 from train.media_out import contact_sheet
+from train.methods.base import Objective
 from train.model.roles import Roles
-from train.objective import Objective
 from train.strategy import TrainedRole
 from train.trackers import SampledClip, Tracker
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from train.methods.step_output import Numbers
 from train.progress import TrainProgress
 from train.trackers import Tracker
-from train.watched import Numbers
 
 DATA_WAIT = "speed/data_wait_seconds"
 HISTOGRAM_EVERY = 100

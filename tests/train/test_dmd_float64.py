@@ -14,8 +14,8 @@ from diffusers import WanTransformer3DModel
 
 from tests.models import IMAGE_DIM
 from tests.train.test_roles import NEGATIVE, build_batch, build_recipe, build_roles
-from train.dmd import critic_step, exit_step, generator_step
 from train.functional.rng import noise, uniform
+from train.methods.dmd import critic_step, exit_step, generator_step
 from train.model.roles import CRITIC, GENERATOR, Roles
 
 UPDATE = 5

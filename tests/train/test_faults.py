@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 import train.checkpoint
-import train.dmd
-import train.flow_matching
+import train.methods.dmd
+import train.methods.flow_matching
 from shared.errors import UserError
 from tests.train.test_distill import arguments, distill, final_bytes
 from tests.train.test_updates import config_of
 from train.checkpoint import find_checkpoint, list_checkpoints
 from train.cli import app as wantrain
-from train.distillation import prepare_distillation as prepare
+from train.methods.distillation import prepare_distillation as prepare
 
 # Updates: critic 1, 2, generator 3; critic 4, 5, generator 6. Each of two micro-steps of one.
 RUN = (
@@ -31,7 +31,7 @@ RUN = (
 RESUME = ("--resume-from-checkpoint", "latest")
 Loss = Callable[..., torch.Tensor]
 # Loss → the module that calls it.
-LOSSES = {"flow_matching_loss": train.flow_matching, "dmd_loss": train.dmd}
+LOSSES = {"flow_matching_loss": train.methods.flow_matching, "dmd_loss": train.methods.dmd}
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_any_other_failure_keeps_the_last_whole_update(
 
 
 FAILING = """
-import sys, train.flow_matching
+import sys, train.methods.flow_matching
 from train.cli import main
 calls = 0
 def flow_matching_loss(*_):
@@ -154,8 +154,8 @@ def flow_matching_loss(*_):
     if calls == 2:
         raise RuntimeError("injected")
     return real(*_)
-real = train.flow_matching.flow_matching_loss
-train.flow_matching.flow_matching_loss = flow_matching_loss
+real = train.methods.flow_matching.flow_matching_loss
+train.methods.flow_matching.flow_matching_loss = flow_matching_loss
 main()
 """
 

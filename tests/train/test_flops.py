@@ -9,9 +9,9 @@ from train import flops
 from train.cli import app as wantrain
 from train.cli_run import carried_out_by
 from train.data.batches import load_prompt_bank
-from train.distillation import Distillation
-from train.dmd import exit_step
 from train.loop import micro_batches
+from train.methods.distillation import Distillation
+from train.methods.dmd import exit_step
 from train.run import Run
 
 # Of `tests.models.tiny_transformer` for t2v.

@@ -17,9 +17,9 @@ from tests.train.test_dmd_float64 import _compare_lora_gradients, _maths, _merge
 from tests.train.test_roles import CPU, TARGETS, build_batch
 from tests.train.test_ti2v import Reference, mixed_batch
 from train.data.batches import Batch
-from train.finetune import LORA
-from train.flow_matching import NoiseLevels, flow_matching_step
 from train.functional.rng import noise, uniform
+from train.methods.finetune import LORA
+from train.methods.flow_matching import NoiseLevels, flow_matching_step
 from train.model.base import load_base
 from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.roles import Roles

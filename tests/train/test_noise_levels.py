@@ -53,7 +53,7 @@ def test_the_ends_of_a_normal_are_numbers() -> None:
 
 
 def test_a_distribution_that_misses_the_expert_is_refused() -> None:
-    from train.flow_matching import NoiseLevels
+    from train.methods.flow_matching import NoiseLevels
 
     with pytest.raises(UserError, match=r"--logit-mean: found -9 .*outside of t 875 to 1000"):
         NoiseLevels(

@@ -8,8 +8,8 @@ import torch
 from shared.models.spec import read_model_spec
 from tests.train.conftest import randomise_lora
 from train.data.batches import Batch
-from train.dmd import Recipe, critic_step, generator_step
 from train.functional.schedule import Schedule
+from train.methods.dmd import Recipe, critic_step, generator_step
 from train.model.base import load_base
 from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.roles import CRITIC, GENERATOR, Roles
@@ -130,7 +130,7 @@ def test_no_grad_steps_before_do_not_swallow_gradients_under_autocast(
 
 
 def _exits_late(recipe: Recipe, update: int) -> bool:
-    from train.dmd import exit_step
+    from train.methods.dmd import exit_step
 
     return exit_step(recipe, update) == recipe.walk[-1]
 

@@ -16,10 +16,10 @@ from diffusers import WanTransformer3DModel
 from tests.train.test_dmd_float64 import _merged
 from tests.train.test_roles import NEGATIVE, build_batch, build_recipe, build_roles
 from train.data.batches import Batch
-from train.dmd import Recipe, critic_step, draw_level, exit_step, generator_step, rollout
 from train.functional.losses import dmd_gradient
 from train.functional.rng import noise, uniform
 from train.functional.schedule import Schedule
+from train.methods.dmd import Recipe, critic_step, draw_level, exit_step, generator_step, rollout
 from train.model.roles import CRITIC, GENERATOR, Roles
 
 UPDATE = 5

@@ -19,10 +19,10 @@ from tests.train.test_dmd_float64 import _compare_lora_gradients, _merged
 from tests.train.test_roles import NEGATIVE, build_recipe, build_roles
 from train.cli import app as wantrain
 from train.data.batches import Batch
-from train.dmd import critic_step, exit_step, generator_step, rollout
 from train.functional.losses import dmd_gradient, dmd_loss, flow_matching_loss
 from train.functional.rng import noise, uniform
 from train.functional.schedule import Schedule
+from train.methods.dmd import critic_step, exit_step, generator_step, rollout
 from train.model.roles import CRITIC, GENERATOR, Roles
 
 UPDATE, SHIFT = 5, 5.0

@@ -20,7 +20,7 @@ from tests.train.test_distill import distill, final_bytes
 from tests.train.test_dmd_float64 import UPDATE
 from tests.train.test_roles import NEGATIVE, build_batch, build_recipe, build_roles
 from train.cli import app as wantrain
-from train.dmd import generator_step
+from train.methods.dmd import generator_step
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ import torch
 from shared.errors import UserError
 from train.config import FinetuneConfig
 from train.data.batches import Batch
-from train.flow_matching import NoiseLevels, euler_sample, flow_matching_step
 from train.functional.schedule import Expert
+from train.methods.base import Method
+from train.methods.flow_matching import NoiseLevels, euler_sample, flow_matching_step
+from train.methods.step_output import Watched
 from train.model.roles import Roles
-from train.objective import Method
 from train.run import Run, captions_alone, open_data, plan_run
-from train.watched import Watched
 
 LORA = "lora"  # the one role
 VALIDATION_STEPS, VALIDATION_GUIDANCE = 20, 5.0

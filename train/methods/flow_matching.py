@@ -23,8 +23,8 @@ from train.functional.schedule import (
     shift_sigma,
     x0_from_velocity,
 )
+from train.methods.step_output import Watched
 from train.model.roles import Roles
-from train.watched import Watched
 
 TimestepSampling = Literal["uniform", "logit-normal"]
 # Of a distribution that lies elsewhere, so little is left in an expert's interval that float64

@@ -7,8 +7,8 @@ import torch
 
 from train.data.batches import Batch
 from train.functional.schedule import Expert
+from train.methods.step_output import Watched
 from train.model.roles import Roles
-from train.watched import Watched
 
 Method = Literal["distill", "lora"]
 """`distill`: a student for a few steps without CFG; `lora`: the base model, taught more."""

@@ -11,7 +11,6 @@ import torch
 
 from shared.models.spec import TIMESTEPS
 from train.data.batches import Batch
-from train.flow_matching import Level, guided_velocity, over_frames, velocity_loss
 from train.functional.losses import dmd_gradient, dmd_loss, mean_gap
 from train.functional.rng import choice, noise, spread
 from train.functional.schedule import (
@@ -21,8 +20,9 @@ from train.functional.schedule import (
     add_noise,
     x0_from_velocity,
 )
+from train.methods.flow_matching import Level, guided_velocity, over_frames, velocity_loss
+from train.methods.step_output import Watched
 from train.model.roles import CRITIC, GENERATOR, Roles
-from train.watched import Watched
 
 Start = Literal["latents", "noise"]
 Pairing = Literal["renoise", "euler"]

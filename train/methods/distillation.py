@@ -11,12 +11,12 @@ from shared.models.spec import ModelSpec
 from train.config import DistillConfig
 from train.data.batches import Batch
 from train.data.dataset import Dataset
-from train.dmd import Recipe, critic_step, generator_step, rollout
 from train.functional.schedule import Expert, Schedule
+from train.methods.base import Method
+from train.methods.dmd import Recipe, critic_step, generator_step, rollout
+from train.methods.step_output import Watched
 from train.model.roles import CRITIC, GENERATOR, Roles
-from train.objective import Method
 from train.run import Run, captions_alone, open_data, plan_run
-from train.watched import Watched
 
 
 @dataclass(frozen=True, kw_only=True)
