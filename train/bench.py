@@ -36,7 +36,7 @@ from train.data.batches import load_prompt_bank
 from train.loop import micro_batches, train
 from train.memory.block_offload import streamed_blocks
 from train.run import Run
-from train.strategy import held_bytes
+from train.strategies.base import held_bytes
 from train.trackers import CSV, CSV_FILE
 from train.watch import DATA_WAIT, peak_memory
 

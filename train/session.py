@@ -40,7 +40,7 @@ from train.optim.ema import Ema
 from train.optim.lr_checks import Weights, warn_of_file, warn_of_rate
 from train.provenance import Provenance
 from train.run import Run, run_identity
-from train.strategy import AdamSettings, Strategy, device_bytes, parameter_bytes, spread
+from train.strategies.base import AdamSettings, Strategy, device_bytes, parameter_bytes, spread
 
 Say = Callable[[str], None]
 

@@ -35,7 +35,7 @@ from train.latent_files import LatentClip, latent_bytes
 from train.media_out import contact_sheet
 from train.methods.base import Objective
 from train.model.roles import Roles
-from train.strategy import TrainedRole
+from train.strategies.base import TrainedRole
 from train.trackers import SampledClip, Tracker
 
 FOLDER = "validation"

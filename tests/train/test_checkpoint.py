@@ -20,7 +20,7 @@ from train.checkpoint import (
     save_checkpoint,
 )
 from train.distributed.process_group import Ranks
-from train.replicated import WholeRole
+from train.strategies.ddp import WholeRole
 
 # Kill -9 at every file operation of a save: the audit hook comes before open, rename, rmdir …
 KILLED = """

@@ -24,10 +24,10 @@ WATCH = """
 import hashlib, json, os, sys, threading
 from pathlib import Path
 import psutil, torch
-import train.fsdp, train.session, train.zero
+import train.strategies.fsdp, train.session, train.strategies.zero
 from train.cli import app
 
-deepspeed = train.zero._deepspeed()  # imports are no part of what is measured
+deepspeed = train.strategies.zero._deepspeed()  # imports are no part of what is measured
 here, me = Path(sys.argv[1]), psutil.Process()
 load, spread, initialize = train.session.load_base, train.session.spread, deepspeed.initialize
 cut, peaks = threading.Event(), []

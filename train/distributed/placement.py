@@ -8,8 +8,8 @@ from shared.device import check_device, default_device
 from shared.errors import UserError
 from train.distributed.launcher import Machines
 from train.distributed.process_group import ALONE, Ranks, launched
-from train.strategy import StrategyName
-from train.zero_file import stage_of_launcher, zero_section
+from train.strategies.base import StrategyName
+from train.strategies.zero_file import stage_of_launcher, zero_section
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from shared.errors import UserError
 from train.memory.block_offload import BUFFERS, swapped_blocks
 from train.memory.quantize import BasePrecision, is_quantised
 from train.model.base import Precision
-from train.strategy import CUTTING, StrategyName
+from train.strategies.base import CUTTING, StrategyName
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from torch import nn
 from train.distributed.process_group import Ranks
 from train.model.roles import Roles
 from train.optim.adamw8bit import AdamW8bit
-from train.strategy import AdamSettings, Strategy
+from train.strategies.base import AdamSettings, Strategy
 
 
 @dataclass(frozen=True)

@@ -85,14 +85,14 @@ def spread(
     if name not in CUTTING:
         roles.transformer.to(device)
     if name in ("single", "ddp"):
-        from train.replicated import replicated
+        from train.strategies.ddp import replicated
 
         return replicated(roles, rates, adam, ranks=ranks)
     if name == "fsdp":
-        from train.fsdp import sharded
+        from train.strategies.fsdp import sharded
 
         return sharded(roles, rates, adam, ranks=ranks, device=device)
-    from train.zero import partitioned
+    from train.strategies.zero import partitioned
 
     stage: Literal[2, 3] = 2 if name == "zero2" else 3
     return partitioned(

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from train.distributed.process_group import Ranks
 from train.model.roles import Roles
-from train.replicated import adamw, moments_of, stepped
-from train.strategy import AdamSettings, Strategy
+from train.strategies.base import AdamSettings, Strategy
+from train.strategies.ddp import adamw, moments_of, stepped
 
 
 @dataclass(frozen=True)
