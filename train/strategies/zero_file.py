@@ -12,7 +12,7 @@ from shared.errors import UserError
 
 CONFIG_VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 """How `accelerate launch` hands its processes the file, named by option or in its own config."""
-CONFIGURATIONS = Path(__file__).parent / "launch_configs"
+CONFIGURATIONS = Path(__file__).parents[1] / "launch_configs"
 
 # DeepSpeed's own y = x·Wᵀ + b, put in place of torch's for the whole process, and on by default: in
 # bf16 it rounds before the bias is added and after, where torch rounds once.
