@@ -41,7 +41,7 @@ def export(
     Next: docs/use-your-lora.md
     """
     from shared.format.schema import DTYPES
-    from train import export as exported
+    from train.saving import export as exported
 
     if (lora is None) == (checkpoint is None):
         raise UserError(

@@ -44,8 +44,8 @@ def merge(
     """
     from rich.console import Console
 
-    from train.merge import MergeConfig
-    from train.merge import merge as merge_model
+    from train.saving.merge import MergeConfig
+    from train.saving.merge import merge as merge_model
 
     config = MergeConfig(
         model=model,

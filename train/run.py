@@ -26,7 +26,6 @@ from shared.io.hashing import FileHasher
 from shared.io.mirror import described
 from shared.io.names import quoted
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
-from train.checkpoint import Identity
 from train.config import TrainConfig
 from train.data.batch_plan import BatchPlan
 from train.data.dataset import Dataset, dataset_of
@@ -41,7 +40,8 @@ from train.model.custom_weights import empty_transformer
 from train.model.lora_adapter import LoraSpec
 from train.model.lora_init import check_init
 from train.optim.lr_schedule import DECAYING
-from train.provenance import Provenance
+from train.saving.checkpoint import Identity
+from train.saving.provenance import Provenance
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,6 @@ from shared.models.spec import (
 from train.config import check_writable
 from train.functional.rng import counted_rng
 from train.functional.schedule import Schedule
-from train.lora_forms import DIFFUSERS_PREFIX, to_form
 from train.media_out import contact_sheet
 from train.memory.block_offload import StreamedBlocks, streaming_line
 from train.memory.quantize import QuantisedPrecision, check_installed, quantise
@@ -57,7 +56,8 @@ from train.methods.dmd import Pairing
 from train.model.base import Base, base_digest, component_of, load_weights, merge
 from train.model.custom_weights import empty_transformer
 from train.model.lora_files import PEFT_METADATA_KEY, check_fits, read_lora
-from train.provenance import Provenance, read_provenance, wrong_base
+from train.saving.lora_formats import DIFFUSERS_PREFIX, to_form
+from train.saving.provenance import Provenance, read_provenance, wrong_base
 
 TEACHER_STEPS, TEACHER_GUIDANCE = 40, 5.0
 # A pair of experts works one trajectory together, so these must be the same in both files. Plain

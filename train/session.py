@@ -10,22 +10,9 @@ import torch
 
 from shared.errors import UserError
 from shared.format.schema import DTYPES
-from train.checkpoint import (
-    Files,
-    Identity,
-    TrainState,
-    checkpoint_name,
-    ema_file,
-    find_checkpoint,
-    load_checkpoint,
-    remove_oldest,
-    save_checkpoint,
-    set_later_aside,
-)
 from train.config import check_writable
 from train.data.batches import PromptBank, load_prompt_bank
 from train.distributed.process_group import ALONE
-from train.export import write_loras
 from train.memory.activation_offload import ActivationOffloading
 from train.memory.block_offload import streamed_blocks, streaming_line
 from train.memory.quantize import quantise
@@ -38,8 +25,21 @@ from train.model.lora_init import start_from
 from train.model.roles import Roles
 from train.optim.ema import Ema
 from train.optim.lr_checks import Weights, warn_of_file, warn_of_rate
-from train.provenance import Provenance
 from train.run import Run, run_identity
+from train.saving.checkpoint import (
+    Files,
+    Identity,
+    TrainState,
+    checkpoint_name,
+    ema_file,
+    find_checkpoint,
+    load_checkpoint,
+    remove_oldest,
+    save_checkpoint,
+    set_later_aside,
+)
+from train.saving.export import write_loras
+from train.saving.provenance import Provenance
 from train.strategies.base import AdamSettings, Strategy, device_bytes, parameter_bytes, spread
 
 Say = Callable[[str], None]

@@ -10,12 +10,12 @@ import torch
 from diffusers import WanPipeline
 
 from shared.models.toy_model import toy_folder
-from train.export import write_loras
 from train.functional.schedule import Schedule
 from train.model.lora_adapter import LoraSpec
 from train.model.lora_files import LoraWeights
-from train.provenance import Provenance
 from train.sample import student_scheduler
+from train.saving.export import write_loras
+from train.saving.provenance import Provenance
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -14,10 +14,10 @@ from tests.original_layout import write_original
 from tests.train.test_distill import distill, final_bytes
 from tests.train.test_lora import ALL, trained
 from tests.train.test_sample import frames, sample
-from train.export import lora_path
 from train.model.base import Base, MergedLora, base_digest, load_base
 from train.model.lora_adapter import DIFFUSERS_TO_ORIGINAL
-from train.provenance import read_provenance
+from train.saving.export import lora_path
+from train.saving.provenance import read_provenance
 
 CPU = torch.device("cpu")
 SCALE = 1.0 / 4  # alpha / rank of tests.train.test_lora.trained

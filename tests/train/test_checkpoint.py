@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import train.checkpoint
+import train.saving.checkpoint
 from shared.errors import UserError
-from train.checkpoint import (
+from train.distributed.process_group import Ranks
+from train.saving.checkpoint import (
     Files,
     Identity,
     TrainState,
@@ -19,7 +20,6 @@ from train.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from train.distributed.process_group import Ranks
 from train.strategies.ddp import WholeRole
 
 # Kill -9 at every file operation of a save: the audit hook comes before open, rename, rmdir …
@@ -157,7 +157,7 @@ def test_a_failed_save_leaves_the_old_one_and_no_debris(
         if calls == 3:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train.checkpoint, "fsync_file", full)
+    monkeypatch.setattr(train.saving.checkpoint, "fsync_file", full)
     for updates in (3, 6):
         calls = 0
         with pytest.raises(OSError, match="No space left"):

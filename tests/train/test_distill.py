@@ -19,7 +19,7 @@ from shared.errors import UserError
 from shared.format.cache import open_cache
 from tests.models import tiny_model
 from train.cli import app as wantrain
-from train.lora_forms import FORMS
+from train.saving.lora_formats import FORMS
 
 WANTRAIN = str(Path(sys.executable).parent / "wantrain")
 SMALL = (

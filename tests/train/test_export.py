@@ -14,8 +14,8 @@ from tests.train.test_distill import distill
 from tests.train.test_finetune import finetune
 from tests.train.test_lora_files import diffusers, kohya, original, tensors_of, with_alpha, written
 from train.cli import app as wantrain
-from train.lora_forms import FORMS
 from train.model.lora_files import read_lora
+from train.saving.lora_formats import FORMS
 
 
 def export(*arguments: object) -> None:

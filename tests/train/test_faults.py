@@ -13,15 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train.checkpoint
 import train.methods.dmd
 import train.methods.flow_matching
+import train.saving.checkpoint
 from shared.errors import UserError
 from tests.train.test_distill import arguments, distill, final_bytes
 from tests.train.test_updates import config_of
-from train.checkpoint import find_checkpoint, list_checkpoints
 from train.cli import app as wantrain
 from train.methods.distillation import prepare_distillation as prepare
+from train.saving.checkpoint import find_checkpoint, list_checkpoints
 
 # Updates: critic 1, 2, generator 3; critic 4, 5, generator 6. Each of two micro-steps of one.
 RUN = (
@@ -178,7 +178,7 @@ def test_a_second_signal_does_not_lose_the_final_save(
 ) -> None:
     """SIGTERM in update 5, then at every fsync of the save that it caused: SIGTERM or SIGINT."""
     out, seen = tmp_path / "out", 0
-    real = train.checkpoint.fsync_file
+    real = train.saving.checkpoint.fsync_file
 
     def kick(path: Path) -> None:
         nonlocal seen
@@ -191,7 +191,7 @@ def test_a_second_signal_does_not_lose_the_final_save(
         return loss
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.checkpoint, "fsync_file", kick)
+        patch.setattr(train.saving.checkpoint, "fsync_file", kick)
         strike(patch, "flow_matching_loss", 7, stop)
         with pytest.raises(SystemExit) as ended:
             wantrain(arguments(tiny_t2v, t2v_shards, out, *RUN), standalone_mode=False)

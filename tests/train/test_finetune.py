@@ -15,7 +15,7 @@ from tests.train.conftest import encode
 from tests.train.test_caption_only import encode_list
 from tests.train.test_distill import distill, final_bytes
 from train.cli import app as wantrain
-from train.provenance import read_provenance
+from train.saving.provenance import read_provenance
 
 SMALL = (
     "--rank", "4", "--network-alpha", "3", "--learning-rate", "1e-3", "--train-batch-size", "2",

@@ -18,13 +18,13 @@ from tests.train.test_lora import provenance
 from tests.train.test_roles import CPU
 from tests.train.test_sample import sample
 from train.cli import app as wantrain
-from train.export import lora_path, write_loras
 from train.functional.schedule import Expert
-from train.lora_forms import FORMS
 from train.model.base import load_base
 from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.lora_files import Form, LoraWeights
 from train.model.roles import GENERATOR, Roles
+from train.saving.export import lora_path, write_loras
+from train.saving.lora_formats import FORMS
 
 # Neither alpha nor alpha / rank is a number of fp32 or bf16; B learns enough to be seen in a clip.
 RUN = (

@@ -15,10 +15,10 @@ from shared.cli.support import run
 from shared.format.cache import CacheIndex, MemberReader, open_cache
 from shared.format.schema import Sample, SampleInfo, sample_key
 from tests.train.test_finetune import SMALL
-from train.checkpoint import list_checkpoints, remove_oldest
 from train.cli import app
 from train.data.filters import condition, select
 from train.data.weighted_folder import WeightedFolder, weighted_folder
+from train.saving.checkpoint import list_checkpoints, remove_oldest
 
 PAIRS = {  # a source → another that it would fit as a pattern
     "a[1].mp4": "a1.mp4",

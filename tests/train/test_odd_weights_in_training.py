@@ -17,8 +17,8 @@ from tests.train.test_lora import ALL, trained
 from tests.train.test_merge import merge
 from tests.train.test_sample import frames, sample
 from train.decode import DecodeConfig, decode_clips
-from train.export import lora_path
 from train.latent_files import LatentClip, latent_bytes
+from train.saving.export import lora_path
 
 EXPERT = "transformer_2/diffusion_pytorch_model.safetensors"
 ADAPTER = {"blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 2)}

@@ -17,7 +17,7 @@ from tests.original_layout import TRANSFORMER, renamed, write_original
 from tests.train.test_distill import distill, final_bytes
 from tests.train.test_sample import frames, sample
 from train.model.base import Base, base_digest, load_base
-from train.provenance import read_provenance
+from train.saving.provenance import read_provenance
 
 CPU = torch.device("cpu")
 FILE = "diffusion_pytorch_model.safetensors"

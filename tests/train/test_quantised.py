@@ -20,7 +20,7 @@ from train.memory.quantize import BasePrecision, QuantisedLinear, quantise, quan
 from train.model.base import Precision, load_base
 from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.roles import GENERATOR, Roles
-from train.provenance import read_provenance
+from train.saving.provenance import read_provenance
 
 CPU = torch.device("cpu")
 QUANTISED = ("int8", "fp8", "nf4")

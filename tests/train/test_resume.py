@@ -11,8 +11,8 @@ import pytest
 
 from tests.train.test_distill import WANTRAIN, arguments, distill, final_bytes, losses
 from tests.train.test_faults import LOSSES, RESUME, RUN
-from train.checkpoint import find_checkpoint, list_checkpoints
 from train.cli import app as wantrain
+from train.saving.checkpoint import find_checkpoint, list_checkpoints
 
 MICRO_STEPS = 12  # six updates (critic, critic, generator, twice) of two each
 

@@ -10,9 +10,9 @@ from PIL import Image
 from shared.errors import UserError
 from tests.train.test_lora import ALL, trained
 from train.cli import app as wantrain
-from train.export import lora_path
 from train.functional.schedule import Expert, Schedule
 from train.sample import VisitedSteps
+from train.saving.export import lora_path
 
 SHAPE = ("--height", "48", "--width", "80", "--num-frames", "9", "--dtype", "fp32")
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from shared.errors import UserError
 from tests.train.test_lora import ALL, provenance, trained
 from tests.train.test_sample import sample
-from train.export import lora_path
-from train.lora_forms import FORMS
-from train.provenance import read_provenance
 from train.sample import VisitedSteps, fit_image
+from train.saving.export import lora_path
+from train.saving.lora_formats import FORMS
+from train.saving.provenance import read_provenance
 
 
 @pytest.mark.parametrize(

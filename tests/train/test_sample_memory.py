@@ -15,9 +15,9 @@ from tests.models import tiny_model
 from tests.train.test_lora import ALL, trained
 from tests.train.test_sample import frames, sample
 from tests.train.test_streaming import LateStream
-from train.export import lora_path
 from train.memory.quantize import QuantisedPrecision
 from train.sample import VisitedSteps
+from train.saving.export import lora_path
 
 LAYERS = 4
 SMALL = ("--height", "32", "--width", "64", "--num-frames", "5")

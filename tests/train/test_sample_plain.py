@@ -11,8 +11,8 @@ from diffusers import UniPCMultistepScheduler
 from shared.errors import UserError
 from tests.train.test_lora import ALL, trained
 from tests.train.test_sample import frames, sample
-from train.export import lora_path
 from train.sample import VisitedSteps
+from train.saving.export import lora_path
 
 PLAIN: dict[str, Any] = {"method": "lora", "denoising_step_indices_list": (), "pairing": None}
 FEW = ("--steps", "3", "--guidance-scale", "1")

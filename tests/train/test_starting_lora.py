@@ -11,13 +11,13 @@ from shared.models.spec import read_model_spec
 from tests.train.test_distill import distill
 from tests.train.test_lora import trained
 from tests.train.test_roles import CPU, build_batch
-from train.export import lora_path
 from train.model.base import load_base
 from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.lora_files import Form, read_lora
 from train.model.lora_init import start_from
 from train.model.roles import CRITIC, GENERATOR, Roles
 from train.optim.lr_checks import FirstSteps, lost_steps, warn_of_file
+from train.saving.export import lora_path
 
 SEED = ("q", "k", "v", "ffn.0", "ffn.2")  # the default of --target-name
 RUN = ("--max-train-steps", "1", "--mixed-precision", "no", "--save-precision", "fp32")

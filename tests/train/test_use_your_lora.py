@@ -15,7 +15,7 @@ from PIL import Image
 from tests.models import Mode, tiny_model
 from tests.train.test_lora import ALL, trained
 from train.functional.schedule import Expert, Schedule
-from train.provenance import read_provenance
+from train.saving.provenance import read_provenance
 
 PAGE = (Path(__file__).parents[2] / "docs" / "use-your-lora.md").read_text()
 (BLOCK,) = re.findall(r"(?ms)^```python\n(.*?)^```", PAGE)

@@ -10,7 +10,7 @@ from tests.models import tiny_model
 from tests.train.conftest import encode
 from tests.train.test_distill import distill, final_bytes, losses
 from tests.train.test_sample import frames, sample
-from train.provenance import read_provenance
+from train.saving.provenance import read_provenance
 
 
 def test_one_expert_goes_the_whole_way(dataset: Path, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ class Objective(Protocol):
         """What a checkpoint merely remembers: it changes rounding alone."""
 
     def sampling(self) -> dict[str, Any]:
-        """Fields of `train.provenance.Provenance`: how to sample with the product."""
+        """Fields of `train.saving.provenance.Provenance`: how to sample with the product."""
 
     def describe(self) -> list[str]:
         """Lines for people, printed at the start and by --dry-run."""

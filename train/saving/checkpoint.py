@@ -22,8 +22,8 @@ from shared.io.durable import fsync_file, fsync_folder, temporary
 from shared.io.hashing import digest_of
 from shared.io.names import quoted
 from train.optim.ema import Ema
+from train.saving.safetensors_io import safetensors_parts
 from train.strategies.base import TrainedRole
-from train.tensor_files import safetensors_parts
 
 FORMAT_VERSION = 1
 STATE = "state.json"

@@ -8,12 +8,12 @@ import torch
 
 from shared.errors import UserError
 from shared.io.durable import write_bytes
-from train.checkpoint import read_product
 from train.functional.schedule import Expert
-from train.lora_forms import FORMS, to_form
 from train.model.lora_files import PEFT_METADATA_KEY, Form, LoraWeights, read_lora
-from train.provenance import Provenance
-from train.tensor_files import safetensors_parts
+from train.saving.checkpoint import read_product
+from train.saving.lora_formats import FORMS, to_form
+from train.saving.provenance import Provenance
+from train.saving.safetensors_io import safetensors_parts
 
 
 def lora_path(folder: Path, expert: Expert, form: Form) -> Path:

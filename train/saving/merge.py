@@ -34,8 +34,8 @@ from shared.models.weights import check_component, model_weights
 from train.functional.schedule import Expert
 from train.model.base import base_digest, component_of
 from train.model.lora_files import LoraFile, LoraWeights, check_fits, read_lora
-from train.provenance import METADATA_KEY, read_provenance, wrong_base
-from train.tensor_files import Stored, stored_tensors, write_stream
+from train.saving.provenance import METADATA_KEY, read_provenance, wrong_base
+from train.saving.safetensors_io import Stored, stored_tensors, write_stream
 
 PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
