@@ -30,7 +30,7 @@ from demo_page import Column, page, read_curves  # noqa: E402
 
 from shared import __version__  # noqa: E402
 from shared.io.mp4 import Clip  # noqa: E402
-from train.media_out import contact_sheet  # noqa: E402
+from train.sampling.contact_sheet import contact_sheet  # noqa: E402
 
 CAPTIONS = [
     "a red circle moving left",

@@ -9,7 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ENCODERS = {"AutoencoderKLWan", "UMT5EncoderModel", "WanPipeline", "WanImageToVideoPipeline"}
-MAY_BUILD_ENCODERS = {"preprocess/encode/encoders.py", "train/sample.py", "train/decode.py"}
+MAY_BUILD_ENCODERS = {
+    "preprocess/encode/encoders.py",
+    "train/sampling/sample.py",
+    "train/sampling/decode.py",
+}
 
 
 def _imports(file: Path) -> Iterator[tuple[str, str]]:

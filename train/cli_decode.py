@@ -46,7 +46,7 @@ def decode(
     """
     from rich.console import Console
 
-    from train.decode import DecodeConfig, decode_clips
+    from train.sampling.decode import DecodeConfig, decode_clips
 
     config = DecodeConfig(
         latents=tuple(latents),

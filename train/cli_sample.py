@@ -72,7 +72,7 @@ def sample(
     from rich.console import Console
 
     from train.model.base import Base
-    from train.sample import SampleConfig, sample_clips
+    from train.sampling.sample import SampleConfig, sample_clips
 
     config = SampleConfig(
         model=model,

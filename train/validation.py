@@ -31,10 +31,10 @@ from shared.models.spec import ModelSpec
 from train.data.batches import MicroBatches, StoredBatch
 from train.data.dataset import Dataset
 from train.distributed.process_group import Ranks
-from train.latent_files import LatentClip, latent_bytes
-from train.media_out import contact_sheet
 from train.methods.base import Objective
 from train.model.roles import Roles
+from train.sampling.contact_sheet import contact_sheet
+from train.sampling.latent_files import LatentClip, latent_bytes
 from train.strategies.base import TrainedRole
 from train.trackers import SampledClip, Tracker
 

@@ -13,7 +13,7 @@ from shared.models.toy_model import toy_folder
 from train.functional.schedule import Schedule
 from train.model.lora_adapter import LoraSpec
 from train.model.lora_files import LoraWeights
-from train.sample import student_scheduler
+from train.sampling.sample import student_scheduler
 from train.saving.export import write_loras
 from train.saving.provenance import Provenance
 

@@ -16,8 +16,8 @@ from tests.train.test_distill import distill, final_bytes
 from tests.train.test_lora import ALL, trained
 from tests.train.test_merge import merge
 from tests.train.test_sample import frames, sample
-from train.decode import DecodeConfig, decode_clips
-from train.latent_files import LatentClip, latent_bytes
+from train.sampling.decode import DecodeConfig, decode_clips
+from train.sampling.latent_files import LatentClip, latent_bytes
 from train.saving.export import lora_path
 
 EXPERT = "transformer_2/diffusion_pytorch_model.safetensors"

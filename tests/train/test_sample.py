@@ -11,7 +11,7 @@ from shared.errors import UserError
 from tests.train.test_lora import ALL, trained
 from train.cli import app as wantrain
 from train.functional.schedule import Expert, Schedule
-from train.sample import VisitedSteps
+from train.sampling.sample import VisitedSteps
 from train.saving.export import lora_path
 
 SHAPE = ("--height", "48", "--width", "80", "--num-frames", "9", "--dtype", "fp32")

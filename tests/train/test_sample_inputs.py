@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from shared.errors import UserError
 from tests.train.test_lora import ALL, provenance, trained
 from tests.train.test_sample import sample
-from train.sample import VisitedSteps, fit_image
+from train.sampling.sample import VisitedSteps, fit_image
 from train.saving.export import lora_path
 from train.saving.lora_formats import FORMS
 from train.saving.provenance import read_provenance

@@ -16,7 +16,7 @@ from tests.train.test_lora import ALL, trained
 from tests.train.test_sample import frames, sample
 from tests.train.test_streaming import LateStream
 from train.memory.quantize import QuantisedPrecision
-from train.sample import VisitedSteps
+from train.sampling.sample import VisitedSteps
 from train.saving.export import lora_path
 
 LAYERS = 4

@@ -11,7 +11,7 @@ from diffusers import UniPCMultistepScheduler
 from shared.errors import UserError
 from tests.train.test_lora import ALL, trained
 from tests.train.test_sample import frames, sample
-from train.sample import VisitedSteps
+from train.sampling.sample import VisitedSteps
 from train.saving.export import lora_path
 
 PLAIN: dict[str, Any] = {"method": "lora", "denoising_step_indices_list": (), "pairing": None}

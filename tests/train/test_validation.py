@@ -28,8 +28,8 @@ from tests.models import tiny_model
 from tests.train.conftest import encode
 from train.cli import app as wantrain
 from train.data.batches import pad_text
-from train.decode import DecodeConfig, decode_clips, decoded, load_vae
 from train.functional.rng import noise
+from train.sampling.decode import DecodeConfig, decode_clips, decoded, load_vae
 
 STEPS = "1000,600,300"
 SMALL = (

@@ -21,8 +21,8 @@ from shared.models import weights
 from shared.models.digest import component_digest
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 from train.config import check_writable
-from train.latent_files import LatentClip, read_latents
-from train.media_out import contact_sheet
+from train.sampling.contact_sheet import contact_sheet
+from train.sampling.latent_files import LatentClip, read_latents
 
 
 @dataclass(frozen=True, kw_only=True)
