@@ -25,7 +25,7 @@ from train.model.base import load_base
 from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.roles import Roles
 from train.run import Run
-from train.watch import peak_memory
+from train.tracking.step_log import peak_memory
 
 
 class ThreeModels:

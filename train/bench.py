@@ -37,8 +37,8 @@ from train.loop import micro_batches, train
 from train.memory.block_offload import streamed_blocks
 from train.run import Run
 from train.strategies.base import held_bytes
-from train.trackers import CSV, CSV_FILE
-from train.watch import DATA_WAIT, peak_memory
+from train.tracking.step_log import DATA_WAIT, peak_memory
+from train.tracking.trackers import CSV, CSV_FILE
 
 LEAN_GOAL, RESIDENT_GOAL, LOADER_GOAL = 1.02, 1.05, 0.9
 RAW_CHUNK = 1 << 20

@@ -19,7 +19,7 @@ from train.methods.flow_matching import TimestepSampling
 from train.model.attention import check_name
 from train.model.base import Base
 from train.optim.lr_schedule import LEAST_POLYNOMIAL_RATE, LrScheduler
-from train.trackers import chosen
+from train.tracking.trackers import chosen
 
 TrainMode = Literal["normal", "i2v", "ti2v"]
 WHOLE, ABOVE_0, FROM_0 = "a whole number from 1", "a number above 0", "0 or more"

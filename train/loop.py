@@ -19,12 +19,12 @@ from train.distributed.process_group import joined
 from train.methods.step_output import Numbers, together
 from train.optim.lr_checks import FirstSteps
 from train.optim.lr_schedule import learning_rate
-from train.progress import TrainProgress
 from train.run import Run
 from train.session import Session, open_session
-from train.trackers import Tracker, chosen, open_trackers
-from train.validation import Validation, prepare_validation, weights_in_place
-from train.watch import Update, Watch
+from train.tracking.progress import TrainProgress
+from train.tracking.step_log import Update, Watch
+from train.tracking.trackers import Tracker, chosen, open_trackers
+from train.tracking.validation import Validation, prepare_validation, weights_in_place
 
 
 class NotFiniteError(UserError):

@@ -346,7 +346,7 @@ def test_seed_spelling_with_underscores(
 LEAN = """
 import gc, sys, torch
 from train.cli import app
-import train.progress as progress
+import train.tracking.progress as progress
 
 seen = []
 step = progress.TrainProgress.step

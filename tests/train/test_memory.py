@@ -17,12 +17,12 @@ WATCH = """
 import json, os, sys, threading, time
 import psutil, torch
 from train.cli import app
-import train.progress, train.session
+import train.tracking.progress, train.session
 
 me = psutil.Process()
 report, peak = {}, 0
 load = train.session.load_base
-step = train.progress.TrainProgress.step
+step = train.tracking.progress.TrainProgress.step
 
 def measured_load(*args, **kwargs):
     report["before"] = me.memory_info().rss
@@ -41,7 +41,7 @@ def measured_step(*args, **figures):
     return step(*args, **figures)
 
 train.session.load_base = measured_load
-train.progress.TrainProgress.step = measured_step
+train.tracking.progress.TrainProgress.step = measured_step
 app(sys.argv[2:], standalone_mode=False)
 with open(sys.argv[1], "w") as file:
     json.dump(report, file)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from train.methods.step_output import Numbers
-from train.progress import TrainProgress
-from train.trackers import Tracker
+from train.tracking.progress import TrainProgress
+from train.tracking.trackers import Tracker
 
 DATA_WAIT = "speed/data_wait_seconds"
 HISTOGRAM_EVERY = 100

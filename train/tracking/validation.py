@@ -36,7 +36,7 @@ from train.model.roles import Roles
 from train.sampling.contact_sheet import contact_sheet
 from train.sampling.latent_files import LatentClip, latent_bytes
 from train.strategies.base import TrainedRole
-from train.trackers import SampledClip, Tracker
+from train.tracking.trackers import SampledClip, Tracker
 
 FOLDER = "validation"
 FPS = 16
