@@ -213,7 +213,7 @@ def report(work: Path) -> None:
     first = {name: found[name]["loop"]["to_first_step"] for name in ("few", "million")}
     print(f"{'start to first step, 256 samples':<58}{first['few']:8.2f} s")
     print(f"{'start to first step, all samples':<58}{first['million']:8.2f} s")
-    from train.bench import LEAN_GOAL, LOADER_GOAL, RESIDENT_GOAL, verdict
+    from train.bench.bench import LEAN_GOAL, LOADER_GOAL, RESIDENT_GOAL, verdict
 
     goals = (
         ("step time / transformer passes alone", lean["ratios"]["over_passes"], "≤", LEAN_GOAL),

@@ -32,7 +32,7 @@ def bench(
 
     Next: wantrain distill, with the same options
     """
-    from train.bench import Report, measure
+    from train.bench.bench import Report, measure
     from train.cli_run import carried_out_by
 
     assert context.parent is not None and isinstance(context.parent.command, TyperGroup)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.train.test_distill import SMALL
-from train import flops
+from train.bench import flops
 from train.cli import app as wantrain
 from train.cli_run import carried_out_by
 from train.data.batches import load_prompt_bank

@@ -31,7 +31,7 @@ from torch.nn.modules.module import (
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from shared.io.mirror import shard_file
-from train import flops
+from train.bench import flops
 from train.data.batches import load_prompt_bank
 from train.loop import micro_batches, train
 from train.memory.block_offload import streamed_blocks
@@ -122,7 +122,7 @@ class Resident:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Model FLOPs of the measured updates (`train.flops`), and how fast they were done."""
+    """Model FLOPs of the measured updates (`train.bench.flops`), and how fast they were done."""
 
     by_role: Mapping[str, float]
     """Role → FLOPs of one update, the mean: how many passes it has is drawn."""
