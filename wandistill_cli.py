@@ -41,6 +41,6 @@ def wanprep() -> None:
 def wantrain() -> None:
     """Console script `wantrain`."""
     ours_first()
-    from train.cli import main
+    from train.cli.app import main
 
     main()

@@ -185,7 +185,7 @@ def make(place: Place, configuration: Configuration, result: Path) -> None:
 
 def bench(place: Place, configuration: Configuration, result: Path) -> None:
     """`wantrain bench` with these options."""
-    from train.cli import app
+    from train.cli.app import app
 
     app(["bench", *place.options(configuration), "--json", str(result)], standalone_mode=False)
 

@@ -18,8 +18,8 @@ from rich.console import Console
 
 from preprocess.dataset.clips import fit
 from preprocess.encode.encoders import LatentEncoder, TextEncoder
-from train.cli import app
-from train.cli_run import carried_out_by
+from train.cli.app import app
+from train.cli.execute import carried_out_by
 from train.data.batches import Batch, pad_text, with_mask
 from train.model.base import load_base
 from train.model.lora_adapter import LoraSpec, select_targets

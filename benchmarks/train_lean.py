@@ -88,7 +88,7 @@ def lean(work: Path, quick: bool) -> None:
 
 
 def wantrain_bench(work: Path, model: Path, shards: Path, *more: str, name: str) -> None:
-    from train.cli import app
+    from train.cli.app import app
 
     app(
         [

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import preprocess.cli.app
-import train.cli
+import train.cli.app
 from shared.cli.videox_fun_command import told
 from shared.cli.videox_fun_flags import ENCODE, SEED_FLAGS, TRAIN
 from shared.errors import UserError
@@ -67,7 +67,7 @@ def test_the_page_has_every_flag_once_with_its_place() -> None:
 @pytest.mark.parametrize("flag", [f for f in SEED_FLAGS if f.refused], ids=lambda flag: flag.name)
 @pytest.mark.parametrize("program", [ENCODE, TRAIN])
 def test_what_would_change_the_lora_is_refused_not_passed_over(flag, program: str) -> None:  # type: ignore[no-untyped-def]
-    app = {ENCODE: preprocess.cli.app.app, TRAIN: train.cli.app}[program]
+    app = {ENCODE: preprocess.cli.app.app, TRAIN: train.cli.app.app}[program]
     values = ["x"] * int(flag.values)
     ran = CliRunner().invoke(app, [program.split()[1], f"--{flag.name}", *values])
     assert isinstance(ran.exception, UserError)

@@ -16,10 +16,10 @@ from typer.core import TyperGroup, TyperOption
 from typer.testing import CliRunner
 
 import preprocess.cli.app
-import train.cli
+import train.cli.app
 
 ROOT = Path(__file__).parents[1]
-APPS = {"wanprep": preprocess.cli.app.app, "wantrain": train.cli.app}
+APPS = {"wanprep": preprocess.cli.app.app, "wantrain": train.cli.app.app}
 COMMANDS = [
     (program, command.name or command.callback.__name__)
     for program, app in APPS.items()
@@ -220,7 +220,7 @@ def test_help_imports_nothing_heavy() -> None:
         "import sys\n"
         "from typer.testing import CliRunner\n"
         "from preprocess.cli.app import app as wanprep\n"
-        "from train.cli import app as wantrain\n"
+        "from train.cli.app import app as wantrain\n"
         f"for program, name in {PAGES}:\n"
         "    app = {'wanprep': wanprep, 'wantrain': wantrain}[program]\n"
         "    assert CliRunner().invoke(app, [*name.split(), '--help']).exit_code == 0\n"

@@ -19,13 +19,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import preprocess.cli.app
-import train.cli
+import train.cli.app
 from shared.io.mirror import forget_mirrors
 from tests.models import tiny_model
 from tests.preprocess.conftest import render_clip
 from tests.train.conftest import encode, write_dataset
 
-MAINS = {"wanprep": preprocess.cli.app.main, "wantrain": train.cli.main}
+MAINS = {"wanprep": preprocess.cli.app.main, "wantrain": train.cli.app.main}
 World = dict[str, Path]
 
 ENCODE = "wanprep encode --model {t2v} --size 64 --video-sample-n-frames 5 --output {new} "

@@ -13,7 +13,7 @@ from diffusers import WanTransformer3DModel
 
 from shared.format.cache import open_cache
 from shared.models.published import PUBLISHED
-from train.cli import app as wantrain
+from train.cli.app import app as wantrain
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

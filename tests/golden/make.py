@@ -58,9 +58,9 @@ def command(words: str, folder: Path) -> str:
 
 def group_of(program: str) -> TyperGroup:
     import preprocess.cli.app
-    import train.cli
+    import train.cli.app
 
-    apps = {"wanprep": preprocess.cli.app.app, "wantrain": train.cli.app}
+    apps = {"wanprep": preprocess.cli.app.app, "wantrain": train.cli.app.app}
     group = typer.main.get_command(apps[program])
     assert isinstance(group, TyperGroup)
     return group

@@ -10,7 +10,7 @@ import safetensors.torch
 from typer.testing import CliRunner
 
 from tests.preprocess.conftest import Cache, wanprep
-from train.cli import app as wantrain
+from train.cli.app import app as wantrain
 
 PIXELS = "latents and conditions; the text embeddings would be the same"
 TEXT = "text embeddings only; the latents would be the same"

@@ -10,7 +10,7 @@ from torch import nn
 
 from shared.errors import UserError
 from tests.train.test_distill import arguments, distill, final_bytes
-from train.cli import app as wantrain
+from train.cli.app import app as wantrain
 from train.optim.adamw8bit import LEAST, AdamW8bit, coded, decoded, moment_bytes
 
 SETTINGS = {"lr": 1.0, "betas": (0.9, 0.999), "eps": 1e-10, "weight_decay": 0.0}

@@ -13,7 +13,7 @@ from preprocess.cache.remove import remove
 from shared.format.cache import COLUMNS, CacheIndex, open_cache
 from shared.format.schema import LATENTS_MEMBER, MEMBERS, TEXT_MEMBER
 from tests.train.test_distill import WANTRAIN, arguments
-from train.cli import main
+from train.cli.app import main
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.train.test_distill import SMALL, WANTRAIN
-from train.cli import app as wantrain
+from train.cli.app import app as wantrain
 
 # Bytes of the LoRAs of `tiny_t2v`, for two roles in fp32: of rank 4, for q, k, v of both attentions
 # (32 to 32) and both layers of the ffn (48 wide), in two blocks.

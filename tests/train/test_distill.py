@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from shared.errors import UserError
 from shared.format.cache import open_cache
 from tests.models import tiny_model
-from train.cli import app as wantrain
+from train.cli.app import app as wantrain
 from train.saving.lora_formats import FORMS
 
 WANTRAIN = str(Path(sys.executable).parent / "wantrain")
@@ -345,7 +345,7 @@ def test_seed_spelling_with_underscores(
 
 LEAN = """
 import gc, sys, torch
-from train.cli import app
+from train.cli.app import app
 import train.tracking.progress as progress
 
 seen = []

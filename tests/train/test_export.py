@@ -13,7 +13,7 @@ from shared.errors import UserError
 from tests.train.test_distill import distill
 from tests.train.test_finetune import finetune
 from tests.train.test_lora_files import diffusers, kohya, original, tensors_of, with_alpha, written
-from train.cli import app as wantrain
+from train.cli.app import app as wantrain
 from train.model.lora_files import read_lora
 from train.saving.lora_formats import FORMS
 

@@ -19,7 +19,7 @@ import train.saving.checkpoint
 from shared.errors import UserError
 from tests.train.test_distill import arguments, distill, final_bytes
 from tests.train.test_updates import config_of
-from train.cli import app as wantrain
+from train.cli.app import app as wantrain
 from train.methods.distillation import prepare_distillation as prepare
 from train.saving.checkpoint import find_checkpoint, list_checkpoints
 
@@ -146,7 +146,7 @@ def test_any_other_failure_keeps_the_last_whole_update(
 
 FAILING = """
 import sys, train.methods.flow_matching
-from train.cli import main
+from train.cli.app import main
 calls = 0
 def flow_matching_loss(*_):
     global calls
@@ -239,7 +239,7 @@ def test_checkpoint_of_another_base_is_refused(
 
 KILLED_RUN = """
 import os, signal, sys
-from train.cli import main
+from train.cli.app import main
 def hook(event, args):
     if event == "open" and str(args[0]).endswith("checkpoint-2.tmp/critic_weights.safetensors"):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -14,7 +14,7 @@ from shared.errors import UserError
 from tests.train.conftest import encode
 from tests.train.test_caption_only import encode_list
 from tests.train.test_distill import distill, final_bytes
-from train.cli import app as wantrain
+from train.cli.app import app as wantrain
 from train.saving.provenance import read_provenance
 
 SMALL = (

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tests.train.test_distill import SMALL
 from train.bench import flops
-from train.cli import app as wantrain
-from train.cli_run import carried_out_by
+from train.cli.app import app as wantrain
+from train.cli.execute import carried_out_by
 from train.data.batches import load_prompt_bank
 from train.loop import micro_batches
 from train.methods.distillation import Distillation

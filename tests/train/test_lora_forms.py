@@ -17,7 +17,7 @@ from tests.train.test_distill import distill
 from tests.train.test_lora import provenance
 from tests.train.test_roles import CPU
 from tests.train.test_sample import sample
-from train.cli import app as wantrain
+from train.cli.app import app as wantrain
 from train.functional.schedule import Expert
 from train.model.base import load_base
 from train.model.lora_adapter import LoraSpec, select_targets

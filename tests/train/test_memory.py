@@ -16,7 +16,7 @@ from tests.train.conftest import encode
 WATCH = """
 import json, os, sys, threading, time
 import psutil, torch
-from train.cli import app
+from train.cli.app import app
 import train.tracking.progress, train.session
 
 me = psutil.Process()

@@ -10,7 +10,7 @@ from benchmarks.plan_peaks import batch_of, peak_of_updates, recipe_of
 from shared.models.spec import read_model_spec
 from tests.models import Mode, tiny_model, tiny_transformer
 from tests.train.test_distill import SMALL
-from train.cli import app as wantrain
+from train.cli.app import app as wantrain
 from train.memory.estimate import Settings, base_sizes, block_bytes, estimate_of, tokens_of
 from train.memory.options import Levers
 from train.model.base import Precision, load_base

@@ -18,7 +18,7 @@ from tests.models import tiny_model
 from tests.original_layout import TRANSFORMER, renamed, write_original
 from tests.train.test_lora import ALL, EXPERTS, applied, outputs, trained
 from tests.train.test_lora_files import diffusers, tensors_of, written
-from train.cli import app as wantrain
+from train.cli.app import app as wantrain
 from train.functional.schedule import Expert
 from train.model.base import load_base
 from train.model.lora_files import Form, read_lora

@@ -15,7 +15,7 @@ from shared.cli.support import run
 from shared.format.cache import CacheIndex, MemberReader, open_cache
 from shared.format.schema import Sample, SampleInfo, sample_key
 from tests.train.test_finetune import SMALL
-from train.cli import app
+from train.cli.app import app
 from train.data.filters import condition, select
 from train.data.weighted_folder import WeightedFolder, weighted_folder
 from train.saving.checkpoint import list_checkpoints, remove_oldest

@@ -12,7 +12,7 @@ from shared.format.cache import committed_shards
 from shared.io.mirror import limit_shard_cache, pull_mirrors, shard_file, shards_to_read
 from tests.object_store import BUCKET, ObjectStore, another_machine
 from tests.train.test_distill import WANTRAIN, arguments, distill, final_bytes
-from train.cli import app as wantrain
+from train.cli.app import app as wantrain
 
 SHORT = ("--max-train-steps", "2", "--mixed-precision", "no")
 

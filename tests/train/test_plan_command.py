@@ -5,7 +5,7 @@ import json
 import pytest
 
 from shared.errors import UserError
-from train.cli import app as wantrain
+from train.cli.app import app as wantrain
 
 
 def planned(capsys: pytest.CaptureFixture[str], *options: str) -> dict:

@@ -14,7 +14,7 @@ from shared.models.toy_model import toy_folder
 from tests.train.test_distill import arguments, distill, final_bytes, losses
 from tests.train.test_finetune import finetune
 from tests.train.test_strategies import ALONE, IN_TWO, RUN, apart, command, lora_of, typed
-from train.cli import app as wantrain
+from train.cli.app import app as wantrain
 from train.memory.estimate import base_bytes
 from train.memory.quantize import BasePrecision, QuantisedLinear, quantise, quantised_bytes
 from train.model.base import Precision, load_base

@@ -25,7 +25,7 @@ import hashlib, json, os, sys, threading
 from pathlib import Path
 import psutil, torch
 import train.strategies.fsdp, train.session, train.strategies.zero
-from train.cli import app
+from train.cli.app import app
 
 deepspeed = train.strategies.zero._deepspeed()  # imports are no part of what is measured
 here, me = Path(sys.argv[1]), psutil.Process()

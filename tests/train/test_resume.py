@@ -11,7 +11,7 @@ import pytest
 
 from tests.train.test_distill import WANTRAIN, arguments, distill, final_bytes, losses
 from tests.train.test_faults import LOSSES, RESUME, RUN
-from train.cli import app as wantrain
+from train.cli.app import app as wantrain
 from train.saving.checkpoint import find_checkpoint, list_checkpoints
 
 MICRO_STEPS = 12  # six updates (critic, critic, generator, twice) of two each

@@ -9,7 +9,7 @@ from PIL import Image
 
 from shared.errors import UserError
 from tests.train.test_lora import ALL, trained
-from train.cli import app as wantrain
+from train.cli.app import app as wantrain
 from train.functional.schedule import Expert, Schedule
 from train.sampling.sample import VisitedSteps
 from train.saving.export import lora_path

@@ -17,7 +17,7 @@ from shared.models.spec import read_model_spec
 from tests.train.conftest import encode, write_dataset
 from tests.train.test_distill import SMALL, distill, final_bytes, losses
 from tests.train.test_updates import config_of
-from train.cli import app as wantrain
+from train.cli.app import app as wantrain
 from train.data.batch_plan import BatchPlan
 from train.data.batches import Batch, MicroBatches, load_prompt_bank
 from train.data.dataset import Dataset, dataset_of

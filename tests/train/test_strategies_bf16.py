@@ -115,7 +115,7 @@ def test_a_file_of_accelerates_own_configuration(
 ALONE_IN_ZERO3 = """
 import sys, torch
 functions = (torch.nn.functional.linear, torch.nn.Linear.forward, torch.nn.Linear.__init__)
-from train.cli import app
+from train.cli.app import app
 app(sys.argv[2:], standalone_mode=False)
 import deepspeed
 assert functions == (torch.nn.functional.linear, torch.nn.Linear.forward, torch.nn.Linear.__init__)

@@ -23,8 +23,8 @@ from tests.train.conftest import randomise_lora
 from tests.train.test_distill import distill, losses
 from tests.train.test_finetune import finetune
 from tests.train.test_strategies import ALONE, IN_TWO, RUN, assert_like_alone, command, typed
-from train.cli import app as wantrain
-from train.cli_run import carried_out_by
+from train.cli.app import app as wantrain
+from train.cli.execute import carried_out_by
 from train.memory import activation_offload, block_offload
 from train.memory.activation_offload import ActivationOffloading
 from train.memory.block_offload import (

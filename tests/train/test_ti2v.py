@@ -17,7 +17,7 @@ from tests.train.test_data import _dataset
 from tests.train.test_distill import distill, final_bytes
 from tests.train.test_dmd_float64 import _compare_lora_gradients, _merged
 from tests.train.test_roles import NEGATIVE, build_recipe, build_roles
-from train.cli import app as wantrain
+from train.cli.app import app as wantrain
 from train.data.batches import Batch
 from train.functional.losses import dmd_gradient, dmd_loss, flow_matching_loss
 from train.functional.rng import noise, uniform

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from shared.models.spec import read_model_spec
 from tests.train.test_distill import arguments, distill, final_bytes
-from train.cli import app as wantrain
+from train.cli.app import app as wantrain
 from train.config import DistillConfig
 from train.data.batches import MicroBatches, load_prompt_bank
 from train.methods.distillation import prepare_distillation as prepare
@@ -41,7 +41,7 @@ LINEAR = (
 
 def config_of(model: Path, shards: Path, out: Path, *more: str) -> DistillConfig:
     """The configuration that the command line makes of these arguments."""
-    with mock.patch("train.cli_run.train", return_value=None) as called:
+    with mock.patch("train.cli.execute.train", return_value=None) as called:
         wantrain(arguments(model, shards, out, *more), standalone_mode=False)
     config = called.call_args.args[0].config
     assert isinstance(config, DistillConfig)

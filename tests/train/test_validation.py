@@ -26,7 +26,7 @@ from shared.format.schema import CONDITION_MEMBER, LATENTS_MEMBER, TEXT_MEMBER
 from shared.models.spec import read_model_spec
 from tests.models import tiny_model
 from tests.train.conftest import encode
-from train.cli import app as wantrain
+from train.cli.app import app as wantrain
 from train.data.batches import pad_text
 from train.functional.rng import noise
 from train.sampling.decode import DecodeConfig, decode_clips, decoded, load_vae

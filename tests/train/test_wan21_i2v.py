@@ -19,7 +19,7 @@ from tests.train.test_data import _dataset, _plain
 from tests.train.test_distill import distill, final_bytes
 from tests.train.test_dmd_float64 import UPDATE
 from tests.train.test_roles import NEGATIVE, build_batch, build_recipe, build_roles
-from train.cli import app as wantrain
+from train.cli.app import app as wantrain
 from train.methods.dmd import generator_step
 
 

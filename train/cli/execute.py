@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from shared.cli.support import echo, say
-from train.cli_options import names
+from train.cli.options import names
 from train.config import TrainConfig
 from train.data.filters import condition
 from train.distributed.launcher import end_with_launcher, launch, own_command

@@ -7,8 +7,8 @@ import typer
 
 from shared.cli.support import Command, echo, echo_data
 from shared.models.spec import DEFAULT_MODEL
-from train import cli_options as option
-from train.cli_options import DATA, INPUT, OUTPUT
+from train.cli import options as option
+from train.cli.options import DATA, INPUT, OUTPUT
 
 PLAN_EXAMPLES = """
 # what a LoRA of Wan2.2-I2V-A14B needs at 480P, and what fits a card of 24 GiB

@@ -8,7 +8,7 @@ import typer
 from shared.cli.videox_fun_command import Given, SeedCommand, with_seed_flags
 from shared.io.mirror import DEFAULT_SHARD_CACHE_GB, limit_shard_cache
 from shared.models.spec import DEFAULT_MODEL
-from train import cli_options as option
+from train.cli import options as option
 
 LORA_EXAMPLES = """
 # the low-noise expert of Wan2.2-I2V-A14B, from shards/, 20 epochs
@@ -119,7 +119,7 @@ def lora(
     """
     options = locals()  # as they were given
 
-    from train.cli_run import carry_out, configured
+    from train.cli.execute import carry_out, configured
     from train.config import FinetuneConfig
     from train.methods.finetune import prepare_finetuning
 

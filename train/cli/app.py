@@ -1,16 +1,7 @@
 """`wantrain`: the command line of stage two. Heavy imports wait until a command runs."""
 
 from shared.cli.support import new_app, run
-from train import (
-    cli_bench,
-    cli_decode,
-    cli_distill,
-    cli_export,
-    cli_lora,
-    cli_merge,
-    cli_plan,
-    cli_sample,
-)
+from train.cli import bench, decode, distill, export, lora, merge, plan, sample
 
 PROGRAM_EXAMPLES = """
 # a LoRA of Wan2.2-I2V-A14B's low-noise expert, then a clip with it
@@ -33,14 +24,14 @@ def _wantrain() -> None:
     """LoRAs of Wan models, from shards."""
 
 
-cli_distill.add_command(app)
-cli_lora.add_command(app)
-cli_sample.add_command(app)
-cli_decode.add_command(app)
-cli_export.add_command(app)
-cli_merge.add_command(app)
-cli_plan.add_command(app)
-cli_bench.add_command(app)
+distill.add_command(app)
+lora.add_command(app)
+sample.add_command(app)
+decode.add_command(app)
+export.add_command(app)
+merge.add_command(app)
+plan.add_command(app)
+bench.add_command(app)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import typer
 from shared.cli.support import Command
 from shared.device import default_device
 from shared.models.spec import DEFAULT_MODEL
-from train import cli_options as option
+from train.cli import options as option
 
 DECODE_EXAMPLES = """
 # what the students of Wan2.2-I2V-A14B made after 50 updates

@@ -9,8 +9,8 @@ from shared.cli.videox_fun_command import Given, SeedCommand, with_seed_flags
 from shared.errors import UserError
 from shared.io.mirror import DEFAULT_SHARD_CACHE_GB, limit_shard_cache
 from shared.models.spec import DEFAULT_MODEL
-from train import cli_options as option
-from train.cli_options import DEVICE, OPTIMIZER
+from train.cli import options as option
+from train.cli.options import DEVICE, OPTIMIZER
 
 DISTILL_EXAMPLES = """
 # the low-noise expert of Wan2.2-I2V-A14B, from shards/
@@ -135,7 +135,7 @@ def distill(
     """
     options = locals()  # as they were given
 
-    from train.cli_run import carry_out, configured
+    from train.cli.execute import carry_out, configured
     from train.config import DistillConfig
     from train.methods.distillation import prepare_distillation
 

@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from shared.cli.support import Command, echo
-from train.cli_options import INPUT, OUTPUT
+from train.cli.options import INPUT, OUTPUT
 
 BENCH_EXAMPLES = """
 # how lean a run with these options is; how fast the shards are read
@@ -33,7 +33,7 @@ def bench(
     Next: wantrain distill, with the same options
     """
     from train.bench.bench import Report, measure
-    from train.cli_run import carried_out_by
+    from train.cli.execute import carried_out_by
 
     assert context.parent is not None and isinstance(context.parent.command, TyperGroup)
     reports: list[Report | None] = []
