@@ -1,11 +1,11 @@
 """The configuration of a run: built by the command line, checked here, then frozen."""
 
-import tempfile
 from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
 from typing import Literal
 
+from shared.cli.checks import ABOVE_0, FROM_0, WHOLE, check_option
 from shared.cli.videox_fun_command import Given
 from shared.errors import UserError
 from train.data.batch_plan import Tail
@@ -22,7 +22,6 @@ from train.optim.lr_schedule import LEAST_POLYNOMIAL_RATE, LrScheduler
 from train.tracking.trackers import chosen
 
 TrainMode = Literal["normal", "i2v", "ti2v"]
-WHOLE, ABOVE_0, FROM_0 = "a whole number from 1", "a number above 0", "0 or more"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,21 +240,3 @@ class DistillConfig(TrainConfig):
                 f"--recipe: found seed with {chosen}, but the seed's recipe starts from noise and "
                 f"ends its score levels at the boundary. Leave out one of the two."
             )
-
-
-def check_option(name: str, found: object, fine: bool, expected: str) -> None:
-    """UserError naming the option unless its value is `fine`."""
-    if not fine:
-        raise UserError(f"--{name.replace('_', '-')}: found {found}, expected {expected}.")
-
-
-def check_writable(option: str, folder: Path) -> None:
-    """UserError unless files can be made in `folder` (made if need be)."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"{option}: can't write to {folder} ({error.strerror}). Choose another folder."
-        ) from error

@@ -6,11 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from shared.device import check_device
 from shared.errors import UserError
-from shared.format.cache import MEDIA_TYPES, CacheIndex, open_cache
+from shared.format.cache import CacheIndex, open_cache
 from shared.format.fingerprint import (
     LACKING,
     Fingerprint,
@@ -25,6 +23,7 @@ from shared.format.schema import TEXT_MEMBER
 from shared.io.hashing import FileHasher
 from shared.io.mirror import described
 from shared.io.names import quoted
+from shared.models.original_layout import is_original
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 from train.config import TrainConfig
 from train.data.batch_plan import BatchPlan
@@ -32,6 +31,7 @@ from train.data.dataset import Dataset, dataset_of
 from train.data.encoding_check import refuse_other_encoding
 from train.data.tail_log import TAIL_LOG
 from train.distributed.process_group import Ranks
+from train.memory.estimate import Estimate, Settings, estimate_of, tokens_of
 from train.memory.quantize import check_installed, is_quantised
 from train.methods.base import Objective
 from train.model.attention import check_attention
@@ -221,26 +221,6 @@ def plan_run(config: TrainConfig, spec: ModelSpec, data: Dataset, objective: Obj
     )
 
 
-def captions_alone(spec: ModelSpec, data: Dataset) -> str | None:
-    """What to say of samples that are captions without a medium; None where there are none.
-
-    UserError for an i2v model, which can't learn from them at all.
-    """
-    alone = int(np.count_nonzero(data.types == MEDIA_TYPES.index("text")))
-    if not alone:
-        return None
-    have = (
-        f"{alone} of the {len(data)} samples in {data.folders} are captions without a medium, "
-        "which have no latents"
-    )
-    if spec.mode == "i2v":
-        raise UserError(
-            f"shards: {have} and no first frame for an i2v model. Encode the media into a folder "
-            "of their own, leave these out (--where 'type!=text'), or train a t2v model on them."
-        )
-    return have
-
-
 def _refuse_other_model(config: TrainConfig, index: CacheIndex, expected: Fingerprint) -> None:
     refuse_differences(
         index.fingerprint,
@@ -346,3 +326,27 @@ def resolved_configuration(run: Run) -> str:
     del shown["levers"], shown["placement"]
     shown |= vars(run.config.levers) | {"device": placed.device} | vars(placed.machines)
     return json.dumps(shown, indent=2, default=str)
+
+
+def estimate(run: Run) -> Estimate | None:
+    """None for models in Wan's original layout, whose configs only their weights tell."""
+    config, spec = run.config, run.spec
+    if is_original(spec.folder):
+        return None
+    transformer = empty_transformer(spec, component_of(run.objective.expert))
+    settings = Settings(
+        samples=config.train_batch_size,
+        rank=config.rank,
+        target_name=config.target_name,
+        lora_skip_name=config.lora_skip_name,
+        roles=len(run.objective.learning_rates),
+        average=bool(config.ema_decay),
+        processes=config.placement.machines.num_processes,
+        levers=config.levers,
+    )
+    grids = [
+        bucket.latent_shape(spec.latent_channels, spec.stride)[1:]
+        for bucket in run.data.filled_buckets()
+    ]
+    tokens = max(tokens_of(grid, spec) for grid in grids)
+    return estimate_of(transformer, spec.mode, tokens, settings)

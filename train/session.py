@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from shared.cli.checks import check_writable
 from shared.errors import UserError
 from shared.format.schema import DTYPES
-from train.config import check_writable
 from train.data.batches import PromptBank, load_prompt_bank
 from train.distributed.process_group import ALONE
 from train.memory.activation_offload import ActivationOffloading
@@ -40,7 +40,8 @@ from train.saving.checkpoint import (
 )
 from train.saving.export import write_loras
 from train.saving.provenance import Provenance
-from train.strategies.base import AdamSettings, Strategy, device_bytes, parameter_bytes, spread
+from train.strategies.base import AdamSettings, Strategy
+from train.strategies.spread import device_bytes, parameter_bytes, spread
 
 Say = Callable[[str], None]
 

@@ -20,7 +20,7 @@ from shared.errors import UserError
 from tests.train.test_distill import arguments, distill, final_bytes
 from tests.train.test_updates import config_of
 from train.cli.app import app as wantrain
-from train.methods.distillation import prepare_distillation as prepare
+from train.prepare import prepare_distillation as prepare
 from train.saving.checkpoint import find_checkpoint, list_checkpoints
 
 # Updates: critic 1, 2, generator 3; critic 4, 5, generator 6. Each of two micro-steps of one.

@@ -22,7 +22,7 @@ from train.data.batch_plan import BatchPlan
 from train.data.batches import Batch, MicroBatches, load_prompt_bank
 from train.data.dataset import Dataset, dataset_of
 from train.data.weighted_folder import WeightedFolder, weighted_folder
-from train.methods.distillation import prepare_distillation
+from train.prepare import prepare_distillation
 
 SHORT = ("--max-train-steps", "1", "--mixed-precision", "no")
 

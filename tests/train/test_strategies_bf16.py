@@ -12,7 +12,7 @@ import torch
 from shared.errors import UserError
 from tests.train.test_distill import distill, losses
 from tests.train.test_strategies import apart, command, lora_of, typed
-from train.strategies.zero_file import CONFIG_VARIABLE, zero_section
+from train.distributed.zero_file import CONFIG_VARIABLE, zero_section
 
 # No gradient is as long as 1: the norm of parts that processes hold is rounded otherwise.
 BF16 = ("--mixed-precision", "bf16", "--max-grad-norm", "1")

@@ -34,10 +34,11 @@ from train.memory.block_offload import (
     swapped_blocks,
 )
 from train.memory.copy_stream import Copy, SideStream
-from train.memory.estimate import Estimate, estimate
+from train.memory.estimate import Estimate
 from train.memory.quantize import quantise
 from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.roles import Roles
+from train.run import estimate
 
 CPU = torch.device("cpu")
 LAYERS = 5

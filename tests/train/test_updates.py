@@ -16,11 +16,11 @@ from tests.train.test_distill import arguments, distill, final_bytes
 from train.cli.app import app as wantrain
 from train.config import DistillConfig
 from train.data.batches import MicroBatches, load_prompt_bank
-from train.methods.distillation import prepare_distillation as prepare
 from train.methods.dmd import critic_step, generator_step
 from train.model.base import base_digest, load_base
 from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.roles import CRITIC, GENERATOR, Roles
+from train.prepare import prepare_distillation as prepare
 from train.saving.lora_formats import FORMS
 from train.saving.provenance import read_provenance
 

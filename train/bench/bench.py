@@ -36,7 +36,7 @@ from train.data.batches import load_prompt_bank
 from train.loop import micro_batches, train
 from train.memory.block_offload import streamed_blocks
 from train.run import Run
-from train.strategies.base import held_bytes
+from train.strategies.spread import held_bytes
 from train.tracking.step_log import DATA_WAIT, peak_memory
 from train.tracking.trackers import CSV, CSV_FILE
 

@@ -137,7 +137,7 @@ def distill(
 
     from train.cli.execute import carry_out, configured
     from train.config import DistillConfig
-    from train.methods.distillation import prepare_distillation
+    from train.prepare import prepare_distillation
 
     limit_shard_cache(shard_cache_gb)
     steps = _numbers(denoising_step_indices_list, "--denoising-step-indices-list")

@@ -16,10 +16,9 @@ from train.data.filters import condition
 from train.distributed.launcher import end_with_launcher, launch, own_command
 from train.distributed.placement import place
 from train.loop import train, validation_of
-from train.memory.estimate import estimate
 from train.memory.options import Levers
 from train.model.base import Base
-from train.run import Run, resolved_configuration
+from train.run import Run, estimate, resolved_configuration
 
 _Config = TypeVar("_Config", bound=TrainConfig)
 _instead: ContextVar[Callable[[Run, Console], None] | None] = ContextVar("instead", default=None)

@@ -121,7 +121,7 @@ def lora(
 
     from train.cli.execute import carry_out, configured
     from train.config import FinetuneConfig
-    from train.methods.finetune import prepare_finetuning
+    from train.prepare import prepare_finetuning
 
     limit_shard_cache(shard_cache_gb)
     config = configured(FinetuneConfig, options)

@@ -3,13 +3,17 @@
 import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Literal
 
 from shared.device import check_device, default_device
 from shared.errors import UserError
 from train.distributed.launcher import Machines
 from train.distributed.process_group import ALONE, Ranks, launched
-from train.strategies.base import StrategyName
-from train.strategies.zero_file import stage_of_launcher, zero_section
+from train.distributed.zero_file import stage_of_launcher, zero_section
+
+StrategyName = Literal["single", "ddp", "zero2", "zero3", "fsdp"]
+CUTTING: tuple[StrategyName, ...] = ("zero3", "fsdp")
+"""Those by which a process holds a part of the base."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,16 +14,13 @@ from typing import Any, Literal
 
 from torch import nn
 
-from shared.models.original_layout import is_original
 from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec
 from train.memory.block_offload import blocks_on_device
 from train.memory.options import Levers
 from train.memory.quantize import BasePrecision, base_linears, is_quantised, quantised_bytes
-from train.model.base import Precision, component_of
-from train.model.custom_weights import empty_transformer
+from train.model.base import Precision
 from train.model.lora_adapter import select_targets
 from train.optim.adamw8bit import moment_bytes
-from train.run import Run
 
 _ADAM = 8  # two fp32 moments for each weight
 _FP32 = 4
@@ -108,30 +105,6 @@ class Estimate:
             f"memory   about {self.total / gib:.1f} GiB: {parts}; and what the device's libraries "
             f"take{host}"
         )
-
-
-def estimate(run: Run) -> Estimate | None:
-    """None for models in Wan's original layout, whose configs only their weights tell."""
-    config, spec = run.config, run.spec
-    if is_original(spec.folder):
-        return None
-    transformer = empty_transformer(spec, component_of(run.objective.expert))
-    settings = Settings(
-        samples=config.train_batch_size,
-        rank=config.rank,
-        target_name=config.target_name,
-        lora_skip_name=config.lora_skip_name,
-        roles=len(run.objective.learning_rates),
-        average=bool(config.ema_decay),
-        processes=config.placement.machines.num_processes,
-        levers=config.levers,
-    )
-    grids = [
-        bucket.latent_shape(spec.latent_channels, spec.stride)[1:]
-        for bucket in run.data.filled_buckets()
-    ]
-    tokens = max(tokens_of(grid, spec) for grid in grids)
-    return estimate_of(transformer, spec.mode, tokens, settings)
 
 
 def tokens_of(grid: tuple[int, ...], spec: ModelSpec) -> int:

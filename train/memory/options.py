@@ -5,10 +5,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from shared.errors import UserError
+from train.distributed.placement import CUTTING, StrategyName
 from train.memory.block_offload import BUFFERS, swapped_blocks
 from train.memory.quantize import BasePrecision, is_quantised
 from train.model.base import Precision
-from train.strategies.base import CUTTING, StrategyName
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from shared.cli.checks import WHOLE, check_option
 from shared.errors import UserError
 from shared.format.buckets import Bucket
 from shared.models.original_layout import is_original
 from shared.models.published import PUBLISHED, published_model, write_configs
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
-from train.config import WHOLE, check_option
 from train.memory.estimate import Estimate, Settings, estimate_of, tokens_of
 from train.memory.options import Levers
 from train.model.custom_weights import empty_transformer

@@ -1,4 +1,4 @@
-"""DMD as an objective: a generator and a critic that take turns; and how such a run is prepared."""
+"""DMD as an objective: a generator and a critic that take turns."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,17 +6,12 @@ from typing import Any
 
 import torch
 
-from shared.errors import UserError
-from shared.models.spec import ModelSpec
-from train.config import DistillConfig
 from train.data.batches import Batch
-from train.data.dataset import Dataset
-from train.functional.schedule import Expert, Schedule
+from train.functional.schedule import Expert
 from train.methods.base import Method
 from train.methods.dmd import Recipe, critic_step, generator_step, rollout
 from train.methods.step_output import Watched
 from train.model.roles import CRITIC, GENERATOR, Roles
-from train.run import Run, captions_alone, open_data, plan_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,67 +103,4 @@ class Distillation:
         return (
             f"{product_updates} generator updates, each after {self.gen_update_interval} critic "
             f"updates = {product_updates * self.cycle} updates"
-        )
-
-
-def prepare_distillation(config: DistillConfig) -> Run:
-    """Read configs and index, check that shards and model belong together, and plan.
-
-    Raises UserError for everything that a user can get wrong; no weight has been read by then.
-    """
-    spec, data = open_data(config)
-    expert: Expert = config.boundary_type or ("low" if spec.two_experts else "full")
-    schedule = Schedule(
-        indices=config.denoising_step_indices_list,
-        shift=spec.flow_shift if config.flow_shift is None else config.flow_shift,
-        boundary=spec.boundary,
-    )
-    recipe = Recipe(
-        expert=expert,
-        schedule=schedule,
-        start=config.start
-        or ("latents" if expert == "low" and config.recipe == "corrected" else "noise"),
-        pairing=config.pairing,
-        score_floor=config.score_floor,
-        maths=config.recipe,
-        real_guidance_scale=config.real_guidance_scale,
-        fake_guidance_scale=config.fake_guidance_scale,
-        fm_loss_weight=config.fm_loss_weight,
-        score_strata=config.update_batch if config.uniform_sampling else 1,
-        batched_guidance=config.batched_guidance,
-        seed=config.seed,
-    )
-    _ = recipe.score_interval  # refuses an expert without steps
-    if config.score_floor != "boundary" and expert != "high":
-        raise UserError(
-            f"--score-floor: found {config.score_floor} with --boundary-type {expert}; it is a "
-            "choice for the high-noise expert alone. Leave it out."
-        )
-    _refuse_captions_alone(config, spec, data, recipe)
-    objective = Distillation(
-        recipe=recipe,
-        gen_update_interval=config.gen_update_interval,
-        uniform_sampling=config.uniform_sampling,
-        learning_rates={GENERATOR: config.learning_rate, CRITIC: config.learning_rate_critic},
-    )
-    return plan_run(config, spec, data, objective)
-
-
-def _refuse_captions_alone(
-    config: DistillConfig, spec: ModelSpec, data: Dataset, recipe: Recipe
-) -> None:
-    """Samples that are captions without a medium train only what begins and ends in noise."""
-    have = captions_alone(spec, data)
-    if have is None:
-        return
-    if recipe.start == "latents":
-        given = "" if config.start else f", the default of the {recipe.expert}-noise expert"
-        raise UserError(
-            f"--start: latents{given}, but {have}. Begin from noise: --start noise; or encode the "
-            "media into a folder of their own, or leave them out (--where 'type!=text')."
-        )
-    if recipe.fm_loss_weight:
-        raise UserError(
-            f"--fm-loss-weight: {recipe.fm_loss_weight:g}, but {have}, which this loss learns "
-            "from. Leave it out, or encode the media into a folder of their own."
         )

@@ -7,15 +7,12 @@ from typing import Any
 
 import torch
 
-from shared.errors import UserError
-from train.config import FinetuneConfig
 from train.data.batches import Batch
 from train.functional.schedule import Expert
 from train.methods.base import Method
 from train.methods.flow_matching import NoiseLevels, euler_sample, flow_matching_step
 from train.methods.step_output import Watched
 from train.model.roles import Roles
-from train.run import Run, captions_alone, open_data, plan_run
 
 LORA = "lora"  # the one role
 VALIDATION_STEPS, VALIDATION_GUIDANCE = 20, 5.0
@@ -104,32 +101,3 @@ class Finetuning:
 
     def describe_length(self, product_updates: int) -> str:
         return f"{product_updates} updates"
-
-
-def prepare_finetuning(config: FinetuneConfig) -> Run:
-    """Read configs and index, check that shards and model belong together, and plan.
-
-    Raises UserError for everything that a user can get wrong; no weight has been read by then.
-    """
-    spec, data = open_data(config)
-    levels = NoiseLevels(
-        expert=config.boundary_type or ("low" if spec.two_experts else "full"),
-        shift=spec.flow_shift if config.flow_shift is None else config.flow_shift,
-        boundary=spec.boundary,
-        sampling=config.timestep_sampling,
-        mean=0.0 if config.logit_mean is None else config.logit_mean,
-        std=1.0 if config.logit_std is None else config.logit_std,
-    )
-    if have := captions_alone(spec, data):
-        raise UserError(
-            f"shards: {have}, which is what `wantrain lora` learns from. Leave these out: --where "
-            "'type!=text'; or encode the media."
-        )
-    objective = Finetuning(
-        levels=levels,
-        uniform_sampling=config.uniform_sampling,
-        strata=config.update_batch if config.uniform_sampling else 1,
-        learning_rates={LORA: config.learning_rate},
-        seed=config.seed,
-    )
-    return plan_run(config, spec, data, objective)

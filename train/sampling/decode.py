@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 
 from shared.cli import support
+from shared.cli.checks import check_writable
 from shared.device import check_device
 from shared.errors import UserError
 from shared.format.schema import DTYPES
@@ -20,7 +21,6 @@ from shared.io.mp4 import Clip, write_mp4
 from shared.models import weights
 from shared.models.digest import component_digest
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
-from train.config import check_writable
 from train.sampling.contact_sheet import contact_sheet
 from train.sampling.latent_files import LatentClip, read_latents
 

@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
 
 from shared.cli import support
+from shared.cli.checks import check_writable
 from shared.device import check_device
 from shared.errors import UserError, first_line
 from shared.format.resize import fit_to
@@ -46,7 +47,6 @@ from shared.models.spec import (
     read_model_spec,
     resolve_model,
 )
-from train.config import check_writable
 from train.functional.rng import counted_rng
 from train.functional.schedule import Schedule
 from train.memory.block_offload import StreamedBlocks, streaming_line

@@ -4,21 +4,11 @@ A strategy owns all that depends on it; what is learned does not. Weights and op
 it whole and under global names, so that files are the same whichever made them.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast
+from typing import Protocol
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor
-
-from train.distributed.process_group import Ranks
-from train.memory.block_offload import stream_blocks, streamed_blocks
-from train.model.roles import Roles
-
-StrategyName = Literal["single", "ddp", "zero2", "zero3", "fsdp"]
-CUTTING: tuple[StrategyName, ...] = ("zero3", "fsdp")
-"""Those by which a process holds a part of the base."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,62 +56,3 @@ class Strategy:
     """Adds the gradients of one micro-step's loss. Call it inside the role."""
     notes: tuple[str, ...] = ()
     """What to tell the user of how it came about."""
-
-
-def spread(
-    name: StrategyName, roles: Roles, rates: Mapping[str, float], adam: AdamSettings,
-    *, ranks: Ranks, device: torch.device, streamed: Sequence[int], accumulation: int,
-    max_norm: float,
-) -> Strategy:  # fmt: skip
-    """Spread the transformer and the LoRAs in it over the processes, each on its `device`.
-
-    This changes the transformer in place. Strategies that cut it take it from the CPU, block by
-    block, since it need not fit on a device whole, and its values from the first process, which
-    may be the only one to have them; with the others, the blocks of these numbers are streamed.
-    """
-    assert not (streamed and name in CUTTING)
-    if streamed:
-        stream_blocks(roles.transformer, streamed, device)
-    if name not in CUTTING:
-        roles.transformer.to(device)
-    if name in ("single", "ddp"):
-        from train.strategies.ddp import replicated
-
-        return replicated(roles, rates, adam, ranks=ranks)
-    if name == "fsdp":
-        from train.strategies.fsdp import sharded
-
-        return sharded(roles, rates, adam, ranks=ranks, device=device)
-    from train.strategies.zero import partitioned
-
-    stage: Literal[2, 3] = 2 if name == "zero2" else 3
-    return partitioned(
-        roles, rates, adam,
-        stage=stage, ranks=ranks, device=device, accumulation=accumulation, max_norm=max_norm,
-    )  # fmt: skip
-
-
-def parameter_bytes(transformer: nn.Module) -> int:
-    """Of all parameters, whole."""
-    return sum(p.numel() * p.element_size() for p in transformer.parameters())
-
-
-def held_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """What this process holds of them between passes, whichever strategy cut them."""
-
-    def held(tensor: torch.Tensor) -> torch.Tensor:
-        if isinstance(tensor, DTensor):
-            return tensor.to_local()
-        return cast(torch.Tensor, getattr(tensor, "ds_tensor", tensor))  # ZeRO-3's part of it
-
-    return sum(part.nbytes for part in map(held, tensors))
-
-
-def device_bytes(transformer: nn.Module) -> int:
-    """What this process holds of the parameters on the device, and of the buffers that streamed
-    ones visit there."""
-    streamed = streamed_blocks(transformer)
-    if streamed is None:
-        return held_bytes(transformer.parameters())
-    staying = (p for p in transformer.parameters() if p not in streamed)
-    return held_bytes(staying) + streamed.buffer_bytes

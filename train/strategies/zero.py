@@ -2,7 +2,7 @@
 
 One engine over the transformer, with a parameter group for each role. Without DeepSpeed's own bf16
 and fp16, which would cast the LoRAs; compute is under our autocast. Without its linear layer, too
-(`train.strategies.zero_file`), which rounds otherwise.
+(`train.distributed.zero_file`), which rounds otherwise.
 """
 
 import os
@@ -18,9 +18,9 @@ from torch import nn
 
 from shared.errors import UserError, first_line
 from train.distributed.process_group import Ranks
+from train.distributed.zero_file import zero_section
 from train.model.roles import Roles
 from train.strategies.base import AdamSettings, Strategy
-from train.strategies.zero_file import zero_section
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

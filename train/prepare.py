@@ -1,0 +1,128 @@
+"""How a run of each method is prepared: what its options mean for this model and these shards."""
+
+import numpy as np
+
+from shared.errors import UserError
+from shared.format.cache import MEDIA_TYPES
+from shared.models.spec import ModelSpec
+from train.config import DistillConfig, FinetuneConfig
+from train.data.dataset import Dataset
+from train.functional.schedule import Expert, Schedule
+from train.methods.distillation import Distillation
+from train.methods.dmd import Recipe
+from train.methods.finetune import LORA, Finetuning
+from train.methods.flow_matching import NoiseLevels
+from train.model.roles import CRITIC, GENERATOR
+from train.run import Run, open_data, plan_run
+
+
+def prepare_distillation(config: DistillConfig) -> Run:
+    """Read configs and index, check that shards and model belong together, and plan.
+
+    Raises UserError for everything that a user can get wrong; no weight has been read by then.
+    """
+    spec, data = open_data(config)
+    expert: Expert = config.boundary_type or ("low" if spec.two_experts else "full")
+    schedule = Schedule(
+        indices=config.denoising_step_indices_list,
+        shift=spec.flow_shift if config.flow_shift is None else config.flow_shift,
+        boundary=spec.boundary,
+    )
+    recipe = Recipe(
+        expert=expert,
+        schedule=schedule,
+        start=config.start
+        or ("latents" if expert == "low" and config.recipe == "corrected" else "noise"),
+        pairing=config.pairing,
+        score_floor=config.score_floor,
+        maths=config.recipe,
+        real_guidance_scale=config.real_guidance_scale,
+        fake_guidance_scale=config.fake_guidance_scale,
+        fm_loss_weight=config.fm_loss_weight,
+        score_strata=config.update_batch if config.uniform_sampling else 1,
+        batched_guidance=config.batched_guidance,
+        seed=config.seed,
+    )
+    _ = recipe.score_interval  # refuses an expert without steps
+    if config.score_floor != "boundary" and expert != "high":
+        raise UserError(
+            f"--score-floor: found {config.score_floor} with --boundary-type {expert}; it is a "
+            "choice for the high-noise expert alone. Leave it out."
+        )
+    _refuse_captions_alone(config, spec, data, recipe)
+    objective = Distillation(
+        recipe=recipe,
+        gen_update_interval=config.gen_update_interval,
+        uniform_sampling=config.uniform_sampling,
+        learning_rates={GENERATOR: config.learning_rate, CRITIC: config.learning_rate_critic},
+    )
+    return plan_run(config, spec, data, objective)
+
+
+def _refuse_captions_alone(
+    config: DistillConfig, spec: ModelSpec, data: Dataset, recipe: Recipe
+) -> None:
+    """Samples that are captions without a medium train only what begins and ends in noise."""
+    have = captions_alone(spec, data)
+    if have is None:
+        return
+    if recipe.start == "latents":
+        given = "" if config.start else f", the default of the {recipe.expert}-noise expert"
+        raise UserError(
+            f"--start: latents{given}, but {have}. Begin from noise: --start noise; or encode the "
+            "media into a folder of their own, or leave them out (--where 'type!=text')."
+        )
+    if recipe.fm_loss_weight:
+        raise UserError(
+            f"--fm-loss-weight: {recipe.fm_loss_weight:g}, but {have}, which this loss learns "
+            "from. Leave it out, or encode the media into a folder of their own."
+        )
+
+
+def prepare_finetuning(config: FinetuneConfig) -> Run:
+    """Read configs and index, check that shards and model belong together, and plan.
+
+    Raises UserError for everything that a user can get wrong; no weight has been read by then.
+    """
+    spec, data = open_data(config)
+    levels = NoiseLevels(
+        expert=config.boundary_type or ("low" if spec.two_experts else "full"),
+        shift=spec.flow_shift if config.flow_shift is None else config.flow_shift,
+        boundary=spec.boundary,
+        sampling=config.timestep_sampling,
+        mean=0.0 if config.logit_mean is None else config.logit_mean,
+        std=1.0 if config.logit_std is None else config.logit_std,
+    )
+    if have := captions_alone(spec, data):
+        raise UserError(
+            f"shards: {have}, which is what `wantrain lora` learns from. Leave these out: --where "
+            "'type!=text'; or encode the media."
+        )
+    objective = Finetuning(
+        levels=levels,
+        uniform_sampling=config.uniform_sampling,
+        strata=config.update_batch if config.uniform_sampling else 1,
+        learning_rates={LORA: config.learning_rate},
+        seed=config.seed,
+    )
+    return plan_run(config, spec, data, objective)
+
+
+def captions_alone(spec: ModelSpec, data: Dataset) -> str | None:
+    """What to say of samples that are captions without a medium; None where there are none.
+
+    UserError for an i2v model, which can't learn from them at all.
+    """
+    alone = int(np.count_nonzero(data.types == MEDIA_TYPES.index("text")))
+    if not alone:
+        return None
+    have = (
+        f"{alone} of the {len(data)} samples in {data.folders} are captions without a medium, "
+        "which have no latents"
+    )
+    if spec.mode == "i2v":
+        raise UserError(
+            f"shards: {have} and no first frame for an i2v model. Encode the media into a folder "
+            "of their own, leave these out (--where 'type!=text'), or train a t2v model on them."
+        )
+    return have
