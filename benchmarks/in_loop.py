@@ -16,8 +16,8 @@ import decord
 import torch
 from rich.console import Console
 
-from preprocess.dataset.clips import fit
 from preprocess.encode.encoders import LatentEncoder, TextEncoder
+from preprocess.media.decode import fit
 from train.cli.app import app
 from train.cli.execute import carried_out_by
 from train.data.batches import Batch, pad_text, with_mask

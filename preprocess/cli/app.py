@@ -1,5 +1,6 @@
 """`wanprep`: the command line of stage one. Heavy imports wait until a command runs."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -125,39 +126,46 @@ def encode(
 
     from rich.console import Console
 
-    from preprocess.dataset.rejected import rejected_file
-    from preprocess.encode import report
+    from preprocess.cache.report import contents, preview
+    from preprocess.dataset.rejected import rejected_file, rejections
     from preprocess.encode.run import encode as run_encode
+    from shared.cli.console import count
 
-    outcome = run_encode(config, Console(stderr=True))
+    with ExitStack() as held:
+        elsewhere = None
+        if config.engine == "ray":
+            from preprocess.cluster.engines import ray_engines
+
+            elsewhere = held.enter_context(ray_engines(config))
+        outcome = run_encode(config, Console(stderr=True), elsewhere)
     if outcome.index is not None:
-        echo(report.contents(output, outcome.index))
-        if preview := report.preview(outcome.index):
-            echo(preview)
+        echo(contents(output, outcome.index))
+        if line := preview(outcome.index):
+            echo(line)
     if outcome.signum is not None:
         echo(
-            f"interrupted, {report.count(outcome.left, 'sample')} to go. To continue, run the same command "
+            f"interrupted, {count(outcome.left, 'sample')} to go. To continue, run the same command "
             "again.",
             err=True,
         )
         raise typer.Exit(SIGNAL_EXIT + outcome.signum)
-    rejections = report.rejections(outcome.rejected, rejected_file(output, config.rank))
+    rejected = rejections(outcome.rejected, rejected_file(output, config.rank.number))
     if len(outcome.rejected) > max_bad:
         raise UserError(
-            f"{rejections}\nThe other samples are encoded and can be trained on. Mend these and "
+            f"{rejected}\nThe other samples are encoded and can be trained on. Mend these and "
             f"run again, or accept them with --max-bad {len(outcome.rejected)}."
         )
     if outcome.rejected:
-        echo(rejections, err=True)
+        echo(rejected, err=True)
     if outcome.replaced:
-        echo(f"{report.count(outcome.replaced, 'sample')} replaced that an older frame rule misread")
+        echo(f"{count(outcome.replaced, 'sample')} replaced that an older frame rule misread")
     if outcome.removed:
         echo(
-            f"{report.count(outcome.removed, 'sample')} removed that the dataset does not give any "
+            f"{count(outcome.removed, 'sample')} removed that the dataset does not give any "
             f"more; to have the room back: wanprep compact --shards {quoted(output)}"
         )
     if outcome.validation:
-        echo(f"{report.count(outcome.validation, 'validation prompt')} in the shards")
+        echo(f"{count(outcome.validation, 'validation prompt')} in the shards")
     elif outcome.written == 0 and outcome.removed == 0:
         echo("nothing to do: every usable sample of the dataset is in the shards")
     echo(f"next: wantrain distill --shards {quoted(output)}")
@@ -178,8 +186,8 @@ def index(
     """
     from preprocess.cache.index import build_index, check_shards
     from preprocess.cache.remove import require_shards
+    from preprocess.cache.report import contents
     from preprocess.cache.writer import output_lock, refusals_explained
-    from preprocess.encode import report
     from shared.format.overlays import overlay_folders
     from shared.io.mirror import mirror_of
 
@@ -188,7 +196,7 @@ def index(
         with output_lock(folder), refusals_explained(folder, "The shards are as they were."):
             if mirror_of(folder) is None:  # a store checks what it keeps
                 check_shards(folder)
-            echo(report.contents(folder, build_index(folder)))
+            echo(contents(folder, build_index(folder)))
 
 
 # fmt: on

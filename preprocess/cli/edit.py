@@ -46,19 +46,19 @@ def remove(
     Next: wanprep compact --shards DIR
     """
     from preprocess.cache.remove import remove as remove_samples
-    from preprocess.encode import report
+    from shared.cli.console import count
 
     def announce(chosen: "Chosen") -> None:
         for key, source in sorted(chosen.sources.items(), key=lambda item: item[::-1]):
             echo(f"{key}  {on_one_line(source)}")
         for note in chosen.notes:
             echo(note)
-        number = report.count(len(chosen.sources), "sample")
+        number = count(len(chosen.sources), "sample")
         echo(f"{number} would be removed; nothing was" if dry_run else f"{number} will be removed")
 
     removed = remove_samples(shards, sample, dry_run=dry_run, announce=announce)
     if not dry_run:
-        number = report.count(len(removed.sources), "sample")
+        number = count(len(removed.sources), "sample")
         echo(f"{number} removed, {len(removed.index)} left in {shards}")
         echo(f"next: wanprep compact --shards {quoted(shards)}, to have the room back")
 
@@ -74,11 +74,12 @@ def compact(
     Next: wantrain distill --shards DIR
     """
     from preprocess.cache.compact import compact_with_overlays
-    from preprocess.encode import report
+    from preprocess.cache.report import contents
+    from shared.cli.console import count
 
     done = compact_with_overlays(shards, shard_bytes=shard_size_mb * 1_000_000)
-    echo(report.contents(shards, done.index))
-    dropped = report.count(done.dropped, "dead sample")
+    echo(contents(shards, done.index))
+    dropped = count(done.dropped, "dead sample")
     echo(f"compacted: {dropped} dropped, {done.freed / 1e6:.1f} MB freed")
 
 

@@ -90,8 +90,7 @@ def verify(
     """
     from rich.console import Console
 
-    from preprocess.encode import old_samples
-    from preprocess.verify import report
+    from preprocess.verify import misread, report
     from preprocess.verify.cache_check import verify as run_verify
     from preprocess.verify.decode_samples import DecodeConfig, decode_samples, findings
 
@@ -111,7 +110,7 @@ def verify(
         decode_timeout=decode_timeout,
     )
     verified = run_verify(shards, console)
-    verified.findings += old_samples.findings(
+    verified.findings += misread.findings(
         shards, train_data_dir, console, timeout=decode_timeout
     )
     quiet = json is not None and str(json) == "-"

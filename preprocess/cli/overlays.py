@@ -61,10 +61,10 @@ def recaption(
     """
     from rich.console import Console
 
-    from preprocess.encode import report
     from preprocess.encode.ranks import this_rank
-    from preprocess.overlays.recaption import RecaptionConfig
+    from preprocess.overlays.recaption import RecaptionConfig, unmatched_captions
     from preprocess.overlays.recaption import recaption as run_recaption
+    from shared.cli.console import count
 
     rank = this_rank()
     done = run_recaption(
@@ -85,17 +85,17 @@ def recaption(
         Console(stderr=True),
     )
     have = 0 if done.index is None else len(done.index)
-    echo(f"{done.folder}: {report.count(have, 'caption')}, {done.written} of them new")
+    echo(f"{done.folder}: {count(have, 'caption')}, {done.written} of them new")
     if done.signum is not None:
         echo(
-            f"interrupted, {report.count(done.left, 'caption')} to go. To continue, run the same "
+            f"interrupted, {count(done.left, 'caption')} to go. To continue, run the same "
             "command again.",
             err=True,
         )
         raise typer.Exit(SIGNAL_EXIT + done.signum)
     if done.removed:
-        echo(f"{report.count(done.removed, 'caption')} removed that the list does not give any more")
-    for line in report.unmatched_captions(done):
+        echo(f"{count(done.removed, 'caption')} removed that the list does not give any more")
+    for line in unmatched_captions(done):
         echo(line, err=True)
     if have == 0:
         raise UserError(f"captions: no caption for {shards} was encoded.")
@@ -119,12 +119,12 @@ def add_condition(
     """
     from rich.console import Console
 
-    from preprocess.dataset.rejected import rejected_file
-    from preprocess.encode import report
+    from preprocess.dataset.rejected import rejected_file, rejections
     from preprocess.encode.ranks import this_rank
     from preprocess.media.worker_pool import default_workers
     from preprocess.overlays.conditions import ConditionConfig
     from preprocess.overlays.conditions import add_condition as run_add_condition
+    from shared.cli.console import count
 
     rank = this_rank()
     done = run_add_condition(
@@ -140,16 +140,16 @@ def add_condition(
         Console(stderr=True),
     )
     have = 0 if done.index is None else len(done.index)
-    echo(f"{done.folder}: {report.count(have, 'condition')}, {done.written} of them new")
+    echo(f"{done.folder}: {count(have, 'condition')}, {done.written} of them new")
     if done.signum is not None:
         echo(
-            f"interrupted, {report.count(done.left, 'sample')} to go. To continue, run the same "
+            f"interrupted, {count(done.left, 'sample')} to go. To continue, run the same "
             "command again.",
             err=True,
         )
         raise typer.Exit(SIGNAL_EXIT + done.signum)
     if done.rejected:
-        listed = report.rejections(done.rejected, rejected_file(done.folder, rank))
+        listed = rejections(done.rejected, rejected_file(done.folder, rank.number))
         raise UserError(
             f"{listed}\nTheir samples have no condition, and `wantrain` refuses the shards for i2v "
             "until they have: mend the files and run again, or take the samples out with "

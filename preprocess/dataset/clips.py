@@ -5,13 +5,9 @@ from a start drawn from the seed and the file's content; resized to cover its bu
 antialiased, in uint8) and centre-cropped.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
-
-import numpy as np
-import numpy.typing as npt
-from PIL import Image
 
 from preprocess.dataset.draws import Draws
 from preprocess.dataset.sizes import (
@@ -21,10 +17,14 @@ from preprocess.dataset.sizes import (
     budget_frames,
     token_sizes,
 )
-from preprocess.frames.media_info import Frame, MediaError, Probe
+from preprocess.frames.media_info import MediaError, Probe
 from preprocess.frames.picks import Picks, picks_of
 from shared.format.buckets import BASE_SIZE, Bucket, nearest_base, scaled_size
-from shared.format.resize import fit_to
+from shared.format.cache import CacheIndex
+from shared.format.schema import sample_key
+
+# A key is a digest of content and a small number, of which only the digest can be had again.
+MOST_CAPTIONS = 1000
 
 RESIZE_RULE = "cover, PIL bilinear (antialiased, uint8), centre crop"
 
@@ -184,9 +184,20 @@ def _windows(picks: Picks, asked: int, draws: Draws, rule: ClipRule) -> Iterator
         yield tuple(picks.at(number, start) for number in range(frames))
 
 
-def fit(frames: Iterable[Frame], bucket: Bucket) -> npt.NDArray[np.uint8]:
-    """Resize and crop frames of one size to a bucket: (F, height, width, 3) uint8."""
-    images = (fit_to(Image.fromarray(frame), bucket.height, bucket.width) for frame in frames)
-    fitted = np.stack([np.asarray(image) for image in images])
-    assert fitted.shape == (bucket.frames, bucket.height, bucket.width, 3)
-    return fitted
+def clip_of(index: CacheIndex, row: int, info: Mapping[str, Any]) -> Clip:
+    """The clip that a sample was made of, by its `KEY.json`."""
+    return Clip(
+        bucket=index.buckets[int(index.bucket_ids[row])],
+        frame_indices=tuple(info["frame_indices"]),
+        frame_rule=int(info.get("frame_rule", 1)),
+    )
+
+
+def same_content(keys: set[str], clip: Clip, sha256: str) -> bool:
+    """Whether all `keys` are of this clip of the file with this digest."""
+    transform = clip.transform()
+    for ordinal in range(MOST_CAPTIONS):
+        keys = keys - {sample_key(sha256, transform, ordinal)}
+        if not keys:
+            return True
+    return False

@@ -1,4 +1,4 @@
-"""`rejected.jsonl`: what the last run left out, and why; a line for each."""
+"""`rejected.jsonl`: what the last run left out, and why; and the lines that say so."""
 
 import json
 from collections.abc import Sequence
@@ -6,13 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from preprocess.dataset.entries import Rejected
-from preprocess.encode.ranks import Rank
+from shared.cli.console import _NAMED
 from shared.io.durable import remove, write_bytes
+from shared.io.names import on_one_line
 
 
-def rejected_file(folder: Path, rank: Rank) -> Path:
-    """Where this rank lists what it rejected."""
-    return folder / ("rejected.jsonl" if rank.number == 0 else f"rejected-w{rank.number:03d}.jsonl")
+def rejected_file(folder: Path, rank: int) -> Path:
+    """Where the rank of that number lists what it rejected."""
+    return folder / ("rejected.jsonl" if rank == 0 else f"rejected-w{rank:03d}.jsonl")
 
 
 def write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:
@@ -22,3 +23,18 @@ def write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:
         write_bytes(path, "".join(lines).encode("utf-8", "backslashreplace"))
     else:
         remove(path)
+
+
+def _reasons(rejected: Sequence[Rejected]) -> list[str]:
+    return [
+        "  " + on_one_line(f"{item.source}: " + item.reason.replace("\n", " "))
+        for item in rejected[:_NAMED]
+    ]
+
+
+def rejections(rejected: Sequence[Rejected], listed_in: Path) -> str:
+    """The first few rejected samples with their reasons, and where all of them are listed."""
+    lines = _reasons(rejected)
+    if len(rejected) > _NAMED:
+        lines.append(f"  ... {len(rejected) - _NAMED} more")
+    return "\n".join([f"{len(rejected)} rejected, listed in {listed_in}:", *lines])

@@ -6,6 +6,10 @@ with the numbers of VideoX-Fun's trainers where the document gives a range only.
 
 from typing import Literal
 
+# The smallest size whose base bucket still gives a few latents a side; the largest that Wan knows
+# is 960 (720P), and four times that is a typing error.
+SMALLEST_SIZE, LARGEST_SIZE = 32, 4096
+
 # random_hw_adapt divides a size by one of these; how many of them depends on the size, so that
 # none comes out below 512.
 _RATIOS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0)

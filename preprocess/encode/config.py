@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from preprocess.dataset.clips import Clips
+from preprocess.dataset.sizes import LARGEST_SIZE, SMALLEST_SIZE
 from preprocess.encode.ranks import Rank, this_rank
 from shared.device import default_device
 from shared.errors import UserError
@@ -15,10 +16,6 @@ StoredDtype = Literal["bf16", "fp32"]
 TrainMode = Literal["normal", "i2v", "ti2v"]
 
 DEFAULT_STRIDE = 2
-
-# The smallest size whose base bucket still gives a few latents a side; the largest that Wan knows
-# is 960 (720P), and four times that is a typing error.
-SMALLEST_SIZE, LARGEST_SIZE = 32, 4096
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Who runs the encoders: this process (here), or actors of a cluster (`ray_engine`)."""
+"""Who runs the encoders: this process (here), or others, such as a cluster's."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -12,7 +12,9 @@ from preprocess.encode.validation_prompts import Picture, encode_pictures
 from preprocess.encode.work import Work
 from preprocess.frames.media_info import MediaError
 from preprocess.media.worker_pool import WorkerPool
+from shared.format.fingerprint import Fingerprint
 from shared.format.schema import DTYPES
+from shared.interrupt import Interruption
 from shared.models.spec import ModelSpec
 
 if TYPE_CHECKING:  # diffusers and transformers wait until an encoder is built: a run that has
@@ -44,6 +46,26 @@ class Engine(Protocol):
 
     def rescue(self) -> None:
         """After a signal or a failure: commit what is encoded and not yet in a shard."""
+
+
+class Elsewhere(Protocol):
+    """Where the encoders run if not in this process."""
+
+    @property
+    def device(self) -> str:
+        """That they compute on."""
+
+    def described(self) -> str:
+        """The line about it."""
+
+    def engine(
+        self,
+        config: EncodeConfig,
+        spec: ModelSpec,
+        fingerprint: Fingerprint,
+        signals: Interruption,
+        say: Callable[[str], None],
+    ) -> Engine: ...
 
 
 class LocalEngine:

@@ -5,34 +5,29 @@ For `wanprep verify`, which names them, and `wanprep encode`, which replaces the
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from preprocess.encode import report
+from preprocess.dataset.clips import clip_of, same_content
 from preprocess.frames.first_rule import wrong_sample
 from preprocess.frames.media_info import Kind, MediaError, Probe
 from preprocess.media.decode import look
 from preprocess.media.probe_cache import ProbeMemo
 from preprocess.media.sources import Medium, stamp
-from preprocess.media.tars import base_folder, medium_named
-from preprocess.media.worker_pool import WorkerPool, default_workers
-from preprocess.overlays.conditions import clip_of, same_content
-from preprocess.verify.findings import Finding
+from preprocess.media.worker_pool import WorkerPool
+from shared.cli.console import bar
 from shared.errors import UserError
-from shared.format.cache import CacheIndex, MemberReader, Sidecar, committed_shards, open_cache
+from shared.format.cache import CacheIndex, MemberReader, Sidecar
 from shared.format.fingerprint import has_first_frame_rule
 from shared.io.hashing import FileHasher
-from shared.io.names import quoted
 
 # Fields of `KEY.json` by which a sample is judged; its caption may be long.
 _JUDGED_BY = (
     *("type", "source", "frame_rule", "frame_indices", "fps"),
     *("source_width", "source_height"),
 )
-_NAMED = 3  # of a long list, so many are named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,63 +144,6 @@ def superseded(
     `media`: what the dataset has, by source; of others nothing is said.
     """
     rows = [row for row in rows_of_first_rule(index, sidecars) if index.key(row) not in live]
-    with report.bar(console, "looking at old samples", len(rows)) as advance:
+    with bar(console, "looking at old samples", len(rows)) as advance:
         judged = looked_at(index, rows, media.get, pool, advance)
         return {sample.key: sample.source for sample in judged if sample.wrong is not None}
-
-
-def findings(folder: Path, data_dir: Path, console: Console, *, timeout: float) -> list[Finding]:
-    """What is wrong with samples of the first frame rule, by their media in `data_dir`.
-
-    Empty where a cache has none, or has no index. `timeout`: seconds a medium may take.
-    """
-    try:
-        index = open_cache(folder)
-        rows = rows_of_first_rule(index, committed_shards(folder))
-    except UserError:  # which is a finding already
-        return []
-    if not rows:
-        return []
-    base = base_folder(data_dir)
-    found, unseen = [], []
-    with (
-        report.bar(console, "looking into sources", len(rows)) as advance,
-        WorkerPool(default_workers(), timeout=timeout) as pool,
-    ):
-        for sample in looked_at(
-            index, rows, lambda source: medium_named(base, source), pool, advance
-        ):
-            if sample.wrong is not None:
-                found.append(_wrong(sample, folder))
-            elif sample.unseen is not None:
-                unseen.append(sample)
-    found.sort(key=lambda finding: (finding.file, finding.key or ""))
-    return found + ([_unseen(unseen, data_dir)] if unseen else [])
-
-
-def _wrong(sample: OldSample, folder: Path) -> Finding:
-    return Finding(
-        severity="error",
-        code="frames-misread",
-        file=sample.shard,
-        key=sample.key,
-        found=f"{sample.source}: {sample.wrong}",
-        expected="the frames that players show",
-        cure="run `wanprep encode` again, with the options of this cache and --output "
-        f"{quoted(folder)}: it encodes these samples anew and takes the old ones out",
-    )
-
-
-def _unseen(samples: list[OldSample], data_dir: Path) -> Finding:
-    sources = sorted({sample.source for sample in samples})
-    named = ", ".join(sources[:_NAMED]) + (" …" if len(sources) > _NAMED else "")
-    return Finding(
-        severity="note",
-        code="source-missing",
-        file=samples[0].shard,
-        found=f"{report.count(len(samples), 'sample')} that an older wandistill encoded, whose "
-        f"sources can't be looked at in {data_dir}: {named} ({samples[0].unseen})",
-        expected="the media that were encoded, to see whether the right frames were taken",
-        cure="set --train-data-dir to the folder of the media; where they lie there, mend what the "
-        "reason says",
-    )

@@ -7,11 +7,10 @@ however the run ends, and the same command goes on from there.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -28,11 +27,11 @@ from preprocess.cache.writer import (
 )
 from preprocess.dataset.clips import ClipRule
 from preprocess.dataset.entries import Dataset, Rejected, load_dataset
-from preprocess.dataset.rejected import rejected_file, write_rejected
+from preprocess.dataset.rejected import rejected_file, rejections, write_rejected
 from preprocess.dataset.toml_config import load_dataset_config
 from preprocess.encode import report
 from preprocess.encode.config import EncodeConfig
-from preprocess.encode.engine import COMPONENTS, Engine, LocalEngine
+from preprocess.encode.engine import COMPONENTS, Elsewhere, Engine, LocalEngine
 from preprocess.encode.fingerprint import encode_fingerprint, settings_for_cache
 from preprocess.encode.old_samples import superseded
 from preprocess.encode.passes import (
@@ -53,6 +52,7 @@ from preprocess.encode.validation_prompts import (
 from preprocess.encode.work import Captions, Work, committed_of, missing_of, plan_work
 from preprocess.frames.media_info import MediaError
 from preprocess.media.worker_pool import WorkerPool
+from shared.cli.console import bar, count
 from shared.cli.support import say
 from shared.device import check_device
 from shared.errors import UserError
@@ -62,9 +62,6 @@ from shared.format.prompts import EMPTY, NEGATIVE, Prompt, prompts_by_shard
 from shared.interrupt import Interrupted, Interruption, catch_signals
 from shared.io.hashing import FileHasher
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
-
-if TYPE_CHECKING:  # ray is imported where a cluster is asked for
-    from preprocess.cluster.ray_cluster import Cluster
 
 
 @dataclass
@@ -89,24 +86,20 @@ class Outcome:
     times: Times = field(default_factory=Times)
 
 
-def encode(config: EncodeConfig, console: Console) -> Outcome:
+def encode(config: EncodeConfig, console: Console, elsewhere: Elsewhere | None = None) -> Outcome:
     """Bring the cache in `config.output` up to date with the dataset.
 
+    The encoders run in this process, or `elsewhere`.
     Raises UserError for what the user can mend; rejected samples and signals are in the outcome.
     """
     outcome = Outcome()
-    with ExitStack() as held:
-        cluster = None
-        if config.engine == "ray":
-            from preprocess.cluster.ray_cluster import connected
-
-            cluster = held.enter_context(connected(config))
-            config = replace(config, device=cluster.device)
-        signals = held.enter_context(catch_signals("stopping: committing what is encoded ..."))
+    if elsewhere is not None:
+        config = replace(config, device=elsewhere.device)
+    with catch_signals("stopping: committing what is encoded ...") as signals:
         try:
             # First of all: the workers get up while weights are digested.
             with WorkerPool(config.workers, timeout=config.decode_timeout) as pool:
-                _encode(config, console, pool, cluster, signals, outcome)
+                _encode(config, console, pool, elsewhere, signals, outcome)
         except Interrupted as interrupted:
             outcome.signum = interrupted.signum
     return outcome
@@ -116,15 +109,15 @@ def _encode(
     config: EncodeConfig,
     console: Console,
     pool: WorkerPool,
-    cluster: "Cluster | None",
+    elsewhere: Elsewhere | None,
     signals: Interruption,
     outcome: Outcome,
 ) -> None:
     # What there is: the dataset and the model.
     job = read_job(config, console)
     dataset, spec, fingerprint = job.dataset, job.spec, job.fingerprint
-    if cluster is not None:
-        say(console, f"cluster  {cluster.described()}; an actor takes {cluster.demand}")
+    if elsewhere is not None:
+        say(console, elsewhere.described())
 
     with writer_lock(config.output, config.rank.number), _explained(config):
         remove_abandoned(config.output, config.rank.world)
@@ -139,9 +132,9 @@ def _encode(
         outcome.rejected = [*dataset.rejected, *rejected]
         if config.rank.number:  # what is wrong with the dataset is said once
             outcome.rejected = []
-        write_rejected(rejected_file(config.output, config.rank), outcome.rejected)
+        write_rejected(rejected_file(config.output, config.rank.number), outcome.rejected)
         if not planned:
-            listed = report.rejections(outcome.rejected, rejected_file(config.output, config.rank))
+            listed = rejections(outcome.rejected, rejected_file(config.output, config.rank.number))
             raise UserError(f"dataset: {dataset.origin} has nothing that can be encoded.\n{listed}")
         if config.rank.world > 1:
             say(
@@ -178,10 +171,8 @@ def _encode(
         )
         writer = BackgroundWriter(shards)
         engine: Engine = LocalEngine(config, spec, pool, outcome.times)
-        if cluster is not None:
-            from preprocess.cluster.ray_engine import RayEngine
-
-            engine = RayEngine(cluster, config, spec, fingerprint, signals, partial(say, console))
+        if elsewhere is not None:
+            engine = elsewhere.engine(config, spec, fingerprint, signals, partial(say, console))
 
         try:
             # Text pass: each caption once; the encoder is gone before the VAE comes.
@@ -192,7 +183,7 @@ def _encode(
             needed = list(dict.fromkeys([text for _, text in prompts] + to_sample + captions))
             if outcome.index is not None:
                 texts_from_cache(todo, committed, outcome.index, texts)
-            with report.bar(console, "encoding captions", len(needed)) as advance:
+            with bar(console, "encoding captions", len(needed)) as advance:
                 engine.encode_texts(needed, texts, on_progress=advance)
             if prompts:
                 with signals.deferred():
@@ -213,7 +204,7 @@ def _encode(
                 latents_from_cache(known, outcome.index) if outcome.index is not None else (),
                 engine.encode_media(new, texts),
             )
-            with report.bar(console, "encoding media", len(todo)) as advance:
+            with bar(console, "encoding media", len(todo)) as advance:
                 for work, result in encoded:
                     missing = missing_of(work, committed)
                     if isinstance(result, MediaError):
@@ -276,7 +267,7 @@ def read_job(config: EncodeConfig, console: Console) -> Job:
     if config.validation_prompts is not None:
         rule = _clip_rule(config, spec)
         validation, said = read_validation_prompts(config.validation_prompts, spec, rule)
-        listed = report.count(len(validation), "prompt")
+        listed = count(len(validation), "prompt")
         say(console, f"prompts  {config.validation_prompts}: {listed} for validation")
         for line in said:
             say(console, f"prompts  {line}")
@@ -293,7 +284,7 @@ def look_into_media(
 ) -> tuple[list[Work], list[Rejected]]:
     """`plan_work` for the job, with a progress bar."""
     entries = job.dataset.entries
-    with report.bar(console, "looking into the media", len(entries)) as advance:
+    with bar(console, "looking into the media", len(entries)) as advance:
         return plan_work(
             entries,
             _clip_rule(config, job.spec),
@@ -326,7 +317,7 @@ def _refuse_captions_alone(dataset: Dataset, spec: ModelSpec) -> None:
     alone = sum(entry.path is None for entry in dataset.entries)
     if alone and spec.mode == "i2v":
         raise UserError(
-            f"dataset: {dataset.origin} has {report.count(alone, 'caption')} without a medium, and "
+            f"dataset: {dataset.origin} has {count(alone, 'caption')} without a medium, and "
             f"{spec.folder} is an i2v model, which wants a first frame of each sample. Encode them "
             "for text-to-video (--train-mode normal, --output DIR), or leave them out."
         )
@@ -388,10 +379,10 @@ def _say_plan(
     )
     live = {key for work in planned for key, _ in work.samples}
     if replaced:
-        sources = report.count(len(set(replaced.values())), "source")
+        sources = count(len(set(replaced.values())), "source")
         say(
             console,
-            f"replace  {report.count(len(replaced), 'sample')} of {sources} that an older frame "
+            f"replace  {count(len(replaced), 'sample')} of {sources} that an older frame "
             "rule misread (wanprep verify says why): once they are encoded again, the old ones go",
         )
     if gone := len(committed.keys() - live - replaced.keys()):
@@ -438,7 +429,7 @@ def _with_successors(
 
 
 def _finish(config: EncodeConfig, outcome: Outcome, planned: Sequence[Work]) -> None:
-    write_rejected(rejected_file(config.output, config.rank), outcome.rejected)
+    write_rejected(rejected_file(config.output, config.rank.number), outcome.rejected)
     if committed_shards(config.output):
         outcome.index = settled_index(config.output)
     committed = committed_of(outcome.index)

@@ -17,9 +17,10 @@ import numpy.typing as npt
 import torch
 
 from preprocess.dataset.caption_clips import caption_clips
-from preprocess.dataset.clips import ClipRule, fit
+from preprocess.dataset.clips import ClipRule
 from preprocess.dataset.metadata import Form, Record, read_metadata
 from preprocess.frames.media_info import MediaError
+from preprocess.media.decode import fit
 from preprocess.media.reader import probe, read_frames
 from shared.errors import UserError, json_kind
 from shared.format.buckets import Bucket

@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from preprocess.encode import report
 from preprocess.inspection.overview import SHORT_TOKENS, Histogram, Overview, histogram
+from shared.cli.console import count
 from shared.cli.support import say
 from shared.format.latent_rgb import R2_FLOOR
 from shared.io.names import on_one_line
@@ -37,24 +37,24 @@ def facts(found: Overview) -> Iterator[tuple[str, str]]:
     if found.dead:
         yield (
             "dead",
-            f"{report.count(found.dead, 'sample')}, {size(found.dead_bytes)}: wanprep compact",
+            f"{count(found.dead, 'sample')}, {size(found.dead_bytes)}: wanprep compact",
         )
     if found.tombstones:
-        yield "removed", f"{report.count(found.tombstones, 'key')} in tombstones"
+        yield "removed", f"{count(found.tombstones, 'key')} in tombstones"
     yield "captions", captions(found)
     if found.captions.most_common is not None:
         said = on_one_line(found.captions.most_common)
         said = said if len(said) <= 80 else said[:79] + "…"
         yield (
             "most common",
-            f"{report.count(found.captions.most_common_samples, 'sample')} have “{said}”",
+            f"{count(found.captions.most_common_samples, 'sample')} have “{said}”",
         )
     for overlay in found.overlays:
         lacks = f", {overlay.lacking} of the cache without" if overlay.lacking else ""
         orphans = f", {overlay.orphans} of samples that are gone" if overlay.orphans else ""
         yield (
             overlay.name,
-            f"{report.count(overlay.samples, 'sample')}, {size(overlay.bytes)}{lacks}{orphans}",
+            f"{count(overlay.samples, 'sample')}, {size(overlay.bytes)}{lacks}{orphans}",
         )
     yield from fingerprint(found)
     yield "preview", preview(found)
@@ -111,7 +111,7 @@ def preview(found: Overview) -> str:
     rgb = found.latent_rgb
     if rgb is None:
         return f"no latent → RGB map: {no_map(found)}"
-    fitted = f"latent → RGB map fitted to {report.count(rgb.samples, 'sample')}"
+    fitted = f"latent → RGB map fitted to {count(rgb.samples, 'sample')}"
     if rgb.r2 is None:
         return f"{fitted}, none held out: R² unknown"
     line = f"{fitted}, R² {rgb.r2:.2f} on {rgb.held_out} held out"
@@ -121,8 +121,8 @@ def preview(found: Overview) -> str:
 def durations_note(found: Overview) -> str:
     """Of which videos the durations are."""
     if len(found.seconds) == found.seconds_of:
-        return f"all {report.count(found.seconds_of, 'video')}"
-    return f"{len(found.seconds)} drawn of {report.count(found.seconds_of, 'video')}"
+        return f"all {count(found.seconds_of, 'video')}"
+    return f"{len(found.seconds)} drawn of {count(found.seconds_of, 'video')}"
 
 
 def print_overview(found: Overview, console: Console) -> None:
@@ -209,4 +209,4 @@ def _bar(value: int, most: int) -> str:
 
 def saved(path: Path, number: int) -> str:
     """The line about the page that was written."""
-    return f"{path}: {report.count(number, 'sample')} to look at, {size(path.stat().st_size)}"
+    return f"{path}: {count(number, 'sample')} to look at, {size(path.stat().st_size)}"

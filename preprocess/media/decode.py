@@ -1,17 +1,18 @@
 """What is done to a medium in a worker process. Imported there, so nothing heavy: no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
-from preprocess.dataset.clips import fit
-from preprocess.frames.media_info import Kind, MediaError, Probe, Shortcut
+from preprocess.frames.media_info import Frame, Kind, MediaError, Probe, Shortcut
 from preprocess.media.reader import probe, read_frames
 from preprocess.media.sources import Medium, local_file
 from preprocess.media.worker_process import alive
 from shared.format.buckets import Bucket
+from shared.format.resize import fit_to
 from shared.io.hashing import sha256_of
 
 
@@ -40,3 +41,11 @@ def fitted_frames(
     """(F, H, W, 3) uint8 RGB, as every encoder gets them. Raises MediaError."""
     with local_file(medium, on_progress=alive) as path:
         return fit(read_frames(path, kind, indices, shortcut, on_progress=alive), bucket)
+
+
+def fit(frames: Iterable[Frame], bucket: Bucket) -> npt.NDArray[np.uint8]:
+    """Resize and crop frames of one size to a bucket: (F, height, width, 3) uint8."""
+    images = (fit_to(Image.fromarray(frame), bucket.height, bucket.width) for frame in frames)
+    fitted = np.stack([np.asarray(image) for image in images])
+    assert fitted.shape == (bucket.frames, bucket.height, bucket.width, 3)
+    return fitted

@@ -4,11 +4,11 @@ What was cut out of a file stands in `KEY.json`, so the media are all that is ne
 cache: no size, stride or seed. The latents are neither read nor written.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -16,10 +16,9 @@ from rich.console import Console
 
 from preprocess.cache.index import settled_index
 from preprocess.cache.writer import ShardWriter
-from preprocess.dataset.clips import Clip
+from preprocess.dataset.clips import Clip, clip_of, same_content
 from preprocess.dataset.entries import Rejected
 from preprocess.dataset.rejected import rejected_file, write_rejected
-from preprocess.encode import report
 from preprocess.encode.fingerprint import encoder_fields, refuse_absent
 from preprocess.encode.ranks import Rank
 from preprocess.frames.media_info import MediaError
@@ -28,6 +27,7 @@ from preprocess.media.sources import Medium, stamp
 from preprocess.media.tars import base_folder, medium_named
 from preprocess.media.worker_pool import WorkerPool
 from preprocess.overlays.base import base_cache, overlay_to_write
+from shared.cli.console import bar
 from shared.cli.support import say
 from shared.device import check_device
 from shared.errors import UserError
@@ -49,7 +49,6 @@ from shared.format.schema import (
     JSON_MEMBER,
     MEDIA_TYPES,
     pack,
-    sample_key,
 )
 from shared.interrupt import Interrupted, Interruption, catch_signals
 from shared.io.hashing import FileHasher
@@ -59,8 +58,6 @@ if TYPE_CHECKING:
     from preprocess.encode.encoders import LatentEncoder
 
 SHARD_BYTES = 256_000_000
-# A key is a digest of content and a small number, of which only the digest can be had again.
-MOST_CAPTIONS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +182,7 @@ def _add(
 
         reader = MemberReader(base)
         try:
-            with report.bar(console, "looking into the media", len(todo)) as advance:
+            with bar(console, "looking into the media", len(todo)) as advance:
                 same = []
                 for clip, problem in _checked(base, todo, hasher, pool):
                     advance()
@@ -193,7 +190,7 @@ def _add(
                         same.append(clip)
                     else:
                         outcome.rejected.append(Rejected(source=clip.source, reason=problem))
-            with report.bar(console, "encoding first frames", len(same)) as advance:
+            with bar(console, "encoding first frames", len(same)) as advance:
                 for clip, result in _conditions(same, encoder, pool):
                     if isinstance(result, MediaError):
                         rejected = Rejected(source=clip.source, reason=str(result))
@@ -324,25 +321,6 @@ def _checked(
             yield clip, f"{clip.path}: its content is not what was encoded; `wanprep encode` again"
 
 
-def clip_of(index: CacheIndex, row: int, info: Mapping[str, Any]) -> Clip:
-    """The clip that a sample was made of, by its `KEY.json`."""
-    return Clip(
-        bucket=index.buckets[int(index.bucket_ids[row])],
-        frame_indices=tuple(info["frame_indices"]),
-        frame_rule=int(info.get("frame_rule", 1)),
-    )
-
-
-def same_content(keys: set[str], clip: Clip, sha256: str) -> bool:
-    """Whether all `keys` are of this clip of the file with this digest."""
-    transform = clip.transform()
-    for ordinal in range(MOST_CAPTIONS):
-        keys = keys - {sample_key(sha256, transform, ordinal)}
-        if not keys:
-            return True
-    return False
-
-
 def _conditions(
     clips: Sequence[_Clip], encoder: Callable[[], "LatentEncoder"], pool: WorkerPool
 ) -> Iterator[tuple[_Clip, dict[str, torch.Tensor] | MediaError]]:
@@ -377,7 +355,7 @@ def _conditions(
 
 
 def _finish(config: ConditionConfig, base: CacheIndex, mine: Sequence[int], outcome: Added) -> None:
-    write_rejected(rejected_file(outcome.folder, config.rank), outcome.rejected)
+    write_rejected(rejected_file(outcome.folder, config.rank.number), outcome.rejected)
     if committed_shards(outcome.folder):
         outcome.index = settled_index(outcome.folder)
     outcome.left = len(_missing(base, mine, outcome.index))

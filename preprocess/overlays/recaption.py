@@ -14,13 +14,14 @@ from preprocess.cache.remove import is_unusable, sources
 from preprocess.cache.text_cache import TextCache
 from preprocess.cache.writer import ShardWriter
 from preprocess.dataset.entries import Dataset, Rejected, load_dataset
+from preprocess.dataset.rejected import _reasons
 from preprocess.dataset.toml_config import load_dataset_config
-from preprocess.encode import report
 from preprocess.encode.config import StoredDtype
 from preprocess.encode.fingerprint import encoder_fields
 from preprocess.encode.passes import Times, text_pass
 from preprocess.encode.ranks import Rank
 from preprocess.overlays.base import base_cache, overlay_to_write
+from shared.cli.console import bar, count, named
 from shared.cli.support import say
 from shared.device import check_device
 from shared.errors import UserError
@@ -172,7 +173,7 @@ def _recaption(
 
         try:
             needed = list(dict.fromkeys(prompts + list(todo.values())))
-            with report.bar(console, "encoding captions", len(needed)) as advance:
+            with bar(console, "encoding captions", len(needed)) as advance:
                 text_pass(
                     needed,
                     texts,
@@ -391,3 +392,22 @@ def _finish(base: CacheIndex, mine: dict[int, str], outcome: Recaptioned) -> Non
     if committed_shards(outcome.folder):
         outcome.index = settled_index(outcome.folder)
     outcome.left = len(_missing(base, mine, outcome.index))
+
+
+def unmatched_captions(done: "Recaptioned") -> list[str]:
+    """What became of samples without a new caption, and of captions without a sample."""
+    lines = []
+    if done.samples_without:
+        lines.append(
+            f"{count(done.samples_without, 'sample')} of {done.samples} without a caption of that "
+            f"name keep their own: {named(done.without)}"
+        )
+    if done.unused:
+        lines.append(
+            f"{count(len(done.unused), 'file')} with captions that fit no sample in the shards: "
+            f"{named(done.unused)}"
+        )
+    if done.rejected:
+        lines.append(f"{len(done.rejected)} rejected of the list:")
+        lines += _reasons(done.rejected)
+    return lines

@@ -20,10 +20,10 @@ from rich.console import Console
 from preprocess.cache.index import entries_digest
 from preprocess.cache.remove import require_shards
 from preprocess.cache.writer import LOCK, SHARD_NAME
-from preprocess.encode import report
 from preprocess.verify.findings import Finding, Severity
 from preprocess.verify.sample_check import Expected, Problem
 from preprocess.verify.shard_check import Row, ShardReport, check_shard
+from shared.cli.console import byte_bar, count
 from shared.errors import UserError, first_line
 from shared.format.cache import (
     INDEX,
@@ -95,7 +95,7 @@ def verify(folder: Path, console: Console) -> Verified:
             locks.enter_context(_nobody_compacts(path))
         checks = [_Folder(folder, path) for path in folders]
         total = sum(check.bytes for check in checks)
-        with report.byte_bar(console, "reading shards", total) as advance:
+        with byte_bar(console, "reading shards", total) as advance:
             for check in checks:
                 check.run(advance)
                 outcome.shards += len(check.sidecars)
@@ -277,7 +277,7 @@ class _Folder:
             self._add(
                 "sidecar-missing",
                 leftovers[0],
-                f"{report.count(len(leftovers), 'file')} that a run did not finish",
+                f"{count(len(leftovers), 'file')} that a run did not finish",
                 "none",
                 "nothing: the next run removes them",
                 severity="note",
@@ -415,7 +415,7 @@ class _Folder:
             lost = self._lost(sidecar, found.damage.offset)
             key = lost[0] if lost else found.last_key
             code = "tar-truncated" if found.damage.truncated else "tar-damaged"
-            behind = f"; {report.count(len(lost), 'sample')} from there on" if lost else ""
+            behind = f"; {count(len(lost), 'sample')} from there on" if lost else ""
             problem = Problem(code, f"{found.damage}{behind}", "a whole tar")
             self._add_problem(sidecar, key, problem, whole=False)
         readable = found.sound and found.damage is None
@@ -568,7 +568,7 @@ def _beside(base: _Folder, overlay: _Folder) -> list[Finding]:
             overlay._add(
                 "overlay-orphans",
                 INDEX,
-                f"{report.count(orphans, 'sample')} that the cache does not have",
+                f"{count(orphans, 'sample')} that the cache does not have",
                 "none",
                 f"wanprep compact --shards {quoted(base.folder)}",
                 severity="note",

@@ -15,15 +15,15 @@ import numpy.typing as npt
 from PIL import Image
 from rich.console import Console
 
-from preprocess.encode import report
+from preprocess.dataset.clips import clip_of, same_content
 from preprocess.encode.fingerprint import encoder_fields
 from preprocess.frames.media_info import ANIMATIONS, MediaError
 from preprocess.media.decode import digest, fitted_frames
 from preprocess.media.tars import base_folder, medium_named
 from preprocess.media.worker_pool import WorkerPool, default_workers
-from preprocess.overlays.conditions import clip_of, same_content
 from preprocess.verify.findings import Finding
 from preprocess.verify.shown import other_frames, shown_by_ffmpeg
+from shared.cli.console import bar
 from shared.device import check_device
 from shared.errors import UserError
 from shared.format.cache import MEDIA_TYPES, CacheIndex, MemberReader, open_cache
@@ -105,7 +105,7 @@ def decode_samples(config: DecodeConfig, console: Console) -> list[Decoded]:
     )
     config.output.mkdir(parents=True, exist_ok=True)
     with (
-        report.bar(console, "decoding samples", len(rows)) as advance,
+        bar(console, "decoding samples", len(rows)) as advance,
         WorkerPool(default_workers(), timeout=config.decode_timeout) as pool,
     ):
         done = []

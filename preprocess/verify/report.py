@@ -4,10 +4,10 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from preprocess.encode.report import count
 from preprocess.verify.cache_check import Verified
 from preprocess.verify.decode_samples import Decoded
 from preprocess.verify.findings import Finding
+from shared.cli.console import count
 from shared.io.names import on_one_line
 
 

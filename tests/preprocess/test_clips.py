@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from preprocess.dataset.clips import Clip, ClipRule, choose_clips, fit
+from preprocess.dataset.clips import Clip, ClipRule, choose_clips
 from preprocess.frames.media_info import MediaError, Probe
+from preprocess.media.decode import fit
 from shared.format.buckets import Bucket
 
 RULE = ClipRule(

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from preprocess.dataset.clips import fit
+from preprocess.media.decode import fit
 from preprocess.media.reader import read_frames
 from shared.format.buckets import Bucket
 from shared.format.cache import CacheIndex, Sidecar, committed_shards

@@ -141,8 +141,8 @@ def test_latents_are_causal(mode: str, data: Path, request: pytest.FixtureReques
     """A shorter clip from the same start is a slice of the longer one's latents: what lets
     training cut in time for free, and what makes ti2v's condition a latent frame.
     """
-    from preprocess.dataset.clips import fit
     from preprocess.encode.encoders import LatentEncoder
+    from preprocess.media.decode import fit
     from preprocess.media.reader import read_frames
     from shared.format.buckets import Bucket
     from shared.models.spec import read_model_spec

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from preprocess.dataset.clips import fit
 from preprocess.encode.encoders import LatentEncoder
+from preprocess.media.decode import fit
 from preprocess.media.reader import read_frames
 from shared.format.buckets import Bucket
 from shared.format.cache import MemberReader, open_cache

@@ -1,0 +1,37 @@
+"""What a cache holds, in lines for a terminal."""
+
+from pathlib import Path
+
+import numpy as np
+
+from shared.cli.console import count
+from shared.format.cache import CacheIndex
+from shared.format.latent_rgb import R2_FLOOR
+from shared.format.schema import MEDIA_TYPES
+
+
+def contents(folder: Path, index: CacheIndex) -> str:
+    """What a cache holds, bucket by bucket."""
+    lines = [f"{folder}: {count(len(index), 'sample')} in {count(len(index.shards), 'shard')}"]
+    samples = np.bincount(index.bucket_ids, minlength=len(index.buckets))
+    text = index.bucket_ids[index.types == MEDIA_TYPES.index("text")]
+    alone = np.bincount(text, minlength=len(index.buckets))
+    for bucket, number, captions in zip(index.buckets, samples, alone, strict=True):
+        length = "image" if bucket.frames == 1 else f"{bucket.frames} frames"
+        which = f" ({captions} of them captions alone)" if captions else ""
+        lines.append(f"  {bucket.width}x{bucket.height}, {length}: {number}{which}")
+    return "\n".join(lines)
+
+
+def preview(index: CacheIndex) -> str | None:
+    """The line about the latent → RGB map; None where its quality could not be measured."""
+    rgb = index.latent_rgb
+    if rgb is None or rgb.r2 is None:
+        return None
+    line = (
+        f"preview  latent → RGB map fitted to {count(rgb.samples, 'sample')}, "
+        f"R² {rgb.r2:.2f} on {rgb.held_out} held out"
+    )
+    if rgb.r2 < R2_FLOOR:
+        line += f"; below {R2_FLOOR}, so previews without a VAE mislead"
+    return line
