@@ -1,1 +1,0 @@
-"""Stage one: media and captions become shards (`wanprep`)."""

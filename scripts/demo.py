@@ -28,8 +28,8 @@ sys.path.insert(0, str(HERE))  # imported by the tests as well as run
 
 from demo_page import Column, page, read_curves  # noqa: E402
 
-from shared import __version__  # noqa: E402
 from shared.io.mp4 import Clip  # noqa: E402
+from shared.version import VERSION  # noqa: E402
 from train.sampling.contact_sheet import contact_sheet  # noqa: E402
 
 CAPTIONS = [
@@ -169,7 +169,7 @@ def main() -> int:
         "seed": seed,
         "generator updates of each expert": str(arguments.steps),
         "recipe": shlex.join(RECIPE),
-        "made with": f"wandistill {__version__}, torch {torch.__version__}, on the CPU",
+        "made with": f"wandistill {VERSION}, torch {torch.__version__}, on the CPU",
     }
     index.write_text(page(CAPTIONS, columns, curves, COMMANDS, facts), encoding="utf-8")
 

@@ -1,7 +1,7 @@
 """The settings of one encode run, checked once at the edge."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,9 @@ from preprocess.encode.ranks import Rank, this_rank
 from shared.device import default_device
 from shared.errors import UserError
 from shared.io.mirror import mirror_of
+from shared.models.spec import Mode, ModelSpec
+
+_MODES: dict[str, Mode] = {"normal": "t2v", "i2v": "i2v", "ti2v": "ti2v"}
 
 StoredDtype = Literal["bf16", "fp32"]
 TrainMode = Literal["normal", "i2v", "ti2v"]
@@ -242,4 +245,26 @@ def config_of(
         workers=default_workers(rank.local_world) if num_workers is None else num_workers,
         rank=rank,
         **same,
+    )
+
+
+def in_train_mode(
+    spec: ModelSpec, train_mode: Literal["normal", "i2v", "ti2v"] | None
+) -> ModelSpec:
+    """The model as it is to be encoded for; None: as it is.
+
+    `normal` makes text-to-video of an i2v model: no conditions are encoded. Raises UserError for a
+    mode that the model does not have.
+    """
+    if train_mode is None or _MODES[train_mode] == spec.mode:
+        return spec
+    if (train_mode, spec.mode) == ("normal", "i2v"):
+        return replace(spec, mode="t2v", image_dim=None)
+    if (train_mode, spec.mode) == ("normal", "ti2v"):  # its shards hold nothing but what t2v needs
+        return spec
+    own = next(name for name, mode in _MODES.items() if mode == spec.mode)
+    raise UserError(
+        f"--train-mode: {train_mode}, but {spec.folder} is a model for {spec.mode}; expected "
+        f"{own}. Leave the option out, or choose another model with "
+        "--pretrained-model-name-or-path (or MODEL_NAME)."
     )

@@ -30,7 +30,7 @@ from preprocess.dataset.entries import Dataset, Rejected, load_dataset
 from preprocess.dataset.rejected import rejected_file, rejections, write_rejected
 from preprocess.dataset.toml_config import load_dataset_config
 from preprocess.encode import report
-from preprocess.encode.config import EncodeConfig
+from preprocess.encode.config import EncodeConfig, in_train_mode
 from preprocess.encode.engine import COMPONENTS, Elsewhere, Engine, LocalEngine
 from preprocess.encode.fingerprint import encode_fingerprint, settings_for_cache
 from preprocess.encode.old_samples import superseded
@@ -42,7 +42,6 @@ from preprocess.encode.passes import (
     texts_from_cache,
 )
 from preprocess.encode.speed import remember_speed
-from preprocess.encode.train_mode import in_train_mode
 from preprocess.encode.validation_prompts import (
     ValidationPrompt,
     missing_validation,

@@ -1,5 +1,6 @@
 """What both command lines do alike: underscores for dashes, one message for a user's error."""
 
+import logging
 import sys
 import textwrap
 from collections.abc import Callable
@@ -57,11 +58,26 @@ def _indented(text: str) -> str:
 
 def run(app: Callable[[], Any]) -> None:
     """Run a typer app; print a UserError as one message on stderr and exit with code 1."""
+    _quiet_libraries()
     try:
         app()
     except UserError as error:
         typer.secho(f"error: {on_lines(shown(str(error)))}", fg="red", err=True)
         sys.exit(1)
+
+
+def _quiet_libraries() -> None:
+    """Leave out what libraries say between our lines, some of them on stdout, where our JSON is.
+
+    accelerate imports DeepSpeed wherever it is installed, and that tells which accelerator it
+    found. peft imports bitsandbytes, which warns of a matmul for CPUs that nothing here uses.
+    """
+    logging.getLogger("DeepSpeed").addFilter(_is_error)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def new_app(help_text: str, examples: str) -> typer.Typer:

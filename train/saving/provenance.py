@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from shared import __version__
 from shared.errors import UserError, first_line
 from shared.models.spec import Mode
+from shared.version import VERSION
 from train.functional.schedule import Expert, Schedule
 from train.methods.base import Method
 from train.methods.dmd import Pairing
@@ -57,7 +57,7 @@ class Provenance:
     """Of the LoRA itself; of `distill` a critic's come on top."""
     recipe: dict[str, Any]
     """The other settings of the run, for people."""
-    version: str = __version__
+    version: str = VERSION
 
     @property
     def schedule(self) -> Schedule:
