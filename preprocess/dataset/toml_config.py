@@ -21,8 +21,9 @@ from preprocess.dataset.sizes import LARGEST_SIZE, SMALLEST_SIZE
 from preprocess.media.remote import media_folder, metadata_file
 from preprocess.media.tars import base_folder, is_tars
 from shared.errors import UserError
-from shared.io.mirror import followed, is_url
+from shared.io.mirror import followed
 from shared.io.names import exists, in_home_folder, is_folder
+from shared.io.object_store import is_url
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -18,18 +18,8 @@ from preprocess.frames.media_info import MediaError
 from shared.errors import UserError
 from shared.io.durable import write_bytes
 from shared.io.hashing import cache_folder
-from shared.io.mirror import (
-    explained,
-    filesystem,
-    flock,
-    follow,
-    followed,
-    is_local,
-    is_url,
-    last_listing,
-    signature_of,
-    why,
-)
+from shared.io.mirror import flock, follow, followed, last_listing
+from shared.io.object_store import explained, filesystem, is_local, is_url, signature_of, why
 
 _BLOCK_BYTES = 1 << 23
 _AT_ONCE = 16  # small files that are asked for together

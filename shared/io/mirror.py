@@ -10,7 +10,6 @@ what holds for a killed run there holds here.
 The store is what counts: `Mirror.pull` makes the folder like it.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -23,9 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-from shared.errors import UserError, first_line
+from shared.errors import UserError
 from shared.io.durable import (
     TEMPORARY_SUFFIX,
     fault_point,
@@ -34,11 +33,15 @@ from shared.io.durable import (
     write_bytes,
 )
 from shared.io.hashing import cache_folder, sha256_of
-
-Result = TypeVar("Result")
-
-_URL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://")
-_LOCAL = ("file", "local")
+from shared.io.object_store import (
+    explained,
+    filesystem,
+    is_local,
+    is_url,
+    patiently,
+    shard_cache,
+    signature_of,
+)
 
 # What of a cache lies in the store; nothing else below the URL is looked at.
 _FOLDER = r"(?:captions/[A-Za-z0-9_][A-Za-z0-9._-]*/|conditions/)?"
@@ -50,106 +53,12 @@ ROWS_SUFFIX = ".rows.safetensors"
 """Beside a tar in the store: its rows of the index, so that an index needs no tar."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_SIGNATURES = ("ETag", "etag", "md5Hash", "content_settings", "mtime", "LastModified", "created")
 _THREADS = 16
-_WAITS = (1, 2, 4, 8, 16, 32)  # seconds between the attempts at one object
 
 _ABANDONED_SECONDS = 24 * 3600
 
 DEFAULT_SHARD_CACHE_GB = 100
 _limit_bytes = DEFAULT_SHARD_CACHE_GB * 10**9
-
-
-def is_url(text: str) -> bool:
-    """Whether it names a place that `fsspec` knows rather than a folder."""
-    return _URL.match(text) is not None
-
-
-def filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL, and the path in it.
-
-    Raises UserError where the package for the protocol is missing or the protocol is unknown.
-    """
-    import fsspec
-    from fsspec.registry import known_implementations
-
-    found = _URL.match(url)
-    assert found is not None, url
-    protocol = found["protocol"].lower()
-    try:
-        options = {"use_listings_cache": False} if protocol == "s3" else {}
-        return fsspec.core.url_to_fs(url, **options)
-    except ImportError as error:
-        hint = known_implementations.get(protocol, {}).get("err") or str(error)
-        install = 'pip install "wandistill[s3]"' if protocol in ("s3", "s3a") else hint
-        raise UserError(f"{url}: {protocol}:// needs a package: {install}") from error
-    except ValueError as error:
-        raise UserError(
-            f"{url}: {first_line(error)}. Expected a folder or a URL that fsspec knows, e.g. "
-            "s3://bucket/shards"
-        ) from error
-
-
-@contextmanager
-def explained(url: str) -> Iterator[None]:
-    """Turn what a store answers into a UserError that says what can be done."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # each store has exceptions of its own
-        raise UserError(f"{url}: {why(error)}") from error
-
-
-def why(error: BaseException) -> str:
-    """What a store's error means, and what can be done about it."""
-    kind = type(error).__name__
-    if isinstance(error, FileNotFoundError):
-        return "there is no such bucket or object. Make the bucket, or correct the URL."
-    if _is_full(error):
-        return f"there is no room for it here, in {shard_cache()}. Make room there."
-    if isinstance(error, PermissionError):
-        return (
-            "access is denied. Give this process credentials that may list, read and write there, "
-            "as fsspec and the store's own tools take them (environment, ~/.aws, ~/.config/fsspec)."
-        )
-    if "Credentials" in kind:
-        return (
-            f"no credentials ({first_line(error)}). Set them as the store's own tools take them "
-            "(for S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws)."
-        )
-    return (
-        f"the store does not answer as expected ({first_line(error)}). Is its address right "
-        "(for S3: AWS_ENDPOINT_URL), and is it up?"
-    )
-
-
-def _for_good(error: BaseException) -> bool:
-    """Whether trying again is of no use."""
-    return (
-        isinstance(error, (FileNotFoundError, PermissionError, UserError))
-        or "Credentials" in type(error).__name__
-        or _is_full(error)
-    )
-
-
-def _is_full(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def _patiently(what: str, attempt: Callable[[], Result]) -> Result:
-    """Its result; a store that is not there for a minute does not end a long run.
-
-    Raises OSError, as a disk would.
-    """
-    for wait in (*_WAITS, None):
-        try:
-            return attempt()
-        except Exception as error:
-            if wait is None or _for_good(error):
-                raise OSError(errno.EIO, f"{what}: {why(error)}") from error
-            time.sleep(wait)
-    raise AssertionError
 
 
 @contextmanager
@@ -300,7 +209,7 @@ class Mirror:
     def fetch_shard(self, name: str, target: Path) -> None:
         """The whole tar `name` as the file `target`. Raises UserError where it can't be had."""
         with _readable():
-            _patiently(
+            patiently(
                 f"{self.url}/{name}", lambda: self._fs.get_file(self._path(name), os.fspath(target))
             )
 
@@ -308,7 +217,7 @@ class Mirror:
         """Some bytes of a tar, straight from the store. Raises UserError where it can't."""
         name = self._name(path)
         with _readable():
-            data: bytes = _patiently(
+            data: bytes = patiently(
                 f"{self.url}/{name}",
                 lambda: self._fs.cat_file(self._path(name), start=offset, end=offset + length),
             )
@@ -335,7 +244,7 @@ class Mirror:
 
     def _put_file(self, written: Path, name: str) -> None:
         fault_point("upload", self.folder / name)
-        _patiently(
+        patiently(
             f"{self.url}/{name}", lambda: self._fs.put_file(os.fspath(written), self._path(name))
         )
         if _COUNTED.fullmatch(name):
@@ -349,10 +258,10 @@ class Mirror:
             self._put_file(path, f"{name}/{path.relative_to(written).as_posix()}")
         self._fs.invalidate_cache()
         there = {path.relative_to(written).as_posix() for path in files}
-        before = _patiently(self.url, lambda: self._fs.find(self._path(name)))
+        before = patiently(self.url, lambda: self._fs.find(self._path(name)))
         for path in before:
             if path.removeprefix(self._path(name) + "/") not in there:
-                _patiently(self.url, lambda path=path: self._remove(path))  # type: ignore[misc]
+                patiently(self.url, lambda path=path: self._remove(path))  # type: ignore[misc]
 
     def removed(self, path: Path) -> None:
         """Remove an object, if it is there. Raises OSError."""
@@ -360,7 +269,7 @@ class Mirror:
         if self._mirrored(name) or _WRITTEN_ONLY.fullmatch(name):
             fault_point("remove", path)
             for gone in [name, *self._rows_of(path)]:
-                _patiently(f"{self.url}/{gone}", lambda gone=gone: self._remove(self._path(gone)))  # type: ignore[misc]
+                patiently(f"{self.url}/{gone}", lambda gone=gone: self._remove(self._path(gone)))  # type: ignore[misc]
                 self._own.discard(gone)
 
     def _rows_of(self, path: Path) -> list[str]:
@@ -387,12 +296,6 @@ def last_listing(state: Path) -> dict[str, str]:
         if isinstance(found, dict):
             return found
     return {}
-
-
-def signature_of(info: Mapping[str, Any]) -> str:
-    """Changes when the object does, as far as the store tells."""
-    told = [str(info[key]) for key in _SIGNATURES if info.get(key) is not None]
-    return "|".join([str(info.get("size")), *told])
 
 
 # Mirrors of this process.
@@ -437,12 +340,6 @@ def local_folder(location: str | Path, *, writer: int | None) -> Path:
         _mirrors[mirror.folder] = mirror
         replicate(mirror.folder, mirror)
     return follow(mirror)
-
-
-def is_local(url: str) -> Path | None:
-    """The path that a file:// URL names; None for any other."""
-    protocol, _, path = url.partition("://")
-    return Path(path) if protocol.lower() in _LOCAL else None
 
 
 def follow(thing: Followed) -> Path:
@@ -507,11 +404,6 @@ def limit_shard_cache(gigabytes: float) -> None:
     if not gigabytes >= 0:
         raise UserError(f"--shard-cache-gb: found {gigabytes:g}, expected 0 or more.")
     _limit_bytes = int(gigabytes * 10**9)
-
-
-def shard_cache() -> Path:
-    """Where whole shards of stores lie."""
-    return cache_folder() / "shards"
 
 
 def _keep(tar: Path, sha256: str) -> None:

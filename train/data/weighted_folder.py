@@ -8,8 +8,9 @@ from pathlib import Path
 import typer
 
 from shared.errors import UserError
-from shared.io.mirror import is_url, shards_to_read
+from shared.io.mirror import shards_to_read
 from shared.io.names import exists
+from shared.io.object_store import is_url
 
 MOST_WEIGHT, FINEST_WEIGHT = 1000, 1000
 _WEIGHTED = re.compile(r"(?P<folder>.+)@(?P<weight>[0-9.]+(?:/[0-9]+)?)", re.DOTALL)
