@@ -21,10 +21,11 @@ test: $(INSTALLED)  ## all tests but the long ones
 test-long: $(INSTALLED)  ## the long tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(LONG_JOBS) --dist loadfile -m long
 
-lint: $(INSTALLED)  ## ruff and mypy
+lint: $(INSTALLED)  ## ruff, mypy and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 # torch first and exactly as pinned: an open range would pull gigabytes of CUDA packages.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -2,7 +2,7 @@
 
 It took frames by seeking (decord's `video[index]`), which in many files lands elsewhere. Its caches
 stay in use; a file of which it read other pictures, or may have, gets other keys under today's rule
-(`FRAME_RULE` in `preprocess.dataset.clips`), so that its samples are encoded again and no others.
+(`FRAME_RULE` in `shared.format.fingerprint`), so that its samples are encoded again and no others.
 The test of `misread` is that decord and sequential decoding differ in no file that it passes
 (`tests/field/`).
 """

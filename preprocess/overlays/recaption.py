@@ -333,7 +333,8 @@ def _leftover(
 ) -> list[str]:
     """Keys of samples that the overlay has a caption for and the dataset has not.
 
-    As in `removal.unlisted`, a file whose entry cannot be used today was not taken out.
+    As in `preprocess.cache.remove.unlisted`, a file whose entry cannot be used today was not taken
+    out.
     """
     committed = _captions(there)
     rows = [row for row in range(len(base)) if row not in wanted and base.key(row) in committed]
