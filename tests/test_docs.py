@@ -1,0 +1,29 @@
+"""What the documentation points at is there."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    *ROOT.glob("*.md"),
+    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / folder / "README.md" for folder in ("benchmarks", "shards")),
+]
+SOURCE = re.compile(r"(?<![\w/])(?:preprocess|train|shared|tests|scripts|benchmarks)/[\w./-]*\w")
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+NOT_OURS = ("benchmarks/work", "scripts/wan2.2/")  # made by a command; of VideoX-Fun
+
+
+def test_files_and_links_exist() -> None:
+    named = 0
+    for page in PAGES:
+        text = page.read_text()
+        for found in SOURCE.findall(text):
+            if found.startswith(NOT_OURS):
+                continue
+            named += 1
+            assert (ROOT / found.split("::")[0]).exists(), f"{page.name}: {found}"
+        for link in LINK.findall(text):
+            named += 1
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+    assert named > 150
