@@ -1,6 +1,6 @@
 """Each training flag of the seed document, by whole runs: changing it changes what it should.
 
-What a flag of stage one changes is in tests/preprocess/test_media_flags.py.
+What a flag of stage one changes is in tests/preprocess/dataset/test_media_flags.py.
 """
 
 import re

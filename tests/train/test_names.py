@@ -14,7 +14,7 @@ from preprocess.cli.app import app as wanprep
 from shared.cli.support import run
 from shared.format.cache import CacheIndex, MemberReader, open_cache
 from shared.format.schema import Sample, SampleInfo, sample_key
-from tests.train.test_finetune import SMALL
+from tests.train.methods.test_finetune import SMALL
 from train.cli.app import app
 from train.data.filters import condition, select
 from train.data.weighted_folder import WeightedFolder, weighted_folder

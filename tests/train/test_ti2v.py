@@ -13,10 +13,10 @@ from safetensors import safe_open
 from shared.format.cache import MEDIA_TYPES, open_cache
 from shared.models.spec import read_model_spec
 from tests.train.conftest import encode
-from tests.train.test_data import _dataset
+from tests.train.data.test_batches import _dataset
+from tests.train.methods.test_dmd_float64 import _compare_lora_gradients, _merged
+from tests.train.model.test_roles import NEGATIVE, build_recipe, build_roles
 from tests.train.test_distill import distill, final_bytes
-from tests.train.test_dmd_float64 import _compare_lora_gradients, _merged
-from tests.train.test_roles import NEGATIVE, build_recipe, build_roles
 from train.cli.app import app as wantrain
 from train.data.batches import Batch
 from train.functional.losses import dmd_gradient, dmd_loss, flow_matching_loss

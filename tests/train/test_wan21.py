@@ -8,8 +8,8 @@ from PIL import Image
 
 from tests.models import tiny_model
 from tests.train.conftest import encode
+from tests.train.sampling.test_sample import frames, sample
 from tests.train.test_distill import distill, final_bytes, losses
-from tests.train.test_sample import frames, sample
 from train.saving.provenance import read_provenance
 
 

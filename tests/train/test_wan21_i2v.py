@@ -15,10 +15,10 @@ from shared.errors import UserError
 from shared.format.cache import open_cache
 from tests.models import IMAGE_DIM
 from tests.train.conftest import encode
-from tests.train.test_data import _dataset, _plain
+from tests.train.data.test_batches import _dataset, _plain
+from tests.train.methods.test_dmd_float64 import UPDATE
+from tests.train.model.test_roles import NEGATIVE, build_batch, build_recipe, build_roles
 from tests.train.test_distill import distill, final_bytes
-from tests.train.test_dmd_float64 import UPDATE
-from tests.train.test_roles import NEGATIVE, build_batch, build_recipe, build_roles
 from train.cli.app import app as wantrain
 from train.methods.dmd import generator_step
 
