@@ -70,8 +70,10 @@ def options(program: str) -> dict[str, Any]:
     """Every option of every command, the hidden ones too: names, type, default, variable."""
 
     def facts(option: TyperOption) -> dict[str, Any]:
+        annotation = option.type_descriptor.annotation
         return {
-            "type": str(option.type_descriptor.annotation),
+            # Without the module of a type of ours: types may move.
+            "type": re.sub(r"\b(train|preprocess)\.[a-z_.]+\.", "", str(annotation)),
             "least": option.min,
             "most": option.max,
             "default": str(option.default),
