@@ -1,5 +1,4 @@
-"""Plain flow matching as an objective: one LoRA that learns the cached clips; and how such a run
-is prepared."""
+"""Plain flow matching as an objective: one LoRA that learns the cached clips."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
