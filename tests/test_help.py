@@ -231,6 +231,12 @@ def test_help_imports_nothing_heavy() -> None:
     assert ran.stdout.strip() == "[]", ran.stderr
 
 
+def test_options_of_encode_are_checked_before_torch_is_loaded() -> None:
+    program = "import sys, preprocess.encode.config; print({'torch', 'zarr'} & set(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert ran.stdout.strip() == "set()", ran.stderr
+
+
 @pytest.mark.long
 def test_the_toy_examples_run_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

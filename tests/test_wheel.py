@@ -11,6 +11,11 @@ from pathlib import Path
 
 import pytest
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).parents[1]
 MEDIA = ROOT / "tests" / "old_caches" / "d0f92fe" / "media"
 BUILT_OF = ("pyproject.toml", "README.md", "LICENSE", "wandistill_cli.py")
@@ -50,6 +55,11 @@ def pip(*words: str | Path) -> None:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, words)]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_building_needs_nothing_but_setuptools() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["build-system"]["requires"] == ["setuptools>=77"]
 
 
 def test_all_files_of_the_packages_are_in_the_wheel(wheel: Path) -> None:

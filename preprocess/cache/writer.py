@@ -19,7 +19,7 @@ import webdataset
 
 from shared.errors import UserError
 from shared.format.buckets import Bucket
-from shared.format.cache import TOMBSTONES, Sidecar, Tombstones, age
+from shared.format.cache import SHARD_NAME, TOMBSTONES, Sidecar, Tombstones, age
 from shared.format.fingerprint import Fingerprint
 from shared.format.latent_rgb import ColourFit, ColourSums
 from shared.format.prompts import Prompt
@@ -36,11 +36,6 @@ from shared.io.durable import (
 )
 from shared.io.mirror import mirror_of
 
-# h480-w832-f81-w000-00012.tar: bucket, writer, number. The number is higher than all that were
-# there when the writer began, so it tells which of two shards that hold the same key is newer.
-SHARD_NAME = re.compile(
-    r"(?:h\d+-w\d+-f\d+|prompts|tombstones)-w(?P<writer>\d{3})-(?P<number>\d{5,})\.tar"
-)
 LOCK = ".lock"
 MOST_WRITERS = 1000
 """w000 … w999."""

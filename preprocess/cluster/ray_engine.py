@@ -1,8 +1,8 @@
 """`wanprep encode --engine ray`: the two passes of `encode` on the nodes of a Ray cluster.
 
-The driver decides what is to be done and derives the index; actors (`actors`) hold the
-encoders, and everything big goes from them into the output folder, which all nodes share. All text
-actors are gone before the first media actor comes.
+The driver decides what is to be done and derives the index; actors (`actors`) hold the encoders,
+and everything big goes from them into the output folder, which all nodes share. All text actors are
+gone before the first media actor comes.
 """
 
 import uuid

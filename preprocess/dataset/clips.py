@@ -1,11 +1,11 @@
-"""What is cut out of a medium: which frames, which bucket, and the pixels. No I/O.
+"""What is cut out of a medium: which frames, and which bucket. No I/O.
 
 The rule of the design brief, sections 2 and 3: frames at a stride or a frame rate, 4n+1 of them,
 from a start drawn from the seed and the file's content; resized to cover its bucket (bilinear,
 antialiased, in uint8) and centre-cropped.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,11 +20,6 @@ from preprocess.dataset.sizes import (
 from preprocess.frames.media_info import MediaError, Probe
 from preprocess.frames.picks import Picks, picks_of
 from shared.format.buckets import BASE_SIZE, Bucket, nearest_base, scaled_size
-from shared.format.cache import CacheIndex
-from shared.format.schema import sample_key
-
-# A key is a digest of content and a small number, of which only the digest can be had again.
-MOST_CAPTIONS = 1000
 
 RESIZE_RULE = "cover, PIL bilinear (antialiased, uint8), centre crop"
 
@@ -182,22 +177,3 @@ def _windows(picks: Picks, asked: int, draws: Draws, rule: ClipRule) -> Iterator
             gaps = rule.clips_per_video - 1
             start = (places - 1) * number // gaps if gaps else (places - 1) // 2
         yield tuple(picks.at(number, start) for number in range(frames))
-
-
-def clip_of(index: CacheIndex, row: int, info: Mapping[str, Any]) -> Clip:
-    """The clip that a sample was made of, by its `KEY.json`."""
-    return Clip(
-        bucket=index.buckets[int(index.bucket_ids[row])],
-        frame_indices=tuple(info["frame_indices"]),
-        frame_rule=int(info.get("frame_rule", 1)),
-    )
-
-
-def same_content(keys: set[str], clip: Clip, sha256: str) -> bool:
-    """Whether all `keys` are of this clip of the file with this digest."""
-    transform = clip.transform()
-    for ordinal in range(MOST_CAPTIONS):
-        keys = keys - {sample_key(sha256, transform, ordinal)}
-        if not keys:
-            return True
-    return False

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from preprocess.dataset.entries import Rejected
-from shared.cli.console import _NAMED
+from shared.cli.console import MOST_NAMED
 from shared.io.durable import remove, write_bytes
 from shared.io.names import on_one_line
 
@@ -28,13 +28,13 @@ def write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:
 def _reasons(rejected: Sequence[Rejected]) -> list[str]:
     return [
         "  " + on_one_line(f"{item.source}: " + item.reason.replace("\n", " "))
-        for item in rejected[:_NAMED]
+        for item in rejected[:MOST_NAMED]
     ]
 
 
 def rejections(rejected: Sequence[Rejected], listed_in: Path) -> str:
     """The first few rejected samples with their reasons, and where all of them are listed."""
     lines = _reasons(rejected)
-    if len(rejected) > _NAMED:
-        lines.append(f"  ... {len(rejected) - _NAMED} more")
+    if len(rejected) > MOST_NAMED:
+        lines.append(f"  ... {len(rejected) - MOST_NAMED} more")
     return "\n".join([f"{len(rejected)} rejected, listed in {listed_in}:", *lines])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from preprocess.dataset.clips import clip_of, same_content
+from preprocess.dataset.recorded_clips import clip_of, same_content
 from preprocess.frames.first_rule import wrong_sample
 from preprocess.frames.media_info import Kind, MediaError, Probe
 from preprocess.media.decode import look

@@ -91,6 +91,7 @@ def encode(config: EncodeConfig, console: Console, elsewhere: Elsewhere | None =
     The encoders run in this process, or `elsewhere`.
     Raises UserError for what the user can mend; rejected samples and signals are in the outcome.
     """
+    assert (elsewhere is not None) == (config.engine == "ray")
     outcome = Outcome()
     if elsewhere is not None:
         config = replace(config, device=elsewhere.device)

@@ -15,11 +15,11 @@ from pathlib import Path, PurePosixPath
 from braceexpand import braceexpand
 from webdataset.tariterators import base_plus_ext
 
-from preprocess.cache.writer import SHARD_NAME
 from preprocess.frames.media_info import MediaError
 from preprocess.media.remote import in_home, remote_named
 from preprocess.media.sources import Medium, TarMember
 from shared.errors import UserError
+from shared.format.cache import SHARD_NAME
 from shared.io.names import exists, for_glob, has_wildcard, is_folder
 
 SUFFIX = ".tar"

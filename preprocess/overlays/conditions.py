@@ -16,8 +16,9 @@ from rich.console import Console
 
 from preprocess.cache.index import settled_index
 from preprocess.cache.writer import ShardWriter
-from preprocess.dataset.clips import Clip, clip_of, same_content
+from preprocess.dataset.clips import Clip
 from preprocess.dataset.entries import Rejected
+from preprocess.dataset.recorded_clips import clip_of, same_content
 from preprocess.dataset.rejected import rejected_file, write_rejected
 from preprocess.encode.fingerprint import encoder_fields, refuse_absent
 from preprocess.encode.ranks import Rank

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from preprocess.cache.index import entries_digest
 from preprocess.cache.remove import require_shards
-from preprocess.cache.writer import LOCK, SHARD_NAME
+from preprocess.cache.writer import LOCK
 from preprocess.verify.findings import Finding, Severity
 from preprocess.verify.sample_check import Expected, Problem
 from preprocess.verify.shard_check import Row, ShardReport, check_shard
@@ -29,6 +29,7 @@ from shared.format.cache import (
     INDEX,
     MANIFEST,
     MOST_MANIFEST,
+    SHARD_NAME,
     TOMBSTONES,
     CacheIndex,
     Sidecar,

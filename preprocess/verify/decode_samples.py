@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 from rich.console import Console
 
-from preprocess.dataset.clips import clip_of, same_content
+from preprocess.dataset.recorded_clips import clip_of, same_content
 from preprocess.encode.fingerprint import encoder_fields
 from preprocess.frames.media_info import ANIMATIONS, MediaError
 from preprocess.media.decode import digest, fitted_frames

@@ -8,12 +8,10 @@ from preprocess.encode.old_samples import OldSample, looked_at, rows_of_first_ru
 from preprocess.media.tars import base_folder, medium_named
 from preprocess.media.worker_pool import WorkerPool, default_workers
 from preprocess.verify.findings import Finding
-from shared.cli.console import bar, count
+from shared.cli.console import MOST_NAMED, bar, count
 from shared.errors import UserError
 from shared.format.cache import committed_shards, open_cache
 from shared.io.names import quoted
-
-_NAMED = 3  # of a long list, so many are named
 
 
 def findings(folder: Path, data_dir: Path, console: Console, *, timeout: float) -> list[Finding]:
@@ -60,7 +58,7 @@ def _wrong(sample: OldSample, folder: Path) -> Finding:
 
 def _unseen(samples: list[OldSample], data_dir: Path) -> Finding:
     sources = sorted({sample.source for sample in samples})
-    named = ", ".join(sources[:_NAMED]) + (" …" if len(sources) > _NAMED else "")
+    named = ", ".join(sources[:MOST_NAMED]) + (" …" if len(sources) > MOST_NAMED else "")
     return Finding(
         severity="note",
         code="source-missing",

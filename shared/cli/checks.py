@@ -1,4 +1,4 @@
-"""Checks of options that both programs make, and the words in which they say what they expect."""
+"""Checks of options, and the words in which they say what is expected."""
 
 import tempfile
 from pathlib import Path

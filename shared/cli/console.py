@@ -18,7 +18,7 @@ from rich.progress import (
 
 from shared.io.names import on_one_line
 
-_NAMED = 3  # of a long list, so many are named
+MOST_NAMED = 3  # of a long list, so many are named
 
 
 def count(number: int, noun: str) -> str:
@@ -70,5 +70,5 @@ def byte_bar(console: Console, title: str, total: int) -> Iterator[Callable[[int
 
 
 def named(names: Sequence[str]) -> str:
-    more = [f"{len(names) - _NAMED} more"] if len(names) > _NAMED else []
-    return ", ".join([*map(on_one_line, names[:_NAMED]), *more])
+    more = [f"{len(names) - MOST_NAMED} more"] if len(names) > MOST_NAMED else []
+    return ", ".join([*map(on_one_line, names[:MOST_NAMED]), *more])

@@ -28,6 +28,7 @@ class Command(HelpPage):
 
     def invoke(self, ctx: Any) -> Any:
         """Run it; what its options name in an object store is looked at before."""
+        _quiet_libraries()
         pull_mirrors()
         return super().invoke(ctx)
 
@@ -58,7 +59,6 @@ def _indented(text: str) -> str:
 
 def run(app: Callable[[], Any]) -> None:
     """Run a typer app; print a UserError as one message on stderr and exit with code 1."""
-    _quiet_libraries()
     try:
         app()
     except UserError as error:

@@ -48,6 +48,12 @@ from shared.io.mirror import is_remote, open_shard, read_range, reading
 from shared.io.names import quoted
 from shared.models.spec import MAX_TEXT_TOKENS
 
+# h480-w832-f81-w000-00012.tar: bucket, writer, number. The number is higher than all that were
+# there when the writer began, so it tells which of two shards that hold the same key is newer.
+SHARD_NAME = re.compile(
+    r"(?:h\d+-w\d+-f\d+|prompts|tombstones)-w(?P<writer>\d{3})-(?P<number>\d{5,})\.tar"
+)
+
 # h480-w832-f81-w000-00012.tar: bucket, writer, number; tombstones-w000-00013.json counts on.
 _KEY = re.compile(r"[0-9a-f]{32}")
 _SHARD = re.compile(r"(?:h\d+-w\d+-f\d+|(?P<prompts>prompts))-w\d{3,}-\d{5,}\.tar")

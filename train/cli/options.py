@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from train.data.weighted_folder import WeightedFolder, shards_option
+from shared.errors import UserError
+from train.data.weighted_folder import WeightedFolder, weighted_folder
 
 INPUT, OUTPUT, LENGTH, WATCH, LORA, OPTIMIZER, DATA, DEVICE, PROCESSES = (
     "Input",
@@ -21,6 +22,16 @@ INPUT, OUTPUT, LENGTH, WATCH, LORA, OPTIMIZER, DATA, DEVICE, PROCESSES = (
 
 DEFAULT_SHARDS = [WeightedFolder(Path("shards"))]
 ALL_SAMPLES: list[str] = []
+
+
+def shards_option(text: str | WeightedFolder) -> WeightedFolder:
+    """`weighted_folder` for the command line, which shows a ValueError's value alone."""
+    if isinstance(text, WeightedFolder):
+        return text
+    try:
+        return weighted_folder(text)
+    except UserError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def names(text: str) -> tuple[str, ...]:

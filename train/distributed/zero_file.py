@@ -1,6 +1,7 @@
 """DeepSpeed's `zero_optimization`: of the launcher's file or ours, and what is so whatever it says.
 
 The one section of such a file that counts; the rest would change what is computed, see docs/launch.
+Not in `strategies/`: which strategy a launcher wants is read here, too.
 """
 
 import json

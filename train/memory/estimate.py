@@ -4,7 +4,7 @@ Weights, LoRAs and optimizer states are counted, from a transformer on torch's m
 Activations and work are formulas: for N tokens of width D, M of text, and an inner width F of the
 feed-forward layers they are linear in N·D, N·F, M·D. Their factors were measured by counting the
 bytes of all live tensors through whole updates (LoRAs on q, k, v, ffn.0, ffn.2);
-`tests/train/test_memory_estimate.py` measures at other sizes, `benchmarks/plan_peaks.py` at true
+`tests/train/memory/test_estimate.py` measures at other sizes, `benchmarks/plan_peaks.py` at true
 ones. What no tensor shows (CUDA's context, cuDNN's and NCCL's workspaces, fragments) is not in it.
 """
 
