@@ -58,7 +58,7 @@ from toy_students import (
 FEW_STEPS = (1000.0, 750.0, 500.0, 250.0)
 RANK, ALPHA = 32, 32
 # The toy's own recipe: it is small, so it takes large steps on large batches. Score levels
-# are drawn one by one, as when the tables of the README were measured.
+# are drawn one by one, as when the tables of docs/results.md were measured.
 RECIPE = (
     "--mixed-precision no --no-gradient-checkpointing --dataloader-num-workers 0 "
     f"--rank {RANK} --network-alpha {ALPHA} --train-batch-size 32 --learning-rate %s "
