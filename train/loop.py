@@ -16,7 +16,7 @@ from shared.interrupt import Interrupted, Interruption, catch_signals
 from train.data.batches import Batch, MicroBatches, PromptBank, load_prompt_bank
 from train.data.tail_log import TailLog
 from train.distributed.process_group import joined
-from train.methods.step_output import Numbers, together
+from train.methods.step_output import StepNumbers, together
 from train.optim.lr_checks import FirstSteps
 from train.optim.lr_schedule import learning_rate
 from train.run import Run
@@ -111,10 +111,10 @@ def _walk(
             if tails is not None:
                 tails.begin(update)
             role = objective.role_of(update)
-            trained = state.roles[role]
+            trained = state.trained[role]
 
             # Gradients of one update batch
-            steps: list[Numbers] = []
+            steps: list[StepNumbers] = []
             keys: tuple[str, ...] = ()
             for _ in range(config.gradient_accumulation_steps):
                 with watch.waiting():
@@ -230,7 +230,7 @@ def _validate(
     average: AbstractContextManager[None] = nullcontext()
     if run.config.ema_decay:
         averaged = run.ranks.from_first(state.ema.weights if state.ema else {})
-        average = weights_in_place(state.roles[run.objective.product], averaged, run.ranks)
+        average = weights_in_place(state.trained[run.objective.product], averaged, run.ranks)
 
     def stopped() -> bool:
         return alone and signals.signum is not None
@@ -249,7 +249,7 @@ def _validate(
         )
 
 
-def _backward(session: Session, role: str, batch: Batch, negative: torch.Tensor) -> Numbers:
+def _backward(session: Session, role: str, batch: Batch, negative: torch.Tensor) -> StepNumbers:
     """Add one micro-step's gradients; its share of the update's loss, and what else is watched."""
     step = session.run.objective.loss(session.roles, role, batch, negative)
     share = step.loss / session.run.config.gradient_accumulation_steps

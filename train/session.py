@@ -83,7 +83,7 @@ class Session:
         last = run.config.output_dir / checkpoint_name(state.updates, run.cycle)
         if not run.ranks.first_does(last.exists):
             self.say(f"saved    {self.save()}")
-        weights = state.roles[run.objective.product].weights()
+        weights = state.trained[run.objective.product].weights()
         for path in run.ranks.first_does(partial(self._write_loras, weights)):
             self.say(f"LoRA     {path}")
 
@@ -203,9 +203,9 @@ def open_session(run: Run, say: Say) -> Session:
         )
 
     # The state of a run that begins, or of one that goes on
-    state = TrainState(strategy.roles)
+    state = TrainState(strategy.trained)
     weights: Files = {
-        f"{name}_weights.safetensors": role.weights() for name, role in state.roles.items()
+        f"{name}_weights.safetensors": role.weights() for name, role in state.trained.items()
     }
     if config.ema_decay and ranks.first:
         role = objective.product

@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
 from shared.errors import UserError, first_line
 from shared.models import original_weights, weights
 from shared.models.original_layout import is_original
+from shared.models.pixels import latents_to_frames
 from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec, read_json
 
 
@@ -121,6 +122,7 @@ class LatentEncoder:
         """Load `vae` (and CLIP) of a model folder; UserError if they are damaged."""
         vae = weights.load_vae(AutoencoderKLWan, spec.folder, dtype=dtype)
         self._vae = vae.to(device).eval().requires_grad_(False)
+        self._spec = spec
         per_channel = (1, spec.latent_channels, 1, 1, 1)
         self._mean = torch.tensor(spec.latents_mean).view(per_channel).to(device)
         self._inverse_std = 1.0 / torch.tensor(spec.latents_std).view(per_channel).to(device)
@@ -150,13 +152,9 @@ class LatentEncoder:
             cond = self._normalised(self._raw(torch.cat([first, zeros], dim=2)))
         return {"cond": cond} if clip is None else {"cond": cond, "clip": clip}
 
-    @torch.inference_mode()
     def frames(self, latents: torch.Tensor) -> npt.NDArray[np.uint8]:
         """Latents (C, T, h, w) as a cache holds them → frames (F, H, W, 3) uint8 RGB."""
-        raw = latents.unsqueeze(0).float().to(self._vae.device) / self._inverse_std + self._mean
-        pixels = self._vae.decode(raw.to(self._vae.dtype)).sample[0].float()
-        levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-        return levels.permute(1, 2, 3, 0).cpu().numpy()
+        return latents_to_frames(self._vae, latents, self._spec)
 
     def _encode_zeros(self, height: int, width: int) -> torch.Tensor:
         zeros = torch.zeros(1, 3, 1, height, width, device=self._vae.device)

@@ -7,7 +7,7 @@ import torch
 
 from train.data.batches import Batch
 from train.functional.schedule import Expert
-from train.methods.step_output import Watched
+from train.methods.step_output import StepOutput
 from train.model.roles import Roles
 
 Method = Literal["distill", "lora"]
@@ -43,7 +43,7 @@ class Objective(Protocol):
     def role_updates(self, role: str, update: int) -> int:
         """How many updates a role has made when `update` begins."""
 
-    def loss(self, roles: Roles, role: str, batch: Batch, negative: torch.Tensor) -> Watched:
+    def loss(self, roles: Roles, role: str, batch: Batch, negative: torch.Tensor) -> StepOutput:
         """One micro-step of `role`. `negative`: (512, D).
 
         Call `backward` inside the role.

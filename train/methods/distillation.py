@@ -10,7 +10,7 @@ from train.data.batches import Batch
 from train.functional.schedule import Expert
 from train.methods.base import Method
 from train.methods.dmd import Recipe, critic_step, generator_step, rollout
-from train.methods.step_output import Watched
+from train.methods.step_output import StepOutput
 from train.model.roles import CRITIC, GENERATOR, Roles
 
 
@@ -42,7 +42,7 @@ class Distillation:
         generator = update // self.cycle
         return generator if role == GENERATOR else update - generator
 
-    def loss(self, roles: Roles, role: str, batch: Batch, negative: torch.Tensor) -> Watched:
+    def loss(self, roles: Roles, role: str, batch: Batch, negative: torch.Tensor) -> StepOutput:
         if role == GENERATOR:
             return generator_step(roles, self.recipe, batch, negative)
         return critic_step(roles, self.recipe, batch)

@@ -21,7 +21,7 @@ from train.functional.schedule import (
     x0_from_velocity,
 )
 from train.methods.flow_matching import Level, guided_velocity, over_frames, velocity_loss
-from train.methods.step_output import Watched
+from train.methods.step_output import StepOutput
 from train.model.roles import CRITIC, GENERATOR, Roles
 
 Start = Literal["latents", "noise"]
@@ -29,6 +29,9 @@ Pairing = Literal["renoise", "euler"]
 Maths = Literal["corrected", "seed"]
 """`seed` is VideoX-Fun's: every expert walks all steps, and score levels have no cap and no floor.
 Its rounding of timesteps to integers and of sigmas to bf16 is not imitated."""
+
+# Names in trackers.
+CRITIC_ERROR, TEACHER_ERROR = "balance/critic_error", "balance/teacher_error"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,11 +163,13 @@ def _guided_x0(
     return x0_from_velocity(x_t, v, level.sigma)
 
 
-def generator_step(roles: Roles, recipe: Recipe, batch: Batch, negative: torch.Tensor) -> Watched:
+def generator_step(
+    roles: Roles, recipe: Recipe, batch: Batch, negative: torch.Tensor
+) -> StepOutput:
     """One generator micro-step. `negative`: (512, D).
 
-    Figures: `critic_error`, mean|x̂0_generated − x̂0_fake|, and `teacher_error`, the same to
-    x̂0_real: how well either denoises what the generator makes.
+    Metrics: critic error, mean|x̂0_generated − x̂0_fake|, teacher error, the same to x̂0_real (how
+    well either denoises what the generator makes), and their ratio.
 
     Call `backward` inside `roles.generator()`.
     """
@@ -180,19 +185,25 @@ def generator_step(roles: Roles, recipe: Recipe, batch: Batch, negative: torch.T
         with roles.teacher():
             real = guided_x0(recipe.real_guidance_scale)
         gradient = dmd_gradient(x0.detach(), real, fake, batch.noised)
-        figures = {
-            "critic_error": mean_gap(x0, fake, batch.noised),
-            "teacher_error": mean_gap(x0, real, batch.noised),
+        metrics = {
+            CRITIC_ERROR: mean_gap(x0, fake, batch.noised),
+            TEACHER_ERROR: mean_gap(x0, real, batch.noised),
         }
     loss = dmd_loss(x0, gradient, batch.noised)
     if recipe.fm_loss_weight:
         at = draw_level(recipe, batch, "real")
         real_flow = velocity_loss(roles, GENERATOR, batch, batch.latents, at)
         loss = loss + recipe.fm_loss_weight * real_flow
-    return Watched(loss=loss, u=level.u, sigma=level.of_samples, figures=figures)
+    return StepOutput(
+        loss=loss,
+        u=level.u,
+        sigma=level.of_samples,
+        metrics=metrics,
+        ratios={"balance/critic_over_teacher": (CRITIC_ERROR, TEACHER_ERROR)},
+    )
 
 
-def critic_step(roles: Roles, recipe: Recipe, batch: Batch) -> Watched:
+def critic_step(roles: Roles, recipe: Recipe, batch: Batch) -> StepOutput:
     """One critic micro-step on a fresh rollout.
 
     Call `backward` inside `roles.critic()`.
@@ -200,4 +211,4 @@ def critic_step(roles: Roles, recipe: Recipe, batch: Batch) -> Watched:
     x0 = rollout(roles, recipe, batch, last=exit_step(recipe, batch.update), with_gradient=False)
     level = draw_level(recipe, batch)
     loss = velocity_loss(roles, CRITIC, batch, x0, level)
-    return Watched(loss=loss, u=level.u, sigma=level.of_samples)
+    return StepOutput(loss=loss, u=level.u, sigma=level.of_samples)

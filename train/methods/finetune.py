@@ -10,7 +10,7 @@ from train.data.batches import Batch
 from train.functional.schedule import Expert
 from train.methods.base import Method
 from train.methods.flow_matching import NoiseLevels, euler_sample, flow_matching_step
-from train.methods.step_output import Watched
+from train.methods.step_output import StepOutput
 from train.model.roles import Roles
 
 LORA = "lora"  # the one role
@@ -41,7 +41,7 @@ class Finetuning:
     def role_updates(self, role: str, update: int) -> int:
         return update
 
-    def loss(self, roles: Roles, role: str, batch: Batch, negative: torch.Tensor) -> Watched:
+    def loss(self, roles: Roles, role: str, batch: Batch, negative: torch.Tensor) -> StepOutput:
         return flow_matching_step(
             roles, role, self.levels, batch, strata=self.strata, seed=self.seed
         )

@@ -23,7 +23,7 @@ from train.functional.schedule import (
     shift_sigma,
     x0_from_velocity,
 )
-from train.methods.step_output import Watched
+from train.methods.step_output import StepOutput
 from train.model.roles import Roles
 
 TimestepSampling = Literal["uniform", "logit-normal"]
@@ -142,7 +142,7 @@ def velocity_loss(
 
 def flow_matching_step(
     roles: Roles, role: str, levels: NoiseLevels, batch: Batch, *, strata: int, seed: int
-) -> Watched:
+) -> StepOutput:
     """One micro-step on the cached latents.
 
     The levels of `strata` samples in a row are spread evenly over the distribution; 1: each is
@@ -154,7 +154,7 @@ def flow_matching_step(
     eps = noise(batch.latents.shape[1:], seed, "noise", batch.update, batch.samples).to(device)
     level = Level(*over_frames(batch, sigma, TIMESTEPS * sigma), eps)
     loss = velocity_loss(roles, role, batch, batch.latents, level)
-    return Watched(loss=loss, u=sigma / (levels.shift - (levels.shift - 1) * sigma), sigma=sigma)
+    return StepOutput(loss=loss, u=sigma / (levels.shift - (levels.shift - 1) * sigma), sigma=sigma)
 
 
 def guided_velocity(

@@ -20,6 +20,7 @@ from shared.io.hashing import FileHasher
 from shared.io.mp4 import Clip, write_mp4
 from shared.models import weights
 from shared.models.digest import component_digest
+from shared.models.pixels import latents_to_frames
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 from train.sampling.contact_sheet import contact_sheet
 from train.sampling.latent_files import LatentClip, read_latents
@@ -61,7 +62,7 @@ def decode_clips(config: DecodeConfig, console: Console) -> list[Path]:
     rows: list[tuple[str, Clip]] = []
     paths = []
     for (name, _), clip in track(list(zip(files, clips, strict=True)), "decode", console=console):
-        frames = decoded(vae, clip.latents, spec)
+        frames = latents_to_frames(vae, clip.latents, spec)
         paths.append(config.output / f"{name}.mp4")
         write_mp4(paths[-1], frames, config.fps)
         rows.append((clip.label, frames))
@@ -109,16 +110,3 @@ def load_vae(spec: ModelSpec, dtype: torch.dtype) -> Any:
     """The model's VAE. UserError where it can't be loaded."""
     vae = weights.load_vae(AutoencoderKLWan, spec.folder, dtype=dtype)
     return vae.requires_grad_(False)
-
-
-@torch.inference_mode()
-def decoded(vae: Any, latents: torch.Tensor, spec: ModelSpec) -> Clip:
-    """(C, T, h, w) as in the shards → frames (F, H, W, 3) uint8, as the pipelines decode."""
-    per_channel = (1, spec.latent_channels, 1, 1, 1)
-    mean = torch.tensor(spec.latents_mean).view(per_channel)
-    inverse_std = 1.0 / torch.tensor(spec.latents_std).view(per_channel)
-    raw = latents.unsqueeze(0).float() / inverse_std + mean
-    pixels = vae.decode(raw.to(vae.device, vae.dtype)).sample[0].float()
-    levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    frames: Clip = levels.permute(1, 2, 3, 0).cpu().numpy()
-    return frames

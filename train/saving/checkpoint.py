@@ -44,7 +44,8 @@ def ema_file(role: str) -> str:
 class TrainState:
     """All of a run that changes while it runs."""
 
-    roles: Mapping[str, TrainedRole]
+    trained: Mapping[str, TrainedRole]
+    """By role."""
     updates: int = 0
     """Optimizer steps of all roles so far: the one counter."""
     ema: Ema | None = None
@@ -53,7 +54,7 @@ class TrainState:
     def files(self) -> Files:
         """Everything to be saved, whole. All processes call it together."""
         files: Files = {}
-        for role, trained in self.roles.items():
+        for role, trained in self.trained.items():
             files[f"{role}_weights.safetensors"] = trained.weights()
             files[f"{role}_optimizer.safetensors"] = trained.moments()
         if self.ema is not None:
@@ -62,7 +63,7 @@ class TrainState:
 
     def load(self, files: Files, updates: int) -> None:
         """Put back what `files` gave. All processes call it together, with the same."""
-        for role, trained in self.roles.items():
+        for role, trained in self.trained.items():
             trained.load(
                 files[f"{role}_weights.safetensors"], files[f"{role}_optimizer.safetensors"]
             )

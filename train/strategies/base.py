@@ -50,7 +50,7 @@ class TrainedRole(Protocol):
 class Strategy:
     """Roles that train, however they are spread."""
 
-    roles: Mapping[str, TrainedRole]
+    trained: Mapping[str, TrainedRole]
     """In the order of the objective."""
     backward: Callable[[torch.Tensor], None] = torch.Tensor.backward
     """Adds the gradients of one micro-step's loss. Call it inside the role."""

@@ -116,4 +116,4 @@ def replicated(
     for role in rates:
         parameters = roles.parameters(role)
         whole[role] = WholeRole(parameters, adamw(parameters, adam), ranks)
-    return Strategy(roles=whole)
+    return Strategy(trained=whole)

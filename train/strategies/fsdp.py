@@ -87,4 +87,4 @@ def sharded(
     for role in rates:  # sharding has replaced the parameters
         parameters = roles.parameters(role)
         cut[role] = ShardedRole(parameters, adamw(parameters, adam))
-    return Strategy(roles=cut)
+    return Strategy(trained=cut)

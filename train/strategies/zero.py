@@ -191,7 +191,7 @@ def partitioned(
         for (flat, _), role in zip(_flat_groups(engine.optimizer, 2), rates, strict=True):
             parameters = list(zero_roles[role].parameters.values())
             lazy_init_hp_params_optimizer_state(parameters, flat, optimizer.state)
-    return Strategy(roles=zero_roles, backward=partial(_backward, engine), notes=notes)
+    return Strategy(trained=zero_roles, backward=partial(_backward, engine), notes=notes)
 
 
 def _backward(engine: Any, loss: torch.Tensor) -> None:

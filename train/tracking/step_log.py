@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from train.methods.step_output import Numbers
+from train.methods.step_output import StepNumbers
 from train.tracking.progress import TrainProgress
 from train.tracking.trackers import Tracker
 
@@ -26,7 +26,7 @@ class Update:
     """One finished optimizer step."""
 
     role: str
-    numbers: Numbers
+    numbers: StepNumbers
     grad_norm: float
     learning_rate: float
     samples: int
@@ -74,14 +74,12 @@ class Watch:
             f"grad_norm/{role}": update.grad_norm,
             f"learning_rate/{role}": update.learning_rate,
             f"score_sigma/{role}": sum(numbers.sigma) / len(numbers.sigma),
-            **{f"balance/{name}": value for name, value in numbers.figures.items()},
+            **numbers.named(),
             "speed/seconds_per_update": seconds,
             "speed/samples_per_second": update.samples / seconds,
             DATA_WAIT: waited,
             "memory/peak_gib": peak / 2**30,
         }
-        if (teacher := numbers.figures.get("teacher_error")) and "critic_error" in numbers.figures:
-            values["balance/critic_over_teacher"] = numbers.figures["critic_error"] / teacher
         levels = self._levels.setdefault(role, [])
         levels += numbers.u
         for tracker in self._trackers:

@@ -157,9 +157,15 @@ def test_generator_step(  # type: ignore[no-untyped-def]
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     _compare_lora_gradients(roles, GENERATOR, student)
     numbers = watched.numbers()
-    errors = {"critic_error": (x0 - fake).abs(), "teacher_error": (x0 - real).abs()}
-    for name, error in errors.items():
-        assert numbers.figures[name] == pytest.approx(error.mean().item(), rel=1e-4)
+    critic, teacher = ((x0 - other).abs().mean().item() for other in (fake, real))
+    assert numbers.named() == pytest.approx(
+        {
+            "balance/critic_error": critic,
+            "balance/teacher_error": teacher,
+            "balance/critic_over_teacher": critic / teacher,
+        },
+        rel=1e-4,
+    )
     levels, _ = reference.level()
     assert numbers.sigma == pytest.approx(levels.flatten().tolist(), rel=1e-5)
     assert numbers.loss == loss.item()

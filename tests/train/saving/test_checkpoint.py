@@ -71,7 +71,7 @@ def save(folder: Path, state: TrainState) -> Path:
 
 
 def weights_of(state: TrainState) -> Files:
-    return {f"{name}_weights.safetensors": role.weights() for name, role in state.roles.items()}
+    return {f"{name}_weights.safetensors": role.weights() for name, role in state.trained.items()}
 
 
 def value_of(checkpoint: Path) -> float:
@@ -79,7 +79,7 @@ def value_of(checkpoint: Path) -> float:
     state = small_state(0.0, 0)
     loaded = load_checkpoint(checkpoint, weights_of(state), IDENTITY)
     state.load(loaded.files, loaded.updates)
-    return state.roles["generator"].weights()["w"].mean().item()
+    return state.trained["generator"].weights()["w"].mean().item()
 
 
 @pytest.fixture(scope="module")

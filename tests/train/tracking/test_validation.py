@@ -23,13 +23,14 @@ from shared.format.cache import MemberReader, open_cache
 from shared.format.latent_rgb import latents_to_rgb
 from shared.format.prompts import current_validation, prompts_by_shard
 from shared.format.schema import CONDITION_MEMBER, LATENTS_MEMBER, TEXT_MEMBER
+from shared.models.pixels import latents_to_frames
 from shared.models.spec import read_model_spec
 from tests.models import tiny_model
 from tests.train.conftest import encode
 from train.cli.app import app as wantrain
 from train.data.batches import pad_text
 from train.functional.rng import noise
-from train.sampling.decode import DecodeConfig, decode_clips, decoded, load_vae
+from train.sampling.decode import DecodeConfig, decode_clips, load_vae
 
 STEPS = "1000,600,300"
 SMALL = (
@@ -348,7 +349,7 @@ def test_decoded_clips_are_the_pipelines(
         raw = latents[None] / std + torch.tensor(vae.config.latents_mean).view(view)
         video = VideoProcessor(vae_scale_factor=8).postprocess_video(vae.decode(raw).sample)[0]
     spec = read_model_spec(tiny_t2v)
-    found = decoded(load_vae(spec, torch.float32), latents, spec)
+    found = latents_to_frames(load_vae(spec, torch.float32), latents, spec)
     assert found.shape == (9, 64, 32, 3)
     assert np.array_equal(found, (video * 255).round().astype(np.uint8))
 
