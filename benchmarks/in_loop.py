@@ -101,9 +101,9 @@ def train(run: Run, clips: Path, vae_dtype: torch.dtype) -> dict[str, Any]:
         transformer = load_base(
             run.spec,
             run.objective.expert,
-            precision=config.levers.mixed_precision,
+            precision=config.memory.mixed_precision,
             device=device,
-            gradient_checkpointing=config.levers.gradient_checkpointing,
+            gradient_checkpointing=config.memory.gradient_checkpointing,
         )
         targets = select_targets(transformer, config.target_name)
         lora = LoraSpec(rank=config.rank, alpha=config.network_alpha, targets=targets)

@@ -27,7 +27,7 @@ from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec, read_model_spec
 from train.data.batches import MASK_CHANNELS, Batch
 from train.functional.schedule import Schedule
 from train.memory.estimate import Settings, estimate_of, tokens_of
-from train.memory.options import Levers
+from train.memory.options import MemoryOptions
 from train.methods.dmd import Recipe, critic_step, generator_step
 from train.model.base import keep_from_autocast
 from train.model.lora_adapter import LoraSpec, select_targets
@@ -163,14 +163,14 @@ def main() -> None:
     config["num_layers"] = given.layers or config["num_layers"]
     with torch.device("meta"):
         transformer = WanTransformer3DModel.from_config(config)
-    levers = Levers(gradient_checkpointing=not given.no_checkpointing)
-    settings = Settings(samples=1, rank=given.rank, target_name=TARGETS, roles=2, levers=levers)
+    memory = MemoryOptions(gradient_checkpointing=not given.no_checkpointing)
+    settings = Settings(samples=1, rank=given.rank, target_name=TARGETS, roles=2, memory=memory)
     height, width = map(int, given.size.split("x"))
     bucket = Bucket(height, width, given.frames)
     grid = bucket.latent_shape(spec.latent_channels, spec.stride)[1:]
     said = estimate_of(transformer, spec.mode, tokens_of(grid, spec), settings)
     transformer.patch_embedding.to(torch.bfloat16)  # by which Roles knows what to compute in
-    if levers.gradient_checkpointing:
+    if memory.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     targets = select_targets(transformer, TARGETS)
     roles = Roles(transformer, LoraSpec(rank=given.rank, alpha=32, targets=targets), seed=1)

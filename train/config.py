@@ -13,7 +13,7 @@ from train.data.filters import Condition
 from train.data.weighted_folder import WeightedFolder
 from train.distributed.placement import Placement
 from train.functional.schedule import Expert, ScoreFloor
-from train.memory.options import Levers
+from train.memory.options import MemoryOptions
 from train.methods.dmd import Maths, Pairing, Start
 from train.methods.flow_matching import TimestepSampling
 from train.model.attention import check_name
@@ -100,7 +100,7 @@ class TrainConfig:
     """Show the beginning of clips only in one update of ten."""
     tail: Tail
     dataloader_num_workers: int
-    levers: Levers
+    memory: MemoryOptions
     allow_tf32: bool
     compile: bool
     """torch.compile for the transformer's blocks."""
@@ -154,7 +154,7 @@ class TrainConfig:
         check_option("caption_dropout", dropout, 0 <= dropout <= 1, "a share in [0, 1]")
 
     def _check_compile(self) -> None:
-        if self.compile and self.levers.strategy == "zero3":
+        if self.compile and self.memory.strategy == "zero3":
             raise UserError(
                 "--compile: found with --strategy zero3, where DeepSpeed gathers the weights of "
                 "layers in the midst of a block. Use --strategy fsdp, or leave --compile out."

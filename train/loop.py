@@ -22,7 +22,7 @@ from train.optim.lr_schedule import learning_rate
 from train.run import Run
 from train.session import Session, open_session
 from train.tracking.progress import TrainProgress
-from train.tracking.step_log import Update, Watch
+from train.tracking.step_log import StepLog, Update
 from train.tracking.trackers import Tracker, chosen, open_trackers
 from train.tracking.validation import Validation, prepare_validation, weights_in_place
 
@@ -102,8 +102,8 @@ def _walk(
             start=state.updates,
             device=device,
         )
-        watch = Watch(held.enter_context(progress), trackers, device=device)
-        validate = partial(_validate, session, validation, negative, trackers, signals, watch)
+        step_log = StepLog(held.enter_context(progress), trackers, device=device)
+        validate = partial(_validate, session, validation, negative, trackers, signals, step_log)
         if state.updates == 0:
             validate()
         while state.updates < run.updates:
@@ -117,7 +117,7 @@ def _walk(
             steps: list[StepNumbers] = []
             keys: tuple[str, ...] = ()
             for _ in range(config.gradient_accumulation_steps):
-                with watch.waiting():
+                with step_log.waiting():
                     batch = next(batches)
                 steps.append(_backward(session, role, batch.to(device), negative))
                 keys += batch.keys
@@ -151,7 +151,7 @@ def _walk(
                     if state.ema is not None:
                         state.ema.update(weights, state.updates // run.cycle)
 
-                watch.update(
+                step_log.update(
                     Update(
                         role=role,
                         numbers=numbers,
@@ -213,7 +213,7 @@ def _validate(
     negative: torch.Tensor,
     trackers: Sequence[Tracker],
     signals: Interruption,
-    watch: Watch,
+    step_log: StepLog,
 ) -> None:
     """Sample, if it is time, with the weights that would be saved now.
 
@@ -236,7 +236,7 @@ def _validate(
         return alone and signals.signum is not None
 
     # Several are deferred already, all along; weights are put back before a signal is heeded.
-    with watch.paused(), signals.deferred() if alone else nullcontext(), average:
+    with step_log.paused(), signals.deferred() if alone else nullcontext(), average:
         validation.sample(
             run.objective,
             session.roles,

@@ -49,7 +49,7 @@ def prepare_distillation(config: DistillConfig) -> Run:
             f"--score-floor: found {config.score_floor} with --boundary-type {expert}; it is a "
             "choice for the high-noise expert alone. Leave it out."
         )
-    _refuse_captions_alone(config, spec, data, recipe)
+    _refuse_text_only(config, spec, data, recipe)
     objective = Distillation(
         recipe=recipe,
         gen_update_interval=config.gen_update_interval,
@@ -59,11 +59,11 @@ def prepare_distillation(config: DistillConfig) -> Run:
     return plan_run(config, spec, data, objective)
 
 
-def _refuse_captions_alone(
+def _refuse_text_only(
     config: DistillConfig, spec: ModelSpec, data: Dataset, recipe: Recipe
 ) -> None:
     """Samples that are captions without a medium train only what begins and ends in noise."""
-    have = captions_alone(spec, data)
+    have = text_only(spec, data)
     if have is None:
         return
     if recipe.start == "latents":
@@ -93,7 +93,7 @@ def prepare_finetuning(config: FinetuneConfig) -> Run:
         mean=0.0 if config.logit_mean is None else config.logit_mean,
         std=1.0 if config.logit_std is None else config.logit_std,
     )
-    if have := captions_alone(spec, data):
+    if have := text_only(spec, data):
         raise UserError(
             f"shards: {have}, which is what `wantrain lora` learns from. Leave these out: --where "
             "'type!=text'; or encode the media."
@@ -108,8 +108,8 @@ def prepare_finetuning(config: FinetuneConfig) -> Run:
     return plan_run(config, spec, data, objective)
 
 
-def captions_alone(spec: ModelSpec, data: Dataset) -> str | None:
-    """What to say of samples that are captions without a medium; None where there are none.
+def text_only(spec: ModelSpec, data: Dataset) -> str | None:
+    """Describes text-only samples (captions without a medium); None if there are none.
 
     UserError for an i2v model, which can't learn from them at all.
     """

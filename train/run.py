@@ -79,7 +79,7 @@ class Run:
         return f" with the captions {self.config.captions!r}{kept}"
 
     def _processes(self) -> str:
-        strategy = self.config.levers.strategy
+        strategy = self.config.memory.strategy
         if strategy == "single":
             return ""
         return f" x {self.config.placement.machines.num_processes} processes ({strategy})"
@@ -103,7 +103,7 @@ class Run:
         if plan.tail_samples:
             tail += f" to fill batches: their keys go to {config.output_dir / TAIL_LOG}"
         expert = self.objective.expert
-        levers = config.levers
+        memory = config.memory
         return [
             f"model    {self.spec.folder} ({self.spec.mode}), expert {expert} "
             f"({component_of(expert)})",
@@ -117,8 +117,8 @@ class Run:
             *(line for part in self.data.parts for line in described(part.index.folder)),
             *self.objective.describe(),
             *(
-                [f"stream   --low-vram does nothing more: {levers.strategy} cuts the base already"]
-                if levers.low_vram and levers.cuts_base
+                [f"stream   --low-vram does nothing more: {memory.strategy} cuts the base already"]
+                if memory.low_vram and memory.cuts_base
                 else []
             ),
             f"length   {until}: {self.objective.describe_length(self.product_updates)} "
@@ -134,7 +134,7 @@ def open_data(config: TrainConfig) -> tuple[ModelSpec, Dataset]:
     """
     if not config.placement.to_launch:  # else a GPU's memory would be taken here for nothing
         check_device(config.device)
-        check_attention(config.attention_backend, config.device, config.levers.mixed_precision)
+        check_attention(config.attention_backend, config.device, config.memory.mixed_precision)
     folder = resolve_model(config.model, [])  # the configs decide which expert is needed
     spec = read_model_spec(folder)
     _refuse_other_mode(config, spec)
@@ -195,9 +195,9 @@ def plan_run(config: TrainConfig, spec: ModelSpec, data: Dataset, objective: Obj
     component = component_of(objective.expert)
     resolve_model(config.model, [component] if config.base.own is None else [])
     config.base.check(spec, component)
-    check_installed(config.levers.base_precision)
-    if config.levers.blocks_to_swap is not None:
-        config.levers.streamed(len(empty_transformer(spec, component).blocks))
+    check_installed(config.memory.base_precision)
+    if config.memory.blocks_to_swap is not None:
+        config.memory.streamed(len(empty_transformer(spec, component).blocks))
     if config.init_lora is not None:
         check_init(
             config.init_lora, spec, component, rank=config.rank, target_name=config.target_name
@@ -282,7 +282,7 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
         "gradient_accumulation_steps", "video_repeat", "caption_dropout", "random_frame_crop",
         "tail", "mixed_precision", "base_precision", "allow_tf32", "compile", "attention_backend",
     )  # fmt: skip
-    options = vars(config) | vars(config.levers)
+    options = vars(config) | vars(config.memory)
     loose: dict[str, Any] = {name: options[name] for name in loose_names}
     if not is_quantised(options["base_precision"]):  # bf16 is what it is without the option
         loose["base_precision"] = None
@@ -292,7 +292,7 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
     if config.lr_scheduler in DECAYING:
         loose["max_train_steps"] = run.product_updates
     loose["num_processes"] = config.placement.machines.num_processes
-    loose["strategy"] = config.levers.strategy
+    loose["strategy"] = config.memory.strategy
     loose["shards"] = run.data.identity()
     captions = run.data.captions_identity()
     loose["captions"] = captions and f"{config.captions} {captions}"
@@ -323,8 +323,8 @@ def resolved_configuration(run: Run) -> str:
     decided = run.objective.identity()
     placed = run.config.placement
     shown = {k: decided.get(k, v) if v is None else v for k, v in vars(run.config).items()}
-    del shown["levers"], shown["placement"]
-    shown |= vars(run.config.levers) | {"device": placed.device} | vars(placed.machines)
+    del shown["memory"], shown["placement"]
+    shown |= vars(run.config.memory) | {"device": placed.device} | vars(placed.machines)
     return json.dumps(shown, indent=2, default=str)
 
 
@@ -342,7 +342,7 @@ def estimate(run: Run) -> Estimate | None:
         roles=len(run.objective.learning_rates),
         average=bool(config.ema_decay),
         processes=config.placement.machines.num_processes,
-        levers=config.levers,
+        memory=config.memory,
     )
     grids = [
         bucket.latent_shape(spec.latent_channels, spec.stride)[1:]

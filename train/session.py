@@ -117,7 +117,7 @@ def _writing_to(folder: Path) -> Iterator[None]:
 def open_session(run: Run, say: Say) -> Session:
     """Load the base, add adapters and optimizers, and go on from a checkpoint if one is wanted."""
     config, objective, ranks = run.config, run.objective, run.ranks
-    levers = config.levers
+    memory = config.memory
 
     def look_for_checkpoint() -> Path | None:
         found = find_checkpoint(
@@ -146,11 +146,11 @@ def open_session(run: Run, say: Say) -> Session:
     transformer = load_base(
         run.spec,
         objective.expert,
-        precision=levers.mixed_precision,
+        precision=memory.mixed_precision,
         device=device,
-        gradient_checkpointing=levers.gradient_checkpointing,
+        gradient_checkpointing=memory.gradient_checkpointing,
         base=config.base,
-        sharing=ranks if levers.cuts_base else ALONE,
+        sharing=ranks if memory.cuts_base else ALONE,
     )
     use_attention(transformer, config.attention_backend)
     if config.compile:
@@ -168,17 +168,17 @@ def open_session(run: Run, say: Say) -> Session:
         option = "--learning-rate" if name == objective.product else f"--learning-rate-{name}"
         if warning := warn_of_rate(name, option, roles.parameters(name), rate):
             say(f"warning  {warning}")
-    quantise(transformer, levers.base_precision, device)
+    quantise(transformer, memory.base_precision, device)
     whole_bytes = parameter_bytes(transformer)
-    streamed = levers.streamed(len(transformer.blocks))  # type: ignore[arg-type]
+    streamed = memory.streamed(len(transformer.blocks))  # type: ignore[arg-type]
     adam = AdamSettings(
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.adam_weight_decay,
-        eight_bit=levers.use_8bit_adam,
+        eight_bit=memory.use_8bit_adam,
     )
     strategy = spread(
-        levers.strategy,
+        memory.strategy,
         roles,
         rates,
         adam,
@@ -192,13 +192,13 @@ def open_session(run: Run, say: Say) -> Session:
         say(f"spread   {note}")
     if (blocks := streamed_blocks(transformer)) is not None:
         say(streaming_line([blocks]))
-    if levers.activation_offloading:
+    if memory.activation_offloading:
         offloading = ActivationOffloading(device)
         transformer.enable_gradient_checkpointing(offloading.checkpoint)  # type: ignore[operator]
     if ranks.world_size > 1:
         held = device_bytes(transformer)
         say(
-            f"spread   {levers.strategy}: each of {ranks.world_size} processes holds "
+            f"spread   {memory.strategy}: each of {ranks.world_size} processes holds "
             f"{held / 1e6:.3f} of {whole_bytes / 1e6:.3f} MB of parameters"
         )
 

@@ -197,10 +197,10 @@ def _encode(
                     outcome.validation = len(validation.wanted)
 
             # VAE pass. A clip that only has a new caption takes its latents from the old shard.
-            captions_alone, known, new = _split(todo, committed)
+            text_only, known, new = _split(todo, committed)
             nothing = Encoded(latents=None, condition=None)
             encoded = chain(
-                ((work, nothing) for work in captions_alone),
+                ((work, nothing) for work in text_only),
                 latents_from_cache(known, outcome.index) if outcome.index is not None else (),
                 engine.encode_media(new, texts),
             )
@@ -260,7 +260,7 @@ def read_job(config: EncodeConfig, console: Console) -> Job:
     """
     dataset = _dataset(config)
     spec = _encodable_model(config)
-    _refuse_captions_alone(dataset, spec)
+    _refuse_text_only(dataset, spec)
     say(console, f"dataset  {dataset.origin}: {len(dataset.entries)} usable")
     say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
     validation: Sequence[ValidationPrompt] = ()
@@ -312,7 +312,7 @@ def _encodable_model(config: EncodeConfig) -> ModelSpec:
     return spec
 
 
-def _refuse_captions_alone(dataset: Dataset, spec: ModelSpec) -> None:
+def _refuse_text_only(dataset: Dataset, spec: ModelSpec) -> None:
     """UserError where an i2v model would get samples without a first frame."""
     alone = sum(entry.path is None for entry in dataset.entries)
     if alone and spec.mode == "i2v":

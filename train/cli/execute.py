@@ -16,7 +16,7 @@ from train.data.filters import condition
 from train.distributed.launcher import end_with_launcher, launch, own_command
 from train.distributed.placement import place
 from train.loop import train, validation_of
-from train.memory.options import Levers
+from train.memory.options import MemoryOptions
 from train.model.base import Base
 from train.run import Run, estimate, resolved_configuration
 
@@ -54,7 +54,7 @@ def configured(kind: type[_Config], options: Mapping[str, Any], **read: Any) -> 
         "shards": tuple(options["shards"]),
         "where": tuple(map(condition, options["where"])),
         "encoded_as": options["given_elsewhere"] or {},
-        "levers": Levers.of(options, strategy),
+        "memory": MemoryOptions.of(options, strategy),
         "placement": placement,
     }
     for name in ("report_to", "target_name", "lora_skip_name"):

@@ -59,7 +59,7 @@ def plan(
     from shared.format.buckets import Bucket
     from train.distributed.placement import strategy_for
     from train.memory.estimate import Settings
-    from train.memory.options import Levers
+    from train.memory.options import MemoryOptions
     from train.memory.plan import plan_memory
 
     settings = Settings(
@@ -70,7 +70,7 @@ def plan(
         roles=2 if method == "distill" else 1,
         average=ema_decay > 0,
         processes=num_processes,
-        levers=Levers.of(options, strategy_for(num_processes, strategy)),
+        memory=MemoryOptions.of(options, strategy_for(num_processes, strategy)),
     )
     planned = plan_memory(model, Bucket(*fix_sample_size, video_sample_n_frames), settings)
     if json:

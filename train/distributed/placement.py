@@ -12,8 +12,8 @@ from train.distributed.process_group import ALONE, Ranks, launched
 from train.distributed.zero_file import stage_of_launcher, zero_section
 
 StrategyName = Literal["single", "ddp", "zero2", "zero3", "fsdp"]
-CUTTING: tuple[StrategyName, ...] = ("zero3", "fsdp")
-"""Those by which a process holds a part of the base."""
+SHARDED: tuple[StrategyName, ...] = ("zero3", "fsdp")
+"""Strategies that shard base parameters across ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)

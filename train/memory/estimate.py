@@ -16,7 +16,7 @@ from torch import nn
 
 from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec
 from train.memory.block_offload import blocks_on_device
-from train.memory.options import Levers
+from train.memory.options import MemoryOptions
 from train.memory.quantize import BasePrecision, base_linears, is_quantised, quantised_bytes
 from train.model.base import Precision
 from train.model.lora_adapter import select_targets
@@ -55,7 +55,7 @@ class Settings:
     roles: int
     average: bool = False
     processes: int = 1
-    levers: Levers
+    memory: MemoryOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,18 +119,18 @@ def estimate_of(
     layers, or a number of blocks, that it does not have."""
     facts: Any = transformer.config
     layers: int = facts.num_layers
-    levers = settings.levers
-    sizes = base_sizes(transformer, levers.mixed_precision, levers.base_precision)
+    memory = settings.memory
+    sizes = base_sizes(transformer, memory.mixed_precision, memory.base_precision)
     block = sum(size for name, size in sizes.items() if name.startswith("blocks.0."))
     outside = sum(sizes.values()) - layers * block
     matrices = lora_matrices(transformer, settings)
     one_role = _FP32 * sum(matrices)
-    cut = settings.processes if levers.cuts_base else 1
-    cut_optimizer = settings.processes if levers.cuts_moments else 1
+    cut = settings.processes if memory.cuts_base else 1
+    cut_optimizer = settings.processes if memory.cuts_moments else 1
     # DeepSpeed steps on a copy of its own.
-    states = _ADAM + (_FP32 if levers.strategy == "zero2" else 0)
-    moments = sum(moment_bytes(n) if levers.use_8bit_adam else states * n for n in matrices)
-    swapped = len(levers.streamed(layers))
+    states = _ADAM + (_FP32 if memory.strategy == "zero2" else 0)
+    moments = sum(moment_bytes(n) if memory.use_8bit_adam else states * n for n in matrices)
+    swapped = len(memory.streamed(layers))
     largest = _width(transformer) * int(facts.ffn_dim)
     kept, work = activations_and_work(transformer, mode, tokens, settings)
     inputs = _block_input(transformer, tokens, settings)
@@ -142,18 +142,18 @@ def estimate_of(
         activations=max(kept, one_role // cut),
         work=work,
         buffers=_buffers(settings, block, outside, one_role, layers, largest),
-        host=swapped * block + (layers * inputs if levers.activation_offloading else 0),
+        host=swapped * block + (layers * inputs if memory.activation_offloading else 0),
     )
 
 
 def _buffers(
     settings: Settings, block: int, outside: int, one_role: int, layers: int, largest: int
 ) -> int:
-    levers = settings.levers
-    buffers = _BUCKETS.get(levers.strategy, 0)
-    if is_quantised(levers.base_precision):  # the largest layer's weight, whole for its matmul
-        buffers += largest * (2 if levers.mixed_precision == "bf16" else _FP32)
-    if levers.cuts_base:
+    memory = settings.memory
+    buffers = _BUCKETS.get(memory.strategy, 0)
+    if is_quantised(memory.base_precision):  # the largest layer's weight, whole for its matmul
+        buffers += largest * (2 if memory.mixed_precision == "bf16" else _FP32)
+    if memory.cuts_base:
         whole_block = block + settings.roles * one_role // layers
         buffers += _GATHERED * whole_block + outside
     return buffers
@@ -199,7 +199,7 @@ def lora_matrices(transformer: nn.Module, settings: Settings) -> list[int]:
 
 def _block_input(transformer: nn.Module, tokens: int, settings: Settings) -> int:
     width = _width(transformer)
-    each = 2 if settings.levers.mixed_precision == "bf16" else _FP32
+    each = 2 if settings.memory.mixed_precision == "bf16" else _FP32
     return settings.samples * tokens * width * each
 
 
@@ -216,7 +216,7 @@ def _width(transformer: nn.Module) -> int:
 def block_bytes(transformer: nn.Module, mode: str, tokens: int, settings: Settings) -> float:
     """What autograd keeps of one block that is not checkpointed, for all samples of a pass."""
     facts: Any = transformer.config
-    width, inner, precision = _width(transformer), facts.ffn_dim, settings.levers.mixed_precision
+    width, inner, precision = _width(transformer), facts.ffn_dim, settings.memory.mixed_precision
     wide, deep, text, low = _KEPT[precision]
     wide += _KEPT_OF_TIME if mode == "ti2v" else 0
     kept = tokens * (wide * width + deep * inner + low * settings.rank)
@@ -226,7 +226,7 @@ def block_bytes(transformer: nn.Module, mode: str, tokens: int, settings: Settin
 
 def _lora_copies(transformer: nn.Module, settings: Settings) -> float:
     """Autocast's, in bf16, of a block's LoRA."""
-    if settings.levers.mixed_precision == "no":
+    if settings.memory.mixed_precision == "no":
         return 0
     return 2 * sum(lora_matrices(transformer, settings)) / _layers(transformer)
 
@@ -239,7 +239,7 @@ def activations_and_work(
     facts: Any = transformer.config
     inner, layers = facts.ffn_dim, facts.num_layers
     width, of_time = _width(transformer), mode == "ti2v"
-    levers, precision = settings.levers, settings.levers.mixed_precision
+    memory, precision = settings.memory, settings.memory.mixed_precision
 
     def most(lines: tuple[tuple[float, float], ...], time: float) -> float:
         """Of lines in D and F, for all tokens."""
@@ -249,8 +249,8 @@ def activations_and_work(
     rotary = tokens * facts.attention_head_dim * _ROTARY
     latents = math.prod((_FP32, *facts.patch_size, facts.out_channels, tokens))
     beside = rotary + settings.samples * _LATENTS * latents
-    if levers.gradient_checkpointing:
-        blocks = min(layers, _ON_THE_WAY) if levers.activation_offloading else layers
+    if memory.gradient_checkpointing:
+        blocks = min(layers, _ON_THE_WAY) if memory.activation_offloading else layers
         kept = blocks * _block_input(transformer, tokens, settings)
         work = most(_BACKWARD[precision], _BACKWARD_OF_TIME[precision] if of_time else 0)
         work += settings.samples * _KEPT[precision][2] * MAX_TEXT_TOKENS * width

@@ -5,14 +5,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from shared.errors import UserError
-from train.distributed.placement import CUTTING, StrategyName
+from train.distributed.placement import SHARDED, StrategyName
 from train.memory.block_offload import BUFFERS, swapped_blocks
 from train.memory.quantize import BasePrecision, is_quantised
 from train.model.base import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
-class Levers:
+class MemoryOptions:
     """Named as the options. Raises UserError for those that exclude one another."""
 
     mixed_precision: Precision = "bf16"
@@ -31,7 +31,7 @@ class Levers:
     strategy: StrategyName = "single"
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], strategy: StrategyName) -> "Levers":
+    def of(cls, options: Mapping[str, Any], strategy: StrategyName) -> "MemoryOptions":
         """From all options of a command line."""
         return cls(**{one.name: options[one.name] for one in fields(cls)} | {"strategy": strategy})
 
@@ -83,7 +83,7 @@ class Levers:
     @property
     def cuts_base(self) -> bool:
         """Whether a process holds a part of it only."""
-        return self.strategy in CUTTING
+        return self.strategy in SHARDED
 
     @property
     def cuts_moments(self) -> bool:

@@ -12,7 +12,7 @@ from shared.models.original_layout import is_original
 from shared.models.published import PUBLISHED, published_model, write_configs
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 from train.memory.estimate import Estimate, Settings, estimate_of, tokens_of
-from train.memory.options import Levers
+from train.memory.options import MemoryOptions
 from train.model.custom_weights import empty_transformer
 
 _GIB = 2**30
@@ -69,7 +69,7 @@ class MemoryPlan:
         number = "" if asked.processes == 1 else f", each of {asked.processes} processes"
         lines = [
             f"model    {self.model} ({self.spec.mode}), clips of {self.bucket}: {self.tokens} "
-            f"tokens; rank {asked.rank}, batch {asked.samples}, {asked.levers.strategy}{number}",
+            f"tokens; rank {asked.rank}, batch {asked.samples}, {asked.memory.strategy}{number}",
             *(f"  {name:16}{part / _GIB:8.2f} GiB" for name, part in first.parts.items() if part),
             f"  {'in all':16}{first.total / _GIB:8.2f} GiB"
             + (f", and {first.host / _GIB:.2f} GiB of CPU memory" if first.host else ""),
@@ -124,18 +124,18 @@ def _planned(model: str, spec: ModelSpec, bucket: Bucket, settings: Settings) ->
     choices = tuple(
         Choice(
             options=options,
-            estimate=estimate_of(transformer, spec.mode, tokens, replace(settings, levers=levers)),
+            estimate=estimate_of(transformer, spec.mode, tokens, replace(settings, memory=memory)),
         )
-        for options, levers in _alternatives(settings)
+        for options, memory in _alternatives(settings)
     )
     return MemoryPlan(
         model=model, bucket=bucket, settings=settings, spec=spec, tokens=tokens, choices=choices
     )
 
 
-def _alternatives(settings: Settings) -> list[tuple[tuple[str, ...], Levers]]:
+def _alternatives(settings: Settings) -> list[tuple[tuple[str, ...], MemoryOptions]]:
     """What was asked, and what would need less, by what it costs in speed."""
-    asked = settings.levers
+    asked = settings.memory
     plain = replace(
         asked,
         gradient_checkpointing=True,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from train.distributed.placement import CUTTING, StrategyName
+from train.distributed.placement import SHARDED, StrategyName
 from train.distributed.process_group import Ranks
 from train.memory.block_offload import stream_blocks, streamed_blocks
 from train.model.roles import Roles
@@ -25,10 +25,10 @@ def spread(
     block, since it need not fit on a device whole, and its values from the first process, which
     may be the only one to have them; with the others, the blocks of these numbers are streamed.
     """
-    assert not (streamed and name in CUTTING)
+    assert not (streamed and name in SHARDED)
     if streamed:
         stream_blocks(roles.transformer, streamed, device)
-    if name not in CUTTING:
+    if name not in SHARDED:
         roles.transformer.to(device)
     if name in ("single", "ddp"):
         from train.strategies.ddp import replicated

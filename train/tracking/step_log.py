@@ -34,7 +34,7 @@ class Update:
     """Updates of all roles so far, this one included."""
 
 
-class Watch:
+class StepLog:
     """Takes the time, and tells progress line and trackers of every update."""
 
     def __init__(

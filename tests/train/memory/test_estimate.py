@@ -12,7 +12,7 @@ from tests.models import Mode, tiny_model, tiny_transformer
 from tests.train.test_distill import SMALL
 from train.cli.app import app as wantrain
 from train.memory.estimate import Settings, base_sizes, block_bytes, estimate_of, tokens_of
-from train.memory.options import Levers
+from train.memory.options import MemoryOptions
 from train.model.base import Precision, load_base
 from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.roles import GENERATOR, Roles
@@ -54,8 +54,8 @@ def test_a_block_keeps_what_the_formula_says(precision: Precision, width: int, r
         "t2v", num_layers=1, num_attention_heads=3, attention_head_dim=width // 3,
         ffn_dim=5 * width,
     )  # fmt: skip
-    levers = Levers(mixed_precision=precision)
-    settings = Settings(samples=2, rank=rank, target_name=TARGETS, roles=2, levers=levers)
+    memory = MemoryOptions(mixed_precision=precision)
+    settings = Settings(samples=2, rank=rank, target_name=TARGETS, roles=2, memory=memory)
     formula = block_bytes(transformer, "t2v", 180, settings)
     assert formula == pytest.approx((three - one) / 2, rel=0.05)
 
@@ -102,8 +102,8 @@ def test_the_estimate_is_the_peak_of_real_updates(
         spec, "full", precision=precision, device=torch.device("cpu"),
         gradient_checkpointing=checkpointing,
     )  # fmt: skip
-    levers = Levers(mixed_precision=precision, gradient_checkpointing=checkpointing)
-    settings = Settings(samples=samples, rank=rank, target_name=TARGETS, roles=2, levers=levers)
+    memory = MemoryOptions(mixed_precision=precision, gradient_checkpointing=checkpointing)
+    settings = Settings(samples=samples, rank=rank, target_name=TARGETS, roles=2, memory=memory)
     grid = (5, 24, 32)
     said = estimate_of(transformer, spec.mode, tokens_of(grid, spec), settings)
     targets = select_targets(transformer, TARGETS)
