@@ -45,7 +45,7 @@ def captions_folder(folder: Path, name: str) -> Path:
     """Where the captions `name` of a cache lie. Raises UserError for what is no name."""
     if not _NAME.fullmatch(name):
         raise UserError(
-            f"captions: {name!r} is no name for captions; expected up to 64 letters, digits and "
+            f"captions: invalid caption-set name {name!r}; expected up to 64 letters, digits and "
             "- _ . (no dot in front), e.g. short."
         )
     return folder / CAPTIONS / name

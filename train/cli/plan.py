@@ -45,10 +45,10 @@ def plan(
     low_vram: option.LowVram = False,
     blocks_to_swap: option.BlocksToSwap = None,
     activation_offloading: option.ActivationOffloading = False,
-    strategy: Annotated[Literal["single", "ddp", "zero2", "zero3", "fsdp"] | None, typer.Option(help="How processes share the work: ddp holds the model whole in each; fsdp and zero3 cut it among them, zero2 the optimizer alone.", show_default="ddp for several processes, single for one", rich_help_panel=option.PROCESSES)] = None,
+    strategy: Annotated[Literal["single", "ddp", "zero2", "zero3", "fsdp"] | None, typer.Option(help="How processes share the work: ddp keeps the whole model in each; fsdp and zero3 shard it across them, zero2 only the optimizer.", show_default="ddp for several processes, single for one", rich_help_panel=option.PROCESSES)] = None,
     num_processes: Annotated[int, typer.Option(metavar="N", min=1, help="Processes of the run over all machines, one for a GPU.", rich_help_panel=option.PROCESSES)] = 1,
 ) -> None:
-    """Say how much memory of a GPU a run needs.
+    """Estimate the GPU memory that a run needs.
 
     And what would make it less. From configs alone: those of the published Wan models are built in, by name (wan2.2-i2v-a14b, wan2.1-t2v-1.3b and so on) or hub id; nothing is downloaded or loaded, and no shards are needed. All is of one process. What is counted are tensors: leave 1 or 2 GiB for CUDA's own.
 

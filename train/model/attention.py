@@ -28,9 +28,13 @@ def check_name(name: str) -> None:
     names = [backend.value for backend in AttentionBackendName]
     trains = [one for one in names if _may_train(one)]
     if name not in names or not _may_train(name):
-        why = "is for inference alone: it has no gradient" if name in names else "is none"
+        why = (
+            f"{name} is for inference only: it has no gradient"
+            if name in names
+            else f"unknown attention backend {name}"
+        )
         raise UserError(
-            f"--attention-backend: {name} {why}. Expected one of {', '.join(trains)}; some need "
+            f"--attention-backend: {why}. Expected one of {', '.join(trains)}; some need "
             "packages, a GPU or bf16, which is checked before weights are read."
         )
 

@@ -171,7 +171,7 @@ def test_what_fits_nothing_is_said(
     assert ran.code == 1 and "no file of" in ran.err and "such as '0.png'" in ran.err
     for name in ("../x", ".x", "a/b", ""):
         ran = wanprep("recaption", "--shards", shards, "--name", name, "--model", tiny_t2v)
-        assert ran.code == 1 and "is no name for captions" in ran.err, name
+        assert ran.code == 1 and "invalid caption-set name" in ran.err, name
     ran = wanprep("recaption", "--shards", tmp_path / "none", "--name", "x", "--model", tiny_t2v)
     assert ran.code == 1 and "no shards in" in ran.err
     assert not (tmp_path / "none").exists()

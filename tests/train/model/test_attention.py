@@ -61,9 +61,9 @@ def test_a_backend_gives_the_losses_of_the_default(
 @pytest.mark.parametrize(
     ("backend", "message"),
     [
-        ("sage", r"sage is for inference alone: it has no gradient. Expected one of flash, .*flex"),
-        ("_flash_3", r"_flash_3 is for inference alone: .*_flash_3_hub"),
-        ("flush", r"flush is none. Expected one of flash, "),
+        ("sage", r"sage is for inference only: it has no gradient. Expected one of flash, .*flex"),
+        ("_flash_3", r"_flash_3 is for inference only: .*_flash_3_hub"),
+        ("flush", r"unknown attention backend flush. Expected one of flash, "),
         ("flash", r"flash can't train here, on cpu .*install `flash-attn.*These can: native, "),
         ("flex", r"flex can't train here, .*backward on CPU"),
         ("_native_cudnn", r"_native_cudnn can't train here, .*These can: native, _native_flash, "),
