@@ -32,6 +32,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from shared.cli.support import quiet_libraries, run  # noqa: E402
+
+quiet_libraries()  # or DeepSpeed, which the encoders' packages import, writes where our JSON goes
+
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -41,7 +45,6 @@ import preprocess.encode.run  # noqa: E402
 import preprocess.overlays.conditions  # noqa: E402
 import preprocess.overlays.recaption  # noqa: E402, F401
 from preprocess.cli.app import app  # noqa: E402
-from shared.cli.support import run  # noqa: E402
 from shared.io.durable import FAULT  # noqa: E402
 from tests.models import tiny_model  # noqa: E402
 

@@ -28,7 +28,7 @@ class Command(HelpPage):
 
     def invoke(self, ctx: Any) -> Any:
         """Run it; what its options name in an object store is looked at before."""
-        _quiet_libraries()
+        quiet_libraries()
         pull_mirrors()
         return super().invoke(ctx)
 
@@ -66,7 +66,7 @@ def run(app: Callable[[], Any]) -> None:
         sys.exit(1)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Leave out what libraries say between our lines, some of them on stdout, where our JSON is.
 
     accelerate imports DeepSpeed wherever it is installed, and that tells which accelerator it
