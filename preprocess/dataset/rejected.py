@@ -25,7 +25,8 @@ def write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:
         remove(path)
 
 
-def _reasons(rejected: Sequence[Rejected]) -> list[str]:
+def reasons(rejected: Sequence[Rejected]) -> list[str]:
+    """A line each for the first few: source and reason."""
     return [
         "  " + on_one_line(f"{item.source}: " + item.reason.replace("\n", " "))
         for item in rejected[:MOST_NAMED]
@@ -34,7 +35,7 @@ def _reasons(rejected: Sequence[Rejected]) -> list[str]:
 
 def rejections(rejected: Sequence[Rejected], listed_in: Path) -> str:
     """The first few rejected samples with their reasons, and where all of them are listed."""
-    lines = _reasons(rejected)
+    lines = reasons(rejected)
     if len(rejected) > MOST_NAMED:
         lines.append(f"  ... {len(rejected) - MOST_NAMED} more")
     return "\n".join([f"{len(rejected)} rejected, listed in {listed_in}:", *lines])

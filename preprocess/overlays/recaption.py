@@ -14,7 +14,7 @@ from preprocess.cache.remove import is_unusable, sources
 from preprocess.cache.text_cache import TextCache
 from preprocess.cache.writer import ShardWriter
 from preprocess.dataset.entries import Dataset, Rejected, load_dataset
-from preprocess.dataset.rejected import _reasons
+from preprocess.dataset.rejected import reasons
 from preprocess.dataset.toml_config import load_dataset_config
 from preprocess.encode.config import StoredDtype
 from preprocess.encode.fingerprint import encoder_fields
@@ -395,7 +395,7 @@ def _finish(base: CacheIndex, mine: dict[int, str], outcome: Recaptioned) -> Non
     outcome.left = len(_missing(base, mine, outcome.index))
 
 
-def unmatched_captions(done: "Recaptioned") -> list[str]:
+def unmatched_captions(done: Recaptioned) -> list[str]:
     """What became of samples without a new caption, and of captions without a sample."""
     lines = []
     if done.samples_without:
@@ -410,5 +410,5 @@ def unmatched_captions(done: "Recaptioned") -> list[str]:
         )
     if done.rejected:
         lines.append(f"{len(done.rejected)} rejected of the list:")
-        lines += _reasons(done.rejected)
+        lines += reasons(done.rejected)
     return lines

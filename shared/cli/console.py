@@ -70,5 +70,6 @@ def byte_bar(console: Console, title: str, total: int) -> Iterator[Callable[[int
 
 
 def named(names: Sequence[str]) -> str:
+    """The first few, each on one line, and how many more there are."""
     more = [f"{len(names) - MOST_NAMED} more"] if len(names) > MOST_NAMED else []
     return ", ".join([*map(on_one_line, names[:MOST_NAMED]), *more])
