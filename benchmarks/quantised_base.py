@@ -34,11 +34,12 @@ from toy_students import (
 from shared.models.spec import MAX_TEXT_TOKENS, read_model_spec
 from train.data.batches import Batch
 from train.functional.schedule import Schedule
-from train.memory.quantize import BasePrecision, quantise
+from train.memory.quantize import quantise
 from train.methods.dmd import Recipe, critic_step, generator_step
-from train.model.base import Precision, load_base
+from train.model.base import load_base
 from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.roles import CRITIC, GENERATOR, Roles
+from train.options import BasePrecision, Precision
 
 CPU = torch.device("cpu")
 SAMPLES = 4

@@ -31,10 +31,11 @@ from train.data.batches import Batch
 from train.functional.schedule import Schedule
 from train.methods.dmd import Recipe, critic_step, generator_step
 from train.model.attention import NATIVE, trainable, use_attention
-from train.model.base import Precision, load_base
+from train.model.base import load_base
 from train.model.compile import compile_blocks
 from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.roles import CRITIC, GENERATOR, Roles
+from train.options import Precision
 
 RECIPE = Recipe(
     expert="full",

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import preprocess.cli.app
 import train.cli.app
+from shared.cli.videox_fun_command import GIVEN
 
 ROOT = Path(__file__).parents[1]
 APPS = {"wanprep": preprocess.cli.app.app, "wantrain": train.cli.app.app}
@@ -112,10 +113,11 @@ def examples(program: str, name: str) -> list[list[list[str]]]:
 
 
 def parse(program: str, name: str, words: list[str]) -> dict[str, Any]:
-    """What the command's function would be called with; raises for what can't be parsed."""
+    """Options and flags that are another command's, as given; raises for what can't be parsed."""
     group = group_of(program).make_context(program, [name])
     context = command_of(program, name).make_context(name, list(words), parent=group)
-    return dict(context.params)
+    given = {f: v[0] if v else True for f, v in context.meta.get(GIVEN, {}).items()}
+    return context.params | given
 
 
 @pytest.mark.parametrize("columns", [80, 120])

@@ -226,7 +226,7 @@ ROWS: dict[str, tuple[str, str]] = {
     ),
     "stride 0": (
         ENCODE + "--train-data-dir {data} --video-sample-stride 0",
-        "error: --video-sample-stride: 0 is too small; expected at least 1.",
+        "error: --video-sample-stride: found 0, expected a whole number from 1.",
     ),
     "a stride and a frame rate": (
         ENCODE + "--train-data-dir {data} --fps 16 --video-sample-stride 2",
@@ -235,7 +235,7 @@ ROWS: dict[str, tuple[str, str]] = {
     ),
     "frame rate 0": (
         ENCODE + "--train-data-dir {data} --fps 0",
-        "error: --fps: 0 is no frame rate; expected a number above 0.",
+        "error: --fps: found 0.0, expected a number above 0.",
     ),
     "a fixed size that is too small": (
         ENCODE + "--train-data-dir {data} --fix-sample-size 480 16",
@@ -265,7 +265,7 @@ ROWS: dict[str, tuple[str, str]] = {
     ),
     "no repeat": (
         ENCODE + "--train-data-dir {data} --video_repeat 0",
-        "error: --video-repeat: 0 is too small; expected at least 1.",
+        "error: --video-repeat: found 0, expected a whole number from 1.",
     ),
     "a mode that the model has not": (
         ENCODE + "--train-data-dir {data} --train_mode i2v",

@@ -1,123 +1,140 @@
-"""The configuration of a run: built by the command line, checked here, then frozen."""
+"""The options of runs: type, default, unit, help, group and check of each, once.
 
+From these fields follow the command's options and help page, the table of VideoX-Fun's flags, the
+--dry-run and what a checkpoint remembers. Torch stays out: a help page needs none.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import isfinite
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
-from shared.cli.checks import ABOVE_0, FROM_0, WHOLE, check_option
-from shared.cli.videox_fun_command import Given
+import typer
+
+from shared.cli.checks import (
+    ABOVE_0,
+    AT_LEAST_1,
+    BELOW_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    REMEMBERED,
+    SHARE,
+    check_option,
+    check_options,
+)
 from shared.errors import UserError
-from train.data.batch_plan import Tail
-from train.data.filters import Condition
-from train.data.weighted_folder import WeightedFolder
-from train.distributed.placement import Placement
-from train.functional.schedule import Expert, ScoreFloor
+from shared.io.mirror import DEFAULT_SHARD_CACHE_GB
+from shared.models.spec import DEFAULT_MODEL
+from train.data.weighted_folder import DEFAULT_SHARDS, WeightedFolder, shards_option
+from train.distributed.options import ProcessOptions
 from train.memory.options import MemoryOptions
-from train.methods.dmd import Maths, Pairing, Start
-from train.methods.flow_matching import TimestepSampling
-from train.model.attention import check_name
-from train.model.base import Base
-from train.optim.lr_schedule import LEAST_POLYNOMIAL_RATE, LrScheduler
-from train.tracking.trackers import chosen
+from train.options import (
+    DATA,
+    DEVICE,
+    INPUT,
+    LEAST_POLYNOMIAL_RATE,
+    LENGTH,
+    LORA,
+    OPTIMIZER,
+    OUTPUT,
+    PROCESSES,
+    WATCH,
+    Expert,
+    LrScheduler,
+    Maths,
+    Pairing,
+    ScoreFloor,
+    Start,
+    StrategyName,
+    Tail,
+    TimestepSampling,
+    TrainMode,
+    names,
+)
 
-TrainMode = Literal["normal", "i2v", "ti2v"]
+LEVELS = "Noise levels"
+DMD = "Distillation"
+BENCH = "Bench"
+
+# fmt: off
+Model = Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model to train a LoRA of: a folder of diffusers or Wan, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)]
+Rank = Annotated[int, typer.Option(metavar="N", help="LoRA rank.", rich_help_panel=LORA)]
+TargetName = Annotated[str, typer.Option(metavar="LIST", help="Layers of each block that get a LoRA, by Wan's or diffusers' names.", rich_help_panel=LORA)]
+LoraSkipName = Annotated[str, typer.Option(metavar="LIST", help="Skip layers whose name contains one of these, e.g. cross_attn.", show_default="none", rich_help_panel=LORA)]
+EmaDecay = Annotated[float, typer.Option(metavar="X", help="EMA decay of the LoRA's weights, e.g. 0.99: the saved LoRA is their moving average; 0: the last weights.", rich_help_panel=LORA), BELOW_1]
+LearningRate = Annotated[float, typer.Option(metavar="X", help="Learning rate of the LoRA (distill: of the generator).", rich_help_panel=OPTIMIZER), POSITIVE]
+OutputDir = Annotated[Path, typer.Option(metavar="DIR", help="Folder for checkpoints, logs and the final LoRA.", rich_help_panel=OUTPUT)]
+TrainBatchSize = Annotated[int, typer.Option(metavar="N", help="Samples per process in one forward and backward pass.", rich_help_panel=DATA), AT_LEAST_1, REMEMBERED]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(ProcessOptions, MemoryOptions):
     """What every run has, whatever it learns. Names and defaults are the seed document's.
 
-    None means: decided by the model.
+    None means: decided by the model, or as `show_default` says. A *step* is an optimizer step of
+    the LoRA that the run is for.
     """
 
-    # What is trained, on what
-    model: str
-    base: Base
-    init_lora: Path | None
-    """LoRA file that the LoRA begins as."""
-    shards: tuple[WeightedFolder, ...]
-    where: tuple[Condition, ...]
-    """Only samples that fulfil all of them."""
-    captions: str | None
-    """Name of captions that `wanprep recaption` made; None: the shards' own."""
-    output_dir: Path
-    boundary_type: Expert | None
-    """None: `low` where the model has two experts, else `full`."""
-    train_mode: TrainMode | None
-    """What the model must be for; `normal` with a ti2v model shows all clips as text to video."""
-    encoded_as: Given
-    """Flags of `wanprep encode` that were given: the shards must be so."""
-    seed: int
+    model: Model = DEFAULT_MODEL
+    transformer_path: Annotated[Path | None, typer.Option(metavar="PATH", help="Weights of your own in place of the expert's in MODEL: a .safetensors file (Wan's, ComfyUI's or diffusers' names; fp32, bf16, fp16 or fp8), or a folder. Config, VAE and text encoder stay MODEL's.", show_default="the expert in MODEL", rich_help_panel=INPUT)] = None
+    base_lora: Annotated[list[str] | None, typer.Option(metavar="FILE[:X]", help="LoRA to merge into the base first, at strength X (1 if left out); diffusers', ComfyUI's or kohya's form. Can be given several times.", show_default="none", rich_help_panel=INPUT)] = None
+    shards: Annotated[list[WeightedFolder], typer.Option(parser=shards_option, metavar="DIR|URL", help="Folder of shards that `wanprep encode` made; several, if given several times. DIR@W has a weight: an epoch shows its samples W times, e.g. DIR@3 or DIR@0.5.", rich_help_panel=INPUT)] = DEFAULT_SHARDS
+    where: Annotated[list[str] | None, typer.Option(metavar="COND", help="Train only on samples that fulfil this, e.g. 'frames>=17', 'tag=good', 'caption~=cat' or 'source=clips/*'; if given several times, all of it. Fields: caption, source, tag, type, bucket, height, width, frames, tokens.", show_default="all samples", rich_help_panel=INPUT)] = None
+    shard_cache_gb: Annotated[float, typer.Option(metavar="GB", help="Room on this machine for whole shards of an object store (s3://bucket/shards); what is beyond is read sample by sample.", rich_help_panel=INPUT)] = DEFAULT_SHARD_CACHE_GB
+    captions: Annotated[str | None, typer.Option(metavar="NAME", help="Captions that `wanprep recaption --name NAME` made, in place of the shards' own.", show_default="the shards' own", rich_help_panel=INPUT)] = None
+    boundary_type: Annotated[Expert | None, typer.Option(help="Expert to train: the one for low or for high noise, or full for a model with one transformer (or one LoRA for all steps).", show_default="low where the model has two experts, else full", rich_help_panel=INPUT)] = None
+    train_mode: Annotated[TrainMode | None, typer.Option("--train-mode", help="What the model must be for, or it is refused; normal is t2v, and with a ti2v model shows all clips as text to video.", show_default="as the model is", rich_help_panel=INPUT), REMEMBERED] = None
+    seed: Annotated[int, typer.Option(metavar="N", help="Random seed of the whole run.", rich_help_panel=INPUT), REMEMBERED] = 42
 
-    # Length and saving; a *step* of these is an update of the LoRA that the run is for
-    max_train_steps: int | None
-    """None: `num_train_epochs` decides."""
-    num_train_epochs: int
-    checkpointing_steps: int
-    checkpoints_total_limit: int | None
-    """Checkpoints that are kept, the newest; None: all."""
-    resume_from_checkpoint: str | None
-    save_precision: Literal["bf16", "fp32"]
+    output_dir: OutputDir
+    save_precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="Number format of the final LoRA files (checkpoints are fp32).", rich_help_panel=OUTPUT)] = "bf16"
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration, the plan and an estimate of the memory, then stop.", show_default="off", rich_help_panel=OUTPUT)] = False
 
-    # What people see of it
-    report_to: tuple[str, ...]
-    """Trackers by accelerate's names, and csv."""
-    logging_dir: Path | None
-    """None: `logs` in the output folder."""
-    tracker_project_name: str
-    validation_steps: int | None
-    """Updates of the LoRA from one validation to the next; None or 0: none."""
+    max_train_steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps of the LoRA (distill: of the generator), in place of epochs.", show_default="as many as the epochs have", rich_help_panel=LENGTH), AT_LEAST_1] = None
+    num_train_epochs: Annotated[int, typer.Option(metavar="N", help="Epochs, passes over the shards, in place of --max-train-steps (distill: counting steps of both roles).", rich_help_panel=LENGTH), AT_LEAST_1] = 100
+    checkpointing_steps: Annotated[int, typer.Option(metavar="N", help="Save a checkpoint every N optimizer steps of the LoRA (distill: of the generator).", rich_help_panel=LENGTH), AT_LEAST_1] = 50
+    checkpoints_total_limit: Annotated[int | None, typer.Option(metavar="N", help="Keep at most N checkpoints; the oldest are deleted.", show_default="all", rich_help_panel=LENGTH), AT_LEAST_1] = None
+    resume_from_checkpoint: Annotated[str | None, typer.Option(metavar="DIR|latest", help="Checkpoint to go on from: its folder, or latest (a new run where there is none yet).", show_default="a new run", rich_help_panel=LENGTH)] = None
 
-    # LoRA and optimizer
-    flow_shift: float | None
-    rank: int
-    network_alpha: float
-    target_name: tuple[str, ...]
-    lora_skip_name: tuple[str, ...]
-    """Parts of names of layers that get none, though `target_name` has them."""
-    ema_decay: float
-    """Of the average of the LoRA that is exported; 0: the last weights are."""
-    ema_start: int
-    """Updates of the LoRA before the average begins."""
-    learning_rate: float
-    lr_warmup_steps: int
-    """Updates of a role over which its learning rate rises from 0."""
-    lr_scheduler: LrScheduler
-    adam_beta1: float
-    adam_beta2: float
-    adam_weight_decay: float
-    adam_epsilon: float
-    max_grad_norm: float
+    validation_steps: Annotated[int | None, typer.Option(metavar="N", help="Sample the shards' validation prompts (see `wanprep encode`) every N updates of the LoRA, and once before the first; shown by the latents' colours, without a VAE.", show_default="never", rich_help_panel=WATCH), NOT_NEGATIVE] = None
+    report_to: Annotated[str, typer.Option(metavar="LIST", help="Where numbers and validation clips go: tensorboard, csv, wandb, comet_ml, aim, mlflow, clearml, dvclive, swanlab, trackio; several with commas, all that are installed, or none.", rich_help_panel=WATCH)] = "tensorboard"
+    logging_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the trackers' files.", show_default="logs in the output folder", rich_help_panel=WATCH)] = None
+    tracker_project_name: Annotated[str, typer.Option(metavar="NAME", help="Project under which wandb and its like file the run.", rich_help_panel=WATCH)] = "wandistill"
 
-    # Data and device
-    train_batch_size: int
-    gradient_accumulation_steps: int
-    video_repeat: int | None
-    """None: as the shards say."""
-    caption_dropout: float
-    random_frame_crop: bool
-    """Show the beginning of clips only in one update of ten."""
-    tail: Tail
-    dataloader_num_workers: int
-    memory: MemoryOptions
-    allow_tf32: bool
-    compile: bool
-    """torch.compile for the transformer's blocks."""
-    attention_backend: str
-    """By diffusers' name."""
-    placement: Placement
+    init_lora: Annotated[Path | None, typer.Option(metavar="FILE", help="Start from this LoRA in place of a zero one (distill: the generator only); diffusers', ComfyUI's or kohya's form, of any alpha and a rank up to --rank.", show_default="none", rich_help_panel=LORA)] = None
+    rank: Annotated[Rank, AT_LEAST_1] = 64
+    network_alpha: Annotated[float, typer.Option(metavar="X", help="LoRA alpha: the LoRA's output is scaled by alpha / rank.", rich_help_panel=LORA), POSITIVE] = 32
+    target_name: TargetName = "q,k,v,ffn.0,ffn.2"
+    lora_skip_name: LoraSkipName = ""
+    ema_decay: EmaDecay = 0.0
+    ema_start: Annotated[int, typer.Option(metavar="N", help="Optimizer steps of the LoRA before the EMA begins.", rich_help_panel=LORA), NOT_NEGATIVE] = 100
+
+    learning_rate: LearningRate
+    lr_scheduler: Annotated[LrScheduler, typer.Option(metavar="NAME", help="Learning-rate schedule after the warm-up: constant, linear, cosine, cosine_with_restarts or polynomial (diffusers').", rich_help_panel=OPTIMIZER), REMEMBERED] = "constant"
+    lr_warmup_steps: Annotated[int, typer.Option(metavar="N", help="Optimizer steps over which the learning rate rises from 0 (distill: of each role).", rich_help_panel=OPTIMIZER), NOT_NEGATIVE, REMEMBERED] = 0
+    adam_beta1: Annotated[float, typer.Option(metavar="X", help="AdamW beta1: decay rate of the first moment.", rich_help_panel=OPTIMIZER), BELOW_1, REMEMBERED] = 0.9
+    adam_beta2: Annotated[float, typer.Option(metavar="X", help="AdamW beta2: decay rate of the second moment.", rich_help_panel=OPTIMIZER), BELOW_1, REMEMBERED] = 0.999
+    adam_weight_decay: Annotated[float, typer.Option(metavar="X", help="AdamW weight decay.", rich_help_panel=OPTIMIZER), NOT_NEGATIVE, REMEMBERED] = 3e-2
+    adam_epsilon: Annotated[float, typer.Option(metavar="X", help="AdamW epsilon.", rich_help_panel=OPTIMIZER), NOT_NEGATIVE, REMEMBERED] = 1e-10
+    max_grad_norm: Annotated[float, typer.Option(metavar="X", help="Clip the gradient norm of each optimizer step to this.", rich_help_panel=OPTIMIZER), POSITIVE, REMEMBERED] = 0.05
+
+    train_batch_size: TrainBatchSize = 1
+    gradient_accumulation_steps: Annotated[int, typer.Option(metavar="N", help="Forward and backward passes per optimizer step.", rich_help_panel=DATA), AT_LEAST_1, REMEMBERED] = 1
+    video_repeat: Annotated[int | None, typer.Option(metavar="N", help="Times that a video occurs in an epoch, whatever `wanprep encode` said.", show_default="as the shards say", rich_help_panel=DATA), AT_LEAST_1, REMEMBERED] = None
+    caption_dropout: Annotated[float, typer.Option(metavar="X", help="Share of captions, 0 to 1, that are replaced by the empty prompt.", rich_help_panel=DATA), SHARE, REMEMBERED] = 0.1
+    random_frame_crop: Annotated[bool, typer.Option("--random-frame-crop", help="In one update of ten, show clips up to a random frame only, 4n+1 from 5 on, so that the LoRA knows shorter clips, too.", show_default="off", rich_help_panel=DATA), REMEMBERED] = False
+    tail: Annotated[Tail, typer.Option(help="A bucket's last, incomplete batch: pad it with samples of the bucket, or drop it.", rich_help_panel=DATA), REMEMBERED] = "pad"
+    dataloader_num_workers: Annotated[int, typer.Option(metavar="N", help="Threads that read batches ahead; 0: read in the training loop.", rich_help_panel=DATA), NOT_NEGATIVE] = 8
+
+    allow_tf32: Annotated[bool, typer.Option("--allow-tf32", help="Let a GPU multiply fp32 matrices in TF32: faster, and rounded to 10 bits.", show_default="off", rich_help_panel=DEVICE), REMEMBERED] = False
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the transformer's blocks with torch.compile: minutes at the start, then faster steps; see docs/speed.md.", show_default="off", rich_help_panel=DEVICE), REMEMBERED] = False
+    attention_backend: Annotated[str, typer.Option(metavar="NAME", envvar="DIFFUSERS_ATTN_BACKEND", help="Attention backend, by diffusers' names: native (torch SDPA), flash (flash-attn), _flash_3_hub, xformers, _native_cudnn, _native_flash and so on.", rich_help_panel=DEVICE), REMEMBERED] = "native"
+    # fmt: on
 
     def __post_init__(self) -> None:
-        at_least_one = (
-            "num_train_epochs",
-            "checkpointing_steps",
-            "rank",
-            "train_batch_size",
-            "gradient_accumulation_steps",
-        )
-        for name in at_least_one:
-            check_option(name, getattr(self, name), getattr(self, name) >= 1, WHOLE)
+        super().__post_init__()
+        check_options(self)
         paths = [folder.path.resolve() for folder in self.shards]
         for folder, path in zip(self.shards, paths, strict=True):
             if paths.count(path) > 1:
@@ -125,40 +142,23 @@ class TrainConfig:
                     f"--shards: {folder.path} is given {paths.count(path)} times. Give it once, "
                     f"with a weight if it shall count more: {folder.path}@{paths.count(path)}"
                 )
-        for name in ("max_train_steps", "checkpoints_total_limit", "video_repeat"):
-            if (limit := getattr(self, name)) is not None:
-                check_option(name, limit, limit >= 1, WHOLE)
-        for name in ("network_alpha", "learning_rate", "max_grad_norm"):
-            check_option(name, getattr(self, name), 0 < getattr(self, name) < inf, ABOVE_0)
         self._check_rate("learning_rate", self.learning_rate)
-        if self.flow_shift is not None:
-            check_option("flow_shift", self.flow_shift, 0 < self.flow_shift < inf, ABOVE_0)
-        check_option("target_name", "''", bool(self.target_name), "names of layers, e.g. q,k,v")
-        for name in ("ema_decay", "adam_beta1", "adam_beta2"):
-            value = getattr(self, name)
-            check_option(name, value, 0 <= value < 1, "a number in [0, 1)")
-        from_zero = (
-            "dataloader_num_workers",
-            "lr_warmup_steps",
-            "ema_start",
-            "validation_steps",
-            "adam_weight_decay",
-            "adam_epsilon",
-        )
-        for name in from_zero:
-            check_option(name, getattr(self, name), 0 <= (getattr(self, name) or 0) < inf, FROM_0)
-        chosen(self.report_to)
-        check_name(self.attention_backend)
-        self._check_compile()
-        dropout = self.caption_dropout
-        check_option("caption_dropout", dropout, 0 <= dropout <= 1, "a share in [0, 1]")
-
-    def _check_compile(self) -> None:
-        if self.compile and self.memory.strategy == "zero3":
+        check_option("target_name", "''", bool(self.targets), "names of layers, e.g. q,k,v")
+        if self.compile and self.strategy == "zero3":
             raise UserError(
                 "--compile: found with --strategy zero3, where DeepSpeed gathers the weights of "
                 "layers in the midst of a block. Use --strategy fsdp, or leave --compile out."
             )
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of layers that get a LoRA."""
+        return names(self.target_name)
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Parts of names of layers that get none, though `targets` has them."""
+        return names(self.lora_skip_name)
 
     def _check_rate(self, name: str, rate: float) -> None:
         if self.lr_scheduler == "polynomial":
@@ -166,28 +166,27 @@ class TrainConfig:
             expected = f"more than {least:g}, where --lr-scheduler polynomial ends"
             check_option(name, rate, rate > least, expected)
 
-    @property
-    def update_batch(self) -> int:
-        """Samples of one optimizer step, over all processes."""
-        processes = self.placement.machines.num_processes
-        return self.train_batch_size * self.gradient_accumulation_steps * processes
 
-    @property
-    def device(self) -> str:
-        """Of this process."""
-        return self.placement.device
-
-
+# fmt: off
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TrainConfig):
-    """`wantrain lora`."""
+    """Train a plain LoRA of one expert on clips in shards.
 
-    timestep_sampling: TimestepSampling
-    logit_mean: float | None
-    logit_std: float | None
-    """Of the normal behind `logit-normal`; None: 0 and 1. Both None for `uniform`."""
-    uniform_sampling: bool
-    """Spread the levels of an update's samples evenly over that distribution."""
+    What the base model does not know, such as a character, a style or a motion, is learned from the clips by flow matching; steps and CFG stay those of the base model. SIGTERM and Ctrl-C leave a checkpoint and a loadable LoRA.
+
+    Next: wantrain sample --lora FILE --prompt TEXT
+    """
+
+    PANELS: ClassVar[Sequence[str]] = (INPUT, OUTPUT, LENGTH, WATCH, LEVELS, LORA, OPTIMIZER, DATA, DEVICE, PROCESSES)
+
+    output_dir: OutputDir = Path("output_dir_lora")
+    timestep_sampling: Annotated[TimestepSampling, typer.Option(help="How noise levels are drawn, before the shift and inside the expert's range: evenly, or mostly middle ones (the sigmoid of a normal).", rich_help_panel=LEVELS)] = "uniform"
+    logit_mean: Annotated[float | None, typer.Option(metavar="X", help="Mean of that normal; above 0 is noisier.", show_default="0", rich_help_panel=LEVELS)] = None
+    logit_std: Annotated[float | None, typer.Option(metavar="X", help="Standard deviation of that normal.", show_default="1", rich_help_panel=LEVELS)] = None
+    uniform_sampling: Annotated[bool, typer.Option(help="Spread the levels of an update's samples evenly over that distribution, instead of drawing each by itself; the same with one sample an update.", show_default="on", rich_help_panel=LEVELS)] = True
+    flow_shift: Annotated[float | None, typer.Option(metavar="X", help="Shift s of the noise schedule: what was drawn as u becomes sigma = s*u / (1 + (s-1)*u).", show_default="12 for Wan 2.2 A14B t2v, else 5", rich_help_panel=LEVELS), POSITIVE] = None
+    learning_rate: LearningRate = 1e-4
+    # fmt: on
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -204,39 +203,83 @@ class FinetuneConfig(TrainConfig):
             check_option(name, value, fine, ABOVE_0 if name == "logit_std" else "a number")
 
 
+# fmt: off
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(TrainConfig):
-    """`wantrain distill`. What is not in the seed document says so."""
+    """Distil a few-step LoRA of one expert from shards (DMD).
 
-    denoising_step_indices_list: tuple[float, ...]
-    recipe: Maths
-    start: Start | None
-    """None: `latents` for the low-noise expert, else `noise`."""
-    pairing: Pairing
-    score_floor: ScoreFloor
-    uniform_sampling: bool
-    """Spread the score levels of an update's samples evenly over the interval."""
-    real_guidance_scale: float
-    fake_guidance_scale: float
-    gen_update_interval: int
-    """Critic updates before each generator update."""
-    fm_loss_weight: float
-    """Of flow matching on the cached latents in the generator's loss; 0: DMD alone."""
-    learning_rate_critic: float
-    batched_guidance: bool
-    """Teacher (and critic) with and without caption in one pass of twice the samples."""
+    The student (generator) learns to do in a few steps what the base model (teacher) does in many with CFG; a critic, a second LoRA, follows the student. One update is one optimizer step of one of the two. SIGTERM and Ctrl-C leave a checkpoint and a loadable LoRA.
+
+    Next: wantrain sample --lora FILE --prompt TEXT
+    """
+
+    PANELS: ClassVar[Sequence[str]] = (INPUT, OUTPUT, LENGTH, WATCH, DMD, LORA, OPTIMIZER, DATA, DEVICE, PROCESSES)
+
+    output_dir: OutputDir = Path("output_dir_distill")
+    denoising_step_indices_list: Annotated[str, typer.Option(metavar="LIST", help="The student's steps, as timesteps before the shift: 1000 is pure noise, 0 the clip.", rich_help_panel=DMD)] = "1000,750,500,250"
+    flow_shift: Annotated[float | None, typer.Option(metavar="X", help="Shift s of the noise schedule: timestep 1000*u becomes sigma = s*u / (1 + (s-1)*u).", show_default="12 for Wan 2.2 A14B t2v, else 5", rich_help_panel=DMD), POSITIVE] = None
+    recipe: Annotated[Maths, typer.Option(help="seed is VideoX-Fun's maths, for comparison: either expert walks all steps, from noise, and score levels have no cap and no floor.", rich_help_panel=DMD)] = "corrected"
+    start: Annotated[Start | None, typer.Option(help="Rollouts start from cached latents noised to the expert's first step, or from pure noise at the first of all steps, as in VideoX-Fun.", show_default="latents for low, else noise", rich_help_panel=DMD)] = None
+    pairing: Annotated[Pairing, typer.Option(help="How one step leads to the next: with fresh noise (sample with LCM) or along the velocity (sample with Euler).", rich_help_panel=DMD)] = "renoise"
+    score_floor: Annotated[ScoreFloor, typer.Option(help="Where the high-noise expert's score levels end: at the model's boundary or at the first step of the low-noise expert.", rich_help_panel=DMD)] = "boundary"
+    uniform_sampling: Annotated[bool, typer.Option(help="Spread the score levels of an update's samples evenly over the expert's interval, instead of drawing each by itself; the same with one sample an update.", show_default="on", rich_help_panel=DMD)] = True
+    real_guidance_scale: Annotated[float, typer.Option(metavar="X", help="CFG scale of the teacher, with the cached negative prompt; 0 or 1 is no guidance.", rich_help_panel=DMD), NOT_NEGATIVE] = 6.0
+    fake_guidance_scale: Annotated[float, typer.Option(metavar="X", help="CFG scale of the critic; 0 is no guidance.", rich_help_panel=DMD), NOT_NEGATIVE] = 0.0
+    gen_update_interval: Annotated[int, typer.Option(metavar="N", help="Critic updates before each generator update.", rich_help_panel=DMD), AT_LEAST_1] = 5
+    fm_loss_weight: Annotated[float, typer.Option(metavar="X", help="Add flow matching on the cached latents, times this, to the generator's loss; 0 is DMD alone.", rich_help_panel=DMD), NOT_NEGATIVE] = 0.0
+    learning_rate: LearningRate = 1e-5
+    learning_rate_critic: Annotated[float, typer.Option(metavar="X", help="Learning rate of the critic.", rich_help_panel=OPTIMIZER), POSITIVE] = 1e-6
+    batched_guidance: Annotated[bool, typer.Option(help="Compute the guided teacher (and critic) with and without caption in one pass of both: half the communication under fsdp and zero3, for twice the memory of a pass without gradients.", show_default="off", rich_help_panel=DEVICE)] = False
+    # fmt: on
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        interval, rate = self.gen_update_interval, self.learning_rate_critic
-        check_option("gen_update_interval", interval, interval >= 1, WHOLE)
-        check_option("learning_rate_critic", rate, 0 < rate < inf, ABOVE_0)
-        self._check_rate("learning_rate_critic", rate)
-        for name in ("fm_loss_weight", "real_guidance_scale", "fake_guidance_scale"):
-            check_option(name, getattr(self, name), 0 <= getattr(self, name) < inf, FROM_0)
+        self._check_rate("learning_rate_critic", self.learning_rate_critic)
         if self.recipe == "seed" and (self.start == "latents" or self.score_floor != "boundary"):
             chosen = "--start latents" if self.start == "latents" else "--score-floor handover"
             raise UserError(
                 f"--recipe: found seed with {chosen}, but the seed's recipe starts from noise and "
                 f"ends its score levels at the boundary. Leave out one of the two."
             )
+
+
+# fmt: off
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig(DistillConfig):
+    """Measure how lean a run is on this machine.
+
+    Says what the loop costs beside the passes of the transformer, how many FLOPs an update has and how fast they are done, what lies in memory, and how fast the shards are read. Takes every option of `wantrain distill`; runs its loop for a few updates in a temporary folder, which is thrown away. Of several processes (--strategy), it tells of the first one.
+
+    Next: wantrain distill, with the same options
+    """
+
+    PANELS: ClassVar[Sequence[str]] = (BENCH, *DistillConfig.PANELS)
+
+    cycles: Annotated[int, typer.Option(metavar="N", min=0, help="Generator updates that are measured, each with its critic updates; one more warms up. 0: the loader alone.", rich_help_panel=BENCH)] = 1
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers here, too.", show_default="nowhere", rich_help_panel=BENCH)] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(MemoryOptions):
+    """Estimate the GPU memory that a run needs.
+
+    And what would make it less. From configs alone: those of the published Wan models are built in, by name (wan2.2-i2v-a14b, wan2.1-t2v-1.3b and so on) or hub id; nothing is downloaded or loaded, and no shards are needed. All is of one process. What is counted are tensors: leave 1 or 2 GiB for CUDA's own.
+
+    Next: wantrain distill, with the same options
+    """
+
+    PANELS: ClassVar[Sequence[str]] = (INPUT, DATA, OUTPUT, LORA, DEVICE, PROCESSES)
+
+    model: Model = DEFAULT_MODEL
+    method: Annotated[Literal["distill", "lora"], typer.Option(help="Which command the plan is of.", rich_help_panel=INPUT)] = "distill"
+    gpu_memory: Annotated[float | None, typer.Option(metavar="GiB", min=0, help="Memory of a GPU, to be told what fits.", show_default="not asked", rich_help_panel=INPUT)] = None
+    fix_sample_size: Annotated[tuple[int, int], typer.Option(metavar="H W", help="Height and width of the clips, in pixels.", rich_help_panel=DATA)] = (480, 832)
+    video_sample_n_frames: Annotated[int, typer.Option("--video-sample-n-frames", "--frames", metavar="N", min=1, help="Frames of the clips: 1, 5, 9 and so on.", rich_help_panel=DATA)] = 81
+    train_batch_size: TrainBatchSize = 1
+    json: Annotated[bool, typer.Option("--json", help="Print it as JSON, in bytes.", show_default="off", rich_help_panel=OUTPUT)] = False
+    rank: Rank = 64
+    target_name: TargetName = "q,k,v,ffn.0,ffn.2"
+    lora_skip_name: LoraSkipName = ""
+    ema_decay: EmaDecay = 0.0
+    strategy: Annotated[StrategyName | None, typer.Option(help="How processes share the work: ddp keeps the whole model in each; fsdp and zero3 shard it across them, zero2 only the optimizer.", show_default="ddp for several processes, single for one", rich_help_panel=PROCESSES)] = None
+    num_processes: Annotated[int, typer.Option(metavar="N", min=1, help="Processes of the run over all machines, one for a GPU.", rich_help_panel=PROCESSES)] = 1

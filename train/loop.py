@@ -19,6 +19,7 @@ from train.distributed.process_group import joined
 from train.methods.step_output import StepNumbers, together
 from train.optim.lr_checks import FirstSteps
 from train.optim.lr_schedule import learning_rate
+from train.options import names
 from train.run import Run
 from train.session import Session, open_session
 from train.tracking.progress import TrainProgress
@@ -38,7 +39,7 @@ def train(run: Run, console: Console) -> int | None:
     """
     ranks = run.ranks
     console = console if ranks.first else Console(quiet=True)
-    with joined(ranks, torch.device(run.config.device)):
+    with joined(ranks, torch.device(run.device)):
         validation = validation_of(run)  # refuses before weights are read
         session = open_session(run, partial(support.say, console))
         state, stopped_by = session.state, None
@@ -72,7 +73,7 @@ def _walk(
     """Walk the updates from `state.updates` on, changing the state once for each."""
     run, state = session.run, session.state
     config, objective, ranks = run.config, run.objective, run.ranks
-    device = torch.device(config.device)
+    device = torch.device(run.device)
     negative = session.bank.negative.to(device)
     batches = micro_batches(run, session.bank).ahead(
         start=state.updates, stop=run.updates, workers=config.dataloader_num_workers
@@ -86,7 +87,7 @@ def _walk(
         trackers: list[Tracker] = []
         if ranks.first:
             trackers = open_trackers(
-                chosen(config.report_to),
+                chosen(names(config.report_to)),
                 config.logging_dir or config.output_dir / "logs",
                 config.tracker_project_name,
                 done=state.updates,

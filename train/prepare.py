@@ -2,29 +2,34 @@
 
 import numpy as np
 
+from shared.cli.videox_fun_command import Given
 from shared.errors import UserError
 from shared.format.cache import MEDIA_TYPES
 from shared.models.spec import ModelSpec
 from train.config import DistillConfig, FinetuneConfig
 from train.data.dataset import Dataset
-from train.functional.schedule import Expert, Schedule
+from train.functional.schedule import Schedule
 from train.methods.distillation import Distillation
 from train.methods.dmd import Recipe
 from train.methods.finetune import LORA, Finetuning
 from train.methods.flow_matching import NoiseLevels
 from train.model.roles import CRITIC, GENERATOR
-from train.run import Run, open_data, plan_run
+from train.options import Expert, names
+from train.run import Run, open_data, place_run, plan_run, update_batch
+
+NONE_GIVEN: Given = {}
 
 
-def prepare_distillation(config: DistillConfig) -> Run:
+def prepare_distillation(config: DistillConfig, given_elsewhere: Given = NONE_GIVEN) -> Run:
     """Read configs and index, check that shards and model belong together, and plan.
 
     Raises UserError for everything that a user can get wrong; no weight has been read by then.
     """
-    spec, data = open_data(config)
+    config, placement = place_run(config)
+    spec, data = open_data(config, given_elsewhere)
     expert: Expert = config.boundary_type or ("low" if spec.two_experts else "full")
     schedule = Schedule(
-        indices=config.denoising_step_indices_list,
+        indices=_numbers(config.denoising_step_indices_list, "--denoising-step-indices-list"),
         shift=spec.flow_shift if config.flow_shift is None else config.flow_shift,
         boundary=spec.boundary,
     )
@@ -39,7 +44,7 @@ def prepare_distillation(config: DistillConfig) -> Run:
         real_guidance_scale=config.real_guidance_scale,
         fake_guidance_scale=config.fake_guidance_scale,
         fm_loss_weight=config.fm_loss_weight,
-        score_strata=config.update_batch if config.uniform_sampling else 1,
+        score_strata=update_batch(config, placement) if config.uniform_sampling else 1,
         batched_guidance=config.batched_guidance,
         seed=config.seed,
     )
@@ -56,7 +61,15 @@ def prepare_distillation(config: DistillConfig) -> Run:
         uniform_sampling=config.uniform_sampling,
         learning_rates={GENERATOR: config.learning_rate, CRITIC: config.learning_rate_critic},
     )
-    return plan_run(config, spec, data, objective)
+    return plan_run(config, placement, spec, data, objective)
+
+
+def _numbers(text: str, option: str) -> tuple[float, ...]:
+    """ "1000 750" or "1000,750" → (1000.0, 750.0)."""
+    try:
+        return tuple(map(float, names(text)))
+    except ValueError as error:
+        raise UserError(f"{option}: found {text!r}, expected numbers such as 1000,750.") from error
 
 
 def _refuse_text_only(
@@ -79,12 +92,13 @@ def _refuse_text_only(
         )
 
 
-def prepare_finetuning(config: FinetuneConfig) -> Run:
+def prepare_finetuning(config: FinetuneConfig, given_elsewhere: Given = NONE_GIVEN) -> Run:
     """Read configs and index, check that shards and model belong together, and plan.
 
     Raises UserError for everything that a user can get wrong; no weight has been read by then.
     """
-    spec, data = open_data(config)
+    config, placement = place_run(config)
+    spec, data = open_data(config, given_elsewhere)
     levels = NoiseLevels(
         expert=config.boundary_type or ("low" if spec.two_experts else "full"),
         shift=spec.flow_shift if config.flow_shift is None else config.flow_shift,
@@ -101,11 +115,11 @@ def prepare_finetuning(config: FinetuneConfig) -> Run:
     objective = Finetuning(
         levels=levels,
         uniform_sampling=config.uniform_sampling,
-        strata=config.update_batch if config.uniform_sampling else 1,
+        strata=update_batch(config, placement) if config.uniform_sampling else 1,
         learning_rates={LORA: config.learning_rate},
         seed=config.seed,
     )
-    return plan_run(config, spec, data, objective)
+    return plan_run(config, placement, spec, data, objective)
 
 
 def text_only(spec: ModelSpec, data: Dataset) -> str | None:

@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from shared.cli.checks import remembered
+from shared.cli.videox_fun_command import Given
 from shared.device import check_device
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, open_cache
@@ -21,7 +23,7 @@ from shared.format.fingerprint import (
 from shared.format.overlays import CONDITIONS, with_captions, with_conditions
 from shared.format.schema import TEXT_MEMBER
 from shared.io.hashing import FileHasher
-from shared.io.mirror import described
+from shared.io.mirror import described, limit_shard_cache
 from shared.io.names import quoted
 from shared.models.original_layout import is_original
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
@@ -29,19 +31,25 @@ from train.config import TrainConfig
 from train.data.batch_plan import BatchPlan
 from train.data.dataset import Dataset, dataset_of
 from train.data.encoding_check import refuse_other_encoding
+from train.data.filters import condition
 from train.data.tail_log import TAIL_LOG
+from train.distributed.placement import Placement, place
 from train.distributed.process_group import Ranks
 from train.memory.estimate import Estimate, Settings, estimate_of, tokens_of
 from train.memory.quantize import check_installed, is_quantised
 from train.methods.base import Objective
-from train.model.attention import check_attention
-from train.model.base import component_of
+from train.model.attention import check_attention, check_name
+from train.model.base import Base, component_of
 from train.model.custom_weights import empty_transformer
 from train.model.lora_adapter import LoraSpec
 from train.model.lora_init import check_init
 from train.optim.lr_schedule import DECAYING
+from train.options import names
 from train.saving.checkpoint import Identity
 from train.saving.provenance import Provenance
+from train.tracking.trackers import chosen
+
+_Config = TypeVar("_Config", bound=TrainConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +57,9 @@ class Run:
     """What configuration, model configs and index decide before any weight is read."""
 
     config: TrainConfig
+    """Its `strategy` is decided."""
+    placement: Placement
+    base: Base
     spec: ModelSpec
     data: Dataset
     plan: BatchPlan
@@ -58,7 +69,12 @@ class Run:
 
     @property
     def ranks(self) -> Ranks:
-        return self.config.placement.ranks
+        return self.placement.ranks
+
+    @property
+    def device(self) -> str:
+        """Of this process."""
+        return self.placement.device
 
     @property
     def cycle(self) -> int:
@@ -79,10 +95,10 @@ class Run:
         return f" with the captions {self.config.captions!r}{kept}"
 
     def _processes(self) -> str:
-        strategy = self.config.memory.strategy
+        strategy = self.config.strategy
         if strategy == "single":
             return ""
-        return f" x {self.config.placement.machines.num_processes} processes ({strategy})"
+        return f" x {self.placement.machines.num_processes} processes ({strategy})"
 
     def describe(self) -> list[str]:
         """The derived arithmetic, printed at the start and by --dry-run."""
@@ -103,11 +119,10 @@ class Run:
         if plan.tail_samples:
             tail += f" to fill batches: their keys go to {config.output_dir / TAIL_LOG}"
         expert = self.objective.expert
-        memory = config.memory
         return [
             f"model    {self.spec.folder} ({self.spec.mode}), expert {expert} "
             f"({component_of(expert)})",
-            *([f"base     {base}"] if (base := config.base.describe()) else []),
+            *([f"base     {base}"] if (base := self.base.describe()) else []),
             f"data     {len(self.data)} samples in {len(self.data.filled_buckets())} bucket(s) of "
             f"{self.data.folders}{self._captions()}; update batch {plan.batch_size} = "
             f"{config.train_batch_size} x {config.gradient_accumulation_steps} accumulation"
@@ -117,8 +132,8 @@ class Run:
             *(line for part in self.data.parts for line in described(part.index.folder)),
             *self.objective.describe(),
             *(
-                [f"stream   --low-vram does nothing more: {memory.strategy} cuts the base already"]
-                if memory.low_vram and memory.cuts_base
+                [f"stream   --low-vram does nothing more: {config.strategy} cuts the base already"]
+                if config.low_vram and config.cuts_base
                 else []
             ),
             f"length   {until}: {self.objective.describe_length(self.product_updates)} "
@@ -126,22 +141,41 @@ class Run:
         ]
 
 
-def open_data(config: TrainConfig) -> tuple[ModelSpec, Dataset]:
+def place_run(config: _Config) -> tuple[_Config, Placement]:
+    """Where it computes, by options and environment; its strategy is decided then.
+
+    Raises UserError where they contradict.
+    """
+    strategy, placement = place(config.strategy, config)
+    config = replace(config, strategy=strategy)
+    chosen(names(config.report_to))
+    check_name(config.attention_backend)
+    if not placement.to_launch:  # else a GPU's memory would be taken here for nothing
+        check_device(placement.device)
+        check_attention(config.attention_backend, placement.device, config.mixed_precision)
+    return config, placement
+
+
+def open_data(config: TrainConfig, given_elsewhere: Given) -> tuple[ModelSpec, Dataset]:
     """The model's facts and the samples, from configs and index alone (and from the samples'
     KEY.json, where `--where` asks for what stands there).
 
-    Raises UserError where they don't belong together.
+    The shards must be encoded as flags for `wanprep encode` say. Raises UserError where they don't
+    belong together.
     """
-    if not config.placement.to_launch:  # else a GPU's memory would be taken here for nothing
-        check_device(config.device)
-        check_attention(config.attention_backend, config.device, config.memory.mixed_precision)
+    limit_shard_cache(config.shard_cache_gb)
+    where = tuple(map(condition, config.where or ()))
     folder = resolve_model(config.model, [])  # the configs decide which expert is needed
     spec = read_model_spec(folder)
     _refuse_other_mode(config, spec)
     fields = model_fields(spec, FileHasher())
-    caches = [(_open(named.path, config, spec, fields), named.weight) for named in config.shards]
+    caches = []
+    for named in config.shards:
+        index = _open(named.path, config, spec, fields)
+        refuse_other_encoding(given_elsewhere, index.fingerprint, named.path)
+        caches.append((index, named.weight))
     _refuse_other_numbers([index for index, _ in caches])
-    return spec, dataset_of(caches, config.where)
+    return spec, dataset_of(caches, where)
 
 
 def _open(shards: Path, config: TrainConfig, spec: ModelSpec, fields: Fingerprint) -> CacheIndex:
@@ -152,7 +186,6 @@ def _open(shards: Path, config: TrainConfig, spec: ModelSpec, fields: Fingerprin
             f"shards: {shards} has no samples; all were removed. Encode "
             f"some: wanprep encode --output {quoted(shards)}"
         )
-    refuse_other_encoding(config.encoded_as, index.fingerprint, shards)
     if config.captions is not None:
         index = with_captions(index, config.captions)
     expected = as_in_cache(fields, index.fingerprint, spec.folder, FileHasher())
@@ -190,29 +223,44 @@ def _refuse_other_mode(config: TrainConfig, spec: ModelSpec) -> None:
         )
 
 
-def plan_run(config: TrainConfig, spec: ModelSpec, data: Dataset, objective: Objective) -> Run:
+def update_batch(config: TrainConfig, placement: Placement) -> int:
+    """Samples of one optimizer step, over all processes."""
+    processes = placement.machines.num_processes
+    return config.train_batch_size * config.gradient_accumulation_steps * processes
+
+
+def plan_run(
+    config: TrainConfig, placement: Placement, spec: ModelSpec, data: Dataset, objective: Objective
+) -> Run:
     """Plan the batches and the length. UserError where the data make no update."""
     component = component_of(objective.expert)
-    resolve_model(config.model, [component] if config.base.own is None else [])
-    config.base.check(spec, component)
-    check_installed(config.memory.base_precision)
-    if config.memory.blocks_to_swap is not None:
-        config.memory.streamed(len(empty_transformer(spec, component).blocks))
+    base = Base.parse(config.transformer_path, config.base_lora)
+    resolve_model(config.model, [component] if base.own is None else [])
+    base.check(spec, component)
+    check_installed(config.base_precision)
+    if config.blocks_to_swap is not None:
+        config.streamed(len(empty_transformer(spec, component).blocks))
     if config.init_lora is not None:
         check_init(
-            config.init_lora, spec, component, rank=config.rank, target_name=config.target_name
+            config.init_lora,
+            spec,
+            component,
+            rank=config.rank,
+            target_name=config.targets,
         )
     repeats, epochs = data.shown(config.video_repeat)
     plan = BatchPlan(
         bucket_ids=data.bucket_ids,
         repeats=repeats,
         epochs=epochs,
-        batch_size=config.update_batch,
+        batch_size=update_batch(config, placement),
         seed=config.seed,
         tail=config.tail,
     )
     return Run(
         config=config,
+        placement=placement,
+        base=base,
         spec=spec,
         data=data,
         plan=plan,
@@ -268,7 +316,7 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
     config = run.config
     average = {"ema_decay": config.ema_decay, "ema_start": config.ema_start}
     model: dict[str, Any] = {"base": digest, "mode": run.spec.mode}
-    if merged := config.base.merged:  # in the base's digest too; said apart, for people
+    if merged := run.base.merged:  # in the base's digest too; said apart, for people
         model["base_lora"] = [f"{x.digest[:12]} x {x.strength:g}" for x in merged]
     fixed: dict[str, Any] = {
         "model": model,
@@ -276,29 +324,22 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
         "method": run.objective.method,
         "recipe": run.objective.identity() | average,
     }
-    loose_names = (
-        "seed", "train_mode", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2",
-        "adam_weight_decay", "adam_epsilon", "use_8bit_adam", "max_grad_norm", "train_batch_size",
-        "gradient_accumulation_steps", "video_repeat", "caption_dropout", "random_frame_crop",
-        "tail", "mixed_precision", "base_precision", "allow_tf32", "compile", "attention_backend",
-    )  # fmt: skip
-    options = vars(config) | vars(config.memory)
-    loose: dict[str, Any] = {name: options[name] for name in loose_names}
-    if not is_quantised(options["base_precision"]):  # bf16 is what it is without the option
-        loose["base_precision"] = None
+    loose: dict[str, Any] = remembered(config)
+    # bf16 is what it is without the option
+    loose["base_precision"] = config.base_precision if is_quantised(config.base_precision) else None
     loose |= run.objective.settings()
     for role, rate in run.objective.learning_rates.items():  # as the options are called
         loose["learning_rate" if role == run.objective.product else f"learning_rate_{role}"] = rate
     if config.lr_scheduler in DECAYING:
         loose["max_train_steps"] = run.product_updates
-    loose["num_processes"] = config.placement.machines.num_processes
-    loose["strategy"] = config.memory.strategy
+    loose["num_processes"] = run.placement.machines.num_processes
+    loose["strategy"] = config.strategy
     loose["shards"] = run.data.identity()
     captions = run.data.captions_identity()
     loose["captions"] = captions and f"{config.captions} {captions}"
-    loose["where"] = ", ".join(map(str, config.where)) or None
+    loose["where"] = ", ".join(str(condition(one)) for one in config.where or ()) or None
     loose["init_lora"] = config.init_lora and str(config.init_lora)
-    loose["base"] = config.base.describe() or None
+    loose["base"] = run.base.describe() or None
     provenance = Provenance(
         expert=run.objective.expert,
         mode=run.spec.mode,
@@ -321,10 +362,9 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
 def resolved_configuration(run: Run) -> str:
     """The configuration with the model's defaults filled in, as JSON for --dry-run."""
     decided = run.objective.identity()
-    placed = run.config.placement
-    shown = {k: decided.get(k, v) if v is None else v for k, v in vars(run.config).items()}
-    del shown["memory"], shown["placement"]
-    shown |= vars(run.config.memory) | {"device": placed.device} | vars(placed.machines)
+    options = asdict(run.config) | {"shards": [str(folder) for folder in run.config.shards]}
+    shown = {name: decided.get(name, value) for name, value in options.items()}
+    shown |= {"device": run.device} | vars(run.placement.machines)
     return json.dumps(shown, indent=2, default=str)
 
 
@@ -337,12 +377,12 @@ def estimate(run: Run) -> Estimate | None:
     settings = Settings(
         samples=config.train_batch_size,
         rank=config.rank,
-        target_name=config.target_name,
-        lora_skip_name=config.lora_skip_name,
+        target_name=config.targets,
+        lora_skip_name=config.skipped,
         roles=len(run.objective.learning_rates),
         average=bool(config.ema_decay),
-        processes=config.placement.machines.num_processes,
-        memory=config.memory,
+        processes=run.placement.machines.num_processes,
+        memory=config,
     )
     grids = [
         bucket.latent_shape(spec.latent_channels, spec.stride)[1:]

@@ -117,7 +117,6 @@ def _writing_to(folder: Path) -> Iterator[None]:
 def open_session(run: Run, say: Say) -> Session:
     """Load the base, add adapters and optimizers, and go on from a checkpoint if one is wanted."""
     config, objective, ranks = run.config, run.objective, run.ranks
-    memory = config.memory
 
     def look_for_checkpoint() -> Path | None:
         found = find_checkpoint(
@@ -132,25 +131,25 @@ def open_session(run: Run, say: Say) -> Session:
     for line in run.describe():
         say(line)
 
-    for note in config.base.notes():
+    for note in run.base.notes():
         say(f"base     {note}")
 
     # Base, adapters, optimizers
     bank = load_prompt_bank(run.data.first)
-    device = torch.device(config.device)
+    device = torch.device(run.device)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     if config.compile:
-        check_compile(config.device)
+        check_compile(run.device)
     component = component_of(objective.expert)
-    digest = ranks.first_does(partial(base_digest, run.spec.folder, component, config.base))
+    digest = ranks.first_does(partial(base_digest, run.spec.folder, component, run.base))
     transformer = load_base(
         run.spec,
         objective.expert,
-        precision=memory.mixed_precision,
+        precision=config.mixed_precision,
         device=device,
-        gradient_checkpointing=memory.gradient_checkpointing,
-        base=config.base,
-        sharing=ranks if memory.cuts_base else ALONE,
+        gradient_checkpointing=config.gradient_checkpointing,
+        base=run.base,
+        sharing=ranks if config.cuts_base else ALONE,
     )
     use_attention(transformer, config.attention_backend)
     if config.compile:
@@ -159,7 +158,7 @@ def open_session(run: Run, say: Say) -> Session:
     lora = LoraSpec(
         rank=config.rank,
         alpha=config.network_alpha,
-        targets=select_targets(transformer, config.target_name, config.lora_skip_name),
+        targets=select_targets(transformer, config.targets, config.skipped),
     )
     rates = objective.learning_rates
     roles = Roles(transformer, lora, seed=config.seed, names=rates)
@@ -168,17 +167,18 @@ def open_session(run: Run, say: Say) -> Session:
         option = "--learning-rate" if name == objective.product else f"--learning-rate-{name}"
         if warning := warn_of_rate(name, option, roles.parameters(name), rate):
             say(f"warning  {warning}")
-    quantise(transformer, memory.base_precision, device)
+    quantise(transformer, config.base_precision, device)
     whole_bytes = parameter_bytes(transformer)
-    streamed = memory.streamed(len(transformer.blocks))  # type: ignore[arg-type]
+    streamed = config.streamed(len(transformer.blocks))  # type: ignore[arg-type]
     adam = AdamSettings(
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.adam_weight_decay,
-        eight_bit=memory.use_8bit_adam,
+        eight_bit=config.use_8bit_adam,
     )
+    assert config.strategy is not None  # `place_run` decided it
     strategy = spread(
-        memory.strategy,
+        config.strategy,
         roles,
         rates,
         adam,
@@ -192,13 +192,13 @@ def open_session(run: Run, say: Say) -> Session:
         say(f"spread   {note}")
     if (blocks := streamed_blocks(transformer)) is not None:
         say(streaming_line([blocks]))
-    if memory.activation_offloading:
+    if config.activation_offloading:
         offloading = ActivationOffloading(device)
         transformer.enable_gradient_checkpointing(offloading.checkpoint)  # type: ignore[operator]
     if ranks.world_size > 1:
         held = device_bytes(transformer)
         say(
-            f"spread   {memory.strategy}: each of {ranks.world_size} processes holds "
+            f"spread   {config.strategy}: each of {ranks.world_size} processes holds "
             f"{held / 1e6:.3f} of {whole_bytes / 1e6:.3f} MB of parameters"
         )
 

@@ -1,17 +1,27 @@
-"""The commands of `wanprep` that change a cache that is there: `remove`, `compact`."""
+"""The commands of `wanprep` that change a cache that is there: `index`, `remove`, `compact`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from preprocess.cli.locations import shards_folder
+from preprocess.media.locations import shards_folder
 from shared.cli.support import Command, echo
 from shared.io.names import on_one_line, quoted
 
 if TYPE_CHECKING:
     from preprocess.cache.remove import Chosen
 
+INDEX_EXAMPLES = """
+# the shards in shards/
+wanprep index
+
+# shards for Wan2.2-I2V-A14B that were copied from another machine
+wanprep index --shards shards-720p
+
+# the shards of the bundled toy model
+wanprep index --shards toy-shards
+"""
 REMOVE_EXAMPLES = """
 # a clip and a whole folder, as the dataset names them: what would go
 wanprep remove --sample clips/a.mp4 --sample 'drafts/*' --dry-run
@@ -34,6 +44,30 @@ INPUT, OUTPUT = "Input", "Output"
 
 
 # fmt: off
+def index(
+    shards: Annotated[Path, typer.Option(parser=shards_folder, metavar="DIR|URL", help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
+) -> None:
+    """Rebuild manifest.json and index.zarr from the shards.
+
+    For shards that were copied from somewhere else, or an index that is lost. Reads every tar once and checks it against its sidecar; so for captions and conditions that were added to them.
+
+    Next: wantrain distill --shards DIR
+    """
+    from preprocess.cache.index import build_index, check_shards
+    from preprocess.cache.remove import require_shards
+    from preprocess.cache.report import contents
+    from preprocess.cache.writer import output_lock, refusals_explained
+    from shared.format.overlays import overlay_folders
+    from shared.io.mirror import mirror_of
+
+    require_shards(shards)
+    for folder in (shards, *overlay_folders(shards)):
+        with output_lock(folder), refusals_explained(folder, "The shards are as they were."):
+            if mirror_of(folder) is None:  # a store checks what it keeps
+                check_shards(folder)
+            echo(contents(folder, build_index(folder)))
+
+
 def remove(
     sample: Annotated[list[str], typer.Option("--sample", metavar="NAME", help="What to remove: a key, or a file as the dataset names it, with all of its samples. Where no file is named exactly so, * stands for any characters (/ too) and ? for one; nothing else is special. May be given several times.", rich_help_panel=INPUT)],
     shards: Annotated[Path, typer.Option(parser=shards_folder, metavar="DIR|URL", help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
@@ -86,5 +120,6 @@ def compact(
 # fmt: on
 def add_commands(app: typer.Typer) -> None:
     """Make them commands of `wanprep`."""
+    app.command(cls=Command, epilog=INDEX_EXAMPLES)(index)
     app.command(cls=Command, epilog=REMOVE_EXAMPLES)(remove)
     app.command(cls=Command, epilog=COMPACT_EXAMPLES)(compact)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from preprocess.cli.locations import media_folder, shards_folder
+from preprocess.media.locations import media_folder, shards_folder
 from shared.cli.support import Command, echo, echo_data
 from shared.device import default_device
 from shared.errors import UserError

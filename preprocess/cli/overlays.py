@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from preprocess.cli.locations import media_folder, metadata_file, shards_folder
+from preprocess.media.locations import media_folder, metadata_file, shards_folder
 from shared.cli.support import Command, echo
 from shared.device import default_device
 from shared.errors import UserError
@@ -61,7 +61,7 @@ def recaption(
     """
     from rich.console import Console
 
-    from preprocess.encode.ranks import this_rank
+    from preprocess.cache.ranks import this_rank
     from preprocess.overlays.recaption import RecaptionConfig, unmatched_captions
     from preprocess.overlays.recaption import recaption as run_recaption
     from shared.cli.console import count
@@ -119,8 +119,8 @@ def add_condition(
     """
     from rich.console import Console
 
+    from preprocess.cache.ranks import this_rank
     from preprocess.dataset.rejected import rejected_file, rejections
-    from preprocess.encode.ranks import this_rank
     from preprocess.media.worker_pool import default_workers
     from preprocess.overlays.conditions import ConditionConfig
     from preprocess.overlays.conditions import add_condition as run_add_condition

@@ -1,15 +1,15 @@
 """`wanprep plan`: the options of `wanprep encode`, and what it would do with them."""
 
-import inspect
-import json as json_format
-from collections.abc import Callable
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
 import typer
 
+from preprocess.cli.seed_command import PrepCommand
+from preprocess.encode.config import PlanConfig, for_this_machine
+from shared.cli.config_command import add_config_command
 from shared.cli.support import echo, echo_data
-from shared.cli.videox_fun_command import SeedCommand, with_seed_flags
 from shared.errors import UserError
 from shared.io.names import on_one_line
 
@@ -27,37 +27,18 @@ wanprep plan --size 960 --train-data-dir my/clips --measure
 wanprep plan --model toy --train-data-dir toy-clips --size 64 \\
     --video-sample-n-frames 17 --video-sample-stride 1 --output toy-shards
 """
-PLAN = "Plan"
 _NAMED = 5  # of a list, so many are printed
 
 
-def add_command(app: typer.Typer, encode: Callable[..., None]) -> None:
-    """Make `plan` a command of `wanprep`, with every option that `encode` has."""
-    with_options = _with_options_of(encode, plan)
-    app.command(name="plan", cls=SeedCommand, epilog=PLAN_EXAMPLES)(with_seed_flags(with_options))
-
-
-# fmt: off
-def plan(
-    measure: Annotated[bool, typer.Option("--measure", help="Encode a few clips and captions first, to know how long the run will take; nothing of it is kept but the speed.", show_default="off", rich_help_panel=PLAN)] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print it all as JSON, with every file named.", show_default="off", rich_help_panel=PLAN)] = False,
-    **options: Any,
-) -> None:
-    """Say what `wanprep encode` would do with the same options.
-
-    How many samples of which shape there will be, what is in the shards already, what is rejected, shortened or upscaled and why, the disk that it takes and the time. Media are looked into as by encode; no encoder is built (but see --measure), and nothing is written to the output folder. The exit code is 1 where more than --max-bad would be rejected.
-
-    Next: wanprep encode, with the same options
-    """
+def plan(config: PlanConfig, _: typer.Context) -> None:
+    """Print what an encode run with these options would do."""
     from rich.console import Console
 
-    from preprocess.encode.config import config_of
     from preprocess.encode.dry_run import foresee
 
-    config = config_of(**options)
-    foreseen = foresee(config, Console(stderr=True), measure=measure)
-    if json:
-        echo_data(json_format.dumps(foreseen.to_json(), indent=1, ensure_ascii=False))
+    foreseen = foresee(for_this_machine(config), Console(stderr=True), measure=config.measure)
+    if config.json:
+        echo_data(json.dumps(foreseen.to_json(), indent=1, ensure_ascii=False))
     else:
         for line in page(foreseen, config.output, prune=config.prune):
             echo(line)
@@ -71,23 +52,6 @@ def plan(
             f"{len(foreseen.rejected)} of the dataset would be rejected, more than --max-bad "
             f"{config.max_bad}. Mend them, or accept them with --max-bad {len(foreseen.rejected)}."
         )
-
-
-# fmt: on
-def _with_options_of(
-    encode: Callable[..., None], command: Callable[..., None]
-) -> Callable[..., None]:
-    """`command`, whose `**options` are declared as `encode` declares them."""
-    given = inspect.signature(encode).parameters.values()
-    own = [
-        parameter
-        for parameter in inspect.signature(command).parameters.values()
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
-    parameters = [*given, *own]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {one.name: one.annotation for one in parameters} | {"return": None}
-    return command
 
 
 def page(plan: "Foreseen", output: Path, *, prune: bool) -> list[str]:
@@ -167,3 +131,8 @@ def _time(plan: "Foreseen") -> str:
     return (
         f"about {about} in one process, as fast as measured here before (without loading weights)"
     )
+
+
+def add_command(app: typer.Typer) -> None:
+    """Make it a command of `wanprep`."""
+    add_config_command(app, "plan", PlanConfig, plan, cls=PrepCommand, examples=PLAN_EXAMPLES)

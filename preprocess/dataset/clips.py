@@ -12,6 +12,7 @@ from typing import Any, Literal
 from preprocess.dataset.draws import Draws
 from preprocess.dataset.sizes import (
     RATIO_CROPS,
+    Clips,
     adapted_sizes,
     adapted_weights,
     budget_frames,
@@ -26,9 +27,6 @@ RESIZE_RULE = "cover, PIL bilinear (antialiased, uint8), centre crop"
 # The table ends at 4:1. Far beyond it hardly anything of the picture survives the crop, and the
 # resized strip (as long as the ratio says) would eat the memory.
 MOST_EXTREME_RATIO = 16
-
-Clips = Literal["first", "random", "uniform", "chunk"]
-"""Where in a video its clips are taken."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,9 @@ with the numbers of VideoX-Fun's trainers where the document gives a range only.
 
 from typing import Literal
 
+Clips = Literal["first", "random", "uniform", "chunk"]
+"""Where in a video its clips are taken."""
+
 # The smallest size whose base bucket still gives a few latents a side; the largest that Wan knows
 # is 960 (720P), and four times that is a typing error.
 SMALLEST_SIZE, LARGEST_SIZE = 32, 4096

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from preprocess.dataset.clip_overrides import Resolution, Sampling
-from preprocess.dataset.clips import Clips
 from preprocess.dataset.entries import Dataset, Entry, Rejected, load_dataset
-from preprocess.dataset.sizes import LARGEST_SIZE, SMALLEST_SIZE
+from preprocess.dataset.sizes import LARGEST_SIZE, SMALLEST_SIZE, Clips
 from preprocess.media.remote import media_folder, metadata_file
 from preprocess.media.tars import base_folder, is_tars
 from shared.errors import UserError

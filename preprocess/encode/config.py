@@ -1,17 +1,21 @@
-"""The settings of one encode run, checked once at the edge."""
+"""The options of `wanprep encode`: type, default, unit, help, group and check of each, once."""
 
-import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, ClassVar, Literal, TypeVar
 
-from preprocess.dataset.clips import Clips
-from preprocess.dataset.sizes import LARGEST_SIZE, SMALLEST_SIZE
-from preprocess.encode.ranks import Rank, this_rank
+import typer
+
+from preprocess.cache.ranks import Rank, this_rank
+from preprocess.dataset.sizes import LARGEST_SIZE, SMALLEST_SIZE, Clips
+from preprocess.media.locations import media_folder, metadata_file, shards_folder
+from shared.cli.checks import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, check_options
 from shared.device import default_device
 from shared.errors import UserError
 from shared.io.mirror import mirror_of
-from shared.models.spec import Mode, ModelSpec
+from shared.models.spec import DEFAULT_MODEL, DEFAULT_NEGATIVE_PROMPT, Mode, ModelSpec
 
 _MODES: dict[str, Mode] = {"normal": "t2v", "i2v": "i2v", "ti2v": "ti2v"}
 
@@ -19,79 +23,111 @@ StoredDtype = Literal["bf16", "fp32"]
 TrainMode = Literal["normal", "i2v", "ti2v"]
 
 DEFAULT_STRIDE = 2
+INPUT, SAMPLES, ENCODERS, OUTPUT, CLUSTER, PLAN = (
+    "Input",
+    "What a sample is",
+    "Encoders",
+    "Output",
+    "Cluster",
+    "Plan",
+)
 
 
+# fmt: off
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
-    """One `wanprep encode`. Raises UserError, naming the option, for values that cannot work."""
+    """Encode videos, images and captions into shards, once.
 
-    model: str
-    """Toy name, local folder, or hub id."""
-    data_dir: Path
-    metadata: Path | None
-    """JSON list of entries; None: `metadata.json` in `data_dir`, else its media files."""
-    output: Path
-    image_size: int
-    """Bucket size of images: 512 is the base table, 640 people call 480P."""
-    video_size: int
-    stride: int
-    """Every stride-th source frame is taken."""
-    frames: int
-    """Most frames of a clip, 4n+1."""
-    negative_prompt: str
-    seed: int
-    dtype: StoredDtype
-    """Of the tensors in the shards."""
-    vae_dtype: StoredDtype
-    text_encoder_dtype: StoredDtype
-    shard_size_mb: int
-    """A shard is closed once it holds this many megabytes (10⁶ bytes)."""
-    max_bad: int
-    """Samples that may be rejected without the command failing."""
-    device: str
-    workers: int
-    """Processes that decode media."""
-    decode_timeout: float
-    """Seconds after which a file that is being decoded is given up."""
-    rank: Rank = field(default_factory=Rank)
-    """This process's share of the work."""
-    dataset_config: Path | None = None
-    """TOML of several datasets, instead of `data_dir` and `metadata`."""
-    prune: bool = False
-    """Remove samples from the cache that the dataset does not give any more."""
-    token_size: int = 640
-    """With `token_budget`: the size at which a clip of `frames` just fills it."""
-    token_budget: bool = False
-    """training_with_video_token_length: larger sizes get fewer frames."""
-    adapt: bool = False
-    """random_hw_adapt: sizes are drawn, not fixed."""
-    buckets: bool = True
-    """enable_bucket: the nearest aspect ratio; False: squares."""
-    fixed_size: tuple[int, int] | None = None
-    """fix_sample_size, (height, width)."""
-    ratio_crop: bool = False
-    """random_ratio_crop: a drawn aspect ratio."""
-    fps: float | None = None
-    """Frames a second that are taken, in place of `stride`."""
-    clips: Clips = "random"
-    clips_per_video: int = 1
-    variants: int = 1
-    """How often all that is drawn is drawn for each medium."""
-    video_repeat: int = 1
-    """How often an epoch shows a video, times what its dataset says."""
-    train_mode: TrainMode | None = None
-    """None: as the model is."""
-    validation_prompts: Path | None = None
-    """List of what training will sample; None: the cache's list stays as it is."""
+    The model's VAE and text encoder turn a sample into latents, text embeddings and, for i2v models, the first frame's condition. Interrupted and run again, it continues; with nothing to do, it ends at once.
 
-    engine: Literal["local", "ray"] = "local"
-    """Where the encoders run: in this process, or in actors of a Ray cluster."""
-    ray_address: str | None = None
-    """HOST:PORT of a head node; None: a cluster of this machine alone (`ray_cluster.LOCAL`)."""
-    ray_actors: int | None = None
-    """Actors at most; None: as many as the cluster has room for."""
+    Next: wantrain distill --shards DIR
+    """
+
+    PANELS: ClassVar[Sequence[str]] = (INPUT, SAMPLES, ENCODERS, OUTPUT, CLUSTER)
+
+    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that the shards are for: a folder of diffusers or Wan, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)] = DEFAULT_MODEL
+    train_data_dir: Annotated[Path, typer.Option(parser=media_folder, metavar="DIR|URL", envvar="DATASET_NAME", help="Folder of videos and images, where relative paths in the list start; or WebDataset tars: a folder of them, one, or a quoted pattern such as 'clips/{000..099}.tar'.", rich_help_panel=INPUT)] = Path("datasets")
+    train_data_meta: Annotated[Path | None, typer.Option(parser=metadata_file, metavar="FILE|URL", envvar="DATASET_META_NAME", help="List of media and captions, .json, .jsonl or .csv: an entry has a path (file_path, video_path, image_path or file_name), a caption (text, caption or captions: one, or a list) and perhaps a type (video or image). Or a list of captions without media: entries without a path, or .txt with one a line.", show_default="metadata.json, .jsonl or .csv in the data folder, else a.txt beside a.mp4", rich_help_panel=INPUT)] = None
+    dataset_config: Annotated[Path | None, typer.Option(metavar="FILE", help="Several datasets in one TOML file, as for musubi-tuner or diffusion-pipe, in place of --train-data-dir; each may have its own sizes, frames and num_repeats.", show_default="one dataset", rich_help_panel=INPUT)] = None
+
+    size: Annotated[int, typer.Option(metavar="PX", help="Size of images and videos: the side, in pixels, of a square of the same area; 320 is 240P, 480 is 320P, 640 is 480P, 960 is 720P.", rich_help_panel=SAMPLES)] = 640
+    image_sample_size: Annotated[int | None, typer.Option(metavar="PX", help="Size of images alone, in pixels, meant as --size is; the largest where sizes are drawn.", show_default="--size", rich_help_panel=SAMPLES)] = None
+    video_sample_size: Annotated[int | None, typer.Option(metavar="PX", help="Size of videos alone, in pixels, meant as --size is; the smallest, or 512, where sizes are drawn.", show_default="--size", rich_help_panel=SAMPLES)] = None
+    token_sample_size: Annotated[int | None, typer.Option(metavar="PX", help="Size, in pixels, at which a clip of all frames has the most tokens that one may have; counts with the token length option below.", show_default="--size", rich_help_panel=SAMPLES)] = None
+    enable_bucket: Annotated[bool, typer.Option("--enable-bucket/--no-enable-bucket", help="Resize each sample to the nearest of 41 aspect ratios; off: to a square, cropped at the centre.", show_default="on", rich_help_panel=SAMPLES)] = True
+    random_hw_adapt: Annotated[bool, typer.Option("--random-hw-adapt", help="Draw each sample's size: a video's between 512 and the size of videos, an image's between that and the size of images.", show_default="off", rich_help_panel=SAMPLES)] = False
+    training_with_video_token_length: Annotated[bool, typer.Option("--training-with-video-token-length", help="Take fewer frames at larger sizes, so that a clip keeps to the tokens of the token size; sizes that are drawn then go from that of videos to that of images in steps of 128.", show_default="off", rich_help_panel=SAMPLES)] = False
+    fix_sample_size: Annotated[tuple[int, int] | None, typer.Option(metavar="H W", help="Height and width of every sample, in pixels, in place of sizes, buckets and the two options above.", show_default="off", rich_help_panel=SAMPLES)] = None
+    random_ratio_crop: Annotated[bool, typer.Option("--random-ratio-crop", help="Draw each sample's aspect ratio, from 1:2.4 to 2.4:1, instead of taking the nearest; what is over is cropped.", show_default="off", rich_help_panel=SAMPLES)] = False
+    video_sample_stride: Annotated[int | None, typer.Option(metavar="N", help="Take one of every N frames of a video.", show_default="2", rich_help_panel=SAMPLES), AT_LEAST_1] = None
+    fps: Annotated[float | None, typer.Option("--fps", metavar="F", help="Take F frames of each second of a video, those nearest in time, in place of every N-th; of a slower video some are taken twice.", show_default="--video-sample-stride", rich_help_panel=SAMPLES), POSITIVE] = None
+    video_sample_n_frames: Annotated[int, typer.Option(metavar="N", help="Most frames of a clip after the stride, of the form 4n+1; a shorter video gives its largest 4n+1.", rich_help_panel=SAMPLES)] = 81
+    clips: Annotated[Clips, typer.Option("--clips", help="Where clips are cut out of a video: at its start, where the seed says, spread evenly, or the whole of it in consecutive clips.", rich_help_panel=SAMPLES)] = "random"
+    clips_per_video: Annotated[int, typer.Option(metavar="N", help="How many clips of a video, with --clips random or uniform.", rich_help_panel=SAMPLES), AT_LEAST_1] = 1
+    variants: Annotated[int, typer.Option(metavar="K", help="Encode each file K times with other random sizes, ratios and starts; equal results are stored once.", rich_help_panel=SAMPLES), AT_LEAST_1] = 1
+    video_repeat: Annotated[int, typer.Option(metavar="N", help="How often an epoch of training shows a video while it shows an image once; changed later without any encoding.", rich_help_panel=SAMPLES), AT_LEAST_1] = 1
+    train_mode: Annotated[TrainMode | None, typer.Option("--train-mode", help="What the shards are for; normal with an i2v model leaves the conditions out.", show_default="as the model is", rich_help_panel=SAMPLES)] = None
+    seed: Annotated[int, typer.Option(metavar="N", help="Random seed: where in a video a clip starts, random sizes and ratios.", rich_help_panel=SAMPLES)] = 42
+
+    negative_prompt: Annotated[str, typer.Option(metavar="TEXT", help="Negative prompt of the teacher's CFG; encoded once for the whole cache.", show_default="Wan's published one", rich_help_panel=ENCODERS)] = DEFAULT_NEGATIVE_PROMPT
+    validation_prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="List of prompts that a training run samples on its way: .txt with one a line, perhaps ending in --w 832 --h 480 --f 81 --i cat.png, or .json, .jsonl or .csv with prompt and perhaps image, width, height, frames. An i2v model wants a picture of each. It replaces the list of before.", show_default="the list that the shards have", rich_help_panel=ENCODERS)] = None
+    vae_dtype: Annotated[StoredDtype, typer.Option(help="Number format that the VAE computes in.", rich_help_panel=ENCODERS)] = "fp32"
+    text_encoder_dtype: Annotated[StoredDtype, typer.Option(help="Number format that the text encoder computes in.", rich_help_panel=ENCODERS)] = "bf16"
+    vae_mini_batch: Annotated[int, typer.Option(metavar="N", help="Taken for the sake of VideoX-Fun's scripts: clips go through the VAE one at a time, since together they would get other bits.", rich_help_panel=ENCODERS), AT_LEAST_1] = 1
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=ENCODERS)] = "auto"
+    num_workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that decode and resize media while the encoders work; each holds one clip in memory.", show_default="one a core but one, at most 8", rich_help_panel=ENCODERS), AT_LEAST_1] = None
+    decode_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Give up a file, and list it as rejected, when no frame of it was decoded for so long.", rich_help_panel=ENCODERS), POSITIVE] = 120
+
+    output: Annotated[Path, typer.Option(parser=shards_folder, metavar="DIR|URL", help="Folder of the shards; what is in it already is kept and not encoded again.", rich_help_panel=OUTPUT)] = Path("shards")
+    dtype: Annotated[StoredDtype, typer.Option(help="Number format of the tensors in the shards.", rich_help_panel=OUTPUT)] = "bf16"
+    shard_size_mb: Annotated[int, typer.Option(metavar="MB", help="Size of a shard, in megabytes, at which the next one is begun.", rich_help_panel=OUTPUT), AT_LEAST_1] = 256
+    prune: Annotated[bool, typer.Option("--prune", help="Remove samples from the shards that are no longer in the dataset: files that were taken out, or whose clips are cut otherwise now.", show_default="off", rich_help_panel=OUTPUT)] = False
+    max_bad: Annotated[int, typer.Option(metavar="N", help="Rejected samples that are accepted; with more the exit code is 1. The others are encoded in any case.", rich_help_panel=OUTPUT), NOT_NEGATIVE] = 0
+
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="Where the encoders run: local is this process (or one per GPU under torchrun, accelerate, srun); ray is a Ray cluster, whose nodes may come and go.", rich_help_panel=CLUSTER)] = "local"
+    ray_address: Annotated[str | None, typer.Option(metavar="HOST:PORT", envvar="RAY_ADDRESS", help="Head node of the Ray cluster, or auto: the cluster that this machine is part of. Run the command on one of its nodes.", show_default="a cluster of this machine alone", rich_help_panel=CLUSTER)] = None
+    ray_actors: Annotated[int | None, typer.Option(metavar="N", help="Actors at most; each has an encoder, on a GPU of its own if there are any, and decoders (--num-workers).", show_default="as many as there is room for", rich_help_panel=CLUSTER), AT_LEAST_1] = None
+    # fmt: on
+
+    @cached_property
+    def rank(self) -> Rank:
+        """This process's share of the work."""
+        return this_rank()
+
+    @property
+    def workers(self) -> int:
+        """Processes that decode media."""
+        from preprocess.media.worker_pool import default_workers
+
+        return self.num_workers or default_workers(self.rank.local_world)
+
+    @property
+    def stride(self) -> int:
+        """Every stride-th source frame is taken, but see `fps`."""
+        return self.video_sample_stride or DEFAULT_STRIDE
+
+    @property
+    def image_size(self) -> int:
+        """Bucket size of images: 512 is the base table, 640 people call 480P."""
+        return self.size if self.image_sample_size is None else self.image_sample_size
+
+    @property
+    def video_size(self) -> int:
+        """The same of videos."""
+        return self.size if self.video_sample_size is None else self.video_sample_size
+
+    @property
+    def token_size(self) -> int:
+        """With `training_with_video_token_length`: at which a clip of all frames just fills it."""
+        return self.size if self.token_sample_size is None else self.token_sample_size
 
     def __post_init__(self) -> None:
+        if self.fps is not None and self.video_sample_stride is not None:
+            raise UserError(
+                f"--fps {self.fps:g} and --video-sample-stride {self.video_sample_stride} are both "
+                "given, expected one of them: each says which frames are taken."
+            )
+        check_options(self)
         sizes = {"image": self.image_size, "video": self.video_size, "token": self.token_size}
         for option, size in sizes.items():
             if not SMALLEST_SIZE <= size <= LARGEST_SIZE:
@@ -99,17 +135,17 @@ class EncodeConfig:
                     f"--size or --{option}-sample-size: {size} is not between {SMALLEST_SIZE} and "
                     f"{LARGEST_SIZE}; 640 gives 480P, 960 gives 720P."
                 )
-        if self.frames < 1 or self.frames % 4 != 1:
-            below = max(1, (self.frames - 1) // 4 * 4 + 1)
-            nearest = min((below, below + 4), key=lambda valid: abs(valid - self.frames))
+        if self.video_sample_n_frames < 1 or self.video_sample_n_frames % 4 != 1:
+            below = max(1, (self.video_sample_n_frames - 1) // 4 * 4 + 1)
+            nearest = min((below, below + 4), key=lambda valid: abs(valid - self.video_sample_n_frames))
             raise UserError(
-                f"--video-sample-n-frames: {self.frames} is not of the form 4n+1 "
+                f"--video-sample-n-frames: {self.video_sample_n_frames} is not of the form 4n+1 "
                 f"(1, 5, 9, … 81); the nearest that is: {nearest}."
             )
-        if self.dataset_config is not None and self.metadata is not None:
+        if self.dataset_config is not None and self.train_data_meta is not None:
             raise UserError(
                 f"--dataset-config: {self.dataset_config} and --train-data-meta (or "
-                f"DATASET_META_NAME) {self.metadata} are both given, expected one of them. A "
+                f"DATASET_META_NAME) {self.train_data_meta} are both given, expected one of them. A "
                 'dataset of the TOML file may name a list: metadata = "FILE".'
             )
         if self.engine == "ray" and self.rank.world > 1:
@@ -130,48 +166,31 @@ class EncodeConfig:
             )
         if self.engine == "local" and self.ray_actors is not None:
             raise UserError(f"--ray-actors: {self.ray_actors} without --engine ray. Add that.")
-        at_least = {
-            "--ray-actors": (1 if self.ray_actors is None else self.ray_actors, 1),
-            "--video-sample-stride": (self.stride, 1),
-            "--shard-size-mb": (self.shard_size_mb, 1),
-            "--max-bad": (self.max_bad, 0),
-            "--variants": (self.variants, 1),
-            "--clips-per-video": (self.clips_per_video, 1),
-            "--video-repeat": (self.video_repeat, 1),
-            "--num-workers": (self.workers, 1),
-        }
-        for option, (value, least) in at_least.items():
-            if value < least:
-                raise UserError(f"{option}: {value} is too small; expected at least {least}.")
         self._check_shapes()
         self._check_clips()
-        if not self.decode_timeout > 0:
-            raise UserError(
-                f"--decode-timeout: {self.decode_timeout:g} is no time; expected seconds above 0."
-            )
 
     def _check_shapes(self) -> None:
-        if self.fixed_size is not None:
-            if not all(SMALLEST_SIZE <= side <= LARGEST_SIZE for side in self.fixed_size):
+        if self.fix_sample_size is not None:
+            if not all(SMALLEST_SIZE <= side <= LARGEST_SIZE for side in self.fix_sample_size):
                 raise UserError(
-                    f"--fix-sample-size: {self.fixed_size[0]} {self.fixed_size[1]} is not a height "
+                    f"--fix-sample-size: {self.fix_sample_size[0]} {self.fix_sample_size[1]} is not a height "
                     f"and a width between {SMALLEST_SIZE} and {LARGEST_SIZE} pixels."
                 )
-            if self.ratio_crop or not self.buckets:
-                other = "--random-ratio-crop" if self.ratio_crop else "--no-enable-bucket"
+            if self.random_ratio_crop or not self.enable_bucket:
+                other = "--random-ratio-crop" if self.random_ratio_crop else "--no-enable-bucket"
                 raise UserError(
                     f"--fix-sample-size and {other} are both given, expected one of them: a size "
                     "that is fixed leaves no shape to choose."
                 )
-        if self.ratio_crop and not self.buckets:
+        if self.random_ratio_crop and not self.enable_bucket:
             raise UserError(
                 "--random-ratio-crop and --no-enable-bucket are both given, expected one of them: "
                 "squares have one ratio."
             )
         if (
-            self.adapt
-            and self.token_budget
-            and self.fixed_size is None
+            self.random_hw_adapt
+            and self.training_with_video_token_length
+            and self.fix_sample_size is None
             and self.image_size < self.video_size
         ):
             raise UserError(
@@ -182,8 +201,6 @@ class EncodeConfig:
             )
 
     def _check_clips(self) -> None:
-        if self.fps is not None and not 0 < self.fps < math.inf:
-            raise UserError(f"--fps: {self.fps:g} is no frame rate; expected a number above 0.")
         if self.clips_per_video > 1 and self.clips in ("first", "chunk"):
             raise UserError(
                 f"--clips-per-video: {self.clips_per_video} has no meaning with --clips "
@@ -191,61 +208,35 @@ class EncodeConfig:
             )
 
 
-def config_of(
-    *,
-    train_data_dir: Path,
-    train_data_meta: Path | None,
-    size: int,
-    image_sample_size: int | None,
-    video_sample_size: int | None,
-    token_sample_size: int | None,
-    enable_bucket: bool,
-    random_hw_adapt: bool,
-    training_with_video_token_length: bool,
-    fix_sample_size: tuple[int, int] | None,
-    random_ratio_crop: bool,
-    video_sample_stride: int | None,
-    video_sample_n_frames: int,
-    vae_mini_batch: int,
-    device: str,
-    num_workers: int | None,
-    engine: Literal["local", "ray"] = "local",
-    **same: Any,
-) -> EncodeConfig:
-    """The settings as the command line names them; those in `same` have one name everywhere.
+# fmt: off
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(EncodeConfig):
+    """Say what `wanprep encode` would do with the same options.
 
-    Raises UserError, naming the option.
+    How many samples of which shape there will be, what is in the shards already, what is rejected, shortened or upscaled and why, the disk that it takes and the time. Media are looked into as by encode; no encoder is built (but see --measure), and nothing is written to the output folder. The exit code is 1 where more than --max-bad would be rejected.
+
+    Next: wanprep encode, with the same options
     """
-    from preprocess.media.worker_pool import default_workers
 
-    if same["fps"] is not None and video_sample_stride is not None:
-        raise UserError(
-            f"--fps {same['fps']:g} and --video-sample-stride {video_sample_stride} are both "
-            "given, expected one of them: each says which frames are taken."
-        )
-    if vae_mini_batch < 1:
-        raise UserError(f"--vae-mini-batch: {vae_mini_batch} is too small; expected at least 1.")
-    rank = this_rank()
-    return EncodeConfig(
-        data_dir=train_data_dir,
-        metadata=train_data_meta,
-        image_size=size if image_sample_size is None else image_sample_size,
-        video_size=size if video_sample_size is None else video_sample_size,
-        token_size=size if token_sample_size is None else token_sample_size,
-        buckets=enable_bucket,
-        adapt=random_hw_adapt,
-        token_budget=training_with_video_token_length,
-        fixed_size=fix_sample_size,
-        ratio_crop=random_ratio_crop,
-        stride=DEFAULT_STRIDE if video_sample_stride is None else video_sample_stride,
-        frames=video_sample_n_frames,
-        # A cluster's nodes may have what this machine lacks.
-        device=rank.device(default_device()) if (device, engine) == ("auto", "local") else device,
-        engine=engine,
-        workers=default_workers(rank.local_world) if num_workers is None else num_workers,
-        rank=rank,
-        **same,
-    )
+    PANELS: ClassVar[Sequence[str]] = (*EncodeConfig.PANELS, PLAN)
+
+    measure: Annotated[bool, typer.Option("--measure", help="Encode a few clips and captions first, to know how long the run will take; nothing of it is kept but the speed.", show_default="off", rich_help_panel=PLAN)] = False
+    json: Annotated[bool, typer.Option("--json", help="Print it all as JSON, with every file named.", show_default="off", rich_help_panel=PLAN)] = False
+    # fmt: on
+
+
+_Config = TypeVar("_Config", bound=EncodeConfig)
+
+
+def for_this_machine(config: _Config) -> _Config:
+    """With the device and the number of workers that their defaults mean here.
+
+    The device stays open with Ray: a cluster's nodes may have what this machine lacks.
+    """
+    device = config.device
+    if (device, config.engine) == ("auto", "local"):
+        device = config.rank.device(default_device())
+    return replace(config, device=device, num_workers=config.workers)
 
 
 def in_train_mode(

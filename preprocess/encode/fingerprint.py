@@ -39,18 +39,19 @@ def encode_fingerprint(config: EncodeConfig, spec: ModelSpec, hasher: FileHasher
     """
     fields = encoder_fields(spec, hasher)
     refuse_absent(spec, fields)
-    by_fps, fixed = config.fps is not None, config.fixed_size is not None
+    by_fps, fixed = config.fps is not None, config.fix_sample_size is not None
+    by_tokens = config.training_with_video_token_length
     media: dict[str, Any] = {
         "image_sample_size": OFF if fixed else config.image_size,
         "video_sample_size": OFF if fixed else config.video_size,
-        "token_sample_size": config.token_size if config.token_budget and not fixed else OFF,
-        "enable_bucket": config.buckets,
-        "random_hw_adapt": config.adapt and not fixed,
-        "random_ratio_crop": config.ratio_crop,
-        "fix_sample_size": list(config.fixed_size) if config.fixed_size else OFF,
+        "token_sample_size": config.token_size if by_tokens and not fixed else OFF,
+        "enable_bucket": config.enable_bucket,
+        "random_hw_adapt": config.random_hw_adapt and not fixed,
+        "random_ratio_crop": config.random_ratio_crop,
+        "fix_sample_size": list(config.fix_sample_size) if config.fix_sample_size else OFF,
         "video_sample_stride": OFF if by_fps else config.stride,
         "fps": config.fps if by_fps else OFF,
-        "video_sample_n_frames": config.frames,
+        "video_sample_n_frames": config.video_sample_n_frames,
         "clips": config.clips,
         "clips_per_video": config.clips_per_video,
     }
@@ -165,6 +166,6 @@ def sparing_cure(config: EncodeConfig, expected: Fingerprint, found: Fingerprint
             f"--same-captions; then wantrain distill --captions NAME. {otherwise}"
         )
     if changed <= {"mode", "image"} and found["mode"] in LACKING.get(expected["mode"], ()):
-        data = "." if config.dataset_config else quoted(config.data_dir)
+        data = "." if config.dataset_config else quoted(config.train_data_dir)
         return f"To add them: wanprep add-condition {this} --train-data-dir {data}\n{otherwise}"
     return otherwise

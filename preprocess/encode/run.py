@@ -300,7 +300,7 @@ def _dataset(config: EncodeConfig) -> Dataset:
     """What is to be encoded, as listed."""
     if config.dataset_config is not None:
         return load_dataset_config(config.dataset_config)
-    return load_dataset(config.data_dir, config.metadata)
+    return load_dataset(config.train_data_dir, config.train_data_meta)
 
 
 def _encodable_model(config: EncodeConfig) -> ModelSpec:
@@ -329,17 +329,17 @@ def _clip_rule(config: EncodeConfig, spec: ModelSpec) -> ClipRule:
         image_size=config.image_size,
         video_size=config.video_size,
         stride=config.stride,
-        frames=config.frames,
+        frames=config.video_sample_n_frames,
         seed=config.seed,
         multiple=spec.side_multiple,
         temporal_stride=spec.stride[0],
         fps=config.fps,
-        token_budget=config.token_budget,
+        token_budget=config.training_with_video_token_length,
         token_size=config.token_size,
-        adapt=config.adapt,
-        buckets=config.buckets,
-        fixed_size=config.fixed_size,
-        ratio_crop=config.ratio_crop,
+        adapt=config.random_hw_adapt,
+        buckets=config.enable_bucket,
+        fixed_size=config.fix_sample_size,
+        ratio_crop=config.random_ratio_crop,
         clips=config.clips,
         clips_per_video=config.clips_per_video,
         variants=config.variants,

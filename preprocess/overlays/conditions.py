@@ -15,13 +15,13 @@ import torch
 from rich.console import Console
 
 from preprocess.cache.index import settled_index
+from preprocess.cache.ranks import Rank
 from preprocess.cache.writer import ShardWriter
 from preprocess.dataset.clips import Clip
 from preprocess.dataset.entries import Rejected
 from preprocess.dataset.recorded_clips import clip_of, same_content
 from preprocess.dataset.rejected import rejected_file, write_rejected
 from preprocess.encode.fingerprint import encoder_fields, refuse_absent
-from preprocess.encode.ranks import Rank
 from preprocess.frames.media_info import MediaError
 from preprocess.media.decode import digest, fitted_frames
 from preprocess.media.sources import Medium, stamp

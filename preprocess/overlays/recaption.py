@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from preprocess.cache.index import caption_digest, settled_index
+from preprocess.cache.ranks import Rank
 from preprocess.cache.remove import is_unusable, sources
 from preprocess.cache.text_cache import TextCache
 from preprocess.cache.writer import ShardWriter
@@ -19,7 +20,6 @@ from preprocess.dataset.toml_config import load_dataset_config
 from preprocess.encode.config import StoredDtype
 from preprocess.encode.fingerprint import encoder_fields
 from preprocess.encode.passes import Times, text_pass
-from preprocess.encode.ranks import Rank
 from preprocess.overlays.base import base_cache, overlay_to_write
 from shared.cli.console import bar, count, named
 from shared.cli.support import say

@@ -3,6 +3,7 @@
 Rich's boxes, typer's default, cut long option names off on a terminal of 80 columns.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import typer
@@ -18,6 +19,9 @@ class HelpPage(TyperCommand):
     The epilog holds the examples: it comes before the options and is printed as it is.
     """
 
+    panels: Sequence[str] = ()
+    """Headings that come first, in this order."""
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the page; called by click for --help."""
         formatter.write_usage(ctx.command_path, "[OPTIONS]")
@@ -27,7 +31,7 @@ class HelpPage(TyperCommand):
             shown = typer.style(line, dim=True) if line.startswith("#") else line
             formatter.write(f"  {shown}".rstrip() + "\n")
 
-        groups: dict[str, list[tuple[str, str]]] = {}
+        groups: dict[str, list[tuple[str, str]]] = {panel: [] for panel in self.panels}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:

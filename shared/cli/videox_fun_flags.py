@@ -1,4 +1,4 @@
-"""Every flag of VideoX-Fun's `scripts/wan2.2/train_distill_lora.py`: who has it here, or why not.
+"""Every flag of VideoX-Fun's `scripts/wan2.2/train_distill_lora.py`: an option here, or why not.
 
 So that a shell file for that script can be handed to `wanprep encode` and `wantrain distill` as it
 is. docs/from-videox-fun.md says the same to people.
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 ENCODE, TRAIN = "wanprep encode", "wantrain distill"
-BOTH = (ENCODE, TRAIN)
 DEAD = "VideoX-Fun's script does nothing with it, either"
 
 
@@ -23,10 +22,8 @@ class SeedFlag:
     """With underscores, without dashes."""
     values: Values = 1
     """How many follow it; 0: a switch."""
-    owners: tuple[str, ...] = ()
-    """Commands here that have it as an option of their own."""
     fate: str = ""
-    """What became of a flag without owners, to follow the words "not needed" or "there is none"."""
+    """What became of a flag that is no option of ours, to follow "not needed" or "there is none"."""
     refused: bool = False
     """It would change the LoRA in a way that there is not here: told, not passed over."""
     same_as: str | None = None
@@ -37,8 +34,8 @@ class SeedFlag:
         return "--" + self.name.replace("_", "-")
 
 
-def _owned(owners: tuple[str, ...], *names: str, values: Values = 1) -> list[SeedFlag]:
-    return [SeedFlag(name=name, values=values, owners=owners) for name in names]
+def _options(*names: str, values: Values = 1) -> list[SeedFlag]:
+    return [SeedFlag(name=name, values=values) for name in names]
 
 
 def _moot(fate: str, *names: str, values: Values = 1) -> list[SeedFlag]:
@@ -50,33 +47,28 @@ def _refused(name: str, fate: str, *, values: Values = 1, same_as: str | None = 
 
 
 SEED_FLAGS: tuple[SeedFlag, ...] = (
-    *_owned(BOTH, "pretrained_model_name_or_path", "seed", "video_repeat", "train_mode"),
-    *_owned(
-        (ENCODE,), "train_data_dir", "train_data_meta", "negative_prompt", "vae_mini_batch",
-        "token_sample_size", "video_sample_size", "image_sample_size", "video_sample_stride",
-        "video_sample_n_frames",
+    # Options of one of our commands, or of both
+    *_options(
+        "pretrained_model_name_or_path", "seed", "video_repeat", "train_mode", "train_data_dir",
+        "train_data_meta", "negative_prompt", "vae_mini_batch", "token_sample_size",
+        "video_sample_size", "image_sample_size", "video_sample_stride",
+        "video_sample_n_frames", "output_dir", "train_batch_size", "num_train_epochs",
+        "max_train_steps", "gradient_accumulation_steps", "learning_rate",
+        "learning_rate_critic", "lr_scheduler", "lr_warmup_steps", "dataloader_num_workers",
+        "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
+        "mixed_precision", "checkpointing_steps", "checkpoints_total_limit",
+        "resume_from_checkpoint", "rank", "network_alpha", "boundary_type",
+        "gen_update_interval", "fake_guidance_scale", "real_guidance_scale", "lora_skip_name",
+        "target_name", "transformer_path", "validation_steps", "report_to",
+        "tracker_project_name", "logging_dir",
     ),
-    *_owned((ENCODE,), "fix_sample_size", values=2),
-    *_owned(
-        (ENCODE,), "enable_bucket", "random_ratio_crop", "random_hw_adapt",
-        "training_with_video_token_length", values=0,
+    *_options(
+        "enable_bucket", "random_ratio_crop", "random_hw_adapt",
+        "training_with_video_token_length", "gradient_checkpointing", "allow_tf32",
+        "uniform_sampling", "random_frame_crop", "low_vram", "use_8bit_adam", values=0,
     ),
-    *_owned(
-        (TRAIN,), "output_dir", "train_batch_size", "num_train_epochs", "max_train_steps",
-        "gradient_accumulation_steps", "learning_rate", "learning_rate_critic", "lr_scheduler",
-        "lr_warmup_steps", "dataloader_num_workers", "adam_beta1", "adam_beta2",
-        "adam_weight_decay", "adam_epsilon", "max_grad_norm", "mixed_precision",
-        "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "rank",
-        "network_alpha", "boundary_type", "gen_update_interval", "fake_guidance_scale",
-        "real_guidance_scale", "lora_skip_name", "target_name", "transformer_path",
-        "validation_steps", "report_to", "tracker_project_name", "logging_dir",
-    ),
-    *_owned((ENCODE,), "validation_prompts", values="+"),
-    *_owned((TRAIN,), "denoising_step_indices_list", values="+"),
-    *_owned(
-        (TRAIN,), "gradient_checkpointing", "allow_tf32", "uniform_sampling", "random_frame_crop",
-        "low_vram", "use_8bit_adam", values=0,
-    ),
+    *_options("fix_sample_size", values=2),
+    *_options("validation_prompts", "denoising_step_indices_list", values="+"),
 
     # Asks for what is so here anyway, or for nothing
     *_moot("what it says stands in the model's own config files", "config_path"),

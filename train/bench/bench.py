@@ -243,7 +243,7 @@ def measure(run: Run, console: Console, *, cycles: int) -> Report | None:
         return None
     loop = None if watcher is None else watcher.loop()
     return Report(
-        device=_device_name(torch.device(run.config.device)),
+        device=_device_name(torch.device(run.device)),
         processes=run.ranks.world_size,
         load=load,
         loop=loop,
@@ -265,7 +265,7 @@ def _work(run: Run, loop: Loop) -> Work:
         by_role={role: statistics.mean(each) for role, each in by_role.items()},
         in_passes=everything / sum(loop.parts[name] for name in PASSES),
         overall=everything / loop.seconds,
-        peak=flops.bf16_peak(_device_name(torch.device(run.config.device))),
+        peak=flops.bf16_peak(_device_name(torch.device(run.device))),
     )
 
 
@@ -276,7 +276,7 @@ def _train_watched(run: Run, console: Console, cycles: int) -> "_Watcher":
             output_dir=Path(folder),
             resume_from_checkpoint=None,
             validation_steps=None,
-            report_to=(CSV,),
+            report_to=CSV,
             logging_dir=None,
             checkpoints_total_limit=None,
             checkpointing_steps=cycles + 2,
@@ -325,7 +325,7 @@ class _Watcher:
             yield
 
     def _mark(self, kind: Kind) -> None:
-        if torch.device(self.run.config.device).type != "cuda":
+        if torch.device(self.run.device).type != "cuda":
             self.marks.append((kind, time.perf_counter()))
             return
         event = torch.cuda.Event(enable_timing=True)
@@ -409,7 +409,7 @@ class _Watcher:
         """The tensors before the last update."""
         assert self.sizes is not None
         optimizers = sum(self.optimizers.values())
-        device = torch.device(self.run.config.device)
+        device = torch.device(self.run.device)
         on_gpu = device.type == "cuda"
         return Resident(
             **{**self.sizes, "others": self.sizes["others"] - optimizers},

@@ -53,7 +53,7 @@ def count(
         lora = LoraSpec(
             rank=config.rank,
             alpha=config.network_alpha,
-            targets=select_targets(transformer, config.target_name, config.lora_skip_name),
+            targets=select_targets(transformer, config.targets, config.skipped),
         )
         roles = Roles(transformer, lora, seed=config.seed, names=objective.learning_rates)
     negative = bank.negative.to(meta)

@@ -1,13 +1,12 @@
 """`wantrain bench` on the command line."""
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
-from typer.core import TyperGroup
 
-from shared.cli.support import Command, echo
-from train.cli.options import INPUT, OUTPUT
+from shared.cli.config_command import add_config_command
+from shared.cli.support import echo
+from shared.cli.videox_fun_command import given_elsewhere
+from train.cli.seed_command import TrainCommand
+from train.config import BenchConfig
 
 BENCH_EXAMPLES = """
 # how lean a run with these options is; how fast the shards are read
@@ -20,38 +19,27 @@ wantrain bench --model toy --shards toy-shards --boundary-type full \\
 """
 
 
-# fmt: off
-def bench(
-    context: typer.Context,
-    cycles: Annotated[int, typer.Option(metavar="N", min=0, help="Generator updates that are measured, each with its critic updates; one more warms up. 0: the loader alone.", rich_help_panel=INPUT)] = 1,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers here, too.", show_default="nowhere", rich_help_panel=OUTPUT)] = None,
-) -> None:
-    """Measure how lean a run is on this machine.
+def bench(config: BenchConfig, context: typer.Context) -> None:
+    """Measure a run that is prepared as `distill` prepares it."""
+    from rich.console import Console
 
-    Says what the loop costs beside the passes of the transformer, how many FLOPs an update has and how fast they are done, what lies in memory, and how fast the shards are read. Takes every option of `wantrain distill`; runs its loop for a few updates in a temporary folder, which is thrown away. Of several processes (--strategy), it tells of the first one.
+    from train.bench.bench import measure
+    from train.cli.execute import carry_out
+    from train.prepare import prepare_distillation
+    from train.run import Run
 
-    Next: wantrain distill, with the same options
-    """
-    from train.bench.bench import Report, measure
-    from train.cli.execute import carried_out_by
-
-    assert context.parent is not None and isinstance(context.parent.command, TyperGroup)
-    reports: list[Report | None] = []
-    distill = context.parent.command.commands["distill"]
-    with (
-        carried_out_by(lambda run, to: reports.append(measure(run, to, cycles=cycles))),
-        distill.make_context("bench", [*context.args], parent=context.parent) as its,
-    ):
-        distill.invoke(its)
-    for report in filter(None, reports):  # none after --dry-run
+    def measured(run: Run, console: Console) -> None:
+        report = measure(run, console, cycles=config.cycles)
+        if report is None:  # the first process speaks for all
+            return
         for line in report.lines():
             echo(line)
-        if json_file is not None:
-            json_file.write_text(report.to_text() + "\n")
+        if config.json_file is not None:
+            config.json_file.write_text(report.to_text() + "\n")
+
+    carry_out(prepare_distillation(config, given_elsewhere(context)), measured)
 
 
-# fmt: on
 def add_command(app: typer.Typer) -> None:
     """Make it a command of `wantrain`."""
-    settings = {"ignore_unknown_options": True, "allow_extra_args": True}  # those of distill
-    app.command(cls=Command, epilog=BENCH_EXAMPLES, context_settings=settings)(bench)
+    add_config_command(app, "bench", BenchConfig, bench, cls=TrainCommand, examples=BENCH_EXAMPLES)

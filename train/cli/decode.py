@@ -8,7 +8,7 @@ import typer
 from shared.cli.support import Command
 from shared.device import default_device
 from shared.models.spec import DEFAULT_MODEL
-from train.cli import options as option
+from train.options import DEVICE, INPUT, OUTPUT
 
 DECODE_EXAMPLES = """
 # what the students of Wan2.2-I2V-A14B made after 50 updates
@@ -24,19 +24,18 @@ wantrain distill --model toy --shards toy-shards --output-dir toy-watched \\
 wantrain decode --model toy --latents toy-watched/validation \\
     --output toy-decoded
 """
-OUTPUT = "Output"
 
 
 # fmt: off
 def decode(
-    latents: Annotated[list[Path], typer.Option(metavar="FILE|DIR", help="Latents that --validation-steps left, or a folder of them with all that is below; may be given several times.", rich_help_panel=option.INPUT)],
-    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model whose VAE decodes: a folder of diffusers or Wan, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=option.INPUT)] = DEFAULT_MODEL,
+    latents: Annotated[list[Path], typer.Option(metavar="FILE|DIR", help="Latents that --validation-steps left, or a folder of them with all that is below; may be given several times.", rich_help_panel=INPUT)],
+    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model whose VAE decodes: a folder of diffusers or Wan, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)] = DEFAULT_MODEL,
 
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the clips (mp4) and the contact sheet (png).", rich_help_panel=OUTPUT)] = Path("decoded"),
     fps: Annotated[int, typer.Option(metavar="N", help="Frames per second of the mp4; Wan is trained at 16.", rich_help_panel=OUTPUT)] = 16,
 
-    dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Number format that the VAE computes in.", rich_help_panel=option.DEVICE)] = "fp32",
-    device: option.Device = "auto",
+    dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Number format that the VAE computes in.", rich_help_panel=DEVICE)] = "fp32",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=DEVICE)] = "auto",
 ) -> None:
     """Show validation clips as the VAE decodes them.
 

@@ -7,7 +7,7 @@ import typer
 
 from shared.cli.support import Command, echo
 from shared.errors import UserError
-from train.cli.options import OUTPUT
+from train.options import OUTPUT
 
 EXPORT_EXAMPLES = """
 # a LoRA from anywhere, for musubi-tuner or ComfyUI

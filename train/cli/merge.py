@@ -7,7 +7,7 @@ import typer
 
 from shared.cli.support import Command
 from shared.models.spec import DEFAULT_MODEL
-from train.cli.options import OUTPUT
+from train.options import OUTPUT
 
 MERGE_EXAMPLES = """
 # Wan2.2-I2V-A14B with the LoRAs of both experts in its weights

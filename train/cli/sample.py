@@ -8,7 +8,7 @@ import typer
 from shared.cli.support import Command
 from shared.device import default_device
 from shared.models.spec import DEFAULT_MODEL
-from train.cli.options import DEVICE
+from train.options import DEVICE
 
 SAMPLE_EXAMPLES = """
 # Wan2.2-I2V-A14B itself, for comparison: 40 steps with CFG

@@ -8,15 +8,14 @@ the position is one integer.
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from shared.errors import UserError
 from train.functional.rng import counted_rng
+from train.options import Tail
 
-Tail = Literal["pad", "drop"]
 Rows = npt.NDArray[np.int64]
 
 

@@ -4,6 +4,9 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import cast
+
+import typer
 
 from shared.errors import UserError
 from shared.io.mirror import shards_to_read
@@ -46,3 +49,17 @@ def weighted_folder(text: str) -> WeightedFolder:
             f"A folder of that name is written with a weight behind it: {text}@1"
         )
     return WeightedFolder(shards_to_read(found["folder"]), weight)
+
+
+DEFAULT_SHARDS = cast(list[WeightedFolder], (WeightedFolder(Path("shards")),))
+"""Of an option that typer calls a list; a dataclass takes no list as default."""
+
+
+def shards_option(text: str | WeightedFolder) -> WeightedFolder:
+    """`weighted_folder` for the command line, which shows a ValueError's value alone."""
+    if isinstance(text, WeightedFolder):
+        return text
+    try:
+        return weighted_folder(text)
+    except UserError as error:
+        raise typer.BadParameter(str(error)) from error

@@ -3,17 +3,14 @@
 import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Literal
 
 from shared.device import check_device, default_device
 from shared.errors import UserError
 from train.distributed.launcher import Machines
+from train.distributed.options import ProcessOptions
 from train.distributed.process_group import ALONE, Ranks, launched
 from train.distributed.zero_file import stage_of_launcher, zero_section
-
-StrategyName = Literal["single", "ddp", "zero2", "zero3", "fsdp"]
-SHARDED: tuple[StrategyName, ...] = ("zero3", "fsdp")
-"""Strategies that shard base parameters across ranks."""
+from train.options import StrategyName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,21 +25,13 @@ class Placement:
     """Whether this process has yet to start those of the run."""
 
 
-def place(
-    strategy: StrategyName | None,
-    *,
-    num_processes: int | None,
-    num_machines: int,
-    machine_rank: int,
-    main_process_ip: str,
-    main_process_port: int | None,
-    ddp_timeout: int,
-    device: str,
-) -> tuple[StrategyName, Placement]:
+def place(strategy: StrategyName | None, options: ProcessOptions) -> tuple[StrategyName, Placement]:
     """What options and environment say. Raises UserError where they contradict.
 
     In a process that a launcher started, its environment says how many there are.
     """
+    num_processes, num_machines = options.num_processes, options.num_machines
+    device, ddp_timeout = options.device, options.ddp_timeout
     if ddp_timeout < 1:
         raise UserError(f"--ddp-timeout: found {ddp_timeout}, expected seconds, 1 or more.")
     if ranks := launched():
@@ -60,7 +49,7 @@ def place(
             device=_device(device, ranks),
             to_launch=False,
         )
-    _check_machines(num_machines, machine_rank, num_processes, main_process_port)
+    _check_machines(options)
     if num_processes is None:
         several = strategy not in (None, "single") or num_machines > 1
         num_processes = num_machines * (max(1, _gpus()) if several else 1)
@@ -69,9 +58,9 @@ def place(
     machines = Machines(
         num_processes=num_processes,
         num_machines=num_machines,
-        machine_rank=machine_rank,
-        main_process_ip=main_process_ip,
-        main_process_port=main_process_port,
+        machine_rank=options.machine_rank,
+        main_process_ip=options.main_process_ip,
+        main_process_port=options.main_process_port,
     )
     placed = Placement(
         machines=machines,
@@ -120,9 +109,9 @@ def _check_device_of_each(wanted: str, device: str, processes: int) -> None:
         )
 
 
-def _check_machines(
-    num_machines: int, machine_rank: int, num_processes: int | None, port: int | None
-) -> None:
+def _check_machines(options: ProcessOptions) -> None:
+    num_machines, num_processes = options.num_machines, options.num_processes
+    machine_rank = options.machine_rank
     if not 0 <= machine_rank < num_machines:
         raise UserError(
             f"--machine-rank: found {machine_rank}, expected 0 to {num_machines - 1}, the number "
@@ -133,7 +122,7 @@ def _check_machines(
             f"--num-processes: found {num_processes}, expected a multiple of the {num_machines} "
             "machines: processes of all machines together (or NUM_PROCESS)."
         )
-    if num_machines > 1 and port is None:
+    if num_machines > 1 and options.main_process_port is None:
         raise UserError(
             "--main-process-port: machines need a port of the first one at which to meet, e.g. "
             "--main-process-port 29500 (or MASTER_PORT), with --main-process-ip (or MASTER_ADDR)."

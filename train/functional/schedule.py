@@ -5,16 +5,14 @@ timestep turns 937.5 into 937, a bf16 one into 936, and neither is what the mode
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from shared.errors import UserError
 from shared.models.spec import TIMESTEPS
+from train.options import Expert, ScoreFloor
 
 # In the command line's order: typing keeps one Optional[Literal] for all orders, the first it saw.
-Expert = Literal["low", "high", "full"]
-ScoreFloor = Literal["boundary", "handover"]
 
 # Levels nearer to pure noise say nothing about x̂0 and levels below divide by almost nothing. The
 # floor is on σ, after the shift: in u it would keep the low expert from ever seeing σ < 0.2 at

@@ -17,10 +17,10 @@ from torch import nn
 from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec
 from train.memory.block_offload import blocks_on_device
 from train.memory.options import MemoryOptions
-from train.memory.quantize import BasePrecision, base_linears, is_quantised, quantised_bytes
-from train.model.base import Precision
+from train.memory.quantize import base_linears, is_quantised, quantised_bytes
 from train.model.lora_adapter import select_targets
 from train.optim.adamw8bit import moment_bytes
+from train.options import BasePrecision, Precision
 
 _ADAM = 8  # two fp32 moments for each weight
 _FP32 = 4
@@ -150,7 +150,7 @@ def _buffers(
     settings: Settings, block: int, outside: int, one_role: int, layers: int, largest: int
 ) -> int:
     memory = settings.memory
-    buffers = _BUCKETS.get(memory.strategy, 0)
+    buffers = _BUCKETS.get(memory.strategy or "single", 0)
     if is_quantised(memory.base_precision):  # the largest layer's weight, whole for its matmul
         buffers += largest * (2 if memory.mixed_precision == "bf16" else _FP32)
     if memory.cuts_base:

@@ -1,39 +1,31 @@
 """Options that decide how a run fits a device's memory, and how they go together."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated
 
+import typer
+
+from shared.cli.checks import REMEMBERED
 from shared.errors import UserError
-from train.distributed.placement import SHARDED, StrategyName
-from train.memory.block_offload import BUFFERS, swapped_blocks
-from train.memory.quantize import BasePrecision, is_quantised
-from train.model.base import Precision
+from train.options import DEVICE, PROCESSES, SHARDED, BasePrecision, Precision, StrategyName
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryOptions:
-    """Named as the options. Raises UserError for those that exclude one another."""
+    """Raises UserError for those that exclude one another."""
 
-    mixed_precision: Precision = "bf16"
-    base_precision: BasePrecision | None = None
-    """Of the linear layers in the base's blocks; None: as `mixed_precision` says."""
-    use_8bit_adam: bool = False
-    """Keep AdamW's moments in 8 bits."""
-    gradient_checkpointing: bool = True
-    low_vram: bool = False
-    """All blocks of the base live in CPU memory, or as many as `blocks_to_swap` says; not where the
-    strategy cuts the base, which VideoX-Fun's shell blocks ask for together with this."""
-    blocks_to_swap: int | None = None
-    """So many do, also without `low_vram`."""
-    activation_offloading: bool = False
-    """What checkpointing keeps waits in CPU memory."""
-    strategy: StrategyName = "single"
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any], strategy: StrategyName) -> "MemoryOptions":
-        """From all options of a command line."""
-        return cls(**{one.name: options[one.name] for one in fields(cls)} | {"strategy": strategy})
+    # fmt: off
+    strategy: Annotated[StrategyName | None, typer.Option(help="How processes share the work: ddp keeps the whole model in each; fsdp and zero3 shard it across them, zero2 only the optimizer (zero2, zero3: DeepSpeed).", show_default="what accelerate launch was told; else ddp for several processes, single for one", rich_help_panel=PROCESSES)] = None
+    """None: not decided yet (`placement.place`)."""
+    mixed_precision: Annotated[Precision, typer.Option(help="Base and compute in bf16 (LoRA stays fp32), or all in fp32.", rich_help_panel=DEVICE), REMEMBERED] = "bf16"
+    base_precision: Annotated[BasePrecision | None, typer.Option(help="How the linear layers of the base's blocks are kept: int8 and fp8 take half of bf16's memory, nf4 (bitsandbytes) less than a third. Teacher, generator and critic all use them; a matmul is in bf16 or fp32 all the same.", show_default="as --mixed-precision says", rich_help_panel=DEVICE)] = None
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute each block in the backward pass: far less memory, a third more time.", show_default="on", rich_help_panel=DEVICE)] = True
+    low_vram: Annotated[bool, typer.Option("--low-vram", help="Keep the base's blocks in CPU memory and copy each to the GPU while the one before it computes. Slower where clips are small.", show_default="off", rich_help_panel=DEVICE)] = False
+    """Does nothing where the strategy shards the base: VideoX-Fun's shell blocks ask for both."""
+    blocks_to_swap: Annotated[int | None, typer.Option(metavar="N", help="The same for N of the blocks, spread evenly; the others stay on the GPU.", show_default="none; with --low-vram all", rich_help_panel=DEVICE)] = None
+    activation_offloading: Annotated[bool, typer.Option("--activation-offloading", help="Keep the activations that gradient checkpointing stores (each block's input) in CPU memory.", show_default="off", rich_help_panel=DEVICE)] = False
+    use_8bit_adam: Annotated[bool, typer.Option("--use-8bit-adam", help="AdamW with 8-bit moments, a quarter of their memory; matrices of fewer than 4096 weights keep fp32. For single and ddp.", show_default="off", rich_help_panel=DEVICE), REMEMBERED] = False
+    # fmt: on
 
     def __post_init__(self) -> None:
         self._check_base_precision()
@@ -59,7 +51,7 @@ class MemoryOptions:
                 "--base-precision: found bf16 with --mixed-precision no, which computes in fp32. "
                 "Leave out one of the two; int8, fp8 and nf4 go with either."
             )
-        if is_quantised(found) and self.cuts_base:
+        if found not in (None, "bf16") and self.cuts_base:
             raise UserError(
                 f"--base-precision: found {found} with --strategy {self.strategy}, which cuts "
                 "weights among the processes as they are, not codes and their scales. Use "
@@ -68,12 +60,16 @@ class MemoryOptions:
 
     def _check_blocks_to_swap(self) -> None:
         found = self.blocks_to_swap
-        if found is not None and found <= BUFFERS:
+        if found is None:
+            return
+        from train.memory.block_offload import BUFFERS  # torch comes with it
+
+        if found <= BUFFERS:
             raise UserError(
                 f"--blocks-to-swap: found {found}, expected {BUFFERS + 1} or more: {BUFFERS} of "
                 "them are on the device at any time."
             )
-        if found is not None and self.cuts_base:
+        if self.cuts_base:
             raise UserError(
                 f"--blocks-to-swap: found with --strategy {self.strategy}, which cuts the base "
                 "among the processes already. Use --strategy ddp or zero2, or leave it out; with "
@@ -88,7 +84,7 @@ class MemoryOptions:
     @property
     def cuts_moments(self) -> bool:
         """Whether a process holds a part of the optimizers' states only."""
-        return self.strategy not in ("single", "ddp")
+        return self.strategy not in (None, "single", "ddp")
 
     @property
     def streams(self) -> bool:
@@ -97,6 +93,8 @@ class MemoryOptions:
 
     def streamed(self, layers: int) -> list[int]:
         """Which of the transformer's blocks do. UserError if there are fewer."""
+        from train.memory.block_offload import swapped_blocks
+
         if not self.streams:
             return []
         if (number := self.blocks_to_swap) is not None and number > layers:

@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from shared.errors import UserError
+from train.options import BasePrecision
 
-BasePrecision = Literal["bf16", "fp8", "int8", "nf4"]
 QuantisedPrecision = Literal["fp8", "int8", "nf4"]
 _LARGEST = {"fp8": torch.finfo(torch.float8_e4m3fn).max, "int8": 127.0}
 _STORED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}

@@ -6,9 +6,9 @@ from typing import Any, Literal, Protocol
 import torch
 
 from train.data.batches import Batch
-from train.functional.schedule import Expert
 from train.methods.step_output import StepOutput
 from train.model.roles import Roles
+from train.options import Expert
 
 Method = Literal["distill", "lora"]
 """`distill`: a student for a few steps without CFG; `lora`: the base model, taught more."""

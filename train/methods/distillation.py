@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from train.data.batches import Batch
-from train.functional.schedule import Expert
 from train.methods.base import Method
 from train.methods.dmd import Recipe, critic_step, generator_step, rollout
 from train.methods.step_output import StepOutput
 from train.model.roles import CRITIC, GENERATOR, Roles
+from train.options import Expert
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,6 @@ Everything random is drawn from (seed, purpose, update, sample); see `train.func
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 
@@ -13,22 +12,11 @@ from shared.models.spec import TIMESTEPS
 from train.data.batches import Batch
 from train.functional.losses import dmd_gradient, dmd_loss, mean_gap
 from train.functional.rng import choice, noise, spread
-from train.functional.schedule import (
-    Expert,
-    Schedule,
-    ScoreFloor,
-    add_noise,
-    x0_from_velocity,
-)
+from train.functional.schedule import Schedule, add_noise, x0_from_velocity
 from train.methods.flow_matching import Level, guided_velocity, over_frames, velocity_loss
 from train.methods.step_output import StepOutput
 from train.model.roles import CRITIC, GENERATOR, Roles
-
-Start = Literal["latents", "noise"]
-Pairing = Literal["renoise", "euler"]
-Maths = Literal["corrected", "seed"]
-"""`seed` is VideoX-Fun's: every expert walks all steps, and score levels have no cap and no floor.
-Its rounding of timesteps to integers and of sigmas to bf16 is not imitated."""
+from train.options import Expert, Maths, Pairing, ScoreFloor, Start
 
 # Names in trackers.
 CRITIC_ERROR, TEACHER_ERROR = "balance/critic_error", "balance/teacher_error"

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from train.data.batches import Batch
-from train.functional.schedule import Expert
 from train.methods.base import Method
 from train.methods.flow_matching import NoiseLevels, euler_sample, flow_matching_step
 from train.methods.step_output import StepOutput
 from train.model.roles import Roles
+from train.options import Expert
 
 LORA = "lora"  # the one role
 VALIDATION_STEPS, VALIDATION_GUIDANCE = 20, 5.0

@@ -5,7 +5,6 @@ No optimizer, no I/O, no state. Everything random is drawn from (seed, purpose, 
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 
@@ -15,7 +14,6 @@ from train.data.batches import Batch
 from train.functional.losses import flow_matching_loss
 from train.functional.rng import noise, spread
 from train.functional.schedule import (
-    Expert,
     add_noise,
     expert_interval,
     guide,
@@ -25,8 +23,8 @@ from train.functional.schedule import (
 )
 from train.methods.step_output import StepOutput
 from train.model.roles import Roles
+from train.options import Expert, TimestepSampling
 
-TimestepSampling = Literal["uniform", "logit-normal"]
 # Of a distribution that lies elsewhere, so little is left in an expert's interval that float64
 # no longer tells its levels apart.
 LEAST_SHARE = 1e-6

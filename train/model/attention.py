@@ -11,7 +11,7 @@ from diffusers.models.attention_dispatch import (
 from diffusers.utils import logging
 
 from shared.errors import UserError, first_line
-from train.model.base import Precision
+from train.options import Precision
 
 NATIVE = "native"
 """torch's scaled_dot_product_attention, which chooses a kernel by itself."""

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -23,12 +23,9 @@ from shared.models.weight_files import weight_files
 from shared.models.weights import check_component, load_transformer
 from train.distributed.load_once import read_once
 from train.distributed.process_group import ALONE, Ranks
-from train.functional.schedule import Expert
 from train.model.custom_weights import check_own, empty_transformer, load_own, own_files
 from train.model.lora_files import check_fits, read_lora
-
-Precision = Literal["bf16", "no"]
-
+from train.options import Expert, Precision
 
 _PROBE_BYTES = 4096
 

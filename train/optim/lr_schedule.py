@@ -1,17 +1,12 @@
 """The learning rate as a function of how many updates a role has made, and of nothing else."""
 
-from typing import Literal
-
 import torch
 from diffusers.optimization import get_scheduler
 
-LrScheduler = Literal[
-    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-]
+from train.options import LrScheduler
+
 DECAYING = ("linear", "cosine", "cosine_with_restarts", "polynomial")
 """Those that end with the run, so that another length is another course."""
-LEAST_POLYNOMIAL_RATE = 1e-7
-"""Where diffusers' polynomial ends."""
 
 
 def learning_rate(

@@ -51,10 +51,10 @@ from train.functional.rng import counted_rng
 from train.functional.schedule import Schedule
 from train.memory.block_offload import StreamedBlocks, streaming_line
 from train.memory.quantize import QuantisedPrecision, check_installed, quantise
-from train.methods.dmd import Pairing
 from train.model.base import Base, base_digest, component_of, load_weights, merge
 from train.model.custom_weights import empty_transformer
 from train.model.lora_files import PEFT_METADATA_KEY, check_fits, read_lora
+from train.options import Pairing
 from train.sampling.contact_sheet import contact_sheet
 from train.saving.lora_formats import DIFFUSERS_PREFIX, to_form
 from train.saving.provenance import Provenance, read_provenance, wrong_base

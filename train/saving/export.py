@@ -8,8 +8,8 @@ import torch
 
 from shared.errors import UserError
 from shared.io.durable import write_bytes
-from train.functional.schedule import Expert
 from train.model.lora_files import PEFT_METADATA_KEY, Form, LoraWeights, read_lora
+from train.options import Expert
 from train.saving.checkpoint import read_product
 from train.saving.lora_formats import FORMS, to_form
 from train.saving.provenance import Provenance

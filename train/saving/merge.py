@@ -31,9 +31,9 @@ from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 from shared.models.tensor_names import COMFYUI, unwrapped
 from shared.models.weight_files import weight_files
 from shared.models.weights import check_component, model_weights
-from train.functional.schedule import Expert
 from train.model.base import base_digest, component_of
 from train.model.lora_files import LoraFile, LoraWeights, check_fits, read_lora
+from train.options import Expert
 from train.saving.provenance import METADATA_KEY, read_provenance, wrong_base
 from train.saving.safetensors_io import Stored, stored_tensors, write_stream
 

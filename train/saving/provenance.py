@@ -14,10 +14,10 @@ from typing import Any
 from shared.errors import UserError, first_line
 from shared.models.spec import Mode
 from shared.version import VERSION
-from train.functional.schedule import Expert, Schedule
+from train.functional.schedule import Schedule
 from train.methods.base import Method
-from train.methods.dmd import Pairing
 from train.model.lora_files import read_metadata
+from train.options import Expert, Pairing
 
 METADATA_KEY = "wandistill"
 SAMPLERS = {"renoise": "LCM", "euler": "Euler"}

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from train.distributed.placement import SHARDED, StrategyName
 from train.distributed.process_group import Ranks
 from train.memory.block_offload import stream_blocks, streamed_blocks
 from train.model.roles import Roles
+from train.options import SHARDED, StrategyName
 from train.strategies.base import AdamSettings, Strategy
 
 

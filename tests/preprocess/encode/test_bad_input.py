@@ -124,8 +124,8 @@ def test_nothing_usable_says_why(data: Path, tiny_t2v: Path, tmp_path: Path) -> 
         (("--video-sample-n-frames", 6), "the nearest that is: 5"),
         (("--image-sample-size", 7), "--image-sample-size: 7 is not between 32 and 4096"),
         (("--video-sample-size", 9999), "--video-sample-size: 9999 is not between"),
-        (("--shard-size-mb", 0), "--shard-size-mb: 0 is too small"),
-        (("--max-bad", -1), "--max-bad: -1 is too small"),
+        (("--shard-size-mb", 0), "--shard-size-mb: found 0"),
+        (("--max-bad", -1), "--max-bad: found -1"),
     ],
 )
 def test_bad_options(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from preprocess.cache.ranks import Rank, this_rank
 from preprocess.cache.writer import output_lock, writer_lock
-from preprocess.encode.ranks import Rank, this_rank
 from shared.errors import UserError
 from shared.format.cache import committed_shards
 from shared.format.prompts import read_prompts

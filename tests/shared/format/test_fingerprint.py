@@ -94,23 +94,13 @@ def test_every_field_says_what_it_would_cost(tiny_i2v: Path, tmp_path: Path) -> 
     """All fields of a real fingerprint, each changed alone."""
     config = EncodeConfig(
         model=str(tiny_i2v),
-        data_dir=tmp_path,
-        metadata=None,
+        train_data_dir=tmp_path,
         output=tmp_path,
-        image_size=64,
-        video_size=64,
-        stride=1,
-        frames=5,
+        size=64,
+        video_sample_stride=1,
+        video_sample_n_frames=5,
         negative_prompt="",
-        seed=0,
         dtype="fp32",
-        vae_dtype="fp32",
-        text_encoder_dtype="fp32",
-        shard_size_mb=1,
-        max_bad=0,
-        workers=1,
-        decode_timeout=60,
-        device="cpu",
     )
     whole = encode_fingerprint(config, read_model_spec(tiny_i2v), FileHasher(tmp_path / "memo"))
     fields = flatten(whole)

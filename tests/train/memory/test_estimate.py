@@ -13,9 +13,10 @@ from tests.train.test_distill import SMALL
 from train.cli.app import app as wantrain
 from train.memory.estimate import Settings, base_sizes, block_bytes, estimate_of, tokens_of
 from train.memory.options import MemoryOptions
-from train.model.base import Precision, load_base
+from train.model.base import load_base
 from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.roles import GENERATOR, Roles
+from train.options import Precision
 
 TARGETS = ("q", "k", "v", "ffn.0", "ffn.2")
 

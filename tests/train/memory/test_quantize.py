@@ -24,10 +24,11 @@ from tests.train.strategies.test_strategies import (
 from tests.train.test_distill import arguments, distill, final_bytes, losses
 from train.cli.app import app as wantrain
 from train.memory.estimate import base_bytes
-from train.memory.quantize import BasePrecision, QuantisedLinear, quantise, quantised_bytes
-from train.model.base import Precision, load_base
+from train.memory.quantize import QuantisedLinear, quantise, quantised_bytes
+from train.model.base import load_base
 from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.roles import GENERATOR, Roles
+from train.options import BasePrecision, Precision
 from train.saving.provenance import read_provenance
 
 CPU = torch.device("cpu")

@@ -14,11 +14,11 @@ from shared.models.spec import read_model_spec
 from tests.original_layout import TRANSFORMER, renamed
 from tests.train.conftest import randomise_lora
 from tests.train.model.test_roles import CPU, build_batch
-from train.functional.schedule import Expert
 from train.model.base import load_base
 from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.lora_files import Form, LoraWeights, read_lora
 from train.model.roles import GENERATOR, Roles
+from train.options import Expert
 from train.saving.export import lora_path, write_loras
 from train.saving.lora_formats import FORMS
 from train.saving.provenance import Provenance, read_provenance

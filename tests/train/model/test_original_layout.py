@@ -11,8 +11,8 @@ from tests.preprocess.encode.test_original_layout import both
 from tests.train.conftest import encode
 from tests.train.sampling.test_sample import frames, sample
 from tests.train.test_distill import distill, final_bytes
-from train.functional.schedule import Expert
 from train.model.base import base_digest, load_base
+from train.options import Expert
 
 CPU = torch.device("cpu")
 

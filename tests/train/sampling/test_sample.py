@@ -10,7 +10,8 @@ from PIL import Image
 from shared.errors import UserError
 from tests.train.model.test_lora_adapter import ALL, trained
 from train.cli.app import app as wantrain
-from train.functional.schedule import Expert, Schedule
+from train.functional.schedule import Schedule
+from train.options import Expert
 from train.sampling.sample import VisitedSteps
 from train.saving.export import lora_path
 

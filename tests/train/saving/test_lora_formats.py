@@ -18,11 +18,11 @@ from tests.train.model.test_roles import CPU
 from tests.train.sampling.test_sample import sample
 from tests.train.test_distill import distill
 from train.cli.app import app as wantrain
-from train.functional.schedule import Expert
 from train.model.base import load_base
 from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.lora_files import Form, LoraWeights
 from train.model.roles import GENERATOR, Roles
+from train.options import Expert
 from train.saving.export import lora_path, write_loras
 from train.saving.lora_formats import FORMS
 

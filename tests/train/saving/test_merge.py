@@ -19,9 +19,9 @@ from tests.original_layout import TRANSFORMER, renamed, write_original
 from tests.train.model.test_lora_adapter import ALL, EXPERTS, applied, outputs, trained
 from tests.train.model.test_lora_files import diffusers, tensors_of, written
 from train.cli.app import app as wantrain
-from train.functional.schedule import Expert
 from train.model.base import load_base
 from train.model.lora_files import Form, read_lora
+from train.options import Expert
 from train.saving.export import lora_path
 
 CPU = torch.device("cpu")

@@ -14,7 +14,8 @@ from PIL import Image
 
 from tests.models import Mode, tiny_model
 from tests.train.model.test_lora_adapter import ALL, trained
-from train.functional.schedule import Expert, Schedule
+from train.functional.schedule import Schedule
+from train.options import Expert
 from train.saving.provenance import read_provenance
 
 PAGE = (Path(__file__).parents[3] / "docs" / "use-your-lora.md").read_text()

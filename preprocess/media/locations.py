@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from preprocess.encode.ranks import this_rank
+from preprocess.cache.ranks import this_rank
 from shared.errors import UserError
 from shared.io.mirror import ROWS_SUFFIX, local_folder, mirror_of
 

@@ -1,0 +1,85 @@
+"""`wanprep encode` on the command line."""
+
+from contextlib import ExitStack
+
+import typer
+
+from preprocess.cli.seed_command import PrepCommand
+from preprocess.encode.config import EncodeConfig, for_this_machine
+from shared.cli.config_command import add_config_command
+from shared.cli.support import echo
+from shared.errors import UserError
+from shared.interrupt import SIGNAL_EXIT
+from shared.io.names import quoted
+
+ENCODE_EXAMPLES = """
+# datasets/ for Wan2.2-I2V-A14B: 480P, 81 frames, every second frame
+wanprep encode
+
+# the same at 720P, frames as they come, captions from a list
+wanprep encode --model Wan-AI/Wan2.2-I2V-A14B-Diffusers --size 960 \\
+    --train-data-dir my/clips --train-data-meta my/captions.csv \\
+    --video-sample-stride 1 --output shards-720p
+
+# the bundled toy model on rendered clips, seconds on a CPU
+python scripts/render_clips.py --count 4 --output toy-clips
+wanprep encode --model toy --train-data-dir toy-clips --size 64 \\
+    --video-sample-n-frames 17 --video-sample-stride 1 --output toy-shards
+"""
+
+
+def encode(config: EncodeConfig, _: typer.Context) -> None:
+    """Encode, and say what the cache holds and what comes next."""
+    from rich.console import Console
+
+    from preprocess.cache.report import contents, preview
+    from preprocess.dataset.rejected import rejected_file, rejections
+    from preprocess.encode import run as encode_run
+    from shared.cli.console import count
+
+    config = for_this_machine(config)
+    with ExitStack() as held:
+        elsewhere = None
+        if config.engine == "ray":
+            from preprocess.cluster.engines import ray_engines
+
+            elsewhere = held.enter_context(ray_engines(config))
+        outcome = encode_run.encode(config, Console(stderr=True), elsewhere)
+    if outcome.index is not None:
+        echo(contents(config.output, outcome.index))
+        if line := preview(outcome.index):
+            echo(line)
+    if outcome.signum is not None:
+        echo(
+            f"interrupted, {count(outcome.left, 'sample')} to go. To continue, run the same command "
+            "again.",
+            err=True,
+        )
+        raise typer.Exit(SIGNAL_EXIT + outcome.signum)
+    rejected = rejections(outcome.rejected, rejected_file(config.output, config.rank.number))
+    if len(outcome.rejected) > config.max_bad:
+        raise UserError(
+            f"{rejected}\nThe other samples are encoded and can be trained on. Mend these and "
+            f"run again, or accept them with --max-bad {len(outcome.rejected)}."
+        )
+    if outcome.rejected:
+        echo(rejected, err=True)
+    if outcome.replaced:
+        echo(f"{count(outcome.replaced, 'sample')} replaced that an older frame rule misread")
+    if outcome.removed:
+        echo(
+            f"{count(outcome.removed, 'sample')} removed that the dataset does not give any "
+            f"more; to have the room back: wanprep compact --shards {quoted(config.output)}"
+        )
+    if outcome.validation:
+        echo(f"{count(outcome.validation, 'validation prompt')} in the shards")
+    elif outcome.written == 0 and outcome.removed == 0:
+        echo("nothing to do: every usable sample of the dataset is in the shards")
+    echo(f"next: wantrain distill --shards {quoted(config.output)}")
+
+
+def add_command(app: typer.Typer) -> None:
+    """Make it a command of `wanprep`."""
+    add_config_command(
+        app, "encode", EncodeConfig, encode, cls=PrepCommand, examples=ENCODE_EXAMPLES
+    )

@@ -1,0 +1,37 @@
+"""Commands whose options are the fields of a configuration: each is declared once, there.
+
+A field is `name: Annotated[type, typer.Option(help=…, rich_help_panel=GROUP), check …] = default`.
+Typer reads the signature that the dataclass has anyway; its docstring is the help page's text.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import typer
+
+from shared.cli.support import Command
+
+_Config = TypeVar("_Config")
+
+
+def add_config_command(
+    app: typer.Typer,
+    name: str,
+    config: type[_Config],
+    do: Callable[[_Config, typer.Context], None],
+    *,
+    examples: str,
+    cls: type[Command] = Command,
+) -> None:
+    """Make `name` a command of `app` that builds a `config` from its options and `do`es it.
+
+    `config.PANELS` is the order of the groups on the help page.
+    """
+
+    class ConfigCommand(cls):  # type: ignore[misc, valid-type]
+        panels = config.PANELS  # type: ignore[attr-defined]
+
+        def invoke(self, ctx: Any) -> Any:
+            do(super().invoke(ctx), ctx)
+
+    app.command(name, cls=ConfigCommand, epilog=examples)(config)

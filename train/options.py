@@ -1,0 +1,42 @@
+"""What options may be, and under which heading of a help page they stand.
+
+Without torch: the rooms that use these values take their types from here, and a help page needs
+nothing else.
+"""
+
+from typing import Literal
+
+INPUT = "Input"
+OUTPUT = "Output"
+LENGTH = "Length and checkpoints"
+WATCH = "Watching"
+LORA = "LoRA"
+OPTIMIZER = "Optimizer (AdamW)"
+DATA = "Data"
+DEVICE = "Device"
+PROCESSES = "Processes"
+
+Expert = Literal["low", "high", "full"]
+TrainMode = Literal["normal", "i2v", "ti2v"]
+Precision = Literal["bf16", "no"]
+BasePrecision = Literal["bf16", "fp8", "int8", "nf4"]
+StrategyName = Literal["single", "ddp", "zero2", "zero3", "fsdp"]
+Tail = Literal["pad", "drop"]
+LrScheduler = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+]
+Maths = Literal["corrected", "seed"]
+Start = Literal["latents", "noise"]
+Pairing = Literal["renoise", "euler"]
+ScoreFloor = Literal["boundary", "handover"]
+TimestepSampling = Literal["uniform", "logit-normal"]
+
+SHARDED: tuple[StrategyName, ...] = ("zero3", "fsdp")
+"""Strategies that shard base parameters across ranks."""
+LEAST_POLYNOMIAL_RATE = 1e-7
+"""Where diffusers' polynomial schedule ends."""
+
+
+def names(text: str) -> tuple[str, ...]:
+    """ "q,k v" → ("q", "k", "v")."""
+    return tuple(text.replace(",", " ").split())
