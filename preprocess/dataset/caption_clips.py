@@ -4,10 +4,9 @@ VideoX-Fun's trainers draw it for every batch from all aspect ratios alike; here
 from the seed and the caption, so that a cache is the same wherever it is made.
 """
 
-from preprocess.dataset.clips import Clip, ClipRule
+from preprocess.dataset.clips import Clip, ClipRule, longest
 from preprocess.dataset.draws import Draws
-from preprocess.dataset.sizes import budget_frames, token_sizes
-from shared.format.buckets import BASE_BUCKETS, BASE_SIZE, Bucket, nearest_base, scaled_size
+from shared.format.buckets import BASE_BUCKETS, Bucket, nearest_base
 
 
 def caption_clips(
@@ -23,28 +22,14 @@ def caption_clips(
 
 
 def _drawn(draws: Draws, rule: ClipRule, shape: tuple[int, int] | None, frames: int | None) -> Clip:
-    size, longest = rule.video_size, rule.frames
-    if rule.fixed_size is not None:
-        height, width = (side // rule.multiple * rule.multiple for side in rule.fixed_size)
-    else:
-        if rule.adapt and rule.token_budget:
-            both = {"image_size": rule.image_size, "video_size": rule.video_size}
-            sizes = token_sizes("image", **both, source=(0, 0))
-            size = sizes[draws.uniform(len(sizes), "size")]
-        if rule.token_budget:
-            longest = budget_frames(
-                size,
-                frames=longest,
-                token_size=rule.token_size,
-                temporal_stride=rule.temporal_stride,
-            )
-        if not rule.buckets:
-            base = (BASE_SIZE, BASE_SIZE)
-        elif shape is not None:
-            base = nearest_base(*shape)
-        else:
-            base = BASE_BUCKETS[draws.uniform(len(BASE_BUCKETS), "caption bucket")]
-        height, width = scaled_size(base, size, rule.multiple)
-    count = min(longest, frames or longest)
-    count = (count - 1) // rule.temporal_stride * rule.temporal_stride + 1
-    return Clip(bucket=Bucket(height, width, count), frame_indices=(), asked=count)
+    def base() -> tuple[int, int]:
+        if shape is not None:
+            return nearest_base(*shape)
+        return BASE_BUCKETS[draws.uniform(len(BASE_BUCKETS), "caption bucket")]
+
+    size = rule.video_size
+    if rule.adapt and rule.token_budget:
+        size = rule.token_size_of("image", (0, 0), draws)
+    most = rule.most_frames(size)
+    count = longest(min(most, frames or most), rule.temporal_stride)
+    return Clip(bucket=Bucket(*rule.sides(size, base), count), frame_indices=(), asked=count)

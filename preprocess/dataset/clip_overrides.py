@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from preprocess.dataset.caption_clips import caption_clips
 from preprocess.dataset.clips import Clip, ClipRule, choose_clips
@@ -48,9 +48,7 @@ class Sampling:
     every_length: bool = False
     """A clip of each of the `lengths` that the video has, not of the longest alone."""
 
-    def clips(
-        self, probe: Probe, kind: Literal["video", "image"], sha256: str, rule: ClipRule
-    ) -> tuple[Clip, ...]:
+    def clips(self, probe: Probe, sha256: str, rule: ClipRule) -> tuple[Clip, ...]:
         """The clips of a medium, each once, by `rule` where this says nothing.
 
         Raises MediaError where nothing can be cut out.
@@ -59,8 +57,8 @@ class Sampling:
             dict.fromkeys(
                 clip
                 for sized in self._sized(rule)
-                for one in self._long(sized, probe, kind)
-                for clip in choose_clips(probe, kind, sha256, one)
+                for one in self._long(sized, probe)
+                for clip in choose_clips(probe, sha256, one)
             )
         )
 
@@ -99,10 +97,8 @@ class Sampling:
         if not self.resolutions:
             yield own
 
-    def _long(
-        self, rule: ClipRule, probe: Probe, kind: Literal["video", "image"]
-    ) -> Iterator[ClipRule]:
-        if kind == "image" or not self.lengths:
+    def _long(self, rule: ClipRule, probe: Probe) -> Iterator[ClipRule]:
+        if probe.type == "image" or not self.lengths:
             yield rule
             return
         picks = picks_of(probe, stride=rule.stride, fps=rule.fps)

@@ -4,7 +4,7 @@ The seed document's `random_hw_adapt`, `training_with_video_token_length` and `r
 with the numbers of VideoX-Fun's trainers where the document gives a range only.
 """
 
-from typing import Literal
+from preprocess.frames.media_info import MediaKind
 
 # The smallest size whose base bucket still gives a few latents a side; the largest that Wan knows
 # is 960 (720P), and four times that is a typing error.
@@ -30,9 +30,7 @@ RATIO_CROPS: tuple[tuple[tuple[int, int], int], ...] = (
 )  # fmt: skip
 
 
-def adapted_sizes(
-    kind: Literal["video", "image"], *, image_size: int, video_size: int
-) -> tuple[int, ...]:
+def adapted_sizes(kind: MediaKind, *, image_size: int, video_size: int) -> tuple[int, ...]:
     """Sizes under random_hw_adapt alone, the medium's own first.
 
     Videos: `video_size` down to min(video_size, 512). Images: `image_size` down to the same.
@@ -51,7 +49,7 @@ def adapted_weights(sizes: int) -> tuple[int, ...]:
 
 
 def token_sizes(
-    kind: Literal["video", "image"],
+    kind: MediaKind,
     *,
     image_size: int,
     video_size: int,

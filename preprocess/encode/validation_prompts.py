@@ -8,9 +8,9 @@ encoded already is copied, not encoded again.
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,18 +18,16 @@ import torch
 
 from preprocess.dataset.caption_clips import caption_clips
 from preprocess.dataset.clips import ClipRule
-from preprocess.dataset.metadata import Form, Record, read_metadata
+from preprocess.dataset.metadata import Form, Record, as_number, read_metadata
 from preprocess.frames.media_info import MediaError
 from preprocess.media.decode import fit
 from preprocess.media.reader import probe, read_frames
 from shared.errors import UserError, json_kind
 from shared.format.buckets import Bucket
 from shared.format.prompts import VALIDATION, Prompt, current_validation
+from shared.format.strict_json import is_count
 from shared.io.hashing import sha256_of
 from shared.models.spec import ModelSpec
-
-if TYPE_CHECKING:
-    from preprocess.encode.encoders import LatentEncoder
 
 OPTION = "--validation-prompts"
 PROMPT_FIELDS = ("prompt", "text", "caption")
@@ -187,15 +185,8 @@ def _bucket(
     prompt: str,
     shape: tuple[int, int],
 ) -> Bucket:
-    given = {
-        side: _number(item, names, where)
-        for side, names in (
-            ("height", ("height",)),
-            ("width", ("width",)),
-            ("frames", FRAMES_FIELDS),
-        )
-    }
-    height, width, frames = given["height"], given["width"], given["frames"]
+    height, width = _number(item, ("height",), where), _number(item, ("width",), where)
+    frames = _number(item, FRAMES_FIELDS, where)
     if (height is None) != (width is None):
         raise UserError(f"{OPTION}: {where} has one of height and width, expected both or none.")
     for name, side in (("height", height), ("width", width)):
@@ -223,29 +214,26 @@ def _nearest(side: int, multiple: int) -> int:
 
 
 def _number(item: dict[str, Any], names: Sequence[str], where: str) -> int | None:
-    """A whole number from 1, of the first of these fields that is filled; CSV has it as text."""
-    for name in names:
-        value = item.get(name)
-        if value in (None, ""):
-            continue
-        if isinstance(value, str) and value.isascii() and value.isdigit():
-            value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(
-                f"{OPTION}: {where}: {name} is {value!r:.40}, expected a whole number from 1."
-            )
-        return value
-    return None
+    """A whole number from 1, of the first of these fields that is filled."""
+    name = next((name for name in names if item.get(name) not in (None, "")), None)
+    if name is None:
+        return None
+    value = as_number(item[name])
+    if not is_count(value, least=1):
+        raise UserError(
+            f"{OPTION}: {where}: {name} is {value!r:.40}, expected a whole number from 1."
+        )
+    return int(value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MissingPrompts:
-    """What is to be encoded so that the bank's list is the one that is wanted."""
+    """What is to be encoded so that the bank's list is the one that is wanted; empty if it is."""
 
-    wanted: Sequence[ValidationPrompt]
-    known: dict[str, Prompt]
+    wanted: Sequence[ValidationPrompt] = ()
+    known: Mapping[str, Prompt] = field(default_factory=dict)
     """Key → entry that some list of the bank has, to be copied."""
-    texts: dict[str, torch.Tensor]
+    texts: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Prompt → embedding that the bank has."""
 
     @property
@@ -268,17 +256,21 @@ class MissingPrompts:
 
 def missing_validation(
     wanted: Sequence[ValidationPrompt], bank: list[list[Prompt]]
-) -> MissingPrompts | None:
-    """None where the bank's list is the wanted one; `bank`: prompts by shard, oldest first."""
+) -> MissingPrompts:
+    """What the bank lacks of these; `bank`: prompts by shard, oldest first."""
     current = [prompt.key for prompt in current_validation(bank)]
     if not wanted or current == [one.key for one in wanted]:
-        return None
+        return MissingPrompts()
     every = [prompt for shard in bank for prompt in shard]
     return MissingPrompts(
         wanted=wanted,
         known={prompt.key: prompt for prompt in every if prompt.role == VALIDATION},
         texts={prompt.prompt: prompt.text for prompt in every},
     )
+
+
+Conditions = dict[str, dict[str, torch.Tensor]]
+"""Key of a validation prompt → `cond` (and `clip`), what the model takes of its picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,17 +295,3 @@ def read_pictures(prompts: Sequence[ValidationPrompt]) -> list[Picture]:
             raise UserError(f"{OPTION}: {error}. Name a picture, e.g. a PNG.") from error
         pictures.append(Picture(key=one.key, bucket=one.bucket, first=first))
     return pictures
-
-
-def encode_pictures(
-    pictures: Sequence[Picture], spec: ModelSpec, encoder: "LatentEncoder", *, stored: torch.dtype
-) -> dict[str, dict[str, torch.Tensor]]:
-    """Key → `cond` (and `clip`), on the CPU in `stored`."""
-    made = {}
-    for one in pictures:
-        if spec.mode == "ti2v":
-            condition = {"cond": encoder.latents(one.first)}
-        else:  # of the frames after the first only their number counts
-            condition = encoder.condition(np.repeat(one.first, one.bucket.frames, axis=0))
-        made[one.key] = {name: part.to(stored) for name, part in condition.items()}
-    return made
