@@ -52,22 +52,19 @@ class RayEngine:
     _run: str = field(default_factory=lambda: uuid.uuid4().hex)
     _fleet: Fleet[Any] | None = None
 
-    def encode_texts(
-        self, captions: Sequence[str], texts: TextCache, *, on_progress: Callable[[], None]
-    ) -> None:
-        """Each caption once; the actors are gone when this returns."""
+    def encode_texts(self, captions: Sequence[str], texts: TextCache) -> Iterator[str]:
+        """Each caption once; the actors are gone at the end."""
 
         def missing(given: Sequence[str]) -> list[str]:
             return [caption for caption in given if caption not in texts]
 
         todo = missing(captions)
-        for _ in range(len(captions) - len(todo)):
-            on_progress()
+        yield from set(captions).difference(todo)
         fleet = self._new_fleet(TextActor, None, missing, lease=_CAPTIONS, worth=_CAPTIONS_WORTH)
         for caption, reason in fleet.run(todo):
             if reason is not None:
                 raise UserError(f"text encoder: cannot encode {caption[:60]!r}: {reason}")
-            on_progress()
+            yield caption
 
     def encode_media(
         self, works: Sequence[Work], write: Write

@@ -5,8 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from preprocess.dataset.caption_clips import caption_clips
-from preprocess.dataset.clips import Clip, ClipRule, choose_clips
+from preprocess.dataset.clips import Clip, ClipRule, caption_clips, choose_clips
 from preprocess.frames.media_info import MediaError, Probe
 from preprocess.frames.picks import picks_of
 from shared.format.buckets import bucket_size
@@ -74,13 +73,12 @@ class Sampling:
         shape: tuple[int, int] | None,
         frames: int | None,
     ) -> tuple[Clip, ...]:
-        """The buckets of a caption without a medium; see `preprocess.dataset.caption_clips`."""
-        lengths = self.lengths if self.every_length else self.lengths[-1:]
+        """The buckets of a caption without a medium; see `preprocess.dataset.clips`."""
         return tuple(
             dict.fromkeys(
                 clip
                 for sized in self._sized(rule)
-                for one in [replace(sized, frames=length) for length in lengths] or [sized]
+                for one in self._long(sized, None)
                 for clip in caption_clips(sha256, one, shape=shape, frames=frames)
             )
         )
@@ -97,17 +95,20 @@ class Sampling:
         if not self.resolutions:
             yield own
 
-    def _long(self, rule: ClipRule, probe: Probe) -> Iterator[ClipRule]:
-        if probe.type == "image" or not self.lengths:
+    def _long(self, rule: ClipRule, probe: Probe | None) -> Iterator[ClipRule]:
+        """A rule for each length of the medium's clips; None: of a caption, which may have any."""
+        if not self.lengths or (probe is not None and probe.type == "image"):
             yield rule
             return
-        picks = picks_of(probe, stride=rule.stride, fps=rule.fps)
-        there = picks.reachable()
-        fitting = [length for length in self.lengths if length <= there]
-        if not fitting:
-            raise MediaError(
-                f"{probe.frames} frames at stride {picks.step:g}: fewer than {self.lengths[0]}, "
-                "the least that its dataset asks for"
-            )
+        fitting = self.lengths
+        if probe is not None:
+            picks = picks_of(probe, stride=rule.stride, fps=rule.fps)
+            there = picks.reachable()
+            fitting = tuple(length for length in self.lengths if length <= there)
+            if not fitting:
+                raise MediaError(
+                    f"{probe.frames} frames at stride {picks.step:g}: fewer than "
+                    f"{self.lengths[0]}, the least that its dataset asks for"
+                )
         for frames in fitting if self.every_length else fitting[-1:]:
             yield replace(rule, frames=frames)

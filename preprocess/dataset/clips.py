@@ -1,4 +1,4 @@
-"""What is cut out of a medium: which frames, and which bucket. No I/O.
+"""What is cut out of a medium: which frames, and which bucket; which a caption alone gets. No I/O.
 
 The rule of the design brief, sections 2 and 3: frames at a stride or a frame rate, 4n+1 of them,
 from a start drawn from the seed and the file's content; resized to cover its bucket (bilinear,
@@ -19,7 +19,7 @@ from preprocess.dataset.sizes import (
 )
 from preprocess.frames.media_info import MediaError, MediaKind, Probe
 from preprocess.frames.picks import Picks, picks_of
-from shared.format.buckets import BASE_SIZE, Bucket, nearest_base, scaled_size
+from shared.format.buckets import BASE_BUCKETS, BASE_SIZE, Bucket, nearest_base, scaled_size
 
 RESIZE_RULE = "cover, PIL bilinear (antialiased, uint8), centre crop"
 
@@ -162,7 +162,37 @@ def _base(probe: Probe, draws: Draws, rule: ClipRule) -> tuple[int, int]:
     return base
 
 
-def longest(frames: int, temporal_stride: int) -> int:
+def caption_clips(
+    sha256: str, rule: ClipRule, *, shape: tuple[int, int] | None, frames: int | None
+) -> tuple[Clip, ...]:
+    """The buckets of a caption without a medium, each once; its UTF-8 has the hex digest `sha256`.
+
+    VideoX-Fun's trainers draw them for every batch from all aspect ratios alike; here they are
+    drawn once, from the seed and the caption, so that a cache is the same wherever it is made.
+    `shape`: (height, width) of a medium that it would fit, whose bucket it then gets; `frames`:
+    how many that would have at most.
+    """
+    variants = (Draws(seed=rule.seed, sha256=sha256, variant=n) for n in range(rule.variants))
+    return tuple(dict.fromkeys(_of_caption(draws, rule, shape, frames) for draws in variants))
+
+
+def _of_caption(
+    draws: Draws, rule: ClipRule, shape: tuple[int, int] | None, frames: int | None
+) -> Clip:
+    def base() -> tuple[int, int]:
+        if shape is not None:
+            return nearest_base(*shape)
+        return BASE_BUCKETS[draws.uniform(len(BASE_BUCKETS), "caption bucket")]
+
+    size = rule.video_size
+    if rule.adapt and rule.token_budget:
+        size = rule.token_size_of("image", (0, 0), draws)
+    most = rule.most_frames(size)
+    count = _longest(min(most, frames or most), rule.temporal_stride)
+    return Clip(bucket=Bucket(*rule.sides(size, base), count), frame_indices=(), asked=count)
+
+
+def _longest(frames: int, temporal_stride: int) -> int:
     """The largest 4n+1 of so many frames, which are at least one."""
     return (frames - 1) // temporal_stride * temporal_stride + 1
 
@@ -170,7 +200,7 @@ def longest(frames: int, temporal_stride: int) -> int:
 def _windows(picks: Picks, asked: int, draws: Draws, rule: ClipRule) -> Iterator[tuple[int, ...]]:
     """Source frames of each clip, ascending."""
     there = picks.reachable()
-    frames = longest(min(asked, there), rule.temporal_stride)
+    frames = _longest(min(asked, there), rule.temporal_stride)
     if rule.clips == "chunk":
         # The rest is dropped, unless there is nothing else.
         for first in range(0, max(1, there // asked) * frames, frames):

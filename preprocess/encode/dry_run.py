@@ -19,7 +19,7 @@ from preprocess.encode import report
 from preprocess.encode.config import EncodeConfig
 from preprocess.encode.engine import LocalEngine
 from preprocess.encode.fingerprint import settings_for_cache
-from preprocess.encode.run import plan_job, read_job
+from preprocess.encode.run import Job, plan_job, read_job
 from preprocess.encode.speed import (
     CAPTION,
     MEGAPIXEL,
@@ -147,11 +147,12 @@ def foresee(config: EncodeConfig, console: Console, *, measure: bool = False) ->
         texts = [text for missing in new.values() for _, text in missing]
         captions = list(dict.fromkeys([*plan.prompt_texts, *texts]))
         if measure and unseen:
-            _measure(config, spec, fingerprint, pool, unseen, captions)
+            _measure(job, fingerprint, pool, unseen, captions)
 
     tokens = dict(zip(captions, _token_counts(spec.folder, captions), strict=True))
-    prompts = sum(_tensor(config, tokens[text], spec.text_dim) for text in plan.prompt_texts)
-    buckets = tuple(_buckets(config, spec, plan.works, new, tokens))
+    sizes = _Sizes(config, spec, tokens)
+    buckets = tuple(_buckets(plan.works, new, sizes))
+    prompts = sum(map(sizes.text, plan.prompt_texts))
     megapixels = sum(work.pixels for work in unseen) / 1e6
     units = {MEGAPIXEL: megapixels, CAPTION: len(captions)}
     return Foreseen(
@@ -170,8 +171,7 @@ def foresee(config: EncodeConfig, console: Console, *, measure: bool = False) ->
 
 
 def _measure(
-    config: EncodeConfig,
-    spec: ModelSpec,
+    job: Job,
     fingerprint: Fingerprint,
     pool: WorkerPool,
     works: Sequence[Work],
@@ -179,18 +179,18 @@ def _measure(
 ) -> None:
     """Encode a few and remember how long it took."""
     times = Times()
-    engine = LocalEngine(config, spec, pool, times)
+    engine = LocalEngine(job.config, job.spec, pool, times)
     middle = sorted(works, key=lambda work: work.pixels)[len(works) // 2]
     with tempfile.TemporaryDirectory() as name:
         texts = TextCache(Path(name), fingerprint, 0)
-        engine.encode_texts(captions[:_MEASURED], texts, on_progress=lambda: None)
+        list(engine.encode_texts(captions[:_MEASURED], texts))
         results = engine.encode_media([middle] * _MEASURED, lambda work, encoded: None)
         for number, (_, error) in enumerate(results):
             if error is not None:
                 raise UserError(f"--measure: {error}")
             if number == 0:  # was slower: buffers were allocated, kernels chosen
                 times.pixels, times.clip_seconds = 0, 0.0
-    remember_speed(config, fingerprint, times)
+    remember_speed(job.config, fingerprint, times)
 
 
 def _token_counts(folder: Path, captions: Sequence[str]) -> list[int]:
@@ -207,38 +207,38 @@ def _token_counts(folder: Path, captions: Sequence[str]) -> list[int]:
     return [min(MAX_TEXT_TOKENS, number) for number in counts]
 
 
-def _tensor(config: EncodeConfig, *shape: int) -> int:
-    """Bytes of a member with one tensor, its tar header included."""
-    return room(DTYPES[config.dtype].itemsize * math.prod(shape) + _TENSOR_HEADER)
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes in shards, tar headers included."""
 
+    config: EncodeConfig
+    spec: ModelSpec
+    tokens: Mapping[str, int]
+    """Of each caption."""
 
-def _bytes(
-    config: EncodeConfig,
-    spec: ModelSpec,
-    work: Work,
-    missing: Sequence[tuple[str, str]],
-    tokens: Mapping[str, int],
-) -> int:
-    """Bytes in the shards of what is missing of a clip."""
-    latents = _tensor(config, *work.clip.bucket.latent_shape(spec.latent_channels, spec.stride))
-    each = latents * (2 if spec.mode == "i2v" else 1)
-    if spec.image_dim is not None:
-        each += _tensor(config, _CLIP_TOKENS, spec.image_dim)
-    if work.type == "text":  # a caption alone
-        each = 0
-    total = 0
-    for _, caption in missing:
-        info = room(len(work.info(caption).to_bytes()))
-        total += each + info + _tensor(config, tokens[caption], spec.text_dim)
-    return total
+    def tensor(self, *shape: int) -> int:
+        """A member with one tensor."""
+        return room(DTYPES[self.config.dtype].itemsize * math.prod(shape) + _TENSOR_HEADER)
+
+    def text(self, caption: str) -> int:
+        return self.tensor(self.tokens[caption], self.spec.text_dim)
+
+    def samples(self, work: Work, missing: Sequence[tuple[str, str]]) -> int:
+        """What is missing of a clip."""
+        spec, each = self.spec, 0
+        if work.type != "text":
+            latents = work.clip.bucket.latent_shape(spec.latent_channels, spec.stride)
+            each = self.tensor(*latents) * (2 if spec.mode == "i2v" else 1)
+            if spec.image_dim is not None:
+                each += self.tensor(_CLIP_TOKENS, spec.image_dim)
+        return sum(
+            each + room(len(work.info(caption).to_bytes())) + self.text(caption)
+            for _, caption in missing
+        )
 
 
 def _buckets(
-    config: EncodeConfig,
-    spec: ModelSpec,
-    planned: Sequence[Work],
-    new: Mapping[str, Sequence[tuple[str, str]]],
-    tokens: Mapping[str, int],
+    planned: Sequence[Work], new: Mapping[str, Sequence[tuple[str, str]]], sizes: _Sizes
 ) -> Iterable[BucketPlan]:
     """`new`: what is missing of a clip, by its `home`."""
     by_bucket: dict[Bucket, list[Work]] = {}
@@ -251,7 +251,7 @@ def _buckets(
             new=sum(len(new[work.home]) for work in works),
             shortened=sum(len(work.samples) for work in works if _is_short(work)),
             upscaled=sum(len(work.samples) for work in works if _upscaling(work) > 1),
-            new_bytes=sum(_bytes(config, spec, work, new[work.home], tokens) for work in works),
+            new_bytes=sum(sizes.samples(work, new[work.home]) for work in works),
         )
 
 

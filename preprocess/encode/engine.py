@@ -35,10 +35,8 @@ Write = Callable[[Work, Encoded], None]
 class Engine(Protocol):
     """The two passes of `encode`, in order; no device holds a text encoder and a VAE at once."""
 
-    def encode_texts(
-        self, captions: Sequence[str], texts: TextCache, *, on_progress: Callable[[], None]
-    ) -> None:
-        """Bring the embeddings into `texts` that it lacks."""
+    def encode_texts(self, captions: Sequence[str], texts: TextCache) -> Iterator[str]:
+        """Bring the embeddings into `texts` that it lacks; gives captions as they are there."""
 
     def encode_media(
         self, works: Sequence[Work], write: Write
@@ -78,19 +76,12 @@ class LocalEngine:
     pool: WorkerPool
     times: Times
 
-    def encode_texts(
-        self, captions: Sequence[str], texts: TextCache, *, on_progress: Callable[[], None]
-    ) -> None:
-        """Each caption once; the encoder has left memory when this returns."""
+    def encode_texts(self, captions: Sequence[str], texts: TextCache) -> Iterator[str]:
+        """Each caption once; the encoder has left memory at the end."""
         config = self.config
-        text_pass(
-            captions,
-            texts,
-            partial(text_encoder, self.spec.folder, config.text_encoder_dtype, config.device),
-            stored=DTYPES[config.dtype],
-            times=self.times,
-            on_progress=on_progress,
-        )
+        encoder = partial(text_encoder, self.spec.folder, config.text_encoder_dtype, config.device)
+        stored = DTYPES[config.dtype]
+        return text_pass(captions, texts, encoder, stored=stored, times=self.times)
 
     def encode_media(
         self, works: Sequence[Work], write: Write

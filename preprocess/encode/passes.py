@@ -38,14 +38,12 @@ def text_pass(
     *,
     stored: torch.dtype,
     times: Times,
-    on_progress: Callable[[], None],
-) -> None:
-    """Encode the captions that `texts` lacks. The encoder is built only if there are any, and has
-    left memory when this returns.
+) -> Iterator[str]:
+    """Encode the captions that `texts` lacks; gives all as they are there. The encoder is built
+    only if any are missing, and has left memory at the end.
     """
     missing = [caption for caption in captions if caption not in texts]
-    for _ in range(len(captions) - len(missing)):
-        on_progress()
+    yield from set(captions).difference(missing)
     if not missing:
         return
     text_encoder = encoder()
@@ -55,7 +53,7 @@ def text_pass(
                 text = text_encoder.encode(caption).to(stored)
             times.captions += 1
             texts.put(caption, text)
-            on_progress()
+            yield caption
     finally:
         del text_encoder
         release_memory()

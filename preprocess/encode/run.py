@@ -53,7 +53,6 @@ from shared.device import check_device
 from shared.errors import UserError
 from shared.format.fingerprint import Fingerprint
 from shared.format.prompts import EMPTY, NEGATIVE, Prompt, prompts_by_shard
-from shared.interrupt import Interruption
 from shared.io.hashing import FileHasher
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 
@@ -86,58 +85,47 @@ def encode(
         # First of all: the workers get up while weights are digested.
         WorkerPool(config.workers, timeout=config.decode_timeout) as pool,
     ):
-        _encode(config, console, pool, elsewhere, signals, outcome)
-    return outcome
-
-
-def _encode(
-    config: EncodeConfig,
-    console: Console,
-    pool: WorkerPool,
-    elsewhere: Elsewhere | None,
-    signals: Interruption,
-    outcome: EncodeOutcome,
-) -> None:
-    # What there is: the dataset and the model.
-    job = read_job(config, console)
-    if elsewhere is not None:
-        say(console, elsewhere.described)
-    settings = partial(settings_for_cache, config, job.fingerprint, job.spec.folder, job.hasher)
-
-    with (
-        _memory_explained(config),
-        cache_session(config.output, config.rank, signals, outcome, settings) as session,
-    ):
-        # What the shards lack of it, and what they have too much.
-        plan = _plan(job, pool, session, console)
-        mine = [work for work in plan.works if config.rank.owns(work.home)]
-        missing = session.lacking(lambda index: _missing(mine, committed_of(index)))
-        todo = [work for work in mine if missing_of(work, plan.committed)]
-        outdated = _outdated(job, plan, session, pool, console)
-        _say_plan(console, config, plan, mine, outcome.left, outdated.replaced)
-
-        # Who encodes, and where it goes.
-        engine: Engine = LocalEngine(config, job.spec, pool, outcome.times)
+        # What there is: the dataset and the model.
+        job = read_job(config, console)
         if elsewhere is not None:
-            said = partial(say, console)
-            engine = elsewhere.engine(config, job.spec, session.fingerprint, signals, said)
-        writer = BackgroundWriter(session.writer(config.shard_size_mb * 1_000_000))
-        run = _Run(plan, session, outcome, engine, writer, console)
-        with session.rescued(engine, writer):
-            # Each caption once; the text encoder is gone before the VAE comes.
-            _text_pass(run, todo, [caption for _, caption in missing])
-            _media_pass(run, todo)
+            say(console, elsewhere.described)
+        settings = partial(settings_for_cache, config, job.fingerprint, job.spec.folder, job.hasher)
 
-            # What was written is committed, what is outdated goes.
-            with signals.deferred():
-                writer.close()
-                outcome.times.end_media(writing=writer.waited)
-                if went := report.where_time_went(outcome.times):
-                    say(console, went)
-                _take_out(run, outdated)
-                session.settle()
-                session.texts.delete()
-                remember_speed(config, session.fingerprint, outcome.times)
+        with (
+            _memory_explained(config),
+            cache_session(config.output, config.rank, signals, outcome, settings) as session,
+        ):
+            # What the shards lack of it, and what they have too much.
+            plan = _plan(job, pool, session, console)
+            mine = [work for work in plan.works if config.rank.owns(work.home)]
+            missing = session.lacking(lambda index: _missing(mine, committed_of(index)))
+            todo = [work for work in mine if missing_of(work, plan.committed)]
+            outdated = _outdated(job, plan, session, pool, console)
+            _say_plan(console, config, plan, mine, outcome.left, outdated.replaced)
+
+            # Who encodes, and where it goes.
+            engine: Engine = LocalEngine(config, job.spec, pool, outcome.times)
+            if elsewhere is not None:
+                said = partial(say, console)
+                engine = elsewhere.engine(config, job.spec, session.fingerprint, signals, said)
+            writer = BackgroundWriter(session.writer(config.shard_size_mb * 1_000_000))
+            run = _Run(plan, session, outcome, engine, writer, console)
+            with session.rescued(engine, writer):
+                # Each caption once; the text encoder is gone before the VAE comes.
+                _text_pass(run, todo, [caption for _, caption in missing])
+                _media_pass(run, todo)
+
+                # What was written is committed, what is outdated goes.
+                with signals.deferred():
+                    writer.close()
+                    outcome.times.end_media(writing=writer.waited)
+                    if went := report.where_time_went(outcome.times):
+                        say(console, went)
+                    _take_out(run, outdated)
+                    session.settle()
+                    session.texts.delete()
+                    remember_speed(config, session.fingerprint, outcome.times)
+    return outcome
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -383,7 +371,8 @@ def _text_pass(run: _Run, todo: Sequence[Work], captions: Sequence[str]) -> None
         texts_from_cache(todo, plan.committed, run.outcome.index, texts)
     needed = list(dict.fromkeys([*plan.prompt_texts, *captions]))
     with bar(run.console, "encoding captions", len(needed)) as advance:
-        run.engine.encode_texts(needed, texts, on_progress=advance)
+        for _ in run.engine.encode_texts(needed, texts):
+            advance()
 
     if plan.prompts:
         with run.session.signals.deferred():

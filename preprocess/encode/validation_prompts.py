@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from preprocess.dataset.caption_clips import caption_clips
-from preprocess.dataset.clips import ClipRule
+from preprocess.dataset.clips import ClipRule, caption_clips
 from preprocess.dataset.metadata import Form, Record, as_number, read_metadata
 from preprocess.frames.media_info import MediaError
 from preprocess.media.decode import fit

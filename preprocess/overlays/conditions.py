@@ -52,7 +52,6 @@ from shared.format.schema import (
     MEDIA_TYPES,
     pack,
 )
-from shared.interrupt import Interruption
 from shared.io.hashing import FileHasher
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 
@@ -113,68 +112,63 @@ def add_condition(config: ConditionConfig, console: Console) -> Added:
         WorkerPool(config.workers, timeout=config.decode_timeout) as pool,
         base_cache(config.shards) as base,
     ):
-        _add(config, console, base, pool, signals, outcome)
+        # What there is: a cache that lacks what the model wants.
+        own = group_of(base.fingerprint, "latents", base.folder)
+        spec = _i2v_model(config)
+        _refuse_without_first_frames(config, base, spec)
+        check_device(config.device)
+        say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
+        hasher = FileHasher()
+        fingerprint = _fingerprint(config, base, spec, hasher, console)
+        cure = (
+            f"Delete {outcome.folder} and run this command again; the cache itself stays as it is."
+        )
+        with overlay_session(
+            outcome.folder, config.rank, signals, outcome, fingerprint, cure=cure
+        ) as session:
+            # What the overlay lacks of it.
+            media = np.flatnonzero(
+                base.types != MEDIA_TYPES.index("text")
+            )  # a caption has no frame
+            mine = [int(row) for row in media if config.rank.owns(base.key(int(row)))]
+            todo = _clips(base, session.lacking(partial(_missing, base, mine)), config.data_dir)
+            done = len(mine) - outcome.left
+            say(console, f"samples  {len(mine)}: {done} have a condition, {outcome.left} to encode")
+
+            writer = session.writer(SHARD_BYTES)
+            with session.rescued(writer), closing(MemberReader(base)) as reader:
+                # Media that are what was encoded.
+                same = []
+                with bar(console, "looking into the media", len(todo)) as advance:
+                    for clip, problem in _checked(base, todo, hasher, pool):
+                        if problem is None:
+                            same.append(clip)
+                        else:
+                            outcome.rejected.append(Rejected(source=clip.source, reason=problem))
+                        advance()
+
+                # VAE pass.
+                encoder = partial(latent_encoder, spec, own["compute"], config.device)
+                with bar(console, "encoding first frames", len(same)) as advance:
+                    for clip, result in _conditions(same, encoder, pool, DTYPES[own["dtype"]]):
+                        if isinstance(result, MediaError):
+                            outcome.rejected.append(
+                                Rejected(source=clip.source, reason=str(result))
+                            )
+                        else:
+                            for row in clip.rows:
+                                members = {
+                                    JSON_MEMBER: reader.raw(row, JSON_MEMBER),
+                                    CONDITION_MEMBER: result,
+                                }
+                                with signals.deferred():
+                                    writer.add_members(base.key(row), clip.clip.bucket, members)
+                                    outcome.written += 1
+                        advance()
+                with signals.deferred():
+                    writer.close()
+                    session.settle()
     return outcome
-
-
-def _add(
-    config: ConditionConfig,
-    console: Console,
-    base: CacheIndex,
-    pool: WorkerPool,
-    signals: Interruption,
-    outcome: Added,
-) -> None:
-    # What there is: a cache that lacks what the model wants.
-    own = group_of(base.fingerprint, "latents", base.folder)
-    spec = _i2v_model(config)
-    _refuse_without_first_frames(config, base, spec)
-    check_device(config.device)
-    say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
-    hasher = FileHasher()
-    fingerprint = _fingerprint(config, base, spec, hasher, console)
-    cure = f"Delete {outcome.folder} and run this command again; the cache itself stays as it is."
-    with overlay_session(
-        outcome.folder, config.rank, signals, outcome, fingerprint, cure=cure
-    ) as session:
-        # What the overlay lacks of it.
-        media = np.flatnonzero(base.types != MEDIA_TYPES.index("text"))  # a caption has no frame
-        mine = [int(row) for row in media if config.rank.owns(base.key(int(row)))]
-        todo = _clips(base, session.lacking(partial(_missing, base, mine)), config.data_dir)
-        done = len(mine) - outcome.left
-        say(console, f"samples  {len(mine)}: {done} have a condition, {outcome.left} to encode")
-
-        writer = session.writer(SHARD_BYTES)
-        with session.rescued(writer), closing(MemberReader(base)) as reader:
-            # Media that are what was encoded.
-            same = []
-            with bar(console, "looking into the media", len(todo)) as advance:
-                for clip, problem in _checked(base, todo, hasher, pool):
-                    if problem is None:
-                        same.append(clip)
-                    else:
-                        outcome.rejected.append(Rejected(source=clip.source, reason=problem))
-                    advance()
-
-            # VAE pass.
-            encoder = partial(latent_encoder, spec, own["compute"], config.device)
-            with bar(console, "encoding first frames", len(same)) as advance:
-                for clip, result in _conditions(same, encoder, pool, DTYPES[own["dtype"]]):
-                    if isinstance(result, MediaError):
-                        outcome.rejected.append(Rejected(source=clip.source, reason=str(result)))
-                    else:
-                        for row in clip.rows:
-                            members = {
-                                JSON_MEMBER: reader.raw(row, JSON_MEMBER),
-                                CONDITION_MEMBER: result,
-                            }
-                            with signals.deferred():
-                                writer.add_members(base.key(row), clip.clip.bucket, members)
-                                outcome.written += 1
-                    advance()
-            with signals.deferred():
-                writer.close()
-                session.settle()
 
 
 def _refuse_without_first_frames(

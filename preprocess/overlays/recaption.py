@@ -45,7 +45,6 @@ from shared.format.prompts import (
     prompts_by_shard,
 )
 from shared.format.schema import DTYPES, JSON_MEMBER, TEXT_MEMBER, info_bytes, pack
-from shared.interrupt import Interruption
 from shared.io.hashing import FileHasher
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 
@@ -99,79 +98,65 @@ def recaption(config: RecaptionConfig, console: Console) -> Recaptioned:
     """
     outcome = Recaptioned(folder=captions_folder(config.shards, config.name))
     with stoppable(outcome) as signals, base_cache(config.shards) as base:
-        _recaption(config, console, base, signals, outcome)
-    return outcome
+        # Which caption each sample of the cache gets.
+        dataset = None
+        if config.same_captions:
+            say(console, f"captions the {len(base)} of {config.shards}")
+        else:
+            dataset = read_dataset(config.dataset_config, config.data_dir, config.metadata)
+            say(console, f"dataset  {dataset.origin}: {len(dataset.entries)} usable")
+        check_device(config.device)
+        wanted = _wanted(base, dataset, outcome)
+        spec = read_model_spec(resolve_model(config.model, ("text_encoder", "tokenizer")))
+        fingerprint = _fingerprint(config, base, spec, console)
+        cure = (
+            "Give these captions another name (--name), or take the model that made the others "
+            "(--pretrained-model-name-or-path)."
+        )
+        with overlay_session(
+            outcome.folder, config.rank, signals, outcome, fingerprint, cure=cure
+        ) as session:
+            # What the overlay lacks of them, and what it has too much.
+            there, first = outcome.index, config.rank.number == 0
+            mine = {row: text for row, text in wanted.items() if config.rank.owns(base.key(row))}
+            todo = session.lacking(lambda index: _missing(base, mine, index))
+            bank = _missing_prompts(config, base, there) if first else []
+            gone = _leftover(base, wanted, there, outcome.unusable)
+            _say_plan(console, len(mine), len(todo), len(gone), config.prune)
 
+            # Text pass.
+            texts, writer = session.texts, session.writer(SHARD_BYTES)
+            text = fingerprint["text"]
+            encoder = partial(text_encoder, spec.folder, text["compute"], config.device)
+            stored = DTYPES[text["dtype"]]
+            with session.rescued(writer):
+                prompts = (prompt.prompt for entries in bank for prompt in entries)
+                needed = list(dict.fromkeys([*prompts, *todo.values()]))
+                with bar(console, "encoding captions", len(needed)) as advance:
+                    for _ in text_pass(needed, texts, encoder, stored=stored, times=Times()):
+                        advance()
 
-def _recaption(
-    config: RecaptionConfig,
-    console: Console,
-    base: CacheIndex,
-    signals: Interruption,
-    outcome: Recaptioned,
-) -> None:
-    # Which caption each sample of the cache gets.
-    dataset = None
-    if config.same_captions:
-        say(console, f"captions the {len(base)} of {config.shards}")
-    else:
-        dataset = read_dataset(config.dataset_config, config.data_dir, config.metadata)
-        say(console, f"dataset  {dataset.origin}: {len(dataset.entries)} usable")
-    check_device(config.device)
-    wanted = _wanted(base, dataset, outcome)
-    spec = read_model_spec(resolve_model(config.model, ("text_encoder", "tokenizer")))
-    fingerprint = _fingerprint(config, base, spec, console)
-    cure = (
-        "Give these captions another name (--name), or take the model that made the others "
-        "(--pretrained-model-name-or-path)."
-    )
-    with overlay_session(
-        outcome.folder, config.rank, signals, outcome, fingerprint, cure=cure
-    ) as session:
-        # What the overlay lacks of them, and what it has too much.
-        there, first = outcome.index, config.rank.number == 0
-        mine = {row: text for row, text in wanted.items() if config.rank.owns(base.key(row))}
-        todo = session.lacking(lambda index: _missing(base, mine, index))
-        bank = _missing_prompts(config, base, there) if first else []
-        gone = _leftover(base, wanted, there, outcome.unusable)
-        _say_plan(console, len(mine), len(todo), len(gone), config.prune)
-
-        # Text pass.
-        texts, writer = session.texts, session.writer(SHARD_BYTES)
-        text = fingerprint["text"]
-        with session.rescued(writer):
-            prompts = (prompt.prompt for entries in bank for prompt in entries)
-            needed = list(dict.fromkeys([*prompts, *todo.values()]))
-            with bar(console, "encoding captions", len(needed)) as advance:
-                text_pass(
-                    needed,
-                    texts,
-                    partial(text_encoder, spec.folder, text["compute"], config.device),
-                    stored=DTYPES[text["dtype"]],
-                    times=Times(),
-                    on_progress=advance,
-                )
-
-            # Embeddings to shards.
-            with signals.deferred():
-                for entries in bank:
-                    writer.add_prompts([replace(p, text=texts.get(p.prompt)) for p in entries])
-            for row, info in _infos(base, todo):
-                members = {
-                    JSON_MEMBER: info_bytes({**info, "caption": todo[row]}),
-                    TEXT_MEMBER: pack(text=texts.get(todo[row])),
-                }
-                bucket = base.buckets[int(base.bucket_ids[row])]
+                # Embeddings to shards.
                 with signals.deferred():
-                    writer.add_members(base.key(row), bucket, members)
-                    outcome.written += 1
-            with signals.deferred():
-                writer.close()
-                if gone and config.prune and first:
-                    writer.add_tombstones(gone)
-                    outcome.removed = len(gone)
-                session.settle()
-                texts.delete()
+                    for entries in bank:
+                        writer.add_prompts([replace(p, text=texts.get(p.prompt)) for p in entries])
+                for row, info in _infos(base, todo):
+                    members = {
+                        JSON_MEMBER: info_bytes({**info, "caption": todo[row]}),
+                        TEXT_MEMBER: pack(text=texts.get(todo[row])),
+                    }
+                    bucket = base.buckets[int(base.bucket_ids[row])]
+                    with signals.deferred():
+                        writer.add_members(base.key(row), bucket, members)
+                        outcome.written += 1
+                with signals.deferred():
+                    writer.close()
+                    if gone and config.prune and first:
+                        writer.add_tombstones(gone)
+                        outcome.removed = len(gone)
+                    session.settle()
+                    texts.delete()
+    return outcome
 
 
 def _say_plan(console: Console, samples: int, left: int, gone: int, prune: bool) -> None:
