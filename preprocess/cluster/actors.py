@@ -65,6 +65,9 @@ class Orders:
 class TextActor:
     """Captions → embeddings, into the text cache that lies in the output folder."""
 
+    LEASE, WORTH = 32, 256
+    """Captions that one gets at once, and that must wait before another is worth its start."""
+
     def __init__(self, orders: Orders) -> None:
         self._orders = orders
         self._texts = TextCache(orders.config.output, orders.fingerprint)
@@ -91,6 +94,9 @@ class TextActor:
 
 class MediaActor:
     """Clips → shards, with the embeddings that text actors left."""
+
+    LEASE, WORTH = 8, 2
+    """Clips, as of a `TextActor`."""
 
     def __init__(self, orders: Orders) -> None:
         self._orders = orders

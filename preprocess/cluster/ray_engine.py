@@ -34,10 +34,6 @@ from shared.models.spec import ModelSpec
 
 Item = TypeVar("Item")
 
-# Items that an actor gets at once, and how many must wait before another actor is worth its start.
-_CLIPS, _CLIPS_WORTH = 8, 2
-_CAPTIONS, _CAPTIONS_WORTH = 32, 256
-
 
 @dataclass(eq=False)
 class RayEngine:
@@ -60,7 +56,7 @@ class RayEngine:
 
         todo = missing(captions)
         yield from set(captions).difference(todo)
-        fleet = self._new_fleet(TextActor, None, missing, lease=_CAPTIONS, worth=_CAPTIONS_WORTH)
+        fleet = self._new_fleet(TextActor, None, missing)
         for caption, reason in fleet.run(todo):
             if reason is not None:
                 raise UserError(f"text encoder: cannot encode {caption[:60]!r}: {reason}")
@@ -71,9 +67,7 @@ class RayEngine:
     ) -> Iterator[tuple[Work, MediaError | None]]:
         """Clips in any order, as actors are done with them."""
         medium = works[0].entry.path if works else None
-        fleet = self._new_fleet(
-            MediaActor, medium, self._without_samples, lease=_CLIPS, worth=_CLIPS_WORTH
-        )
+        fleet = self._new_fleet(MediaActor, medium, self._without_samples)
         rejected: set[int] = set()
         for work, reason in fleet.run(works):
             if reason is not None:
@@ -86,9 +80,7 @@ class RayEngine:
         """A task on one node: they are few, and the driver's machine may have no GPU."""
         if not pictures:
             return {}
-        task: Any = ray.remote(encode_pictures_there).options(
-            num_cpus=self.cluster.cpus, num_gpus=self.cluster.gpus
-        )
+        task: Any = ray.remote(encode_pictures_there).options(**self._resources)
         made: Conditions = ray.get(task.remote(self.config, self.spec, Path.cwd(), pictures))
         return made
 
@@ -97,19 +89,19 @@ class RayEngine:
         if self._fleet is not None:
             self._fleet.rescue()
 
+    @property
+    def _resources(self) -> dict[str, int]:
+        return {"num_cpus": self.cluster.cpus, "num_gpus": self.cluster.gpus}
+
     def _new_fleet(
         self,
-        kind: type,
+        kind: type[TextActor] | type[MediaActor],
         medium: Medium | None,
         unfinished: Callable[[Sequence[Item]], Sequence[Item]],
-        *,
-        lease: int,
-        worth: int,
     ) -> Fleet[Item]:
         write_bytes(self.config.output / RUN_MARK, self._run.encode())
         actor: Any = ray.remote(kind).options(
-            num_cpus=self.cluster.cpus,
-            num_gpus=self.cluster.gpus,
+            **self._resources,
             max_restarts=0,
             max_concurrency=3,  # two leases, and `finish`
             scheduling_strategy="SPREAD",
@@ -133,8 +125,8 @@ class RayEngine:
             room=self.cluster.room,
             demand=self.cluster.demand,
             unfinished=unfinished,
-            lease=lease,
-            worth=worth,
+            lease=kind.LEASE,
+            worth=kind.WORTH,
             signals=self.signals,
             say=self.say,
         )

@@ -1,7 +1,7 @@
 """How one of several datasets is cut, where it says so itself instead of the command line."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -52,36 +52,26 @@ class Sampling:
 
         Raises MediaError where nothing can be cut out.
         """
-        return tuple(
-            dict.fromkeys(
-                clip
-                for sized in self._sized(rule)
-                for one in self._long(sized, probe)
-                for clip in choose_clips(probe, sha256, one)
-            )
-        )
+        return self._each(rule, probe, lambda one: choose_clips(probe, sha256, one))
 
     def frame_rate(self, asked: float | None) -> float | None:
         """Frames a second that are taken, where the command line says `asked`."""
         return self.own.get("fps", None if "stride" in self.own else asked)
 
     def caption_clips(
-        self,
-        sha256: str,
-        rule: ClipRule,
-        *,
-        shape: tuple[int, int] | None,
-        frames: int | None,
+        self, sha256: str, rule: ClipRule, *, shape: tuple[int, int] | None, frames: int | None
     ) -> tuple[Clip, ...]:
         """The buckets of a caption without a medium; see `preprocess.dataset.clips`."""
-        return tuple(
-            dict.fromkeys(
-                clip
-                for sized in self._sized(rule)
-                for one in self._long(sized, None)
-                for clip in caption_clips(sha256, one, shape=shape, frames=frames)
-            )
+        return self._each(
+            rule, None, lambda one: caption_clips(sha256, one, shape=shape, frames=frames)
         )
+
+    def _each(
+        self, rule: ClipRule, probe: Probe | None, choose: Callable[[ClipRule], tuple[Clip, ...]]
+    ) -> tuple[Clip, ...]:
+        """The clips of every size and length, each once."""
+        rules = (one for sized in self._sized(rule) for one in self._long(sized, probe))
+        return tuple(dict.fromkeys(clip for one in rules for clip in choose(one)))
 
     def _sized(self, rule: ClipRule) -> Iterator[ClipRule]:
         own = replace(rule, **self.own)

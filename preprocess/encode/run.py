@@ -101,7 +101,7 @@ def encode(
             missing = session.lacking(lambda index: _missing(mine, committed_of(index)))
             todo = [work for work in mine if missing_of(work, plan.committed)]
             outdated = _outdated(job, plan, session, pool, console)
-            _say_plan(console, config, plan, mine, outcome.left, outdated.replaced)
+            _say_plan(console, config, plan, mine, outcome.left, outdated)
 
             # Who encodes, and where it goes.
             engine: Engine = LocalEngine(config, job.spec, pool, outcome.times)
@@ -320,9 +320,9 @@ def _say_plan(
     plan: Plan,
     mine: Sequence[Work],
     left: int,
-    replaced: dict[str, str],
+    gone: _Outdated,
 ) -> None:
-    rank = config.rank
+    rank, replaced = config.rank, gone.replaced
     if rank.world > 1:
         say(console, f"rank     {rank.number} of {rank.world}, writer w{rank.number:03d}")
     total = sum(len(work.samples) for work in mine)
@@ -334,10 +334,10 @@ def _say_plan(
             f"replace  {count(len(replaced), 'sample')} of {sources} that an older frame "
             "rule misread (wanprep verify says why): once they are encoded again, the old ones go",
         )
-    if gone := len(plan.committed.keys() - plan.live - replaced.keys()):
+    if old := len(plan.committed.keys() - plan.live - replaced.keys()):
         say(
             console,
-            f"leftover {gone} in the shards are not in this dataset (removed, or cut otherwise): "
+            f"leftover {old} in the shards are not in this dataset (removed, or cut otherwise): "
             + (
                 "removed from the cache at the end, but for files that were rejected now"
                 if config.prune

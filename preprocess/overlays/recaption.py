@@ -257,10 +257,7 @@ def _missing(base: CacheIndex, wanted: dict[int, str], there: CacheIndex | None)
 
 
 def _leftover(
-    base: CacheIndex,
-    wanted: dict[int, str],
-    there: CacheIndex | None,
-    rejected: Sequence[Rejected],
+    base: CacheIndex, wanted: dict[int, str], there: CacheIndex | None, rejected: Sequence[Rejected]
 ) -> list[str]:
     """Keys of samples that the overlay has a caption for and the dataset has not.
 
