@@ -2,13 +2,10 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
+from preprocess.encode.speed import Times
 from preprocess.encode.work import Work
 from shared.cli.console import count, named
-
-if TYPE_CHECKING:
-    from preprocess.encode.speed import Times
 
 
 def oddities(work: Sequence[Work]) -> list[str]:
@@ -62,7 +59,7 @@ def _noted(work: Sequence[Work]) -> str | None:
     return f"noted    {count(len(odd), 'video')} {'; '.join(kinds)}: {named(list(odd))}"
 
 
-def where_time_went(times: "Times") -> str | None:
+def where_time_went(times: Times) -> str | None:
     """The line about the media pass; None where this process had no clip to encode."""
     if not times.clips:
         return None

@@ -110,7 +110,7 @@ def encode(
                 engine = elsewhere.engine(config, job.spec, session.fingerprint, signals, said)
             writer = BackgroundWriter(session.writer(config.shard_size_mb * 1_000_000))
             run = _Run(plan, session, outcome, engine, writer, console)
-            with session.rescued(engine, writer):
+            with session.rescued(engine.rescue, writer.rescue):
                 # Each caption once; the text encoder is gone before the VAE comes.
                 _text_pass(run, todo, [caption for _, caption in missing])
                 _media_pass(run, todo)

@@ -1,11 +1,13 @@
 """One writer's time at a folder of shards: what every command that encodes does alike.
 
-with stoppable(outcome) as signals:  # a signal ends the block early
-    with cache_session(folder, rank, signals, outcome, settings) as session:
-        ...                          # what is missing of the folder: `session.lacking`
-        with session.rescued(writer):  # whatever ends this block, what is encoded is kept
-            ...                      # the passes, each write `signals.deferred()`
-            session.settle()
+    with stoppable(outcome) as signals:  # a signal ends the block early
+        with cache_session(folder, rank, signals, outcome, settings) as session:
+            ...  # what the folder lacks: `session.lacking`
+            with session.rescued(writer.rescue):  # whatever ends it, what is encoded is kept
+                ...  # the passes; each write is `signals.deferred()`
+                session.settle()
+
+An overlay is written to like a cache.
 """
 
 from collections.abc import Callable, Iterator, Sized
@@ -13,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from preprocess.cache.index import settled_index
 from preprocess.cache.text_cache import TextCache
@@ -46,13 +48,6 @@ class Outcome:
     """Listed beside the shards."""
     signum: int | None = None
     """The signal that ended the run early."""
-
-
-class Rescuable(Protocol):
-    """Something that may hold what is encoded and not committed."""
-
-    def rescue(self) -> None:
-        """Commit what can be."""
 
 
 @contextmanager
@@ -129,14 +124,15 @@ class CacheSession:
         self.outcome.left = len(self._missing(self.outcome.index))
 
     @contextmanager
-    def rescued(self, *holders: Rescuable) -> Iterator[None]:
-        """A block that ends with all that is encoded committed, also by a signal or a full disk."""
+    def rescued(self, *rescues: Callable[[], None]) -> Iterator[None]:
+        """A block that ends with all that is encoded committed, also by a signal or a full disk:
+        `rescues` commit what can be."""
         try:
             yield
         except BaseException:
             with self.signals.deferred(raise_after=False):
-                for holder in holders:
-                    holder.rescue()
+                for rescue in rescues:
+                    rescue()
                 with suppress(OSError):
                     self.settle()
             raise

@@ -136,7 +136,7 @@ def add_condition(config: ConditionConfig, console: Console) -> Added:
             say(console, f"samples  {len(mine)}: {done} have a condition, {outcome.left} to encode")
 
             writer = session.writer(SHARD_BYTES)
-            with session.rescued(writer), closing(MemberReader(base)) as reader:
+            with session.rescued(writer.rescue), closing(MemberReader(base)) as reader:
                 # Media that are what was encoded.
                 same = []
                 with bar(console, "looking into the media", len(todo)) as advance:

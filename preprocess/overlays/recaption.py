@@ -129,7 +129,7 @@ def recaption(config: RecaptionConfig, console: Console) -> Recaptioned:
             text = fingerprint["text"]
             encoder = partial(text_encoder, spec.folder, text["compute"], config.device)
             stored = DTYPES[text["dtype"]]
-            with session.rescued(writer):
+            with session.rescued(writer.rescue):
                 prompts = (prompt.prompt for entries in bank for prompt in entries)
                 needed = list(dict.fromkeys([*prompts, *todo.values()]))
                 with bar(console, "encoding captions", len(needed)) as advance:
