@@ -398,7 +398,7 @@ def _media_pass(run: _Run, todo: Sequence[Work]) -> None:
         if error is None:
             outcome.written += len(missing_of(work, committed))
         else:
-            outcome.rejected.append(Rejected(source=work.entry.source, reason=str(error)))
+            outcome.reject(work.entry.source, error)
         advance()
 
     text_only, known, new = split(todo, committed)

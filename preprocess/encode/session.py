@@ -49,6 +49,9 @@ class Outcome:
     signum: int | None = None
     """The signal that ended the run early."""
 
+    def reject(self, source: str, reason: object) -> None:
+        self.rejected.append(Rejected(source=source, reason=str(reason)))
+
 
 @contextmanager
 def stoppable(outcome: Outcome) -> Iterator[Interruption]:

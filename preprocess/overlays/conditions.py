@@ -16,7 +16,6 @@ import torch
 from rich.console import Console
 
 from preprocess.dataset.clips import Clip
-from preprocess.dataset.entries import Rejected
 from preprocess.dataset.recorded_clips import clip_of, same_content
 from preprocess.encode.engine import latent_encoder
 from preprocess.encode.fingerprint import encoder_fields, refuse_absent
@@ -126,10 +125,8 @@ def add_condition(config: ConditionConfig, console: Console) -> Added:
         with overlay_session(
             outcome.folder, config.rank, signals, outcome, fingerprint, cure=cure
         ) as session:
-            # What the overlay lacks of it.
-            media = np.flatnonzero(
-                base.types != MEDIA_TYPES.index("text")
-            )  # a caption has no frame
+            # What the overlay lacks of it. (A caption has no frame.)
+            media = np.flatnonzero(base.types != MEDIA_TYPES.index("text"))
             mine = [int(row) for row in media if config.rank.owns(base.key(int(row)))]
             todo = _clips(base, session.lacking(partial(_missing, base, mine)), config.data_dir)
             done = len(mine) - outcome.left
@@ -144,27 +141,23 @@ def add_condition(config: ConditionConfig, console: Console) -> Added:
                         if problem is None:
                             same.append(clip)
                         else:
-                            outcome.rejected.append(Rejected(source=clip.source, reason=problem))
+                            outcome.reject(clip.source, problem)
                         advance()
 
                 # VAE pass.
                 encoder = partial(latent_encoder, spec, own["compute"], config.device)
                 with bar(console, "encoding first frames", len(same)) as advance:
                     for clip, result in _conditions(same, encoder, pool, DTYPES[own["dtype"]]):
-                        if isinstance(result, MediaError):
-                            outcome.rejected.append(
-                                Rejected(source=clip.source, reason=str(result))
-                            )
-                        else:
-                            for row in clip.rows:
-                                members = {
-                                    JSON_MEMBER: reader.raw(row, JSON_MEMBER),
-                                    CONDITION_MEMBER: result,
-                                }
-                                with signals.deferred():
-                                    writer.add_members(base.key(row), clip.clip.bucket, members)
-                                    outcome.written += 1
                         advance()
+                        if isinstance(result, MediaError):
+                            outcome.reject(clip.source, result)
+                            continue
+                        for row in clip.rows:
+                            info = reader.raw(row, JSON_MEMBER)
+                            members = {JSON_MEMBER: info, CONDITION_MEMBER: result}
+                            with signals.deferred():
+                                writer.add_members(base.key(row), clip.clip.bucket, members)
+                                outcome.written += 1
                 with signals.deferred():
                     writer.close()
                     session.settle()
