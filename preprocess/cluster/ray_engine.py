@@ -68,13 +68,13 @@ class RayEngine:
         """Clips in any order, as actors are done with them."""
         medium = works[0].entry.path if works else None
         fleet = self._new_fleet(MediaActor, medium, self._without_samples)
-        rejected: set[int] = set()
+        encoded = []
         for work, reason in fleet.run(works):
-            if reason is not None:
-                rejected.add(id(work))
+            if reason is None:
+                encoded.append(work)
             yield work, None if reason is None else MediaError(reason)
         remove_abandoned(self.config.output, world=1)  # of actors that died
-        self._complete([work for work in works if id(work) not in rejected], write)
+        self._complete(encoded, write)
 
     def encode_pictures(self, pictures: Sequence[Picture]) -> Conditions:
         """A task on one node: they are few, and the driver's machine may have no GPU."""
