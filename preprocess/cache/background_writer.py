@@ -3,16 +3,17 @@
 import queue
 import threading
 import time
-from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
 
 from preprocess.cache.writer import ShardWriter
-from shared.format.latent_rgb import ColourSums
 from shared.format.schema import Sample
 
 # Waiting samples hold memory; this many hide an fsync of a whole shard behind a few encodings.
 _MOST_WAITING = 8
 
-_Job = tuple[Sample, Callable[[], ColourSums] | None]
+_Job = tuple[Sample, npt.NDArray[np.uint8] | None]
 
 
 class BackgroundWriter:
@@ -22,22 +23,21 @@ class BackgroundWriter:
     after it is not written, and is encoded again by the next run.
     """
 
-    def __init__(self, writer: ShardWriter) -> None:
+    def __init__(self, shards: ShardWriter) -> None:
+        self.shards = shards
+        """For what need not wait its turn: prompts before the first sample, tombstones at the end.
+        """
         self.waited = 0.0
         """Seconds that `add` and `close` have waited for the disk."""
-        self._writer = writer
         self._queue: queue.Queue[_Job | None] = queue.Queue(_MOST_WAITING)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._write, name="writer", daemon=True)
         self._thread.start()
 
-    def add(self, sample: Sample, colours: Callable[[], ColourSums] | None = None) -> None:
-        """Hand a sample over. Raises what an earlier one's write raised (OSError: a full disk).
-
-        `colours`, if given, is called in the thread, for `ShardWriter.add`.
-        """
+    def add(self, sample: Sample, frames: npt.NDArray[np.uint8] | None = None) -> None:
+        """`ShardWriter.add`, later. Raises what an earlier one raised (OSError: a full disk)."""
         began = time.perf_counter()
-        self._queue.put((sample, colours))
+        self._queue.put((sample, frames))
         self.waited += time.perf_counter() - began
         self._raise()
 
@@ -46,13 +46,13 @@ class BackgroundWriter:
         began = time.perf_counter()
         self._finish()
         self._raise()
-        self._writer.close()
+        self.shards.close()
         self.waited += time.perf_counter() - began
 
     def rescue(self) -> None:
         """After a failure: commit what still can be."""
         self._finish()
-        self._writer.rescue()
+        self.shards.rescue()
 
     def _finish(self) -> None:
         if self._thread.is_alive():
@@ -66,8 +66,7 @@ class BackgroundWriter:
     def _write(self) -> None:
         while (job := self._queue.get()) is not None:
             if self._error is None:
-                sample, colours = job
                 try:
-                    self._writer.add(sample, None if colours is None else colours())
+                    self.shards.add(*job)
                 except BaseException as error:
                     self._error = error

@@ -11,10 +11,12 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import webdataset
 
 from shared.errors import UserError
@@ -44,32 +46,25 @@ MOST_WRITERS = 1000
 MOST_OPEN_SHARDS = 128
 
 
-class _HashingFile:
+class _HashingFile(DurableFile):
     """What `TarWriter` writes to: counts and hashes on the way, so nothing is read again."""
 
     def __init__(self, path: Path) -> None:
-        self._stream = DurableFile(path)
-        self._sha256 = hashlib.sha256()
+        super().__init__(path)
+        self.sha256 = hashlib.sha256()
         self.bytes = 0
         self._discarded = False
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         if self._discarded:  # tarfile writes a last block from its destructor
             return len(data)
-        self._sha256.update(data)
+        self.sha256.update(data)
         self.bytes += len(data)
-        return self._stream.write(data)
-
-    def close(self) -> None:
-        self._stream.close()
+        return super().write(data)
 
     def discard(self) -> None:
         self._discarded = True
-        self._stream.discard()
-
-    @property
-    def sha256(self) -> str:
-        return self._sha256.hexdigest()
+        super().discard()
 
 
 class _OpenShard:
@@ -79,6 +74,7 @@ class _OpenShard:
         self.final = final
         self.count = 0
         self.colours: ColourFit | None = None
+        """For the latent → RGB map, in the sidecar."""
         self.size = 0
         """Bytes of its members and their headers; `tarfile` holds the last ones back a while."""
         self._file = _HashingFile(temporary(final))
@@ -87,15 +83,13 @@ class _OpenShard:
             self._file, user="root", group="root", mode=0o644, mtime=0, encoder=False
         )
 
-    def add(self, key: str, members: dict[str, bytes]) -> None:
+    def add(self, key: str, members: dict[str, bytes], colours: ColourFit | None = None) -> None:
         for suffix, data in members.items():  # one by one: TarWriter would sort them
             self._tar.write({"__key__": key, suffix: data})
             self.size += room(len(data))
         self.count += 1
-
-    def add_colours(self, one: ColourFit) -> None:
-        """Count colours into what the sidecar keeps for the latent → RGB map."""
-        self.colours = one if self.colours is None else self.colours + one
+        if colours is not None:
+            self.colours = colours if self.colours is None else self.colours + colours
 
     def commit(self, *, kind: str, bucket: Bucket | None, fingerprint: Fingerprint) -> Sidecar:
         self._tar.close()
@@ -104,7 +98,7 @@ class _OpenShard:
         sidecar = Sidecar(
             shard=self.final.name,
             kind=kind,
-            sha256=self._file.sha256,
+            sha256=self._file.sha256.hexdigest(),
             bytes=self._file.bytes,
             count=self.count,
             bucket=bucket,
@@ -138,14 +132,16 @@ class ShardWriter:
         remove_uncommitted(folder, writer)
         self._next_number = _next_number(folder)
 
-    def add(self, sample: Sample, colours: ColourSums | None = None) -> None:
+    def add(self, sample: Sample, frames: npt.NDArray[np.uint8] | None = None) -> None:
         """Append a sample to its bucket's shard. Raises OSError when the disk is full.
 
-        `colours` are the sums of its clip for the latent → RGB map, where frames were at hand and
-        no other sample of the clip brings them.
+        `frames` (F, H, W, 3) RGB, which its latents are of, count for the latent → RGB map, where
+        they are at hand and no other sample of the clip brings them.
         """
-        fit = None if colours is None else ColourFit.of(sample.key, colours)
-        self.add_members(sample.key, sample.info.bucket, sample.members(), fit)
+        colours = None
+        if frames is not None and sample.latents is not None:
+            colours = ColourFit.of(sample.key, ColourSums.of(frames, sample.latents))
+        self.add_members(sample.key, sample.info.bucket, sample.members(), colours)
 
     def add_members(
         self, key: str, bucket: Bucket, members: dict[str, bytes], colours: ColourFit | None = None
@@ -158,9 +154,7 @@ class ShardWriter:
             self._open[bucket] = _OpenShard(self._new_path(stem))
         shard = self._open[bucket]
         try:
-            shard.add(key, members)
-            if colours is not None:
-                shard.add_colours(colours)
+            shard.add(key, members, colours)
         except BaseException:  # the tar now ends in half a sample
             self._open.pop(bucket).discard()
             raise
@@ -235,33 +229,26 @@ def _next_number(folder: Path) -> int:
     return max((age(path.name)[0] for path in folder.iterdir()), default=-1) + 1
 
 
-@contextmanager
-def output_lock(folder: Path) -> Iterator[None]:
+def output_lock(folder: Path) -> AbstractContextManager[None]:
     """The folder for one process alone; refused while any other writes there.
 
     The system drops the lock when the process ends, however it ends.
     """
-    with _locked(folder, LOCK, fcntl.LOCK_EX, patience=0):
-        yield
+    return _locked(folder, LOCK, fcntl.LOCK_EX, patience=0)
 
 
-@contextmanager
-def reader_lock(folder: Path) -> Iterator[None]:
+def reader_lock(folder: Path) -> AbstractContextManager[None]:
     """What is committed in the folder stays there: others may add to it, nobody has `output_lock`.
 
     Raises UserError where somebody has.
     """
-    with _locked(folder, LOCK, fcntl.LOCK_SH, patience=_PATIENCE):
-        yield
+    return _locked(folder, LOCK, fcntl.LOCK_SH, patience=_PATIENCE)
 
 
 @contextmanager
 def writer_lock(folder: Path, writer: int) -> Iterator[None]:
     """The folder beside other writers, but none of this number, and nobody with `output_lock`."""
-    with (
-        _locked(folder, LOCK, fcntl.LOCK_SH, patience=_PATIENCE),
-        _locked(folder, f"{LOCK}-w{writer:03d}", fcntl.LOCK_EX, patience=_PATIENCE),
-    ):
+    with reader_lock(folder), _own_number(folder, writer, patience=_PATIENCE):
         yield
 
 
@@ -272,26 +259,19 @@ def free_writer_lock(folder: Path, first: int) -> Iterator[int]:
     Never 0, and beyond 999 begins at 1 again.
     """
     with ExitStack() as held:
-        held.enter_context(_locked(folder, LOCK, fcntl.LOCK_SH, patience=_PATIENCE))
-        refused: UserError | None = None
+        held.enter_context(reader_lock(folder))
         for number in chain(range(first, MOST_WRITERS), range(1, first)):
-            try:
-                lock = _locked(folder, f"{LOCK}-w{number:03d}", fcntl.LOCK_EX, patience=0)
-                held.enter_context(lock)
-                refused = None
+            with suppress(UserError):
+                held.enter_context(_own_number(folder, number, patience=0))
                 break
-            except UserError as error:
-                refused = error
-        if refused is not None:
-            raise refused
+        else:
+            raise _taken(folder)
         yield number
 
 
-@contextmanager
-def index_lock(folder: Path) -> Iterator[None]:
+def index_lock(folder: Path) -> AbstractContextManager[None]:
     """For the moment in which index and manifest are derived; waits for its turn."""
-    with _locked(folder, f"{LOCK}-index", fcntl.LOCK_EX, patience=None):
-        yield
+    return _locked(folder, f"{LOCK}-index", fcntl.LOCK_EX, patience=None)
 
 
 def remove_abandoned(folder: Path, world: int) -> None:
@@ -306,10 +286,7 @@ def remove_abandoned(folder: Path, world: int) -> None:
         int(name["writer"]) for path in folder.iterdir() if (name := _ABANDONED(path.name))
     }
     for writer in sorted(number for number in leftovers if number >= world):
-        with (
-            suppress(UserError),
-            _locked(folder, f"{LOCK}-w{writer:03d}", fcntl.LOCK_EX, patience=0),
-        ):
+        with suppress(UserError), _own_number(folder, writer, patience=0):
             remove_uncommitted(folder, writer)
             for texts in folder.glob(f".text-*-w{writer:03d}"):
                 remove_tree(texts)
@@ -320,6 +297,17 @@ _ABANDONED = re.compile(r".*-w(?P<writer>\d{3})(?:-\d{5,}.*|\.jsonl)?$").match
 
 # Another process holds a writer's lock for a moment while it cleans up after the dead.
 _PATIENCE = 2.0
+
+
+def _taken(folder: Path) -> UserError:
+    return UserError(
+        f"--output: another wanprep is writing to {folder}. Wait for it to end, or give this run a "
+        "folder of its own (--output)."
+    )
+
+
+def _own_number(folder: Path, writer: int, *, patience: float) -> AbstractContextManager[None]:
+    return _locked(folder, f"{LOCK}-w{writer:03d}", fcntl.LOCK_EX, patience=patience)
 
 
 @contextmanager
@@ -340,10 +328,7 @@ def _locked(folder: Path, name: str, how: int, *, patience: float | None) -> Ite
                 break
             except BlockingIOError as error:
                 if time.monotonic() >= deadline:
-                    raise UserError(
-                        f"--output: another wanprep is writing to {folder}. Wait for it to end, "
-                        "or give this run a folder of its own (--output)."
-                    ) from error
+                    raise _taken(folder) from error
                 time.sleep(0.05)
         yield
     finally:

@@ -14,7 +14,7 @@ from shared.errors import UserError
 from shared.io.names import on_one_line
 
 if TYPE_CHECKING:
-    from preprocess.encode.dry_run import Change, Foreseen
+    from preprocess.encode.dry_run import Foreseen
 
 PLAN_EXAMPLES = """
 # what `wanprep encode` would do with datasets/
@@ -77,10 +77,8 @@ def page(plan: "Foreseen", output: Path, *, prune: bool) -> list[str]:
     ]
     rejected = [f"{one.source}: {one.reason}" for one in plan.rejected]
     lines += _listed("rejected", rejected)
-    lines += _listed("shortened", _said(plan.shortened))
-    lines += _listed("upscaled", _said(plan.upscaled))
-    lines += _listed("slow", _said(plan.slow))
-    lines += _listed("noted", _said(plan.noted))
+    for kind, changes in plan.changes.items():
+        lines += _listed(kind, [f"{source}: {said}" for source, said in changes])
     if plan.source_frames:
         share = plan.dropped_frames / plan.source_frames
         lines.append(
@@ -97,10 +95,6 @@ def page(plan: "Foreseen", output: Path, *, prune: bool) -> list[str]:
     lines.append(f"disk     about {plan.new_bytes / 1e6:.2f} MB more in {output}, prompts included")
     lines.append(f"time     {_time(plan)}")
     return lines
-
-
-def _said(changes: "tuple[Change, ...]") -> list[str]:
-    return [f"{change.source}: {change.said}" for change in changes]
 
 
 def _listed(title: str, entries: list[str]) -> list[str]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
-import torch
 
 from preprocess.cache.background_writer import BackgroundWriter
 from preprocess.cache.text_cache import TextCache
@@ -23,8 +22,9 @@ from preprocess.cluster.fleet import Joined
 from preprocess.encode.config import EncodeConfig
 from preprocess.encode.engine import COMPONENTS, latent_encoder, pictures_encoded, text_encoder
 from preprocess.encode.fingerprint import encode_fingerprint
-from preprocess.encode.passes import Times, latents_from_media, samples_of
-from preprocess.encode.validation_prompts import Picture
+from preprocess.encode.passes import latents_from_media, samples_of
+from preprocess.encode.speed import Times
+from preprocess.encode.validation_prompts import Conditions, Picture
 from preprocess.encode.work import Work
 from preprocess.frames.media_info import MediaError
 from preprocess.media.sources import Medium
@@ -65,6 +65,9 @@ class Orders:
 class TextActor:
     """Captions → embeddings, into the text cache that lies in the output folder."""
 
+    LEASE, WORTH = 32, 256
+    """Captions that one gets at once, and that must wait before another is worth its start."""
+
     def __init__(self, orders: Orders) -> None:
         self._orders = orders
         self._texts = TextCache(orders.config.output, orders.fingerprint)
@@ -73,7 +76,8 @@ class TextActor:
     def start(self) -> Joined:
         """Check the node and load the encoder. UserError where the node cannot be used."""
         spec = _checked_node(self._orders)
-        self._encoder = text_encoder(self._orders.config, spec)
+        config = self._orders.config
+        self._encoder = text_encoder(spec.folder, config.text_encoder_dtype, config.device)
         return _joined(writer=None)
 
     def work(self, captions: Sequence[str]) -> dict[int, str]:
@@ -90,6 +94,9 @@ class TextActor:
 
 class MediaActor:
     """Clips → shards, with the embeddings that text actors left."""
+
+    LEASE, WORTH = 8, 2
+    """Clips, as of a `TextActor`."""
 
     def __init__(self, orders: Orders) -> None:
         self._orders = orders
@@ -116,7 +123,7 @@ class MediaActor:
             writer=number,
         )
         self._writer = BackgroundWriter(shards)
-        self._encoder = latent_encoder(config, self._spec)
+        self._encoder = latent_encoder(self._spec, config.vae_dtype, config.device)
         return _joined(writer=number)
 
     def work(self, works: Sequence[Work]) -> dict[int, str]:
@@ -147,8 +154,8 @@ class MediaActor:
                     if isinstance(result, MediaError):
                         rejected[numbers[id(work)]] = str(result)
                         continue
-                    for sample, colours in samples_of(work, work.samples, result, self._texts):
-                        self._writer.add(sample, colours)
+                    for sample, frames in samples_of(work, work.samples, result, self._texts):
+                        self._writer.add(sample, frames)
         return rejected
 
     def finish(self, rescue: bool) -> None:
@@ -208,7 +215,7 @@ def _check_folders(orders: Orders) -> None:
 
 def encode_pictures_there(
     config: EncodeConfig, spec: ModelSpec, folder: Path, pictures: Sequence[Picture]
-) -> dict[str, dict[str, torch.Tensor]]:
+) -> Conditions:
     """`pictures_encoded` on a node; relative paths begin at `folder`."""
     os.chdir(folder)
     there = replace(spec, folder=resolve_model(config.model, COMPONENTS))

@@ -69,41 +69,36 @@ class _Actor:
         return "a node" if self.joined is None else str(self.joined)
 
 
+@dataclass(eq=False)
 class Fleet(Generic[Item]):
     """Brings items to an end, with as many actors as there is room for. Used once."""
 
-    def __init__(
-        self,
-        hire: Callable[[int], Any],
-        *,
-        room: Callable[[], int],
-        demand: str,
-        unfinished: Callable[[Sequence[Item]], Sequence[Item]],
-        lease: int,
-        worth: int,
-        signals: Interruption,
-        say: Callable[[str], None],
-    ) -> None:
-        """`hire(n)` creates the n-th actor (from 1); `room()` is how many the nodes can hold;
-        `demand` says in words what one needs. `unfinished` keeps those items whose result is not on
-        disk. A lease has at most `lease` items; another actor starts for each `worth` that wait.
-        """
-        self._hire_one, self._room, self._demand = hire, room, demand
-        self._unfinished = unfinished
-        self._lease, self._worth = lease, worth
-        self._signals, self._say = signals, say
-        self._items: Sequence[Item] = ()
-        self._pending: deque[int] = deque()
-        self._announced: set[int] = set()
-        self._rejected: dict[int, str] = {}
-        self._strikes: Counter[int] = Counter()
-        self._losses: Counter[int] = Counter()
-        self._actors: list[_Actor] = []
-        self._hired = 0
-        self._failures = 0
-        self._places = 0
-        self._looked = -_LOOK_SECONDS
-        self._lonely_since = time.monotonic()
+    hire: Callable[[int], Any]
+    """Creates the n-th actor, from 1."""
+    room: Callable[[], int]
+    """How many the nodes can hold."""
+    demand: str
+    """What one needs, in words."""
+    unfinished: Callable[[Sequence[Item]], Sequence[Item]]
+    """Those items whose result is not on disk."""
+    lease: int
+    """Items that an actor gets at once, at most."""
+    worth: int
+    """Items that must wait before another actor starts."""
+    signals: Interruption
+    say: Callable[[str], None]
+    _items: Sequence[Item] = ()
+    _pending: deque[int] = field(default_factory=deque)
+    _announced: set[int] = field(default_factory=set)
+    _rejected: dict[int, str] = field(default_factory=dict)
+    _strikes: Counter[int] = field(default_factory=Counter)
+    _losses: Counter[int] = field(default_factory=Counter)
+    _actors: list[_Actor] = field(default_factory=list)
+    _hired: int = 0
+    _failures: int = 0
+    _places: int = 0
+    _looked: float = -_LOOK_SECONDS
+    _lonely_since: float = field(default_factory=time.monotonic)
 
     def run(self, items: Sequence[Item]) -> Iterator[tuple[Item, str | None]]:
         """Items as they are done, with the reason for those that are rejected.
@@ -116,7 +111,7 @@ class Fleet(Generic[Item]):
         self._pending.extend(range(len(items)))
         while self._pending:
             while self._pending or any(actor.leases for actor in self._actors):
-                self._hire()
+                self._grow()
                 self._give()
                 for actor, reference in self._wait(self._references()):
                     yield from self._collect(actor, reference)
@@ -133,24 +128,24 @@ class Fleet(Generic[Item]):
         for actor in list(self._actors):
             self._end(actor)
 
-    def _hire(self) -> None:
+    def _grow(self) -> None:
         """Start actors while there is room and work for them; at least one, which may wait."""
         now = time.monotonic()
         if now - self._looked >= _LOOK_SECONDS:
-            self._places, self._looked = self._room(), now
+            self._places, self._looked = self.room(), now
         busy = sum(bool(actor.leases) for actor in self._actors)
-        useful = busy + -(-len(self._pending) // self._worth)
+        useful = busy + -(-len(self._pending) // self.worth)
         while len(self._actors) < min(max(1, self._places), useful):
             self._hired += 1
-            handle = self._hire_one(self._hired)
+            handle = self.hire(self._hired)
             self._actors.append(_Actor(handle, handle.start.remote()))
         if any(actor.joined for actor in self._actors):
             self._lonely_since = now
         elif now - self._lonely_since > _PATIENCE_SECONDS:
             self._lonely_since = now + 10 * _PATIENCE_SECONDS
-            self._say(
+            self.say(
                 f"waiting  no actor is up yet: it is loading, or there is no node with "
-                f"{self._demand} that nobody else uses (see `ray status`)"
+                f"{self.demand} that nobody else uses (see `ray status`)"
             )
 
     def _give(self) -> None:
@@ -169,7 +164,7 @@ class Fleet(Generic[Item]):
             return []
         if self._strikes[self._pending[0]]:
             return [] if actor.leases else [self._pending.popleft()]
-        size = max(1, min(self._lease, len(self._pending) // (4 * len(self._actors))))
+        size = max(1, min(self.lease, len(self._pending) // (4 * len(self._actors))))
         lease: list[int] = []
         while len(lease) < size and self._pending and not self._strikes[self._pending[0]]:
             lease.append(self._pending.popleft())
@@ -185,7 +180,7 @@ class Fleet(Generic[Item]):
 
     def _wait(self, references: dict[Any, _Actor]) -> list[tuple[_Actor, Any]]:
         """What is done by now, or within a moment. Signals are heard after it."""
-        with self._signals.deferred():
+        with self.signals.deferred():
             done, _ = ray.wait(list(references), num_returns=1, timeout=_TICK_SECONDS)
         return [(references[reference], reference) for reference in done]
 
@@ -199,7 +194,7 @@ class Fleet(Generic[Item]):
             return
         if reference is actor.starting:
             actor.joined = answer
-            self._say(f"actor    {actor} is up")
+            self.say(f"actor    {actor} is up")
             return
         self._failures = 0
         for position, number in enumerate(actor.leases.pop(reference)):
@@ -236,7 +231,7 @@ class Fleet(Generic[Item]):
             self._failures += 1
             self._strikes.update(suspects)
         mine = [number for number in actor.given if number not in self._rejected]
-        left = {id(item) for item in self._unfinished([self._items[number] for number in mine])}
+        left = {id(item) for item in self.unfinished([self._items[number] for number in mine])}
         again = [number for number in mine if id(self._items[number]) in left]
         for number in mine:
             if id(self._items[number]) not in left:
@@ -249,7 +244,7 @@ class Fleet(Generic[Item]):
                 self._pending.append(number)
             else:
                 self._pending.appendleft(number)
-        self._say(f"lost     the actor on {actor}: {why}; {len(again)} given to others")
+        self.say(f"lost     the actor on {actor}: {why}; {len(again)} given to others")
         if self._failures > 2 * MOST_STRIKES + len(self._actors):
             raise UserError(
                 f"--engine ray: {self._failures} actors failed one after the other and nothing "

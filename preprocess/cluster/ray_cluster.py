@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from preprocess.encode.config import EncodeConfig
+from shared.cli.console import count
 from shared.device import default_device
 from shared.errors import UserError, first_line
 
@@ -54,8 +55,7 @@ class Cluster:
         nodes = _living()
         cpus = sum(int(resources.get("CPU", 0)) for resources in nodes)
         gpus = sum(int(resources.get("GPU", 0)) for resources in nodes)
-        plural = "" if len(nodes) == 1 else "s"
-        return f"{len(nodes)} node{plural}, {cpus} CPU" + (f", {gpus} GPU" if gpus else "")
+        return f"{count(len(nodes), 'node')}, {cpus} CPU" + (f", {gpus} GPU" if gpus else "")
 
 
 @contextmanager

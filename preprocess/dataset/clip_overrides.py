@@ -1,12 +1,11 @@
 """How one of several datasets is cut, where it says so itself instead of the command line."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
-from preprocess.dataset.caption_clips import caption_clips
-from preprocess.dataset.clips import Clip, ClipRule, choose_clips
+from preprocess.dataset.clips import Clip, ClipRule, caption_clips, choose_clips
 from preprocess.frames.media_info import MediaError, Probe
 from preprocess.frames.picks import picks_of
 from shared.format.buckets import bucket_size
@@ -48,44 +47,31 @@ class Sampling:
     every_length: bool = False
     """A clip of each of the `lengths` that the video has, not of the longest alone."""
 
-    def clips(
-        self, probe: Probe, kind: Literal["video", "image"], sha256: str, rule: ClipRule
-    ) -> tuple[Clip, ...]:
+    def clips(self, probe: Probe, sha256: str, rule: ClipRule) -> tuple[Clip, ...]:
         """The clips of a medium, each once, by `rule` where this says nothing.
 
         Raises MediaError where nothing can be cut out.
         """
-        return tuple(
-            dict.fromkeys(
-                clip
-                for sized in self._sized(rule)
-                for one in self._long(sized, probe, kind)
-                for clip in choose_clips(probe, kind, sha256, one)
-            )
-        )
+        return self._each(rule, probe, lambda one: choose_clips(probe, sha256, one))
 
     def frame_rate(self, asked: float | None) -> float | None:
         """Frames a second that are taken, where the command line says `asked`."""
         return self.own.get("fps", None if "stride" in self.own else asked)
 
     def caption_clips(
-        self,
-        sha256: str,
-        rule: ClipRule,
-        *,
-        shape: tuple[int, int] | None,
-        frames: int | None,
+        self, sha256: str, rule: ClipRule, *, shape: tuple[int, int] | None, frames: int | None
     ) -> tuple[Clip, ...]:
-        """The buckets of a caption without a medium; see `preprocess.dataset.caption_clips`."""
-        lengths = self.lengths if self.every_length else self.lengths[-1:]
-        return tuple(
-            dict.fromkeys(
-                clip
-                for sized in self._sized(rule)
-                for one in [replace(sized, frames=length) for length in lengths] or [sized]
-                for clip in caption_clips(sha256, one, shape=shape, frames=frames)
-            )
+        """The buckets of a caption without a medium; see `preprocess.dataset.clips`."""
+        return self._each(
+            rule, None, lambda one: caption_clips(sha256, one, shape=shape, frames=frames)
         )
+
+    def _each(
+        self, rule: ClipRule, probe: Probe | None, choose: Callable[[ClipRule], tuple[Clip, ...]]
+    ) -> tuple[Clip, ...]:
+        """The clips of every size and length, each once."""
+        rules = (one for sized in self._sized(rule) for one in self._long(sized, probe))
+        return tuple(dict.fromkeys(clip for one in rules for clip in choose(one)))
 
     def _sized(self, rule: ClipRule) -> Iterator[ClipRule]:
         own = replace(rule, **self.own)
@@ -99,19 +85,20 @@ class Sampling:
         if not self.resolutions:
             yield own
 
-    def _long(
-        self, rule: ClipRule, probe: Probe, kind: Literal["video", "image"]
-    ) -> Iterator[ClipRule]:
-        if kind == "image" or not self.lengths:
+    def _long(self, rule: ClipRule, probe: Probe | None) -> Iterator[ClipRule]:
+        """A rule for each length of the medium's clips; None: of a caption, which may have any."""
+        if not self.lengths or (probe is not None and probe.type == "image"):
             yield rule
             return
-        picks = picks_of(probe, stride=rule.stride, fps=rule.fps)
-        there = picks.reachable()
-        fitting = [length for length in self.lengths if length <= there]
-        if not fitting:
-            raise MediaError(
-                f"{probe.frames} frames at stride {picks.step:g}: fewer than {self.lengths[0]}, "
-                "the least that its dataset asks for"
-            )
+        fitting = self.lengths
+        if probe is not None:
+            picks = picks_of(probe, stride=rule.stride, fps=rule.fps)
+            there = picks.reachable()
+            fitting = tuple(length for length in self.lengths if length <= there)
+            if not fitting:
+                raise MediaError(
+                    f"{probe.frames} frames at stride {picks.step:g}: fewer than "
+                    f"{self.lengths[0]}, the least that its dataset asks for"
+                )
         for frames in fitting if self.every_length else fitting[-1:]:
             yield replace(rule, frames=frames)

@@ -1,13 +1,13 @@
-"""What is cut out of a medium: which frames, and which bucket. No I/O.
+"""What is cut out of a medium: which frames, and which bucket; which a caption alone gets. No I/O.
 
 The rule of the design brief, sections 2 and 3: frames at a stride or a frame rate, 4n+1 of them,
 from a start drawn from the seed and the file's content; resized to cover its bucket (bilinear,
 antialiased, in uint8) and centre-cropped.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from preprocess.dataset.draws import Draws
 from preprocess.dataset.sizes import (
@@ -18,9 +18,9 @@ from preprocess.dataset.sizes import (
     budget_frames,
     token_sizes,
 )
-from preprocess.frames.media_info import MediaError, Probe
+from preprocess.frames.media_info import MediaError, MediaKind, Probe
 from preprocess.frames.picks import Picks, picks_of
-from shared.format.buckets import BASE_SIZE, Bucket, nearest_base, scaled_size
+from shared.format.buckets import BASE_BUCKETS, BASE_SIZE, Bucket, nearest_base, scaled_size
 
 RESIZE_RULE = "cover, PIL bilinear (antialiased, uint8), centre crop"
 
@@ -63,6 +63,32 @@ class ClipRule:
     variants: int = 1
     """How often all that is drawn is drawn."""
 
+    def sides(self, size: int, base: Callable[[], tuple[int, int]]) -> tuple[int, int]:
+        """(height, width) at this size of the bucket that `base` gives, if that is asked."""
+        if self.fixed_size is not None:
+            height, width = (side // self.multiple * self.multiple for side in self.fixed_size)
+            return height, width
+        square = (BASE_SIZE, BASE_SIZE)
+        return scaled_size(base() if self.buckets else square, size, self.multiple)
+
+    def most_frames(self, size: int) -> int:
+        """Of a clip of this size."""
+        if not self.token_budget or self.fixed_size is not None:
+            return self.frames
+        return budget_frames(
+            size,
+            frames=self.frames,
+            token_size=self.token_size,
+            temporal_stride=self.temporal_stride,
+        )
+
+    def token_size_of(self, kind: MediaKind, source: tuple[int, int], draws: Draws) -> int:
+        """A drawn size of a medium of (height, width) `source`, under a token budget."""
+        sizes = token_sizes(
+            kind, image_size=self.image_size, video_size=self.video_size, source=source
+        )
+        return sizes[draws.uniform(len(sizes), "size")]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
@@ -84,9 +110,7 @@ class Clip:
         return {"size": size, "frames": frames, **rule}
 
 
-def choose_clips(
-    probe: Probe, kind: Literal["video", "image"], sha256: str, rule: ClipRule
-) -> tuple[Clip, ...]:
+def choose_clips(probe: Probe, sha256: str, rule: ClipRule) -> tuple[Clip, ...]:
     """The clips of a medium whose content has the hex digest `sha256`, each once.
 
     A pure function of its arguments, so every machine chooses the same. Raises MediaError where
@@ -98,61 +122,75 @@ def choose_clips(
             f"{probe.width}x{probe.height} pixels: a side ratio over {MOST_EXTREME_RATIO}:1"
         )
     variants = (Draws(seed=rule.seed, sha256=sha256, variant=n) for n in range(rule.variants))
-    drawn = (clip for draws in variants for clip in _variant(probe, kind, draws, rule))
+    drawn = (clip for draws in variants for clip in _variant(probe, draws, rule))
     return tuple(dict.fromkeys(drawn))
 
 
-def _variant(
-    probe: Probe, kind: Literal["video", "image"], draws: Draws, rule: ClipRule
-) -> Iterator[Clip]:
-    size = _size(probe, kind, draws, rule)
-    height, width = _shape(probe, size, draws, rule)
+def _variant(probe: Probe, draws: Draws, rule: ClipRule) -> Iterator[Clip]:
+    size = _size(probe, draws, rule)
+    height, width = rule.sides(size, lambda: _base(probe, draws, rule))
     frame_rule = 1 if probe.old_reading is None else 2
-    if kind == "image":
+    if probe.type == "image":
         bucket = Bucket(height, width, 1)
         yield Clip(bucket=bucket, frame_indices=(0,), frame_rule=frame_rule)
         return
-    asked = rule.frames
-    if rule.token_budget and rule.fixed_size is None:
-        asked = budget_frames(
-            size,
-            frames=asked,
-            token_size=rule.token_size,
-            temporal_stride=rule.temporal_stride,
-        )
+    asked = rule.most_frames(size)
     picks = picks_of(probe, stride=rule.stride, fps=rule.fps)
     for indices in _windows(picks, asked, draws, rule):
         bucket = Bucket(height, width, len(indices))
         yield Clip(bucket=bucket, frame_indices=indices, frame_rule=frame_rule, asked=asked)
 
 
-def _size(probe: Probe, kind: Literal["video", "image"], draws: Draws, rule: ClipRule) -> int:
+def _size(probe: Probe, draws: Draws, rule: ClipRule) -> int:
+    kind = probe.type
     own = rule.image_size if kind == "image" else rule.video_size
     if not rule.adapt:
         return own
-    both = {"image_size": rule.image_size, "video_size": rule.video_size}
     if rule.token_budget:
-        sizes = token_sizes(kind, **both, source=(probe.height, probe.width))
-        return sizes[draws.uniform(len(sizes), "size")]
-    sizes = adapted_sizes(kind, **both)
+        return rule.token_size_of(kind, (probe.height, probe.width), draws)
+    sizes = adapted_sizes(kind, image_size=rule.image_size, video_size=rule.video_size)
     return sizes[draws.weighted(adapted_weights(len(sizes)), "size")]
 
 
-def _shape(probe: Probe, size: int, draws: Draws, rule: ClipRule) -> tuple[int, int]:
-    """(height, width) of the bucket."""
-    if rule.fixed_size is not None:
-        height, width = (side // rule.multiple * rule.multiple for side in rule.fixed_size)
-        return height, width
-    if not rule.buckets:
-        base = (BASE_SIZE, BASE_SIZE)
-    elif rule.ratio_crop:
-        base, _ = RATIO_CROPS[draws.weighted([often for _, often in RATIO_CROPS], "ratio")]
-    else:
-        base = nearest_base(probe.height, probe.width)
-    return scaled_size(base, size, rule.multiple)
+def _base(probe: Probe, draws: Draws, rule: ClipRule) -> tuple[int, int]:
+    """(height, width) of the base bucket."""
+    if not rule.ratio_crop:
+        return nearest_base(probe.height, probe.width)
+    base, _ = RATIO_CROPS[draws.weighted([often for _, often in RATIO_CROPS], "ratio")]
+    return base
 
 
-def longest(frames: int, temporal_stride: int) -> int:
+def caption_clips(
+    sha256: str, rule: ClipRule, *, shape: tuple[int, int] | None, frames: int | None
+) -> tuple[Clip, ...]:
+    """The buckets of a caption without a medium, each once; its UTF-8 has the hex digest `sha256`.
+
+    VideoX-Fun's trainers draw them for every batch from all aspect ratios alike; here they are
+    drawn once, from the seed and the caption, so that a cache is the same wherever it is made.
+    `shape`: (height, width) of a medium that it would fit, whose bucket it then gets; `frames`:
+    how many that would have at most.
+    """
+    variants = (Draws(seed=rule.seed, sha256=sha256, variant=n) for n in range(rule.variants))
+    return tuple(dict.fromkeys(_of_caption(draws, rule, shape, frames) for draws in variants))
+
+
+def _of_caption(
+    draws: Draws, rule: ClipRule, shape: tuple[int, int] | None, frames: int | None
+) -> Clip:
+    def base() -> tuple[int, int]:
+        if shape is not None:
+            return nearest_base(*shape)
+        return BASE_BUCKETS[draws.uniform(len(BASE_BUCKETS), "caption bucket")]
+
+    size = rule.video_size
+    if rule.adapt and rule.token_budget:
+        size = rule.token_size_of("image", (0, 0), draws)
+    most = rule.most_frames(size)
+    count = _longest(min(most, frames or most), rule.temporal_stride)
+    return Clip(bucket=Bucket(*rule.sides(size, base), count), frame_indices=(), asked=count)
+
+
+def _longest(frames: int, temporal_stride: int) -> int:
     """The largest 4n+1 of so many frames, which are at least one."""
     return (frames - 1) // temporal_stride * temporal_stride + 1
 
@@ -160,7 +198,7 @@ def longest(frames: int, temporal_stride: int) -> int:
 def _windows(picks: Picks, asked: int, draws: Draws, rule: ClipRule) -> Iterator[tuple[int, ...]]:
     """Source frames of each clip, ascending."""
     there = picks.reachable()
-    frames = longest(min(asked, there), rule.temporal_stride)
+    frames = _longest(min(asked, there), rule.temporal_stride)
     if rule.clips == "chunk":
         # The rest is dropped, unless there is nothing else.
         for first in range(0, max(1, there // asked) * frames, frames):

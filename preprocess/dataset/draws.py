@@ -1,8 +1,10 @@
 """Random choices as pure functions of (seed, content, purpose, variant), the same everywhere."""
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +26,4 @@ class Draws:
 
     def weighted(self, weights: Sequence[int], purpose: str) -> int:
         """0 … len(weights)−1, each as often as its weight says."""
-        drawn = self.uniform(sum(weights), purpose)
-        for number, weight in enumerate(weights):
-            drawn -= weight
-            if drawn < 0:
-                return number
-        raise AssertionError("uniform stays below the sum of the weights")
+        return bisect_right(list(accumulate(weights)), self.uniform(sum(weights), purpose))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from preprocess.dataset.clip_overrides import Sampling
 from preprocess.dataset.metadata import (
@@ -19,10 +19,12 @@ from preprocess.dataset.metadata import (
     NAMES,
     PATH_FIELDS,
     Record,
+    as_number,
     find_metadata,
+    is_blank,
     read_metadata,
 )
-from preprocess.frames.media_info import ANIMATIONS, Kind, MediaError
+from preprocess.frames.media_info import ANIMATIONS, Kind, MediaError, MediaKind
 from preprocess.media.remote import RemoteFile, name_below, stored
 from preprocess.media.sources import Medium, TarMember
 from preprocess.media.tars import (
@@ -37,9 +39,10 @@ from preprocess.media.tars import (
     tars_among,
 )
 from shared.errors import UserError, json_kind
+from shared.format.strict_json import is_count
 from shared.io.names import is_folder, quoted
 
-EXTENSIONS: dict[str, Literal["video", "image"]] = {
+EXTENSIONS: dict[str, MediaKind] = {
     **dict.fromkeys((".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg"), "video"),
     **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".apng"), "image"),
     **dict.fromkeys((".tif", ".tiff", ".avif"), "image"),
@@ -101,7 +104,7 @@ def load_dataset(
     metadata: Path | None,
     *,
     caption_suffix: str = ".txt",
-    kind: Literal["video", "image"] | None = None,
+    kind: MediaKind | None = None,
 ) -> Dataset:
     """Read the dataset. `metadata=None`: the folder's metadata file if it has one, else its media.
 
@@ -126,9 +129,7 @@ def load_dataset(
     return _from_metadata(base_folder(data_dir), metadata, kind)
 
 
-def _from_metadata(
-    data_dir: Path, metadata: Path, kind: Literal["video", "image"] | None
-) -> Dataset:
+def _from_metadata(data_dir: Path, metadata: Path, kind: MediaKind | None) -> Dataset:
     records = read_metadata(metadata)
     entries: list[Entry] = []
     rejected: list[Rejected] = []
@@ -170,40 +171,28 @@ def _captions_only(records: Sequence[Record]) -> bool:
     )
 
 
-def _text_entries(item: dict[str, Any], only: Literal["video", "image"] | None) -> list[Entry]:
+def _text_entries(item: dict[str, Any], only: MediaKind | None) -> list[Entry]:
     """Captions without a medium, an entry for each."""
     if only is not None:
         raise _BadEntryError(f"a caption without a medium among {only}s")
     if paths := _filled(item, PATH_FIELDS):
         raise _BadEntryError(f"type is 'text' and {' and '.join(paths)} is given, expected one")
     captions = _captions(item, _filled_captions(item))
-    shape = {name: _whole_number(item, name) for name in ("height", "width", "frames")}
-    height, width = shape["height"], shape["width"]
+    height, width, frames = (_whole_number(item, name) for name in ("height", "width", "frames"))
     if (height is None) != (width is None):
         raise _BadEntryError("of width and height only one is given, expected both or none")
-    return [
-        _checked(
-            None,
-            "",
-            caption,
-            "text",
-            shape=None if height is None or width is None else (height, width),
-            frames=shape["frames"],
-            tags=_tags(item),
-        )
-        for caption in captions
-    ]
+    shape = None if height is None or width is None else (height, width)
+    more = {"shape": shape, "frames": frames, "tags": _tags(item)}
+    return [_checked(None, "", caption, "text", **more) for caption in captions]
 
 
 def _whole_number(item: dict[str, Any], name: str) -> int | None:
-    value = item.get(name)
-    if _blank(value):
+    value = as_number(item.get(name))
+    if is_blank(value):
         return None
-    if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit():  # of a CSV
-        value = int(value) if len(value) < 10 else 0
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_count(value, least=1):
         raise _BadEntryError(f"{name} is {json.dumps(value)}, expected a whole number from 1")
-    return value
+    return int(value)
 
 
 def _named_path(item: Any) -> str | None:
@@ -212,7 +201,7 @@ def _named_path(item: Any) -> str | None:
     return next((path for path in given if isinstance(path, str) and path), None)
 
 
-def _entries(item: Any, data_dir: Path, only: Literal["video", "image"] | None) -> list[Entry]:
+def _entries(item: Any, data_dir: Path, only: MediaKind | None) -> list[Entry]:
     """One record, an entry for each of its captions.
 
     `width`, `height` and whatever else it holds are ignored: the file decides.
@@ -245,7 +234,7 @@ def _entries(item: Any, data_dir: Path, only: Literal["video", "image"] | None) 
 def _tags(item: dict[str, Any]) -> tuple[str, ...]:
     """A list of texts, or one text with commas between them (of a CSV); none twice."""
     value = item.get("tags")
-    if _blank(value):
+    if is_blank(value):
         return ()
     tags = value.split(",") if isinstance(value, str) else value
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
@@ -270,7 +259,7 @@ def _captions(item: dict[str, Any], filled: dict[str, Any]) -> list[str]:
 
 def _filled(item: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
     """Those of `fields` that hold something: tables leave blanks, JSON may say null."""
-    return {field: item[field] for field in fields if not _blank(item.get(field))}
+    return {field: item[field] for field in fields if not is_blank(item.get(field))}
 
 
 def _filled_captions(item: dict[str, Any]) -> dict[str, Any]:
@@ -280,26 +269,20 @@ def _filled_captions(item: dict[str, Any]) -> dict[str, Any]:
     return captions
 
 
-def _blank(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())
-
-
 def _text(
     item: dict[str, Any], filled: dict[str, Any], fields: tuple[str, ...], what: str
 ) -> tuple[str, str]:
     """(field, its text) of the first filled field. A blank caption is left to `_checked`."""
     for field in (*filled, *(field for field in fields if field in item)):
         value = item[field]
-        if not isinstance(value, str) or (fields is PATH_FIELDS and _blank(value)):
+        if not isinstance(value, str) or (fields is PATH_FIELDS and is_blank(value)):
             found = json.dumps(value)
             raise _BadEntryError(f"{field} is {found}, expected {what}")
         return field, value
     raise _BadEntryError(f"no {' or '.join(fields)}, expected {what}")
 
 
-def _from_folder(
-    folder: Path, caption_suffix: str, kind: Literal["video", "image"] | None
-) -> Dataset:
+def _from_folder(folder: Path, caption_suffix: str, kind: MediaKind | None) -> Dataset:
     entries: list[Entry] = []
     rejected: list[Rejected] = []
     files = sorted(_files(folder))
@@ -339,7 +322,7 @@ def _from_folder(
 
 
 def _from_tars(
-    named: Path, tars: list[Path], caption_suffix: str, kind: Literal["video", "image"] | None
+    named: Path, tars: list[Path], caption_suffix: str, kind: MediaKind | None
 ) -> Dataset:
     """Samples of WebDataset tars: `named` as a folder or a pattern."""
     base = base_folder(named)
@@ -365,7 +348,7 @@ def _from_tars(
 
 
 def _tar_entries(
-    sample: TarSample, tar: str, caption_suffix: str, only: Literal["video", "image"] | None
+    sample: TarSample, tar: str, caption_suffix: str, only: MediaKind | None
 ) -> list[Entry]:
     """One sample of a tar, an entry for each of its captions; none of one without any sign of them.
 

@@ -6,6 +6,7 @@ JSON, JSON lines, CSV; and plain text with a caption a line, which stands for no
 import csv
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,12 +109,33 @@ def read_metadata(path: Path, form: Form = MEDIA) -> list[Record]:
     return records
 
 
+def is_blank(value: Any) -> bool:
+    """Whether a field says nothing: tables leave blanks, JSON may say null."""
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def as_number(value: Any) -> Any:
+    """A field's value, of digits in a CSV the number; 0 for more digits than any number has."""
+    if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit():
+        return int(value) if len(value) < 10 else 0
+    return value
+
+
 def _lines(path: Path, text: str, form: Form) -> list[Record]:
     return [
-        Record(where=f"{path.name} line {number}", value={"caption": line, "type": "text"})
-        for number, line in enumerate(text.split("\n"), start=1)
-        if line.strip()
+        Record(where=where, value={"caption": line, "type": "text"})
+        for where, line in _numbered(path, text)
     ]
+
+
+def _numbered(path: Path, text: str) -> Iterator[tuple[str, str]]:
+    """(where, line) of lines that hold something.
+
+    Not splitlines(): a caption may hold U+2028, which JSON does not escape.
+    """
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield f"{path.name} line {number}", line
 
 
 def _json(path: Path, text: str, form: Form) -> list[Record]:
@@ -121,9 +143,9 @@ def _json(path: Path, text: str, form: Form) -> list[Record]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        lines = [line for line in text.splitlines() if line.strip()]
+        lines = _json_lines(path, text, form)[:2]
         cure = ""
-        if len(lines) > 1 and all(_parses(line) for line in lines[:2]):
+        if len(lines) > 1 and all(line.problem is None for line in lines):
             cure = f" It looks like JSON lines: rename it to {path.with_suffix('.jsonl').name}."
         raise UserError(
             f"{form.subject}: {path} is not valid JSON ({error}). Expected {expected}.{cure}"
@@ -140,26 +162,15 @@ def _json(path: Path, text: str, form: Form) -> list[Record]:
     return [Record(where=f"{path.name}[{n}]", value=item) for n, item in enumerate(value)]
 
 
-def _parses(line: str) -> bool:
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
 def _json_lines(path: Path, text: str, form: Form) -> list[Record]:
     records = []
-    # Not splitlines(): a caption may hold U+2028, which JSON does not escape.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path.name} line {number}"
+    for where, line in _numbered(path, text):
+        value, problem = None, None
         try:
-            records.append(Record(where=where, value=json.loads(line)))
+            value = json.loads(line)
         except (ValueError, RecursionError) as error:
             problem = f"not valid JSON ({error})"
-            records.append(Record(where=where, value=None, problem=problem))
+        records.append(Record(where=where, value=value, problem=problem))
     return records
 
 
@@ -173,7 +184,7 @@ def _csv(path: Path, text: str, form: Form) -> list[Record]:
         try:
             row = next(rows)
         except StopIteration:
-            break
+            return records
         except csv.Error as error:
             raise UserError(
                 f"{form.subject}: {path} line {number} is not valid CSV ({error}). Expected fields "
@@ -193,7 +204,6 @@ def _csv(path: Path, text: str, form: Form) -> list[Record]:
         else:
             filled = {name: value for name, value in zip(header, row, strict=True) if value.strip()}
             records.append(Record(where=where, value=filled))
-    return records
 
 
 def _check_header(path: Path, header: list[str], form: Form) -> None:

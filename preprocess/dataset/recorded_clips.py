@@ -7,8 +7,9 @@ from preprocess.dataset.clips import Clip
 from shared.format.cache import CacheIndex
 from shared.format.schema import sample_key
 
-# A key is a digest of content and a small number, of which only the digest can be had again.
-MOST_CAPTIONS = 1000
+# A key is a digest of content and of a caption's ordinal, which has to be tried. Today's are below
+# `preprocess.encode.work.MOST_CAPTIONS`; the first caches had no limit.
+ORDINALS_TRIED = 1000
 
 
 def clip_of(index: CacheIndex, row: int, info: Mapping[str, Any]) -> Clip:
@@ -23,7 +24,7 @@ def clip_of(index: CacheIndex, row: int, info: Mapping[str, Any]) -> Clip:
 def same_content(keys: set[str], clip: Clip, sha256: str) -> bool:
     """Whether all `keys` are of this clip of the file with this digest."""
     transform = clip.transform()
-    for ordinal in range(MOST_CAPTIONS):
+    for ordinal in range(ORDINALS_TRIED):
         keys = keys - {sample_key(sha256, transform, ordinal)}
         if not keys:
             return True

@@ -6,6 +6,8 @@ with the numbers of VideoX-Fun's trainers where the document gives a range only.
 
 from typing import Literal
 
+from preprocess.frames.media_info import MediaKind
+
 Clips = Literal["first", "random", "uniform", "chunk"]
 """Where in a video its clips are taken."""
 
@@ -33,9 +35,7 @@ RATIO_CROPS: tuple[tuple[tuple[int, int], int], ...] = (
 )  # fmt: skip
 
 
-def adapted_sizes(
-    kind: Literal["video", "image"], *, image_size: int, video_size: int
-) -> tuple[int, ...]:
+def adapted_sizes(kind: MediaKind, *, image_size: int, video_size: int) -> tuple[int, ...]:
     """Sizes under random_hw_adapt alone, the medium's own first.
 
     Videos: `video_size` down to min(video_size, 512). Images: `image_size` down to the same.
@@ -54,7 +54,7 @@ def adapted_weights(sizes: int) -> tuple[int, ...]:
 
 
 def token_sizes(
-    kind: Literal["video", "image"],
+    kind: MediaKind,
     *,
     image_size: int,
     video_size: int,

@@ -10,13 +10,14 @@ make other samples than its author believes.
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from preprocess.dataset.clip_overrides import Resolution, Sampling
-from preprocess.dataset.entries import Dataset, Entry, Rejected, load_dataset
+from preprocess.dataset.entries import Dataset, Entry, load_dataset
 from preprocess.dataset.sizes import LARGEST_SIZE, SMALLEST_SIZE, Clips
+from preprocess.frames.media_info import MediaKind
 from preprocess.media.remote import media_folder, metadata_file
 from preprocess.media.tars import base_folder, is_tars
 from shared.errors import UserError
@@ -33,8 +34,16 @@ TABLES = ("datasets", "directory")
 GENERAL = "general"
 
 # Where a dataset's media are → the only kind of media that counts there.
-FOLDERS = {"video_directory": "video", "image_directory": "image", "path": None}
-LISTS = {"video_jsonl_file": "video", "image_jsonl_file": "image", "metadata": None}
+FOLDERS: dict[str, MediaKind | None] = {
+    "video_directory": "video",
+    "image_directory": "image",
+    "path": None,
+}
+LISTS: dict[str, MediaKind | None] = {
+    "video_jsonl_file": "video",
+    "image_jsonl_file": "image",
+    "metadata": None,
+}
 
 # Keys of training, which has options of its own; they change nothing in a cache.
 IGNORED = ("batch_size", "cache_directory")
@@ -43,24 +52,6 @@ FIXED: dict[str, Any] = {
     "bucket_no_upscale": False,
     "skip_empty_caption": True,
     "multiple_target": False,
-}
-# Keys → the field of `ClipRule` that they set.
-OWN = {
-    "image_sample_size": "image_size",
-    "video_sample_size": "video_size",
-    "token_sample_size": "token_size",
-    "training_with_video_token_length": "token_budget",
-    "random_hw_adapt": "adapt",
-    "enable_bucket": "buckets",
-    "enable_ar_bucket": "buckets",
-    "fix_sample_size": "fixed_size",
-    "random_ratio_crop": "ratio_crop",
-    "video_sample_stride": "stride",
-    "video_sample_n_frames": "frames",
-    "fps": "fps",
-    "clips": "clips",
-    "clips_per_video": "clips_per_video",
-    "variants": "variants",
 }
 # Keys that people may well bring, and why there is nothing to set.
 REFUSED = {
@@ -78,6 +69,107 @@ REFUSED = {
 
 class _BadValueError(Exception):
     """What a key's value should have been."""
+
+
+@dataclass(frozen=True)
+class _Value:
+    """What a key's value must be."""
+
+    expected: str
+    """For messages."""
+    types: tuple[type, ...]
+    """As tomllib gives them: true is no number."""
+    fits: Callable[[Any], bool] = lambda value: True
+    as_read: Callable[[Any], Any] = lambda value: value
+
+    def read(self, value: Any) -> Any:
+        """Raises _BadValueError."""
+        if type(value) not in self.types or not self.fits(value):
+            raise _BadValueError(self.expected)
+        return self.as_read(value)
+
+    def several(self, expected: str) -> "_Value":
+        """A list of such values, none twice."""
+        return _Value(
+            expected, (list,), bool, lambda values: tuple(dict.fromkeys(map(self.read, values)))
+        )
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and SMALLEST_SIZE <= value <= LARGEST_SIZE
+
+
+def _is_pair(value: Any) -> bool:
+    return type(value) is list and len(value) == 2 and all(map(_is_size, value))
+
+
+_SIDES = f"in pixels, each from {SMALLEST_SIZE} to {LARGEST_SIZE}"
+_FLAG = _Value("true or false", (bool,))
+_COUNT = _Value("a whole number of at least 1", (int,), lambda value: value >= 1)
+_SIZE = _Value(f"a whole number from {SMALLEST_SIZE} to {LARGEST_SIZE}", (int,), _is_size)
+_PAIR = _Value(f"[height, width] {_SIDES}", (list,), _is_pair, tuple)
+_RATE = _Value("frames a second above 0", (int, float), lambda value: 0 < value < math.inf, float)
+_FRAMES = _Value(
+    "frames of the form 4n+1 (1, 5, 9, … 81)", (int,), lambda value: value > 0 and value % 4 == 1
+)
+_LENGTHS = _FRAMES.several("a list of frames of the form 4n+1, as [1, 33, 81]")
+_RESOLUTION = _Value(
+    f"a size or [width, height] {_SIDES}",
+    (int, list),
+    lambda value: _is_size(value) or _is_pair(value),
+    lambda value: value if isinstance(value, int) else Resolution(width=value[0], height=value[1]),
+)
+_CLIPS = _Value(f"one of {', '.join(get_args(Clips))}", (str,), get_args(Clips).__contains__)
+_SUFFIX = _Value(
+    'an ending such as ".txt"', (str,), lambda value: value.startswith(".") and len(value) > 1
+)
+
+# Keys that set a field of `ClipRule`, and which.
+OWN = {
+    "image_sample_size": ("image_size", _SIZE),
+    "video_sample_size": ("video_size", _SIZE),
+    "token_sample_size": ("token_size", _SIZE),
+    "training_with_video_token_length": ("token_budget", _FLAG),
+    "random_hw_adapt": ("adapt", _FLAG),
+    "enable_bucket": ("buckets", _FLAG),
+    "enable_ar_bucket": ("buckets", _FLAG),
+    "fix_sample_size": ("fixed_size", _PAIR),
+    "random_ratio_crop": ("ratio_crop", _FLAG),
+    "fps": ("fps", _RATE),
+    "clips": ("clips", _CLIPS),
+    "clips_per_video": ("clips_per_video", _COUNT),
+    "variants": ("variants", _COUNT),
+    "video_sample_stride": ("stride", _COUNT),
+    "video_sample_n_frames": ("frames", _FRAMES),
+}
+VALUES = {
+    "caption_extension": _SUFFIX,
+    "num_repeats": _COUNT,
+    "resolution": _RESOLUTION,
+    "resolutions": _RESOLUTION.several("a list, as [512] or [[832, 480], [480, 832]]"),
+    "target_frames": _LENGTHS,
+    "frame_buckets": _LENGTHS,
+    **{name: value for name, (_, value) in OWN.items()},
+}
+# Of these only one may be given.
+CLASHES = (
+    ("resolution", "resolutions"),
+    ("target_frames", "frame_buckets"),
+    ("video_sample_n_frames", "target_frames"),
+    ("video_sample_n_frames", "frame_buckets"),
+    ("fps", "video_sample_stride"),
+    ("enable_bucket", "enable_ar_bucket"),
+    ("fix_sample_size", "random_ratio_crop"),
+    ("fix_sample_size", "resolution"),
+    ("fix_sample_size", "resolutions"),
+)
+
+
+def read_dataset(config: Path | None, data_dir: Path, metadata: Path | None) -> Dataset:
+    """What a command is given: the datasets of a TOML file, or the one of a folder and its list."""
+    if config is not None:
+        return load_dataset_config(config)
+    return load_dataset(data_dir, metadata)
 
 
 def load_dataset_config(file: Path) -> Dataset:
@@ -136,8 +228,37 @@ def _tables(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def _load(file: Path, where: str, table: Mapping[str, Any]) -> Dataset:
     """One dataset."""
-    sources = [name for name in (*FOLDERS, *LISTS) if name in table]
-    known = {*FOLDERS, *LISTS, *IGNORED, *FIXED, *READERS}
+    _refuse_unknown(table)
+    values = {name: _read(name, table[name]) for name in VALUES if name in table}
+    suffix = values.get("caption_extension", ".txt")
+    data_dir, metadata, kind = _media(file, table, suffix)
+    try:
+        loaded = load_dataset(data_dir, metadata, caption_suffix=suffix, kind=kind)
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).removeprefix('dataset: ')}") from error
+    sampling, repeats = _sampling(values), values.get("num_repeats", 1)
+
+    def named(source: str) -> str:
+        """As the file would be found from here: names of two folders must not be mixed up."""
+        if is_url(source) or Path(source).is_absolute():
+            return source
+        if (store := followed(data_dir)) is not None:
+            return f"{store.url}/{source}"
+        return (base_folder(data_dir) / source).as_posix()
+
+    def own(entry: Entry) -> Entry:
+        source = "" if entry.path is None else named(entry.source)
+        return replace(entry, source=source, sampling=sampling, repeats=repeats)
+
+    return Dataset(
+        origin=loaded.origin,
+        entries=tuple(map(own, loaded.entries)),
+        rejected=tuple(replace(one, source=named(one.source)) for one in loaded.rejected),
+    )
+
+
+def _refuse_unknown(table: Mapping[str, Any]) -> None:
+    known = {*FOLDERS, *LISTS, *IGNORED, *FIXED, *VALUES}
     for name, value in table.items():
         if name in REFUSED:
             raise _BadValueError(f"{name} has no meaning here: {REFUSED[name]}. Delete the line.")
@@ -148,67 +269,41 @@ def _load(file: Path, where: str, table: Mapping[str, Any]) -> Dataset:
             raise _BadValueError(
                 f"{name} is {value!r}, only {meant} is supported. Delete the line."
             )
-    values: dict[str, Any] = {}
-    for name, read in READERS.items():
-        if name in table:
-            try:
-                values[name] = read(table[name])
-            except _BadValueError as error:
-                found = table[name]
-                raise _BadValueError(f"{name} is {found!r}, expected {error}.") from error
-    folder = [name for name in sources if name in FOLDERS]
-    listed = [name for name in sources if name in LISTS]
-    if len(folder) > 1 or len(listed) > 1 or not sources:
+
+
+def _read(name: str, value: Any) -> Any:
+    try:
+        return VALUES[name].read(value)
+    except _BadValueError as error:
+        raise _BadValueError(f"{name} is {value!r}, expected {error}.") from error
+
+
+def _media(
+    file: Path, table: Mapping[str, Any], suffix: str
+) -> tuple[Path, Path | None, MediaKind | None]:
+    """Where a dataset's media are, its list if it has one, and their kind if it has one only."""
+    folders = [name for name in FOLDERS if name in table]
+    lists = [name for name in LISTS if name in table]
+    sources = folders + lists
+    if len(folders) > 1 or len(lists) > 1 or not sources:
         raise _BadValueError(
             f"its media are given by {' and '.join(sources) or 'nothing'}, expected one of "
             f"{', '.join((*FOLDERS, *LISTS))}."
         )
-    suffix = values.get("caption_extension", ".txt")
     paths = {name: _path(file, name, table[name], suffix) for name in sources}
-    kind = next((k for n in sources if (k := FOLDERS.get(n) or LISTS.get(n))), None)
-    metadata = paths[listed[0]] if listed else None
-    if folder:
-        data_dir = paths[folder[0]]
-    elif is_url(table[listed[0]]):
-        data_dir = _pulled(media_folder(table[listed[0]].rpartition("/")[0]))
+    metadata = paths[lists[0]] if lists else None
+    if folders:
+        data_dir = paths[folders[0]]
+    elif is_url(table[lists[0]]):
+        data_dir = _pulled(media_folder(table[lists[0]].rpartition("/")[0]))
     else:
-        data_dir = paths[listed[0]].parent
-    if folder and not is_folder(data_dir) and not is_tars(data_dir):
-        raise _BadValueError(f"{folder[0]}: there is no folder {data_dir}.")
+        data_dir = paths[lists[0]].parent
+    if folders and not is_folder(data_dir) and not is_tars(data_dir):
+        raise _BadValueError(f"{folders[0]}: there is no folder {data_dir}.")
     if metadata is not None and not metadata.is_file():
-        raise _BadValueError(f"{listed[0]}: there is no file {metadata}.")
-    try:
-        loaded = load_dataset(
-            data_dir,
-            metadata,
-            caption_suffix=suffix,
-            kind=kind,  # type: ignore[arg-type]
-        )
-    except UserError as error:
-        raise UserError(f"{where}: {str(error).removeprefix('dataset: ')}") from error
-    sampling = _sampling(values)
-    repeats = values.get("num_repeats", 1)
-
-    def named(source: str) -> str:
-        """As the file would be found from here: names of two folders must not be mixed up."""
-        here = base_folder(data_dir)
-        if is_url(source) or Path(source).is_absolute():
-            return source
-        if (store := followed(data_dir)) is not None:
-            return f"{store.url}/{source}"
-        return (here / source).as_posix()
-
-    def own(entry: Entry) -> Entry:
-        source = "" if entry.path is None else named(entry.source)
-        return replace(entry, source=source, sampling=sampling, repeats=repeats)
-
-    return Dataset(
-        origin=loaded.origin,
-        entries=tuple(own(entry) for entry in loaded.entries),
-        rejected=tuple(
-            Rejected(source=named(one.source), reason=one.reason) for one in loaded.rejected
-        ),
-    )
+        raise _BadValueError(f"{lists[0]}: there is no file {metadata}.")
+    kinds = (FOLDERS.get(name) or LISTS.get(name) for name in sources)
+    return data_dir, metadata, next((kind for kind in kinds if kind), None)
 
 
 def _pulled(path: Path) -> Path:
@@ -234,130 +329,17 @@ def _path(file: Path, name: str, value: Any, caption_suffix: str) -> Path:
 
 def _sampling(values: Mapping[str, Any]) -> Sampling:
     """What the keys say about sizes and frames."""
-    clash = [
-        ("resolution", "resolutions"),
-        ("target_frames", "frame_buckets"),
-        *(("video_sample_n_frames", name) for name in ("target_frames", "frame_buckets")),
-        ("fps", "video_sample_stride"),
-        ("enable_bucket", "enable_ar_bucket"),
-        ("fix_sample_size", "random_ratio_crop"),
-        *(("fix_sample_size", name) for name in ("resolution", "resolutions")),
-    ]
-    for one, other in clash:
+    for one, other in CLASHES:
         if one in values and other in values:
             raise _BadValueError(f"{one} and {other} are both given, expected one of them.")
     single = values.get("resolution")
     resolutions = values.get("resolutions", () if single is None else (single,))
-    lengths = values.get("target_frames", values.get("frame_buckets", ()))
+    lengths = tuple(sorted(values.get("target_frames", values.get("frame_buckets", ()))))
     if "frame_buckets" in values:  # 1 is for images there: a video is never cut down to a still
         lengths = tuple(n for n in lengths if n > 1) or lengths
     return Sampling(
-        own={field: values[name] for name, field in OWN.items() if name in values},
+        own={field: values[name] for name, (field, _) in OWN.items() if name in values},
         resolutions=resolutions,
         lengths=lengths,
         every_length="target_frames" in values,
     )
-
-
-def _integer(least: int, most: int | None = None) -> Callable[[Any], int]:
-    def read(value: Any) -> int:
-        fits = isinstance(value, int) and not isinstance(value, bool)
-        if not fits or value < least or (most is not None and value > most):
-            until = f" to {most}" if most is not None else ""
-            start = f"from {least}{until}" if until else f"of at least {least}"
-            raise _BadValueError(f"a whole number {start}")
-        return int(value)
-
-    return read
-
-
-_size = _integer(SMALLEST_SIZE, LARGEST_SIZE)
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _BadValueError("true or false")
-    return value
-
-
-def _rate(value: Any) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise _BadValueError("frames a second above 0")
-    return float(value)
-
-
-def _clips(value: Any) -> str:
-    if value not in get_args(Clips):
-        raise _BadValueError(f"one of {', '.join(get_args(Clips))}")
-    return str(value)
-
-
-def _side_by_side(value: Any) -> tuple[int, int]:
-    try:
-        height, width = (_size(side) for side in value)
-    except (_BadValueError, TypeError, ValueError):
-        raise _BadValueError(
-            f"[height, width] in pixels, each from {SMALLEST_SIZE} to {LARGEST_SIZE}"
-        ) from None
-    return height, width
-
-
-def _frames(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or value % 4 != 1:
-        raise _BadValueError("frames of the form 4n+1 (1, 5, 9, … 81)")
-    return value
-
-
-def _lengths(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or not value:
-        raise _BadValueError("a list of frames of the form 4n+1, as [1, 33, 81]")
-    return tuple(sorted({_frames(one) for one in value}))
-
-
-def _resolution(value: Any) -> Resolution | int:
-    try:
-        if isinstance(value, list):
-            width, height = (_size(side) for side in value)
-            return Resolution(width=width, height=height)
-        return _size(value)
-    except (_BadValueError, ValueError):
-        raise _BadValueError(
-            f"a size or [width, height] in pixels, each from {SMALLEST_SIZE} to {LARGEST_SIZE}"
-        ) from None
-
-
-def _resolutions(value: Any) -> tuple[Resolution | int, ...]:
-    if not isinstance(value, list) or not value:
-        raise _BadValueError("a list, as [512] or [[832, 480], [480, 832]]")
-    return tuple(dict.fromkeys(_resolution(one) for one in value))
-
-
-def _suffix(value: Any) -> str:
-    if not isinstance(value, str) or not value.startswith(".") or len(value) < 2:
-        raise _BadValueError('an ending such as ".txt"')
-    return value
-
-
-READERS: dict[str, Callable[[Any], Any]] = {
-    "caption_extension": _suffix,
-    "num_repeats": _integer(1),
-    "resolution": _resolution,
-    "resolutions": _resolutions,
-    "image_sample_size": _size,
-    "video_sample_size": _size,
-    "token_sample_size": _size,
-    "training_with_video_token_length": _flag,
-    "random_hw_adapt": _flag,
-    "enable_bucket": _flag,
-    "enable_ar_bucket": _flag,
-    "fix_sample_size": _side_by_side,
-    "random_ratio_crop": _flag,
-    "fps": _rate,
-    "clips": _clips,
-    "clips_per_video": _integer(1),
-    "variants": _integer(1),
-    "video_sample_stride": _integer(1),
-    "video_sample_n_frames": _frames,
-    "target_frames": _lengths,
-    "frame_buckets": _lengths,
-}

@@ -3,9 +3,10 @@
 Nothing is written to the output folder. An encoder is built only to measure its speed.
 """
 
+import math
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,20 @@ from preprocess.encode import report
 from preprocess.encode.config import EncodeConfig
 from preprocess.encode.engine import LocalEngine
 from preprocess.encode.fingerprint import settings_for_cache
-from preprocess.encode.passes import Times
-from preprocess.encode.run import look_into_media, missing_prompts, read_job
-from preprocess.encode.speed import Speed, known_speed, remember_speed
-from preprocess.encode.validation_prompts import missing_validation
-from preprocess.encode.work import Captions, Work, committed_samples, missing_of
-from preprocess.frames.media_info import MediaError
+from preprocess.encode.run import Job, plan_job, read_job
+from preprocess.encode.speed import (
+    CAPTION,
+    MEGAPIXEL,
+    Times,
+    foretold_seconds,
+    remember_speed,
+)
+from preprocess.encode.work import Captions, Work, committed_samples, missing_of, split
 from preprocess.media.worker_pool import WorkerPool
 from shared.errors import UserError
 from shared.format.buckets import Bucket
 from shared.format.cache import committed_shards
 from shared.format.fingerprint import Fingerprint, has_first_frame_rule
-from shared.format.prompts import prompts_by_shard
 from shared.format.schema import DTYPES
 from shared.format.tar import room
 from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec
@@ -52,12 +55,9 @@ class BucketPlan:
     """About what the new ones take in shards."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """Something that becomes of a medium, for the reader to see."""
-
-    source: str
-    said: str
+CHANGES = ("shortened", "upscaled", "slow", "noted")
+"""What may become of a medium, for the reader to see. Slow: videos slower than the frame rate asked
+for, if only in places; noted: what is odd of videos that are taken all the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +74,8 @@ class Foreseen:
     epoch: int
     """Samples that an epoch shows, repeats counted."""
     rejected: tuple[Rejected, ...]
-    shortened: tuple[Change, ...]
-    upscaled: tuple[Change, ...]
-    slow: tuple[Change, ...]
-    """Videos slower than the frame rate asked for, if only in places."""
-    noted: tuple[Change, ...]
-    """What is odd of videos that are taken all the same."""
+    changes: Mapping[str, Sequence[tuple[str, str]]]
+    """Of the kinds in `CHANGES`: (source, in words), each once."""
     source_frames: int
     """Of all videos."""
     dropped_frames: int
@@ -95,10 +91,6 @@ class Foreseen:
 
     def to_json(self) -> dict[str, Any]:
         """For scripts: names as here, buckets with their sides."""
-
-        def changes(found: Sequence[Change]) -> list[dict[str, str]]:
-            return [{"source": change.source, "change": change.said} for change in found]
-
         return {
             "samples": self.samples,
             "in_shards": self.there,
@@ -123,11 +115,11 @@ class Foreseen:
                 }
                 for plan in self.buckets
             ],
-            "rejected": [{"source": one.source, "reason": one.reason} for one in self.rejected],
-            "shortened": changes(self.shortened),
-            "upscaled": changes(self.upscaled),
-            "slow": changes(self.slow),
-            "noted": changes(self.noted),
+            "rejected": [asdict(one) for one in self.rejected],
+            **{
+                kind: [{"source": source, "change": said} for source, said in found]
+                for kind, found in self.changes.items()
+            },
         }
 
 
@@ -141,54 +133,45 @@ def foresee(config: EncodeConfig, console: Console, *, measure: bool = False) ->
         raise UserError(f"--output: {config.output} is a file. Choose another folder.")
     with WorkerPool(config.workers, timeout=config.decode_timeout) as pool:
         job = read_job(config, console)
-        spec, fingerprint = job.spec, job.fingerprint
+        spec = job.spec
         sidecars = committed_shards(config.output) if config.output.is_dir() else []
-        fingerprint = settings_for_cache(config, fingerprint, sidecars, spec.folder, job.hasher)
+        fingerprint = settings_for_cache(config, job.fingerprint, spec.folder, job.hasher, sidecars)
         committed: Captions = {}
         bank: tuple[str, ...] = ()
         if sidecars:
             columns, bank = live_columns(config.output)
             committed = committed_samples(columns["key"], columns["caption"], columns["repeats"])
-        planned, rejected = look_into_media(config, job, pool, committed, console)
-        new = [(work, missing) for work in planned if (missing := missing_of(work, committed))]
-        unseen = [
-            work
-            for work, _ in new
-            if work.type != "text" and not any(key in committed for key, _ in work.samples)
-        ]
-        there = prompts_by_shard(config.output, bank)
-        validation = missing_validation(job.validation, there)
-        to_sample = [] if validation is None else [one.prompt for one in validation.wanted]
-        prompts = [text for _, text in missing_prompts(config, there)] + to_sample
-        captions = list(dict.fromkeys([*prompts, *(text for _, m in new for _, text in m)]))
+        plan = plan_job(job, pool, committed, bank, console)
+        new = {work.home: missing_of(work, committed) for work in plan.works}
+        _, _, unseen = split([work for work in plan.works if new[work.home]], committed)
+        texts = [text for missing in new.values() for _, text in missing]
+        captions = list(dict.fromkeys([*plan.prompt_texts, *texts]))
         if measure and unseen:
-            _measure(config, spec, fingerprint, pool, unseen, captions)
+            _measure(job, fingerprint, pool, unseen, captions)
 
     tokens = dict(zip(captions, _token_counts(spec.folder, captions), strict=True))
-    live = {key for work in planned for key, _ in work.samples}
-    gone = {work.home: missing for work, missing in new}
+    sizes = _Sizes(config, spec, tokens)
+    buckets = tuple(_buckets(plan.works, new, sizes))
+    prompts = sum(map(sizes.text, plan.prompt_texts))
+    megapixels = sum(work.pixels for work in unseen) / 1e6
+    units = {MEGAPIXEL: megapixels, CAPTION: len(captions)}
     return Foreseen(
-        buckets=tuple(_buckets(config, spec, planned, gone, tokens)),
-        samples=len(live),
-        new=sum(len(missing) for _, missing in new),
-        leftover=len(committed.keys() - live),
+        buckets=buckets,
+        samples=len(plan.live),
+        new=len(texts),
+        leftover=len(committed.keys() - plan.live),
         first_rule=any(has_first_frame_rule(sidecar.fingerprint) for sidecar in sidecars),
-        epoch=sum(work.repeats * len(work.samples) for work in planned),
-        rejected=(*job.dataset.rejected, *rejected),
-        shortened=_once(_shortened(planned)),
-        upscaled=_once(_upscaled(planned)),
-        slow=_once(_slow(planned)),
-        noted=_once(_noted(planned)),
-        **_frames(planned),
-        new_bytes=sum(_bytes(config, spec, work, missing, tokens) for work, missing in new)
-        + sum(_tensor(config, tokens[text], spec.text_dim) for text in prompts),
-        seconds=_seconds(known_speed(config, fingerprint), unseen, captions),
+        epoch=sum(work.repeats * len(work.samples) for work in plan.works),
+        rejected=(*job.dataset.rejected, *plan.rejected),
+        changes=_changes(plan.works),
+        **_frames(plan.works),
+        new_bytes=sum(bucket.new_bytes for bucket in buckets) + prompts,
+        seconds=foretold_seconds(config, fingerprint, units),
     )
 
 
 def _measure(
-    config: EncodeConfig,
-    spec: ModelSpec,
+    job: Job,
     fingerprint: Fingerprint,
     pool: WorkerPool,
     works: Sequence[Work],
@@ -196,31 +179,18 @@ def _measure(
 ) -> None:
     """Encode a few and remember how long it took."""
     times = Times()
-    engine = LocalEngine(config, spec, pool, times)
-    middle = sorted(works, key=_pixels)[len(works) // 2]
+    engine = LocalEngine(job.config, job.spec, pool, times)
+    middle = sorted(works, key=lambda work: work.pixels)[len(works) // 2]
     with tempfile.TemporaryDirectory() as name:
         texts = TextCache(Path(name), fingerprint, 0)
-        engine.encode_texts(captions[:_MEASURED], texts, on_progress=lambda: None)
-        results = engine.encode_media([middle] * _MEASURED, texts)
-        for number, (_, result) in enumerate(results):
-            if isinstance(result, MediaError):
-                raise UserError(f"--measure: {result}")
+        list(engine.encode_texts(captions[:_MEASURED], texts))
+        results = engine.encode_media([middle] * _MEASURED, lambda work, encoded: None)
+        for number, (_, error) in enumerate(results):
+            if error is not None:
+                raise UserError(f"--measure: {error}")
             if number == 0:  # was slower: buffers were allocated, kernels chosen
-                times.pixels, times.media_seconds = 0, 0.0
-    remember_speed(config, fingerprint, times)
-
-
-def _pixels(work: Work) -> int:
-    bucket = work.clip.bucket
-    return bucket.height * bucket.width * bucket.frames
-
-
-def _seconds(speed: Speed, works: Sequence[Work], captions: Sequence[str]) -> float | None:
-    megapixels = sum(map(_pixels, works)) / 1e6
-    parts = ((speed.megapixel, megapixels), (speed.caption, len(captions)))
-    if any(one is None and units for one, units in parts):
-        return None
-    return sum((one or 0.0) * units for one, units in parts)
+                times.pixels, times.clip_seconds = 0, 0.0
+    remember_speed(job.config, fingerprint, times)
 
 
 def _token_counts(folder: Path, captions: Sequence[str]) -> list[int]:
@@ -237,60 +207,52 @@ def _token_counts(folder: Path, captions: Sequence[str]) -> list[int]:
     return [min(MAX_TEXT_TOKENS, number) for number in counts]
 
 
-def _tensor(config: EncodeConfig, *shape: int) -> int:
-    """Bytes of a member with one tensor, its tar header included."""
-    values = DTYPES[config.dtype].itemsize
-    for side in shape:
-        values *= side
-    return room(values + _TENSOR_HEADER)
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes in shards, tar headers included."""
 
+    config: EncodeConfig
+    spec: ModelSpec
+    tokens: Mapping[str, int]
+    """Of each caption."""
 
-def _bytes(
-    config: EncodeConfig,
-    spec: ModelSpec,
-    work: Work,
-    missing: Sequence[tuple[str, str]],
-    tokens: dict[str, int],
-) -> int:
-    """Bytes in the shards of what is missing of a clip."""
-    latents = _tensor(config, *work.clip.bucket.latent_shape(spec.latent_channels, spec.stride))
-    each = latents * (2 if spec.mode == "i2v" else 1)
-    if spec.image_dim is not None:
-        each += _tensor(config, _CLIP_TOKENS, spec.image_dim)
-    if work.type == "text":  # a caption alone
-        each = 0
-    total = 0
-    for _, caption in missing:
-        info = room(len(work.info(caption).to_bytes()))
-        total += each + info + _tensor(config, tokens[caption], spec.text_dim)
-    return total
+    def tensor(self, *shape: int) -> int:
+        """A member with one tensor."""
+        return room(DTYPES[self.config.dtype].itemsize * math.prod(shape) + _TENSOR_HEADER)
+
+    def text(self, caption: str) -> int:
+        return self.tensor(self.tokens[caption], self.spec.text_dim)
+
+    def samples(self, work: Work, missing: Sequence[tuple[str, str]]) -> int:
+        """What is missing of a clip."""
+        spec, each = self.spec, 0
+        if work.type != "text":
+            latents = work.clip.bucket.latent_shape(spec.latent_channels, spec.stride)
+            each = self.tensor(*latents) * (2 if spec.mode == "i2v" else 1)
+            if spec.image_dim is not None:
+                each += self.tensor(_CLIP_TOKENS, spec.image_dim)
+        return sum(
+            each + room(len(work.info(caption).to_bytes())) + self.text(caption)
+            for _, caption in missing
+        )
 
 
 def _buckets(
-    config: EncodeConfig,
-    spec: ModelSpec,
-    planned: Sequence[Work],
-    missing: dict[str, list[tuple[str, str]]],
-    tokens: dict[str, int],
+    planned: Sequence[Work], new: Mapping[str, Sequence[tuple[str, str]]], sizes: _Sizes
 ) -> Iterable[BucketPlan]:
+    """`new`: what is missing of a clip, by its `home`."""
     by_bucket: dict[Bucket, list[Work]] = {}
     for work in planned:
         by_bucket.setdefault(work.clip.bucket, []).append(work)
     for bucket, works in sorted(by_bucket.items()):
-        gone = [(work, missing.get(work.home, [])) for work in works]
         yield BucketPlan(
             bucket=bucket,
             samples=sum(len(work.samples) for work in works),
-            new=sum(len(which) for _, which in gone),
-            shortened=sum(len(w.samples) for w in works if _is_short(w)),
-            upscaled=sum(len(w.samples) for w in works if _upscaling(w) > 1),
-            new_bytes=sum(_bytes(config, spec, work, which, tokens) for work, which in gone),
+            new=sum(len(new[work.home]) for work in works),
+            shortened=sum(len(work.samples) for work in works if _is_short(work)),
+            upscaled=sum(len(work.samples) for work in works if _upscaling(work) > 1),
+            new_bytes=sum(sizes.samples(work, new[work.home]) for work in works),
         )
-
-
-def _once(changes: Iterable[Change]) -> tuple[Change, ...]:
-    """Variants and captions of one medium are often changed alike."""
-    return tuple(dict.fromkeys(changes))
 
 
 def _is_short(work: Work) -> bool:
@@ -305,32 +267,31 @@ def _upscaling(work: Work) -> float:
     return max(bucket.height / probe.height, bucket.width / probe.width)
 
 
-def _shortened(planned: Sequence[Work]) -> Iterable[Change]:
-    for work in filter(_is_short, planned):
-        if work.probe is not None:
-            said = f"{work.clip.asked} frames asked, {work.clip.bucket.frames} taken of"
-            yield Change(source=work.entry.source, said=f"{said} {work.probe.frames}")
-
-
-def _upscaled(planned: Sequence[Work]) -> Iterable[Change]:
+def _changes(planned: Sequence[Work]) -> dict[str, list[tuple[str, str]]]:
+    """By kind. Variants and captions of one medium are often changed alike."""
+    found: dict[str, dict[tuple[str, str], None]] = {kind: {} for kind in CHANGES}
     for work in planned:
-        probe, bucket = work.probe, work.clip.bucket
-        if probe is not None and (factor := _upscaling(work)) > 1:
-            sizes = f"{probe.width}x{probe.height} to {bucket.width}x{bucket.height}"
-            yield Change(source=work.entry.source, said=f"{sizes}, {factor:.2f} times as large")
+        for kind, said in _changes_of(work):
+            found[kind][work.entry.source, said] = None
+    return {kind: list(changes) for kind, changes in found.items()}
 
 
-def _slow(planned: Sequence[Work]) -> Iterable[Change]:
-    for work in planned:
-        if work.probe is not None and (number := report.repeats(work)):
-            said = f"{number} of {work.clip.bucket.frames} frames are repeated"
-            yield Change(source=work.entry.source, said=f"{said} ({work.probe.fps:g} a second)")
-
-
-def _noted(planned: Sequence[Work]) -> Iterable[Change]:
-    for work in planned:
-        for note in () if work.probe is None else work.probe.notes:
-            yield Change(source=work.entry.source, said=note)
+def _changes_of(work: Work) -> Iterator[tuple[str, str]]:
+    """(kind, in words)."""
+    probe, clip, bucket = work.probe, work.clip, work.clip.bucket
+    if probe is None:
+        return
+    if _is_short(work):
+        said = f"{clip.asked} frames asked, {bucket.frames} taken of {probe.frames}"
+        yield "shortened", said
+    if (factor := _upscaling(work)) > 1:
+        sizes = f"{probe.width}x{probe.height} to {bucket.width}x{bucket.height}"
+        yield "upscaled", f"{sizes}, {factor:.2f} times as large"
+    if number := report.repeats(work):
+        said = f"{number} of {bucket.frames} frames are repeated"
+        yield "slow", f"{said} ({probe.fps:g} a second)"
+    for note in probe.notes:
+        yield "noted", note
 
 
 def _frames(planned: Sequence[Work]) -> dict[str, int]:

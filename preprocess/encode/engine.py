@@ -1,14 +1,18 @@
 """Who runs the encoders: this process (here), or others, such as a cluster's."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import torch
+import numpy as np
 
 from preprocess.cache.text_cache import TextCache
 from preprocess.encode.config import EncodeConfig
-from preprocess.encode.passes import Encoded, Times, latents_from_media, release_memory, text_pass
-from preprocess.encode.validation_prompts import Picture, encode_pictures
+from preprocess.encode.passes import Encoded, latents_from_media, release_memory, text_pass
+from preprocess.encode.speed import Times
+from preprocess.encode.validation_prompts import Conditions, Picture
 from preprocess.encode.work import Work
 from preprocess.frames.media_info import MediaError
 from preprocess.media.worker_pool import WorkerPool
@@ -24,116 +28,116 @@ COMPONENTS = ("vae", "text_encoder", "tokenizer", "image_encoder", "image_proces
 """Folders of a model that an engine loads."""
 
 
+Write = Callable[[Work, Encoded], None]
+"""Writes what a clip lacks in the shards."""
+
+
 class Engine(Protocol):
     """The two passes of `encode`, in order; no device holds a text encoder and a VAE at once."""
 
-    def encode_texts(
-        self, captions: Sequence[str], texts: TextCache, *, on_progress: Callable[[], None]
-    ) -> None:
-        """Bring the embeddings into `texts` that it lacks."""
+    def encode_texts(self, captions: Sequence[str], texts: TextCache) -> Iterator[str]:
+        """Bring the embeddings into `texts` that it lacks; gives captions as they are there."""
 
     def encode_media(
-        self, works: Sequence[Work], texts: TextCache
-    ) -> Iterator[tuple[Work, Encoded | MediaError | None]]:
-        """Encode clips, in any order; one that fails comes with the reason.
+        self, works: Sequence[Work], write: Write
+    ) -> Iterator[tuple[Work, MediaError | None]]:
+        """Encode clips into shards, in any order; one that fails comes with the reason.
 
-        None: its samples are in a shard already. A clip comes with those samples alone that are
-        to be written of it.
+        `write` is called with what this process has to write; others may write themselves.
         """
 
-    def encode_pictures(self, pictures: Sequence[Picture]) -> dict[str, dict[str, torch.Tensor]]:
-        """Key of a validation prompt → `cond` (and `clip`), what the model takes of its picture."""
+    def encode_pictures(self, pictures: Sequence[Picture]) -> Conditions:
+        """What the model takes of each picture."""
 
     def rescue(self) -> None:
         """After a signal or a failure: commit what is encoded and not yet in a shard."""
 
 
-class Elsewhere(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Elsewhere:
     """Where the encoders run if not in this process."""
 
-    @property
-    def device(self) -> str:
-        """That they compute on."""
-
-    def described(self) -> str:
-        """The line about it."""
-
-    def engine(
-        self,
-        config: EncodeConfig,
-        spec: ModelSpec,
-        fingerprint: Fingerprint,
-        signals: Interruption,
-        say: Callable[[str], None],
-    ) -> Engine: ...
+    device: str
+    """That they compute on."""
+    described: str
+    """The line about it."""
+    engine: Callable[
+        [EncodeConfig, ModelSpec, Fingerprint, Interruption, Callable[[str], None]], Engine
+    ]
+    """Makes the engine; the last argument says a line."""
 
 
+@dataclass(frozen=True)
 class LocalEngine:
     """This process: one encoder at a time, decoders beside it."""
 
-    def __init__(
-        self, config: EncodeConfig, spec: ModelSpec, pool: WorkerPool, times: Times
-    ) -> None:
-        self._config, self._spec, self._pool, self._times = config, spec, pool, times
+    config: EncodeConfig
+    spec: ModelSpec
+    pool: WorkerPool
+    times: Times
 
-    def encode_texts(
-        self, captions: Sequence[str], texts: TextCache, *, on_progress: Callable[[], None]
-    ) -> None:
-        """Each caption once; the encoder has left memory when this returns."""
-        text_pass(
-            captions,
-            texts,
-            lambda: text_encoder(self._config, self._spec),
-            stored=DTYPES[self._config.dtype],
-            times=self._times,
-            on_progress=on_progress,
-        )
+    def encode_texts(self, captions: Sequence[str], texts: TextCache) -> Iterator[str]:
+        """Each caption once; the encoder has left memory at the end."""
+        config = self.config
+        encoder = partial(text_encoder, self.spec.folder, config.text_encoder_dtype, config.device)
+        stored = DTYPES[config.dtype]
+        return text_pass(captions, texts, encoder, stored=stored, times=self.times)
 
     def encode_media(
-        self, works: Sequence[Work], texts: TextCache
-    ) -> Iterator[tuple[Work, Encoded | MediaError | None]]:
+        self, works: Sequence[Work], write: Write
+    ) -> Iterator[tuple[Work, MediaError | None]]:
         """Clips as they are decoded."""
-        return latents_from_media(
-            works,
-            self._spec,
-            lambda: latent_encoder(self._config, self._spec),
-            self._pool,
-            stored=DTYPES[self._config.dtype],
-            times=self._times,
-        )
+        config = self.config
+        encoder = partial(latent_encoder, self.spec, config.vae_dtype, config.device)
+        stored = DTYPES[config.dtype]
+        for work, result in latents_from_media(
+            works, self.spec, encoder, self.pool, stored=stored, times=self.times
+        ):
+            if isinstance(result, MediaError):
+                yield work, result
+            else:
+                write(work, result)
+                yield work, None
 
-    def encode_pictures(self, pictures: Sequence[Picture]) -> dict[str, dict[str, torch.Tensor]]:
+    def encode_pictures(self, pictures: Sequence[Picture]) -> Conditions:
         """With a VAE that has left memory when this returns."""
-        return pictures_encoded(self._config, self._spec, pictures)
+        return pictures_encoded(self.config, self.spec, pictures)
 
     def rescue(self) -> None:
         """Nothing: what this process has encoded, `encode` has."""
 
 
-def text_encoder(config: EncodeConfig, spec: ModelSpec) -> "TextEncoder":
-    """Load the text encoder. Imports transformers."""
+def text_encoder(folder: Path, compute: str, device: str) -> "TextEncoder":
+    """Load the text encoder of a model folder. Imports transformers."""
     from preprocess.encode.encoders import TextEncoder
 
-    dtype = DTYPES[config.text_encoder_dtype]
-    return TextEncoder(spec.folder, dtype=dtype, device=config.device)
+    return TextEncoder(folder, dtype=DTYPES[compute], device=device)
 
 
-def latent_encoder(config: EncodeConfig, spec: ModelSpec) -> "LatentEncoder":
+def latent_encoder(spec: ModelSpec, compute: str, device: str) -> "LatentEncoder":
     """Load the VAE. Imports diffusers."""
     from preprocess.encode.encoders import LatentEncoder
 
-    return LatentEncoder(spec, dtype=DTYPES[config.vae_dtype], device=config.device)
+    return LatentEncoder(spec, dtype=DTYPES[compute], device=device)
 
 
 def pictures_encoded(
     config: EncodeConfig, spec: ModelSpec, pictures: Sequence[Picture]
-) -> dict[str, dict[str, torch.Tensor]]:
-    """`encode_pictures` in this process; no VAE is built where there are none."""
+) -> Conditions:
+    """`encode_pictures` in this process, on the CPU; no VAE is built where there are none."""
+    made: Conditions = {}
     if not pictures:
-        return {}
-    encoder = latent_encoder(config, spec)
+        return made
+    encoder = latent_encoder(spec, config.vae_dtype, config.device)
     try:
-        return encode_pictures(pictures, spec, encoder, stored=DTYPES[config.dtype])
+        for one in pictures:
+            if spec.mode == "ti2v":
+                condition = {"cond": encoder.latents(one.first)}
+            else:  # of the frames after the first only their number counts
+                condition = encoder.condition(np.repeat(one.first, one.bucket.frames, axis=0))
+            stored = DTYPES[config.dtype]
+            made[one.key] = {name: part.to(stored) for name, part in condition.items()}
+        return made
     finally:
         del encoder
         release_memory()

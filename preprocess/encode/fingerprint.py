@@ -1,6 +1,6 @@
 """The fingerprint of a cache that `encode` writes: every setting that changes its bytes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,7 @@ def encode_fingerprint(config: EncodeConfig, spec: ModelSpec, hasher: FileHasher
         "format": FORMAT_VERSION,
         "mode": cache_mode(spec),
         "latents": {**fields["latents"], "dtype": config.dtype, "compute": config.vae_dtype},
-        "text": {
-            **fields["text"],
-            "dtype": config.dtype,
-            "compute": config.text_encoder_dtype,
-            "max_length": MAX_TEXT_TOKENS,
-            "cleaning": TEXT_CLEANING,
-        },
+        "text": text_group(fields["text"], config.dtype, config.text_encoder_dtype),
         **image,
         "media": {
             "resize": RESIZE_RULE,
@@ -78,6 +72,17 @@ def encode_fingerprint(config: EncodeConfig, spec: ModelSpec, hasher: FileHasher
             **media,
             "seed": config.seed,
         },
+    }
+
+
+def text_group(encoder: Mapping[str, Any], dtype: str, compute: str) -> dict[str, Any]:
+    """A fingerprint's `text`, of these fields of the encoder."""
+    return {
+        **encoder,
+        "dtype": dtype,
+        "compute": compute,
+        "max_length": MAX_TEXT_TOKENS,
+        "cleaning": TEXT_CLEANING,
     }
 
 
@@ -116,9 +121,9 @@ def refuse_absent(spec: ModelSpec, fields: Fingerprint) -> None:
 def settings_for_cache(
     config: EncodeConfig,
     fingerprint: Fingerprint,
-    sidecars: list[Sidecar],
     model: Path,
     hasher: FileHasher,
+    sidecars: list[Sidecar],
 ) -> Fingerprint:
     """`fingerprint` of a run as the cache in `config.output`, with these sidecars, has it.
 

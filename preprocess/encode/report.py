@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
+from preprocess.encode.speed import Times
 from preprocess.encode.work import Work
 from shared.cli.console import count, named
 
-if TYPE_CHECKING:
-    from preprocess.encode.passes import Times
+
+def oddities(work: Sequence[Work]) -> list[str]:
+    """The lines about clips that are not what was asked, or whose videos are odd."""
+    return [line for line in (_short(work), _slow(work), _noted(work)) if line]
 
 
-def short_clips(work: Sequence[Work]) -> str | None:
+def _short(work: Sequence[Work]) -> str | None:
     """The line about clips that are shorter than asked; None if there are none."""
     short = [item for item in work if item.clip.bucket.frames < item.clip.asked]
     if not short:
@@ -34,7 +36,7 @@ def repeats(work: Work) -> int:
     return sum(one == other for one, other in pairwise(indices))
 
 
-def repeated_frames(work: Sequence[Work]) -> str | None:
+def _slow(work: Sequence[Work]) -> str | None:
     """The line about videos slower than --fps, if only in places; None if there are none."""
     slow = {item.entry.source: item for item in work if repeats(item)}
     if not slow:
@@ -48,7 +50,7 @@ def repeated_frames(work: Sequence[Work]) -> str | None:
     )
 
 
-def noted(work: Sequence[Work]) -> str | None:
+def _noted(work: Sequence[Work]) -> str | None:
     """The line about what is odd of videos that are taken all the same; None if nothing is."""
     odd = {item.entry.source: item.probe.notes for item in work if item.probe and item.probe.notes}
     if not odd:
@@ -57,14 +59,15 @@ def noted(work: Sequence[Work]) -> str | None:
     return f"noted    {count(len(odd), 'video')} {'; '.join(kinds)}: {named(list(odd))}"
 
 
-def where_time_went(times: "Times") -> str | None:
+def where_time_went(times: Times) -> str | None:
     """The line about the media pass; None where this process had no clip to encode."""
     if not times.clips:
         return None
-    rest = times.media - times.vae - times.decoding - times.writing
+    vae, decoding = times.vae.seconds, times.decoding.seconds
+    rest = times.media - vae - decoding - times.writing
     return (
-        f"time     media {times.media:.2f} s: in the encoders {times.vae:.2f}, waiting for "
-        f"decoders {times.decoding:.2f}, for the disk {times.writing:.2f}, else {rest:.2f}; "
-        f"a clip {times.vae / times.clips:.2f} s to encode, beside it "
+        f"time     media {times.media:.2f} s: in the encoders {vae:.2f}, waiting for "
+        f"decoders {decoding:.2f}, for the disk {times.writing:.2f}, else {rest:.2f}; "
+        f"a clip {vae / times.clips:.2f} s to encode, beside it "
         f"{times.decoders / times.clips:.2f} s to decode"
     )

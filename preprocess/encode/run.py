@@ -6,8 +6,8 @@ The text encoder and the VAE are never in memory together. Everything that is co
 however the run ends, and the same command goes on from there.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -16,234 +16,122 @@ import torch
 from rich.console import Console
 
 from preprocess.cache.background_writer import BackgroundWriter
-from preprocess.cache.index import settled_index
 from preprocess.cache.remove import unlisted
-from preprocess.cache.text_cache import TextCache
-from preprocess.cache.writer import (
-    ShardWriter,
-    refusals_explained,
-    remove_abandoned,
-    writer_lock,
-)
 from preprocess.dataset.clips import ClipRule
-from preprocess.dataset.entries import Dataset, Rejected, load_dataset
+from preprocess.dataset.entries import Dataset, Rejected
+from preprocess.dataset.old_samples import superseded
 from preprocess.dataset.rejected import rejected_file, rejections, write_rejected
-from preprocess.dataset.toml_config import load_dataset_config
+from preprocess.dataset.toml_config import read_dataset
 from preprocess.encode import report
 from preprocess.encode.config import EncodeConfig, in_train_mode
 from preprocess.encode.engine import COMPONENTS, Elsewhere, Engine, LocalEngine
 from preprocess.encode.fingerprint import encode_fingerprint, settings_for_cache
-from preprocess.encode.old_samples import superseded
-from preprocess.encode.passes import (
-    Encoded,
-    Times,
-    latents_from_cache,
-    samples_of,
-    texts_from_cache,
+from preprocess.encode.passes import Encoded, latents_from_cache, samples_of, texts_from_cache
+from preprocess.encode.session import (
+    KEPT,
+    CacheSession,
+    Outcome,
+    cache_session,
+    index_there,
+    stoppable,
 )
-from preprocess.encode.speed import remember_speed
+from preprocess.encode.speed import Times, remember_speed
 from preprocess.encode.validation_prompts import (
+    MissingPrompts,
     ValidationPrompt,
     missing_validation,
     read_pictures,
     read_validation_prompts,
 )
-from preprocess.encode.work import Captions, Work, committed_of, missing_of, plan_work
+from preprocess.encode.work import Captions, Work, committed_of, missing_of, plan_work, split
 from preprocess.frames.media_info import MediaError
 from preprocess.media.worker_pool import WorkerPool
 from shared.cli.console import bar, count
 from shared.cli.support import say
 from shared.device import check_device
 from shared.errors import UserError
-from shared.format.cache import CacheIndex, committed_shards
 from shared.format.fingerprint import Fingerprint
 from shared.format.prompts import EMPTY, NEGATIVE, Prompt, prompts_by_shard
-from shared.interrupt import Interrupted, Interruption, catch_signals
 from shared.io.hashing import FileHasher
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 
 
-@dataclass
-class Outcome:
-    """How a run ended."""
+@dataclass(kw_only=True)
+class EncodeOutcome(Outcome):
+    """How a run of `encode` ended."""
 
-    index: CacheIndex | None = None
-    """None where nothing is committed yet."""
-    written: int = 0
-    """Samples that this run encoded."""
     validation: int = 0
     """Validation prompts, where this run wrote their list."""
-    removed: int = 0
-    """Samples that are not in the dataset any more and were removed from the cache (--prune)."""
     replaced: int = 0
     """Samples that an older frame rule had misread and that were taken out for new ones."""
-    left: int = 0
-    """Samples of the dataset that are not in the shards."""
-    rejected: list[Rejected] = field(default_factory=list)
-    signum: int | None = None
-    """The signal that ended the run early."""
     times: Times = field(default_factory=Times)
 
 
-def encode(config: EncodeConfig, console: Console, elsewhere: Elsewhere | None = None) -> Outcome:
+def encode(
+    config: EncodeConfig, console: Console, elsewhere: Elsewhere | None = None
+) -> EncodeOutcome:
     """Bring the cache in `config.output` up to date with the dataset.
 
     The encoders run in this process, or `elsewhere`.
     Raises UserError for what the user can mend; rejected samples and signals are in the outcome.
     """
     assert (elsewhere is not None) == (config.engine == "ray")
-    outcome = Outcome()
+    outcome = EncodeOutcome()
     if elsewhere is not None:
         config = replace(config, device=elsewhere.device)
-    with catch_signals("stopping: committing what is encoded ...") as signals:
-        try:
-            # First of all: the workers get up while weights are digested.
-            with WorkerPool(config.workers, timeout=config.decode_timeout) as pool:
-                _encode(config, console, pool, elsewhere, signals, outcome)
-        except Interrupted as interrupted:
-            outcome.signum = interrupted.signum
-    return outcome
-
-
-def _encode(
-    config: EncodeConfig,
-    console: Console,
-    pool: WorkerPool,
-    elsewhere: Elsewhere | None,
-    signals: Interruption,
-    outcome: Outcome,
-) -> None:
-    # What there is: the dataset and the model.
-    job = read_job(config, console)
-    dataset, spec, fingerprint = job.dataset, job.spec, job.fingerprint
-    if elsewhere is not None:
-        say(console, elsewhere.described())
-
-    with writer_lock(config.output, config.rank.number), _explained(config):
-        remove_abandoned(config.output, config.rank.world)
-        # What is committed already, under the same settings.
-        sidecars = committed_shards(config.output)
-        fingerprint = settings_for_cache(config, fingerprint, sidecars, spec.folder, job.hasher)
-        outcome.index = settled_index(config.output) if sidecars else None
-        committed = committed_of(outcome.index)
-
-        # What is missing of the dataset.
-        planned, rejected = look_into_media(config, job, pool, committed, console)
-        outcome.rejected = [*dataset.rejected, *rejected]
-        if config.rank.number:  # what is wrong with the dataset is said once
-            outcome.rejected = []
-        write_rejected(rejected_file(config.output, config.rank.number), outcome.rejected)
-        if not planned:
-            listed = rejections(outcome.rejected, rejected_file(config.output, config.rank.number))
-            raise UserError(f"dataset: {dataset.origin} has nothing that can be encoded.\n{listed}")
-        if config.rank.world > 1:
-            say(
-                console,
-                f"rank     {config.rank.number} of {config.rank.world}, "
-                f"writer w{config.rank.number:03d}",
-            )
-        mine = [work for work in planned if config.rank.owns(work.home)]
-        todo = [work for work in mine if missing_of(work, committed)]
-        captions = [caption for work in todo for _, caption in missing_of(work, committed)]
-        # One prompt bank is enough; the first rank brings it.
-        bank = outcome.index.prompt_shards if outcome.index is not None else ()
-        there = prompts_by_shard(config.output, bank) if config.rank.number == 0 else []
-        prompts = missing_prompts(config, there) if config.rank.number == 0 else []
-        validation = missing_validation(job.validation, there) if config.rank.number == 0 else None
-        outcome.left = len(captions)
-        live = {key for work in planned for key, _ in work.samples}
-        replaced: dict[str, str] = {}
-        if config.rank.number == 0 and outcome.index is not None:
-            media = {entry.source: entry.path for entry in dataset.entries if entry.path}
-            replaced = superseded(outcome.index, sidecars, media, live, pool, console)
-        _say_plan(console, config, planned, mine, committed, outcome, replaced)
-        leftover: list[str] = []
-        if config.prune and config.rank.number == 0 and outcome.index is not None:
-            unusable = {rejected.source for rejected in outcome.rejected}
-            leftover = unlisted(outcome.index, live, unusable)
-
-        texts = TextCache(config.output, fingerprint, config.rank.number)
-        shards = ShardWriter(
-            config.output,
-            fingerprint,
-            shard_bytes=config.shard_size_mb * 1_000_000,
-            writer=config.rank.number,
-        )
-        writer = BackgroundWriter(shards)
-        engine: Engine = LocalEngine(config, spec, pool, outcome.times)
+    with (
+        stoppable(outcome) as signals,
+        # First of all: the workers get up while weights are digested.
+        WorkerPool(config.workers, timeout=config.decode_timeout) as pool,
+    ):
+        # What there is: the dataset and the model.
+        job = read_job(config, console)
         if elsewhere is not None:
-            engine = elsewhere.engine(config, spec, fingerprint, signals, partial(say, console))
+            say(console, elsewhere.described)
+        settings = partial(settings_for_cache, config, job.fingerprint, job.spec.folder, job.hasher)
 
-        try:
-            # Text pass: each caption once; the encoder is gone before the VAE comes.
-            if validation is not None:
-                for text in validation.texts:
-                    texts.put(text, validation.texts[text])
-            to_sample = [] if validation is None else [one.prompt for one in validation.wanted]
-            needed = list(dict.fromkeys([text for _, text in prompts] + to_sample + captions))
-            if outcome.index is not None:
-                texts_from_cache(todo, committed, outcome.index, texts)
-            with bar(console, "encoding captions", len(needed)) as advance:
-                engine.encode_texts(needed, texts, on_progress=advance)
-            if prompts:
-                with signals.deferred():
-                    shards.add_prompts(
-                        [Prompt(role, text, texts.get(text)) for role, text in prompts]
-                    )
-            if validation is not None:
-                conditions = engine.encode_pictures(read_pictures(validation.pictures))
-                with signals.deferred():
-                    shards.add_prompts(validation.in_bank(texts.get, conditions))
-                    outcome.validation = len(validation.wanted)
+        with (
+            _memory_explained(config),
+            cache_session(config.output, config.rank, signals, outcome, settings) as session,
+        ):
+            # What the shards lack of it, and what they have too much.
+            plan = _plan(job, pool, session, console)
+            mine = [work for work in plan.works if config.rank.owns(work.home)]
+            missing = session.lacking(lambda index: _missing(mine, committed_of(index)))
+            todo = [work for work in mine if missing_of(work, plan.committed)]
+            outdated = _outdated(job, plan, session, pool, console)
+            _say_plan(console, config, plan, mine, outcome.left, outdated)
 
-            # VAE pass. A clip that only has a new caption takes its latents from the old shard.
-            text_only, known, new = _split(todo, committed)
-            nothing = Encoded(latents=None, condition=None)
-            encoded = chain(
-                ((work, nothing) for work in text_only),
-                latents_from_cache(known, outcome.index) if outcome.index is not None else (),
-                engine.encode_media(new, texts),
-            )
-            with bar(console, "encoding media", len(todo)) as advance:
-                for work, result in encoded:
-                    missing = missing_of(work, committed)
-                    if isinstance(result, MediaError):
-                        source = work.entry.source
-                        outcome.rejected.append(Rejected(source=source, reason=str(result)))
-                    elif result is None:
-                        outcome.written += len(missing)
-                    else:
-                        for sample, colours in samples_of(work, missing, result, texts):
-                            with signals.deferred():
-                                writer.add(sample, colours)
-                                outcome.written += 1
-                    advance()
-            with signals.deferred():
-                writer.close()
-                outcome.times.end_media(writing=writer.waited)
-                if went := report.where_time_went(outcome.times):
-                    say(console, went)
-                replaced = _with_successors(config, replaced, planned, outcome.rejected)
-                if gone := {*leftover, *replaced}:
-                    shards.add_tombstones(sorted(gone))
-                    outcome.replaced = len(replaced)
-                    outcome.removed = len(gone) - len(replaced)
-                _finish(config, outcome, mine)
-                texts.delete()
-                remember_speed(config, fingerprint, outcome.times)
-        except BaseException:  # a signal, a full disk, no memory: what is encoded is kept
-            with signals.deferred(raise_after=False):
-                engine.rescue()
-                writer.rescue()
-                with suppress(OSError):
-                    _finish(config, outcome, mine)
-            raise
+            # Who encodes, and where it goes.
+            engine: Engine = LocalEngine(config, job.spec, pool, outcome.times)
+            if elsewhere is not None:
+                said = partial(say, console)
+                engine = elsewhere.engine(config, job.spec, session.fingerprint, signals, said)
+            writer = BackgroundWriter(session.writer(config.shard_size_mb * 1_000_000))
+            run = _Run(plan, session, outcome, engine, writer, console)
+            with session.rescued(engine.rescue, writer.rescue):
+                # Each caption once; the text encoder is gone before the VAE comes.
+                _text_pass(run, todo, [caption for _, caption in missing])
+                _media_pass(run, todo)
+
+                # What was written is committed, what is outdated goes.
+                with signals.deferred():
+                    writer.close()
+                    outcome.times.end_media(writing=writer.waited)
+                    if went := report.where_time_went(outcome.times):
+                        say(console, went)
+                    _take_out(run, outdated)
+                    session.settle()
+                    session.texts.delete()
+                    remember_speed(config, session.fingerprint, outcome.times)
+    return outcome
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What a configuration comes to before any medium is opened."""
 
+    config: EncodeConfig
     dataset: Dataset
     spec: ModelSpec
     fingerprint: Fingerprint
@@ -258,7 +146,7 @@ def read_job(config: EncodeConfig, console: Console) -> Job:
 
     Raises UserError where the two do not fit, or one cannot be used.
     """
-    dataset = _dataset(config)
+    dataset = read_dataset(config.dataset_config, config.train_data_dir, config.train_data_meta)
     spec = _encodable_model(config)
     _refuse_text_only(dataset, spec)
     say(console, f"dataset  {dataset.origin}: {len(dataset.entries)} usable")
@@ -275,32 +163,13 @@ def read_job(config: EncodeConfig, console: Console) -> Job:
     with console.status("digesting the encoders' weights (read once, then remembered)"):
         fingerprint = encode_fingerprint(config, spec, hasher)
     return Job(
-        dataset=dataset, spec=spec, fingerprint=fingerprint, hasher=hasher, validation=validation
+        config=config,
+        dataset=dataset,
+        spec=spec,
+        fingerprint=fingerprint,
+        hasher=hasher,
+        validation=validation,
     )
-
-
-def look_into_media(
-    config: EncodeConfig, job: Job, pool: WorkerPool, committed: Captions, console: Console
-) -> tuple[list[Work], list[Rejected]]:
-    """`plan_work` for the job, with a progress bar."""
-    entries = job.dataset.entries
-    with bar(console, "looking into the media", len(entries)) as advance:
-        return plan_work(
-            entries,
-            _clip_rule(config, job.spec),
-            job.hasher,
-            pool,
-            committed=committed,
-            on_progress=advance,
-            video_repeat=config.video_repeat,
-        )
-
-
-def _dataset(config: EncodeConfig) -> Dataset:
-    """What is to be encoded, as listed."""
-    if config.dataset_config is not None:
-        return load_dataset_config(config.dataset_config)
-    return load_dataset(config.train_data_dir, config.train_data_meta)
 
 
 def _encodable_model(config: EncodeConfig) -> ModelSpec:
@@ -346,38 +215,132 @@ def _clip_rule(config: EncodeConfig, spec: ModelSpec) -> ClipRule:
     )
 
 
-def _split(todo: Sequence[Work], committed: Captions) -> tuple[list[Work], list[Work], list[Work]]:
-    """Captions without media; clips whose latents are in the shards under some caption; others."""
-    alone: list[Work] = []
-    known: list[Work] = []
-    new: list[Work] = []
-    for work in todo:
-        there = any(key in committed for key, _ in work.samples)
-        (alone if work.type == "text" else known if there else new).append(work)
-    return alone, known, new
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a dataset comes to, and what of it a cache lacks."""
+
+    works: Sequence[Work]
+    """All clips of the dataset."""
+    rejected: Sequence[Rejected]
+    """Media that cannot be used."""
+    committed: Captions
+    """What is in the shards."""
+    prompts: Sequence[tuple[str, str]]
+    """(role, prompt) that the prompt bank lacks."""
+    validation: MissingPrompts
+
+    @property
+    def live(self) -> set[str]:
+        """Keys of all samples."""
+        return {key for work in self.works for key, _ in work.samples}
+
+    @property
+    def prompt_texts(self) -> list[str]:
+        """What is to be encoded of prompts."""
+        roles, listed = self.prompts, self.validation.wanted
+        return [text for _, text in roles] + [one.prompt for one in listed]
 
 
-def missing_prompts(config: EncodeConfig, bank: list[list[Prompt]]) -> list[tuple[str, str]]:
+def plan_job(
+    job: Job,
+    pool: WorkerPool,
+    committed: Captions,
+    bank: Sequence[str] | None,
+    console: Console,
+) -> Plan:
+    """Look into the media, with a progress bar.
+
+    `bank`: the prompts' shards in `config.output`; None where others bring what these lack.
+    """
+    config, entries = job.config, job.dataset.entries
+    with bar(console, "looking into the media", len(entries)) as advance:
+        works, rejected = plan_work(
+            entries,
+            _clip_rule(config, job.spec),
+            job.hasher,
+            pool,
+            committed=committed,
+            on_progress=advance,
+            video_repeat=config.video_repeat,
+        )
+    there = prompts_by_shard(config.output, tuple(bank or ()))
+    return Plan(
+        works=works,
+        rejected=rejected,
+        committed=committed,
+        prompts=() if bank is None else _missing_prompts(config, there),
+        validation=missing_validation(() if bank is None else job.validation, there),
+    )
+
+
+def _plan(job: Job, pool: WorkerPool, session: CacheSession, console: Console) -> Plan:
+    """`plan_job` for this rank; the first one brings the prompts, and what is wrong is said once.
+
+    Raises UserError where nothing can be encoded.
+    """
+    outcome, first = session.outcome, session.rank.number == 0
+    bank = () if outcome.index is None else outcome.index.prompt_shards
+    plan = plan_job(job, pool, committed_of(outcome.index), bank if first else None, console)
+    outcome.rejected = [*job.dataset.rejected, *plan.rejected] if first else []
+    listed_in = rejected_file(session.folder, session.rank.number)
+    write_rejected(listed_in, outcome.rejected)
+    if not plan.works:
+        raise UserError(
+            f"dataset: {job.dataset.origin} has nothing that can be encoded.\n"
+            + rejections(outcome.rejected, listed_in)
+        )
+    return plan
+
+
+def _missing(works: Sequence[Work], committed: Captions) -> list[tuple[str, str]]:
+    """(key, caption) of all samples of these clips that the shards lack."""
+    return [sample for work in works for sample in missing_of(work, committed)]
+
+
+def _missing_prompts(config: EncodeConfig, bank: list[list[Prompt]]) -> list[tuple[str, str]]:
     """(role, prompt) that the bank, by shard, lacks; the last entry of a role counts."""
     last = {prompt.role: prompt.prompt for shard in bank for prompt in shard}
     wanted = {EMPTY: "", NEGATIVE: config.negative_prompt}
     return [(role, text) for role, text in wanted.items() if last.get(role) != text]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Outdated:
+    """Samples of the cache that go at the end of the run; the first rank sees to it."""
+
+    leftover: Sequence[str] = ()
+    """Keys that the dataset does not give any more (--prune)."""
+    replaced: dict[str, str] = field(default_factory=dict)
+    """Key → source of those that an older frame rule misread."""
+
+
+def _outdated(
+    job: Job, plan: Plan, session: CacheSession, pool: WorkerPool, console: Console
+) -> _Outdated:
+    index, live = session.outcome.index, plan.live
+    if index is None or session.rank.number:
+        return _Outdated()
+    media = {entry.source: entry.path for entry in job.dataset.entries if entry.path}
+    unusable = {rejected.source for rejected in session.outcome.rejected}
+    return _Outdated(
+        replaced=superseded(index, session.sidecars, media, live, pool, console),
+        leftover=unlisted(index, live, unusable) if job.config.prune else (),
+    )
+
+
 def _say_plan(
     console: Console,
     config: EncodeConfig,
-    planned: Sequence[Work],
+    plan: Plan,
     mine: Sequence[Work],
-    committed: Captions,
-    outcome: Outcome,
-    replaced: Mapping[str, str],
+    left: int,
+    gone: _Outdated,
 ) -> None:
+    rank, replaced = config.rank, gone.replaced
+    if rank.world > 1:
+        say(console, f"rank     {rank.number} of {rank.world}, writer w{rank.number:03d}")
     total = sum(len(work.samples) for work in mine)
-    say(
-        console, f"samples  {total}: {total - outcome.left} in the shards, {outcome.left} to encode"
-    )
-    live = {key for work in planned for key, _ in work.samples}
+    say(console, f"samples  {total}: {total - left} in the shards, {left} to encode")
     if replaced:
         sources = count(len(set(replaced.values())), "source")
         say(
@@ -385,66 +348,115 @@ def _say_plan(
             f"replace  {count(len(replaced), 'sample')} of {sources} that an older frame "
             "rule misread (wanprep verify says why): once they are encoded again, the old ones go",
         )
-    if gone := len(committed.keys() - live - replaced.keys()):
+    if old := len(plan.committed.keys() - plan.live - replaced.keys()):
         say(
             console,
-            f"leftover {gone} in the shards are not in this dataset (removed, or cut otherwise): "
+            f"leftover {old} in the shards are not in this dataset (removed, or cut otherwise): "
             + (
                 "removed from the cache at the end, but for files that were rejected now"
                 if config.prune
                 else "they stay and are trained on. To remove them: --prune"
             ),
         )
-    for line in (
-        report.short_clips(planned),
-        report.repeated_frames(planned),
-        report.noted(planned),
-    ):
-        if line:
-            say(console, line)
+    for line in report.oddities(plan.works):
+        say(console, line)
 
 
-def _with_successors(
-    config: EncodeConfig,
-    replaced: Mapping[str, str],
-    planned: Sequence[Work],
-    rejected: Sequence[Rejected],
-) -> dict[str, str]:
-    """Those of `replaced` (key → source) whose source has all of its new samples in the shards.
+@dataclass(frozen=True)
+class _Run:
+    """What the passes work with."""
 
-    Another rank may still have to make some, or a file was rejected: its old ones go in a later
-    run. A copy of another file has no clips of its own, and waits for all.
+    plan: Plan
+    session: CacheSession
+    outcome: EncodeOutcome
+    engine: Engine
+    writer: BackgroundWriter
+    console: Console
+
+
+def _text_pass(run: _Run, todo: Sequence[Work], captions: Sequence[str]) -> None:
+    """Captions and prompts → embeddings, in the session's `texts`; prompts → shards."""
+    plan, texts, shards = run.plan, run.session.texts, run.writer.shards
+
+    # What the cache has already is not encoded again.
+    for text, embedding in plan.validation.texts.items():
+        texts.put(text, embedding)
+    if run.outcome.index is not None:
+        texts_from_cache(todo, plan.committed, run.outcome.index, texts)
+    needed = list(dict.fromkeys([*plan.prompt_texts, *captions]))
+    with bar(run.console, "encoding captions", len(needed)) as advance:
+        for _ in run.engine.encode_texts(needed, texts):
+            advance()
+
+    if plan.prompts:
+        with run.session.signals.deferred():
+            shards.add_prompts([Prompt(role, text, texts.get(text)) for role, text in plan.prompts])
+    if plan.validation.wanted:
+        conditions = run.engine.encode_pictures(read_pictures(plan.validation.pictures))
+        with run.session.signals.deferred():
+            shards.add_prompts(plan.validation.in_bank(texts.get, conditions))
+            run.outcome.validation = len(plan.validation.wanted)
+
+
+def _media_pass(run: _Run, todo: Sequence[Work]) -> None:
+    """Clips → samples in shards. One that only has a new caption takes the old shard's latents."""
+    committed, outcome = run.plan.committed, run.outcome
+
+    def write(work: Work, encoded: Encoded) -> None:
+        wanted = missing_of(work, committed)
+        for sample, frames in samples_of(work, wanted, encoded, run.session.texts):
+            with run.session.signals.deferred():
+                run.writer.add(sample, frames)
+
+    def done(work: Work, error: MediaError | None = None) -> None:
+        if error is None:
+            outcome.written += len(missing_of(work, committed))
+        else:
+            outcome.reject(work.entry.source, error)
+        advance()
+
+    text_only, known, new = split(todo, committed)
+    nothing = Encoded(latents=None, condition={})
+    there = latents_from_cache(known, outcome.index) if outcome.index is not None else ()
+    with bar(run.console, "encoding media", len(todo)) as advance:
+        for work, encoded in chain(((work, nothing) for work in text_only), there):
+            write(work, encoded)
+            done(work)
+        for work, error in run.engine.encode_media(new, write):
+            done(work, error)
+
+
+def _take_out(run: _Run, outdated: _Outdated) -> None:
+    """Remove what is outdated from the cache.
+
+    Of misread samples those whose source has all of its new samples in the shards: another rank
+    may still have to make some, or a file was rejected, and then its old ones go in a later run. A
+    copy of another file has no clips of its own, and waits for all.
     """
-    if not replaced or not committed_shards(config.output):
-        return {}
-    committed = committed_of(settled_index(config.output))
-    lacking = {work.entry.source for work in planned if missing_of(work, committed)}
-    there = {work.entry.source for work in planned} - lacking
-    unusable = {one.source for one in rejected}
-    return {
-        key: source
-        for key, source in replaced.items()
-        if source not in unusable and (source in there or not lacking)
-    }
-
-
-def _finish(config: EncodeConfig, outcome: Outcome, planned: Sequence[Work]) -> None:
-    write_rejected(rejected_file(config.output, config.rank.number), outcome.rejected)
-    if committed_shards(config.output):
-        outcome.index = settled_index(config.output)
-    committed = committed_of(outcome.index)
-    outcome.left = sum(len(missing_of(work, committed)) for work in planned)
+    replaced: list[str] = []
+    if outdated.replaced:
+        committed = committed_of(index_there(run.session.folder))
+        sources = {work.entry.source for work in run.plan.works}
+        lacking = {work.entry.source for work in run.plan.works if missing_of(work, committed)}
+        unusable = {one.source for one in run.outcome.rejected}
+        replaced = [
+            key
+            for key, source in outdated.replaced.items()
+            if source not in unusable and (source in sources - lacking or not lacking)
+        ]
+    if gone := {*outdated.leftover, *replaced}:
+        run.writer.shards.add_tombstones(sorted(gone))
+        run.outcome.replaced = len(replaced)
+        run.outcome.removed = len(gone) - len(replaced)
 
 
 @contextmanager
-def _explained(config: EncodeConfig) -> Iterator[None]:
-    """Say what can be done about a full disk or a full GPU."""
-    kept = "What was encoded so far is committed; the same command goes on from there."
+def _memory_explained(config: EncodeConfig) -> Iterator[None]:
+    """Say what can be done about a full GPU."""
     try:
-        with refusals_explained(config.output, kept):
-            yield
+        yield
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"--device: {config.device} is out of memory ({str(error).splitlines()[0]}). Use "
-            f"--vae-dtype bf16, a smaller --size, or free the device. {kept}"
+            f"--vae-dtype bf16, a smaller --size, or free the device. {KEPT}"
         ) from error

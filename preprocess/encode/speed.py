@@ -1,12 +1,14 @@
-"""How fast this machine encoded before: a small memo that `wanprep plan` foretells times from."""
+"""Where the seconds of a run go; and how fast this machine encoded before: a small memo that
+`wanprep plan` foretells times from."""
 
 import platform
+import time
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from preprocess.encode.config import EncodeConfig
-from preprocess.encode.passes import Times
 from shared.format.fingerprint import Fingerprint
 from shared.io.hashing import cache_folder, digest_of
 from shared.io.memo import note, recall
@@ -16,12 +18,54 @@ MEGAPIXEL, CAPTION = "megapixel", "caption"
 _LAST = 8  # of so many runs the memo counts; older ones were perhaps another driver's
 
 
-@dataclass(frozen=True, kw_only=True)
-class Speed:
-    """Seconds for each unit; None where nothing was measured."""
+class Stopwatch:
+    """Seconds spent in its `with` blocks so far."""
 
-    megapixel: float | None
-    caption: float | None
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *failure: object) -> None:
+        self.seconds += time.perf_counter() - self._began
+
+
+@dataclass
+class Times:
+    """Where the seconds of a run went, as the loop saw them. What overlaps is not in here twice."""
+
+    text: Stopwatch = field(default_factory=Stopwatch)
+    """In the text encoder, without loading it."""
+    captions: int = 0
+    """That it took."""
+    vae: Stopwatch = field(default_factory=Stopwatch)
+    """In the VAE (and CLIP), without loading them."""
+    clips: int = 0
+    """That it encoded."""
+    pixels: int = 0
+    """Pixels of all their frames."""
+    clip_seconds: float = 0.0
+    """In the VAE with them, and waiting for them."""
+    decoding: Stopwatch = field(default_factory=Stopwatch)
+    """Waiting for a clip to be decoded and resized."""
+    decoders: float = 0.0
+    """What the clips took the decoders, summed over them; beside the VAE, so mostly hidden."""
+    writing: float = 0.0
+    """Waiting for shards to be written."""
+    media: float = 0.0
+    """Wall time from the VAE's being loaded until the last shard is committed."""
+    _media_began: float | None = None
+
+    def begin_media(self) -> None:
+        """The VAE is loaded."""
+        self._media_began = time.perf_counter()
+
+    def end_media(self, *, writing: float) -> None:
+        """Every shard is committed; the loop has waited for the writer so many seconds."""
+        self.writing = writing
+        if self._media_began is not None:
+            self.media = time.perf_counter() - self._media_began
 
 
 def remember_speed(config: EncodeConfig, fingerprint: Fingerprint, times: Times) -> None:
@@ -29,20 +73,26 @@ def remember_speed(config: EncodeConfig, fingerprint: Fingerprint, times: Times)
     records = [
         {"what": what, "by": _by(what, config, fingerprint), "units": units, "seconds": seconds}
         for what, units, seconds in (
-            (MEGAPIXEL, times.pixels / 1e6, times.media_seconds),
-            (CAPTION, times.captions, times.caption_seconds),
+            (MEGAPIXEL, times.pixels / 1e6, times.clip_seconds),
+            (CAPTION, times.captions, times.text.seconds),
         )
         if units
     ]
     note(_memo(), records)
 
 
-def known_speed(config: EncodeConfig, fingerprint: Fingerprint) -> Speed:
-    """What the last runs on this machine with these encoders and this device took."""
-    return Speed(
-        megapixel=_known(_by(MEGAPIXEL, config, fingerprint)),
-        caption=_known(_by(CAPTION, config, fingerprint)),
-    )
+def foretold_seconds(
+    config: EncodeConfig, fingerprint: Fingerprint, units: Mapping[str, float]
+) -> float | None:
+    """What so many MEGAPIXELs and CAPTIONs take, as fast as the last runs on this machine with
+    these encoders and this device were; None where that is not known."""
+    seconds = 0.0
+    for what, number in units.items():
+        speed = _known(_by(what, config, fingerprint))
+        if number and speed is None:
+            return None
+        seconds += number * (speed or 0.0)
+    return seconds
 
 
 def _memo() -> Path:

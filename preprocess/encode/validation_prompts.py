@@ -8,28 +8,25 @@ encoded already is copied, not encoded again.
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from preprocess.dataset.caption_clips import caption_clips
-from preprocess.dataset.clips import ClipRule
-from preprocess.dataset.metadata import Form, Record, read_metadata
+from preprocess.dataset.clips import ClipRule, caption_clips
+from preprocess.dataset.metadata import Form, Record, as_number, read_metadata
 from preprocess.frames.media_info import MediaError
 from preprocess.media.decode import fit
 from preprocess.media.reader import probe, read_frames
 from shared.errors import UserError, json_kind
 from shared.format.buckets import Bucket
 from shared.format.prompts import VALIDATION, Prompt, current_validation
+from shared.format.strict_json import is_count
 from shared.io.hashing import sha256_of
 from shared.models.spec import ModelSpec
-
-if TYPE_CHECKING:
-    from preprocess.encode.encoders import LatentEncoder
 
 OPTION = "--validation-prompts"
 PROMPT_FIELDS = ("prompt", "text", "caption")
@@ -95,7 +92,7 @@ def read_validation_prompts(
             if item["caption"].lstrip().startswith("#"):  # a comment, as in musubi-tuner's files
                 continue
             item = _split_line(item["caption"], record.where, unused)
-        one = _checked(item, record.where, path.parent, spec, rule)
+        one = _checked(_Item(item, record.where), path.parent, spec, rule)
         found.setdefault(one.key, one)
     if not found:
         raise UserError(f"{OPTION}: {path} has no prompts, only comments. Write one a line.")
@@ -138,114 +135,94 @@ def _split_line(line: str, where: str, unused: set[str]) -> dict[str, Any]:
     return item
 
 
-def _checked(
-    item: dict[str, Any], where: str, folder: Path, spec: ModelSpec, rule: ClipRule
-) -> ValidationPrompt:
-    prompt = _text(item, PROMPT_FIELDS, where)
+@dataclass(frozen=True)
+class _Item:
+    """An entry of the list, not checked yet."""
+
+    fields: dict[str, Any]
+    where: str
+
+    def refused(self, why: str) -> UserError:
+        return UserError(f"{OPTION}: {self.where}{why}")
+
+    def text(self, names: Sequence[str]) -> str:
+        """The one of these fields that is filled; "" without any."""
+        filled = {n: self.fields[n] for n in names if self.fields.get(n) not in (None, "")}
+        for name, value in filled.items():
+            if not isinstance(value, str):
+                raise self.refused(f": {name} is {json_kind(value)}, expected text.")
+        if len({value.strip() for value in filled.values()}) > 1:
+            raise self.refused(f" has {' and '.join(filled)}, expected one of them.")
+        return next((value.strip() for value in filled.values()), "")
+
+    def number(self, *names: str) -> int | None:
+        """A whole number from 1, of the first of these fields that is filled."""
+        filled = (name for name in names if self.fields.get(name) not in (None, ""))
+        if (name := next(filled, None)) is None:
+            return None
+        value = as_number(self.fields[name])
+        if not is_count(value, least=1):
+            raise self.refused(f": {name} is {value!r:.40}, expected a whole number from 1.")
+        return int(value)
+
+
+def _checked(item: _Item, folder: Path, spec: ModelSpec, rule: ClipRule) -> ValidationPrompt:
+    prompt = item.text(PROMPT_FIELDS)
     if not prompt:
-        raise UserError(
-            f"{OPTION}: {where} has no prompt, expected text in {' | '.join(PROMPT_FIELDS)}."
-        )
+        raise item.refused(f" has no prompt, expected text in {' | '.join(PROMPT_FIELDS)}.")
     picture, image, shape = None, None, LANDSCAPE
-    if name := _text(item, PICTURE_FIELDS, where):
+    if name := item.text(PICTURE_FIELDS):
         if spec.mode == "t2v":
-            raise UserError(
-                f"{OPTION}: {where} has a picture, {name!r:.80}, and the shards are for a t2v "
-                "model, which takes none. Leave it out."
+            raise item.refused(
+                f" has a picture, {name!r:.80}, and the shards are for a t2v model, which takes "
+                "none. Leave it out."
             )
         picture = next((p for p in (folder / name, Path(name)) if p.is_file()), folder / name)
         try:
             seen = probe(picture, "image")
         except MediaError as error:
-            raise UserError(f"{OPTION}: {where}: {error}. Name a picture, e.g. a PNG.") from error
+            raise item.refused(f": {error}. Name a picture, e.g. a PNG.") from error
         image, shape = sha256_of(picture), (seen.height, seen.width)
     elif spec.mode == "i2v":
-        raise UserError(
-            f"{OPTION}: {where} has no picture, and {spec.folder} is an i2v model. Expected a "
-            f"field {' | '.join(PICTURE_FIELDS)}, or --i FILE at the end of a line of text."
+        raise item.refused(
+            f" has no picture, and {spec.folder} is an i2v model. Expected a field "
+            f"{' | '.join(PICTURE_FIELDS)}, or --i FILE at the end of a line of text."
         )
-    bucket = _bucket(item, where, spec, rule, prompt, shape)
-    return ValidationPrompt(prompt=prompt, bucket=bucket, picture=picture, image=image)
-
-
-def _text(item: dict[str, Any], names: Sequence[str], where: str) -> str:
-    """The one of these fields that is filled; "" without any."""
-    filled = {name: item[name] for name in names if item.get(name) not in (None, "")}
-    for name, value in filled.items():
-        if not isinstance(value, str):
-            raise UserError(f"{OPTION}: {where}: {name} is {json_kind(value)}, expected text.")
-    if len({value.strip() for value in filled.values()}) > 1:
-        raise UserError(f"{OPTION}: {where} has {' and '.join(filled)}, expected one of them.")
-    return next((value.strip() for value in filled.values()), "")
-
-
-def _bucket(
-    item: dict[str, Any],
-    where: str,
-    spec: ModelSpec,
-    rule: ClipRule,
-    prompt: str,
-    shape: tuple[int, int],
-) -> Bucket:
-    given = {
-        side: _number(item, names, where)
-        for side, names in (
-            ("height", ("height",)),
-            ("width", ("width",)),
-            ("frames", FRAMES_FIELDS),
-        )
-    }
-    height, width, frames = given["height"], given["width"], given["frames"]
-    if (height is None) != (width is None):
-        raise UserError(f"{OPTION}: {where} has one of height and width, expected both or none.")
-    for name, side in (("height", height), ("width", width)):
-        if side is not None and side % spec.side_multiple:
-            raise UserError(
-                f"{OPTION}: {where}: {name} is {side}, expected a multiple of "
-                f"{spec.side_multiple}, e.g. {_nearest(side, spec.side_multiple)}."
-            )
-    step = spec.stride[0]
-    if frames is not None and (frames - 1) % step:
-        raise UserError(
-            f"{OPTION}: {where}: frames is {frames}, expected {step}n+1, e.g. "
-            f"{max(0, frames - 1) // step * step + 1}."
-        )
+    size, frames = _shape(item, spec)
     # As a caption without a medium gets its bucket; what is drawn there is drawn from the prompt.
     rule = replace(rule, variants=1, frames=frames or rule.frames)
     (clip,) = caption_clips(prompt, rule, shape=shape, frames=None)
-    if height is None or width is None:
-        return replace(clip.bucket, frames=frames or clip.bucket.frames)
-    return Bucket(height, width, frames or clip.bucket.frames)
+    height, width = size or (clip.bucket.height, clip.bucket.width)
+    bucket = Bucket(height, width, frames or clip.bucket.frames)
+    return ValidationPrompt(prompt=prompt, bucket=bucket, picture=picture, image=image)
 
 
-def _nearest(side: int, multiple: int) -> int:
-    return max(multiple, math.floor(side / multiple + 0.5) * multiple)
-
-
-def _number(item: dict[str, Any], names: Sequence[str], where: str) -> int | None:
-    """A whole number from 1, of the first of these fields that is filled; CSV has it as text."""
-    for name in names:
-        value = item.get(name)
-        if value in (None, ""):
-            continue
-        if isinstance(value, str) and value.isascii() and value.isdigit():
-            value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(
-                f"{OPTION}: {where}: {name} is {value!r:.40}, expected a whole number from 1."
+def _shape(item: _Item, spec: ModelSpec) -> tuple[tuple[int, int] | None, int | None]:
+    """((height, width), frames) that an entry asks for."""
+    height, width, frames = item.number("height"), item.number("width"), item.number(*FRAMES_FIELDS)
+    multiple, step = spec.side_multiple, spec.stride[0]
+    if (height is None) != (width is None):
+        raise item.refused(" has one of height and width, expected both or none.")
+    for name, side in (("height", height), ("width", width)):
+        if side is not None and side % multiple:
+            nearest = max(multiple, math.floor(side / multiple + 0.5) * multiple)
+            raise item.refused(
+                f": {name} is {side}, expected a multiple of {multiple}, e.g. {nearest}."
             )
-        return value
-    return None
+    if frames is not None and (frames - 1) % step:
+        nearest = max(0, frames - 1) // step * step + 1
+        raise item.refused(f": frames is {frames}, expected {step}n+1, e.g. {nearest}.")
+    return None if height is None or width is None else (height, width), frames
 
 
 @dataclass(frozen=True, kw_only=True)
 class MissingPrompts:
-    """What is to be encoded so that the bank's list is the one that is wanted."""
+    """What is to be encoded so that the bank's list is the one that is wanted; empty if it is."""
 
-    wanted: Sequence[ValidationPrompt]
-    known: dict[str, Prompt]
+    wanted: Sequence[ValidationPrompt] = ()
+    known: Mapping[str, Prompt] = field(default_factory=dict)
     """Key → entry that some list of the bank has, to be copied."""
-    texts: dict[str, torch.Tensor]
+    texts: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Prompt → embedding that the bank has."""
 
     @property
@@ -268,17 +245,21 @@ class MissingPrompts:
 
 def missing_validation(
     wanted: Sequence[ValidationPrompt], bank: list[list[Prompt]]
-) -> MissingPrompts | None:
-    """None where the bank's list is the wanted one; `bank`: prompts by shard, oldest first."""
+) -> MissingPrompts:
+    """What the bank lacks of these; `bank`: prompts by shard, oldest first."""
     current = [prompt.key for prompt in current_validation(bank)]
     if not wanted or current == [one.key for one in wanted]:
-        return None
+        return MissingPrompts()
     every = [prompt for shard in bank for prompt in shard]
     return MissingPrompts(
         wanted=wanted,
         known={prompt.key: prompt for prompt in every if prompt.role == VALIDATION},
         texts={prompt.prompt: prompt.text for prompt in every},
     )
+
+
+Conditions = dict[str, dict[str, torch.Tensor]]
+"""Key of a validation prompt → `cond` (and `clip`), what the model takes of its picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,17 +284,3 @@ def read_pictures(prompts: Sequence[ValidationPrompt]) -> list[Picture]:
             raise UserError(f"{OPTION}: {error}. Name a picture, e.g. a PNG.") from error
         pictures.append(Picture(key=one.key, bucket=one.bucket, first=first))
     return pictures
-
-
-def encode_pictures(
-    pictures: Sequence[Picture], spec: ModelSpec, encoder: "LatentEncoder", *, stored: torch.dtype
-) -> dict[str, dict[str, torch.Tensor]]:
-    """Key → `cond` (and `clip`), on the CPU in `stored`."""
-    made = {}
-    for one in pictures:
-        if spec.mode == "ti2v":
-            condition = {"cond": encoder.latents(one.first)}
-        else:  # of the frames after the first only their number counts
-            condition = encoder.condition(np.repeat(one.first, one.bucket.frames, axis=0))
-        made[one.key] = {name: part.to(stored) for name, part in condition.items()}
-    return made

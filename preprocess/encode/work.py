@@ -1,9 +1,9 @@
 """From entries to work: content digests, clips, keys; the same clip of the same content once."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +12,8 @@ from preprocess.cache.index import caption_digest
 from preprocess.dataset.clips import Clip, ClipRule
 from preprocess.dataset.entries import Entry, Rejected
 from preprocess.frames.media_info import Kind, MediaError, Probe, Shortcut
-from preprocess.media.decode import look
-from preprocess.media.probe_cache import ProbeMemo
-from preprocess.media.sources import Medium, stamp
+from preprocess.media.seen import Seen, seen
+from preprocess.media.sources import Medium
 from preprocess.media.worker_pool import WorkerPool
 from shared.format.cache import CacheIndex
 from shared.format.columns import hex_keys
@@ -48,6 +47,17 @@ class Work:
     @property
     def type(self) -> MediaType:
         return "text" if self.probe is None else self.probe.type
+
+    @property
+    def pixels(self) -> int:
+        """Of all its frames."""
+        return self.clip.bucket.height * self.clip.bucket.width * self.clip.bucket.frames
+
+    @property
+    def to_decode(self) -> tuple[Any, ...]:
+        """Arguments of `preprocess.media.decode.fitted_frames`."""
+        clip = self.clip
+        return self.entry.path, self.type, clip.frame_indices, clip.bucket, self.shortcut
 
     def info(self, caption: str) -> SampleInfo:
         """The sample's `KEY.json`."""
@@ -107,6 +117,17 @@ def missing_of(work: Work, committed: Captions) -> list[tuple[str, str]]:
     ]
 
 
+def split(works: Sequence[Work], committed: Captions) -> tuple[list[Work], list[Work], list[Work]]:
+    """Captions without media; clips whose latents are in the shards under some caption; others."""
+    text_only: list[Work] = []
+    known: list[Work] = []
+    new: list[Work] = []
+    for work in works:
+        there = any(key in committed for key, _ in work.samples)
+        (text_only if work.type == "text" else known if there else new).append(work)
+    return text_only, known, new
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Looked:
     """What opening one entry's file told, or the caption where there is none."""
@@ -141,55 +162,11 @@ def plan_work(
             on_progress()
         else:
             files.setdefault((entry.path, entry.type), []).append(number)
-    names = {path: stamp(path, hasher) for path, _ in files}
-    probes = ProbeMemo()
-
-    def take(numbers: list[int], seen: Probe, sha256: str) -> None:
-        kept = replace(seen, times=None, key_frames=None)  # a byte a frame or more, per file
+    media = ((numbers, path, kind) for (path, kind), numbers in files.items())
+    for numbers, result in seen(media, hasher, pool):
         for number in numbers:
-            entry = entries[number]
-            try:
-                found[number] = [
-                    _Looked(
-                        entry=entry,
-                        sha256=sha256,
-                        probe=kept,
-                        clip=clip,
-                        shortcut=seen.shortcut(clip.frame_indices),
-                    )
-                    for clip in entry.sampling.clips(seen, seen.type, sha256, rule)
-                ]
-            except MediaError as error:
-                found[number] = Rejected(source=entry.source, reason=str(error))
+            found[number] = _of_medium(entries[number], result, rule)
             on_progress()
-
-    def tasks() -> Iterator[tuple[list[int], tuple[Medium, Kind, str | None]]]:
-        for (path, kind), numbers in files.items():
-            known = None if (name := names[path]) is None else hasher.known(name)
-            if name and known and (seen := probes.known(name, kind)):
-                take(numbers, seen, known)
-            else:
-                yield numbers, (path, kind, known)
-
-    looked = pool.completed(
-        look,
-        tasks(),
-        source=lambda numbers: entries[numbers[0]].path,
-        ahead=4 * pool.workers,
-    )
-    for numbers, future in looked:
-        path = entries[numbers[0]].path
-        try:
-            seen, sha256 = future.result()
-        except (MediaError, OSError) as error:
-            for number in numbers:
-                found[number] = Rejected(source=entries[number].source, reason=str(error))
-                on_progress()
-            continue
-        if path is not None and (name := names[path]) is not None:
-            hasher.remember(name, sha256)
-            probes.remember(name, entries[numbers[0]].type, seen)
-        take(numbers, seen, sha256)
 
     clips: dict[tuple[str, Clip], list[_Looked]] = {}
     rejected: dict[Rejected, None] = {}  # a file once, however many captions
@@ -208,6 +185,27 @@ def plan_work(
         except MediaError as error:
             rejected[Rejected(source=same[0].entry.source, reason=str(error))] = None
     return works, list(rejected)
+
+
+def _of_medium(
+    entry: Entry, result: Seen | MediaError | OSError, rule: ClipRule
+) -> list[_Looked] | Rejected:
+    try:
+        if isinstance(result, Exception):
+            raise result
+        probe, sha256 = result
+        return [
+            _Looked(
+                entry=entry,
+                sha256=sha256,
+                probe=replace(probe, times=None, key_frames=None),  # a byte a frame or more
+                clip=clip,
+                shortcut=probe.shortcut(clip.frame_indices),
+            )
+            for clip in entry.sampling.clips(probe, sha256, rule)
+        ]
+    except (MediaError, OSError) as error:
+        return Rejected(source=entry.source, reason=str(error))
 
 
 def _of_caption(entry: Entry, rule: ClipRule) -> list[_Looked]:

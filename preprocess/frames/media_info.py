@@ -11,6 +11,9 @@ from preprocess.frames.orientation import Orientation
 Frame = npt.NDArray[np.uint8]
 """(H, W, 3), RGB, 0..255."""
 
+MediaKind = Literal["video", "image"]
+"""What a file is."""
+
 Kind = Literal["video", "image", "auto", "text"]
 """What a file is to be read as; auto: a video if it moves, else an image; text: no file."""
 
@@ -73,7 +76,7 @@ class Probe:
     """Of a long video."""
 
     @property
-    def type(self) -> Literal["video", "image"]:
+    def type(self) -> MediaKind:
         return "image" if self.fps is None else "video"
 
     def seconds(self) -> npt.NDArray[np.float64] | None:

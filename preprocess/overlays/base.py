@@ -1,20 +1,20 @@
 """What both kinds of overlay need: a base that stays as it is, a folder beside it to write to."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from preprocess.cache.index import settled_index
+from preprocess.cache.ranks import Rank
 from preprocess.cache.remove import require_shards
-from preprocess.cache.writer import (
-    reader_lock,
-    refusals_explained,
-    remove_abandoned,
-    writer_lock,
-)
+from preprocess.cache.writer import reader_lock
 from preprocess.encode.fingerprint import refuse_other_settings
-from shared.format.cache import CacheIndex, committed_shards
+from preprocess.encode.session import CacheSession, Outcome, cache_session
+from shared.format.cache import CacheIndex, Sidecar
 from shared.format.fingerprint import Fingerprint
+from shared.interrupt import Interruption
+
+SHARD_BYTES = 256_000_000
 
 
 @contextmanager
@@ -28,17 +28,22 @@ def base_cache(folder: Path) -> Iterator[CacheIndex]:
         yield settled_index(folder)
 
 
-@contextmanager
-def overlay_to_write(
-    folder: Path, fingerprint: Fingerprint, *, writer: int, world: int, cure: str
-) -> Iterator[CacheIndex | None]:
-    """An overlay's folder for this writer: what is committed in it, None where nothing is.
+def overlay_session(
+    folder: Path,
+    rank: Rank,
+    signals: Interruption,
+    outcome: Outcome,
+    fingerprint: Fingerprint,
+    *,
+    cure: str,
+) -> AbstractContextManager[CacheSession]:
+    """`cache_session` of an overlay.
 
     Raises UserError, which ends with `cure`, where it was made with other settings.
     """
-    kept = "What was encoded so far is committed; the same command goes on from there."
-    with writer_lock(folder, writer), refusals_explained(folder, kept):
-        remove_abandoned(folder, world)
-        sidecars = committed_shards(folder)
+
+    def settings(sidecars: list[Sidecar]) -> Fingerprint:
         refuse_other_settings(folder, sidecars, fingerprint, cure=lambda _: cure)
-        yield settled_index(folder) if sidecars else None
+        return fingerprint
+
+    return cache_session(folder, rank, signals, outcome, settings)

@@ -5,35 +5,35 @@ cache: no size, stride or seed. The latents are neither read nor written.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from rich.console import Console
 
-from preprocess.cache.index import settled_index
 from preprocess.cache.ranks import Rank
-from preprocess.cache.writer import ShardWriter
 from preprocess.dataset.clips import Clip
-from preprocess.dataset.entries import Rejected
 from preprocess.dataset.recorded_clips import clip_of, same_content
-from preprocess.dataset.rejected import rejected_file, write_rejected
+from preprocess.encode.engine import latent_encoder
 from preprocess.encode.fingerprint import encoder_fields, refuse_absent
-from preprocess.frames.media_info import MediaError
-from preprocess.media.decode import digest, fitted_frames
+from preprocess.encode.passes import Frames, all_finite, encode_decoded
+from preprocess.encode.session import Outcome, stoppable
+from preprocess.encode.speed import Times
+from preprocess.frames.media_info import MediaError, MediaKind
+from preprocess.media.decode import digest
 from preprocess.media.sources import Medium, stamp
 from preprocess.media.tars import base_folder, medium_named
 from preprocess.media.worker_pool import WorkerPool
-from preprocess.overlays.base import base_cache, overlay_to_write
+from preprocess.overlays.base import SHARD_BYTES, base_cache, overlay_session
 from shared.cli.console import bar
 from shared.cli.support import say
 from shared.device import check_device
 from shared.errors import UserError
-from shared.format.buckets import Bucket
-from shared.format.cache import CacheIndex, MemberReader, committed_shards
+from shared.format.cache import CacheIndex, MemberReader
 from shared.format.fingerprint import (
     FORMAT_VERSION,
     LACKING,
@@ -51,14 +51,11 @@ from shared.format.schema import (
     MEDIA_TYPES,
     pack,
 )
-from shared.interrupt import Interrupted, Interruption, catch_signals
 from shared.io.hashing import FileHasher
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 
 if TYPE_CHECKING:
     from preprocess.encode.encoders import LatentEncoder
-
-SHARD_BYTES = 256_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,20 +81,11 @@ class ConditionConfig:
             )
 
 
-@dataclass
-class Added:
-    """How a run ended."""
+@dataclass(kw_only=True)
+class Added(Outcome):
+    """How a run ended. `left` counts samples of the cache that have no condition yet."""
 
     folder: Path
-    index: CacheIndex | None = None
-    """Of the overlay; None where nothing is committed yet."""
-    written: int = 0
-    """Samples that this run gave a condition."""
-    left: int = 0
-    """Samples of the cache that have none yet."""
-    rejected: list[Rejected] = field(default_factory=list)
-    signum: int | None = None
-    """The signal that ended the run early."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +95,7 @@ class _Clip:
     rows: tuple[int, ...]
     path: Medium
     source: str
-    type: Literal["video", "image"]
+    type: MediaKind
     clip: Clip
 
 
@@ -118,28 +106,68 @@ def add_condition(config: ConditionConfig, console: Console) -> Added:
     the outcome.
     """
     outcome = Added(folder=config.shards / CONDITIONS)
-    with catch_signals("stopping: committing what is encoded ...") as signals:
-        try:
-            with (
-                WorkerPool(config.workers, timeout=config.decode_timeout) as pool,
-                base_cache(config.shards) as base,
-            ):
-                _add(config, console, base, pool, signals, outcome)
-        except Interrupted as interrupted:
-            outcome.signum = interrupted.signum
+    with (
+        stoppable(outcome) as signals,
+        WorkerPool(config.workers, timeout=config.decode_timeout) as pool,
+        base_cache(config.shards) as base,
+    ):
+        # What there is: a cache that lacks what the model wants.
+        own = group_of(base.fingerprint, "latents", base.folder)
+        spec = _i2v_model(config)
+        _refuse_without_first_frames(config, base, spec)
+        check_device(config.device)
+        say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
+        hasher = FileHasher()
+        fingerprint = _fingerprint(config, base, spec, hasher, console)
+        cure = (
+            f"Delete {outcome.folder} and run this command again; the cache itself stays as it is."
+        )
+        with overlay_session(
+            outcome.folder, config.rank, signals, outcome, fingerprint, cure=cure
+        ) as session:
+            # What the overlay lacks of it. (A caption has no frame.)
+            media = np.flatnonzero(base.types != MEDIA_TYPES.index("text"))
+            mine = [int(row) for row in media if config.rank.owns(base.key(int(row)))]
+            todo = _clips(base, session.lacking(partial(_missing, base, mine)), config.data_dir)
+            done = len(mine) - outcome.left
+            say(console, f"samples  {len(mine)}: {done} have a condition, {outcome.left} to encode")
+
+            writer = session.writer(SHARD_BYTES)
+            with session.rescued(writer.rescue), closing(MemberReader(base)) as reader:
+                # Media that are what was encoded.
+                same = []
+                with bar(console, "looking into the media", len(todo)) as advance:
+                    for clip, problem in _checked(base, todo, hasher, pool):
+                        if problem is None:
+                            same.append(clip)
+                        else:
+                            outcome.reject(clip.source, problem)
+                        advance()
+
+                # VAE pass.
+                encoder = partial(latent_encoder, spec, own["compute"], config.device)
+                with bar(console, "encoding first frames", len(same)) as advance:
+                    for clip, result in _conditions(same, encoder, pool, DTYPES[own["dtype"]]):
+                        advance()
+                        if isinstance(result, MediaError):
+                            outcome.reject(clip.source, result)
+                            continue
+                        for row in clip.rows:
+                            info = reader.raw(row, JSON_MEMBER)
+                            members = {JSON_MEMBER: info, CONDITION_MEMBER: result}
+                            with signals.deferred():
+                                writer.add_members(base.key(row), clip.clip.bucket, members)
+                                outcome.written += 1
+                with signals.deferred():
+                    writer.close()
+                    session.settle()
     return outcome
 
 
-def _add(
-    config: ConditionConfig,
-    console: Console,
-    base: CacheIndex,
-    pool: WorkerPool,
-    signals: Interruption,
-    outcome: Added,
+def _refuse_without_first_frames(
+    config: ConditionConfig, base: CacheIndex, spec: ModelSpec
 ) -> None:
-    own = group_of(base.fingerprint, "latents", base.folder)
-    spec = _i2v_model(config)
+    """UserError where a cache is for another kind of model, or has no first frames at all."""
     mode = base.fingerprint.get("mode")
     if mode not in LACKING[cache_mode(spec)]:
         raise UserError(
@@ -152,72 +180,6 @@ def _add(
             f"shards: the samples in {config.shards} are captions without media; there is no first "
             "frame to encode."
         )
-    check_device(config.device)
-    say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
-    hasher = FileHasher()
-    fingerprint = _fingerprint(config, base, spec, hasher, console)
-    cure = f"Delete {outcome.folder} and run this command again; the cache itself stays as it is."
-    with overlay_to_write(
-        outcome.folder, fingerprint, writer=config.rank.number, world=config.rank.world, cure=cure
-    ) as there:
-        outcome.index = there
-        media = np.flatnonzero(base.types != MEDIA_TYPES.index("text"))  # a caption has no frame
-        mine = [int(row) for row in media if config.rank.owns(base.key(int(row)))]
-        todo = _clips(base, _missing(base, mine, there), config.data_dir)
-        outcome.left = sum(len(clip.rows) for clip in todo)
-        say(
-            console,
-            f"samples  {len(mine)}: {len(mine) - outcome.left} have a condition, {outcome.left} "
-            "to encode",
-        )
-        stored = DTYPES[own["dtype"]]
-        writer = ShardWriter(
-            outcome.folder, fingerprint, shard_bytes=SHARD_BYTES, writer=config.rank.number
-        )
-
-        def encoder() -> "LatentEncoder":
-            from preprocess.encode.encoders import LatentEncoder
-
-            dtype = DTYPES[own["compute"]]
-            return LatentEncoder(spec, dtype=dtype, device=config.device)
-
-        reader = MemberReader(base)
-        try:
-            with bar(console, "looking into the media", len(todo)) as advance:
-                same = []
-                for clip, problem in _checked(base, todo, hasher, pool):
-                    advance()
-                    if problem is None:
-                        same.append(clip)
-                    else:
-                        outcome.rejected.append(Rejected(source=clip.source, reason=problem))
-            with bar(console, "encoding first frames", len(same)) as advance:
-                for clip, result in _conditions(same, encoder, pool):
-                    if isinstance(result, MediaError):
-                        rejected = Rejected(source=clip.source, reason=str(result))
-                        outcome.rejected.append(rejected)
-                    else:
-                        packed = pack(**{name: part.to(stored) for name, part in result.items()})
-                        for row in clip.rows:
-                            members = {
-                                JSON_MEMBER: reader.raw(row, JSON_MEMBER),
-                                CONDITION_MEMBER: packed,
-                            }
-                            with signals.deferred():
-                                writer.add_members(base.key(row), clip.clip.bucket, members)
-                                outcome.written += 1
-                    advance()
-            with signals.deferred():
-                writer.close()
-                _finish(config, base, mine, outcome)
-        except BaseException:  # a signal, a full disk: what is encoded is kept
-            with signals.deferred(raise_after=False):
-                writer.rescue()
-                with suppress(OSError):
-                    _finish(config, base, mine, outcome)
-            raise
-        finally:
-            reader.close()
 
 
 def _i2v_model(config: ConditionConfig) -> ModelSpec:
@@ -263,33 +225,28 @@ def _fingerprint(
 
 
 def _missing(base: CacheIndex, rows: Sequence[int], there: CacheIndex | None) -> list[int]:
+    """Those that the overlay lacks."""
     have = set() if there is None else set(there.hex_keys())
     return [row for row in rows if base.key(row) not in have]
 
 
 def _clips(base: CacheIndex, rows: Sequence[int], data_dir: Path) -> list[_Clip]:
     """The clips of these samples, each once, however many captions it has."""
-    found: dict[tuple[str, Clip], list[int]] = {}
-    types: dict[tuple[str, Clip], Literal["video", "image"]] = {}
-    reader = MemberReader(base)
-    try:
+    found: dict[tuple[str, MediaKind, Clip], list[int]] = {}
+    with closing(MemberReader(base)) as reader:
         for row in rows:
             info = reader.info(row)
             clip = clip_of(base, row, info)
-            name = (str(info["source"]), clip)
-            found.setdefault(name, []).append(row)
-            types[name] = info["type"]
-    finally:
-        reader.close()
+            found.setdefault((str(info["source"]), info["type"], clip), []).append(row)
     return [
         _Clip(
             rows=tuple(rows),
             path=medium_named(base_folder(data_dir), source),
             source=source,
-            type=types[source, clip],
+            type=kind,
             clip=clip,
         )
-        for (source, clip), rows in found.items()
+        for (source, kind, clip), rows in found.items()
     ]
 
 
@@ -297,25 +254,19 @@ def _checked(
     base: CacheIndex, clips: Sequence[_Clip], hasher: FileHasher, pool: WorkerPool
 ) -> Iterator[tuple[_Clip, str | None]]:
     """Clips with None, or with why the file of that name is not the one that was encoded."""
-
-    def known(clip: _Clip) -> str | None:
-        found = stamp(clip.path, hasher)
-        return None if found is None else hasher.known(found)
-
-    looked = pool.completed(
-        digest,
-        ((clip, (clip.path, known(clip))) for clip in clips),
-        source=lambda clip: clip.path,
-        ahead=4 * pool.workers,
-    )
-    for clip, future in looked:
+    tasks = []
+    for clip in clips:
+        name = stamp(clip.path, hasher)
+        tasks.append(((clip, name), (clip.path, None if name is None else hasher.known(name))))
+    looked = pool.completed(digest, tasks, source=lambda task: task[0].path, ahead=4 * pool.workers)
+    for (clip, name), future in looked:
         try:
             sha256 = future.result()
         except (MediaError, OSError) as error:
             yield clip, str(error)
             continue
-        if (remembered := stamp(clip.path, hasher)) is not None:
-            hasher.remember(remembered, sha256)
+        if name is not None:
+            hasher.remember(name, sha256)
         if same_content({base.key(row) for row in clip.rows}, clip.clip, sha256):
             yield clip, None
         else:
@@ -323,40 +274,26 @@ def _checked(
 
 
 def _conditions(
-    clips: Sequence[_Clip], encoder: Callable[[], "LatentEncoder"], pool: WorkerPool
-) -> Iterator[tuple[_Clip, dict[str, torch.Tensor] | MediaError]]:
-    """Clips with their condition (`cond`, of Wan 2.1 `clip`), fp32, or why there is none."""
-    if not clips:
-        return
+    clips: Sequence[_Clip],
+    encoder: Callable[[], "LatentEncoder"],
+    pool: WorkerPool,
+    stored: torch.dtype,
+) -> Iterator[tuple[_Clip, bytes | MediaError]]:
+    """Clips with their condition (`cond`, of Wan 2.1 `clip`), packed, or why there is none."""
 
-    def first_frame(clip: _Clip) -> tuple[Medium, str, list[int], Bucket]:
-        bucket = Bucket(clip.clip.bucket.height, clip.clip.bucket.width, 1)
-        return clip.path, clip.type, [clip.clip.frame_indices[0]], bucket
+    def encode(encoder: "LatentEncoder", clip: _Clip, first: Frames) -> bytes:
+        # All that the condition sees: the first frame, and how many there are.
+        frames = np.zeros((clip.clip.bucket.frames, *first.shape[1:]), np.uint8)
+        frames[:1] = first
+        condition = encoder.condition(frames)
+        if not all_finite(*condition.values()):
+            raise MediaError("the VAE gave NaN or infinite values")
+        return pack(**{name: part.to(stored) for name, part in condition.items()})
 
-    decoded = pool.completed(
-        fitted_frames,
-        ((clip, first_frame(clip)) for clip in clips),
-        source=lambda clip: clip.path,
-        ahead=pool.workers + 2,
+    def first_frame(clip: _Clip) -> tuple[Any, ...]:
+        bucket = replace(clip.clip.bucket, frames=1)
+        return clip.path, clip.type, clip.clip.frame_indices[:1], bucket
+
+    return encode_decoded(
+        [(one, first_frame(one)) for one in clips], encoder, encode, pool, Times()
     )
-    with closing(decoded):
-        latent_encoder = encoder()
-        for clip, future in decoded:
-            try:
-                first = future.result()
-                # All that the condition sees: the first frame, and how many there are.
-                frames = np.zeros((clip.clip.bucket.frames, *first.shape[1:]), np.uint8)
-                frames[:1] = first
-                condition = latent_encoder.condition(frames)
-                if not all(bool(torch.isfinite(part).all()) for part in condition.values()):
-                    raise MediaError("the VAE gave NaN or infinite values")
-                yield clip, condition
-            except MediaError as error:
-                yield clip, error
-
-
-def _finish(config: ConditionConfig, base: CacheIndex, mine: Sequence[int], outcome: Added) -> None:
-    write_rejected(rejected_file(outcome.folder, config.rank.number), outcome.rejected)
-    if committed_shards(outcome.folder):
-        outcome.index = settled_index(outcome.folder)
-    outcome.left = len(_missing(base, mine, outcome.index))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from preprocess.encode.old_samples import OldSample, looked_at, rows_of_first_rule
+from preprocess.dataset.old_samples import OldSample, looked_at, rows_of_first_rule
 from preprocess.media.tars import base_folder, medium_named
 from preprocess.media.worker_pool import WorkerPool, default_workers
 from preprocess.verify.findings import Finding

@@ -13,8 +13,7 @@ import webdataset
 from PIL import Image
 from safetensors.torch import load
 
-from preprocess.dataset.caption_clips import caption_clips
-from preprocess.dataset.clips import ClipRule
+from preprocess.dataset.clips import ClipRule, caption_clips
 from preprocess.dataset.entries import load_dataset
 from shared.errors import UserError
 from shared.format.buckets import BASE_BUCKETS, Bucket

@@ -30,7 +30,7 @@ def video(frames: int, height: int = 720, width: int = 1280) -> Probe:
 
 
 def test_a_long_video_gives_the_frames_asked_for() -> None:
-    (clip,) = choose_clips(video(1000), "video", SHA, RULE)
+    (clip,) = choose_clips(video(1000), SHA, RULE)
     assert clip.bucket == Bucket(480, 832, 81)
     assert np.diff(clip.frame_indices).tolist() == [2] * 80
 
@@ -40,17 +40,16 @@ def test_the_start_is_pinned() -> None:
     dataset, and a re-run would encode all of it again.
     """
     starts = [
-        choose_clips(video(1000), "video", f"{number:064x}", RULE)[0].frame_indices[0]
-        for number in range(4)
+        choose_clips(video(1000), f"{number:064x}", RULE)[0].frame_indices[0] for number in range(4)
     ]
     assert starts == [651, 631, 449, 245]
 
 
 def test_seed_and_content_decide_the_start_and_nothing_else() -> None:
-    first = choose_clips(video(1000), "video", SHA, RULE)
-    assert choose_clips(video(1000), "video", SHA, RULE) == first
+    first = choose_clips(video(1000), SHA, RULE)
+    assert choose_clips(video(1000), SHA, RULE) == first
     starts = {
-        choose_clips(video(1000), "video", f"{number:064x}", RULE)[0].frame_indices[0]
+        choose_clips(video(1000), f"{number:064x}", RULE)[0].frame_indices[0]
         for number in range(300)
     }
     assert len(starts) > 200
@@ -59,7 +58,7 @@ def test_seed_and_content_decide_the_start_and_nothing_else() -> None:
 
 def test_an_image_is_one_frame_at_the_image_size() -> None:
     probe = Probe(frames=1, height=900, width=600, fps=None)
-    (clip,) = choose_clips(probe, "image", SHA, RULE)
+    (clip,) = choose_clips(probe, SHA, RULE)
     assert clip == Clip(bucket=Bucket(608, 416, 1), frame_indices=(0,))
 
 
@@ -81,7 +80,7 @@ def test_any_clip_lies_inside_its_video(
         multiple=16,
         temporal_stride=4,
     )
-    (clip,) = choose_clips(video(available), "video", SHA, rule)
+    (clip,) = choose_clips(video(available), SHA, rule)
     indices = clip.frame_indices
     assert len(indices) == clip.bucket.frames
     assert len(indices) % 4 == 1 and len(indices) <= wanted
@@ -105,13 +104,13 @@ def test_any_clip_lies_inside_its_video(
 )
 def test_frame_count(available: int, wanted: int, stride: int, expected: int) -> None:
     rule = replace(RULE, frames=wanted, stride=stride)
-    (clip,) = choose_clips(video(available), "video", SHA, rule)
+    (clip,) = choose_clips(video(available), SHA, rule)
     assert clip.bucket.frames == len(clip.frame_indices) == expected
 
 
 def test_a_strip_is_refused() -> None:
     with pytest.raises(MediaError, match="side ratio over 16:1"):
-        choose_clips(video(9, height=2, width=2000), "video", SHA, RULE)
+        choose_clips(video(9, height=2, width=2000), SHA, RULE)
 
 
 @given(

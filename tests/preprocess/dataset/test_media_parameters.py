@@ -32,7 +32,7 @@ PHOTO = Probe(frames=1, height=4000, width=4000, fps=None)
 
 def drawn(probe: Probe, rule: ClipRule) -> list[Clip]:
     """The clips of 300 media of one form."""
-    return [clip for sha256 in MEDIA for clip in choose_clips(probe, probe.type, sha256, rule)]
+    return [clip for sha256 in MEDIA for clip in choose_clips(probe, sha256, rule)]
 
 
 def shapes(probe: Probe, rule: ClipRule) -> set[str]:
@@ -152,7 +152,7 @@ def test_drawn_ratios() -> None:
 def rate(source: float, wanted: float, frames: int = 400, asked: int = 9) -> list[int]:
     probe = Probe(frames=frames, height=480, width=832, fps=source)
     rule = replace(RULE, fps=wanted, frames=asked, clips="first")
-    (clip,) = choose_clips(probe, "video", MEDIA[0], rule)
+    (clip,) = choose_clips(probe, MEDIA[0], rule)
     return list(clip.frame_indices)
 
 
@@ -165,8 +165,8 @@ def test_frame_rates() -> None:
     assert rate(24.0, 16.0, frames=8) == [0, 2, 3, 5, 6]
     with pytest.raises(MediaError, match="tells no frame rate"):
         rate(0.0, 16.0)
-    assert choose_clips(PHOTO, "image", MEDIA[0], replace(RULE, fps=16.0)) == choose_clips(
-        PHOTO, "image", MEDIA[0], RULE
+    assert choose_clips(PHOTO, MEDIA[0], replace(RULE, fps=16.0)) == choose_clips(
+        PHOTO, MEDIA[0], RULE
     )
 
 
@@ -175,7 +175,7 @@ def test_clips_of_one_long_video() -> None:
 
     def starts(**settings: object) -> list[int]:
         rule = replace(RULE, frames=9, **settings)  # type: ignore[arg-type]
-        clips = choose_clips(probe, "video", MEDIA[0], rule)
+        clips = choose_clips(probe, MEDIA[0], rule)
         assert all(len(clip.frame_indices) == 9 for clip in clips)
         return [clip.frame_indices[0] for clip in clips]
 
@@ -188,20 +188,20 @@ def test_clips_of_one_long_video() -> None:
     several = starts(clips="random", clips_per_video=4)
     assert several[:1] == one and len(set(several)) == 4
     short = Probe(frames=15, height=480, width=832, fps=24.0)
-    (clip,) = choose_clips(short, "video", MEDIA[0], replace(RULE, frames=9, clips="chunk"))
+    (clip,) = choose_clips(short, MEDIA[0], replace(RULE, frames=9, clips="chunk"))
     assert clip.frame_indices == (0, 2, 4, 6, 8) and clip.asked == 9
 
 
 def test_variants_are_other_draws_and_the_first_is_what_one_gives() -> None:
     rule = replace(RULE, adapt=True, ratio_crop=True, video_size=1024)
-    (one,) = choose_clips(LARGE, "video", MEDIA[0], rule)
-    eight = choose_clips(LARGE, "video", MEDIA[0], replace(rule, variants=8))
+    (one,) = choose_clips(LARGE, MEDIA[0], rule)
+    eight = choose_clips(LARGE, MEDIA[0], replace(rule, variants=8))
     assert eight[0] == one and len(set(eight)) == 8
     assert len({clip.frame_indices[0] for clip in eight}) == 8
-    assert eight[:3] == choose_clips(LARGE, "video", MEDIA[0], replace(rule, variants=3))
+    assert eight[:3] == choose_clips(LARGE, MEDIA[0], replace(rule, variants=3))
     # Nothing to draw: one sample, however many variants.
     fixed = replace(RULE, variants=8, clips="first")
-    assert len(choose_clips(LARGE, "video", MEDIA[0], fixed)) == 1
+    assert len(choose_clips(LARGE, MEDIA[0], fixed)) == 1
 
 
 RULES = st.builds(
@@ -249,9 +249,9 @@ def test_whatever_is_asked(
         seconds = np.cumsum([0.0, *np.resize(gaps, frames - 1)])
         fps = (frames - 1) / float(seconds[-1])
         probe = replace(probe, fps=fps, times=seconds.tobytes())
-    clips = choose_clips(probe, kind, MEDIA[1], rule)
+    clips = choose_clips(probe, MEDIA[1], rule)
     assert clips and len(set(clips)) == len(clips)
-    assert clips == choose_clips(probe, kind, MEDIA[1], rule)
+    assert clips == choose_clips(probe, MEDIA[1], rule)
     for clip in clips:
         indices, bucket = clip.frame_indices, clip.bucket
         assert len(indices) == bucket.frames <= clip.asked <= rule.frames or kind == "image"

@@ -216,7 +216,7 @@ def test_what_was_picked_right_by_time_is_not_named(clips: str) -> None:
         image_size=64, video_size=64, stride=2, frames=33, seed=1, multiple=16, temporal_stride=4,
         fps=16.0, clips=clips, clips_per_video=3,  # type: ignore[arg-type]
     )  # fmt: skip
-    taken = choose_clips(seen, "video", "ab" * 32, rule)
+    taken = choose_clips(seen, "ab" * 32, rule)
     assert len(taken) > 2
     for clip in taken:
         info = {"type": "video", "frame_indices": list(clip.frame_indices), "fps": 29.97}

@@ -4,6 +4,7 @@ For `wanprep verify`, which names them, and `wanprep encode`, which replaces the
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,9 @@ from rich.console import Console
 
 from preprocess.dataset.recorded_clips import clip_of, same_content
 from preprocess.frames.first_rule import wrong_sample
-from preprocess.frames.media_info import Kind, MediaError, Probe
-from preprocess.media.decode import look
-from preprocess.media.probe_cache import ProbeMemo
-from preprocess.media.sources import Medium, stamp
+from preprocess.frames.media_info import Kind, MediaError, MediaKind
+from preprocess.media.seen import Seen, seen
+from preprocess.media.sources import Medium
 from preprocess.media.worker_pool import WorkerPool
 from shared.cli.console import bar
 from shared.errors import UserError
@@ -36,7 +36,6 @@ class OldSample:
 
     key: str
     source: str
-    type: Kind
     shard: str
     wrong: str | None = None
     """Why it does not hold what its source shows; None where it does."""
@@ -65,10 +64,9 @@ def looked_at(
     """
     if not rows:
         return
-    by_source: dict[tuple[str, Kind], list[int]] = {}
+    by_source: dict[tuple[str, MediaKind], list[int]] = {}
     infos: dict[int, dict[str, Any]] = {}
-    reader = MemberReader(index)
-    try:
+    with closing(MemberReader(index)) as reader:
         for row in rows:
             info = reader.info(row)
             if info["type"] == "text":  # has no source
@@ -76,59 +74,45 @@ def looked_at(
                 continue
             infos[row] = {name: info[name] for name in _JUDGED_BY if name in info}
             by_source.setdefault((str(info["source"]), info["type"]), []).append(row)
-    finally:
-        reader.close()
-    media = index.fingerprint.get("media", {})
-    hasher, probes = FileHasher(), ProbeMemo()
 
-    def judged(row: int, seen: tuple[Probe, str] | None, unseen: str | None) -> OldSample:
-        info = infos[row]
-        on_progress()
-        wrong = None
-        if seen is not None:
-            probe, sha256 = seen
-            if same_content({index.key(row)}, clip_of(index, row, info), sha256):
-                wrong = wrong_sample(info, probe, media)
-            else:
-                unseen = f"{info['source']}: its content is not what was encoded"
-        return OldSample(
-            key=index.key(row),
-            source=str(info["source"]),
-            type=info["type"],
-            shard=index.shards[int(index.shard_ids[row])],
-            wrong=wrong,
-            unseen=unseen,
-        )
+    def judged(rows: list[int], result: Seen | Exception) -> Iterator[OldSample]:
+        for row in rows:
+            on_progress()
+            yield _judged(index, row, infos[row], result)
 
-    tasks = []
+    media: list[tuple[list[int], Medium, Kind]] = []
     for (source, kind), its_rows in by_source.items():
         try:
             medium = medium_of(source)
         except (MediaError, UserError, OSError) as error:
-            yield from (judged(row, None, str(error)) for row in its_rows)
+            yield from judged(its_rows, error)
             continue
-        if medium is None:
+        if medium is not None:
+            media.append((its_rows, medium, kind))
+        else:
             for _ in its_rows:
                 on_progress()
-            continue
-        name = stamp(medium, hasher)
-        sha256 = None if name is None else hasher.known(name)
-        known = None if name is None else probes.known(name, kind) or probes.known(name, "auto")
-        if known is not None and sha256 is not None and known.type == kind:
-            yield from (judged(row, (known, sha256), None) for row in its_rows)
-            continue
-        tasks.append(((medium, name, kind, its_rows), (medium, kind, sha256)))
-    done = pool.completed(look, tasks, source=lambda item: item[0], ahead=4 * pool.workers)
-    for (_, name, kind, its_rows), future in done:
-        try:
-            probe, sha256 = future.result()
-        except (MediaError, OSError) as error:
-            yield from (judged(row, None, str(error)) for row in its_rows)
-            continue
-        if name is not None:
-            hasher.remember(name, sha256)
-            probes.remember(name, kind, probe)
-        yield from (judged(row, (probe, sha256), None) for row in its_rows)
+    for its_rows, result in seen(media, FileHasher(), pool):
+        yield from judged(its_rows, result)
+
+
+def _judged(
+    index: CacheIndex, row: int, info: dict[str, Any], result: Seen | Exception
+) -> OldSample:
+    wrong, unseen = None, None
+    if isinstance(result, Exception):
+        unseen = str(result)
+    elif not same_content({index.key(row)}, clip_of(index, row, info), result[1]):
+        unseen = f"{info['source']}: its content is not what was encoded"
+    else:
+        wrong = wrong_sample(info, result[0], index.fingerprint.get("media", {}))
+    return OldSample(
+        key=index.key(row),
+        source=str(info["source"]),
+        shard=index.shards[int(index.shard_ids[row])],
+        wrong=wrong,
+        unseen=unseen,
+    )
 
 
 def superseded(
