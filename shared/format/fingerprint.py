@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError
+from shared.format.strict_json import Fields, is_object, is_shallow, is_text, require
 from shared.io.hashing import FileHasher
 from shared.io.names import quoted
 from shared.models.digest import component_digest, first_digest, processor_digest
@@ -33,6 +34,19 @@ Fingerprint = dict[str, Any]
 WITH_CLIP = "i2v+clip"
 # Mode of a cache → modes of caches that lack its conditions and nothing else.
 LACKING = {"i2v": ("t2v",), WITH_CLIP: ("t2v", "i2v")}
+
+
+_FIELDS: Fields = {
+    **dict.fromkeys(("latents", "text", "media"), is_object),
+    **dict.fromkeys(("mode", "overlay"), is_text),
+}
+
+
+def check_fingerprint(value: Fingerprint) -> None:
+    """Raise ValueError for an object from a file that no fingerprint can be."""
+    if not is_shallow(value):
+        raise ValueError("fingerprint is nested too deeply")
+    require(value, _FIELDS, optional=_FIELDS)
 
 
 def cache_mode(spec: ModelSpec) -> str:
