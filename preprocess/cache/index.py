@@ -5,13 +5,10 @@ The index is written beside and swapped in, the manifest last: a reader that com
 the two do not belong together.
 """
 
-import hashlib
-import os
-from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +16,9 @@ import zarr
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
-from preprocess.cache.shard_rows import stored_rows
+from preprocess.cache.shard_rows import columns_of, scan_shard, stored_rows
 from preprocess.cache.writer import index_lock
 from shared.errors import UserError
-from shared.format.buckets import Bucket
 from shared.format.cache import (
     INDEX,
     MANIFEST,
@@ -39,21 +35,10 @@ from shared.format.cache import (
 from shared.format.columns import COLUMNS, Columns, column_digest
 from shared.format.fingerprint import FORMAT_VERSION, Fingerprint, of_cache, refuse_differences
 from shared.format.latent_rgb import ColourFit, LatentRgb, solve
-from shared.format.overlays import made_by, required_members
 from shared.format.schema import (
-    JSON_MEMBER,
     KEY_BYTES,
-    LATENTS_MEMBER,
-    MEDIA_TYPES,
-    MEMBERS,
-    MOST_INFO_BYTES,
-    TEXT_MEMBER,
-    tensors_in,
-    unpack_info,
 )
 from shared.format.strict_json import parse
-from shared.format.tar import Member, members
-from shared.format.tensor_header import LENGTH_BYTES, MOST_HEADER
 from shared.io.durable import (
     fault_point,
     fsync_file,
@@ -65,15 +50,9 @@ from shared.io.durable import (
 )
 from shared.io.hashing import FileHasher, digest_of
 from shared.io.mirror import mirror_of, pull, shard_file
-from shared.models.spec import MAX_TEXT_TOKENS
 
 # Rows of a column that are written and read together.
 CHUNK_ROWS = 1 << 16
-
-
-def caption_digest(caption: str) -> bytes:
-    """What the index keeps of a caption: the first 16 bytes of its SHA-256."""
-    return hashlib.sha256(caption.encode()).digest()[:KEY_BYTES]
 
 
 def fresh_index(folder: Path) -> CacheIndex:
@@ -100,8 +79,7 @@ def settled_index(folder: Path) -> CacheIndex:
     """`fresh_index`, read whole: another writer may replace the file at any time after."""
     with index_lock(folder):
         index = fresh_index(folder)
-        _ = index.keys, index.captions, index.bucket_ids, index.shard_ids
-        _ = index.types, index.tokens, index.repeats, index.offsets, index.lengths
+        index.read_columns()
         return index
 
 
@@ -191,7 +169,7 @@ def _renumbered(
 def _columns(folder: Path, entries: Entries, reusable: tuple[set[str], Columns] | None) -> Columns:
     """The live rows, by key; `bucket` is not filled in."""
     _refuse_mixed(folder, entries.sidecars)
-    known, columns = reusable or (set(), _Rows(0, (), None).columns())
+    known, columns = reusable or (set(), columns_of({}))
     sidecars = entries.samples
     scanned = [
         _shard_columns(folder, sidecar, number)
@@ -340,135 +318,6 @@ def _refuse_mixed(folder: Path, sidecars: list[Sidecar]) -> None:
 def _shard_columns(folder: Path, sidecar: Sidecar, shard: int) -> Columns:
     columns = stored_rows(folder, sidecar) or scan_shard(folder, sidecar)
     return {**columns, "shard": np.full_like(columns["shard"], shard)}
-
-
-def scan_shard(folder: Path, sidecar: Sidecar) -> Columns:
-    """The rows of one tar, from its headers, its JSON and the heads of its tensors.
-
-    `shard` and `bucket` are 0. Raises UserError where it holds anything that no cache's tar does.
-    """
-    path = folder / sidecar.shard
-    rows = _Rows(0, required_members(sidecar.fingerprint), sidecar.bucket)
-    try:
-        if not path.is_file():  # a pipe would be waited for
-            raise ValueError("it is no file")
-        with shard_file(path).open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            if size != sidecar.bytes:
-                raise ValueError(f"it has {size} bytes, its sidecar says {sidecar.bytes}")
-            for member in members(stream, size, MEMBERS):
-                rows.add(member, stream)
-        rows.finish()
-        if len(rows) != sidecar.count:
-            raise ValueError(f"it holds {len(rows)} samples, its sidecar says {sidecar.count}")
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"shards: {path} is damaged ({error}). Restore it, or delete it together with "
-            f"{Sidecar.path_for(path).name} and run `{made_by(sidecar.fingerprint)}` again: it "
-            "encodes only what is missing."
-        ) from error
-    return rows.columns()
-
-
-class _Rows:
-    """Rows of one shard, packed as they are found: a large cache has millions of them.
-
-    `bucket` follows from the shard and is filled in later.
-    """
-
-    def __init__(self, shard: int, required: tuple[str, ...], bucket: Bucket | None) -> None:
-        self._shard = shard
-        self._required = required
-        self._bucket = bucket
-        self._keys = bytearray()
-        self._captions = bytearray()
-        self._types = bytearray()
-        self._tokens = array("q")
-        self._repeats = array("q")
-        self._places = array("q")  # per row the offsets of MEMBERS, then their lengths
-        self._key = ""
-        self._lacking: set[str] = set()
-
-    def __len__(self) -> int:
-        return len(self._tokens)
-
-    def add(self, member: Member, stream: BinaryIO) -> None:
-        """The next member of the tar `stream`. Raises ValueError where it is none of ours."""
-        if member.key != self._key:
-            self.finish()
-            self._key = member.key
-            self._lacking = set(self._required)
-            self._keys += bytes.fromhex(member.key)
-            self._tokens.append(0)
-            self._places.extend(_NO_PLACES)
-        column = MEMBERS.index(member.suffix) - len(_NO_PLACES)
-        self._places[column], self._places[column + len(MEMBERS)] = member.offset, member.size
-        self._lacking.discard(member.suffix)
-        stream.seek(member.offset)
-        try:
-            if member.suffix == JSON_MEMBER:
-                self._add_info(stream.read(min(member.size, MOST_INFO_BYTES + 1)))
-            else:
-                self._add_tensors(member, stream)
-        except ValueError as error:
-            raise ValueError(f"{member.name}: {error}") from error
-
-    def finish(self) -> None:
-        """The last sample has no more members. Raises ValueError where it lacks one."""
-        if self._key and JSON_MEMBER not in self._lacking and self._types[-1] == _TEXT:
-            column = MEMBERS.index(LATENTS_MEMBER) - len(MEMBERS)
-            if self._places[column]:
-                raise ValueError(f"sample {self._key} is a caption alone, but has latents")
-            self._lacking.discard(LATENTS_MEMBER)
-        if self._lacking:
-            lacking = next(name for name in MEMBERS if name in self._lacking)
-            raise ValueError(f"sample {self._key} has no {lacking}")
-
-    def _add_info(self, data: bytes) -> None:
-        info = unpack_info(data)
-        bucket = Bucket(info["height"], info["width"], info["frames"])
-        if bucket != self._bucket:
-            raise ValueError(f"a sample of {bucket} in a shard of {self._bucket}")
-        self._captions += caption_digest(info["caption"])
-        self._types.append(MEDIA_TYPES.index(info["type"]))
-        self._repeats.append(info.get("repeats", 1))  # older shards have none
-
-    def _add_tensors(self, member: Member, stream: BinaryIO) -> None:
-        head = stream.read(min(member.size, _HEAD_BYTES))
-        if int.from_bytes(head[:LENGTH_BYTES], "little") > _HEAD_BYTES - LENGTH_BYTES:
-            head += stream.read(min(member.size, LENGTH_BYTES + MOST_HEADER) - len(head))
-        tensors = tensors_in(head, member.size, member.suffix)
-        if member.suffix == TEXT_MEMBER:
-            tokens = tensors["text"].shape[0]
-            if tokens > MAX_TEXT_TOKENS:
-                raise ValueError(f"{tokens} tokens, expected at most {MAX_TEXT_TOKENS}")
-            self._tokens[-1] = tokens
-
-    def columns(self) -> Columns:
-        places = np.frombuffer(self._places, np.int64).reshape(-1, 2, len(MEMBERS))
-        values: Columns = {
-            "key": np.frombuffer(self._keys, np.uint8),
-            "caption": np.frombuffer(self._captions, np.uint8),
-            "bucket": np.zeros(len(self)),
-            "shard": np.full(len(self), self._shard),
-            "type": np.frombuffer(self._types, np.uint8),
-            "tokens": np.frombuffer(self._tokens, np.int64),
-            "repeats": np.frombuffer(self._repeats, np.int64),
-            "offset": places[:, 0],
-            "length": places[:, 1],
-        }
-        return {
-            name: values[name].astype(dtype).reshape(-1, *per_row)
-            for name, (dtype, per_row) in COLUMNS.items()
-        }
-
-
-_TEXT = MEDIA_TYPES.index("text")
-_NO_PLACES = (0,) * (2 * len(MEMBERS))
-# Of a tensor file, read at first: more than the headers that we write.
-_HEAD_BYTES = 512
 
 
 class _Store(LocalStore):

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from preprocess.cache.index import caption_digest
 from shared.errors import UserError
 from shared.format.buckets import Bucket
 from shared.format.cache import (
@@ -26,6 +25,7 @@ from shared.format.cache import (
     committed_tombstones,
     open_cache,
 )
+from shared.format.columns import caption_digest
 from shared.format.fingerprint import Fingerprint
 from shared.format.latent_rgb import LatentRgb
 from shared.format.overlays import overlay_folders, positions

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from preprocess.cache.index import caption_digest, settled_index
+from preprocess.cache.index import settled_index
 from preprocess.cache.remove import is_unusable, sources
 from preprocess.cache.text_cache import TextCache
 from preprocess.cache.writer import ShardWriter
@@ -26,6 +26,7 @@ from shared.cli.support import say
 from shared.device import check_device
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, MemberReader, committed_shards
+from shared.format.columns import caption_digest
 from shared.format.fingerprint import (
     FORMAT_VERSION,
     TEXT_CLEANING,

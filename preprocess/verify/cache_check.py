@@ -19,12 +19,14 @@ from rich.console import Console
 
 from preprocess.cache.index import entries_digest
 from preprocess.cache.remove import require_shards
+from preprocess.cache.shard_rows import Row
 from preprocess.cache.writer import LOCK
 from preprocess.verify.findings import Finding, Severity
 from preprocess.verify.sample_check import Expected, Problem
-from preprocess.verify.shard_check import Row, ShardReport, check_shard
+from preprocess.verify.shard_check import ShardReport, check_shard
 from shared.cli.console import byte_bar, count
 from shared.errors import UserError, first_line
+from shared.format.buckets import Bucket
 from shared.format.cache import (
     INDEX,
     MANIFEST,
@@ -236,9 +238,7 @@ class _Folder:
         try:
             index = open_cache(self.folder)
             # All of it now: a writer may replace the file at any time after.
-            _ = index.keys, index.captions, index.bucket_ids, index.types
-            _ = index.tokens, index.repeats, index.offsets, index.lengths
-            shard_ids = index.shard_ids
+            shard_ids = index.read_columns()["shard"]
         except UserError as error:
             self._add("index-damaged", INDEX, _why(error, path), "an index", self._rebuild)
             return None, nothing
@@ -438,28 +438,9 @@ class _Folder:
 
     def _compare(self, sidecar: Sidecar, key: str, row: int, found: Row) -> None:
         assert self.index is not None
-        says = {
-            "caption": bytes(self.index.captions[row]).hex(),
-            "type": int(self.index.types[row]),
-            "tokens": int(self.index.tokens[row]),
-            "repeats": int(self.index.repeats[row]),
-        }
-        holds = {
-            "caption": found.caption.hex(),
-            "type": found.type,
-            "tokens": found.tokens,
-            "repeats": found.repeats,
-        }
-        for column, member in enumerate(MEMBERS):
-            says[f"{member} at"] = int(self.index.offsets[row, column])
-            says[f"{member} bytes"] = int(self.index.lengths[row, column])
-            holds[f"{member} at"] = found.offset[column]
-            holds[f"{member} bytes"] = found.length[column]
+        bucket = self.index.buckets[int(self.index.bucket_ids[row])]
+        says, holds = _facts(_index_row(self.index, row), bucket), _facts(found, sidecar.bucket)
         wrong = [name for name in says if says[name] != holds[name]]
-        if self.index.buckets[int(self.index.bucket_ids[row])] != sidecar.bucket:
-            wrong.append("bucket")
-            says["bucket"] = str(self.index.buckets[int(self.index.bucket_ids[row])])
-            holds["bucket"] = str(sidecar.bucket)
         if wrong:
             self._add_row(
                 sidecar,
@@ -553,6 +534,26 @@ class _Folder:
 
     def _listed(self, name: str) -> set[str]:
         return {entry["name"] for entry in self.manifest.get(name, [])}
+
+
+def _index_row(index: CacheIndex, row: int) -> Row:
+    return Row(
+        caption=bytes(index.captions[row]),
+        type=int(index.types[row]),
+        tokens=int(index.tokens[row]),
+        repeats=int(index.repeats[row]),
+        offset=index.offsets[row].tolist(),
+        length=index.lengths[row].tolist(),
+    )
+
+
+def _facts(row: Row, bucket: Bucket | None) -> dict[str, Any]:
+    """What a row says, by what findings call it."""
+    facts: dict[str, Any] = {"caption": row.caption.hex()}
+    facts |= {name: getattr(row, name) for name in ("type", "tokens", "repeats")}
+    for member, offset, length in zip(MEMBERS, row.offset, row.length, strict=True):
+        facts |= {f"{member} at": offset, f"{member} bytes": length}
+    return {**facts, "bucket": str(bucket)}
 
 
 def _beside(base: _Folder, overlay: _Folder) -> list[Finding]:

@@ -124,8 +124,7 @@ def _read_shard(path: Path) -> Iterator[Prompt]:
 def _bytes_of(stream: BinaryIO, member: Member) -> bytes:
     if member.size > _MOST_PROMPT_BYTES:
         raise ValueError(f"{member.name} has {member.size} bytes")
-    stream.seek(member.offset)
-    return stream.read(member.size)
+    return member.read(stream, _MOST_PROMPT_BYTES)
 
 
 def _prompt(parts: dict[str, Member], stream: BinaryIO) -> Prompt:
