@@ -5,8 +5,8 @@ The index is written beside and swapped in, the manifest last: a reader that com
 the two do not belong together.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from zarr.storage import LocalStore
 from preprocess.cache.shard_rows import columns_of, scan_shard, stored_rows
 from preprocess.cache.writer import index_lock
 from shared.errors import UserError
+from shared.format.buckets import Bucket
 from shared.format.cache import (
     INDEX,
     MANIFEST,
@@ -33,7 +34,7 @@ from shared.format.cache import (
     open_cache,
 )
 from shared.format.columns import COLUMNS, Columns, column_digest
-from shared.format.fingerprint import FORMAT_VERSION, Fingerprint, of_cache, refuse_differences
+from shared.format.fingerprint import FORMAT_VERSION, of_cache, refuse_differences
 from shared.format.latent_rgb import ColourFit, LatentRgb, solve
 from shared.format.schema import (
     KEY_BYTES,
@@ -120,15 +121,10 @@ class Entries:
 
     @property
     def digest(self) -> str:
-        """Changes with any of them."""
-        return entries_digest(self.sidecars, self.tombstones)
-
-
-def entries_digest(sidecars: list[Sidecar], tombstones: list[Tombstones]) -> str:
-    """The digest of an index of these, each list by name."""
-    shards = [[sidecar.shard, sidecar.sha256] for sidecar in sidecars]
-    removed = [[dead.name, dead.sha256] for dead in tombstones]
-    return digest_of([FORMAT_VERSION, shards + removed])
+        """Of an index of these: changes with any of them."""
+        shards = [[sidecar.shard, sidecar.sha256] for sidecar in self.sidecars]
+        removed = [[dead.name, dead.sha256] for dead in self.tombstones]
+        return digest_of([FORMAT_VERSION, shards + removed])
 
 
 def entries_of(folder: Path) -> Entries:
@@ -196,29 +192,47 @@ def write_index(
     position = {bucket: number for number, bucket in enumerate(buckets)}
     bucket_of_shard = np.asarray([position[s.bucket] for s in sidecars if s.bucket], np.int32)
     columns["bucket"] = bucket_of_shard[columns["shard"]]
-    per_bucket = np.bincount(columns["bucket"], minlength=len(buckets))
     latent_rgb = _latent_rgb(folder, sidecars)
 
     _write_zarr(folder, columns, entries.digest)
-    manifest = {
+    manifest = manifest_of(entries, buckets, columns["bucket"], latent_rgb)
+    write_json(folder / MANIFEST, manifest)
+    return open_cache(folder)
+
+
+def manifest_of(
+    entries: Entries,
+    buckets: Sequence[Bucket],
+    bucket_ids: npt.NDArray[np.int32],
+    latent_rgb: LatentRgb | None,
+) -> dict[str, Any]:
+    """`manifest.json` of these shards; `bucket_ids`: (N) of the live samples, in `buckets`."""
+
+    def listed(sidecars: list[Sidecar]) -> list[dict[str, Any]]:
+        return [
+            {"name": s.shard, "sha256": s.sha256, "bytes": s.bytes, "count": s.count}
+            for s in sidecars
+        ]
+
+    every = [sidecar.fingerprint for sidecar in entries.sidecars]
+    per_bucket = np.bincount(bucket_ids, minlength=len(buckets)).tolist()
+    return {
         "format": FORMAT_VERSION,
         "index": entries.digest,
-        "samples": len(columns["key"]),
+        "samples": len(bucket_ids),
         "buckets": [
-            {"height": b.height, "width": b.width, "frames": b.frames, "samples": int(count)}
-            for b, count in zip(buckets, per_bucket, strict=True)
+            {**asdict(bucket), "samples": number}
+            for bucket, number in zip(buckets, per_bucket, strict=True)
         ],
-        "shards": [_shard_entry(sidecar) for sidecar in sidecars],
-        "prompts": [_shard_entry(sidecar) for sidecar in entries.prompts],
+        "shards": listed(entries.samples),
+        "prompts": listed(entries.prompts),
         "tombstones": [
             {"name": removed.name, "sha256": removed.sha256, "count": len(removed.keys)}
             for removed in entries.tombstones
         ],
-        "fingerprint": _fingerprint(entries.sidecars),
+        "fingerprint": of_cache(every[0], every) if every else {},
         "latent_rgb": latent_rgb.to_json() if latent_rgb else None,
     }
-    write_json(folder / MANIFEST, manifest)
-    return open_cache(folder)
 
 
 def _live(columns: Columns, samples: list[Sidecar], tombstones: list[Tombstones]) -> Columns:
@@ -286,22 +300,6 @@ def check_shards(folder: Path, names: Iterable[str] | None = None) -> None:
                 f"shards: {tar} is damaged: its SHA-256 is {found[:12]}…, the sidecar says "
                 f"{sidecar.sha256[:12]}…. {REENCODE_SHARD}"
             )
-
-
-def _shard_entry(sidecar: Sidecar) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "name": sidecar.shard,
-        "sha256": sidecar.sha256,
-        "bytes": sidecar.bytes,
-        "count": sidecar.count,
-    }
-    return entry
-
-
-def _fingerprint(sidecars: list[Sidecar]) -> Fingerprint:
-    if not sidecars:
-        return {}
-    return of_cache(sidecars[0].fingerprint, (sidecar.fingerprint for sidecar in sidecars))
 
 
 def _refuse_mixed(folder: Path, sidecars: list[Sidecar]) -> None:

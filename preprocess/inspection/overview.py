@@ -5,6 +5,7 @@ Only durations and a few captions stand in `KEY.json` alone; those are read for 
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -221,11 +222,8 @@ def _seconds(index: CacheIndex, seed: int) -> tuple[npt.NDArray[np.float64], int
         chosen = np.random.default_rng(seed).choice(videos, MOST_READ, replace=False)
     # In the order of the disk.
     order = np.lexsort((index.offsets[chosen, 0], index.shard_ids[chosen]))
-    reader = MemberReader(index)
-    try:
+    with closing(MemberReader(index)) as reader:
         found = [seconds_of(reader.info(int(row))) for row in chosen[order]]
-    finally:
-        reader.close()
     return np.asarray([one for one in found if one is not None], dtype=np.float64), len(videos)
 
 
@@ -237,11 +235,8 @@ def _captions(index: CacheIndex) -> Captions:
     most = int(times.argmax()) if len(times) else 0
     common, common_samples = None, int(times[most]) if len(times) else 0
     if common_samples > 1:
-        reader = MemberReader(index)
-        try:
-            common = str(reader.info(int(first[most]))["caption"])
-        finally:
-            reader.close()
+        with closing(MemberReader(index)) as reader:
+            common = reader.info(int(first[most]))["caption"]
     limit = int(index.fingerprint.get("text", {}).get("max_length", 0))
     return Captions(
         distinct=len(times),

@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
-from preprocess.cache.index import entries_digest
+from preprocess.cache.index import Entries, manifest_of
 from preprocess.cache.remove import require_shards
 from preprocess.cache.shard_rows import Row
 from preprocess.cache.writer import LOCK
@@ -176,10 +176,9 @@ class _Folder:
         self.sidecars = self._read_sidecars()
         self._tombstones = self._read_tombstones()
         self._writing = self._writing or _writers_at_work(folder)
-        self._removed = {
-            bytes.fromhex(key): max(age(dead.name) for dead in dying)
-            for key, dying in self._by_key(self._tombstones).items()
-        }
+        self._removed: dict[bytes, tuple[int, int]] = {}
+        for dead in sorted(self._tombstones, key=lambda dead: age(dead.name)):
+            self._removed |= {bytes.fromhex(key): age(dead.name) for key in dead.keys}
         # Shards of both frame rules may lie in a cache, and have its fingerprint.
         every = [sidecar.fingerprint for sidecar in self.sidecars]
         whole = [of_cache(fingerprint, every) for fingerprint in every]
@@ -205,87 +204,69 @@ class _Folder:
             for name in ("shards", "prompts", "tombstones"):
                 _ = {entry["name"]: entry["sha256"] for entry in manifest[name]}
         except (UserError, KeyError, TypeError) as error:
-            self._add("manifest-damaged", MANIFEST, _why(error, path), "a manifest", self._rebuild)
+            self._add("manifest-damaged", MANIFEST, _why(error, path), "a manifest")
             return {}
         return manifest
 
     def _read_index(self) -> tuple[CacheIndex | None, npt.NDArray[np.intp]]:
         """The index with every column read, and its rows in the order of their shards."""
-        nothing = np.zeros(0, dtype=np.intp)
+        nothing = None, np.zeros(0, dtype=np.intp)
         if not self.manifest:
-            return None, nothing
+            return nothing
         path = self.folder / INDEX
         try:
             digest = read_attributes(path).get("digest")
         except (OSError, ValueError) as error:
-            self._add("index-damaged", INDEX, first_line(error), "a Zarr group", self._rebuild)
-            return None, nothing
+            self._add("index-damaged", INDEX, first_line(error), "a Zarr group")
+            return nothing
         if digest != self.manifest["index"]:
             self._stale(f"digest {digest}", f"{self.manifest['index']}, as {MANIFEST} says")
-            return None, nothing
+            return nothing
         listed = [entry["name"] for entry in self.manifest["shards"] + self.manifest["prompts"]]
         lost = [name for name in listed if not (self.folder / name).exists()]
         for name in lost:
-            self._add(
-                "tar-missing",
-                name,
-                f"no such file, but {MANIFEST} lists it",
-                "the shard",
-                f"restore {name}, or leave its samples out: {self._rebuild}",
-            )
+            found = f"no such file, but {MANIFEST} lists it"
+            cure = f"restore {name}, or leave its samples out: {self._rebuild}"
+            self._add("tar-missing", name, found, "the shard", cure)
         if lost:
-            return None, nothing
+            return nothing
         try:
             index = open_cache(self.folder)
             # All of it now: a writer may replace the file at any time after.
-            shard_ids = index.read_columns()["shard"]
+            return index, np.argsort(index.read_columns()["shard"], kind="stable")
         except UserError as error:
-            self._add("index-damaged", INDEX, _why(error, path), "an index", self._rebuild)
-            return None, nothing
-        return index, np.argsort(shard_ids, kind="stable")
+            self._add("index-damaged", INDEX, _why(error, path), "an index")
+            return nothing
 
     def _read_sidecars(self) -> list[Sidecar]:
         found = []
         listed = self._listed("shards") | self._listed("prompts")
-        names = {path.name: path for path in self.folder.iterdir()}
-        for name, path in sorted(names.items()):
-            stem = SHARD_NAME.fullmatch(name.replace(".json", ".tar"))
-            if stem is None or name.startswith(TOMBSTONES):
-                continue
-            if path.suffix == ".json":
-                tar = Path(name).with_suffix(".tar").name
-                if tar not in names and tar not in listed:
-                    cure = f"restore {tar}, or delete {name}"
+        names = {path.name for path in self.folder.iterdir()}
+        tars = {name.replace(".json", ".tar") for name in names if not name.startswith(TOMBSTONES)}
+        for tar in sorted(filter(SHARD_NAME.fullmatch, tars)):
+            path = Sidecar.path_for(self.folder / tar)
+            if tar not in names:
+                if tar not in listed:
+                    cure = f"restore {tar}, or delete {path.name}"
                     self._add("tar-missing", tar, "no such file", "the tar of the sidecar", cure)
-                continue
-            beside = Sidecar.path_for(path)
-            if beside.name not in names:
-                if name in listed:
-                    cure = (
-                        f"restore {beside.name}, or run `wanprep encode` again and {self._rebuild}"
-                    )
-                    self._add("sidecar-missing", name, f"no {beside.name}", "it", cure)
-                elif not self._writing:
-                    cure = "nothing: the next run of its writer removes it"
-                    self._add(
-                        "sidecar-missing", name, f"no {beside.name}", "it", cure, severity="note"
-                    )
-                continue
-            if (sidecar := self._read_sidecar(beside, name)) is not None:
-                found.append(sidecar)
-        leftovers = [name for name in names if name.endswith(TEMPORARY_SUFFIX)]
-        if leftovers and not self._writing:
-            self._add(
-                "sidecar-missing",
-                leftovers[0],
-                f"{count(len(leftovers), 'file')} that a run did not finish",
-                "none",
-                "nothing: the next run removes them",
-                severity="note",
-            )
+            elif path.name in names:
+                found += self._read_sidecar(path, tar)
+            elif tar in listed:
+                cure = f"restore {path.name}, or run `wanprep encode` again and {self._rebuild}"
+                self._add("sidecar-missing", tar, f"no {path.name}", "it", cure)
+            else:
+                cure = "nothing: the next run of its writer removes it"
+                self._note_leftover(tar, f"no {path.name}", "it", cure)
+        if leftovers := [name for name in names if name.endswith(TEMPORARY_SUFFIX)]:
+            what = f"{count(len(leftovers), 'file')} that a run did not finish"
+            self._note_leftover(leftovers[0], what, "none", "nothing: the next run removes them")
         return found
 
-    def _read_sidecar(self, path: Path, tar: str) -> Sidecar | None:
+    def _note_leftover(self, file: str, found: str, expected: str, cure: str) -> None:
+        if not self._writing:
+            self._add("sidecar-missing", file, found, expected, cure, severity="note")
+
+    def _read_sidecar(self, path: Path, tar: str) -> list[Sidecar]:
         cure = f"restore {path.name}, or delete it with {tar} and run `wanprep encode` again"
         try:
             sidecar = Sidecar.read(path)
@@ -297,8 +278,8 @@ class _Folder:
                 ColourFit.from_json(sidecar.latent_rgb)
         except (KeyError, TypeError, ValueError) as error:  # UserError is a ValueError
             self._add("sidecar-damaged", path.name, _why(error, path), "a sidecar", cure)
-            return None
-        return sidecar
+            return []
+        return [sidecar]
 
     def _read_tombstones(self) -> list[Tombstones]:
         found = []
@@ -313,14 +294,6 @@ class _Folder:
                 self._add("tombstones-damaged", path.name, _why(error, path), "keys", cure)
         return found
 
-    @staticmethod
-    def _by_key(tombstones: list[Tombstones]) -> dict[str, list[Tombstones]]:
-        found: dict[str, list[Tombstones]] = {}
-        for dead in tombstones:
-            for key in dead.keys:
-                found.setdefault(key, []).append(dead)
-        return found
-
     def _is_current(self) -> bool:
         """Whether the index is of all that is committed."""
         if self.index is None:
@@ -328,7 +301,7 @@ class _Folder:
         unreadable = {"sidecar-damaged", "sidecar-missing", "tar-missing", "tombstones-damaged"}
         if any(f.code in unreadable and f.severity == "error" for f in self.findings):
             return False
-        digest = entries_digest(self.sidecars, self._tombstones)
+        digest = Entries(sidecars=self.sidecars, tombstones=self._tombstones).digest
         if digest != self.index.digest:
             self._stale(f"digest {self.index.digest[:12]}…", f"{digest[:12]}… of what is committed")
             return False
@@ -338,39 +311,19 @@ class _Folder:
     def _check_manifest(self) -> None:
         """The manifest's lists and numbers against what they are derived from."""
         assert self.index is not None
-
-        def entries(kind: str) -> list[dict[str, Any]]:
-            return [
-                {"name": s.shard, "sha256": s.sha256, "bytes": s.bytes, "count": s.count}
-                for s in self.sidecars
-                if s.kind == kind
-            ]
-
-        per_bucket = np.bincount(self.index.bucket_ids, minlength=len(self.index.buckets))
-        derived = {
-            "samples": len(self.index),
-            "buckets": [
-                {"height": b.height, "width": b.width, "frames": b.frames, "samples": int(number)}
-                for b, number in zip(self.index.buckets, per_bucket, strict=True)
-            ],
-            "shards": entries("samples"),
-            "prompts": entries("prompts"),
-            "fingerprint": self.fingerprint,
-        }
-        for name, value in derived.items():
-            if self.manifest.get(name) != value:
-                self._add(
-                    "manifest-damaged",
-                    MANIFEST,
-                    f"{name} is not what the shards give",
-                    "what `wanprep index` writes",
-                    self._rebuild,
-                )
+        entries = Entries(sidecars=self.sidecars, tombstones=self._tombstones)
+        derived = manifest_of(entries, self.index.buckets, self.index.bucket_ids, None)
+        for name in ("samples", "buckets", "shards", "prompts", "fingerprint"):
+            if self.manifest.get(name) != derived[name]:
+                found = f"{name} is not what the shards give"
+                self._add("manifest-damaged", MANIFEST, found, "what `wanprep index` writes")
 
     def _stale(self, found: str, expected: str) -> None:
-        severity: Severity = "note" if self._writing else "error"
-        cure = "nothing: the writer at work updates it" if self._writing else self._rebuild
-        self._add("index-stale", INDEX, found, expected, cure, severity=severity)
+        if self._writing:
+            cure = "nothing: the writer at work updates it"
+            self._add("index-stale", INDEX, found, expected, cure, severity="note")
+        else:
+            self._add("index-stale", INDEX, found, expected)
 
     # The tars.
 
@@ -395,17 +348,12 @@ class _Folder:
             self.samples += len(found.rows) if sidecar.kind == "samples" else 0
             roles |= found.roles
             self._report(sidecar, found)
-        if self.fingerprint.get("overlay") != CONDITIONS:
+        if self.sidecars and not self._writing and self.fingerprint.get("overlay") != CONDITIONS:
+            cure = f"run `{made_by(self.fingerprint)}` again: it encodes what is missing"
             for role in _NEEDED_PROMPTS:
-                if role not in roles and self.sidecars and not self._writing:
-                    command = made_by(self.fingerprint)
-                    self._add(
-                        "prompt-missing",
-                        "prompts-*.tar",
-                        f"no prompt of role {role!r}",
-                        "one",
-                        f"run `{command}` again: it encodes what is missing",
-                    )
+                if role not in roles:
+                    found_none = f"no prompt of role {role!r}"
+                    self._add("prompt-missing", "prompts-*.tar", found_none, "one", cure)
 
     def _report(self, sidecar: Sidecar, found: ShardReport) -> None:
         """Findings of one tar, and what the index says of it."""
@@ -442,12 +390,8 @@ class _Folder:
         says, holds = _facts(_index_row(self.index, row), bucket), _facts(found, sidecar.bucket)
         wrong = [name for name in says if says[name] != holds[name]]
         if wrong:
-            self._add_row(
-                sidecar,
-                key,
-                ", ".join(f"{name} {says[name]}" for name in wrong),
-                ", ".join(str(holds[name]) for name in wrong),
-            )
+            said = ", ".join(f"{name} {says[name]}" for name in wrong)
+            self._add_row(sidecar, key, said, ", ".join(str(holds[name]) for name in wrong))
 
     def _rows(self, sidecar: Sidecar) -> npt.NDArray[np.intp]:
         """Rows of the index that lie in a shard."""
@@ -492,20 +436,11 @@ class _Folder:
             cure = f"wanprep remove --shards {folder} --sample {key}; then run `{again}` again"
             if self._is_dead(key, sidecar):
                 severity, cure = "note", f"wanprep compact --shards {folder}: it is dead"
-        self._add(
-            problem.code,
-            sidecar.shard,
-            problem.found,
-            problem.expected,
-            cure,
-            key=key,
-            member=problem.member,
-            severity=severity,
-        )
+        self._add(**asdict(problem), file=sidecar.shard, cure=cure, key=key, severity=severity)
 
     def _add_row(self, sidecar: Sidecar, key: str, found: str, expected: str) -> None:
         found = f"the row for {sidecar.shard} has {found}" if found != "no row" else found
-        self._add("index-row", INDEX, found, expected, self._rebuild, key=key)
+        self._add("index-row", INDEX, found, expected, key=key)
 
     def _add(
         self,
@@ -513,22 +448,21 @@ class _Folder:
         file: str,
         found: str,
         expected: str,
-        cure: str,
+        cure: str | None = None,
         *,
-        key: str | None = None,
-        member: str | None = None,
         severity: Severity = "error",
+        **place: str | None,
     ) -> None:
+        """Without a `cure` it is to build the index anew. `place`: key and member of a sample."""
         self.findings.append(
             Finding(
                 severity=severity,
                 code=code,
                 file=self._prefix + file,
-                key=key,
-                member=member,
                 found=found,
                 expected=expected,
-                cure=cure,
+                cure=self._rebuild if cure is None else cure,
+                **place,
             )
         )
 
@@ -567,14 +501,9 @@ def _beside(base: _Folder, overlay: _Folder) -> list[Finding]:
     if base.index is not None and overlay.index is not None:
         orphans = int((positions(overlay.index.keys, base.index.keys) < 0).sum())
         if orphans:
-            overlay._add(
-                "overlay-orphans",
-                INDEX,
-                f"{count(orphans, 'sample')} that the cache does not have",
-                "none",
-                f"wanprep compact --shards {quoted(base.folder)}",
-                severity="note",
-            )
+            found = f"{count(orphans, 'sample')} that the cache does not have"
+            cure = f"wanprep compact --shards {quoted(base.folder)}"
+            overlay._add("overlay-orphans", INDEX, found, "none", cure, severity="note")
     return overlay.findings[before:]
 
 

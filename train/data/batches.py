@@ -5,7 +5,7 @@ import threading
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 
@@ -153,51 +153,41 @@ def load_prompt_bank(index: CacheIndex) -> PromptBank:
     return PromptBank(empty=pad_text(prompts["empty"]), negative=pad_text(prompts["negative"]))
 
 
+@dataclass(frozen=True, eq=False)
 class MicroBatches:
     """(update, micro-step) → StoredBatch: a pure function, so threads may do it ahead."""
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        plan: BatchPlan,
-        spec: ModelSpec,
-        *,
-        empty_text: torch.Tensor,
-        caption_dropout: float,
-        frame_crop: bool,
-        text_only: bool = False,
-        accumulation: int,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        """`frame_crop`: now and then show the beginning of clips only (`cropped_frames`).
+    dataset: Dataset
+    plan: BatchPlan
+    spec: ModelSpec
+    _: KW_ONLY
+    empty_text: torch.Tensor
+    caption_dropout: float
+    frame_crop: bool
+    """Now and then show the beginning of clips only (`cropped_frames`)."""
+    text_only: bool = False
+    """Show all clips of a ti2v model as text to video."""
+    accumulation: int
+    rank: int
+    world_size: int
+    _buffers: Buffers = field(default_factory=Buffers, init=False)
+    _local: threading.local = field(default_factory=threading.local, init=False)
+    """A reader of each thread: its files may be closed by its next read."""
 
-        `text_only`: show all clips of a ti2v model as text to video.
-        """
-        self._dataset = dataset
-        self._plan = plan
-        self._spec = spec
-        self._empty_text = empty_text
-        self._caption_dropout = caption_dropout
-        self._frame_crop = frame_crop
-        self._text_only = text_only
-        self._accumulation = accumulation
-        self._rank = rank
-        self._world_size = world_size
-        self._dtype = DTYPES[dataset.first.fingerprint["latents"]["dtype"]]
-        self._buffers = Buffers()
-        self._local = threading.local()  # a reader's files may be closed by the thread's next read
+    @property
+    def _dtype(self) -> torch.dtype:
+        return DTYPES[self.dataset.first.fingerprint["latents"]["dtype"]]
 
     def load(self, update: int, micro_step: int) -> StoredBatch:
         """This rank's samples of one micro-step. Raises UserError on damaged or missing members."""
         positions = micro_batch(
-            self._plan.batch_size,
+            self.plan.batch_size,
             micro_step=micro_step,
-            rank=self._rank,
-            world_size=self._world_size,
-            accumulation=self._accumulation,
+            rank=self.rank,
+            world_size=self.world_size,
+            accumulation=self.accumulation,
         )
-        update_batch = self._plan.batch(update)
+        update_batch = self.plan.batch(update)
         rows = [int(update_batch[position]) for position in positions]
         drawn = list(zip(rows, positions, strict=True))
         frames = self._latent_shape(rows[0])[1]
@@ -207,7 +197,7 @@ class MicroBatches:
             rows,
             captioned=[self._keeps_caption(row, update, position) for row, position in drawn],
             conditioned=[self._keeps_first_frame(row, update, position) for row, position in drawn],
-            frames=cropped_frames(frames, self._plan.seed, update) if self._frame_crop else frames,
+            frames=cropped_frames(frames, self.plan.seed, update) if self.frame_crop else frames,
         )
 
     def whole_sample(self, row: int, number: int) -> tuple[StoredBatch, str]:
@@ -237,22 +227,22 @@ class MicroBatches:
         `conditioned`: of ti2v, whose first frame is kept.
         """
         condition, image, noised = None, None, None
-        if self._spec.mode == "i2v":
+        if self.spec.mode == "i2v":
             condition, image = self._conditions(rows)
             condition = condition[:, :, :frames]
         texts = [
-            self._text(row) if own else self._empty_text
+            self._text(row) if own else self.empty_text
             for row, own in zip(rows, captioned, strict=True)
         ]
         # The VAE is causal: its first frames *are* the encoding of the shorter clip, to the bit.
         latents = self._targets(rows)[:, :, :frames]
-        if self._spec.mode == "ti2v":
+        if self.spec.mode == "ti2v":
             noised = torch.ones(len(rows), 1, frames, 1, 1)
             noised[conditioned, :, 0] = 0
         return StoredBatch(
             update=update,
             samples=samples,
-            keys=tuple(self._dataset.key(row) for row in rows),
+            keys=tuple(self.dataset.key(row) for row in rows),
             latents=latents,
             noised=noised,
             texts=tuple(texts),
@@ -266,7 +256,7 @@ class MicroBatches:
         Threads, not processes: reading releases the GIL, and there is nothing to fork, to pickle
         or to shut down. An error is raised where its batch would have come.
         """
-        wanted = itertools.product(range(start, stop), range(self._accumulation))
+        wanted = itertools.product(range(start, stop), range(self.accumulation))
         if workers == 0:
             yield from itertools.starmap(self.load, wanted)
             return
@@ -283,22 +273,22 @@ class MicroBatches:
     def _keeps_caption(self, row: int, update: int, position: int) -> bool:
         """Whether a sample is shown with its own caption this time. Of a caption alone nothing
         would be left."""
-        draw = counted_rng(self._plan.seed, "caption dropout", update, position).random()
-        return bool(draw >= self._caption_dropout) or int(self._dataset.types[row]) == TEXT
+        draw = counted_rng(self.plan.seed, "caption dropout", update, position).random()
+        return bool(draw >= self.caption_dropout) or int(self.dataset.types[row]) == TEXT
 
     def _keeps_first_frame(self, row: int, update: int, position: int) -> bool:
         """ti2v: whether a sample is image to video this time. Of a single frame nothing would be
         left to learn."""
-        bucket = self._dataset.buckets[int(self._dataset.bucket_ids[row])]
-        if self._text_only or int(self._dataset.types[row]) != VIDEO or bucket.frames == 1:
+        bucket = self.dataset.buckets[int(self.dataset.bucket_ids[row])]
+        if self.text_only or int(self.dataset.types[row]) != VIDEO or bucket.frames == 1:
             return False
-        draw = counted_rng(self._plan.seed, "text only", update, position).random()
+        draw = counted_rng(self.plan.seed, "text only", update, position).random()
         return bool(draw >= TEXT_ONLY_SHARE)
 
     def _latent_shape(self, row: int) -> tuple[int, ...]:
         """(C, T, H, W) of the sample's bucket."""
-        bucket = self._dataset.buckets[int(self._dataset.bucket_ids[row])]
-        return bucket.latent_shape(self._spec.latent_channels, self._spec.stride)
+        bucket = self.dataset.buckets[int(self.dataset.bucket_ids[row])]
+        return bucket.latent_shape(self.spec.latent_channels, self.spec.stride)
 
     # Of each member: its header, memory for its tensors, then their bytes into it.
 
@@ -306,17 +296,17 @@ class MicroBatches:
         """(tokens, D) of a caption."""
         reader, header = self._header(row, TEXT_MEMBER)
         tokens, width = header.tensors["text"].shape
-        if tokens > MAX_TEXT_TOKENS or width != self._spec.text_dim:
-            expected = f"(up to {MAX_TEXT_TOKENS}, {self._spec.text_dim})"
+        if tokens > MAX_TEXT_TOKENS or width != self.spec.text_dim:
+            expected = f"(up to {MAX_TEXT_TOKENS}, {self.spec.text_dim})"
             raise self._misshapen(row, header, "text", expected)
-        room = self._buffers.empty((MAX_TEXT_TOKENS, width), self._empty_text.dtype)
+        room = self._buffers.empty((MAX_TEXT_TOKENS, width), self.empty_text.dtype)
         return self._read(row, reader, header, "text", room[:tokens])
 
     def _targets(self, rows: list[int]) -> torch.Tensor:
         """(B, C, T, H, W) latents; zeros where there is only a caption."""
         targets = self._buffers.empty((len(rows), *self._latent_shape(rows[0])), self._dtype)
         for target, row in zip(targets, rows, strict=True):
-            if int(self._dataset.types[row]) == TEXT:
+            if int(self.dataset.types[row]) == TEXT:
                 target.zero_()
             else:
                 self._read(row, *self._header(row, LATENTS_MEMBER), "latents", target)
@@ -330,7 +320,7 @@ class MicroBatches:
         for condition, row in zip(conditions, rows, strict=True):
             reader, header = self._header(row, CONDITION_MEMBER)
             self._read(row, reader, header, "cond", condition)
-            if (width := self._spec.image_dim) is not None:
+            if (width := self.spec.image_dim) is not None:
                 clip = header.tensors.get("clip", _NO_TENSOR)
                 if clip.shape[1] != width:
                     raise self._misshapen(row, header, "clip", f"(tokens, {width}) as clip")
@@ -341,10 +331,10 @@ class MicroBatches:
     def _reader(self, row: int) -> tuple[MemberReader, int]:
         """This thread's reader of a sample's cache, and the sample's row there."""
         if not hasattr(self._local, "readers"):
-            parts = self._dataset.parts
+            parts = self.dataset.parts
             files = max(2, OPEN_FILES // len(parts))
             self._local.readers = [MemberReader(part.index, open_files=files) for part in parts]
-        part, at = self._dataset.place(row)
+        part, at = self.dataset.place(row)
         return self._local.readers[part], at
 
     def _header(self, row: int, member: str) -> tuple[MemberReader, MemberHeader]:
@@ -353,9 +343,9 @@ class MicroBatches:
         header = reader.header(at, member)
         if header is None:
             raise UserError(
-                f"shards: {self._dataset.where(row)} has no {member}, which every "
-                f"{self._spec.mode} model needs. Encode with this model: wanprep encode "
-                f"--pretrained-model-name-or-path {quoted(self._spec.folder)} --output <new folder>"
+                f"shards: {self.dataset.where(row)} has no {member}, which every "
+                f"{self.spec.mode} model needs. Encode with this model: wanprep encode "
+                f"--pretrained-model-name-or-path {quoted(self.spec.folder)} --output <new folder>"
             )
         return reader, header
 
@@ -368,7 +358,7 @@ class MicroBatches:
             raise self._misshapen(row, header, name, str(tuple(target.shape)))
         if TORCH_DTYPES[found.dtype] != target.dtype:
             raise UserError(
-                f"shards: {self._dataset.where(row, header.member)}: {header.member} holds "
+                f"shards: {self.dataset.where(row, header.member)}: {header.member} holds "
                 f"{found.dtype}, expected {target.dtype} as the fingerprint says. {REENCODE_SHARD}"
             )
         reader.read_into(header, name, target)
@@ -376,6 +366,6 @@ class MicroBatches:
 
     def _misshapen(self, row: int, header: MemberHeader, name: str, expected: str) -> UserError:
         return UserError(
-            f"shards: {self._dataset.where(row, header.member)}: {header.member} has shape "
+            f"shards: {self.dataset.where(row, header.member)}: {header.member} has shape "
             f"{header.tensors.get(name, _NO_TENSOR).shape}, expected {expected}. {REENCODE_SHARD}"
         )

@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -241,30 +241,21 @@ def _texts(
     index: CacheIndex, rows: Iterable[int], fields: Iterable[str]
 ) -> Iterable[tuple[int, dict[str, list[str]]]]:
     """Row and, of each field of text, its values; the caption is the one that is trained on."""
-    overlay = index.overlays.get(TEXT_MEMBER)
-    own = MemberReader(index, open_files=2)
-    other = None if overlay is None else MemberReader(overlay.index, open_files=2)
-    elsewhere = other is not None and "caption" in fields
-    needs_own = not elsewhere or set(fields) != {"caption"}
-    try:
+    overlay = index.overlays.get(TEXT_MEMBER) if "caption" in fields else None
+    with closing(MemberReader(index, open_files=2)) as own, ExitStack() as opened:
+        if overlay is not None:
+            theirs = opened.enter_context(closing(MemberReader(overlay.index, open_files=2)))
         for row in map(int, rows):
             texts: dict[str, list[str]] = {}
-            at = -1 if overlay is None or not elsewhere else int(overlay.rows[row])
-            if needs_own or at < 0:
+            at = -1 if overlay is None else int(overlay.rows[row])
+            if at < 0 or set(fields) != {"caption"}:
                 info = own.info(row)
                 tags = info.get("tags", [])
-                texts = {
-                    "caption": [info["caption"]],
-                    "source": [info["source"]],
-                    "tag": [str(tag) for tag in tags] if isinstance(tags, list) else [],
-                }
-            if other is not None and at >= 0:
-                texts["caption"] = [other.info(at)["caption"]]
+                texts = {name: [info[name]] for name in ("caption", "source")}
+                texts["tag"] = list(map(str, tags)) if isinstance(tags, list) else []
+            if at >= 0:
+                texts["caption"] = [theirs.info(at)["caption"]]
             yield row, texts
-    finally:
-        own.close()
-        if other is not None:
-            other.close()
 
 
 def _there_is(indexes: Sequence[CacheIndex], field: str) -> str:
@@ -277,10 +268,10 @@ def _there_is(indexes: Sequence[CacheIndex], field: str) -> str:
         if field in TEXTS:
             for _, texts in _texts(index, range(min(len(index), _MOST_READ)), [field]):
                 counts.update(texts[field])
-            continue
-        names = MEDIA_TYPES if field == "type" else tuple(map(str, index.buckets))
-        sums = np.bincount(index.types if field == "type" else index.bucket_ids)
-        counts.update({name: int(n) for name, n in zip(names, sums, strict=False) if n})
+        elif field == "type":
+            counts.update(MEDIA_TYPES[number] for number in index.types)
+        else:
+            counts.update(str(index.buckets[number]) for number in index.bucket_ids)
     if field in ("caption", "source"):
         return "e.g. " + ", ".join(f"{text!r:.60}" for text in list(counts)[:_EXAMPLES])
     if not counts:
