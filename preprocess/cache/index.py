@@ -61,15 +61,10 @@ def fresh_index(folder: Path) -> CacheIndex:
     while True:
         in_store = pull(folder)
         entries = entries_of(folder)
-        try:
-            manifest = parse((folder / MANIFEST).read_bytes(), most=MOST_MANIFEST)
-            if manifest["index"] == entries.digest:
-                index = open_cache(folder)
-                index.read_columns()
-                return index
-        except (OSError, ValueError, KeyError, TypeError):  # UserError is a ValueError
-            pass
-        index = write_index(folder, entries, _reusable(folder, entries))
+        found = _written(folder)
+        if found is not None and found[0].digest == entries.digest:
+            return found[0]
+        index = write_index(folder, entries, _reusable(found, entries))
         if not in_store:
             return index
         # Another writer may have put its index between our objects, or its shards after we
@@ -87,7 +82,7 @@ def settled_index(folder: Path) -> CacheIndex:
 def live_columns(folder: Path) -> tuple[Columns, tuple[str, ...]]:
     """The index's columns as they would be now, and the prompts' shards; nothing is written."""
     entries = entries_of(folder)
-    columns = _columns(folder, entries, _reusable(folder, entries))
+    columns = _columns(folder, entries, _reusable(_written(folder), entries))
     return columns, tuple(sidecar.shard for sidecar in entries.prompts)
 
 
@@ -132,34 +127,42 @@ def entries_of(folder: Path) -> Entries:
     return Entries(sidecars=committed_shards(folder), tombstones=committed_tombstones(folder))
 
 
-def _reusable(folder: Path, entries: Entries) -> tuple[set[str], Columns] | None:
+def _written(folder: Path) -> tuple[CacheIndex, dict[str, str]] | None:
+    """The index that is there, read whole, and SHA-256 of each file that it was made from.
+
+    None where it is missing or damaged.
+    """
+    try:
+        manifest = parse((folder / MANIFEST).read_bytes(), most=MOST_MANIFEST)
+        files = manifest["shards"] + manifest["tombstones"]
+        made_from = {entry["name"]: entry["sha256"] for entry in files}
+        index = open_cache(folder)
+        index.read_columns()
+    except (OSError, ValueError, KeyError, TypeError):  # UserError is a ValueError
+        return None
+    return index, made_from
+
+
+def _reusable(
+    written: tuple[CacheIndex, dict[str, str]] | None, entries: Entries
+) -> tuple[set[str], Columns] | None:
     """The rows of the index that is there, and the shards that they stand for.
 
     None where it cannot be built upon: a shard or a tombstone that it knew is gone or another, so
     that a row which it left out may count again.
     """
-    try:
-        manifest = parse((folder / MANIFEST).read_bytes(), most=MOST_MANIFEST)
-        known = {entry["name"]: entry["sha256"] for entry in manifest["shards"]}
-        removed = {entry["name"]: entry["sha256"] for entry in manifest["tombstones"]}
-        index = open_cache(folder)
-        columns = index.read_columns()
-    except (OSError, ValueError, KeyError, TypeError):
+    if written is None:
         return None
+    index, made_from = written
     here = {sidecar.shard: sidecar.sha256 for sidecar in entries.samples}
     dead = {tombstones.name: tombstones.sha256 for tombstones in entries.tombstones}
-    if not (known.items() <= here.items() and removed.items() <= dead.items()):
+    if not made_from.items() <= (here | dead).items():
         return None
-    columns["shard"] = _renumbered(columns["shard"], list(index.shards), sorted(here))
-    return set(known), columns
-
-
-def _renumbered(
-    positions: npt.NDArray[Any], old: list[str], new: list[str]
-) -> npt.NDArray[np.int32]:
-    """Positions in `old` as positions in `new`."""
-    numbers = {name: number for number, name in enumerate(new)}
-    return np.asarray([numbers[name] for name in old], dtype=np.int32)[positions]
+    columns = index.read_columns()
+    numbers = {name: number for number, name in enumerate(sorted(here))}
+    renumbered = np.asarray([numbers[name] for name in index.shards], dtype=np.int32)
+    columns["shard"] = renumbered[columns["shard"]]
+    return set(index.shards), columns
 
 
 def _columns(folder: Path, entries: Entries, reusable: tuple[set[str], Columns] | None) -> Columns:
@@ -168,7 +171,8 @@ def _columns(folder: Path, entries: Entries, reusable: tuple[set[str], Columns] 
     known, columns = reusable or (set(), columns_of({}))
     sidecars = entries.samples
     scanned = [
-        _shard_columns(folder, sidecar, number)
+        (stored_rows(folder, sidecar) or scan_shard(folder, sidecar))
+        | {"shard": np.full(sidecar.count, number, np.int32)}
         for number, sidecar in enumerate(sidecars)
         if sidecar.shard not in known
     ]
@@ -311,11 +315,6 @@ def _refuse_mixed(folder: Path, sidecars: list[Sidecar]) -> None:
             "different settings",
             cure="Move one of the two kinds (tars with their .json) to a folder of its own.",
         )
-
-
-def _shard_columns(folder: Path, sidecar: Sidecar, shard: int) -> Columns:
-    columns = stored_rows(folder, sidecar) or scan_shard(folder, sidecar)
-    return {**columns, "shard": np.full_like(columns["shard"], shard)}
 
 
 class _Store(LocalStore):

@@ -169,11 +169,11 @@ def _fits(columns: Columns, sidecar: Sidecar) -> bool:
     for name, (dtype, per_row) in COLUMNS.items():
         if columns[name].dtype != dtype or columns[name].shape != (sidecar.count, *per_row):
             return False
-    most = {"type": len(MEDIA_TYPES) - 1, "tokens": MAX_TEXT_TOKENS, "repeats": MOST_REPEATS}
-    if any(((columns[name] < 0) | (columns[name] > last)).any() for name, last in most.items()):
-        return False
-    if (columns["repeats"] < 1).any():
-        return False
+    last = len(MEDIA_TYPES) - 1
+    ranges = {"type": (0, last), "tokens": (0, MAX_TEXT_TOKENS), "repeats": (1, MOST_REPEATS)}
+    for name, (least, most) in ranges.items():
+        if ((columns[name] < least) | (columns[name] > most)).any():
+            return False
     offsets, lengths = columns["offset"], columns["length"]
     sizes_fit = (offsets >= 0) & (lengths >= 0) & (lengths <= sidecar.bytes - offsets)
     return bool(sizes_fit.all())

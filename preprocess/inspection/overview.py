@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -269,14 +270,11 @@ def drawn_across_buckets(index: CacheIndex, count: int, *, seed: int) -> list[in
     """Up to `count` rows, one of each bucket in turn, drawn by the seed."""
     random = np.random.default_rng(seed)
     waiting = [
-        list(map(int, random.permutation(np.flatnonzero(index.bucket_ids == number))))
+        map(int, random.permutation(np.flatnonzero(index.bucket_ids == number))[::-1])
         for number in range(len(index.buckets))
     ]
-    chosen: list[int] = []
-    while len(chosen) < count and any(waiting):
-        for rows in waiting:
-            if rows and len(chosen) < count:
-                chosen.append(rows.pop())
+    in_turns = chain.from_iterable(zip_longest(*waiting))
+    chosen = islice((row for row in in_turns if row is not None), count)
     return sorted(chosen, key=lambda row: (int(index.bucket_ids[row]), index.key(row)))
 
 

@@ -35,27 +35,21 @@ def facts(found: Overview) -> Iterator[tuple[str, str]]:
         yield "epoch", f"{found.epoch} samples, repeats counted"
     yield "shards", f"{found.shards}, {size(sum(found.bytes.values()))} with index and sidecars"
     if found.dead:
-        yield (
-            "dead",
-            f"{count(found.dead, 'sample')}, {size(found.dead_bytes)}: wanprep compact",
-        )
+        dead = f"{count(found.dead, 'sample')}, {size(found.dead_bytes)}"
+        yield "dead", f"{dead}: wanprep compact"
     if found.tombstones:
         yield "removed", f"{count(found.tombstones, 'key')} in tombstones"
     yield "captions", captions(found)
     if found.captions.most_common is not None:
         said = on_one_line(found.captions.most_common)
         said = said if len(said) <= 80 else said[:79] + "…"
-        yield (
-            "most common",
-            f"{count(found.captions.most_common_samples, 'sample')} have “{said}”",
-        )
+        having = count(found.captions.most_common_samples, "sample")
+        yield "most common", f"{having} have “{said}”"
     for overlay in found.overlays:
         lacks = f", {overlay.lacking} of the cache without" if overlay.lacking else ""
         orphans = f", {overlay.orphans} of samples that are gone" if overlay.orphans else ""
-        yield (
-            overlay.name,
-            f"{count(overlay.samples, 'sample')}, {size(overlay.bytes)}{lacks}{orphans}",
-        )
+        held = f"{count(overlay.samples, 'sample')}, {size(overlay.bytes)}"
+        yield overlay.name, held + lacks + orphans
     yield from fingerprint(found)
     yield "preview", preview(found)
 

@@ -5,11 +5,10 @@ not committed is not looked at.
 """
 
 import fcntl
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from preprocess.cache.index import Entries, manifest_of
 from preprocess.cache.remove import require_shards
 from preprocess.cache.shard_rows import Row
 from preprocess.cache.writer import LOCK
-from preprocess.verify.findings import Finding, Severity
+from preprocess.verify.findings import OF_MEMBERS, OF_SHARDS, Finding, Severity
 from preprocess.verify.sample_check import Expected, Problem
 from preprocess.verify.shard_check import ShardReport, check_shard
 from shared.cli.console import byte_bar, count
@@ -52,32 +51,21 @@ from shared.io.names import quoted
 
 _NEEDED_PROMPTS = ("empty", "negative")
 # Codes that keep `wanprep index`, and so `wanprep remove`, from reading the shard at all.
-_UNREADABLE = {
-    "member-missing",
-    "member-unexpected",
-    "member-duplicate",
-    "member-order",
-    "key-duplicate",
-    "json-damaged",
-    "json-field",
-    "tensor-damaged",
-    "tensor-name",
-    "count",
-}
+_UNREADABLE = {*OF_MEMBERS, "count"}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Verified:
     """What was read, and what was found."""
 
     folder: Path
-    shards: int = 0
-    samples: int = 0
+    shards: int
+    samples: int
     """In the shards, the dead ones included."""
-    beside: int = 0
+    beside: int
     """Captions and conditions in the shards beside them."""
-    bytes: int = 0
-    findings: list[Finding] = field(default_factory=list)
+    bytes: int
+    findings: list[Finding]
 
     @property
     def errors(self) -> list[Finding]:
@@ -91,71 +79,57 @@ def verify(folder: Path, console: Console) -> Verified:
     """
     if not any(folder.glob("*.tar")):
         require_shards(folder)
-    outcome = Verified(folder=folder)
     folders = [folder, *overlay_folders(folder)]
     with ExitStack() as locks:
         for path in folders:
-            locks.enter_context(_nobody_compacts(path))
+            if not locks.enter_context(_lock_beside(path / LOCK)):
+                raise UserError(
+                    f"--shards: another wanprep removes or compacts shards in {path}. Wait for it "
+                    "to end."
+                )
         checks = [_Folder(folder, path) for path in folders]
         total = sum(check.bytes for check in checks)
         with byte_bar(console, "reading shards", total) as advance:
             for check in checks:
                 check.run(advance)
-                outcome.shards += len(check.sidecars)
-                if check is checks[0]:
-                    outcome.samples = check.samples
-                else:
-                    outcome.beside += check.samples
-                outcome.findings += check.findings
-        outcome.bytes = total
-        for overlay in checks[1:]:
-            outcome.findings += _beside(checks[0], overlay)
-    return outcome
+    findings = [finding for check in checks for finding in check.findings]
+    cache, *overlays = checks
+    for overlay in overlays:
+        findings += _beside(cache, overlay)
+    return Verified(
+        folder=folder,
+        shards=sum(len(check.sidecars) for check in checks),
+        samples=cache.samples,
+        beside=sum(overlay.samples for overlay in overlays),
+        bytes=total,
+        findings=findings,
+    )
 
 
 @contextmanager
-def _shared_lock(path: Path, how: int) -> Iterator[None]:
-    """A lock file held if it is there: nothing is written, a cache may lie on a read-only disk."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:  # nobody has ever taken it
-        yield
-        return
-    try:
-        fcntl.flock(descriptor, how)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(descriptor)
+def _lock_beside(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """A lock file held together with others, if it is there; False: somebody has it for himself.
 
-
-@contextmanager
-def _nobody_compacts(folder: Path) -> Iterator[None]:
-    """What is committed stays there; UserError while somebody has the folder for himself."""
-    with ExitStack() as held:
+    Nothing is written: a cache may lie on a read-only disk.
+    """
+    with ExitStack() as opened:
+        free = True
         try:
-            held.enter_context(_shared_lock(folder / LOCK, fcntl.LOCK_SH | fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise UserError(
-                f"--shards: another wanprep removes or compacts shards in {folder}. Wait for it to "
-                "end."
-            ) from error
-        yield
+            file = opened.enter_context(path.open("rb"))
+            fcntl.flock(file, fcntl.LOCK_SH if wait else fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+        except OSError:  # nobody has ever taken it, or a file system without locks
+            pass
+        yield free
 
 
 def _writers_at_work(folder: Path) -> bool:
     """Whether some `wanprep` adds to the folder: it holds the lock of its number."""
     for path in folder.glob(f"{LOCK}-w*"):
-        try:
-            with _shared_lock(path, fcntl.LOCK_SH | fcntl.LOCK_NB):
-                pass
-        except BlockingIOError:
-            return True
+        with _lock_beside(path) as free:
+            if not free:
+                return True
     return False
 
 
@@ -170,7 +144,7 @@ class _Folder:
         self._rebuild = f"wanprep index --shards {quoted(root)}"
         self._writing = _writers_at_work(folder)
         # The index first: what is committed after it was read is newer, not lost.
-        with _shared_lock(folder / f"{LOCK}-index", fcntl.LOCK_SH):  # for a moment: waits
+        with _lock_beside(folder / f"{LOCK}-index", wait=True):  # for a moment
             self.manifest = self._read_manifest()
             self.index, self._order = self._read_index()
         self.sidecars = self._read_sidecars()
@@ -257,7 +231,7 @@ class _Folder:
             else:
                 cure = "nothing: the next run of its writer removes it"
                 self._note_leftover(tar, f"no {path.name}", "it", cure)
-        if leftovers := [name for name in names if name.endswith(TEMPORARY_SUFFIX)]:
+        if leftovers := sorted(name for name in names if name.endswith(TEMPORARY_SUFFIX)):
             what = f"{count(len(leftovers), 'file')} that a run did not finish"
             self._note_leftover(leftovers[0], what, "none", "nothing: the next run removes them")
         return found
@@ -298,8 +272,7 @@ class _Folder:
         """Whether the index is of all that is committed."""
         if self.index is None:
             return False
-        unreadable = {"sidecar-damaged", "sidecar-missing", "tar-missing", "tombstones-damaged"}
-        if any(f.code in unreadable and f.severity == "error" for f in self.findings):
+        if any(f.code in OF_SHARDS and f.severity == "error" for f in self.findings):
             return False
         digest = Entries(sidecars=self.sidecars, tombstones=self._tombstones).digest
         if digest != self.index.digest:
@@ -313,6 +286,7 @@ class _Folder:
         assert self.index is not None
         entries = Entries(sidecars=self.sidecars, tombstones=self._tombstones)
         derived = manifest_of(entries, self.index.buckets, self.index.bucket_ids, None)
+        derived["fingerprint"] = self.fingerprint  # what is mixed has a finding of its own
         for name in ("samples", "buckets", "shards", "prompts", "fingerprint"):
             if self.manifest.get(name) != derived[name]:
                 found = f"{name} is not what the shards give"
@@ -387,9 +361,10 @@ class _Folder:
     def _compare(self, sidecar: Sidecar, key: str, row: int, found: Row) -> None:
         assert self.index is not None
         bucket = self.index.buckets[int(self.index.bucket_ids[row])]
-        says, holds = _facts(_index_row(self.index, row), bucket), _facts(found, sidecar.bucket)
-        wrong = [name for name in says if says[name] != holds[name]]
-        if wrong:
+        own = _index_row(self.index, row)
+        if (own, bucket) != (found, sidecar.bucket):
+            says, holds = _facts(own, bucket), _facts(found, sidecar.bucket)
+            wrong = [name for name in says if says[name] != holds[name]]
             said = ", ".join(f"{name} {says[name]}" for name in wrong)
             self._add_row(sidecar, key, said, ", ".join(str(holds[name]) for name in wrong))
 

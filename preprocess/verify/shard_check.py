@@ -113,22 +113,15 @@ def check_shard(
         sha256 = stream.hexdigest()
     whole = []
     if stream.offset != sidecar.bytes:
-        whole.append(
-            Problem("size", f"{stream.offset} bytes", f"{sidecar.bytes}, as its sidecar says")
-        )
+        said = f"{sidecar.bytes}, as its sidecar says"
+        whole.append(Problem("size", f"{stream.offset} bytes", said))
     if sha256 != sidecar.sha256:
-        whole.append(
-            Problem(
-                "checksum",
-                f"SHA-256 {sha256[:12]}…",
-                f"{sidecar.sha256[:12]}…, as its sidecar says",
-            )
-        )
+        said = f"{sidecar.sha256[:12]}…, as its sidecar says"
+        whole.append(Problem("checksum", f"SHA-256 {sha256[:12]}…", said))
     report.sound = not whole
     if report.damage is None and len(report.rows) != sidecar.count:
-        whole.append(
-            Problem("count", f"{len(report.rows)} samples", f"{sidecar.count}, as its sidecar says")
-        )
+        said = f"{sidecar.count}, as its sidecar says"
+        whole.append(Problem("count", f"{len(report.rows)} samples", said))
     report.problems[:0] = [(None, problem) for problem in whole]
     return report
 
@@ -175,31 +168,24 @@ def _sample(
 
 def _member(
     member: Member, stream: HashedStream, sample: _Sample, expected: Expected, report: ShardReport
-) -> Iterator[Problem]:
+) -> list[Problem]:
     suffix, most = member.suffix, expected.most_bytes(member.suffix)
     if member.size > most:
         code = "json-damaged" if suffix == JSON_MEMBER else "tensor-damaged"
-        yield Problem(code, f"{member.size} bytes", f"at most {most}")
-        return
+        return [Problem(code, f"{member.size} bytes", f"at most {most}")]
     data = member.read(stream, most)  # type: ignore[arg-type]
-    if suffix != JSON_MEMBER:
-        for item in check_tensors(suffix, data, expected):
-            if isinstance(item, Problem):
-                yield item
-            elif suffix == TEXT_MEMBER:
-                sample.row.tokens = len(item)
-            else:
-                sample.tensors[suffix] = item
-        return
-    for found in check_info(data, expected):
-        if isinstance(found, Problem):
-            yield found
-            continue
-        sample.info = found
-        if expected.bucket is None:
-            report.roles.add(str(found.get("role")))
-        else:
-            _fill(sample.row, found)
+    if suffix == JSON_MEMBER:
+        problems, sample.info = check_info(data, expected)
+        if expected.bucket is not None:
+            _fill(sample.row, sample.info)
+        elif sample.info:
+            report.roles.add(str(sample.info.get("role")))
+        return problems
+    problems, tensor = check_tensors(suffix, data, expected)
+    if tensor is not None:
+        sample.tensors[suffix] = tensor
+        sample.row.tokens = len(tensor) if suffix == TEXT_MEMBER else sample.row.tokens
+    return problems
 
 
 def _fill(row: Row, info: dict[str, Any]) -> None:

@@ -48,8 +48,6 @@ from shared.format.strict_json import (
     Fits,
     is_count,
     is_list,
-    is_object,
-    is_text,
     read_object,
     require,
 )
@@ -143,15 +141,19 @@ class Sidecar:
             ) from error
 
 
+def _matches(pattern: re.Pattern[str]) -> Fits:
+    return lambda value: isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
 _SIDECAR_FIELDS: Fields = {
-    "shard": is_text,
+    "shard": str,
     "kind": lambda value: value in (_SAMPLES, _PROMPTS),
-    "sha256": lambda value: is_text(value) and _SHA256.fullmatch(value) is not None,
+    "sha256": _matches(_SHA256),
     "bytes": is_count,
     "count": is_count,
     "bucket": lambda value: value is None or is_bucket(value),
-    "fingerprint": is_object,
-    "latent_rgb": lambda value: value is None or is_object(value),
+    "fingerprint": dict,
+    "latent_rgb": lambda value: value is None or isinstance(value, dict),
 }
 
 
@@ -207,7 +209,7 @@ class Tombstones:
         value = read_object(path, "shards", most=_MOST_TOMBSTONES, cure=cure)
         check_format(value, path)
         keys: Any = value.get("keys")
-        if not is_list(keys, lambda key: is_text(key) and _KEY.fullmatch(key) is not None):
+        if not is_list(keys, _matches(_KEY)):
             raise UserError(f"shards: {path} is damaged: its `keys` is no list of keys. {cure}")
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         return cls(name=path.name, sha256=digest, keys=tuple(keys))
@@ -370,17 +372,11 @@ class Overlay:
 def open_cache(folder: Path) -> CacheIndex:
     """Open a cache for reading. Raises UserError with the command that repairs it."""
     manifest_path = folder / MANIFEST
+    rebuild = f"Rebuild it: wanprep index --shards {quoted(folder)}"
     if not manifest_path.exists():
         has_tars = folder.is_dir() and any(folder.glob("*.tar"))
-        raise UserError(
-            f"shards: {folder} has no {MANIFEST}. "
-            + (
-                f"Rebuild it: wanprep index --shards {quoted(folder)}"
-                if has_tars
-                else f"Make shards first: wanprep encode --size 640 --output {quoted(folder)}"
-            )
-        )
-    rebuild = f"Rebuild it: wanprep index --shards {quoted(folder)}"
+        make = f"Make shards first: wanprep encode --size 640 --output {quoted(folder)}"
+        raise UserError(f"shards: {folder} has no {MANIFEST}. {rebuild if has_tars else make}")
     manifest = read_object(manifest_path, "shards", most=MOST_MANIFEST, cure=rebuild)
     check_format(manifest, manifest_path)
     try:
@@ -426,23 +422,20 @@ def open_cache(folder: Path) -> CacheIndex:
 
 def _lists_shards(kind: str) -> Fits:
     """Of a manifest's list: whether it names shards of this kind, each with its size."""
-    return lambda value: is_list(
-        value,
-        lambda entry: (
-            is_object(entry)
-            and is_shard_name(entry.get("name"), kind)
-            and is_count(entry.get("bytes"))
-        ),
-    )
+
+    def is_entry(entry: Any) -> bool:
+        return is_shard_name(entry["name"], kind) and is_count(entry["bytes"])
+
+    return lambda value: is_list(value, is_entry)
 
 
 _MANIFEST_FIELDS: Fields = {
-    "index": is_text,
+    "index": str,
     "samples": is_count,
     "buckets": lambda value: is_list(value, is_bucket),
     "shards": _lists_shards(_SAMPLES),
     "prompts": _lists_shards(_PROMPTS),
-    "fingerprint": is_object,
+    "fingerprint": dict,
 }
 
 
@@ -557,24 +550,21 @@ class MemberReader:
 
     def _file_of(self, shard: Path, end: int) -> int:
         """Descriptor of a shard. Raises ValueError where it has fewer than `end` bytes."""
-        descriptor, size = self._open(shard)
+        if shard not in self._files:
+            if len(self._files) >= self._limit:
+                os.close(self._files.popitem(last=False)[1][0])
+            # Not blocking: a pipe would be waited for.
+            descriptor = open_shard(shard, os.O_RDONLY | os.O_NONBLOCK)
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                os.close(descriptor)
+                raise ValueError("the shard is no regular file")
+            self._files[shard] = descriptor, status.st_size
+        self._files.move_to_end(shard)
+        descriptor, size = self._files[shard]
         if end > size:
             raise ValueError(f"the shard has {size} bytes, the member is said to end at {end}")
         return descriptor
-
-    def _open(self, shard: Path) -> tuple[int, int]:
-        if shard in self._files:
-            self._files.move_to_end(shard)
-            return self._files[shard]
-        if len(self._files) >= self._limit:
-            os.close(self._files.popitem(last=False)[1][0])
-        descriptor = open_shard(shard, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(descriptor)
-            raise ValueError("the shard is no regular file")
-        self._files[shard] = descriptor, status.st_size
-        return self._files[shard]
 
     def close(self) -> None:
         while self._files:

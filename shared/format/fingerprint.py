@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError
-from shared.format.strict_json import Fields, is_object, is_shallow, is_text, require
+from shared.format.strict_json import Fields, is_shallow, require
 from shared.io.hashing import FileHasher
 from shared.io.names import quoted
 from shared.models.digest import component_digest, first_digest, processor_digest
@@ -37,8 +37,8 @@ LACKING = {"i2v": ("t2v",), WITH_CLIP: ("t2v", "i2v")}
 
 
 _FIELDS: Fields = {
-    **dict.fromkeys(("latents", "text", "media"), is_object),
-    **dict.fromkeys(("mode", "overlay"), is_text),
+    **dict.fromkeys(("latents", "text", "media"), dict),
+    **dict.fromkeys(("mode", "overlay"), str),
 }
 
 
@@ -175,16 +175,16 @@ def to_redo(differing: list[tuple[str, Any, Any]]) -> str:
 
     `differing` as `differences` gives it, not empty.
     """
-    pixels = [field for field, _, _ in differing if field.split(".")[0] in ("latents", "media")]
-    words = [field for field, _, _ in differing if field.startswith("text.")]
-    seen = [field for field, _, _ in differing if field.startswith("image.")]
+    groups = {field.partition(".")[0] for field, _, _ in differing}
+    pixels, words = groups & {"latents", "media"}, "text" in groups
     modes = [(found, expected) for field, found, expected in differing if field == "mode"]
-    known = len(pixels) + len(words) + len(seen) + len(modes)
-    if known < len(differing) or (pixels and words):
+    if not groups <= {"latents", "media", "text", "image", "mode"} or (pixels and words):
         return "everything: latents, conditions and text"
     if pixels:
         return "latents and conditions; the text embeddings would be the same"
-    lacking = seen or any(found in LACKING.get(expected, ()) for found, expected in modes)
+    lacking = "image" in groups or any(
+        found in LACKING.get(expected, ()) for found, expected in modes
+    )
     if words:
         also = ", and conditions" if lacking else ""
         return f"text embeddings only{also}; the latents would be the same"

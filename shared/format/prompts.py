@@ -73,8 +73,7 @@ class Prompt:
             info["image"] = self.image
         packed = {JSON_MEMBER: info_bytes(info), TEXT_MEMBER: pack(text=self.text)}
         if self.cond is not None:
-            clip = {} if self.clip is None else {"clip": self.clip}
-            packed[CONDITION_MEMBER] = pack(cond=self.cond, **clip)
+            packed[CONDITION_MEMBER] = pack(cond=self.cond, clip=self.clip)
         return packed
 
 
@@ -130,9 +129,7 @@ def _bytes_of(stream: BinaryIO, member: Member) -> bytes:
 def _prompt(parts: dict[str, Member], stream: BinaryIO) -> Prompt:
     info = parts[JSON_MEMBER]
     value = parse(_bytes_of(stream, info), most=MOST_INFO_BYTES)
-    if not isinstance(value, dict) or not all(
-        isinstance(value.get(name), str) for name in ("role", "prompt")
-    ):
+    if not isinstance(value, dict) or {type(value.get(n)) for n in ("role", "prompt")} != {str}:
         raise ValueError(f"{info.name} has no role or no prompt")
     tensor = unpack(_bytes_of(stream, parts[TEXT_MEMBER]), TEXT_MEMBER)["text"]
     if len(tensor) > MAX_TEXT_TOKENS:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from shared.format.buckets import Bucket
-from shared.format.strict_json import Fields, is_count, is_list, is_text, parse, require
+from shared.format.strict_json import Fields, is_count, is_list, parse, require
 from shared.format.tensor_header import TensorHeader, read_header
 from shared.io.hashing import digest_of
 
@@ -110,8 +110,7 @@ class Sample:
             packed[LATENTS_MEMBER] = pack(latents=self.latents)
         packed[TEXT_MEMBER] = pack(text=self.text)
         if self.cond is not None:
-            clip = {} if self.clip is None else {"clip": self.clip}
-            packed[CONDITION_MEMBER] = pack(cond=self.cond, **clip)
+            packed[CONDITION_MEMBER] = pack(cond=self.cond, clip=self.clip)
         return packed
 
 
@@ -120,9 +119,10 @@ def info_bytes(fields: Mapping[str, Any]) -> bytes:
     return json.dumps(fields, ensure_ascii=False).encode()
 
 
-def pack(**tensors: torch.Tensor) -> bytes:
-    """safetensors bytes of the named tensors."""
-    return safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()})
+def pack(**tensors: torch.Tensor | None) -> bytes:
+    """safetensors bytes of the named tensors; None stands for one that there is not."""
+    there = {name: t.contiguous() for name, t in tensors.items() if t is not None}
+    return safetensors.torch.save(there)
 
 
 def tensors_in(head: bytes, total: int, member: str) -> Mapping[str, TensorHeader]:
@@ -156,9 +156,9 @@ def _is_positive(value: object) -> bool:
 
 
 INFO_FIELDS: Fields = {
-    "caption": is_text,
+    "caption": str,
     "type": lambda value: value in MEDIA_TYPES,
-    "source": is_text,
+    "source": str,
     "width": _is_positive,
     "height": _is_positive,
     "frames": _is_positive,

@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 
 from shared.errors import UserError, json_kind
 
-Fits = Callable[[Any], bool]
-"""Whether a parsed value is what it should be."""
+Fits = type | Callable[[Any], bool]
+"""What a parsed value should be: of a type, or so that this says yes."""
 Fields = Mapping[str, Fits]
 """What an object must have: the form of a file as a table."""
 
@@ -54,23 +54,18 @@ def require(value: Mapping[str, Any], fields: Fields, optional: Collection[str] 
     for name, fits in fields.items():
         if name not in value and name not in optional:
             raise ValueError(f"{name} is missing")
-        if name in value and not fits(value[name]):
+        if name in value and not is_fit(value[name], fits):
             raise ValueError(f"{name} is {value[name]!r:.60}")
 
 
-def is_text(value: object) -> bool:
-    """Whether a parsed value is a string."""
-    return isinstance(value, str)
-
-
-def is_object(value: object) -> bool:
-    """Whether a parsed value is an object."""
-    return isinstance(value, dict)
+def is_fit(value: object, fits: Fits) -> bool:
+    """Whether a parsed value is what it should be."""
+    return isinstance(value, fits) if isinstance(fits, type) else fits(value)
 
 
 def is_list(value: object, fits: Fits) -> bool:
     """Whether a parsed value is a list of such values."""
-    return isinstance(value, list) and all(map(fits, value))
+    return isinstance(value, list) and all(is_fit(one, fits) for one in value)
 
 
 def is_count(value: object, *, least: int = 0, most: int = 1 << 62) -> bool:

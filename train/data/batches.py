@@ -280,7 +280,9 @@ class MicroBatches:
         """ti2v: whether a sample is image to video this time. Of a single frame nothing would be
         left to learn."""
         bucket = self.dataset.buckets[int(self.dataset.bucket_ids[row])]
-        if self.text_only or int(self.dataset.types[row]) != VIDEO or bucket.frames == 1:
+        if self.spec.mode != "ti2v" or self.text_only:
+            return False
+        if int(self.dataset.types[row]) != VIDEO or bucket.frames == 1:
             return False
         draw = counted_rng(self.plan.seed, "text only", update, position).random()
         return bool(draw >= TEXT_ONLY_SHARE)

@@ -91,15 +91,13 @@ def condition(text: str) -> Condition:
         raise UserError(f"--where: {text!r} has the field {field!r}; {_FORM}.")
     allowed = tuple(_COMPARE) if field in NUMBERS else _MATCH
     if comparison not in allowed:
+        how = (
+            " (= and != take * and ?, ~= a regular expression); a value that begins with such a "
+            f"sign has a space before it, as in '{field}= ~a'"
+        )
         raise UserError(
             f"--where: {text!r} has the operator {comparison!r}; for {field} there are "
-            f"{' '.join(allowed)}"
-            + (
-                " (= and != take * and ?, ~= a regular expression); a value that begins with such "
-                f"a sign has a space before it, as in '{field}= ~a'."
-                if allowed is _MATCH
-                else "."
-            )
+            f"{' '.join(allowed)}{how if allowed is _MATCH else ''}."
         )
     if field in NUMBERS and not (value in NUMBERS or re.fullmatch(r"\d{1,12}", value)):
         raise UserError(
@@ -268,10 +266,10 @@ def _there_is(indexes: Sequence[CacheIndex], field: str) -> str:
         if field in TEXTS:
             for _, texts in _texts(index, range(min(len(index), _MOST_READ)), [field]):
                 counts.update(texts[field])
-        elif field == "type":
-            counts.update(MEDIA_TYPES[number] for number in index.types)
         else:
-            counts.update(str(index.buckets[number]) for number in index.bucket_ids)
+            names = MEDIA_TYPES if field == "type" else tuple(map(str, index.buckets))
+            numbers = index.types if field == "type" else index.bucket_ids
+            counts.update(names[number] for number in numbers.tolist())
     if field in ("caption", "source"):
         return "e.g. " + ", ".join(f"{text!r:.60}" for text in list(counts)[:_EXAMPLES])
     if not counts:
