@@ -7,6 +7,7 @@ never needed, since the tar says the same.
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -33,7 +34,7 @@ from shared.format.schema import (
     unpack_info,
 )
 from shared.format.tar import Member, members
-from shared.format.tensor_header import LENGTH_BYTES, MOST_HEADER
+from shared.format.tensor_header import read_head
 from shared.io.mirror import ROWS_SUFFIX, shard_file
 from shared.models.spec import MAX_TEXT_TOKENS
 
@@ -117,7 +118,8 @@ def _scanned(key: str, parts: Iterable[Member], stream: BinaryIO, sidecar: Sidec
                 row.type = MEDIA_TYPES.index(info["type"])
                 row.repeats = info.get("repeats", 1)  # older shards have none
                 continue
-            tensors = tensors_in(_head(member, stream), member.size, member.suffix)
+            head = read_head(partial(member.read, stream), member.size)
+            tensors = tensors_in(head, member.size, member.suffix)
             if member.suffix == TEXT_MEMBER:
                 row.tokens = tensors["text"].shape[0]
                 if row.tokens > MAX_TEXT_TOKENS:
@@ -131,18 +133,6 @@ def _scanned(key: str, parts: Iterable[Member], stream: BinaryIO, sidecar: Sidec
         if not row.has(name) and not (alone and name == LATENTS_MEMBER):
             raise ValueError(f"sample {key} has no {name}")
     return row
-
-
-def _head(member: Member, stream: BinaryIO) -> bytes:
-    """The beginning of a tensor file, its header included."""
-    head = member.read(stream, _HEAD_BYTES)
-    if int.from_bytes(head[:LENGTH_BYTES], "little") > _HEAD_BYTES - LENGTH_BYTES:
-        head = member.read(stream, LENGTH_BYTES + MOST_HEADER)
-    return head
-
-
-# Of a tensor file, read at first: more than the headers that we write.
-_HEAD_BYTES = 512
 
 
 def pack_rows(columns: Columns, sha256: str) -> bytes:

@@ -51,7 +51,7 @@ from shared.format.strict_json import (
     read_object,
     require,
 )
-from shared.format.tensor_header import TensorHeader, header_bytes
+from shared.format.tensor_header import TensorHeader, read_head
 from shared.io.mirror import is_remote, open_shard, read_range, reading
 from shared.io.names import quoted
 from shared.models.spec import MAX_TEXT_TOKENS
@@ -439,10 +439,6 @@ _MANIFEST_FIELDS: Fields = {
 }
 
 
-_HEAD_BYTES = 1024
-"""More than the header of any member that was written so far has."""
-
-
 @dataclass(frozen=True)
 class MemberHeader:
     """A member whose tensors can be read: what its header says, found to be sound."""
@@ -486,10 +482,8 @@ class MemberReader:
         data = self.raw(row, member) if is_remote(shard, small=False) else None
         with self._damage_named(row, member):
             if data is None:
-                descriptor = self._file_of(shard, offset + length)
-                head = os.pread(descriptor, min(length, _HEAD_BYTES), offset)
-                if (needed := header_bytes(head, length)) > len(head):
-                    head = os.pread(descriptor, needed, offset)
+                file = self._file_of(shard, offset + length)
+                head = read_head(lambda size: os.pread(file, size, offset), length)
             tensors = tensors_in(head if data is None else data, length, member)
         return MemberHeader(row, member, tensors, shard, offset, data)
 
