@@ -118,8 +118,7 @@ def _copy_live(index: CacheIndex, old: list[Sidecar], writer: ShardWriter) -> No
     What an old shard's sidecar knows about colours goes with its first live sample.
     """
     numbers = {index.shards.index(sidecar.shard): sidecar for sidecar in old}
-    rows = np.flatnonzero(np.isin(index.shard_ids, list(numbers)))
-    ordered = rows[np.lexsort((index.offsets[rows, 0], index.shard_ids[rows]))]
+    ordered = index.as_on_disk(np.flatnonzero(np.isin(index.shard_ids, list(numbers))))
     with closing(MemberReader(index)) as reader:
         try:
             for row in map(int, ordered):

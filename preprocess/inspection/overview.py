@@ -221,10 +221,8 @@ def _seconds(index: CacheIndex, seed: int) -> tuple[npt.NDArray[np.float64], int
     chosen = videos
     if len(videos) > MOST_READ:
         chosen = np.random.default_rng(seed).choice(videos, MOST_READ, replace=False)
-    # In the order of the disk.
-    order = np.lexsort((index.offsets[chosen, 0], index.shard_ids[chosen]))
     with closing(MemberReader(index)) as reader:
-        found = [seconds_of(reader.info(int(row))) for row in chosen[order]]
+        found = [seconds_of(reader.info(int(row))) for row in index.as_on_disk(chosen)]
     return np.asarray([one for one in found if one is not None], dtype=np.float64), len(videos)
 
 

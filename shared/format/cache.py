@@ -341,6 +341,10 @@ class CacheIndex:
         """`key` of every row."""
         return hex_keys(self.keys)
 
+    def as_on_disk(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """These rows in the order in which their samples lie in the shards."""
+        return rows[np.lexsort((self.offsets[rows, 0], self.shard_ids[rows]))]
+
     def place(self, row: int, member: str) -> tuple[Path, int, int]:
         """Shard file, offset and length of a member's bytes; length 0 where there is none."""
         overlay = self.overlays.get(member)

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, MemberReader
-from shared.format.schema import JSON_MEMBER, MEDIA_TYPES, MEMBERS, TEXT_MEMBER
+from shared.format.schema import MEDIA_TYPES, TEXT_MEMBER
 from shared.io.durable import write_bytes
 from shared.io.hashing import cache_folder, digest_of
 from shared.io.names import has_wildcard, matcher
@@ -186,9 +186,15 @@ def _from_index(index: CacheIndex, one: Condition) -> Mask:
     if one.field in NUMBERS:
         other: Any = _numbers(index, one.value) if one.value in NUMBERS else int(one.value)
         return np.asarray(_COMPARE[one.operator](_numbers(index, one.field), other))
-    if one.field == "type":
-        return _from_names(one, MEDIA_TYPES)[index.types]
-    return _from_names(one, list(map(str, index.buckets)))[index.bucket_ids]
+    names, numbers = _names(index, one.field)
+    return _from_names(one, names)[numbers]
+
+
+def _names(index: CacheIndex, field: str) -> tuple[Sequence[str], npt.NDArray[Any]]:
+    """The names that a field of names has, and (N) positions in them."""
+    if field == "type":
+        return MEDIA_TYPES, index.types
+    return list(map(str, index.buckets)), index.bucket_ids
 
 
 def _from_names(one: Condition, names: Sequence[str]) -> Mask:
@@ -221,9 +227,7 @@ def _search(index: CacheIndex, conditions: Sequence[Condition], among: Mask) -> 
                 fits[number, row] = any(map(is_fit, texts[one.field]))
                 same[number, row] = one.value in texts[one.field]
 
-    rows = np.flatnonzero(among)
-    places = index.offsets[rows, MEMBERS.index(JSON_MEMBER)]
-    rows = rows[np.lexsort((places, index.shard_ids[rows]))]
+    rows = index.as_on_disk(np.flatnonzero(among))
     blocks = np.array_split(rows, -(-len(rows) // _BLOCK))
     with ThreadPoolExecutor(_THREADS) as pool:
         try:
@@ -267,8 +271,7 @@ def _there_is(indexes: Sequence[CacheIndex], field: str) -> str:
             for _, texts in _texts(index, range(min(len(index), _MOST_READ)), [field]):
                 counts.update(texts[field])
         else:
-            names = MEDIA_TYPES if field == "type" else tuple(map(str, index.buckets))
-            numbers = index.types if field == "type" else index.bucket_ids
+            names, numbers = _names(index, field)
             counts.update(names[number] for number in numbers.tolist())
     if field in ("caption", "source"):
         return "e.g. " + ", ".join(f"{text!r:.60}" for text in list(counts)[:_EXAMPLES])
