@@ -6,6 +6,7 @@ two is the same in both, and what was removed is either gone or still under its 
 """
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,11 +81,8 @@ def compact(
         remove_uncommitted(folder, None)
         index = fresh_index(folder)
         before = _bytes(folder)
-        alive = dict(
-            zip(
-                index.shards, np.bincount(index.shard_ids, minlength=len(index.shards)), strict=True
-            )
-        )
+        live = np.bincount(index.shard_ids, minlength=len(index.shards))
+        alive = dict(zip(index.shards, live, strict=True))
         dirty = [
             sidecar
             for sidecar in committed_shards(folder)
@@ -120,25 +118,23 @@ def _copy_live(index: CacheIndex, old: list[Sidecar], writer: ShardWriter) -> No
     What an old shard's sidecar knows about colours goes with its first live sample.
     """
     numbers = {index.shards.index(sidecar.shard): sidecar for sidecar in old}
-    rows = np.flatnonzero(np.isin(index.shard_ids, list(numbers)))
-    ordered = rows[np.lexsort((index.offsets[rows, 0], index.shard_ids[rows]))]
-    reader = MemberReader(index)
-    try:
-        for row in map(int, ordered):
-            members = {member: reader.raw(row, member) for member in MEMBERS}
-            sidecar = numbers.pop(int(index.shard_ids[row]), None)
-            writer.add_members(
-                index.key(row),
-                index.buckets[int(index.bucket_ids[row])],
-                {name: data for name, data in members.items() if data},
-                ColourFit.from_json(sidecar.latent_rgb) if sidecar and sidecar.latent_rgb else None,
-            )
-        writer.close()
-    except BaseException:
-        writer.rescue()
-        raise
-    finally:
-        reader.close()
+    ordered = index.as_on_disk(np.flatnonzero(np.isin(index.shard_ids, list(numbers))))
+    with closing(MemberReader(index)) as reader:
+        try:
+            for row in map(int, ordered):
+                members = {member: reader.raw(row, member) for member in MEMBERS}
+                sidecar = numbers.pop(int(index.shard_ids[row]), None)
+                rgb = sidecar and sidecar.latent_rgb
+                writer.add_members(
+                    index.key(row),
+                    index.buckets[int(index.bucket_ids[row])],
+                    {name: data for name, data in members.items() if data},
+                    ColourFit.from_json(rgb) if rgb else None,
+                )
+            writer.close()
+        except BaseException:
+            writer.rescue()
+            raise
 
 
 def _delete(folder: Path, sidecar: Sidecar) -> None:

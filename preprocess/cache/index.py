@@ -5,13 +5,10 @@ The index is written beside and swapped in, the manifest last: a reader that com
 the two do not belong together.
 """
 
-import hashlib
-import os
-from array import array
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +16,7 @@ import zarr
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
-from preprocess.cache.shard_rows import stored_rows
+from preprocess.cache.shard_rows import columns_of, scan_shard, stored_rows
 from preprocess.cache.writer import index_lock
 from shared.errors import UserError
 from shared.format.buckets import Bucket
@@ -37,23 +34,12 @@ from shared.format.cache import (
     open_cache,
 )
 from shared.format.columns import COLUMNS, Columns, column_digest
-from shared.format.fingerprint import FORMAT_VERSION, Fingerprint, of_cache, refuse_differences
+from shared.format.fingerprint import FORMAT_VERSION, of_cache, refuse_differences
 from shared.format.latent_rgb import ColourFit, LatentRgb, solve
-from shared.format.overlays import made_by, required_members
 from shared.format.schema import (
-    JSON_MEMBER,
     KEY_BYTES,
-    LATENTS_MEMBER,
-    MEDIA_TYPES,
-    MEMBERS,
-    MOST_INFO_BYTES,
-    TEXT_MEMBER,
-    tensors_in,
-    unpack_info,
 )
 from shared.format.strict_json import parse
-from shared.format.tar import Member, members
-from shared.format.tensor_header import LENGTH_BYTES, MOST_HEADER
 from shared.io.durable import (
     fault_point,
     fsync_file,
@@ -65,15 +51,9 @@ from shared.io.durable import (
 )
 from shared.io.hashing import FileHasher, digest_of
 from shared.io.mirror import mirror_of, pull, shard_file
-from shared.models.spec import MAX_TEXT_TOKENS
 
 # Rows of a column that are written and read together.
 CHUNK_ROWS = 1 << 16
-
-
-def caption_digest(caption: str) -> bytes:
-    """What the index keeps of a caption: the first 16 bytes of its SHA-256."""
-    return hashlib.sha256(caption.encode()).digest()[:KEY_BYTES]
 
 
 def fresh_index(folder: Path) -> CacheIndex:
@@ -81,15 +61,10 @@ def fresh_index(folder: Path) -> CacheIndex:
     while True:
         in_store = pull(folder)
         entries = entries_of(folder)
-        try:
-            manifest = parse((folder / MANIFEST).read_bytes(), most=MOST_MANIFEST)
-            if manifest["index"] == entries.digest:
-                index = open_cache(folder)
-                index.read_columns()
-                return index
-        except (OSError, ValueError, KeyError, TypeError):  # UserError is a ValueError
-            pass
-        index = write_index(folder, entries, _reusable(folder, entries))
+        found = _written(folder)
+        if found is not None and found[0].digest == entries.digest:
+            return found[0]
+        index = write_index(folder, entries, _reusable(found, entries))
         if not in_store:
             return index
         # Another writer may have put its index between our objects, or its shards after we
@@ -100,15 +75,14 @@ def settled_index(folder: Path) -> CacheIndex:
     """`fresh_index`, read whole: another writer may replace the file at any time after."""
     with index_lock(folder):
         index = fresh_index(folder)
-        _ = index.keys, index.captions, index.bucket_ids, index.shard_ids
-        _ = index.types, index.tokens, index.repeats, index.offsets, index.lengths
+        index.read_columns()
         return index
 
 
 def live_columns(folder: Path) -> tuple[Columns, tuple[str, ...]]:
     """The index's columns as they would be now, and the prompts' shards; nothing is written."""
     entries = entries_of(folder)
-    columns = _columns(folder, entries, _reusable(folder, entries))
+    columns = _columns(folder, entries, _reusable(_written(folder), entries))
     return columns, tuple(sidecar.shard for sidecar in entries.prompts)
 
 
@@ -142,15 +116,10 @@ class Entries:
 
     @property
     def digest(self) -> str:
-        """Changes with any of them."""
-        return entries_digest(self.sidecars, self.tombstones)
-
-
-def entries_digest(sidecars: list[Sidecar], tombstones: list[Tombstones]) -> str:
-    """The digest of an index of these, each list by name."""
-    shards = [[sidecar.shard, sidecar.sha256] for sidecar in sidecars]
-    removed = [[dead.name, dead.sha256] for dead in tombstones]
-    return digest_of([FORMAT_VERSION, shards + removed])
+        """Of an index of these: changes with any of them."""
+        shards = [[sidecar.shard, sidecar.sha256] for sidecar in self.sidecars]
+        removed = [[dead.name, dead.sha256] for dead in self.tombstones]
+        return digest_of([FORMAT_VERSION, shards + removed])
 
 
 def entries_of(folder: Path) -> Entries:
@@ -158,43 +127,52 @@ def entries_of(folder: Path) -> Entries:
     return Entries(sidecars=committed_shards(folder), tombstones=committed_tombstones(folder))
 
 
-def _reusable(folder: Path, entries: Entries) -> tuple[set[str], Columns] | None:
+def _written(folder: Path) -> tuple[CacheIndex, dict[str, str]] | None:
+    """The index that is there, read whole, and SHA-256 of each file that it was made from.
+
+    None where it is missing or damaged.
+    """
+    try:
+        manifest = parse((folder / MANIFEST).read_bytes(), most=MOST_MANIFEST)
+        files = manifest["shards"] + manifest["tombstones"]
+        made_from = {entry["name"]: entry["sha256"] for entry in files}
+        index = open_cache(folder)
+        index.read_columns()
+    except (OSError, ValueError, KeyError, TypeError):  # UserError is a ValueError
+        return None
+    return index, made_from
+
+
+def _reusable(
+    written: tuple[CacheIndex, dict[str, str]] | None, entries: Entries
+) -> tuple[set[str], Columns] | None:
     """The rows of the index that is there, and the shards that they stand for.
 
     None where it cannot be built upon: a shard or a tombstone that it knew is gone or another, so
     that a row which it left out may count again.
     """
-    try:
-        manifest = parse((folder / MANIFEST).read_bytes(), most=MOST_MANIFEST)
-        known = {entry["name"]: entry["sha256"] for entry in manifest["shards"]}
-        removed = {entry["name"]: entry["sha256"] for entry in manifest["tombstones"]}
-        index = open_cache(folder)
-        columns = index.read_columns()
-    except (OSError, ValueError, KeyError, TypeError):
+    if written is None:
         return None
+    index, made_from = written
     here = {sidecar.shard: sidecar.sha256 for sidecar in entries.samples}
     dead = {tombstones.name: tombstones.sha256 for tombstones in entries.tombstones}
-    if not (known.items() <= here.items() and removed.items() <= dead.items()):
+    if not made_from.items() <= (here | dead).items():
         return None
-    columns["shard"] = _renumbered(columns["shard"], list(index.shards), sorted(here))
-    return set(known), columns
-
-
-def _renumbered(
-    positions: npt.NDArray[Any], old: list[str], new: list[str]
-) -> npt.NDArray[np.int32]:
-    """Positions in `old` as positions in `new`."""
-    numbers = {name: number for number, name in enumerate(new)}
-    return np.asarray([numbers[name] for name in old], dtype=np.int32)[positions]
+    columns = index.read_columns()
+    numbers = {name: number for number, name in enumerate(sorted(here))}
+    renumbered = np.asarray([numbers[name] for name in index.shards], dtype=np.int32)
+    columns["shard"] = renumbered[columns["shard"]]
+    return set(index.shards), columns
 
 
 def _columns(folder: Path, entries: Entries, reusable: tuple[set[str], Columns] | None) -> Columns:
     """The live rows, by key; `bucket` is not filled in."""
     _refuse_mixed(folder, entries.sidecars)
-    known, columns = reusable or (set(), _Rows(0, (), None).columns())
+    known, columns = reusable or (set(), columns_of({}))
     sidecars = entries.samples
     scanned = [
-        _shard_columns(folder, sidecar, number)
+        (stored_rows(folder, sidecar) or scan_shard(folder, sidecar))
+        | {"shard": np.full(sidecar.count, number, np.int32)}
         for number, sidecar in enumerate(sidecars)
         if sidecar.shard not in known
     ]
@@ -218,29 +196,47 @@ def write_index(
     position = {bucket: number for number, bucket in enumerate(buckets)}
     bucket_of_shard = np.asarray([position[s.bucket] for s in sidecars if s.bucket], np.int32)
     columns["bucket"] = bucket_of_shard[columns["shard"]]
-    per_bucket = np.bincount(columns["bucket"], minlength=len(buckets))
     latent_rgb = _latent_rgb(folder, sidecars)
 
     _write_zarr(folder, columns, entries.digest)
-    manifest = {
+    manifest = manifest_of(entries, buckets, columns["bucket"], latent_rgb)
+    write_json(folder / MANIFEST, manifest)
+    return open_cache(folder)
+
+
+def manifest_of(
+    entries: Entries,
+    buckets: Sequence[Bucket],
+    bucket_ids: npt.NDArray[np.int32],
+    latent_rgb: LatentRgb | None,
+) -> dict[str, Any]:
+    """`manifest.json` of these shards; `bucket_ids`: (N) of the live samples, in `buckets`."""
+
+    def listed(sidecars: list[Sidecar]) -> list[dict[str, Any]]:
+        return [
+            {"name": s.shard, "sha256": s.sha256, "bytes": s.bytes, "count": s.count}
+            for s in sidecars
+        ]
+
+    every = [sidecar.fingerprint for sidecar in entries.sidecars]
+    per_bucket = np.bincount(bucket_ids, minlength=len(buckets)).tolist()
+    return {
         "format": FORMAT_VERSION,
         "index": entries.digest,
-        "samples": len(columns["key"]),
+        "samples": len(bucket_ids),
         "buckets": [
-            {"height": b.height, "width": b.width, "frames": b.frames, "samples": int(count)}
-            for b, count in zip(buckets, per_bucket, strict=True)
+            {**asdict(bucket), "samples": number}
+            for bucket, number in zip(buckets, per_bucket, strict=True)
         ],
-        "shards": [_shard_entry(sidecar) for sidecar in sidecars],
-        "prompts": [_shard_entry(sidecar) for sidecar in entries.prompts],
+        "shards": listed(entries.samples),
+        "prompts": listed(entries.prompts),
         "tombstones": [
             {"name": removed.name, "sha256": removed.sha256, "count": len(removed.keys)}
             for removed in entries.tombstones
         ],
-        "fingerprint": _fingerprint(entries.sidecars),
+        "fingerprint": of_cache(every[0], every) if every else {},
         "latent_rgb": latent_rgb.to_json() if latent_rgb else None,
     }
-    write_json(folder / MANIFEST, manifest)
-    return open_cache(folder)
 
 
 def _live(columns: Columns, samples: list[Sidecar], tombstones: list[Tombstones]) -> Columns:
@@ -310,22 +306,6 @@ def check_shards(folder: Path, names: Iterable[str] | None = None) -> None:
             )
 
 
-def _shard_entry(sidecar: Sidecar) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "name": sidecar.shard,
-        "sha256": sidecar.sha256,
-        "bytes": sidecar.bytes,
-        "count": sidecar.count,
-    }
-    return entry
-
-
-def _fingerprint(sidecars: list[Sidecar]) -> Fingerprint:
-    if not sidecars:
-        return {}
-    return of_cache(sidecars[0].fingerprint, (sidecar.fingerprint for sidecar in sidecars))
-
-
 def _refuse_mixed(folder: Path, sidecars: list[Sidecar]) -> None:
     for sidecar in sidecars[1:]:
         refuse_differences(
@@ -335,140 +315,6 @@ def _refuse_mixed(folder: Path, sidecars: list[Sidecar]) -> None:
             "different settings",
             cure="Move one of the two kinds (tars with their .json) to a folder of its own.",
         )
-
-
-def _shard_columns(folder: Path, sidecar: Sidecar, shard: int) -> Columns:
-    columns = stored_rows(folder, sidecar) or scan_shard(folder, sidecar)
-    return {**columns, "shard": np.full_like(columns["shard"], shard)}
-
-
-def scan_shard(folder: Path, sidecar: Sidecar) -> Columns:
-    """The rows of one tar, from its headers, its JSON and the heads of its tensors.
-
-    `shard` and `bucket` are 0. Raises UserError where it holds anything that no cache's tar does.
-    """
-    path = folder / sidecar.shard
-    rows = _Rows(0, required_members(sidecar.fingerprint), sidecar.bucket)
-    try:
-        if not path.is_file():  # a pipe would be waited for
-            raise ValueError("it is no file")
-        with shard_file(path).open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            if size != sidecar.bytes:
-                raise ValueError(f"it has {size} bytes, its sidecar says {sidecar.bytes}")
-            for member in members(stream, size, MEMBERS):
-                rows.add(member, stream)
-        rows.finish()
-        if len(rows) != sidecar.count:
-            raise ValueError(f"it holds {len(rows)} samples, its sidecar says {sidecar.count}")
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"shards: {path} is damaged ({error}). Restore it, or delete it together with "
-            f"{Sidecar.path_for(path).name} and run `{made_by(sidecar.fingerprint)}` again: it "
-            "encodes only what is missing."
-        ) from error
-    return rows.columns()
-
-
-class _Rows:
-    """Rows of one shard, packed as they are found: a large cache has millions of them.
-
-    `bucket` follows from the shard and is filled in later.
-    """
-
-    def __init__(self, shard: int, required: tuple[str, ...], bucket: Bucket | None) -> None:
-        self._shard = shard
-        self._required = required
-        self._bucket = bucket
-        self._keys = bytearray()
-        self._captions = bytearray()
-        self._types = bytearray()
-        self._tokens = array("q")
-        self._repeats = array("q")
-        self._places = array("q")  # per row the offsets of MEMBERS, then their lengths
-        self._key = ""
-        self._lacking: set[str] = set()
-
-    def __len__(self) -> int:
-        return len(self._tokens)
-
-    def add(self, member: Member, stream: BinaryIO) -> None:
-        """The next member of the tar `stream`. Raises ValueError where it is none of ours."""
-        if member.key != self._key:
-            self.finish()
-            self._key = member.key
-            self._lacking = set(self._required)
-            self._keys += bytes.fromhex(member.key)
-            self._tokens.append(0)
-            self._places.extend(_NO_PLACES)
-        column = MEMBERS.index(member.suffix) - len(_NO_PLACES)
-        self._places[column], self._places[column + len(MEMBERS)] = member.offset, member.size
-        self._lacking.discard(member.suffix)
-        stream.seek(member.offset)
-        try:
-            if member.suffix == JSON_MEMBER:
-                self._add_info(stream.read(min(member.size, MOST_INFO_BYTES + 1)))
-            else:
-                self._add_tensors(member, stream)
-        except ValueError as error:
-            raise ValueError(f"{member.name}: {error}") from error
-
-    def finish(self) -> None:
-        """The last sample has no more members. Raises ValueError where it lacks one."""
-        if self._key and JSON_MEMBER not in self._lacking and self._types[-1] == _TEXT:
-            column = MEMBERS.index(LATENTS_MEMBER) - len(MEMBERS)
-            if self._places[column]:
-                raise ValueError(f"sample {self._key} is a caption alone, but has latents")
-            self._lacking.discard(LATENTS_MEMBER)
-        if self._lacking:
-            lacking = next(name for name in MEMBERS if name in self._lacking)
-            raise ValueError(f"sample {self._key} has no {lacking}")
-
-    def _add_info(self, data: bytes) -> None:
-        info = unpack_info(data)
-        bucket = Bucket(info["height"], info["width"], info["frames"])
-        if bucket != self._bucket:
-            raise ValueError(f"a sample of {bucket} in a shard of {self._bucket}")
-        self._captions += caption_digest(info["caption"])
-        self._types.append(MEDIA_TYPES.index(info["type"]))
-        self._repeats.append(info.get("repeats", 1))  # older shards have none
-
-    def _add_tensors(self, member: Member, stream: BinaryIO) -> None:
-        head = stream.read(min(member.size, _HEAD_BYTES))
-        if int.from_bytes(head[:LENGTH_BYTES], "little") > _HEAD_BYTES - LENGTH_BYTES:
-            head += stream.read(min(member.size, LENGTH_BYTES + MOST_HEADER) - len(head))
-        tensors = tensors_in(head, member.size, member.suffix)
-        if member.suffix == TEXT_MEMBER:
-            tokens = tensors["text"].shape[0]
-            if tokens > MAX_TEXT_TOKENS:
-                raise ValueError(f"{tokens} tokens, expected at most {MAX_TEXT_TOKENS}")
-            self._tokens[-1] = tokens
-
-    def columns(self) -> Columns:
-        places = np.frombuffer(self._places, np.int64).reshape(-1, 2, len(MEMBERS))
-        values: Columns = {
-            "key": np.frombuffer(self._keys, np.uint8),
-            "caption": np.frombuffer(self._captions, np.uint8),
-            "bucket": np.zeros(len(self)),
-            "shard": np.full(len(self), self._shard),
-            "type": np.frombuffer(self._types, np.uint8),
-            "tokens": np.frombuffer(self._tokens, np.int64),
-            "repeats": np.frombuffer(self._repeats, np.int64),
-            "offset": places[:, 0],
-            "length": places[:, 1],
-        }
-        return {
-            name: values[name].astype(dtype).reshape(-1, *per_row)
-            for name, (dtype, per_row) in COLUMNS.items()
-        }
-
-
-_TEXT = MEDIA_TYPES.index("text")
-_NO_PLACES = (0,) * (2 * len(MEMBERS))
-# Of a tensor file, read at first: more than the headers that we write.
-_HEAD_BYTES = 512
 
 
 class _Store(LocalStore):

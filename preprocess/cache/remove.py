@@ -4,7 +4,7 @@ import json
 import os
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -14,7 +14,13 @@ from preprocess.cache.index import fresh_index
 from preprocess.cache.writer import ShardWriter, output_lock, refusals_explained
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, MemberReader, committed_shards
-from shared.format.schema import JSON_MEMBER, MEDIA_TYPES, MEMBERS, unpack_info
+from shared.format.schema import (
+    JSON_MEMBER,
+    MEDIA_TYPES,
+    MEMBERS,
+    MOST_INFO_BYTES,
+    unpack_info,
+)
 from shared.format.tar import members
 from shared.io.mirror import shard_file
 from shared.io.names import has_wildcard, matcher, quoted
@@ -30,11 +36,8 @@ def require_shards(folder: Path) -> None:
 
 def sources(index: CacheIndex, rows: Iterable[int]) -> dict[str, str]:
     """Key → `source` of some rows, from the shards themselves."""
-    reader = MemberReader(index)
-    try:
+    with closing(MemberReader(index)) as reader:
         return {index.key(row): str(reader.info(row)["source"]) for row in rows}
-    finally:
-        reader.close()
 
 
 def unlisted(index: CacheIndex, live: Collection[str], unusable: Collection[str]) -> list[str]:
@@ -163,8 +166,8 @@ def gone_files(index: CacheIndex) -> set[str]:
         with shard_file(index.folder / sidecar.shard).open("rb") as stream:
             for member in members(stream, os.fstat(stream.fileno()).st_size, MEMBERS):
                 if member.suffix == JSON_MEMBER:
-                    stream.seek(member.offset)
-                    names.add(unpack_info(stream.read(member.size))["source"])
+                    info = unpack_info(member.read(stream, MOST_INFO_BYTES + 1))
+                    names.add(info["source"])
     for listed in index.folder.glob("rejected*.jsonl"):
         with suppress(OSError, ValueError, KeyError, TypeError):
             names |= {json.loads(line)["source"] for line in listed.read_text().splitlines()}

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from preprocess.cache.index import caption_digest
 from preprocess.dataset.clips import Clip, ClipRule
 from preprocess.dataset.entries import Entry, Rejected
 from preprocess.frames.media_info import Kind, MediaError, Probe, Shortcut
@@ -16,7 +15,7 @@ from preprocess.media.seen import Seen, seen
 from preprocess.media.sources import Medium
 from preprocess.media.worker_pool import WorkerPool
 from shared.format.cache import CacheIndex
-from shared.format.columns import hex_keys
+from shared.format.columns import caption_digest, hex_keys
 from shared.format.schema import MediaType, SampleInfo, sample_key
 from shared.io.hashing import FileHasher
 

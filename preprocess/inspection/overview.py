@@ -5,14 +5,15 @@ Only durations and a few captions stand in `KEY.json` alone; those are read for 
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from preprocess.cache.index import caption_digest
 from shared.errors import UserError
 from shared.format.buckets import Bucket
 from shared.format.cache import (
@@ -26,6 +27,7 @@ from shared.format.cache import (
     committed_tombstones,
     open_cache,
 )
+from shared.format.columns import caption_digest
 from shared.format.fingerprint import Fingerprint
 from shared.format.latent_rgb import LatentRgb
 from shared.format.overlays import overlay_folders, positions
@@ -219,13 +221,8 @@ def _seconds(index: CacheIndex, seed: int) -> tuple[npt.NDArray[np.float64], int
     chosen = videos
     if len(videos) > MOST_READ:
         chosen = np.random.default_rng(seed).choice(videos, MOST_READ, replace=False)
-    # In the order of the disk.
-    order = np.lexsort((index.offsets[chosen, 0], index.shard_ids[chosen]))
-    reader = MemberReader(index)
-    try:
-        found = [seconds_of(reader.info(int(row))) for row in chosen[order]]
-    finally:
-        reader.close()
+    with closing(MemberReader(index)) as reader:
+        found = [seconds_of(reader.info(int(row))) for row in index.as_on_disk(chosen)]
     return np.asarray([one for one in found if one is not None], dtype=np.float64), len(videos)
 
 
@@ -237,11 +234,8 @@ def _captions(index: CacheIndex) -> Captions:
     most = int(times.argmax()) if len(times) else 0
     common, common_samples = None, int(times[most]) if len(times) else 0
     if common_samples > 1:
-        reader = MemberReader(index)
-        try:
-            common = str(reader.info(int(first[most]))["caption"])
-        finally:
-            reader.close()
+        with closing(MemberReader(index)) as reader:
+            common = reader.info(int(first[most]))["caption"]
     limit = int(index.fingerprint.get("text", {}).get("max_length", 0))
     return Captions(
         distinct=len(times),
@@ -274,14 +268,11 @@ def drawn_across_buckets(index: CacheIndex, count: int, *, seed: int) -> list[in
     """Up to `count` rows, one of each bucket in turn, drawn by the seed."""
     random = np.random.default_rng(seed)
     waiting = [
-        list(map(int, random.permutation(np.flatnonzero(index.bucket_ids == number))))
+        map(int, random.permutation(np.flatnonzero(index.bucket_ids == number))[::-1])
         for number in range(len(index.buckets))
     ]
-    chosen: list[int] = []
-    while len(chosen) < count and any(waiting):
-        for rows in waiting:
-            if rows and len(chosen) < count:
-                chosen.append(rows.pop())
+    in_turns = chain.from_iterable(zip_longest(*waiting))
+    chosen = islice((row for row in in_turns if row is not None), count)
     return sorted(chosen, key=lambda row: (int(index.bucket_ids[row]), index.key(row)))
 
 

@@ -1,9 +1,9 @@
 """`wanprep inspect` on a terminal."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -35,35 +35,29 @@ def facts(found: Overview) -> Iterator[tuple[str, str]]:
         yield "epoch", f"{found.epoch} samples, repeats counted"
     yield "shards", f"{found.shards}, {size(sum(found.bytes.values()))} with index and sidecars"
     if found.dead:
-        yield (
-            "dead",
-            f"{count(found.dead, 'sample')}, {size(found.dead_bytes)}: wanprep compact",
-        )
+        dead = f"{count(found.dead, 'sample')}, {size(found.dead_bytes)}"
+        yield "dead", f"{dead}: wanprep compact"
     if found.tombstones:
         yield "removed", f"{count(found.tombstones, 'key')} in tombstones"
     yield "captions", captions(found)
     if found.captions.most_common is not None:
         said = on_one_line(found.captions.most_common)
         said = said if len(said) <= 80 else said[:79] + "…"
-        yield (
-            "most common",
-            f"{count(found.captions.most_common_samples, 'sample')} have “{said}”",
-        )
+        having = count(found.captions.most_common_samples, "sample")
+        yield "most common", f"{having} have “{said}”"
     for overlay in found.overlays:
         lacks = f", {overlay.lacking} of the cache without" if overlay.lacking else ""
         orphans = f", {overlay.orphans} of samples that are gone" if overlay.orphans else ""
-        yield (
-            overlay.name,
-            f"{count(overlay.samples, 'sample')}, {size(overlay.bytes)}{lacks}{orphans}",
-        )
+        held = f"{count(overlay.samples, 'sample')}, {size(overlay.bytes)}"
+        yield overlay.name, held + lacks + orphans
     yield from fingerprint(found)
     yield "preview", preview(found)
 
 
 def captions(found: Overview) -> str:
     """How many differ, and which ones to look at."""
-    said, parts = found.captions, []
-    parts.append(f"{said.distinct} different")
+    said = found.captions
+    parts = [f"{said.distinct} different"]
     if said.empty:
         parts.append(f"{said.empty} empty")
     if said.short > said.empty:
@@ -133,42 +127,36 @@ def print_overview(found: Overview, console: Console) -> None:
         warns = "WARNING" in value
         table.add_row(Text(name, style="dim"), Text(value, style="yellow" if warns else ""))
     console.print(table)
-    for about in (_buckets(found), _bytes(found)):
+    tables = [_buckets(found), _bytes(found)]
+    tables.append(_histogram("Text tokens a sample", histogram(found.tokens), "tokens"))
+    if len(found.seconds):
+        title = f"Seconds a video ({durations_note(found)})"
+        tables.append(_histogram(title, histogram(found.seconds), "s"))
+    for about in tables:
         console.print()
         console.print(about)
-    _histogram(console, "Text tokens a sample", histogram(found.tokens), "tokens")
-    if len(found.seconds):
-        _histogram(
-            console,
-            f"Seconds a video ({durations_note(found)})",
-            histogram(found.seconds),
-            "s",
-        )
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2))
+def _table(title: str, columns: Mapping[str, JustifyMethod]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2))
+    for name, justify in columns.items():
+        table.add_column(name, justify=justify, header_style="dim")
+    return table
 
 
 def _buckets(found: Overview) -> Table:
-    table = Table(
-        title="Buckets", title_justify="left", title_style="bold", box=None, padding=(0, 2)
-    )
-    repeated = found.epoch != found.samples
-    columns = ["bucket", "latents", "samples", *(["an epoch"] if repeated else [])]
-    for name in [*columns, "text tokens", "bytes"]:
-        table.add_column(name, justify="left" if name == "bucket" else "right", header_style="dim")
+    repeated = ["an epoch"] if found.epoch != found.samples else []
+    numbers = ["latents", "samples", *repeated, "text tokens", "bytes"]
+    table = _table("Buckets", {"bucket": "left", **dict.fromkeys(numbers, "right")})
     latents = found.fingerprint.get("latents", {})
     for row in found.buckets:
-        shape = ""
+        shape: tuple[int, ...] = ()
         if latents:
-            shape = "×".join(
-                map(str, row.bucket.latent_shape(latents["channels"], tuple(latents["stride"])))
-            )
+            shape = row.bucket.latent_shape(latents["channels"], tuple(latents["stride"]))
         what = "image" if row.bucket.frames == 1 else f"{row.bucket.frames} frames"
         table.add_row(
             f"{row.bucket.width}×{row.bucket.height}, {what}",
-            shape,
+            "×".join(map(str, shape)),
             str(row.samples),
             *([str(row.epoch)] if repeated else []),
             f"{row.tokens:.1f}",
@@ -178,33 +166,24 @@ def _buckets(found: Overview) -> Table:
 
 
 def _bytes(found: Overview) -> Table:
-    table = Table(title="Bytes", title_justify="left", title_style="bold", box=None, padding=(0, 2))
-    for name in ("component", "bytes", "share", ""):
-        table.add_column(
-            name, justify="right" if name in ("bytes", "share") else "left", header_style="dim"
-        )
+    table = _table("Bytes", {"component": "left", "bytes": "right", "share": "right", "": "left"})
     total = max(1, sum(found.bytes.values()))
     most = max([1, *found.bytes.values()])
     for name, bytes_ in found.bytes.items():
-        bar = _bar(bytes_, most)
-        table.add_row(name, size(bytes_), f"{100 * bytes_ / total:.1f}%", Text(bar, style="cyan"))
+        table.add_row(name, size(bytes_), f"{100 * bytes_ / total:.1f}%", _bar(bytes_, most))
     return table
 
 
-def _histogram(console: Console, title: str, bars: Histogram, unit: str) -> None:
-    table = _table(title)
-    table.add_column(unit, justify="right", header_style="dim")
-    table.add_column("samples", justify="right", header_style="dim")
-    table.add_column("")
+def _histogram(title: str, bars: Histogram, unit: str) -> Table:
+    table = _table(title, {unit: "right", "samples": "right", "": "left"})
     most = max([1, *bars.counts])
     for low, high, number in zip(bars.edges, bars.edges[1:], bars.counts, strict=False):
-        table.add_row(f"{low:g} – {high:g}", str(number), Text(_bar(number, most), style="cyan"))
-    console.print()
-    console.print(table)
+        table.add_row(f"{low:g} – {high:g}", str(number), _bar(number, most))
+    return table
 
 
-def _bar(value: int, most: int) -> str:
-    return "█" * max(round(_BAR * value / most), 1 if value else 0)
+def _bar(value: int, most: int) -> Text:
+    return Text("█" * max(round(_BAR * value / most), 1 if value else 0), style="cyan")
 
 
 def saved(path: Path, number: int) -> str:

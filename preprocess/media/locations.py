@@ -48,8 +48,7 @@ def open_for_writing(location: str | Path, *, writer: int) -> Path:
 
 def _put_rows(written: Path, final: Path) -> None:
     """Write the shard's rows beside it, so that no other machine must fetch it for the index."""
-    from preprocess.cache.index import scan_shard
-    from preprocess.cache.shard_rows import pack_rows
+    from preprocess.cache.shard_rows import pack_rows, scan_shard
     from shared.format.cache import Sidecar
     from shared.io.durable import write_bytes
 

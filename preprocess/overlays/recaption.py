@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from preprocess.cache.index import caption_digest
 from preprocess.cache.ranks import Rank
 from preprocess.cache.remove import is_unusable, sources
 from preprocess.dataset.entries import Dataset, Rejected
@@ -30,6 +29,7 @@ from shared.cli.support import say
 from shared.device import check_device
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, MemberReader
+from shared.format.columns import caption_digest
 from shared.format.fingerprint import (
     FORMAT_VERSION,
     Fingerprint,

@@ -5,11 +5,10 @@ not committed is not looked at.
 """
 
 import fcntl
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,16 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
-from preprocess.cache.index import entries_digest
+from preprocess.cache.index import Entries, manifest_of
 from preprocess.cache.remove import require_shards
+from preprocess.cache.shard_rows import Row
 from preprocess.cache.writer import LOCK
-from preprocess.verify.findings import Finding, Severity
+from preprocess.verify.findings import OF_MEMBERS, OF_SHARDS, Finding, Severity
 from preprocess.verify.sample_check import Expected, Problem
-from preprocess.verify.shard_check import Row, ShardReport, check_shard
+from preprocess.verify.shard_check import ShardReport, check_shard
 from shared.cli.console import byte_bar, count
 from shared.errors import UserError, first_line
+from shared.format.buckets import Bucket
 from shared.format.cache import (
     INDEX,
     MANIFEST,
@@ -50,32 +51,21 @@ from shared.io.names import quoted
 
 _NEEDED_PROMPTS = ("empty", "negative")
 # Codes that keep `wanprep index`, and so `wanprep remove`, from reading the shard at all.
-_UNREADABLE = {
-    "member-missing",
-    "member-unexpected",
-    "member-duplicate",
-    "member-order",
-    "key-duplicate",
-    "json-damaged",
-    "json-field",
-    "tensor-damaged",
-    "tensor-name",
-    "count",
-}
+_UNREADABLE = {*OF_MEMBERS, "count"}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Verified:
     """What was read, and what was found."""
 
     folder: Path
-    shards: int = 0
-    samples: int = 0
+    shards: int
+    samples: int
     """In the shards, the dead ones included."""
-    beside: int = 0
+    beside: int
     """Captions and conditions in the shards beside them."""
-    bytes: int = 0
-    findings: list[Finding] = field(default_factory=list)
+    bytes: int
+    findings: list[Finding]
 
     @property
     def errors(self) -> list[Finding]:
@@ -89,71 +79,57 @@ def verify(folder: Path, console: Console) -> Verified:
     """
     if not any(folder.glob("*.tar")):
         require_shards(folder)
-    outcome = Verified(folder=folder)
     folders = [folder, *overlay_folders(folder)]
     with ExitStack() as locks:
         for path in folders:
-            locks.enter_context(_nobody_compacts(path))
+            if not locks.enter_context(_lock_beside(path / LOCK)):
+                raise UserError(
+                    f"--shards: another wanprep removes or compacts shards in {path}. Wait for it "
+                    "to end."
+                )
         checks = [_Folder(folder, path) for path in folders]
         total = sum(check.bytes for check in checks)
         with byte_bar(console, "reading shards", total) as advance:
             for check in checks:
                 check.run(advance)
-                outcome.shards += len(check.sidecars)
-                if check is checks[0]:
-                    outcome.samples = check.samples
-                else:
-                    outcome.beside += check.samples
-                outcome.findings += check.findings
-        outcome.bytes = total
-        for overlay in checks[1:]:
-            outcome.findings += _beside(checks[0], overlay)
-    return outcome
+    findings = [finding for check in checks for finding in check.findings]
+    cache, *overlays = checks
+    for overlay in overlays:
+        findings += _beside(cache, overlay)
+    return Verified(
+        folder=folder,
+        shards=sum(len(check.sidecars) for check in checks),
+        samples=cache.samples,
+        beside=sum(overlay.samples for overlay in overlays),
+        bytes=total,
+        findings=findings,
+    )
 
 
 @contextmanager
-def _shared_lock(path: Path, how: int) -> Iterator[None]:
-    """A lock file held if it is there: nothing is written, a cache may lie on a read-only disk."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:  # nobody has ever taken it
-        yield
-        return
-    try:
-        fcntl.flock(descriptor, how)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(descriptor)
+def _lock_beside(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """A lock file held together with others, if it is there; False: somebody has it for himself.
 
-
-@contextmanager
-def _nobody_compacts(folder: Path) -> Iterator[None]:
-    """What is committed stays there; UserError while somebody has the folder for himself."""
-    with ExitStack() as held:
+    Nothing is written: a cache may lie on a read-only disk.
+    """
+    with ExitStack() as opened:
+        free = True
         try:
-            held.enter_context(_shared_lock(folder / LOCK, fcntl.LOCK_SH | fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise UserError(
-                f"--shards: another wanprep removes or compacts shards in {folder}. Wait for it to "
-                "end."
-            ) from error
-        yield
+            file = opened.enter_context(path.open("rb"))
+            fcntl.flock(file, fcntl.LOCK_SH if wait else fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+        except OSError:  # nobody has ever taken it, or a file system without locks
+            pass
+        yield free
 
 
 def _writers_at_work(folder: Path) -> bool:
     """Whether some `wanprep` adds to the folder: it holds the lock of its number."""
     for path in folder.glob(f"{LOCK}-w*"):
-        try:
-            with _shared_lock(path, fcntl.LOCK_SH | fcntl.LOCK_NB):
-                pass
-        except BlockingIOError:
-            return True
+        with _lock_beside(path) as free:
+            if not free:
+                return True
     return False
 
 
@@ -168,16 +144,15 @@ class _Folder:
         self._rebuild = f"wanprep index --shards {quoted(root)}"
         self._writing = _writers_at_work(folder)
         # The index first: what is committed after it was read is newer, not lost.
-        with _shared_lock(folder / f"{LOCK}-index", fcntl.LOCK_SH):  # for a moment: waits
+        with _lock_beside(folder / f"{LOCK}-index", wait=True):  # for a moment
             self.manifest = self._read_manifest()
             self.index, self._order = self._read_index()
         self.sidecars = self._read_sidecars()
         self._tombstones = self._read_tombstones()
         self._writing = self._writing or _writers_at_work(folder)
-        self._removed = {
-            bytes.fromhex(key): max(age(dead.name) for dead in dying)
-            for key, dying in self._by_key(self._tombstones).items()
-        }
+        self._removed: dict[bytes, tuple[int, int]] = {}
+        for dead in sorted(self._tombstones, key=lambda dead: age(dead.name)):
+            self._removed |= {bytes.fromhex(key): age(dead.name) for key in dead.keys}
         # Shards of both frame rules may lie in a cache, and have its fingerprint.
         every = [sidecar.fingerprint for sidecar in self.sidecars]
         whole = [of_cache(fingerprint, every) for fingerprint in every]
@@ -203,89 +178,69 @@ class _Folder:
             for name in ("shards", "prompts", "tombstones"):
                 _ = {entry["name"]: entry["sha256"] for entry in manifest[name]}
         except (UserError, KeyError, TypeError) as error:
-            self._add("manifest-damaged", MANIFEST, _why(error, path), "a manifest", self._rebuild)
+            self._add("manifest-damaged", MANIFEST, _why(error, path), "a manifest")
             return {}
         return manifest
 
     def _read_index(self) -> tuple[CacheIndex | None, npt.NDArray[np.intp]]:
         """The index with every column read, and its rows in the order of their shards."""
-        nothing = np.zeros(0, dtype=np.intp)
+        nothing = None, np.zeros(0, dtype=np.intp)
         if not self.manifest:
-            return None, nothing
+            return nothing
         path = self.folder / INDEX
         try:
             digest = read_attributes(path).get("digest")
         except (OSError, ValueError) as error:
-            self._add("index-damaged", INDEX, first_line(error), "a Zarr group", self._rebuild)
-            return None, nothing
+            self._add("index-damaged", INDEX, first_line(error), "a Zarr group")
+            return nothing
         if digest != self.manifest["index"]:
             self._stale(f"digest {digest}", f"{self.manifest['index']}, as {MANIFEST} says")
-            return None, nothing
+            return nothing
         listed = [entry["name"] for entry in self.manifest["shards"] + self.manifest["prompts"]]
         lost = [name for name in listed if not (self.folder / name).exists()]
         for name in lost:
-            self._add(
-                "tar-missing",
-                name,
-                f"no such file, but {MANIFEST} lists it",
-                "the shard",
-                f"restore {name}, or leave its samples out: {self._rebuild}",
-            )
+            found = f"no such file, but {MANIFEST} lists it"
+            cure = f"restore {name}, or leave its samples out: {self._rebuild}"
+            self._add("tar-missing", name, found, "the shard", cure)
         if lost:
-            return None, nothing
+            return nothing
         try:
             index = open_cache(self.folder)
             # All of it now: a writer may replace the file at any time after.
-            _ = index.keys, index.captions, index.bucket_ids, index.types
-            _ = index.tokens, index.repeats, index.offsets, index.lengths
-            shard_ids = index.shard_ids
+            return index, np.argsort(index.read_columns()["shard"], kind="stable")
         except UserError as error:
-            self._add("index-damaged", INDEX, _why(error, path), "an index", self._rebuild)
-            return None, nothing
-        return index, np.argsort(shard_ids, kind="stable")
+            self._add("index-damaged", INDEX, _why(error, path), "an index")
+            return nothing
 
     def _read_sidecars(self) -> list[Sidecar]:
         found = []
         listed = self._listed("shards") | self._listed("prompts")
-        names = {path.name: path for path in self.folder.iterdir()}
-        for name, path in sorted(names.items()):
-            stem = SHARD_NAME.fullmatch(name.replace(".json", ".tar"))
-            if stem is None or name.startswith(TOMBSTONES):
-                continue
-            if path.suffix == ".json":
-                tar = Path(name).with_suffix(".tar").name
-                if tar not in names and tar not in listed:
-                    cure = f"restore {tar}, or delete {name}"
+        names = {path.name for path in self.folder.iterdir()}
+        tars = {name.replace(".json", ".tar") for name in names if not name.startswith(TOMBSTONES)}
+        for tar in sorted(filter(SHARD_NAME.fullmatch, tars)):
+            path = Sidecar.path_for(self.folder / tar)
+            if tar not in names:
+                if tar not in listed:
+                    cure = f"restore {tar}, or delete {path.name}"
                     self._add("tar-missing", tar, "no such file", "the tar of the sidecar", cure)
-                continue
-            beside = Sidecar.path_for(path)
-            if beside.name not in names:
-                if name in listed:
-                    cure = (
-                        f"restore {beside.name}, or run `wanprep encode` again and {self._rebuild}"
-                    )
-                    self._add("sidecar-missing", name, f"no {beside.name}", "it", cure)
-                elif not self._writing:
-                    cure = "nothing: the next run of its writer removes it"
-                    self._add(
-                        "sidecar-missing", name, f"no {beside.name}", "it", cure, severity="note"
-                    )
-                continue
-            if (sidecar := self._read_sidecar(beside, name)) is not None:
-                found.append(sidecar)
-        leftovers = [name for name in names if name.endswith(TEMPORARY_SUFFIX)]
-        if leftovers and not self._writing:
-            self._add(
-                "sidecar-missing",
-                leftovers[0],
-                f"{count(len(leftovers), 'file')} that a run did not finish",
-                "none",
-                "nothing: the next run removes them",
-                severity="note",
-            )
+            elif path.name in names:
+                found += self._read_sidecar(path, tar)
+            elif tar in listed:
+                cure = f"restore {path.name}, or run `wanprep encode` again and {self._rebuild}"
+                self._add("sidecar-missing", tar, f"no {path.name}", "it", cure)
+            else:
+                cure = "nothing: the next run of its writer removes it"
+                self._note_leftover(tar, f"no {path.name}", "it", cure)
+        if leftovers := sorted(name for name in names if name.endswith(TEMPORARY_SUFFIX)):
+            what = f"{count(len(leftovers), 'file')} that a run did not finish"
+            self._note_leftover(leftovers[0], what, "none", "nothing: the next run removes them")
         return found
 
-    def _read_sidecar(self, path: Path, tar: str) -> Sidecar | None:
+    def _note_leftover(self, file: str, found: str, expected: str, cure: str) -> None:
+        if not self._writing:
+            self._add("sidecar-missing", file, found, expected, cure, severity="note")
+
+    def _read_sidecar(self, path: Path, tar: str) -> list[Sidecar]:
         cure = f"restore {path.name}, or delete it with {tar} and run `wanprep encode` again"
         try:
             sidecar = Sidecar.read(path)
@@ -297,8 +252,8 @@ class _Folder:
                 ColourFit.from_json(sidecar.latent_rgb)
         except (KeyError, TypeError, ValueError) as error:  # UserError is a ValueError
             self._add("sidecar-damaged", path.name, _why(error, path), "a sidecar", cure)
-            return None
-        return sidecar
+            return []
+        return [sidecar]
 
     def _read_tombstones(self) -> list[Tombstones]:
         found = []
@@ -313,22 +268,13 @@ class _Folder:
                 self._add("tombstones-damaged", path.name, _why(error, path), "keys", cure)
         return found
 
-    @staticmethod
-    def _by_key(tombstones: list[Tombstones]) -> dict[str, list[Tombstones]]:
-        found: dict[str, list[Tombstones]] = {}
-        for dead in tombstones:
-            for key in dead.keys:
-                found.setdefault(key, []).append(dead)
-        return found
-
     def _is_current(self) -> bool:
         """Whether the index is of all that is committed."""
         if self.index is None:
             return False
-        unreadable = {"sidecar-damaged", "sidecar-missing", "tar-missing", "tombstones-damaged"}
-        if any(f.code in unreadable and f.severity == "error" for f in self.findings):
+        if any(f.code in OF_SHARDS and f.severity == "error" for f in self.findings):
             return False
-        digest = entries_digest(self.sidecars, self._tombstones)
+        digest = Entries(sidecars=self.sidecars, tombstones=self._tombstones).digest
         if digest != self.index.digest:
             self._stale(f"digest {self.index.digest[:12]}…", f"{digest[:12]}… of what is committed")
             return False
@@ -338,39 +284,20 @@ class _Folder:
     def _check_manifest(self) -> None:
         """The manifest's lists and numbers against what they are derived from."""
         assert self.index is not None
-
-        def entries(kind: str) -> list[dict[str, Any]]:
-            return [
-                {"name": s.shard, "sha256": s.sha256, "bytes": s.bytes, "count": s.count}
-                for s in self.sidecars
-                if s.kind == kind
-            ]
-
-        per_bucket = np.bincount(self.index.bucket_ids, minlength=len(self.index.buckets))
-        derived = {
-            "samples": len(self.index),
-            "buckets": [
-                {"height": b.height, "width": b.width, "frames": b.frames, "samples": int(number)}
-                for b, number in zip(self.index.buckets, per_bucket, strict=True)
-            ],
-            "shards": entries("samples"),
-            "prompts": entries("prompts"),
-            "fingerprint": self.fingerprint,
-        }
-        for name, value in derived.items():
-            if self.manifest.get(name) != value:
-                self._add(
-                    "manifest-damaged",
-                    MANIFEST,
-                    f"{name} is not what the shards give",
-                    "what `wanprep index` writes",
-                    self._rebuild,
-                )
+        entries = Entries(sidecars=self.sidecars, tombstones=self._tombstones)
+        derived = manifest_of(entries, self.index.buckets, self.index.bucket_ids, None)
+        derived["fingerprint"] = self.fingerprint  # what is mixed has a finding of its own
+        for name in ("samples", "buckets", "shards", "prompts", "fingerprint"):
+            if self.manifest.get(name) != derived[name]:
+                found = f"{name} is not what the shards give"
+                self._add("manifest-damaged", MANIFEST, found, "what `wanprep index` writes")
 
     def _stale(self, found: str, expected: str) -> None:
-        severity: Severity = "note" if self._writing else "error"
-        cure = "nothing: the writer at work updates it" if self._writing else self._rebuild
-        self._add("index-stale", INDEX, found, expected, cure, severity=severity)
+        if self._writing:
+            cure = "nothing: the writer at work updates it"
+            self._add("index-stale", INDEX, found, expected, cure, severity="note")
+        else:
+            self._add("index-stale", INDEX, found, expected)
 
     # The tars.
 
@@ -395,17 +322,12 @@ class _Folder:
             self.samples += len(found.rows) if sidecar.kind == "samples" else 0
             roles |= found.roles
             self._report(sidecar, found)
-        if self.fingerprint.get("overlay") != CONDITIONS:
+        if self.sidecars and not self._writing and self.fingerprint.get("overlay") != CONDITIONS:
+            cure = f"run `{made_by(self.fingerprint)}` again: it encodes what is missing"
             for role in _NEEDED_PROMPTS:
-                if role not in roles and self.sidecars and not self._writing:
-                    command = made_by(self.fingerprint)
-                    self._add(
-                        "prompt-missing",
-                        "prompts-*.tar",
-                        f"no prompt of role {role!r}",
-                        "one",
-                        f"run `{command}` again: it encodes what is missing",
-                    )
+                if role not in roles:
+                    found_none = f"no prompt of role {role!r}"
+                    self._add("prompt-missing", "prompts-*.tar", found_none, "one", cure)
 
     def _report(self, sidecar: Sidecar, found: ShardReport) -> None:
         """Findings of one tar, and what the index says of it."""
@@ -438,35 +360,13 @@ class _Folder:
 
     def _compare(self, sidecar: Sidecar, key: str, row: int, found: Row) -> None:
         assert self.index is not None
-        says = {
-            "caption": bytes(self.index.captions[row]).hex(),
-            "type": int(self.index.types[row]),
-            "tokens": int(self.index.tokens[row]),
-            "repeats": int(self.index.repeats[row]),
-        }
-        holds = {
-            "caption": found.caption.hex(),
-            "type": found.type,
-            "tokens": found.tokens,
-            "repeats": found.repeats,
-        }
-        for column, member in enumerate(MEMBERS):
-            says[f"{member} at"] = int(self.index.offsets[row, column])
-            says[f"{member} bytes"] = int(self.index.lengths[row, column])
-            holds[f"{member} at"] = found.offset[column]
-            holds[f"{member} bytes"] = found.length[column]
-        wrong = [name for name in says if says[name] != holds[name]]
-        if self.index.buckets[int(self.index.bucket_ids[row])] != sidecar.bucket:
-            wrong.append("bucket")
-            says["bucket"] = str(self.index.buckets[int(self.index.bucket_ids[row])])
-            holds["bucket"] = str(sidecar.bucket)
-        if wrong:
-            self._add_row(
-                sidecar,
-                key,
-                ", ".join(f"{name} {says[name]}" for name in wrong),
-                ", ".join(str(holds[name]) for name in wrong),
-            )
+        bucket = self.index.buckets[int(self.index.bucket_ids[row])]
+        own = _index_row(self.index, row)
+        if (own, bucket) != (found, sidecar.bucket):
+            says, holds = _facts(own, bucket), _facts(found, sidecar.bucket)
+            wrong = [name for name in says if says[name] != holds[name]]
+            said = ", ".join(f"{name} {says[name]}" for name in wrong)
+            self._add_row(sidecar, key, said, ", ".join(str(holds[name]) for name in wrong))
 
     def _rows(self, sidecar: Sidecar) -> npt.NDArray[np.intp]:
         """Rows of the index that lie in a shard."""
@@ -511,20 +411,11 @@ class _Folder:
             cure = f"wanprep remove --shards {folder} --sample {key}; then run `{again}` again"
             if self._is_dead(key, sidecar):
                 severity, cure = "note", f"wanprep compact --shards {folder}: it is dead"
-        self._add(
-            problem.code,
-            sidecar.shard,
-            problem.found,
-            problem.expected,
-            cure,
-            key=key,
-            member=problem.member,
-            severity=severity,
-        )
+        self._add(**asdict(problem), file=sidecar.shard, cure=cure, key=key, severity=severity)
 
     def _add_row(self, sidecar: Sidecar, key: str, found: str, expected: str) -> None:
         found = f"the row for {sidecar.shard} has {found}" if found != "no row" else found
-        self._add("index-row", INDEX, found, expected, self._rebuild, key=key)
+        self._add("index-row", INDEX, found, expected, key=key)
 
     def _add(
         self,
@@ -532,27 +423,46 @@ class _Folder:
         file: str,
         found: str,
         expected: str,
-        cure: str,
+        cure: str | None = None,
         *,
-        key: str | None = None,
-        member: str | None = None,
         severity: Severity = "error",
+        **place: str | None,
     ) -> None:
+        """Without a `cure` it is to build the index anew. `place`: key and member of a sample."""
         self.findings.append(
             Finding(
                 severity=severity,
                 code=code,
                 file=self._prefix + file,
-                key=key,
-                member=member,
                 found=found,
                 expected=expected,
-                cure=cure,
+                cure=self._rebuild if cure is None else cure,
+                **place,
             )
         )
 
     def _listed(self, name: str) -> set[str]:
         return {entry["name"] for entry in self.manifest.get(name, [])}
+
+
+def _index_row(index: CacheIndex, row: int) -> Row:
+    return Row(
+        caption=bytes(index.captions[row]),
+        type=int(index.types[row]),
+        tokens=int(index.tokens[row]),
+        repeats=int(index.repeats[row]),
+        offset=index.offsets[row].tolist(),
+        length=index.lengths[row].tolist(),
+    )
+
+
+def _facts(row: Row, bucket: Bucket | None) -> dict[str, Any]:
+    """What a row says, by what findings call it."""
+    facts: dict[str, Any] = {"caption": row.caption.hex()}
+    facts |= {name: getattr(row, name) for name in ("type", "tokens", "repeats")}
+    for member, offset, length in zip(MEMBERS, row.offset, row.length, strict=True):
+        facts |= {f"{member} at": offset, f"{member} bytes": length}
+    return {**facts, "bucket": str(bucket)}
 
 
 def _beside(base: _Folder, overlay: _Folder) -> list[Finding]:
@@ -566,14 +476,9 @@ def _beside(base: _Folder, overlay: _Folder) -> list[Finding]:
     if base.index is not None and overlay.index is not None:
         orphans = int((positions(overlay.index.keys, base.index.keys) < 0).sum())
         if orphans:
-            overlay._add(
-                "overlay-orphans",
-                INDEX,
-                f"{count(orphans, 'sample')} that the cache does not have",
-                "none",
-                f"wanprep compact --shards {quoted(base.folder)}",
-                severity="note",
-            )
+            found = f"{count(orphans, 'sample')} that the cache does not have"
+            cure = f"wanprep compact --shards {quoted(base.folder)}"
+            overlay._add("overlay-orphans", INDEX, found, "none", cure, severity="note")
     return overlay.findings[before:]
 
 

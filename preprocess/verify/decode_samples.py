@@ -4,7 +4,8 @@ What the VAE gives back is compared with the frames that it was given: PSNR of u
 these are the right frames of a video is asked of another decoder, see `preprocess.verify.shown`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -130,13 +131,9 @@ def findings(config: DecodeConfig, done: Sequence[Decoded]) -> list[Finding]:
                     cure="set --train-data-dir to the folder of the media",
                 )
             )
-            continue
-        wrong = partial(
-            finding,
-            severity="error",
-            cure=f"look at {one.path}; if it is not the source: wanprep remove --shards "
-            f"{quoted(config.shards)} --sample {one.key}, then `wanprep encode` again",
-        )
+        again = f"wanprep remove --shards {quoted(config.shards)} --sample {one.key}"
+        cure = f"look at {one.path}; if it is not the source: {again}, then `wanprep encode` again"
+        wrong = partial(finding, severity="error", cure=cure)
         if one.other_frames is not None:
             said = f"{one.source}: {one.other_frames}"
             expected = "each frame where players show it"
@@ -178,12 +175,9 @@ def _decoded(
 
     dtype = DTYPES[index.fingerprint["latents"]["compute"]]
     vae = LatentEncoder(spec, dtype=dtype, device=config.device)
-    reader = MemberReader(index)
-    try:
+    with closing(MemberReader(index)) as reader:
         for row in rows:
             yield _decode(config, index, row, reader, vae, pool)
-    finally:
-        reader.close()
 
 
 def _decode(
@@ -199,74 +193,31 @@ def _decode(
     if tensors is None:
         raise UserError(f"--sample: {index.where(row)} has no latents: it is a caption alone.")
     frames = vae.frames(tensors["latents"])
-    key = index.key(row)
+    key, source = index.key(row), str(info["source"])
     path = config.output / f"{key}.{'png' if len(frames) == 1 else 'mp4'}"
     if len(frames) == 1:
         Image.fromarray(frames[0]).save(path)
     else:
         write_mp4(path, frames, playing_fps(info) or _DEFAULT_FPS)
-    source = _Source(config, index, row, info, pool)
+    medium = medium_named(base_folder(config.data_dir), source)
+    clip = clip_of(index, row, info)
+
+    def from_medium(task: Callable[..., Any], *options: object) -> Any:
+        """Raises MediaError where it can't be read."""
+        return pool.submit(medium, task, medium, *options).result()
+
     measured, why, others = None, None, None
     try:
-        source.refuse_other_content()
-        others = source.other_frames(frames)
-        measured = psnr(frames, source.frames())
+        if not same_content({key}, clip, from_medium(digest, None)):
+            raise MediaError(f"{medium}: its content is not what was encoded")
+        if info["type"] == "video" and PurePosixPath(source).suffix.lower() not in ANIMATIONS:
+            shown = from_medium(shown_by_ffmpeg, clip.bucket)
+            others = other_frames(frames, shown, info, index.fingerprint.get("media", {}))
+        taken = list(clip.frame_indices)
+        measured = psnr(frames, from_medium(fitted_frames, info["type"], taken, clip.bucket))
     except (MediaError, OSError) as error:
         why = str(error)
-    return Decoded(
-        key=key,
-        source=str(info["source"]),
-        path=path,
-        psnr=measured,
-        why=why,
-        other_frames=others,
-    )
-
-
-class _Source:
-    """The medium that a sample was made of. Its methods raise MediaError where it can't be read."""
-
-    def __init__(
-        self,
-        config: DecodeConfig,
-        index: CacheIndex,
-        row: int,
-        info: dict[str, Any],
-        pool: WorkerPool,
-    ) -> None:
-        self._info, self._pool = info, pool
-        self._medium = medium_named(base_folder(config.data_dir), str(info["source"]))
-        self._key = index.key(row)
-        self._media = index.fingerprint.get("media", {})
-        self._clip = clip_of(index, row, info)
-
-    def refuse_other_content(self) -> None:
-        """MediaError where it is not what was encoded."""
-        sha256 = self._pool.submit(self._medium, digest, self._medium, None).result()
-        if not same_content({self._key}, self._clip, sha256):
-            raise MediaError(f"{self._medium}: its content is not what was encoded")
-
-    def frames(self) -> npt.NDArray[np.uint8]:
-        """(F, H, W, 3), as the VAE was given them."""
-        found: npt.NDArray[np.uint8] = self._pool.submit(
-            self._medium,
-            fitted_frames,
-            self._medium,
-            self._info["type"],
-            list(self._clip.frame_indices),
-            self._clip.bucket,
-        ).result()
-        return found
-
-    def other_frames(self, frames: npt.NDArray[np.uint8]) -> str | None:
-        """Which of these decoded frames a video shows elsewhere; None: none, or no video."""
-        suffix = PurePosixPath(str(self._info["source"])).suffix.lower()
-        if self._info["type"] != "video" or suffix in ANIMATIONS:
-            return None
-        shown = self._pool.submit(
-            self._medium, shown_by_ffmpeg, self._medium, self._clip.bucket
-        ).result()
-        return other_frames(frames, shown, self._info, self._media)
+    return Decoded(key=key, source=source, path=path, psnr=measured, why=why, other_frames=others)
 
 
 def playing_fps(info: dict[str, Any]) -> float | None:

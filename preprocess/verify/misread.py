@@ -8,7 +8,7 @@ from preprocess.dataset.old_samples import OldSample, looked_at, rows_of_first_r
 from preprocess.media.tars import base_folder, medium_named
 from preprocess.media.worker_pool import WorkerPool, default_workers
 from preprocess.verify.findings import Finding
-from shared.cli.console import MOST_NAMED, bar, count
+from shared.cli.console import bar, count, named
 from shared.errors import UserError
 from shared.format.cache import committed_shards, open_cache
 from shared.io.names import quoted
@@ -57,14 +57,13 @@ def _wrong(sample: OldSample, folder: Path) -> Finding:
 
 
 def _unseen(samples: list[OldSample], data_dir: Path) -> Finding:
-    sources = sorted({sample.source for sample in samples})
-    named = ", ".join(sources[:MOST_NAMED]) + (" …" if len(sources) > MOST_NAMED else "")
+    sources = named(sorted({sample.source for sample in samples}))
     return Finding(
         severity="note",
         code="source-missing",
         file=samples[0].shard,
         found=f"{count(len(samples), 'sample')} that an older wandistill encoded, whose "
-        f"sources can't be looked at in {data_dir}: {named} ({samples[0].unseen})",
+        f"sources can't be looked at in {data_dir}: {sources} ({samples[0].unseen})",
         expected="the media that were encoded, to see whether the right frames were taken",
         cure="set --train-data-dir to the folder of the media; where they lie there, mend what the "
         "reason says",

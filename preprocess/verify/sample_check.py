@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from shared.errors import json_kind
-from shared.format.buckets import Bucket
+from shared.format.buckets import SIDES, Bucket, bucket_of, is_bucket
 from shared.format.fingerprint import WITH_CLIP, Fingerprint
 from shared.format.overlays import required_members
 from shared.format.prompts import VALIDATION
@@ -22,13 +22,13 @@ from shared.format.schema import (
     TEXT_MEMBER,
     unpack,
 )
-from shared.format.strict_json import is_count, parse
+from shared.format.strict_json import parse
 from shared.format.tensor_header import read_header
 
 # Bytes of a member beyond its tensors, or of a whole JSON, that nobody needs.
 _MOST_OVERHEAD = MOST_INFO_BYTES
-# Two encodings of one frame differ by rounding at most, and where a GPU adds in another order.
 _LONGEST_SIDE = 1 << 14
+# Two encodings of one frame differ by rounding at most, and where a GPU adds in another order.
 _ROUNDING = 0.02
 _OF_SPREAD = 0.1
 
@@ -93,14 +93,14 @@ class Expected:
 
     def of_prompt(self, info: dict[str, Any]) -> "Expected":
         """What the bank's entry with this `KEY.json` must hold beside its text."""
-        sides = [info.get(name) for name in ("height", "width", "frames")]
-        if self.grid is None or not all(is_count(s, least=1, most=_LONGEST_SIDE) for s in sides):
+        if self.grid is None or not is_bucket(info):
             return self
-        height, width, frames = map(int, sides)  # type: ignore[arg-type]
+        bucket = bucket_of(info)
+        if max(bucket.height, bucket.width, bucket.frames) > _LONGEST_SIDE:
+            return self
         if self.mode == "ti2v":
-            frames = 1  # the picture by itself
-        shape = Bucket(height, width, frames).latent_shape(*self.grid)
-        return replace(self, latents=shape)
+            bucket = replace(bucket, frames=1)  # the picture by itself
+        return replace(self, latents=bucket.latent_shape(*self.grid))
 
     @property
     def of_images(self) -> bool:
@@ -116,41 +116,37 @@ class Expected:
         return _MOST_OVERHEAD + tensor
 
 
-def check_info(data: bytes, expected: Expected) -> Iterator[Problem | dict[str, Any]]:
-    """Problems of `KEY.json`, then the object itself where there is one."""
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("caption", "type", "source"), str),
+    **dict.fromkeys(("width", "height", "frames"), int),
+    "frame_indices": list,
+}
+"""Of the fields of a sample's `KEY.json`."""
+_KIND_NAMES = {str: "a string", int: "a number", list: "a list"}
+
+
+def check_info(data: bytes, expected: Expected) -> tuple[list[Problem], dict[str, Any]]:
+    """Problems of `KEY.json`, and the object itself, which is empty where there is none."""
     try:
         info = parse(data, most=MOST_INFO_BYTES)
     except ValueError as error:
-        yield Problem("json-damaged", f"no JSON ({error})", "a JSON object")
-        return
+        return [Problem("json-damaged", f"no JSON ({error})", "a JSON object")], {}
     if not isinstance(info, dict):
-        yield Problem("json-damaged", json_kind(info), "an object")
-        return
+        return [Problem("json-damaged", json_kind(info), "an object")], {}
+    kinds = _KINDS
     if expected.bucket is None:
-        kinds: dict[str, type | tuple[type, ...]] = {"role": str, "prompt": str}
+        kinds = {"role": str, "prompt": str}
         if info.get("role") == VALIDATION:
-            kinds |= {"height": int, "width": int, "frames": int}
-            kinds |= {"image": str} if "image" in info else {}
-    else:
-        kinds = {
-            "caption": str,
-            "type": str,
-            "source": str,
-            "width": int,
-            "height": int,
-            "frames": int,
-            "frame_indices": list,
-        }
-    wrong = set()
+            kinds |= dict.fromkeys(SIDES, int) | ({"image": str} if "image" in info else {})
+    problems, wrong = [], set()
     for name, kind in kinds.items():
         if not isinstance(info.get(name), kind) or isinstance(info[name], bool):
             wrong.add(name)
             has = f"{name} is {json_kind(info[name])}" if name in info else f"no {name}"
-            kind_name = {str: "a string", int: "a number", list: "a list"}[kind]  # type: ignore[index]
-            yield Problem("json-field", has, kind_name)
+            problems.append(Problem("json-field", has, _KIND_NAMES[kind]))
     if expected.bucket is not None:
-        yield from _check_bucket(info, expected.bucket, wrong)
-    yield info
+        problems += _check_bucket(info, expected.bucket, wrong)
+    return problems, info
 
 
 def _check_bucket(info: dict[str, Any], bucket: Bucket, wrong: set[str]) -> Iterator[Problem]:
@@ -170,39 +166,35 @@ def _check_bucket(info: dict[str, Any], bucket: Bucket, wrong: set[str]) -> Iter
         yield Problem("json-field", "frame_indices that do not ascend", "numbers of frames")
 
 
-def check_tensors(suffix: str, data: bytes, expected: Expected) -> Iterator[Problem | torch.Tensor]:
-    """Problems of a safetensors member, then its main tensor: text always, else if it has none."""
-    problems = []
-    for item in _check_tensors(suffix, data, expected):
-        if isinstance(item, Problem):
-            problems.append(item)
-            yield item
-        elif suffix == TEXT_MEMBER or not problems:
-            yield item
-
-
-def _check_tensors(
+def check_tensors(
     suffix: str, data: bytes, expected: Expected
-) -> Iterator[Problem | torch.Tensor]:
+) -> tuple[list[Problem], torch.Tensor | None]:
+    """Problems of a safetensors member and its main tensor: always of text, else if it has none."""
     name = suffix.partition(".")[0]
     try:
         header = read_header(data, len(data))
     except ValueError as error:
-        yield Problem("tensor-damaged", f"no safetensors ({error})", "a safetensors file")
-        return
+        damage = Problem("tensor-damaged", f"no safetensors ({error})", "a safetensors file")
+        return [damage], None
     try:
         tensors = unpack(data, suffix)
     except ValueError as error:
         code = f"{name}-shape" if list(header) == [name] else "tensor-name"
-        yield Problem(code, str(error), "that")
-        return
+        return [Problem(code, str(error), "that")], None
+    problems = list(_check_values(suffix, name, tensors, expected))
+    return problems, tensors[name] if suffix == TEXT_MEMBER or not problems else None
+
+
+def _check_values(
+    suffix: str, name: str, tensors: dict[str, torch.Tensor], expected: Expected
+) -> Iterator[Problem]:
     tensor = tensors[name]
     dtype = expected.text_dtype if suffix == TEXT_MEMBER else expected.latents_dtype
     if dtype is not None and tensor.dtype != dtype:
         yield Problem("dtype", _dtype(tensor.dtype), _dtype(dtype))
-    ranges = {other: _Range.of(values) for other, values in tensors.items()}
+    ranges = {other: _range(values) for other, values in tensors.items()}
     for other, values in tensors.items():
-        if not ranges[other].finite:
+        if not all(map(math.isfinite, ranges[other])):
             bad = values.numel() - int(torch.isfinite(values).sum())
             found = f"{bad} of {values.numel()} values of {other} are NaN or infinite"
             yield Problem("not-finite", found, "none")
@@ -220,13 +212,12 @@ def _check_tensors(
                 f"shape {tuple(tensor.shape)}",
                 f"1 to {expected.text_length} rows of {expected.text_dim}",
             )
-        elif ranges[name].zero:
+        elif ranges[name] == (0, 0):
             yield Problem("text-zero", f"{len(tensor)} rows of zeros", "an embedding")
     elif tuple(tensor.shape) != expected.latents:
         yield Problem(f"{name}-shape", f"shape {tuple(tensor.shape)}", f"{expected.latents}")
-    elif ranges[name].low == ranges[name].high:
-        yield Problem(f"{name}-constant", f"only {ranges[name].low:g}", "a picture")
-    yield tensor
+    elif ranges[name][0] == ranges[name][1]:
+        yield Problem(f"{name}-constant", f"only {ranges[name][0]:g}", "a picture")
 
 
 def _check_clip(clip: torch.Tensor | None, expected: Expected) -> Iterator[Problem]:
@@ -238,29 +229,14 @@ def _check_clip(clip: torch.Tensor | None, expected: Expected) -> Iterator[Probl
         yield Problem("clip-shape", f"shape {tuple(clip.shape)}", f"rows of {expected.clip_dim}")
     elif clip is not None and clip.dtype != expected.latents_dtype:
         yield Problem("dtype", f"clip {_dtype(clip.dtype)}", f"{expected.latents_dtype}")
-    elif clip is not None and _Range.of(clip).zero and not expected.of_images:
+    elif clip is not None and _range(clip) == (0, 0) and not expected.of_images:
         yield Problem("clip-zero", f"{len(clip)} rows of zeros", "an embedding")
 
 
-@dataclass(frozen=True)
-class _Range:
-    """Lowest and highest value: one fast pass that tells all that is asked of the values."""
-
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: torch.Tensor) -> "_Range":
-        low, high = torch.aminmax(values)  # NaN where there is any
-        return cls(float(low), float(high))
-
-    @property
-    def finite(self) -> bool:
-        return math.isfinite(self.low) and math.isfinite(self.high)
-
-    @property
-    def zero(self) -> bool:
-        return self.low == self.high == 0
+def _range(values: torch.Tensor) -> tuple[float, float]:
+    """Lowest and highest value, NaN if any is: one fast pass that tells all that is asked."""
+    low, high = torch.aminmax(values)
+    return float(low), float(high)
 
 
 def _dtype(dtype: torch.dtype) -> str:

@@ -1,13 +1,17 @@
 """One tar, read once: its digest, its samples, and what an index should say of them."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from preprocess.cache.index import caption_digest
+from preprocess.cache.shard_rows import Row
 from preprocess.verify.sample_check import (
     Expected,
     Problem,
@@ -15,23 +19,48 @@ from preprocess.verify.sample_check import (
     check_info,
     check_tensors,
 )
-from preprocess.verify.tar_stream import HashedStream, Member, TarDamage, members
 from shared.errors import UserError
 from shared.format.cache import MEDIA_TYPES, Sidecar
+from shared.format.columns import caption_digest
 from shared.format.schema import CONDITION_MEMBER, JSON_MEMBER, LATENTS_MEMBER, MEMBERS, TEXT_MEMBER
+from shared.format.tar import Member, TarError, files
 from shared.io.mirror import shard_file
 
+_READ_BYTES = 1 << 22
 
-@dataclass
-class Row:
-    """What the index should say of a sample: `shared.format.cache.COLUMNS`."""
 
-    caption: bytes = b""
-    type: int = 0
-    tokens: int = 0
-    repeats: int = 1
-    offset: list[int] = field(default_factory=lambda: [0] * len(MEMBERS))
-    length: list[int] = field(default_factory=lambda: [0] * len(MEMBERS))
+class HashedStream:
+    """A file read forwards, whatever is asked for: SHA-256 and number of the bytes so far."""
+
+    def __init__(self, stream: BinaryIO, on_bytes: Callable[[int], None]) -> None:
+        self._stream = stream
+        self._on_bytes = on_bytes
+        self._sha256 = hashlib.sha256()
+        self.offset = 0
+
+    def read(self, size: int) -> bytes:
+        """`size` bytes, fewer at the end of the file."""
+        data = self._stream.read(size)
+        self._sha256.update(data)
+        before = self.offset
+        self.offset += len(data)
+        if steps := self.offset // _READ_BYTES - before // _READ_BYTES:
+            self._on_bytes(steps * _READ_BYTES)
+        return data
+
+    def seek(self, offset: int) -> None:
+        """Read up to there, or to the end of the file."""
+        assert offset >= self.offset, "each byte is read once"
+        while left := offset - self.offset:
+            if not self.read(min(left, _READ_BYTES)):
+                break
+
+    def hexdigest(self) -> str:
+        """Of the whole file: reads what is left of it."""
+        while self.read(_READ_BYTES):
+            pass
+        self._on_bytes(self.offset % _READ_BYTES)
+        return self._sha256.hexdigest()
 
 
 @dataclass
@@ -42,7 +71,7 @@ class ShardReport:
     """(key, or None for the tar as a whole; problem), in the order of the tar."""
     rows: dict[str, Row] = field(default_factory=dict)
     """By key."""
-    damage: TarDamage | None = None
+    damage: TarError | None = None
     """Why it was not read to its end."""
     last_key: str | None = None
     """Of the sample that was read when the damage came."""
@@ -73,106 +102,90 @@ def check_shard(
         raise OSError(f"{path} is no file")
     with _bytes_of(path) as raw:
         stream = HashedStream(raw, on_bytes)
+        found = files(stream, os.fstat(raw.fileno()).st_size)  # type: ignore[arg-type]
         try:
-            for key, problem in _samples(members(stream), expected, report):
-                report.problems.append((key, problem))
-        except TarDamage as damage:
+            for key, parts in groupby(found, key=attrgetter("key")):
+                for problem in _sample(key, parts, stream, expected, report):
+                    report.problems.append((key, problem))
+        except TarError as damage:
             report.damage = damage
+            report.last_key = damage.key or report.last_key
         sha256 = stream.hexdigest()
     whole = []
     if stream.offset != sidecar.bytes:
-        whole.append(
-            Problem("size", f"{stream.offset} bytes", f"{sidecar.bytes}, as its sidecar says")
-        )
+        said = f"{sidecar.bytes}, as its sidecar says"
+        whole.append(Problem("size", f"{stream.offset} bytes", said))
     if sha256 != sidecar.sha256:
-        whole.append(
-            Problem(
-                "checksum",
-                f"SHA-256 {sha256[:12]}…",
-                f"{sidecar.sha256[:12]}…, as its sidecar says",
-            )
-        )
+        said = f"{sidecar.sha256[:12]}…, as its sidecar says"
+        whole.append(Problem("checksum", f"SHA-256 {sha256[:12]}…", said))
     report.sound = not whole
     if report.damage is None and len(report.rows) != sidecar.count:
-        whole.append(
-            Problem("count", f"{len(report.rows)} samples", f"{sidecar.count}, as its sidecar says")
-        )
+        said = f"{sidecar.count}, as its sidecar says"
+        whole.append(Problem("count", f"{len(report.rows)} samples", said))
     report.problems[:0] = [(None, problem) for problem in whole]
     return report
 
 
+@dataclass
 class _Sample:
     """The sample whose members are being read."""
 
-    def __init__(self, key: str) -> None:
-        self.key = key
-        self.row = Row()
-        self.seen: set[str] = set()
-        self.info: dict[str, Any] = {}
-        self.tensors: dict[str, torch.Tensor] = {}
+    row: Row = field(default_factory=Row)
+    seen: list[str] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def _samples(
-    found: Iterator[Member], expected: Expected, report: ShardReport
-) -> Iterator[tuple[str | None, Problem]]:
-    """(key, problem); fills the report's rows on the way."""
-    sample: _Sample | None = None
-    for member in found:
-        key, suffix = member.key, member.suffix
+def _sample(
+    key: str, parts: Iterable[Member], stream: HashedStream, expected: Expected, report: ShardReport
+) -> Iterator[Problem]:
+    """What is wrong with a sample; its row goes into the report."""
+    sample = _Sample()
+    for member in parts:
+        suffix = member.suffix
         if suffix not in expected.allowed:
-            yield key, Problem("member-unexpected", f"a .{suffix}", " ".join(expected.allowed))
+            yield Problem("member-unexpected", f"a .{suffix}", " ".join(expected.allowed))
             continue
-        if sample is None or sample.key != key:
-            if sample is not None:
-                yield from _finish(sample, expected)
+        if not sample.seen:
             if key in report.rows:
-                yield key, Problem("key-duplicate", "the sample a second time", "it once")
-            sample = _Sample(key)
+                yield Problem("key-duplicate", "the sample a second time", "it once")
             report.rows[key] = sample.row
             report.last_key = key
         if suffix in sample.seen:
-            yield key, Problem("member-duplicate", "the member a second time", "it once", suffix)
+            yield Problem("member-duplicate", "the member a second time", "it once", suffix)
             continue
         if sample.seen and MEMBERS.index(suffix) < max(map(MEMBERS.index, sample.seen)):
             order = " ".join(expected.allowed)
-            yield key, Problem("member-order", "the member too late", order, suffix)
-        sample.seen.add(suffix)
-        column = MEMBERS.index(suffix)
-        sample.row.offset[column], sample.row.length[column] = member.offset, member.size
+            yield Problem("member-order", "the member too late", order, suffix)
+        sample.seen.append(suffix)
+        sample.row.place(member)
         wanted = expected.of_prompt(sample.info) if expected.bucket is None else expected
-        for problem in _member(member, suffix, sample, wanted, report):
-            yield key, Problem(problem.code, problem.found, problem.expected, suffix)
-    if sample is not None:
-        yield from _finish(sample, expected)
+        for problem in _member(member, stream, sample, wanted, report):
+            yield replace(problem, member=suffix)
+    if sample.seen:
+        yield from _whole(sample, expected)
 
 
 def _member(
-    member: Member, suffix: str, sample: _Sample, expected: Expected, report: ShardReport
-) -> Iterator[Problem]:
-    most = expected.most_bytes(suffix)
+    member: Member, stream: HashedStream, sample: _Sample, expected: Expected, report: ShardReport
+) -> list[Problem]:
+    suffix, most = member.suffix, expected.most_bytes(member.suffix)
     if member.size > most:
         code = "json-damaged" if suffix == JSON_MEMBER else "tensor-damaged"
-        yield Problem(code, f"{member.size} bytes", f"at most {most}")
-        return
-    data = member.read()
-    if suffix != JSON_MEMBER:
-        for item in check_tensors(suffix, data, expected):
-            if isinstance(item, Problem):
-                yield item
-            elif suffix == TEXT_MEMBER:
-                sample.row.tokens = len(item)
-            else:
-                sample.tensors[suffix] = item
-        return
-    for found in check_info(data, expected):
-        if isinstance(found, Problem):
-            yield found
-            continue
-        sample.info = found
-        if expected.bucket is None:
-            report.roles.add(str(found.get("role")))
-        else:
-            _fill(sample.row, found)
+        return [Problem(code, f"{member.size} bytes", f"at most {most}")]
+    data = member.read(stream, most)  # type: ignore[arg-type]
+    if suffix == JSON_MEMBER:
+        problems, sample.info = check_info(data, expected)
+        if expected.bucket is not None:
+            _fill(sample.row, sample.info)
+        elif sample.info:
+            report.roles.add(str(sample.info.get("role")))
+        return problems
+    problems, tensor = check_tensors(suffix, data, expected)
+    if tensor is not None:
+        sample.tensors[suffix] = tensor
+        sample.row.tokens = len(tensor) if suffix == TEXT_MEMBER else sample.row.tokens
+    return problems
 
 
 def _fill(row: Row, info: dict[str, Any]) -> None:
@@ -185,15 +198,14 @@ def _fill(row: Row, info: dict[str, Any]) -> None:
         row.repeats = info.get("repeats", 1)
 
 
-def _finish(sample: _Sample, expected: Expected) -> Iterator[tuple[str, Problem]]:
+def _whole(sample: _Sample, expected: Expected) -> Iterator[Problem]:
     alone = sample.info.get("type") == "text"  # a caption without a medium
     for suffix in expected.required:
         needless = alone and suffix in (LATENTS_MEMBER, CONDITION_MEMBER)
         if suffix not in sample.seen and not needless:
-            yield sample.key, Problem("member-missing", "no such member", "it", suffix)
+            yield Problem("member-missing", "no such member", "it", suffix)
         if suffix in sample.seen and needless:
             only = f"{JSON_MEMBER} {TEXT_MEMBER}, as its type is text"
-            yield sample.key, Problem("member-unexpected", f"a .{suffix}", only)
+            yield Problem("member-unexpected", f"a .{suffix}", only)
     latents, cond = (sample.tensors.get(name) for name in (LATENTS_MEMBER, CONDITION_MEMBER))
-    for problem in check_condition(latents, cond):
-        yield sample.key, problem
+    yield from check_condition(latents, cond)

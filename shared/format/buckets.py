@@ -4,8 +4,15 @@ Sizes here are pixels, (height, width); frames are counted in pixels' time (4n+1
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
+
+from shared.format.strict_json import is_count
+
+SIDES = ("height", "width", "frames")
+_LONGEST_SIDE = 1 << 20
 
 BASE_SIZE = 512
 # [height, width] at BASE_SIZE; the transposed ones are added below. The aspect table that
@@ -34,6 +41,18 @@ class Bucket:
         time, high, wide = stride
         frames = (self.frames - 1) // time + 1
         return (channels, frames, self.height // high, self.width // wide)
+
+
+def is_bucket(value: Any) -> bool:
+    """Whether a parsed value is an object with the sides of a bucket."""
+    return isinstance(value, dict) and all(
+        is_count(value.get(side), least=1, most=_LONGEST_SIDE) for side in SIDES
+    )
+
+
+def bucket_of(value: Mapping[str, Any]) -> Bucket:
+    """The bucket of an object that has its sides."""
+    return Bucket(*(value[side] for side in SIDES))
 
 
 @cache

@@ -9,8 +9,9 @@ import os
 import re
 import stat
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from shared.errors import UserError
-from shared.format.buckets import Bucket
+from shared.format.buckets import Bucket, bucket_of, is_bucket
 from shared.format.columns import (
     COLUMNS,
     Columns,
@@ -29,7 +30,7 @@ from shared.format.columns import (
     read_attributes,
     read_column,
 )
-from shared.format.fingerprint import FORMAT_VERSION, Fingerprint
+from shared.format.fingerprint import FORMAT_VERSION, Fingerprint, check_fingerprint
 from shared.format.latent_rgb import LatentRgb
 from shared.format.schema import (
     JSON_MEMBER,
@@ -42,8 +43,15 @@ from shared.format.schema import (
     unpack,
     unpack_info,
 )
-from shared.format.strict_json import is_count, is_shallow, read_object
-from shared.format.tensor_header import TensorHeader, header_bytes
+from shared.format.strict_json import (
+    Fields,
+    Fits,
+    is_count,
+    is_list,
+    read_object,
+    require,
+)
+from shared.format.tensor_header import TensorHeader, read_head
 from shared.io.mirror import is_remote, open_shard, read_range, reading
 from shared.io.names import quoted
 from shared.models.spec import MAX_TEXT_TOKENS
@@ -93,12 +101,11 @@ class Sidecar:
         return shard.with_suffix(".json")
 
     def to_json(self) -> dict[str, Any]:
-        bucket = self.bucket and {
-            "height": self.bucket.height,
-            "width": self.bucket.width,
-            "frames": self.bucket.frames,
+        return {
+            "format": FORMAT_VERSION,
+            **self.__dict__,
+            "bucket": self.bucket and asdict(self.bucket),
         }
-        return {"format": FORMAT_VERSION, **self.__dict__, "bucket": bucket}
 
     @classmethod
     def read(cls, path: Path, *, final: Path | None = None) -> "Sidecar":
@@ -110,68 +117,50 @@ class Sidecar:
         value = read_object(path, "sidecar", most=_MOST_SIDECAR, cure=cure)
         check_format(value, path)
         try:
-            kind, bucket = value["kind"], value["bucket"]
-            if kind not in (_SAMPLES, _PROMPTS):
-                raise TypeError(f"kind is {kind!r:.40}")
+            require(value, _SIDECAR_FIELDS, optional=("latent_rgb",))  # older shards have none
             if value["shard"] != (own := (final or path).with_suffix(".tar").name):
                 raise UserError(
                     f"sidecar: {path} is of {value['shard']!r:.80}, expected {own!r}. If both were "
                     "renamed, write that name into its `shard`; else restore it, or delete it and "
                     "its tar and run `wanprep encode` again."
                 )
+            kind, bucket = value["kind"], value["bucket"]
             if not is_shard_name(value["shard"], kind):
-                raise TypeError(f"{value['shard']} is no name of a shard with {kind}")
+                raise ValueError(f"{value['shard']} is no name of a shard with {kind}")
             if (bucket is None) != (kind == _PROMPTS):
-                raise TypeError(f"bucket is {bucket!r:.40} for kind {kind!r}")
-            if not isinstance(value["sha256"], str) or not _SHA256.fullmatch(value["sha256"]):
-                raise TypeError(f"sha256 is {value['sha256']!r:.80}")
-            for name in ("bytes", "count"):
-                if not is_count(value[name]):
-                    raise TypeError(f"{name} is {value[name]!r:.40}")
-            if value.get("latent_rgb") is not None and not isinstance(value["latent_rgb"], dict):
-                raise TypeError("latent_rgb is no object")
-            return cls(
-                shard=value["shard"],
-                kind=kind,
-                sha256=value["sha256"],
-                bytes=value["bytes"],
-                count=value["count"],
-                bucket=None if bucket is None else _bucket(bucket),
-                fingerprint=_fingerprint(value["fingerprint"]),
-                latent_rgb=value.get("latent_rgb"),  # older shards have none
-            )
-        except (KeyError, TypeError) as error:
+                raise ValueError(f"bucket is {bucket!r:.40} for kind {kind!r}")
+            check_fingerprint(value["fingerprint"])
+            fields: dict[str, Any] = {name: value.get(name) for name in _SIDECAR_FIELDS}
+            fields["bucket"] = bucket and bucket_of(bucket)
+            return cls(**fields)
+        except UserError:
+            raise
+        except ValueError as error:
             raise UserError(
                 f"sidecar: {path} lacks or misspells a field ({error}). {cure}"
             ) from error
+
+
+def _matches(pattern: re.Pattern[str]) -> Fits:
+    return lambda value: isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+_SIDECAR_FIELDS: Fields = {
+    "shard": str,
+    "kind": lambda value: value in (_SAMPLES, _PROMPTS),
+    "sha256": _matches(_SHA256),
+    "bytes": is_count,
+    "count": is_count,
+    "bucket": lambda value: value is None or is_bucket(value),
+    "fingerprint": dict,
+    "latent_rgb": lambda value: value is None or isinstance(value, dict),
+}
 
 
 def is_shard_name(name: object, kind: str) -> bool:
     """Whether it names a file of this kind in a cache's own folder: no path, nothing else."""
     found = _SHARD.fullmatch(name) if isinstance(name, str) else None
     return found is not None and (found["prompts"] is not None) == (kind == _PROMPTS)
-
-
-def _bucket(value: Any) -> Bucket:
-    """Raises KeyError or TypeError for what is none."""
-    sides = value["height"], value["width"], value["frames"]
-    if not all(is_count(side, least=1, most=1 << 20) for side in sides):
-        raise TypeError(f"bucket is {value!r:.80}")
-    return Bucket(*sides)
-
-
-def _fingerprint(value: Any) -> Fingerprint:
-    """Raises TypeError for what is none."""
-    if not isinstance(value, dict):
-        raise TypeError("fingerprint is no object")
-    if not is_shallow(value):
-        raise TypeError("fingerprint is nested too deeply")
-    groups = ("latents", "text", "media")
-    if not all(isinstance(value.get(name, {}), dict) for name in groups):
-        raise TypeError("a group of the fingerprint is no object")
-    if not all(isinstance(value.get(name, ""), str) for name in ("mode", "overlay")):
-        raise TypeError("mode or overlay of the fingerprint is no text")
-    return value
 
 
 def check_format(value: dict[str, Any], path: Path) -> None:
@@ -219,10 +208,8 @@ class Tombstones:
         )
         value = read_object(path, "shards", most=_MOST_TOMBSTONES, cure=cure)
         check_format(value, path)
-        keys = value.get("keys")
-        if not isinstance(keys, list) or not all(
-            isinstance(key, str) and _KEY.fullmatch(key) for key in keys
-        ):
+        keys: Any = value.get("keys")
+        if not is_list(keys, _matches(_KEY)):
             raise UserError(f"shards: {path} is damaged: its `keys` is no list of keys. {cure}")
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         return cls(name=path.name, sha256=digest, keys=tuple(keys))
@@ -256,21 +243,19 @@ class CacheIndex:
     def __len__(self) -> int:
         return self.samples
 
-    def _column(self, name: str) -> npt.NDArray[Any]:
+    def _column(self, name: str, least: int = 0, most: int | None = None) -> npt.NDArray[Any]:
+        """A column as it was written; with `most`, refused unless its values are in this range."""
         try:
             values = read_column(self.folder / INDEX, name, self.samples)
         except Exception as error:  # not as ours are, or a lost chunk; zarr's many errors
             raise self._damaged(name, str(error)) from error
         if column_digest(values) != self.column_sha256.get(name):
             raise self._damaged(name, "its values are not those that were written")
-        return values
-
-    def _within(self, name: str, least: int, most: int) -> npt.NDArray[Any]:
-        """A column whose values are all in this range."""
-        values = self._column(name)
-        if values.size and not (least <= int(values.min()) and int(values.max()) <= most):
-            found = f"{values.min()} … {values.max()}"
-            raise self._damaged(name, f"its values are {found}, expected {least} … {most}")
+        if most is None or not values.size:
+            return values
+        low, high = int(values.min()), int(values.max())
+        if not least <= low <= high <= most:
+            raise self._damaged(name, f"its values are {low} … {high}, expected {least} … {most}")
         return values
 
     def _damaged(self, column: str, why: str) -> UserError:
@@ -296,32 +281,32 @@ class CacheIndex:
     @cached_property
     def bucket_ids(self) -> npt.NDArray[np.int32]:
         """(N) positions in `buckets`."""
-        return self._within("bucket", 0, len(self.buckets) - 1)
+        return self._column("bucket", 0, len(self.buckets) - 1)
 
     @cached_property
     def shard_ids(self) -> npt.NDArray[np.int32]:
         """(N) positions in `shards`."""
-        return self._within("shard", 0, len(self.shards) - 1)
+        return self._column("shard", 0, len(self.shards) - 1)
 
     @cached_property
     def types(self) -> npt.NDArray[np.uint8]:
-        return self._within("type", 0, len(MEDIA_TYPES) - 1)
+        return self._column("type", 0, len(MEDIA_TYPES) - 1)
 
     @cached_property
     def tokens(self) -> npt.NDArray[np.int32]:
-        return self._within("tokens", 0, MAX_TEXT_TOKENS)
+        return self._column("tokens", 0, MAX_TEXT_TOKENS)
 
     @cached_property
     def repeats(self) -> npt.NDArray[np.int32]:
         """How often an epoch shows each sample; 1 in caches that are older than the column."""
         if "repeats" not in self.column_sha256:
             return np.ones(len(self), dtype=np.int32)
-        return self._within("repeats", 1, MOST_REPEATS)
+        return self._column("repeats", 1, MOST_REPEATS)
 
     @cached_property
     def offsets(self) -> npt.NDArray[np.int64]:
         """(N, members)."""
-        offsets = self._within("offset", 0, max(self.shard_bytes, default=0))
+        offsets = self._column("offset", 0, max(self.shard_bytes, default=0))
         room = np.asarray(self.shard_bytes, dtype=np.int64)[self.shard_ids]
         for begins, bytes_ in zip(offsets.T, self.lengths.T, strict=True):  # by member: less memory
             if bool((begins > room - bytes_).any()):
@@ -331,7 +316,7 @@ class CacheIndex:
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
         """(N, members)."""
-        return self._within("length", 0, max(self.shard_bytes, default=0))
+        return self._column("length", 0, max(self.shard_bytes, default=0))
 
     def read_columns(self) -> Columns:
         """Read (and so check) every column now."""
@@ -355,6 +340,10 @@ class CacheIndex:
     def hex_keys(self) -> list[str]:
         """`key` of every row."""
         return hex_keys(self.keys)
+
+    def as_on_disk(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """These rows in the order in which their samples lie in the shards."""
+        return rows[np.lexsort((self.offsets[rows, 0], self.shard_ids[rows]))]
 
     def place(self, row: int, member: str) -> tuple[Path, int, int]:
         """Shard file, offset and length of a member's bytes; length 0 where there is none."""
@@ -387,17 +376,11 @@ class Overlay:
 def open_cache(folder: Path) -> CacheIndex:
     """Open a cache for reading. Raises UserError with the command that repairs it."""
     manifest_path = folder / MANIFEST
+    rebuild = f"Rebuild it: wanprep index --shards {quoted(folder)}"
     if not manifest_path.exists():
         has_tars = folder.is_dir() and any(folder.glob("*.tar"))
-        raise UserError(
-            f"shards: {folder} has no {MANIFEST}. "
-            + (
-                f"Rebuild it: wanprep index --shards {quoted(folder)}"
-                if has_tars
-                else f"Make shards first: wanprep encode --size 640 --output {quoted(folder)}"
-            )
-        )
-    rebuild = f"Rebuild it: wanprep index --shards {quoted(folder)}"
+        make = f"Make shards first: wanprep encode --size 640 --output {quoted(folder)}"
+        raise UserError(f"shards: {folder} has no {MANIFEST}. {rebuild if has_tars else make}")
     manifest = read_object(manifest_path, "shards", most=MOST_MANIFEST, cure=rebuild)
     check_format(manifest, manifest_path)
     try:
@@ -411,21 +394,17 @@ def open_cache(folder: Path) -> CacheIndex:
             f"them. {rebuild}"
         )
     try:
-        shards, shard_bytes = _listed(manifest["shards"], _SAMPLES)
-        prompt_shards, _ = _listed(manifest["prompts"], _PROMPTS)
-        if not is_count(manifest["samples"]):
-            raise TypeError(f"samples is {manifest['samples']!r:.40}")
-        if not isinstance(manifest["index"], str):
-            raise TypeError("index is no text")
+        require(manifest, _MANIFEST_FIELDS)
+        check_fingerprint(manifest["fingerprint"])
         index = CacheIndex(
             folder=folder,
-            fingerprint=_fingerprint(manifest["fingerprint"]),
+            fingerprint=manifest["fingerprint"],
             digest=manifest["index"],
             samples=manifest["samples"],
-            buckets=tuple(_bucket(bucket) for bucket in manifest["buckets"]),
-            shards=shards,
-            shard_bytes=shard_bytes,
-            prompt_shards=prompt_shards,
+            buckets=tuple(bucket_of(bucket) for bucket in manifest["buckets"]),
+            shards=tuple(entry["name"] for entry in manifest["shards"]),
+            shard_bytes=tuple(entry["bytes"] for entry in manifest["shards"]),
+            prompt_shards=tuple(entry["name"] for entry in manifest["prompts"]),
             column_sha256=attributes["sha256"],
             latent_rgb=LatentRgb.from_json(rgb) if (rgb := manifest.get("latent_rgb")) else None,
         )
@@ -445,31 +424,37 @@ def open_cache(folder: Path) -> CacheIndex:
     return index
 
 
-def _listed(entries: Any, kind: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Names and sizes of the manifest's shards of a kind. Raises KeyError or TypeError."""
-    for entry in entries:
-        if not is_shard_name(entry["name"], kind):
-            raise TypeError(f"{entry['name']!r:.80} is no name of a shard with {kind}")
-        if not is_count(entry["bytes"]):
-            raise TypeError(f"bytes of {entry['name']} is {entry['bytes']!r:.40}")
-    return tuple(e["name"] for e in entries), tuple(e["bytes"] for e in entries)
+def _lists_shards(kind: str) -> Fits:
+    """Of a manifest's list: whether it names shards of this kind, each with its size."""
+
+    def is_entry(entry: Any) -> bool:
+        return is_shard_name(entry["name"], kind) and is_count(entry["bytes"])
+
+    return lambda value: is_list(value, is_entry)
 
 
-Room = Callable[[Mapping[str, TensorHeader]], Mapping[str, torch.Tensor]]
-"""From a member's header to memory for its tensors."""
+_MANIFEST_FIELDS: Fields = {
+    "index": str,
+    "samples": is_count,
+    "buckets": lambda value: is_list(value, is_bucket),
+    "shards": _lists_shards(_SAMPLES),
+    "prompts": _lists_shards(_PROMPTS),
+    "fingerprint": dict,
+}
 
-_HEAD_BYTES = 1024
-"""More than the header of any member that was written so far has."""
 
+@dataclass(frozen=True)
+class MemberHeader:
+    """A member whose tensors can be read: what its header says, found to be sound."""
 
-def _wanted(
-    found: Mapping[str, TensorHeader], room: Room
-) -> Iterator[tuple[TensorHeader, memoryview]]:
-    """The tensors to be read, and the bytes of their memory."""
-    for name, target in room(found).items():
-        tensor = found[name]
-        assert target.shape == tensor.shape and target.dtype == TORCH_DTYPES[tensor.dtype]
-        yield tensor, memoryview(target.view(torch.uint8).numpy()).cast("B")
+    row: int
+    member: str
+    tensors: Mapping[str, TensorHeader]
+    shard: Path
+    offset: int
+    """Where the member begins in the shard."""
+    fetched: bytes | None
+    """The whole member, where it comes from a store in one piece; else None."""
 
 
 class MemberReader:
@@ -486,60 +471,58 @@ class MemberReader:
         Raises UserError when the bytes are not what the index says.
         """
         data = self.raw(row, member)
-        try:
+        with self._damage_named(row, member):
             return unpack(data, member) if data else None
-        except ValueError as error:
-            raise self._damaged(row, member, error) from error
 
-    def read_into(self, row: int, member: str, room: Room) -> bool:
-        """Read the tensors of one member straight to where they are wanted; False where the
-        sample lacks that member.
+    def header(self, row: int, member: str) -> MemberHeader | None:
+        """Shapes and dtypes of a member's tensors, to make room for them before `read_into`.
 
-        `room` gets what the member's header says, once that is found to be sound, and returns
-        memory for the tensors it wants: contiguous, of just that shape and dtype.
-        Raises UserError when the bytes are not what the index says.
+        None where the sample lacks the member. Raises UserError when the bytes are not what the
+        index says.
         """
         shard, offset, length = self._index.place(row, member)
         if length == 0:
-            return False
-        try:
-            if is_remote(shard, small=False):
-                data = self.raw(row, member)
-                for tensor, target in _wanted(tensors_in(data, length, member), room):
-                    target[:] = memoryview(data)[tensor.begin : tensor.begin + len(target)]
-                return True
-            descriptor = self._file_of(shard, offset + length)
-            head = os.pread(descriptor, min(length, _HEAD_BYTES), offset)
-            if (needed := header_bytes(head, length)) > len(head):
-                head = os.pread(descriptor, needed, offset)
-            for tensor, target in _wanted(tensors_in(head, length, member), room):
-                done = 0
-                while done < len(target):  # 2 GiB is the most that one call gives
-                    here = offset + tensor.begin + done
-                    got = os.preadv(descriptor, [target[done:]], here)
-                    if not got:
-                        raise ValueError(f"{done} of {len(target)} bytes could be read")
-                    done += got
-        except UserError:
-            raise
-        except (OSError, ValueError) as error:
-            raise self._damaged(row, member, error) from error
-        return True
+            return None
+        data = self.raw(row, member) if is_remote(shard, small=False) else None
+        with self._damage_named(row, member):
+            if data is None:
+                file = self._file_of(shard, offset + length)
+                head = read_head(lambda size: os.pread(file, size, offset), length)
+            tensors = tensors_in(head if data is None else data, length, member)
+        return MemberHeader(row, member, tensors, shard, offset, data)
+
+    def read_into(self, header: MemberHeader, name: str, target: torch.Tensor) -> None:
+        """Read a tensor straight into `target`: contiguous, of just its shape and dtype.
+
+        Raises UserError when the bytes are not there.
+        """
+        tensor = header.tensors[name]
+        assert target.shape == tensor.shape and target.dtype == TORCH_DTYPES[tensor.dtype]
+        room = memoryview(target.view(torch.uint8).numpy()).cast("B")
+        if header.fetched is not None:
+            room[:] = memoryview(header.fetched)[tensor.begin : tensor.begin + len(room)]
+            return
+        begin, done = header.offset + tensor.begin, 0
+        with self._damage_named(header.row, header.member):
+            descriptor = self._file_of(header.shard, begin + len(room))
+            while done < len(room):  # 2 GiB is the most that one call gives
+                got = os.preadv(descriptor, [room[done:]], begin + done)
+                if not got:
+                    raise ValueError(f"{done} of {len(room)} bytes could be read")
+                done += got
 
     def info(self, row: int) -> dict[str, Any]:
         """`KEY.json` of sample `row`. Raises UserError when it is damaged."""
         data = self.raw(row, JSON_MEMBER)
-        try:
+        with self._damage_named(row, JSON_MEMBER):
             return unpack_info(data)
-        except ValueError as error:
-            raise self._damaged(row, JSON_MEMBER, error) from error
 
     def raw(self, row: int, member: str) -> bytes:
         """The bytes of one member of sample `row`; empty where the sample lacks that member."""
         shard, offset, length = self._index.place(row, member)
         if length == 0:
             return b""
-        try:
+        with self._damage_named(row, member):
             if member == JSON_MEMBER and length > MOST_INFO_BYTES:
                 raise ValueError(f"{length} bytes, expected at most {MOST_INFO_BYTES}")
             if is_remote(shard, small=member == JSON_MEMBER):
@@ -549,37 +532,37 @@ class MemberReader:
             if len(data) < length:  # 2 GiB is the most that one call gives
                 raise ValueError(f"{len(data)} of {length} bytes could be read")
             return data
+
+    @contextmanager
+    def _damage_named(self, row: int, member: str) -> Iterator[None]:
+        """Whatever can't be read or understood becomes a UserError that names the sample."""
+        try:
+            yield
         except UserError:
             raise
         except (OSError, ValueError) as error:
-            raise self._damaged(row, member, error) from error
-
-    def _damaged(self, row: int, member: str, error: Exception) -> UserError:
-        return UserError(
-            f"shards: {self._index.where(row, member)}: {member} is damaged ({error}). "
-            f"{REENCODE_SHARD}"
-        )
+            raise UserError(
+                f"shards: {self._index.where(row, member)}: {member} is damaged ({error}). "
+                f"{REENCODE_SHARD}"
+            ) from error
 
     def _file_of(self, shard: Path, end: int) -> int:
         """Descriptor of a shard. Raises ValueError where it has fewer than `end` bytes."""
-        descriptor, size = self._open(shard)
+        if shard not in self._files:
+            if len(self._files) >= self._limit:
+                os.close(self._files.popitem(last=False)[1][0])
+            # Not blocking: a pipe would be waited for.
+            descriptor = open_shard(shard, os.O_RDONLY | os.O_NONBLOCK)
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                os.close(descriptor)
+                raise ValueError("the shard is no regular file")
+            self._files[shard] = descriptor, status.st_size
+        self._files.move_to_end(shard)
+        descriptor, size = self._files[shard]
         if end > size:
             raise ValueError(f"the shard has {size} bytes, the member is said to end at {end}")
         return descriptor
-
-    def _open(self, shard: Path) -> tuple[int, int]:
-        if shard in self._files:
-            self._files.move_to_end(shard)
-            return self._files[shard]
-        if len(self._files) >= self._limit:
-            os.close(self._files.popitem(last=False)[1][0])
-        descriptor = open_shard(shard, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(descriptor)
-            raise ValueError("the shard is no regular file")
-        self._files[shard] = descriptor, status.st_size
-        return self._files[shard]
 
     def close(self) -> None:
         while self._files:

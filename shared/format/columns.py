@@ -57,32 +57,24 @@ def read_column(index: Path, name: str, rows: int) -> npt.NDArray[Any]:
     metadata = parse((folder / _METADATA).read_bytes(), most=_MOST_METADATA)
     if not isinstance(metadata, dict):
         raise ValueError("no zarr array")
-    codec: dict[str, Any] = {"name": "bytes"}
-    if np.dtype(dtype).itemsize > 1:
-        codec["configuration"] = {"endian": "little"}
-    keys = {"name": "default", "configuration": {"separator": "/"}}
+    first = metadata["chunk_grid"]["configuration"]["chunk_shape"][0]  # rows of a chunk
+    if not is_count(first, least=1):
+        raise ValueError(f"its chunk_grid is {metadata['chunk_grid']!r:.80}")
+    shape = [first, *per_row]
+    endian = {"configuration": {"endian": "little"}} if np.dtype(dtype).itemsize > 1 else {}
     expected: dict[str, Any] = {
         "zarr_format": 3,
         "node_type": "array",
         "data_type": dtype,
         "shape": [rows, *per_row],
-        "codecs": [codec],
-        "chunk_key_encoding": keys,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shape}},
+        "codecs": [{"name": "bytes", **endian}],
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "storage_transformers": [],
     }
     for field, value in expected.items():
         if metadata.get(field) != value:
             raise ValueError(f"its {field} is {metadata.get(field)!r:.80}, expected {value!r}")
-    chunk = metadata.get("chunk_grid")
-    shape = chunk["configuration"]["chunk_shape"] if isinstance(chunk, dict) else None
-    if (
-        not isinstance(shape, list)
-        or len(shape) != 1 + len(per_row)
-        or not is_count(shape[0], least=1)
-        or tuple(shape[1:]) != per_row
-        or chunk != {"name": "regular", "configuration": {"chunk_shape": shape}}
-    ):
-        raise ValueError(f"its chunk_grid is {chunk!r:.80}")
     size = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
     for number in range(-(-rows // shape[0])):
         file = folder.joinpath("c", str(number), *("0" for _ in per_row))
@@ -95,6 +87,11 @@ def column_digest(values: npt.NDArray[Any]) -> str:
     """SHA-256 (hex) of a column's values, row by row, little-endian."""
     little = values.astype(values.dtype.newbyteorder("<"), copy=False)
     return hashlib.sha256(np.ascontiguousarray(little)).hexdigest()
+
+
+def caption_digest(caption: str) -> bytes:
+    """What the index keeps of a caption: the first 16 bytes of its SHA-256."""
+    return hashlib.sha256(caption.encode()).digest()[: COLUMNS["caption"][1][0]]
 
 
 def hex_keys(keys: npt.NDArray[np.uint8]) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError
+from shared.format.strict_json import Fields, is_shallow, require
 from shared.io.hashing import FileHasher
 from shared.io.names import quoted
 from shared.models.digest import component_digest, first_digest, processor_digest
@@ -33,6 +34,19 @@ Fingerprint = dict[str, Any]
 WITH_CLIP = "i2v+clip"
 # Mode of a cache → modes of caches that lack its conditions and nothing else.
 LACKING = {"i2v": ("t2v",), WITH_CLIP: ("t2v", "i2v")}
+
+
+_FIELDS: Fields = {
+    **dict.fromkeys(("latents", "text", "media"), dict),
+    **dict.fromkeys(("mode", "overlay"), str),
+}
+
+
+def check_fingerprint(value: Fingerprint) -> None:
+    """Raise ValueError for an object from a file that no fingerprint can be."""
+    if not is_shallow(value):
+        raise ValueError("fingerprint is nested too deeply")
+    require(value, _FIELDS, optional=_FIELDS)
 
 
 def cache_mode(spec: ModelSpec) -> str:
@@ -161,16 +175,16 @@ def to_redo(differing: list[tuple[str, Any, Any]]) -> str:
 
     `differing` as `differences` gives it, not empty.
     """
-    pixels = [field for field, _, _ in differing if field.split(".")[0] in ("latents", "media")]
-    words = [field for field, _, _ in differing if field.startswith("text.")]
-    seen = [field for field, _, _ in differing if field.startswith("image.")]
+    groups = {field.partition(".")[0] for field, _, _ in differing}
+    pixels, words = groups & {"latents", "media"}, "text" in groups
     modes = [(found, expected) for field, found, expected in differing if field == "mode"]
-    known = len(pixels) + len(words) + len(seen) + len(modes)
-    if known < len(differing) or (pixels and words):
+    if not groups <= {"latents", "media", "text", "image", "mode"} or (pixels and words):
         return "everything: latents, conditions and text"
     if pixels:
         return "latents and conditions; the text embeddings would be the same"
-    lacking = seen or any(found in LACKING.get(expected, ()) for found, expected in modes)
+    lacking = "image" in groups or any(
+        found in LACKING.get(expected, ()) for found, expected in modes
+    )
     if words:
         also = ", and conditions" if lacking else ""
         return f"text embeddings only{also}; the latents would be the same"

@@ -62,12 +62,8 @@ class ColourSums:
         return cls(1, x @ x.T, x @ y, np.square(y).sum(axis=0))
 
     def __add__(self, other: "ColourSums") -> "ColourSums":
-        return ColourSums(
-            self.samples + other.samples,
-            self.xx + other.xx,
-            self.xy + other.xy,
-            self.yy + other.yy,
-        )
+        samples = self.samples + other.samples
+        return ColourSums(samples, self.xx + other.xx, self.xy + other.xy, self.yy + other.yy)
 
     @property
     def cells(self) -> int:
@@ -151,13 +147,7 @@ class LatentRgb:
 
     def to_json(self) -> dict[str, Any]:
         """The manifest's `latent_rgb`."""
-        return {
-            "weight": self.weight.tolist(),
-            "bias": self.bias.tolist(),
-            "r2": self.r2,
-            "samples": self.samples,
-            "held_out": self.held_out,
-        }
+        return {**vars(self), "weight": self.weight.tolist(), "bias": self.bias.tolist()}
 
     @classmethod
     def from_json(cls, value: Any) -> "LatentRgb":

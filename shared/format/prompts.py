@@ -7,14 +7,14 @@ needs beside the text, so that no encoder has to be there then.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from shared.errors import UserError
-from shared.format.buckets import Bucket
+from shared.format.buckets import SIDES, Bucket, bucket_of, is_bucket
 from shared.format.cache import Sidecar
 from shared.format.schema import (
     CONDITION_MEMBER,
@@ -26,7 +26,7 @@ from shared.format.schema import (
     pack,
     unpack,
 )
-from shared.format.strict_json import is_count, parse
+from shared.format.strict_json import parse
 from shared.format.tar import Member, members
 from shared.io.hashing import digest_of
 from shared.io.mirror import shard_file
@@ -37,7 +37,6 @@ PROMPT_MEMBERS = (JSON_MEMBER, TEXT_MEMBER, CONDITION_MEMBER)
 
 _MOST_PROMPT_BYTES = 1 << 26
 """Of one member: 512 tokens of 32,768 numbers."""
-_SIDES = ("height", "width", "frames")
 
 
 @dataclass(frozen=True)
@@ -62,20 +61,19 @@ class Prompt:
         """What it is, not how it was encoded: the same in a cache and in captions beside it."""
         what: list[Any] = [self.role, self.prompt]
         if self.bucket is not None:
-            what += [[getattr(self.bucket, side) for side in _SIDES], self.image]
+            what += [list(asdict(self.bucket).values()), self.image]
         return digest_of(what)[: 2 * KEY_BYTES]
 
     def members(self) -> dict[str, bytes]:
         """Suffix → bytes, in tar order."""
         info: dict[str, Any] = {"role": self.role, "prompt": self.prompt}
         if self.bucket is not None:
-            info |= {side: getattr(self.bucket, side) for side in _SIDES}
+            info |= asdict(self.bucket)
         if self.image is not None:
             info["image"] = self.image
         packed = {JSON_MEMBER: info_bytes(info), TEXT_MEMBER: pack(text=self.text)}
         if self.cond is not None:
-            clip = {} if self.clip is None else {"clip": self.clip}
-            packed[CONDITION_MEMBER] = pack(cond=self.cond, **clip)
+            packed[CONDITION_MEMBER] = pack(cond=self.cond, clip=self.clip)
         return packed
 
 
@@ -125,16 +123,13 @@ def _read_shard(path: Path) -> Iterator[Prompt]:
 def _bytes_of(stream: BinaryIO, member: Member) -> bytes:
     if member.size > _MOST_PROMPT_BYTES:
         raise ValueError(f"{member.name} has {member.size} bytes")
-    stream.seek(member.offset)
-    return stream.read(member.size)
+    return member.read(stream, _MOST_PROMPT_BYTES)
 
 
 def _prompt(parts: dict[str, Member], stream: BinaryIO) -> Prompt:
     info = parts[JSON_MEMBER]
     value = parse(_bytes_of(stream, info), most=MOST_INFO_BYTES)
-    if not isinstance(value, dict) or not all(
-        isinstance(value.get(name), str) for name in ("role", "prompt")
-    ):
+    if not isinstance(value, dict) or {type(value.get(n)) for n in ("role", "prompt")} != {str}:
         raise ValueError(f"{info.name} has no role or no prompt")
     tensor = unpack(_bytes_of(stream, parts[TEXT_MEMBER]), TEXT_MEMBER)["text"]
     if len(tensor) > MAX_TEXT_TOKENS:
@@ -152,9 +147,9 @@ def _prompt(parts: dict[str, Member], stream: BinaryIO) -> Prompt:
 
 
 def _bucket(value: dict[str, Any], info: Member) -> Bucket | None:
-    sides = [value[side] for side in _SIDES if side in value]
+    sides = [value[side] for side in SIDES if side in value]
     if not sides:
         return None
-    if len(sides) < len(_SIDES) or not all(is_count(s, least=1, most=1 << 20) for s in sides):
-        raise ValueError(f"{info.name} has {', '.join(_SIDES)} of {sides!r:.80}")
-    return Bucket(*sides)
+    if not is_bucket(value):
+        raise ValueError(f"{info.name} has {', '.join(SIDES)} of {sides!r:.80}")
+    return bucket_of(value)

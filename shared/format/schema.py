@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from shared.format.buckets import Bucket
-from shared.format.strict_json import is_count, parse
+from shared.format.strict_json import Fields, is_count, is_list, parse, require
 from shared.format.tensor_header import TensorHeader, read_header
 from shared.io.hashing import digest_of
 
@@ -110,8 +110,7 @@ class Sample:
             packed[LATENTS_MEMBER] = pack(latents=self.latents)
         packed[TEXT_MEMBER] = pack(text=self.text)
         if self.cond is not None:
-            clip = {} if self.clip is None else {"clip": self.clip}
-            packed[CONDITION_MEMBER] = pack(cond=self.cond, **clip)
+            packed[CONDITION_MEMBER] = pack(cond=self.cond, clip=self.clip)
         return packed
 
 
@@ -120,9 +119,10 @@ def info_bytes(fields: Mapping[str, Any]) -> bytes:
     return json.dumps(fields, ensure_ascii=False).encode()
 
 
-def pack(**tensors: torch.Tensor) -> bytes:
-    """safetensors bytes of the named tensors."""
-    return safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()})
+def pack(**tensors: torch.Tensor | None) -> bytes:
+    """safetensors bytes of the named tensors; None stands for one that there is not."""
+    there = {name: t.contiguous() for name, t in tensors.items() if t is not None}
+    return safetensors.torch.save(there)
 
 
 def tensors_in(head: bytes, total: int, member: str) -> Mapping[str, TensorHeader]:
@@ -151,25 +151,28 @@ def unpack(data: bytes, member: str) -> dict[str, torch.Tensor]:
         raise ValueError(str(error)) from error
 
 
+def _is_positive(value: object) -> bool:
+    return is_count(value, least=1)
+
+
+INFO_FIELDS: Fields = {
+    "caption": str,
+    "type": lambda value: value in MEDIA_TYPES,
+    "source": str,
+    "width": _is_positive,
+    "height": _is_positive,
+    "frames": _is_positive,
+    "frame_indices": lambda value: is_list(value, is_count),
+    "repeats": lambda value: is_count(value, least=1, most=MOST_REPEATS),
+    "frame_rule": _is_positive,
+}
+"""Of `KEY.json`; the last two, which older shards do not have, are 1 where they are missing."""
+
+
 def unpack_info(data: bytes) -> dict[str, Any]:
-    """`KEY.json` as an object with at least the fields below. Raises ValueError."""
+    """`KEY.json` as an object with at least `INFO_FIELDS`. Raises ValueError."""
     info = parse(data, most=MOST_INFO_BYTES)
     if not isinstance(info, dict):
         raise ValueError("no JSON object")
-    indices = info.get("frame_indices")
-    fits = {
-        "caption": isinstance(info.get("caption"), str),
-        "type": info.get("type") in MEDIA_TYPES,
-        "source": isinstance(info.get("source"), str),
-        "width": is_count(info.get("width"), least=1),
-        "height": is_count(info.get("height"), least=1),
-        "frames": is_count(info.get("frames"), least=1),
-        "frame_indices": isinstance(indices, list) and all(map(is_count, indices)),
-        "repeats": is_count(info.get("repeats", 1), least=1, most=MOST_REPEATS),
-        "frame_rule": is_count(info.get("frame_rule", 1), least=1),
-    }
-    for name, fit in fits.items():
-        if not fit:
-            found = f"{info[name]!r:.60}" if name in info else "missing"
-            raise ValueError(f"{name} is {found}")
+    require(info, INFO_FIELDS, optional=("repeats", "frame_rule"))
     return info

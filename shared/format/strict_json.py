@@ -1,10 +1,16 @@
 """JSON from files of any origin: bounded, and nothing that JSON does not have."""
 
 import json
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from shared.errors import UserError, json_kind
+
+Fits = type | Callable[[Any], bool]
+"""What a parsed value should be: of a type, or so that this says yes."""
+Fields = Mapping[str, Fits]
+"""What an object must have: the form of a file as a table."""
 
 # Deeper than anything that a cache holds, and far from what recursive code can bear.
 MOST_LEVELS = 16
@@ -38,6 +44,28 @@ def read_object(path: Path, what: str, *, most: int, cure: str) -> dict[str, Any
     if not isinstance(value, dict):
         raise UserError(f"{what}: {path} holds {json_kind(value)}, expected an object. {cure}")
     return value
+
+
+def require(value: Mapping[str, Any], fields: Fields, optional: Collection[str] = ()) -> None:
+    """Raise ValueError naming the first of `fields` that is missing or does not fit.
+
+    Those in `optional` may be missing. An object may have more than these.
+    """
+    for name, fits in fields.items():
+        if name not in value and name not in optional:
+            raise ValueError(f"{name} is missing")
+        if name in value and not is_fit(value[name], fits):
+            raise ValueError(f"{name} is {value[name]!r:.60}")
+
+
+def is_fit(value: object, fits: Fits) -> bool:
+    """Whether a parsed value is what it should be."""
+    return isinstance(value, fits) if isinstance(fits, type) else fits(value)
+
+
+def is_list(value: object, fits: Fits) -> bool:
+    """Whether a parsed value is a list of such values."""
+    return isinstance(value, list) and all(is_fit(one, fits) for one in value)
 
 
 def is_count(value: object, *, least: int = 0, most: int = 1 << 62) -> bool:

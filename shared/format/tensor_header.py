@@ -4,7 +4,7 @@ The safetensors library does the reading; this says first whether what it would 
 holds, so that a hostile header costs neither memory nor a stranger's error message.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from math import prod
 from types import MappingProxyType
@@ -16,6 +16,8 @@ LENGTH_BYTES = 8
 """The file begins with its header's length, little-endian; then the header, then the tensors."""
 MOST_HEADER = 1 << 16
 MOST_DIMENSIONS = 8
+_HEAD_BYTES = 512
+"""Read at first: more than the headers that we write."""
 ITEM_BYTES = {"BF16": 2, "F32": 4}
 """The dtypes that tensors of a cache may have, as safetensors calls them."""
 
@@ -29,6 +31,16 @@ class TensorHeader(NamedTuple):
     """Where its bytes begin in the file."""
 
 
+def read_head(read: Callable[[int], bytes], total: int) -> bytes:
+    """The beginning of a safetensors file of `total` bytes with all of its header, and little more.
+
+    `read` gives so many of its first bytes. Raises ValueError where there can be no header.
+    """
+    head = read(min(total, _HEAD_BYTES))
+    needed = _header_bytes(head, total)
+    return head if needed <= len(head) else read(needed)
+
+
 def read_header(head: bytes, total: int) -> Mapping[str, TensorHeader]:
     """The tensors of a safetensors file of `total` bytes, by name.
 
@@ -36,11 +48,11 @@ def read_header(head: bytes, total: int) -> Mapping[str, TensorHeader]:
     always enough). Raises ValueError where the header is not one of a cache's, or does not account
     for every byte.
     """
-    end = header_bytes(head, total)
+    end = _header_bytes(head, total)
     return _parsed(head[LENGTH_BYTES:end], total - end)
 
 
-def header_bytes(head: bytes, total: int) -> int:
+def _header_bytes(head: bytes, total: int) -> int:
     """Length field and header together, by the first of them. Raises ValueError."""
     if min(len(head), total) < LENGTH_BYTES:
         raise ValueError(f"{total} bytes are no safetensors file")

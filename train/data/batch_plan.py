@@ -100,35 +100,29 @@ class BatchPlan:
             for times in np.unique(rest[mine])
         ]
 
-    def _orders(self, epoch: int) -> Iterator[tuple[Rows, int]]:
-        """Of each bucket its samples in the epoch's order, and how many of them fill batches."""
+    def _orders(self, epoch: int) -> Iterator[tuple[Rows, Rows]]:
+        """Of each bucket the samples of its batches in the epoch's order, and those of them that
+        fill up the last one (`pad`), or the samples that are left out (`drop`)."""
         for bucket, always in enumerate(self._always):
             now = [always, *(circle.window(epoch) for circle in self._circles[bucket])]
-            members = np.concatenate(now) if len(now) > 1 else always
-            order = counted_rng(self.seed, "order", epoch, bucket).permutation(members)
-            yield order, len(order) // self.batch_size * self.batch_size
+            rng = counted_rng(self.seed, "order", epoch, bucket)
+            order = rng.permutation(np.concatenate(now))
+            short = len(order) % self.batch_size
+            if self.tail_policy == "drop":
+                yield order[: len(order) - short], order[len(order) - short :]
+            else:
+                filled = np.resize(order, len(order) + (self.batch_size - short) * (short > 0))
+                yield filled, filled[len(order) :]
 
     def epoch(self, epoch: int) -> Rows:
         """(batches, batch_size) samples, in training order."""
-        batches = []
-        for order, whole in self._orders(epoch):
-            if self.tail_policy == "pad" and whole < len(order):
-                order = np.resize(order, whole + self.batch_size)
-            else:
-                order = order[:whole]
-            batches.append(order.reshape(-1, self.batch_size))
-        together = np.concatenate(batches)
-        return together[counted_rng(self.seed, "batches", epoch).permutation(len(together))]
+        shown = np.concatenate([order for order, _ in self._orders(epoch)])
+        batches = shown.reshape(-1, self.batch_size)
+        return batches[counted_rng(self.seed, "batches", epoch).permutation(len(batches))]
 
     def tail(self, epoch: int) -> Rows:
         """The samples that an epoch shows once more than it would (`pad`) or leaves out."""
-        found = []
-        for order, whole in self._orders(epoch):
-            if self.tail_policy == "pad" and whole < len(order):
-                found.append(np.resize(order, whole + self.batch_size)[len(order) :])
-            elif self.tail_policy == "drop":
-                found.append(order[whole:])
-        return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+        return np.concatenate([tail for _, tail in self._orders(epoch)])
 
     def batch(self, update: int) -> Rows:
         """(batch_size,) samples of update number `update`, counted from the start of the run."""

@@ -3,15 +3,15 @@
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 
 from shared.errors import UserError
-from shared.format.cache import MEDIA_TYPES, REENCODE_SHARD, CacheIndex, MemberReader
+from shared.format.cache import MEDIA_TYPES, REENCODE_SHARD, CacheIndex, MemberHeader, MemberReader
+from shared.format.overlays import made_by
 from shared.format.prompts import read_prompts
 from shared.format.schema import CONDITION_MEMBER, DTYPES, LATENTS_MEMBER, TEXT_MEMBER, TORCH_DTYPES
 from shared.format.tensor_header import TensorHeader
@@ -28,8 +28,7 @@ TEXT_ONLY_SHARE = 0.5  # of a ti2v model's clips: it must go on to serve text to
 READ_AHEAD = 2  # batches a thread
 OPEN_FILES = 32  # of all caches, a thread
 
-Tensors = Mapping[str, TensorHeader]
-Room = dict[str, torch.Tensor]
+_NO_TENSOR = TensorHeader("none", (0, 0), 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,12 +135,12 @@ def load_prompt_bank(index: CacheIndex) -> PromptBank:
     overlay = index.overlays.get(TEXT_MEMBER)
     bank = index if overlay is None else overlay.index  # the same text encoder as the captions'
     prompts = {p.role: p.text for p in read_prompts(bank.folder, bank.prompt_shards)}
+    command = made_by(bank.fingerprint)
     missing = [role for role in ("empty", "negative") if role not in prompts]
     if missing:
         raise UserError(
             f"shards: the prompt bank of {bank.folder} has no {' and no '.join(missing)} prompt. "
-            f"Run `wanprep {'encode' if overlay is None else 'recaption'}` again; it adds what is "
-            "missing."
+            f"Run `{command}` again; it adds what is missing."
         )
     width = bank.fingerprint.get("text", {}).get("dim")
     for role in ("empty", "negative"):
@@ -149,81 +148,56 @@ def load_prompt_bank(index: CacheIndex) -> PromptBank:
             raise UserError(
                 f"shards: the {role} prompt of {bank.folder} has {found} numbers a token, expected "
                 f"{width}. Delete {', '.join(bank.prompt_shards)} with their .json and run "
-                f"`wanprep {'encode' if overlay is None else 'recaption'}` again."
+                f"`{command}` again."
             )
     return PromptBank(empty=pad_text(prompts["empty"]), negative=pad_text(prompts["negative"]))
 
 
+@dataclass(frozen=True, eq=False)
 class MicroBatches:
     """(update, micro-step) → StoredBatch: a pure function, so threads may do it ahead."""
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        plan: BatchPlan,
-        spec: ModelSpec,
-        *,
-        empty_text: torch.Tensor,
-        caption_dropout: float,
-        frame_crop: bool,
-        text_only: bool = False,
-        accumulation: int,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        """`frame_crop`: now and then show the beginning of clips only (`cropped_frames`).
+    dataset: Dataset
+    plan: BatchPlan
+    spec: ModelSpec
+    _: KW_ONLY
+    empty_text: torch.Tensor
+    caption_dropout: float
+    frame_crop: bool
+    """Now and then show the beginning of clips only (`cropped_frames`)."""
+    text_only: bool = False
+    """Show all clips of a ti2v model as text to video."""
+    accumulation: int
+    rank: int
+    world_size: int
+    _buffers: Buffers = field(default_factory=Buffers, init=False)
+    _local: threading.local = field(default_factory=threading.local, init=False)
+    """A reader of each thread: its files may be closed by its next read."""
 
-        `text_only`: show all clips of a ti2v model as text to video.
-        """
-        self._dataset = dataset
-        self._plan = plan
-        self._spec = spec
-        self._empty_text = empty_text
-        self._caption_dropout = caption_dropout
-        self._frame_crop = frame_crop
-        self._text_only = text_only
-        self._accumulation = accumulation
-        self._rank = rank
-        self._world_size = world_size
-        self._dtype = DTYPES[dataset.first.fingerprint["latents"]["dtype"]]
-        self._buffers = Buffers()
-        self._local = threading.local()  # a reader's files may be closed by the thread's next read
+    @property
+    def _dtype(self) -> torch.dtype:
+        return DTYPES[self.dataset.first.fingerprint["latents"]["dtype"]]
 
     def load(self, update: int, micro_step: int) -> StoredBatch:
         """This rank's samples of one micro-step. Raises UserError on damaged or missing members."""
         positions = micro_batch(
-            self._plan.batch_size,
+            self.plan.batch_size,
             micro_step=micro_step,
-            rank=self._rank,
-            world_size=self._world_size,
-            accumulation=self._accumulation,
+            rank=self.rank,
+            world_size=self.world_size,
+            accumulation=self.accumulation,
         )
-        update_batch = self._plan.batch(update)
+        update_batch = self.plan.batch(update)
         rows = [int(update_batch[position]) for position in positions]
-        i2v = self._spec.mode == "i2v"
-        condition, image = self._conditions(rows) if i2v else (None, None)
-        texts = self._texts(rows, update, positions)
-        latents = self._targets(rows)
-        if self._frame_crop:
-            # The VAE is causal: this *is* the encoding of the shorter clip, to the bit.
-            frames = cropped_frames(latents.shape[2], self._plan.seed, update)
-            latents = latents[:, :, :frames]
-            condition = None if condition is None else condition[:, :, :frames]
-        noised = None
-        if self._spec.mode == "ti2v":
-            noised = torch.ones(len(rows), 1, latents.shape[2], 1, 1)
-            for number, (row, position) in enumerate(zip(rows, positions, strict=True)):
-                if self._keeps_first_frame(row, update, position):
-                    noised[number, :, 0] = 0
-        return StoredBatch(
-            update=update,
-            samples=tuple(positions),
-            keys=tuple(self._dataset.key(row) for row in rows),
-            latents=latents,
-            noised=noised,
-            texts=texts,
-            condition=condition,
-            image=image,
+        drawn = list(zip(rows, positions, strict=True))
+        frames = self._latent_shape(rows[0])[1]
+        return self._read_batch(
+            update,
+            tuple(positions),
+            rows,
+            captioned=[self._keeps_caption(row, update, position) for row, position in drawn],
+            conditioned=[self._keeps_first_frame(row, update, position) for row, position in drawn],
+            frames=cropped_frames(frames, self.plan.seed, update) if self.frame_crop else frames,
         )
 
     def whole_sample(self, row: int, number: int) -> tuple[StoredBatch, str]:
@@ -231,28 +205,50 @@ class MicroBatches:
 
         `number` is its place among others of update 0. Of ti2v a video keeps its first frame.
         """
-        i2v = self._spec.mode == "i2v"
-        condition, image = self._conditions([row]) if i2v else (None, None)
-        texts: list[torch.Tensor] = []
-        self._read(row, TEXT_MEMBER, partial(self._room_for_text, row, texts))
-        latents = self._targets([row])
-        noised = None
-        if self._spec.mode == "ti2v":
-            noised = torch.ones(1, 1, latents.shape[2], 1, 1)
-            if latents.shape[2] > 1:
-                noised[:, :, 0] = 0
-        batch = StoredBatch(
-            update=0,
-            samples=(number,),
-            keys=(self._dataset.key(row),),
+        frames = self._latent_shape(row)[1]
+        batch = self._read_batch(
+            0, (number,), [row], captioned=[True], conditioned=[frames > 1], frames=frames
+        )
+        reader, at = self._reader(row)
+        return batch, str(reader.info(at)["caption"])
+
+    def _read_batch(
+        self,
+        update: int,
+        samples: tuple[int, ...],
+        rows: list[int],
+        *,
+        captioned: list[bool],
+        conditioned: list[bool],
+        frames: int,
+    ) -> StoredBatch:
+        """The first latent `frames` of these rows; the empty prompt where not `captioned`.
+
+        `conditioned`: of ti2v, whose first frame is kept.
+        """
+        condition, image, noised = None, None, None
+        if self.spec.mode == "i2v":
+            condition, image = self._conditions(rows)
+            condition = condition[:, :, :frames]
+        texts = [
+            self._text(row) if own else self.empty_text
+            for row, own in zip(rows, captioned, strict=True)
+        ]
+        # The VAE is causal: its first frames *are* the encoding of the shorter clip, to the bit.
+        latents = self._targets(rows)[:, :, :frames]
+        if self.spec.mode == "ti2v":
+            noised = torch.ones(len(rows), 1, frames, 1, 1)
+            noised[conditioned, :, 0] = 0
+        return StoredBatch(
+            update=update,
+            samples=samples,
+            keys=tuple(self.dataset.key(row) for row in rows),
             latents=latents,
             noised=noised,
             texts=tuple(texts),
             condition=condition,
             image=image,
         )
-        reader, at = self._reader(row)
-        return batch, str(reader.info(at)["caption"])
 
     def ahead(self, *, start: int, stop: int, workers: int) -> Generator[StoredBatch, None, None]:
         """Batches of updates start..stop−1 in order, read ahead by `workers` threads (0: none).
@@ -260,7 +256,7 @@ class MicroBatches:
         Threads, not processes: reading releases the GIL, and there is nothing to fork, to pickle
         or to shut down. An error is raised where its batch would have come.
         """
-        wanted = itertools.product(range(start, stop), range(self._accumulation))
+        wanted = itertools.product(range(start, stop), range(self.accumulation))
         if workers == 0:
             yield from itertools.starmap(self.load, wanted)
             return
@@ -274,51 +270,49 @@ class MicroBatches:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
+    def _keeps_caption(self, row: int, update: int, position: int) -> bool:
+        """Whether a sample is shown with its own caption this time. Of a caption alone nothing
+        would be left."""
+        draw = counted_rng(self.plan.seed, "caption dropout", update, position).random()
+        return bool(draw >= self.caption_dropout) or int(self.dataset.types[row]) == TEXT
+
     def _keeps_first_frame(self, row: int, update: int, position: int) -> bool:
         """ti2v: whether a sample is image to video this time. Of a single frame nothing would be
         left to learn."""
-        bucket = self._dataset.buckets[int(self._dataset.bucket_ids[row])]
-        if self._text_only or int(self._dataset.types[row]) != VIDEO or bucket.frames == 1:
+        bucket = self.dataset.buckets[int(self.dataset.bucket_ids[row])]
+        if self.spec.mode != "ti2v" or self.text_only:
             return False
-        draw = counted_rng(self._plan.seed, "text only", update, position).random()
+        if int(self.dataset.types[row]) != VIDEO or bucket.frames == 1:
+            return False
+        draw = counted_rng(self.plan.seed, "text only", update, position).random()
         return bool(draw >= TEXT_ONLY_SHARE)
 
-    def _texts(
-        self, rows: list[int], update: int, positions: Sequence[int]
-    ) -> tuple[torch.Tensor, ...]:
-        """(tokens, D) each: its own, or the empty prompt's."""
-        texts = []
-        for row, position in zip(rows, positions, strict=True):
-            draw = counted_rng(self._plan.seed, "caption dropout", update, position).random()
-            # Of a caption alone nothing would be left.
-            if draw < self._caption_dropout and int(self._dataset.types[row]) != TEXT:
-                texts.append(self._empty_text)
-            else:
-                self._read(row, TEXT_MEMBER, partial(self._room_for_text, row, texts))
-        return tuple(texts)
+    def _latent_shape(self, row: int) -> tuple[int, ...]:
+        """(C, T, H, W) of the sample's bucket."""
+        bucket = self.dataset.buckets[int(self.dataset.bucket_ids[row])]
+        return bucket.latent_shape(self.spec.latent_channels, self.spec.stride)
 
-    def _room_for_text(self, row: int, texts: list[torch.Tensor], found: Tensors) -> Room:
-        tokens, width = found["text"].shape
-        if tokens > MAX_TEXT_TOKENS or width != self._spec.text_dim:
-            expected = f"(up to {MAX_TEXT_TOKENS}, {self._spec.text_dim})"
-            raise self._misshapen(row, TEXT_MEMBER, found["text"], expected)
-        empty = self._empty_text
-        text = self._buffers.empty((MAX_TEXT_TOKENS, width), empty.dtype)[:tokens]
-        texts.append(self._of_dtype(row, TEXT_MEMBER, found["text"], text))
-        return {"text": text}
+    # Of each member: its header, memory for its tensors, then their bytes into it.
+
+    def _text(self, row: int) -> torch.Tensor:
+        """(tokens, D) of a caption."""
+        reader, header = self._header(row, TEXT_MEMBER)
+        tokens, width = header.tensors["text"].shape
+        if tokens > MAX_TEXT_TOKENS or width != self.spec.text_dim:
+            expected = f"(up to {MAX_TEXT_TOKENS}, {self.spec.text_dim})"
+            raise self._misshapen(row, header, "text", expected)
+        room = self._buffers.empty((MAX_TEXT_TOKENS, width), self.empty_text.dtype)
+        return self._read(row, reader, header, "text", room[:tokens])
 
     def _targets(self, rows: list[int]) -> torch.Tensor:
         """(B, C, T, H, W) latents; zeros where there is only a caption."""
         targets = self._buffers.empty((len(rows), *self._latent_shape(rows[0])), self._dtype)
         for target, row in zip(targets, rows, strict=True):
-            if int(self._dataset.types[row]) == TEXT:
+            if int(self.dataset.types[row]) == TEXT:
                 target.zero_()
             else:
-                self._read(row, LATENTS_MEMBER, partial(self._room_for_latents, row, target))
+                self._read(row, *self._header(row, LATENTS_MEMBER), "latents", target)
         return targets
-
-    def _room_for_latents(self, row: int, target: torch.Tensor, found: Tensors) -> Room:
-        return {"latents": self._latents(row, LATENTS_MEMBER, found["latents"], target)}
 
     def _conditions(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, C, T, H, W), and CLIP's (B, tokens, D) where the model takes it."""
@@ -326,66 +320,54 @@ class MicroBatches:
         conditions = self._buffers.empty(shape, self._dtype)
         images: list[torch.Tensor] = []
         for condition, row in zip(conditions, rows, strict=True):
-            room = partial(self._room_for_condition, row, condition, images)
-            self._read(row, CONDITION_MEMBER, room)
+            reader, header = self._header(row, CONDITION_MEMBER)
+            self._read(row, reader, header, "cond", condition)
+            if (width := self.spec.image_dim) is not None:
+                clip = header.tensors.get("clip", _NO_TENSOR)
+                if clip.shape[1] != width:
+                    raise self._misshapen(row, header, "clip", f"(tokens, {width}) as clip")
+                room = torch.empty(clip.shape, dtype=self._dtype)
+                images.append(self._read(row, reader, header, "clip", room))
         return conditions, torch.stack(images) if images else None
-
-    def _room_for_condition(
-        self, row: int, target: torch.Tensor, images: list[torch.Tensor], found: Tensors
-    ) -> Room:
-        room = {"cond": self._latents(row, CONDITION_MEMBER, found["cond"], target)}
-        if (width := self._spec.image_dim) is not None:
-            clip = found.get("clip", TensorHeader("none", (0, 0), 0))
-            if clip.shape[1] != width:
-                raise self._misshapen(row, CONDITION_MEMBER, clip, f"(tokens, {width}) as clip")
-            image = torch.empty(clip.shape, dtype=self._dtype)
-            images.append(image)
-            room["clip"] = self._of_dtype(row, CONDITION_MEMBER, clip, image)
-        return room
-
-    def _latent_shape(self, row: int) -> tuple[int, ...]:
-        """(C, T, H, W) of the sample's bucket."""
-        bucket = self._dataset.buckets[int(self._dataset.bucket_ids[row])]
-        return bucket.latent_shape(self._spec.latent_channels, self._spec.stride)
-
-    def _latents(
-        self, row: int, member: str, found: TensorHeader, target: torch.Tensor
-    ) -> torch.Tensor:
-        """`target` if latents of that shape were found."""
-        if found.shape != target.shape:
-            raise self._misshapen(row, member, found, str(tuple(target.shape)))
-        return self._of_dtype(row, member, found, target)
-
-    def _of_dtype(
-        self, row: int, member: str, found: TensorHeader, target: torch.Tensor
-    ) -> torch.Tensor:
-        if TORCH_DTYPES[found.dtype] != target.dtype:
-            raise UserError(
-                f"shards: {self._dataset.where(row, member)}: {member} holds {found.dtype}, "
-                f"expected {target.dtype} as the fingerprint says. {REENCODE_SHARD}"
-            )
-        return target
 
     def _reader(self, row: int) -> tuple[MemberReader, int]:
         """This thread's reader of a sample's cache, and the sample's row there."""
         if not hasattr(self._local, "readers"):
-            parts = self._dataset.parts
+            parts = self.dataset.parts
             files = max(2, OPEN_FILES // len(parts))
             self._local.readers = [MemberReader(part.index, open_files=files) for part in parts]
-        part, at = self._dataset.place(row)
+        part, at = self.dataset.place(row)
         return self._local.readers[part], at
 
-    def _read(self, row: int, member: str, room: Callable[[Tensors], Room]) -> None:
+    def _header(self, row: int, member: str) -> tuple[MemberReader, MemberHeader]:
+        """Raises UserError where the sample lacks the member."""
         reader, at = self._reader(row)
-        if not reader.read_into(at, member, room):
+        header = reader.header(at, member)
+        if header is None:
             raise UserError(
-                f"shards: {self._dataset.where(row)} has no {member}, which every "
-                f"{self._spec.mode} model needs. Encode with this model: wanprep encode "
-                f"--pretrained-model-name-or-path {quoted(self._spec.folder)} --output <new folder>"
+                f"shards: {self.dataset.where(row)} has no {member}, which every "
+                f"{self.spec.mode} model needs. Encode with this model: wanprep encode "
+                f"--pretrained-model-name-or-path {quoted(self.spec.folder)} --output <new folder>"
             )
+        return reader, header
 
-    def _misshapen(self, row: int, member: str, found: TensorHeader, expected: str) -> UserError:
+    def _read(
+        self, row: int, reader: MemberReader, header: MemberHeader, name: str, target: torch.Tensor
+    ) -> torch.Tensor:
+        """`target`, filled. Raises UserError unless the tensor has its shape and dtype."""
+        found = header.tensors[name]
+        if found.shape != target.shape:
+            raise self._misshapen(row, header, name, str(tuple(target.shape)))
+        if TORCH_DTYPES[found.dtype] != target.dtype:
+            raise UserError(
+                f"shards: {self.dataset.where(row, header.member)}: {header.member} holds "
+                f"{found.dtype}, expected {target.dtype} as the fingerprint says. {REENCODE_SHARD}"
+            )
+        reader.read_into(header, name, target)
+        return target
+
+    def _misshapen(self, row: int, header: MemberHeader, name: str, expected: str) -> UserError:
         return UserError(
-            f"shards: {self._dataset.where(row, member)}: {member} has shape "
-            f"{found.shape}, expected {expected}. {REENCODE_SHARD}"
+            f"shards: {self.dataset.where(row, header.member)}: {header.member} has shape "
+            f"{header.tensors.get(name, _NO_TENSOR).shape}, expected {expected}. {REENCODE_SHARD}"
         )

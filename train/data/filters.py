@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, MemberReader
-from shared.format.schema import JSON_MEMBER, MEDIA_TYPES, MEMBERS, TEXT_MEMBER
+from shared.format.schema import MEDIA_TYPES, TEXT_MEMBER
 from shared.io.durable import write_bytes
 from shared.io.hashing import cache_folder, digest_of
 from shared.io.names import has_wildcard, matcher
@@ -91,15 +91,13 @@ def condition(text: str) -> Condition:
         raise UserError(f"--where: {text!r} has the field {field!r}; {_FORM}.")
     allowed = tuple(_COMPARE) if field in NUMBERS else _MATCH
     if comparison not in allowed:
+        how = (
+            " (= and != take * and ?, ~= a regular expression); a value that begins with such a "
+            f"sign has a space before it, as in '{field}= ~a'"
+        )
         raise UserError(
             f"--where: {text!r} has the operator {comparison!r}; for {field} there are "
-            f"{' '.join(allowed)}"
-            + (
-                " (= and != take * and ?, ~= a regular expression); a value that begins with such "
-                f"a sign has a space before it, as in '{field}= ~a'."
-                if allowed is _MATCH
-                else "."
-            )
+            f"{' '.join(allowed)}{how if allowed is _MATCH else ''}."
         )
     if field in NUMBERS and not (value in NUMBERS or re.fullmatch(r"\d{1,12}", value)):
         raise UserError(
@@ -188,9 +186,15 @@ def _from_index(index: CacheIndex, one: Condition) -> Mask:
     if one.field in NUMBERS:
         other: Any = _numbers(index, one.value) if one.value in NUMBERS else int(one.value)
         return np.asarray(_COMPARE[one.operator](_numbers(index, one.field), other))
-    if one.field == "type":
-        return _from_names(one, MEDIA_TYPES)[index.types]
-    return _from_names(one, list(map(str, index.buckets)))[index.bucket_ids]
+    names, numbers = _names(index, one.field)
+    return _from_names(one, names)[numbers]
+
+
+def _names(index: CacheIndex, field: str) -> tuple[Sequence[str], npt.NDArray[Any]]:
+    """The names that a field of names has, and (N) positions in them."""
+    if field == "type":
+        return MEDIA_TYPES, index.types
+    return list(map(str, index.buckets)), index.bucket_ids
 
 
 def _from_names(one: Condition, names: Sequence[str]) -> Mask:
@@ -223,9 +227,7 @@ def _search(index: CacheIndex, conditions: Sequence[Condition], among: Mask) -> 
                 fits[number, row] = any(map(is_fit, texts[one.field]))
                 same[number, row] = one.value in texts[one.field]
 
-    rows = np.flatnonzero(among)
-    places = index.offsets[rows, MEMBERS.index(JSON_MEMBER)]
-    rows = rows[np.lexsort((places, index.shard_ids[rows]))]
+    rows = index.as_on_disk(np.flatnonzero(among))
     blocks = np.array_split(rows, -(-len(rows) // _BLOCK))
     with ThreadPoolExecutor(_THREADS) as pool:
         try:
@@ -241,30 +243,21 @@ def _texts(
     index: CacheIndex, rows: Iterable[int], fields: Iterable[str]
 ) -> Iterable[tuple[int, dict[str, list[str]]]]:
     """Row and, of each field of text, its values; the caption is the one that is trained on."""
-    overlay = index.overlays.get(TEXT_MEMBER)
-    own = MemberReader(index, open_files=2)
-    other = None if overlay is None else MemberReader(overlay.index, open_files=2)
-    elsewhere = other is not None and "caption" in fields
-    needs_own = not elsewhere or set(fields) != {"caption"}
-    try:
+    overlay = index.overlays.get(TEXT_MEMBER) if "caption" in fields else None
+    with closing(MemberReader(index, open_files=2)) as own, ExitStack() as opened:
+        if overlay is not None:
+            theirs = opened.enter_context(closing(MemberReader(overlay.index, open_files=2)))
         for row in map(int, rows):
             texts: dict[str, list[str]] = {}
-            at = -1 if overlay is None or not elsewhere else int(overlay.rows[row])
-            if needs_own or at < 0:
+            at = -1 if overlay is None else int(overlay.rows[row])
+            if at < 0 or set(fields) != {"caption"}:
                 info = own.info(row)
                 tags = info.get("tags", [])
-                texts = {
-                    "caption": [info["caption"]],
-                    "source": [info["source"]],
-                    "tag": [str(tag) for tag in tags] if isinstance(tags, list) else [],
-                }
-            if other is not None and at >= 0:
-                texts["caption"] = [other.info(at)["caption"]]
+                texts = {name: [info[name]] for name in ("caption", "source")}
+                texts["tag"] = list(map(str, tags)) if isinstance(tags, list) else []
+            if at >= 0:
+                texts["caption"] = [theirs.info(at)["caption"]]
             yield row, texts
-    finally:
-        own.close()
-        if other is not None:
-            other.close()
 
 
 def _there_is(indexes: Sequence[CacheIndex], field: str) -> str:
@@ -277,10 +270,9 @@ def _there_is(indexes: Sequence[CacheIndex], field: str) -> str:
         if field in TEXTS:
             for _, texts in _texts(index, range(min(len(index), _MOST_READ)), [field]):
                 counts.update(texts[field])
-            continue
-        names = MEDIA_TYPES if field == "type" else tuple(map(str, index.buckets))
-        sums = np.bincount(index.types if field == "type" else index.bucket_ids)
-        counts.update({name: int(n) for name, n in zip(names, sums, strict=False) if n})
+        else:
+            names, numbers = _names(index, field)
+            counts.update(names[number] for number in numbers.tolist())
     if field in ("caption", "source"):
         return "e.g. " + ", ".join(f"{text!r:.60}" for text in list(counts)[:_EXAMPLES])
     if not counts:

@@ -15,9 +15,10 @@ import torch
 import webdataset
 import zarr
 
-from preprocess.cache.index import build_index, caption_digest
+from preprocess.cache.index import build_index
 from preprocess.cache.writer import ShardWriter
 from shared.format.cache import COLUMNS, Sidecar, committed_shards, open_cache
+from shared.format.columns import caption_digest
 from shared.format.prompts import Prompt
 from shared.format.schema import MEMBERS, Sample, SampleInfo, sample_key
 from tests.preprocess.conftest import (

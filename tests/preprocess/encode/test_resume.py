@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from preprocess.cache.index import caption_digest
 from shared.format.cache import committed_shards
+from shared.format.columns import caption_digest
 from shared.format.prompts import read_prompts
 from tests.preprocess.conftest import REPOSITORY, Cache, wanprep, wanprep_process
 

@@ -14,15 +14,15 @@ import torch
 from PIL import Image, ImageSequence
 from safetensors.torch import load
 
-from preprocess.inspection.html import histogram_svg
+from preprocess.inspection.html import HistogramChart, templates
 from preprocess.inspection.overview import Histogram, drawn_across_buckets, histogram, overview
 from tests.html_page import Parsed
 from tests.models import tiny_model
 from tests.preprocess.conftest import Cache, render_clip, wanprep
 
 HOSTILE = (
-    '</p><script>alert(1)</script><img src=http://evil.example/x onerror="alert(2)"> {{CARDS}} '
-    "\x1b[31mred\x07 \u202e txt.exe &amp; \"'"
+    '</p><script>alert(1)</script><img src=http://evil.example/x onerror="alert(2)"> '
+    "{{ cards }} {% raw %} \x1b[31mred\x07 \u202e txt.exe &amp; \"'"
 )
 
 
@@ -248,7 +248,10 @@ def test_histograms(
 
 
 def test_a_chart_has_axes_with_units() -> None:
-    svg = histogram_svg(Histogram(edges=(0, 10, 20), counts=(3, 5)), "tokens", "samples")
+    bars = Histogram(edges=(0, 10, 20), counts=(3, 5))
+    chart = HistogramChart("Text tokens", bars, "tokens", "samples")
+    charts = templates().get_template("inspect_charts.html").module
+    svg = charts.histogram_chart(chart)  # type: ignore[attr-defined]
     heights = [float(h) for h in re.findall(r'<rect[^>]* height="([\d.]+)"', svg)]
     assert heights[0] / heights[1] == pytest.approx(3 / 5, rel=1e-3)
     assert ">tokens<" in svg and ">samples<" in svg

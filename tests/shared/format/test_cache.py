@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,6 @@ from shared.format.schema import (
     SampleInfo,
     sample_key,
 )
-from shared.format.tensor_header import TensorHeader
 
 
 @pytest.fixture
@@ -144,18 +142,14 @@ def test_tensors_are_read_where_they_are_wanted(folder: Path) -> None:
     for row in range(len(index)):
         whole = torch.full((3, 2, 1, 2, 2), 7.0)
 
-        def room(
-            found: Mapping[str, TensorHeader], whole: torch.Tensor = whole
-        ) -> dict[str, torch.Tensor]:
-            assert found["latents"].shape == (2, 1, 2, 2)
-            return {"latents": whole[1]}
-
-        assert reader.read_into(row, LATENTS_MEMBER, room)
+        header = reader.header(row, LATENTS_MEMBER)
+        assert header is not None and header.tensors["latents"].shape == (2, 1, 2, 2)
+        reader.read_into(header, "latents", whole[1])
         expected = reader.read(row, LATENTS_MEMBER)
         assert expected is not None and torch.equal(whole[1], expected["latents"])
         assert (whole[0] == 7).all() and (whole[2] == 7).all()
     lacking = [row for row in range(len(index)) if reader.read(row, CONDITION_MEMBER) is None]
-    assert lacking and not reader.read_into(lacking[0], CONDITION_MEMBER, lambda _: {})
+    assert lacking and reader.header(lacking[0], CONDITION_MEMBER) is None
 
 
 def test_a_long_header_is_read_whole(tmp_path: Path) -> None:
@@ -180,4 +174,7 @@ def test_a_long_header_is_read_whole(tmp_path: Path) -> None:
     writer.close()
     reader = MemberReader(build_index(tmp_path))
     read = torch.zeros(3, 4)
-    assert reader.read_into(0, TEXT_MEMBER, lambda _: {"text": read}) and torch.equal(read, text)
+    header = reader.header(0, TEXT_MEMBER)
+    assert header is not None
+    reader.read_into(header, "text", read)
+    assert torch.equal(read, text)
