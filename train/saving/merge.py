@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,8 +22,9 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 
 from shared.cli import support
+from shared.cli.checks import check_option
 from shared.errors import UserError, first_line
-from shared.io.durable import fsync_folder, rename, temporary, write_json
+from shared.io.durable import building_folder, fsync_folder, rename, write_json
 from shared.models.original_layout import COMPONENT_NAMES, expert_folder, is_original
 from shared.models.original_weights import converted
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
@@ -34,7 +34,7 @@ from shared.models.weights import check_component, model_weights
 from train.functional.schedule import Expert
 from train.model.base import base_digest, component_of
 from train.model.lora_files import LoraFile, LoraWeights, check_fits, read_lora
-from train.saving.provenance import METADATA_KEY, read_provenance, wrong_base
+from train.saving.provenance import METADATA_KEY, check_expert, read_provenance, wrong_base
 from train.saving.safetensors_io import Stored, stored_tensors, write_stream
 
 PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
@@ -56,8 +56,8 @@ class MergeConfig:
     max_shard_size: str
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.lora_scale):
-            raise UserError(f"--lora-scale: found {self.lora_scale}, expected a number, such as 1.")
+        scale = self.lora_scale
+        check_option("lora_scale", scale, math.isfinite(scale), "a number, such as 1")
         if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
             raise UserError(
                 f"--output: {self.output} is there already. Name a folder that is not, or delete "
@@ -95,33 +95,26 @@ def merge(config: MergeConfig, console: Console) -> None:
         raise UserError(
             f"--output: {config.output} lies inside the model's folder. Choose one beside it."
         )
-    building = temporary(config.output.absolute())
+    left_out = [spec.folder / "transformer_2"] if alone else []
+    told = [_told(addition, config.lora_scale) for addition in additions]
     try:
-        building.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir()
-        left_out = [spec.folder / "transformer_2"] if alone else []
-        _take_along(spec.folder, building, left_out, [t.folder for t in transformers.values()])
-        if alone:
-            _write_alone(building)
-        for component, transformer in transformers.items():
-            told = [_told(addition, config.lora_scale) for addition in additions]
-            transformer.write(building, config.lora_scale, told, console)
-            say(f"merged   {component}: {transformer.merged} layers, {transformer.size:.3g} GB")
-        fsync_folder(building)
-        if config.output.is_dir():
-            config.output.rmdir()  # empty, as was checked
-        rename(building, config.output.absolute())
-        fsync_folder(building.parent)
+        with building_folder(config.output.absolute()) as building:
+            _take_along(spec.folder, building, left_out, [t.folder for t in transformers.values()])
+            if alone:
+                _write_alone(building)
+            for component, transformer in transformers.items():
+                transformer.write(building, config.lora_scale, told, console)
+                say(f"merged   {component}: {transformer.merged} layers, {transformer.size:.3g} GB")
+            fsync_folder(building)
+            if config.output.is_dir():
+                config.output.rmdir()  # empty, as was checked
+            rename(building, config.output.absolute())
+            fsync_folder(building.parent)
     except OSError as error:
-        shutil.rmtree(building, ignore_errors=True)
         raise UserError(
             f"--output: can't write {config.output} ({error.strerror or error}). Nothing is left "
             "of it; free some room or choose another folder."
         ) from error
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     say(f"model    {config.output}")
 
 
@@ -146,11 +139,7 @@ def _addition(path: Path, spec: ModelSpec, wanted: Expert | None) -> _Addition:
             f"--boundary-type: found {wanted}, but {path} is for {expert}. Leave it out, or merge "
             "the LoRAs one after the other."
         )
-    if not spec.two_experts and expert != "full":
-        raise UserError(
-            f"--lora: {path} is for the {expert}-noise expert, but {spec.folder} has one "
-            "transformer. Use the model that it was trained on."
-        )
+    check_expert(path, expert, spec)
     return _Addition(lora, expert)
 
 
@@ -230,7 +219,6 @@ class _Transformer:
             self._written = {old: new for new, old in unwrapped(component, itself).items()}
         self._stored = {old: self._stored[old] for old in self._written}
         self._loras: dict[str, list[tuple[LoraWeights, str]]] = {}
-        self._files: Mapping[str, list[str]] = {}
 
     @property
     def merged(self) -> int:
@@ -262,8 +250,8 @@ class _Transformer:
     def plan(self, max_shard_size: str) -> None:
         """Decide what lies in which file."""
         try:
-            split = split_state_dict_into_shards_factory(
-                self._stored,
+            self._split = split_state_dict_into_shards_factory(
+                {new: self._stored[old] for old, new in self._written.items()},
                 get_storage_size=lambda stored: stored.size,
                 filename_pattern=PATTERN,
                 max_shard_size=max_shard_size,
@@ -272,7 +260,6 @@ class _Transformer:
             raise UserError(
                 f"--max-shard-size: found {max_shard_size!r}, expected a size such as 5GB or 500MB."
             ) from error
-        self._files = split.filename_to_tensors
 
     def write(
         self, model: Path, scale: float, told: Sequence[Mapping[str, Any]], console: Console
@@ -280,45 +267,35 @@ class _Transformer:
         """Write its weights below the new folder `model`; one tensor is in memory at a time."""
         folder = model / self._inside
         metadata = {"format": "pt", METADATA_KEY: json.dumps({"merged": told}, sort_keys=True)}
-        with ExitStack() as stack:
-            sources: dict[Path, Any] = {}
-            for source in {stored.file for stored in self._stored.values()}:
-                sources[source] = stack.enter_context(safe_open(source, framework="pt"))
-
-            own = {new: old for old, new in self._written.items()}
-
-            def value(new: str) -> torch.Tensor:
-                name = own[new]
-                try:
-                    weight: torch.Tensor = sources[self._stored[name].file].get_tensor(name)
-                except SafetensorError as error:
-                    raise UserError(
-                        f"model: {self._stored[name].file} is damaged ({first_line(error)}). "
-                        "Download it again."
-                    ) from error
-                if name not in self._loras:
-                    return weight
-                total = weight.float()
-                for lora, module in self._loras[name]:
-                    total = total + lora.delta(module, scale)
-                return total.to(weight.dtype)
-
-            named = str(self._inside) if self._inside.name else "transformer"
-            for file, names in track(
-                self._files.items(), f"merging {named}", console=console, transient=True
-            ):
-                chosen = {self._written[name]: self._stored[name] for name in names}
-                write_stream(folder / file, chosen, value, metadata)
-        if len(self._files) > 1:
-            where = {
-                self._written[name]: file for file, names in self._files.items() for name in names
-            }
-            total = sum(stored.size for stored in self._stored.values())
-            write_json(
-                folder / INDEX,
-                {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))},
-            )
+        own = {new: old for old, new in self._written.items()}
+        named = str(self._inside) if self._inside.name else "transformer"
+        files = self._split.filename_to_tensors
+        for file, names in track(
+            files.items(), f"merging {named}", console=console, transient=True
+        ):
+            chosen = {name: self._stored[own[name]] for name in names}
+            write_stream(folder / file, chosen, lambda new: self._merged(own[new], scale), metadata)
+        if self._split.is_sharded:
+            where = dict(sorted(self._split.tensor_to_filename.items()))
+            write_json(folder / INDEX, {"metadata": self._split.metadata, "weight_map": where})
         fsync_folder(folder)
+
+    def _merged(self, name: str, scale: float) -> torch.Tensor:
+        """One weight with its LoRAs added, in the dtype that it has."""
+        file = self._stored[name].file
+        try:
+            with safe_open(file, framework="pt") as stream:
+                weight: torch.Tensor = stream.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"model: {file} is damaged ({first_line(error)}). Download it again."
+            ) from error
+        if name not in self._loras:
+            return weight
+        total = weight.float()
+        for lora, module in self._loras[name]:
+            total = total + lora.delta(module, scale)
+        return total.to(weight.dtype)
 
 
 def _take_along(
