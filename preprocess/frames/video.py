@@ -6,12 +6,12 @@ decoder. Sole user of PyAV for reading.
 """
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -240,20 +240,15 @@ def frames_at(
 
 def _in_order(video: _Video, indices: Sequence[int]) -> Iterator[Frame]:
     """The frames at `indices`, from the first frame of the file on. Raises MediaError."""
-    place = 0
     picture = _Picture(video.stream)
-    for number, decoded in enumerate(video.frames()):
-        if number != indices[place]:
-            continue
+    done = 0
+    for place, times, decoded in _taken(enumerate(video.frames()), indices):
         if decoded.frame.is_corrupt:
-            raise MediaError(f"{video.path}: frame {number} is damaged")
-        shown = picture.of(decoded)
-        while place < len(indices) and indices[place] == number:
-            yield shown
-            place += 1
-        if place == len(indices):
-            return
-    raise MediaError(f"{video.path}: the video ends before frame {indices[place]}")
+            raise MediaError(f"{video.path}: frame {indices[place]} is damaged")
+        yield from repeat(picture.of(decoded), times)
+        done = place + times
+    if done < len(indices):
+        raise MediaError(f"{video.path}: the video ends before frame {indices[done]}")
 
 
 def _by_decord(video: _Video, indices: Sequence[int]) -> Iterator[Frame]:
@@ -271,21 +266,28 @@ def _by_decord(video: _Video, indices: Sequence[int]) -> Iterator[Frame]:
 def _by_shortcut(video: _Video, indices: Sequence[int], *, shortcut: Shortcut) -> Iterator[Frame]:
     """The frames at `indices` from a seek on, as long as they are those of sequential decoding."""
     picture = _Picture(video.stream)
-    place = 0
+    numbered = enumerate(_from_key_frame(video, shortcut), shortcut.frame)
     try:
-        for number, decoded in enumerate(_from_key_frame(video, shortcut), shortcut.frame):
-            shown = None
-            while place < len(indices) and indices[place] == number:
-                # The first digest is the key frame's.
-                if _digest(decoded.frame) != shortcut.digests[1 + place]:
-                    return
-                shown = picture.of(decoded) if shown is None else shown
-                yield shown
-                place += 1
-            if place == len(indices):
+        for place, times, decoded in _taken(numbered, indices):
+            # The first digest is the key frame's.
+            if _digest(decoded.frame) != shortcut.digests[1 + place]:
                 return
+            yield from repeat(picture.of(decoded), times)
     except (MediaError, av.error.FFmpegError):  # from the start it may go well
         return
+
+
+def _taken(
+    numbered: Iterable[tuple[int, _Decoded]], indices: Sequence[int]
+) -> Iterator[tuple[int, int, _Decoded]]:
+    """(its place in `indices`, how often it stands there, frame) of each that does, to the last."""
+    place = 0
+    for number, decoded in numbered:
+        if times := indices[place:].count(number):
+            yield place, times, decoded
+            place += times
+            if place == len(indices):
+                return
 
 
 def _from_key_frame(video: _Video, shortcut: Shortcut) -> Iterator[_Decoded]:

@@ -19,23 +19,22 @@ from diffusers import WanTransformer3DModel
 from huggingface_hub import split_state_dict_into_shards_factory
 from rich.console import Console
 from rich.progress import track
-from safetensors import SafetensorError, safe_open
 
 from shared.cli import support
 from shared.cli.checks import check_option
-from shared.errors import UserError, first_line
+from shared.errors import UserError
 from shared.io.durable import building_folder, fsync_folder, rename, write_json
 from shared.models.original_layout import COMPONENT_NAMES, expert_folder, is_original
 from shared.models.original_weights import converted
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 from shared.models.tensor_names import COMFYUI, unwrapped
 from shared.models.weight_files import weight_files
-from shared.models.weights import check_component, model_weights
+from shared.models.weights import check_component, model_weights, read_tensors
 from train.functional.schedule import Expert
 from train.model.base import base_digest, component_of
 from train.model.lora_files import LoraFile, LoraWeights, check_fits, read_lora
 from train.saving.provenance import METADATA_KEY, check_expert, read_provenance, wrong_base
-from train.saving.safetensors_io import Stored, stored_tensors, write_stream
+from train.saving.safetensors_io import dtype_name, write_stream
 
 PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -186,15 +185,8 @@ class _Transformer:
         original = is_original(model)
         self.folder = expert_folder(model, component) if original else model / component
         self._inside = self.folder.relative_to(model)
-        self._stored: dict[str, Stored] = {}
         files = weight_files(model, component)
-        for file in files:
-            try:
-                self._stored |= stored_tensors(file)
-            except (OSError, ValueError) as error:
-                raise UserError(
-                    f"model: {file} is damaged ({first_line(error)}). Download it again."
-                ) from error
+        stored = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
         if not files:
             raise UserError(
                 f"model: {self.folder} holds no safetensors; pickled weights are not read. Use a "
@@ -207,7 +199,7 @@ class _Transformer:
                 f"model: {weights.source} holds {len(weights.scales)} fp8 weights with scales "
                 "beside them, to which nothing can be added. Use the model in bf16 or fp32."
             )
-        itself = {name: name for name in self._stored}
+        itself = {name: name for name in stored}
         # diffusers' name → the name in the files
         self._names = converted(component, itself)
         # The name in the files → the one that is written, without what a trainer's wrapper put
@@ -217,7 +209,9 @@ class _Transformer:
             self._written = {old: new for new, old in self._names.items()}
         elif not any(name.startswith(COMFYUI) for name in itself):
             self._written = {old: new for new, old in unwrapped(component, itself).items()}
-        self._stored = {old: self._stored[old] for old in self._written}
+        # Mapped, not read
+        self._stored = {old: stored[old] for old in self._written}
+        self._source = weights.source
         self._loras: dict[str, list[tuple[LoraWeights, str]]] = {}
 
     @property
@@ -228,22 +222,23 @@ class _Transformer:
     @property
     def size(self) -> float:
         """Of all its weights, in GB."""
-        return sum(stored.size for stored in self._stored.values()) / 1e9
+        return sum(tensor.nbytes for tensor in self._stored.values()) / 1e9
 
     def add(self, lora: LoraFile) -> None:
         """Merge this one, too. UserError when it is of another model."""
         shapes = {
-            name: torch.Size(self._stored[own].shape)
+            name: self._stored[own].shape
             for name, own in self._names.items()
             if own in self._stored
         }
         check_fits(lora, shapes, str(self.folder))
         for module in lora.lora.modules:
             own = self._names[f"{module}.weight"]
-            if self._stored[own].dtype not in FLOATS:
+            dtype = dtype_name(self._stored[own].dtype)
+            if dtype not in FLOATS:
                 raise UserError(
-                    f"model: {self._stored[own].file} holds {own} as {self._stored[own].dtype}, "
-                    "to which nothing can be added. Use the model in bf16 or fp32."
+                    f"model: {self._source} holds {own} as {dtype}, to which nothing can be added. "
+                    "Use the model in bf16 or fp32."
                 )
             self._loras.setdefault(own, []).append((lora.lora, module))
 
@@ -252,7 +247,7 @@ class _Transformer:
         try:
             self._split = split_state_dict_into_shards_factory(
                 {new: self._stored[old] for old, new in self._written.items()},
-                get_storage_size=lambda stored: stored.size,
+                get_storage_size=lambda tensor: tensor.nbytes,
                 filename_pattern=PATTERN,
                 max_shard_size=max_shard_size,
             )
@@ -282,14 +277,7 @@ class _Transformer:
 
     def _merged(self, name: str, scale: float) -> torch.Tensor:
         """One weight with its LoRAs added, in the dtype that it has."""
-        file = self._stored[name].file
-        try:
-            with safe_open(file, framework="pt") as stream:
-                weight: torch.Tensor = stream.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"model: {file} is damaged ({first_line(error)}). Download it again."
-            ) from error
+        weight = self._stored[name]
         if name not in self._loras:
             return weight
         total = weight.float()
