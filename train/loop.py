@@ -23,7 +23,7 @@ from train.options import names
 from train.run import Run
 from train.session import Session, open_session
 from train.tracking.progress import TrainProgress
-from train.tracking.step_log import StepLog, Update
+from train.tracking.step_log import StepLog
 from train.tracking.trackers import Tracker, chosen, open_trackers
 from train.tracking.validation import Validation, prepare_validation, weights_in_place
 
@@ -86,15 +86,14 @@ def _walk(
         held.enter_context(closing(batches))
         trackers: list[Tracker] = []
         if ranks.first:
-            trackers = open_trackers(
+            opened = open_trackers(
                 chosen(names(config.report_to)),
                 config.logging_dir or config.output_dir / "logs",
                 config.tracker_project_name,
                 done=state.updates,
                 settings=config.__dict__,
             )
-        for tracker in trackers:
-            held.callback(tracker.close)
+            trackers = held.enter_context(opened)
         progress = TrainProgress(
             run.product_updates,
             run.cycle,
@@ -153,14 +152,12 @@ def _walk(
                         state.ema.update(weights, state.updates // run.cycle)
 
                 step_log.update(
-                    Update(
-                        role=role,
-                        numbers=numbers,
-                        grad_norm=norm,
-                        learning_rate=rate,
-                        samples=len(keys) * ranks.world_size,
-                        done=state.updates,
-                    )
+                    role,
+                    numbers,
+                    grad_norm=norm,
+                    learning_rate=rate,
+                    samples=len(keys) * ranks.world_size,
+                    done=state.updates,
                 )
 
             if warning := looks.after(role, before, trained.weights, norm):

@@ -7,10 +7,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from shared.cli.checks import check_writable
 from shared.errors import UserError
 from shared.format.schema import DTYPES
+from train.config import TrainConfig
 from train.data.batches import PromptBank, load_prompt_bank
 from train.distributed.process_group import ALONE
 from train.memory.activation_offload import ActivationOffloading
@@ -155,11 +157,7 @@ def open_session(run: Run, say: Say) -> Session:
     if config.compile:
         several = len(run.data.filled_buckets()) > 1 or config.random_frame_crop
         compile_blocks(transformer, several_shapes=several)
-    lora = LoraSpec(
-        rank=config.rank,
-        alpha=config.network_alpha,
-        targets=select_targets(transformer, config.targets, config.skipped),
-    )
+    lora = lora_of(config, transformer)
     rates = objective.learning_rates
     roles = Roles(transformer, lora, seed=config.seed, names=rates)
     start = _warm_start(roles, run, lora, say)
@@ -237,6 +235,12 @@ def open_session(run: Run, say: Say) -> Session:
         start=start,
         say=say,
     )
+
+
+def lora_of(config: TrainConfig, transformer: nn.Module) -> LoraSpec:
+    """The adapters that a run puts on its transformer. UserError as of `select_targets`."""
+    targets = select_targets(transformer, config.targets, config.skipped)
+    return LoraSpec(rank=config.rank, alpha=config.network_alpha, targets=targets)
 
 
 def _warm_start(roles: Roles, run: Run, lora: LoraSpec, say: Say) -> Weights | None:

@@ -6,11 +6,12 @@ decoder. Sole user of PyAV for reading.
 """
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -52,6 +53,52 @@ INTERLACED = (
 )
 
 
+@dataclass(frozen=True)
+class _Video:
+    """A local file that is open at its video stream."""
+
+    path: Path
+    container: InputContainer
+    stream: VideoStream
+    on_progress: Callable[[], None]
+    """Called after every frame that is decoded."""
+
+    def frames(
+        self, *, stored: Stored | None = None, orientation: Orientation = UPRIGHT
+    ) -> "Iterator[_Decoded]":
+        """What the decoder shows, in order; `orientation` holds until a frame tells another.
+
+        What can't be decoded before the first frame (a broadcast that was joined in the middle) or
+        behind the last (a recording that was cut off) shows nothing in a player, too; between them
+        it would be a wrong picture. MediaError there.
+        """
+        number = 0
+        first: Exception | None = None
+        damage: Exception | None = None
+        for packet in self.container.demux(self.stream):
+            if stored is not None and packet.size:
+                stored.note_packet(packet)
+            try:
+                frames = packet.decode()
+            except av.error.InvalidDataError as error:
+                first = first or error
+                damage = error if number else None
+                continue
+            if damage is not None and packet.size:  # at the end only what waited comes out
+                raise MediaError(
+                    f"{self.path}: cannot decode the video behind frame {number} ({damage})"
+                )
+            for frame in frames:
+                told = _orientation(self.path, frame)
+                orientation = told or orientation
+                self.on_progress()
+                yield _Decoded(frame, orientation, told is not None)
+                number += 1
+        if number == 0:
+            why = f"cannot decode the video ({first})" if first else "the video has no frames"
+            raise MediaError(f"{self.path}: {why}")
+
+
 class _Decoded(NamedTuple):
     """A frame as the decoder puts it out."""
 
@@ -66,12 +113,13 @@ def survey(path: Path, on_progress: Callable[[], None] = lambda: None) -> Probe:
 
     `on_progress` is called after every frame.
     """
-    with _opened(path) as (container, stream):
+    with _opened(path, on_progress) as video:
+        stream = video.stream
         _refuse_choices(path, stream)
         stored = Stored(
-            container=container.format.name,
+            container=video.container.format.name,
             codec=stream.codec_context.name,
-            streams=len(container.streams.video),
+            streams=len(video.container.streams.video),
             aspects_differ=_aspects_differ(stream),
             rotate_tag=_rotate_tag(stream),
         )
@@ -80,8 +128,7 @@ def survey(path: Path, on_progress: Callable[[], None] = lambda: None) -> Probe:
         damaged: list[int] = []
         interlaced = False
         first: _Decoded | None = None
-        for decoded in _frames(path, container, stream, stored=stored):
-            on_progress()
+        for decoded in video.frames(stored=stored):
             frame = decoded.frame
             if first is None:
                 first = decoded
@@ -93,7 +140,7 @@ def survey(path: Path, on_progress: Callable[[], None] = lambda: None) -> Probe:
             if len(pts) >= _SEEK_FROM:
                 digests.append(_digest(frame))
             pts.append(frame.pts)
-        assert first is not None, "_frames raises where there are none"
+        assert first is not None, "frames() raises where there are none"
         assert stream.time_base is not None
         if stored.packets[-1].partial:  # not every decoder marks what it makes of one
             damaged += _from_partial(stored.packets[-1].pts, pts)
@@ -175,95 +222,82 @@ def frames_at(
     Raises MediaError where the video has fewer, or one is damaged, and what PyAV raises.
     """
     done = 0
-    for way in (_by_decord, partial(_by_shortcut, shortcut=shortcut), _in_order):
+    ways = [_in_order]
+    if shortcut is not None:
+        ways.insert(0, partial(_by_shortcut, shortcut=shortcut))
+    if decord_pairs.is_avi(path):
+        ways.insert(0, _by_decord)
+    for way in ways:
         if way is not _in_order and done:
             continue  # what one way has begun is ended in order
-        for frame in way(path, indices[done:], on_progress):
-            yield frame
-            done += 1
+        with _opened(path, on_progress) as video:
+            for frame in way(video, indices[done:]):
+                yield frame
+                done += 1
         if done == len(indices):
             return
 
 
-def _in_order(
-    path: Path, indices: Sequence[int], on_progress: Callable[[], None]
-) -> Iterator[Frame]:
+def _in_order(video: _Video, indices: Sequence[int]) -> Iterator[Frame]:
     """The frames at `indices`, from the first frame of the file on. Raises MediaError."""
+    picture = _Picture(video.stream)
+    done = 0
+    for place, times, decoded in _taken(enumerate(video.frames()), indices):
+        if decoded.frame.is_corrupt:
+            raise MediaError(f"{video.path}: frame {indices[place]} is damaged")
+        yield from repeat(picture.of(decoded), times)
+        done = place + times
+    if done < len(indices):
+        raise MediaError(f"{video.path}: the video ends before frame {indices[done]}")
+
+
+def _by_decord(video: _Video, indices: Sequence[int]) -> Iterator[Frame]:
+    """The frames at `indices` of an AVI as far as decord reads them: none but in its pairs."""
+    context = video.stream.codec_context
+    layout = (context.pix_fmt or "", context.width, context.height)
+    if not decord_pairs.reads(video.container.format.name, context.name, *layout):
+        return
+    picture = _Picture(video.stream)
+    for rgb in decord_pairs.frames(video.path, indices):
+        video.on_progress()
+        yield picture.shown(rgb, UPRIGHT)  # an AVI cannot be turned
+
+
+def _by_shortcut(video: _Video, indices: Sequence[int], *, shortcut: Shortcut) -> Iterator[Frame]:
+    """The frames at `indices` from a seek on, as long as they are those of sequential decoding."""
+    picture = _Picture(video.stream)
+    numbered = enumerate(_from_key_frame(video, shortcut), shortcut.frame)
+    try:
+        for place, times, decoded in _taken(numbered, indices):
+            # The first digest is the key frame's.
+            if _digest(decoded.frame) != shortcut.digests[1 + place]:
+                return
+            yield from repeat(picture.of(decoded), times)
+    except (MediaError, av.error.FFmpegError):  # from the start it may go well
+        return
+
+
+def _taken(
+    numbered: Iterable[tuple[int, _Decoded]], indices: Sequence[int]
+) -> Iterator[tuple[int, int, _Decoded]]:
+    """(its place in `indices`, how often it stands there, frame) of each that does, to the last."""
     place = 0
-    with _opened(path) as (container, stream):
-        picture = _Picture(stream)
-        for number, decoded in enumerate(_frames(path, container, stream)):
-            on_progress()
-            if number != indices[place]:
-                continue
-            if decoded.frame.is_corrupt:
-                raise MediaError(f"{path}: frame {number} is damaged")
-            shown = picture.of(decoded)
-            while place < len(indices) and indices[place] == number:
-                yield shown
-                place += 1
+    for number, decoded in numbered:
+        if times := indices[place:].count(number):
+            yield place, times, decoded
+            place += times
             if place == len(indices):
                 return
-        raise MediaError(f"{path}: the video ends before frame {indices[place]}")
 
 
-def _by_decord(
-    path: Path, indices: Sequence[int], on_progress: Callable[[], None]
-) -> Iterator[Frame]:
-    """The frames at `indices` as far as decord reads them: none but in its pairs."""
-    if not decord_pairs.is_avi(path):  # which spares opening all others twice
-        return
-    with _opened(path) as (container, stream):
-        context = stream.codec_context
-        layout = (context.pix_fmt or "", context.width, context.height)
-        if not decord_pairs.reads(container.format.name, context.name, *layout):
-            return
-        picture = _Picture(stream)
-        for rgb in decord_pairs.frames(path, indices):
-            on_progress()
-            yield picture.shown(rgb, UPRIGHT)  # an AVI cannot be turned
-
-
-def _by_shortcut(
-    path: Path,
-    indices: Sequence[int],
-    on_progress: Callable[[], None],
-    *,
-    shortcut: Shortcut | None,
-) -> Iterator[Frame]:
-    """The frames at `indices` from a seek on, as long as they are those of sequential decoding."""
-    if shortcut is None:
-        return
-    with _opened(path) as (container, stream):
-        picture = _Picture(stream)
-        number, place = shortcut.frame, 0
-        try:
-            for decoded in _from_key_frame(path, container, stream, shortcut):
-                on_progress()
-                shown = None
-                while place < len(indices) and indices[place] == number:
-                    # The first digest is the key frame's.
-                    if _digest(decoded.frame) != shortcut.digests[1 + place]:
-                        return
-                    shown = picture.of(decoded) if shown is None else shown
-                    yield shown
-                    place += 1
-                if place == len(indices):
-                    return
-                number += 1
-        except (MediaError, av.error.FFmpegError):  # from the start it may go well
-            return
-
-
-def _from_key_frame(
-    path: Path, container: InputContainer, stream: VideoStream, shortcut: Shortcut
-) -> Iterator[_Decoded]:
+def _from_key_frame(video: _Video, shortcut: Shortcut) -> Iterator[_Decoded]:
     """What the decoder shows from the shortcut's key frame on; nothing if no seek leads there."""
-    assert stream.time_base is not None
+    assert video.stream.time_base is not None
     for seconds in _SEEK_BEFORE:
-        container.seek(shortcut.pts - round(seconds / stream.time_base), stream=stream)
+        before = round(seconds / video.stream.time_base)
+        video.container.seek(shortcut.pts - before, stream=video.stream)
         # Frames that need what lies before the seek come first, damaged, or are missing.
-        frames = _frames(path, container, stream, orientation=shortcut.orientation)
+        frames = video.frames(orientation=shortcut.orientation)
         for decoded in frames:
             pts = decoded.frame.pts
             if pts == shortcut.pts and _digest(decoded.frame) == shortcut.digests[0]:
@@ -274,7 +308,7 @@ def _from_key_frame(
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+def _opened(path: Path, on_progress: Callable[[], None]) -> Iterator[_Video]:
     """A local file and its video stream, for one thread: several files are decoded side by side."""
     # Only local files: a playlist that calls itself .mp4 must not reach the network.
     options = {"protocol_whitelist": "file"}
@@ -291,45 +325,7 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         if stream.codec_context is None:
             raise MediaError(f"{path}: this FFmpeg has no decoder for its video")
         stream.codec_context.thread_count = 1
-        yield container, stream
-
-
-def _frames(
-    path: Path,
-    container: InputContainer,
-    stream: VideoStream,
-    *,
-    stored: Stored | None = None,
-    orientation: Orientation = UPRIGHT,
-) -> Iterator[_Decoded]:
-    """What the decoder shows, in order; `orientation` holds until a frame tells another.
-
-    What can't be decoded before the first frame (a broadcast that was joined in the middle) or
-    behind the last (a recording that was cut off) shows nothing in a player, too; between them it
-    would be a wrong picture. MediaError there.
-    """
-    number = 0
-    first: Exception | None = None
-    damage: Exception | None = None
-    for packet in container.demux(stream):
-        if stored is not None and packet.size:
-            stored.note_packet(packet)
-        try:
-            frames = packet.decode()
-        except av.error.InvalidDataError as error:
-            first = first or error
-            damage = error if number else None
-            continue
-        if damage is not None and packet.size:  # at the end only what waited comes out
-            raise MediaError(f"{path}: cannot decode the video behind frame {number} ({damage})")
-        for frame in frames:
-            told = _orientation(path, frame)
-            orientation = told or orientation
-            yield _Decoded(frame, orientation, told is not None)
-            number += 1
-    if number == 0:
-        why = f"cannot decode the video ({first})" if first else "the video has no frames"
-        raise MediaError(f"{path}: {why}")
+        yield _Video(path, container, stream, on_progress)
 
 
 class _Picture:

@@ -9,23 +9,23 @@ import json
 import mmap
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import islice
-from multiprocessing.connection import Connection
+from multiprocessing import Pipe
+from multiprocessing.reduction import recv_handle
 from typing import Any, TypeVar
 
 import numpy as np
 
 from preprocess.frames.media_info import MediaError
-from preprocess.media.worker_process import ALIVE, ARRAY, FAILED, READY
+from preprocess.media.worker_process import ALIVE, ARRAY, FAILED
 from shared.errors import UserError
 
 Item = TypeVar("Item")
@@ -113,9 +113,7 @@ class WorkerPool:
                 for item, arguments in islice(remaining, number)
             ]
 
-        def results(
-            queue: list[tuple[Item, "Future[Any]"]],
-        ) -> Results[Item]:
+        def results(queue: list[tuple[Item, "Future[Any]"]]) -> Results[Item]:
             try:
                 while queue:
                     wait([future for _, future in queue], return_when=FIRST_COMPLETED)
@@ -173,7 +171,7 @@ class _Worker:
     """One process and the line to it. Used by one thread; `kill` by any."""
 
     def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
+        self._connection, theirs = Pipe()
         self._last_words = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `bury`
         path = [entry for entry in sys.path if isinstance(entry, str)]
         program = (
@@ -192,14 +190,12 @@ class _Worker:
                 # Or numpy starts a thread a core, in every worker.
                 env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             )
-        self._line = ours
-        self._connection = Connection(os.dup(ours.fileno()))
 
     def wait_until_ready(self) -> None:
         """UserError where the process does not come up."""
         try:
-            if self._receive(_START_SECONDS)[0] == READY:
-                return
+            with self._while_it_lives():
+                self._receive(_START_SECONDS)
         except _LostError as lost:
             raise UserError(
                 f"decoding: a worker process did not start ({lost}). Is there memory for "
@@ -208,36 +204,35 @@ class _Worker:
 
     def run(self, function: Callable[..., Any], arguments: tuple[Any, ...], timeout: float) -> Any:
         """The function's result; what it raises is raised. _LostError: the process is of no use."""
-        try:
+        with self._while_it_lives():
             self._connection.send((function, arguments))
-        except OSError:
-            raise _LostError(self._epitaph()) from None
-        answer: tuple[Any, ...] = (ALIVE,)
-        while answer[0] == ALIVE:
-            answer = self._receive(timeout)
-        kind, *content = answer
+            while (answer := self._receive(timeout))[0] == ALIVE:
+                pass
+            kind, content = answer
+            result = self._array(*content) if kind == ARRAY else content
         if kind == FAILED:
-            raise content[0]
-        return self._array(*content) if kind == ARRAY else content[0]
+            raise result
+        return result
 
-    def _receive(self, timeout: float) -> tuple[Any, ...]:
+    @contextmanager
+    def _while_it_lives(self) -> Iterator[None]:
+        """Block that talks to the process. _LostError, with its last words, where that breaks."""
         try:
-            if not self._connection.poll(timeout):
-                raise _LostError(
-                    f"decoding took longer than {timeout:g} s and was stopped; --decode-timeout "
-                    "allows more"
-                )
-            answer: tuple[Any, ...] = self._connection.recv()
-            return answer
+            yield
         except (EOFError, OSError):
             raise _LostError(self._epitaph()) from None
 
+    def _receive(self, timeout: float) -> tuple[Any, ...]:
+        if not self._connection.poll(timeout):
+            raise _LostError(
+                f"decoding took longer than {timeout:g} s and was stopped; --decode-timeout "
+                "allows more"
+            )
+        answer: tuple[Any, ...] = self._connection.recv()
+        return answer
+
     def _array(self, shape: tuple[int, ...], dtype: str) -> Any:
-        try:
-            _, descriptors, _, _ = socket.recv_fds(self._line, 1, 1)
-            (descriptor,) = descriptors
-        except (OSError, ValueError):
-            raise _LostError(self._epitaph()) from None
+        descriptor = recv_handle(self._connection)
         try:
             memory = mmap.mmap(descriptor, int(np.prod(shape)) * np.dtype(dtype).itemsize)
         finally:
@@ -246,10 +241,9 @@ class _Worker:
 
     def _epitaph(self) -> str:
         """How the process ended, with the last line that it wrote."""
-        deadline = time.monotonic() + 5
-        while self._process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        code = self._process.poll()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=5)
+        code = self._process.returncode
         how = f"code {code}"
         if code is not None and code < 0:
             how = signal.Signals(-code).name
@@ -269,5 +263,4 @@ class _Worker:
         """Leave no zombie and no open file."""
         self._process.wait()
         self._connection.close()
-        self._line.close()
         self._last_words.close()

@@ -9,12 +9,12 @@ import importlib
 import mmap
 import os
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import send_handle
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +79,8 @@ def _send_array(parent: Connection, array: npt.NDArray[Any]) -> None:
             target: npt.NDArray[Any] = np.ndarray(array.shape, array.dtype, buffer=memory)
             target[...] = array
             del target  # it keeps the map open
-        parent.send((ARRAY, array.shape, array.dtype.str))
-        with socket.socket(fileno=os.dup(parent.fileno())) as line:
-            socket.send_fds(line, [b"."], [descriptor])
+        parent.send((ARRAY, (array.shape, array.dtype.str)))
+        send_handle(parent, descriptor, os.getppid())
     finally:
         os.close(descriptor)
 

@@ -8,8 +8,10 @@ changed first, in the same order.
 import errno
 import json
 import os
+import shutil
 import signal
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -116,6 +118,19 @@ class DurableFile:
 def temporary(path: Path) -> Path:
     """The name under which `path` is written before `commit` (same folder, so rename works)."""
     return path.with_name(path.name + TEMPORARY_SUFFIX)
+
+
+@contextmanager
+def building_folder(final: Path) -> Iterator[Path]:
+    """An empty folder to fill in the block, under `final`'s temporary name; none if that fails."""
+    building = temporary(final)
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        yield building
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
 
 
 def fsync_folder(folder: Path) -> None:

@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from train.data.batches import MicroBatches, PromptBank
 from train.model.base import component_of
 from train.model.custom_weights import component_config
-from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.roles import Roles
 from train.run import Run
+from train.session import lora_of
 
 # Dense bf16, FLOP/s, by the name that CUDA gives the card; from NVIDIA's datasheets, where those of
 # Hopper say twice that, for sparse matrices.
@@ -50,11 +50,7 @@ def count(
     facts = component_config(run.spec, component_of(objective.expert))
     with meta:
         transformer = WanTransformer3DModel.from_config(facts)
-        lora = LoraSpec(
-            rank=config.rank,
-            alpha=config.network_alpha,
-            targets=select_targets(transformer, config.targets, config.skipped),
-        )
+        lora = lora_of(config, transformer)
         roles = Roles(transformer, lora, seed=config.seed, names=objective.learning_rates)
     negative = bank.negative.to(meta)
     counted = {}

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from shared.cli.support import echo
@@ -53,16 +53,24 @@ def launch(command: Sequence[str], machines: Machines) -> int:
     def hand_on(signum: int, _: object) -> None:
         handed_on.add(signum)
         for process in processes:
-            if process.poll() is None:
-                process.send_signal(signum)
+            process.send_signal(signum)  # nothing where it has ended
 
     before = {n: signal.signal(n, hand_on) for n in ending_signals()}
     launcher_is_gone, while_open = os.pipe()
     try:
-        _start(processes, command, machines, launcher_is_gone)
+        for environment in _environments(machines):
+            processes.append(
+                subprocess.Popen(
+                    command,
+                    env=environment | {_LAUNCHER_PIPE: str(launcher_is_gone)},
+                    start_new_session=True,  # a Ctrl-C reaches them once, through us
+                    pass_fds=(launcher_is_gone,),
+                )
+            )
         for signum in list(handed_on):  # it may have come before the last one was there
             hand_on(signum, None)
-        return _wait(processes, machines.machine_rank * machines.here, handed_on)
+        code = _wait(processes, machines.machine_rank * machines.here, handed_on)
+        return SIGNAL_EXIT - code if code < 0 else code
     finally:
         for process in processes:
             process.kill()
@@ -73,56 +81,27 @@ def launch(command: Sequence[str], machines: Machines) -> int:
         os.close(while_open)
 
 
-def _start(
-    processes: "list[subprocess.Popen[bytes]]",
-    command: Sequence[str],
-    machines: Machines,
-    launcher_is_gone: int,
-) -> None:
-    """Start those of this machine and add them to `processes`."""
+def _environments(machines: Machines) -> Iterator[dict[str, str]]:
+    """Of each process of this machine, in their order: what `torchrun` would set."""
     port = machines.main_process_port or _free_port()
     threads = max(1, (os.cpu_count() or 1) // machines.here)
     for local_rank in range(machines.here):
-        environment = (
-            {"OMP_NUM_THREADS": str(threads)}
-            | os.environ
-            | {
-                "RANK": str(machines.machine_rank * machines.here + local_rank),
-                "LOCAL_RANK": str(local_rank),
-                "WORLD_SIZE": str(machines.num_processes),
-                "LOCAL_WORLD_SIZE": str(machines.here),
-                "MASTER_ADDR": machines.main_process_ip,
-                "MASTER_PORT": str(port),
-                _LAUNCHER_PIPE: str(launcher_is_gone),
-            }
-        )
-        processes.append(
-            subprocess.Popen(
-                command,
-                env=environment,
-                start_new_session=True,  # a Ctrl-C reaches them once, through us
-                pass_fds=(launcher_is_gone,),
-            )
-        )
-
-
-def end_with_launcher() -> None:
-    """From now on this process gets a SIGTERM when the launcher that started it is gone."""
-    if _LAUNCHER_PIPE not in os.environ:
-        return
-    pipe = int(os.environ.pop(_LAUNCHER_PIPE))
-
-    def wait() -> None:
-        os.read(pipe, 1)  # nobody writes: it ends when the other end is closed
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=wait, name="launcher", daemon=True).start()
+        placed = {
+            "RANK": machines.machine_rank * machines.here + local_rank,
+            "LOCAL_RANK": local_rank,
+            "WORLD_SIZE": machines.num_processes,
+            "LOCAL_WORLD_SIZE": machines.here,
+            "MASTER_ADDR": machines.main_process_ip,
+            "MASTER_PORT": port,
+        }
+        own = {name: str(value) for name, value in placed.items()}
+        yield {"OMP_NUM_THREADS": str(threads)} | os.environ | own
 
 
 def _wait(
     processes: Sequence["subprocess.Popen[bytes]"], first_rank: int, handed_on: set[int]
 ) -> int:
-    """Until all have ended, or one has failed and the others had their time.
+    """Until all have ended, or one has failed and the others had their time; 0, or its code.
 
     `handed_on` are the signals that the processes got from us, of which one may end.
     """
@@ -142,19 +121,28 @@ def _wait(
                 )
             deadline = time.monotonic() + GRACE_AFTER_FAILURE_S
         if None not in codes:
-            return _exit_code(failed)
+            return failed
         if deadline is not None and time.monotonic() > deadline:
             ranks = [str(first_rank + n) for n, code in enumerate(codes) if code is None]
             echo(
                 f"process {', '.join(ranks)} did not end in {GRACE_AFTER_FAILURE_S} s: killed",
                 err=True,
             )
-            return _exit_code(failed)
+            return failed
         time.sleep(_POLL_S)
 
 
-def _exit_code(code: int) -> int:
-    return SIGNAL_EXIT - code if code < 0 else code
+def end_with_launcher() -> None:
+    """From now on this process gets a SIGTERM when the launcher that started it is gone."""
+    if _LAUNCHER_PIPE not in os.environ:
+        return
+    pipe = int(os.environ.pop(_LAUNCHER_PIPE))
+
+    def wait() -> None:
+        os.read(pipe, 1)  # nobody writes: it ends when the other end is closed
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="launcher", daemon=True).start()
 
 
 def _free_port() -> int:

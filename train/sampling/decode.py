@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 
 from shared.cli import support
-from shared.cli.checks import check_writable
+from shared.cli.checks import WHOLE, check_option, check_writable
 from shared.device import check_device
 from shared.errors import UserError
 from shared.format.schema import DTYPES
@@ -39,8 +39,7 @@ class DecodeConfig:
     device: str
 
     def __post_init__(self) -> None:
-        if self.fps < 1:
-            raise UserError(f"--fps: found {self.fps}, expected a whole number from 1.")
+        check_option("fps", self.fps, self.fps >= 1, WHOLE)
 
 
 def decode_clips(config: DecodeConfig, console: Console) -> list[Path]:

@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
 
 from shared.cli import support
-from shared.cli.checks import check_writable
+from shared.cli.checks import ABOVE_0, FROM_0, WHOLE, check_option, check_writable
 from shared.device import check_device
 from shared.errors import UserError, first_line
 from shared.format.resize import fit_to
@@ -53,11 +53,11 @@ from train.memory.block_offload import StreamedBlocks, streaming_line
 from train.memory.quantize import QuantisedPrecision, check_installed, quantise
 from train.model.base import Base, base_digest, component_of, load_weights, merge
 from train.model.custom_weights import empty_transformer
-from train.model.lora_files import PEFT_METADATA_KEY, check_fits, read_lora
+from train.model.lora_files import PEFT_METADATA_KEY, LoraFile, check_fits, read_lora
 from train.options import Pairing
 from train.sampling.contact_sheet import contact_sheet
 from train.saving.lora_formats import DIFFUSERS_PREFIX, to_form
-from train.saving.provenance import Provenance, read_provenance, wrong_base
+from train.saving.provenance import Provenance, check_expert, read_provenance, wrong_base
 
 TEACHER_STEPS, TEACHER_GUIDANCE = 40, 5.0
 # A pair of experts works one trajectory together, so these must be the same in both files. Plain
@@ -105,14 +105,11 @@ class SampleConfig:
             )
         if any(not prompt.strip() for prompt in self.prompts):
             raise UserError("--prompt: found an empty prompt, expected text.")
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"--steps: found {self.steps}, expected a whole number from 1.")
-        if self.fps < 1:
-            raise UserError(f"--fps: found {self.fps}, expected a whole number from 1.")
-        if self.guidance_scale is not None and not 0 <= self.guidance_scale < inf:
-            raise UserError(f"--guidance-scale: found {self.guidance_scale}, expected 0 or more.")
-        if self.flow_shift is not None and not 0 < self.flow_shift < inf:
-            raise UserError(f"--flow-shift: found {self.flow_shift}, expected a number above 0.")
+        steps, scale, shift = self.steps, self.guidance_scale, self.flow_shift
+        check_option("steps", steps, steps is None or steps >= 1, WHOLE)
+        check_option("fps", self.fps, self.fps >= 1, WHOLE)
+        check_option("guidance_scale", scale, scale is None or 0 <= scale < inf, FROM_0)
+        check_option("flow_shift", shift, shift is None or 0 < shift < inf, ABOVE_0)
 
     def check_few_steps(self) -> None:
         """UserError where something is asked for that a few-step LoRA does not take."""
@@ -146,8 +143,8 @@ class SampleConfig:
         """UserError unless the model can make clips of this shape from these inputs."""
         multiple, time = spec.side_multiple, spec.stride[0]
         for name, side in (("height", self.height), ("width", self.width)):
-            if side < multiple or side % multiple:
-                raise UserError(f"--{name}: found {side}, expected a multiple of {multiple}.")
+            fine = side >= multiple and side % multiple == 0
+            check_option(name, side, fine, f"a multiple of {multiple}")
         if self.num_frames < 1 or (self.num_frames - 1) % time:
             below = max(1, (self.num_frames - 1) // time * time + 1)
             raise UserError(
@@ -185,11 +182,9 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
             if told:
                 say(f"base     {component}: {told}")
     for lora in loras:
-        if lora.note:
-            say(f"warning  {lora.note}", style="yellow")
-        component = component_of(lora.provenance.expert)
-        found = base_digest(spec.folder, component, bases[component])
-        if warning := wrong_base(lora.path, lora.provenance, found, str(spec.folder)):
+        found = base_digest(spec.folder, lora.component, bases[lora.component])
+        wrong = wrong_base(lora.path, lora.provenance, found, str(spec.folder))
+        for warning in filter(None, (lora.file.note, wrong)):
             say(f"warning  {warning}", style="yellow")
     experts = [lora.provenance.expert for lora in loras]
     if spec.two_experts and len(experts) == 1 and experts != ["full"]:
@@ -266,20 +261,24 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
 class TrainedLora:
     """A LoRA file and what it says about its training."""
 
-    path: Path
+    file: LoraFile
     provenance: Provenance
-    note: str | None
-    """What a user should be told of it."""
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    @property
+    def component(self) -> str:
+        """The transformer that it is for."""
+        return component_of(self.provenance.expert)
 
 
 def read_loras(paths: Sequence[Path], spec: ModelSpec) -> list[TrainedLora]:
     """Read the files, in any form; UserError when they don't fit the model or one another."""
-    files = []
-    loras = []
-    for path in paths:
-        provenance = read_provenance(path)  # before the tensors, which may be large
-        files.append(read_lora(path))
-        loras.append(TrainedLora(path, provenance, files[-1].note))
+    # Provenance first: the tensors may be large
+    told = [(path, read_provenance(path)) for path in paths]
+    loras = [TrainedLora(read_lora(path), provenance) for path, provenance in told]
     experts = [lora.provenance.expert for lora in loras]
     if len(set(experts)) != len(experts) or ("full" in experts and len(experts) > 1):
         raise UserError(
@@ -301,16 +300,11 @@ def read_loras(paths: Sequence[Path], spec: ModelSpec) -> list[TrainedLora]:
             f"--lora: {first.path} was trained for {first.provenance.mode}, the model "
             f"{spec.folder} is {spec.mode}."
         )
-    if not spec.two_experts and experts != ["full"]:
-        raise UserError(
-            f"--lora: {first.path} is for the {experts[0]}-noise expert, but {spec.folder} has one "
-            "transformer. Use the model that it was trained on."
-        )
-    for lora, file in zip(loras, files, strict=True):
-        component = component_of(lora.provenance.expert)
-        model = empty_transformer(spec, component)
+    check_expert(first.path, first.provenance.expert, spec)
+    for lora in loras:
+        model = empty_transformer(spec, lora.component)
         shapes = {name: weight.shape for name, weight in model.named_parameters()}
-        check_fits(file, shapes, f"the {component} of {spec.folder}")
+        check_fits(lora.file, shapes, f"the {lora.component} of {spec.folder}")
     return loras
 
 
@@ -364,7 +358,7 @@ def build_pipeline(
     for component, base in bases.items():
         merge(getattr(pipeline, component), base.merged, device)
     for lora in loras:
-        _apply(lora, getattr(pipeline, component_of(lora.provenance.expert)))
+        _apply(lora, getattr(pipeline, lora.component))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -376,7 +370,7 @@ def _apply(lora: TrainedLora, transformer: Any) -> None:
     same. It fails at kohya's where a layer of a block is left out, and multiplies A by the strength
     of ComfyUI's, which rounds in bf16.
     """
-    tensors, needed = to_form(read_lora(lora.path).lora, "diffusers")
+    tensors, needed = to_form(lora.file.lora, "diffusers")
     transformer.load_lora_adapter(
         tensors,
         prefix=DIFFUSERS_PREFIX.removesuffix("."),

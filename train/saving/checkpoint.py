@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from safetensors.torch import load
 
 from shared.errors import UserError
 from shared.format.fingerprint import flatten
-from shared.io.durable import fsync_file, fsync_folder, temporary
+from shared.io.durable import building_folder, fsync_file, fsync_folder
 from shared.io.hashing import digest_of
 from shared.io.names import quoted
 from train.optim.ema import Ema
@@ -91,11 +91,11 @@ def checkpoint_name(updates: int, cycle: int) -> str:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in `folder`, oldest first."""
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        match = _NAME.fullmatch(path.name)
-        if match and path.is_dir():
-            found.append((int(match[1]), int(match[2] or 0), path))
+    found = [
+        (int(match[1]), int(match[2] or 0), path)
+        for path in folder.glob("checkpoint-*")
+        if (match := _NAME.fullmatch(path.name)) and path.is_dir()
+    ]
     return [path for *_, path in sorted(found)]
 
 
@@ -104,14 +104,8 @@ def save_checkpoint(
 ) -> Path:
     """Write DIR/checkpoint-N, which appears whole or not at all. Returns its path."""
     final = folder / checkpoint_name(updates, cycle)
-    building = temporary(final)
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
+    with building_folder(final) as building:
         _write_checkpoint(building, files, updates, identity, updates // cycle)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     # A folder can't replace another in one rename; the old one is out of the way only for the time
     # between two of them, and never deleted before the new one is in place.
     replaced = final.with_name(final.name + REPLACED_SUFFIX)
@@ -261,11 +255,9 @@ def load_checkpoint(path: Path, expected: Files, identity: Identity) -> Loaded:
         for name, tensor in held.items():
             if name not in saved or saved[name].shape != tensor.shape:
                 raise _damaged(path, f"{file} lacks {name} in its shape")
-    before, now = flatten(content["settings"]), flatten(identity.loose)
     changes = [
-        f"{name}: {before.get(name)!r} → {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
+        f"{name}: {before!r} → {now!r}"
+        for name, before, now in _differing(content["settings"], identity.loose)
     ]
     return Loaded(loaded, content["updates"], changes)
 
@@ -313,22 +305,23 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 def _refuse_other_identity(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
     # Through JSON, so that a tuple and the list it became compare equal.
-    flat_found, flat_expected = flatten(found), flatten(json.loads(json.dumps(expected)))
     differing = [
-        f"  {name}: checkpoint has {flat_found.get(name)!r}, this run {flat_expected.get(name)!r}"
-        for name in sorted(flat_found.keys() | flat_expected.keys())
-        if flat_found.get(name) != flat_expected.get(name)
+        f"  {name}: checkpoint has {there!r}, this run {here!r}\n"
+        for name, there, here in _differing(found, json.loads(json.dumps(expected)))
     ]
     if differing:
         raise UserError(
-            "\n".join(
-                [
-                    f"checkpoint: {path} belongs to another run:",
-                    *differing,
-                    "Resume with the same settings, or start anew with another --output-dir.",
-                ]
-            )
+            f"checkpoint: {path} belongs to another run:\n{''.join(differing)}"
+            "Resume with the same settings, or start anew with another --output-dir."
         )
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[str, object, object]]:
+    """(name, value in one, value in the other) of each setting in which they differ."""
+    flat_one, flat_other = flatten(one), flatten(other)
+    for name in sorted(flat_one.keys() | flat_other.keys()):
+        if (there := flat_one.get(name)) != (here := flat_other.get(name)):
+            yield name, there, here
 
 
 def _read_tensors(file: Path, sha256: str) -> dict[str, torch.Tensor]:

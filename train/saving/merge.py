@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,22 +19,22 @@ from diffusers import WanTransformer3DModel
 from huggingface_hub import split_state_dict_into_shards_factory
 from rich.console import Console
 from rich.progress import track
-from safetensors import SafetensorError, safe_open
 
 from shared.cli import support
-from shared.errors import UserError, first_line
-from shared.io.durable import fsync_folder, rename, temporary, write_json
+from shared.cli.checks import check_option
+from shared.errors import UserError
+from shared.io.durable import building_folder, fsync_folder, rename, write_json
 from shared.models.original_layout import COMPONENT_NAMES, expert_folder, is_original
 from shared.models.original_weights import converted
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 from shared.models.tensor_names import COMFYUI, unwrapped
 from shared.models.weight_files import weight_files
-from shared.models.weights import check_component, model_weights
+from shared.models.weights import check_component, model_weights, read_tensors
 from train.model.base import base_digest, component_of
 from train.model.lora_files import LoraFile, LoraWeights, check_fits, read_lora
 from train.options import Expert
-from train.saving.provenance import METADATA_KEY, read_provenance, wrong_base
-from train.saving.safetensors_io import Stored, stored_tensors, write_stream
+from train.saving.provenance import METADATA_KEY, check_expert, read_provenance, wrong_base
+from train.saving.safetensors_io import dtype_name, write_stream
 
 PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -56,8 +55,8 @@ class MergeConfig:
     max_shard_size: str
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.lora_scale):
-            raise UserError(f"--lora-scale: found {self.lora_scale}, expected a number, such as 1.")
+        scale = self.lora_scale
+        check_option("lora_scale", scale, math.isfinite(scale), "a number, such as 1")
         if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
             raise UserError(
                 f"--output: {self.output} is there already. Name a folder that is not, or delete "
@@ -95,33 +94,26 @@ def merge(config: MergeConfig, console: Console) -> None:
         raise UserError(
             f"--output: {config.output} lies inside the model's folder. Choose one beside it."
         )
-    building = temporary(config.output.absolute())
+    left_out = [spec.folder / "transformer_2"] if alone else []
+    told = [_told(addition, config.lora_scale) for addition in additions]
     try:
-        building.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir()
-        left_out = [spec.folder / "transformer_2"] if alone else []
-        _take_along(spec.folder, building, left_out, [t.folder for t in transformers.values()])
-        if alone:
-            _write_alone(building)
-        for component, transformer in transformers.items():
-            told = [_told(addition, config.lora_scale) for addition in additions]
-            transformer.write(building, config.lora_scale, told, console)
-            say(f"merged   {component}: {transformer.merged} layers, {transformer.size:.3g} GB")
-        fsync_folder(building)
-        if config.output.is_dir():
-            config.output.rmdir()  # empty, as was checked
-        rename(building, config.output.absolute())
-        fsync_folder(building.parent)
+        with building_folder(config.output.absolute()) as building:
+            _take_along(spec.folder, building, left_out, [t.folder for t in transformers.values()])
+            if alone:
+                _write_alone(building)
+            for component, transformer in transformers.items():
+                transformer.write(building, config.lora_scale, told, console)
+                say(f"merged   {component}: {transformer.merged} layers, {transformer.size:.3g} GB")
+            fsync_folder(building)
+            if config.output.is_dir():
+                config.output.rmdir()  # empty, as was checked
+            rename(building, config.output.absolute())
+            fsync_folder(building.parent)
     except OSError as error:
-        shutil.rmtree(building, ignore_errors=True)
         raise UserError(
             f"--output: can't write {config.output} ({error.strerror or error}). Nothing is left "
             "of it; free some room or choose another folder."
         ) from error
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     say(f"model    {config.output}")
 
 
@@ -146,11 +138,7 @@ def _addition(path: Path, spec: ModelSpec, wanted: Expert | None) -> _Addition:
             f"--boundary-type: found {wanted}, but {path} is for {expert}. Leave it out, or merge "
             "the LoRAs one after the other."
         )
-    if not spec.two_experts and expert != "full":
-        raise UserError(
-            f"--lora: {path} is for the {expert}-noise expert, but {spec.folder} has one "
-            "transformer. Use the model that it was trained on."
-        )
+    check_expert(path, expert, spec)
     return _Addition(lora, expert)
 
 
@@ -197,15 +185,8 @@ class _Transformer:
         original = is_original(model)
         self.folder = expert_folder(model, component) if original else model / component
         self._inside = self.folder.relative_to(model)
-        self._stored: dict[str, Stored] = {}
         files = weight_files(model, component)
-        for file in files:
-            try:
-                self._stored |= stored_tensors(file)
-            except (OSError, ValueError) as error:
-                raise UserError(
-                    f"model: {file} is damaged ({first_line(error)}). Download it again."
-                ) from error
+        stored = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
         if not files:
             raise UserError(
                 f"model: {self.folder} holds no safetensors; pickled weights are not read. Use a "
@@ -218,7 +199,7 @@ class _Transformer:
                 f"model: {weights.source} holds {len(weights.scales)} fp8 weights with scales "
                 "beside them, to which nothing can be added. Use the model in bf16 or fp32."
             )
-        itself = {name: name for name in self._stored}
+        itself = {name: name for name in stored}
         # diffusers' name → the name in the files
         self._names = converted(component, itself)
         # The name in the files → the one that is written, without what a trainer's wrapper put
@@ -228,9 +209,10 @@ class _Transformer:
             self._written = {old: new for new, old in self._names.items()}
         elif not any(name.startswith(COMFYUI) for name in itself):
             self._written = {old: new for new, old in unwrapped(component, itself).items()}
-        self._stored = {old: self._stored[old] for old in self._written}
+        # Mapped, not read
+        self._stored = {old: stored[old] for old in self._written}
+        self._source = weights.source
         self._loras: dict[str, list[tuple[LoraWeights, str]]] = {}
-        self._files: Mapping[str, list[str]] = {}
 
     @property
     def merged(self) -> int:
@@ -240,31 +222,32 @@ class _Transformer:
     @property
     def size(self) -> float:
         """Of all its weights, in GB."""
-        return sum(stored.size for stored in self._stored.values()) / 1e9
+        return sum(tensor.nbytes for tensor in self._stored.values()) / 1e9
 
     def add(self, lora: LoraFile) -> None:
         """Merge this one, too. UserError when it is of another model."""
         shapes = {
-            name: torch.Size(self._stored[own].shape)
+            name: self._stored[own].shape
             for name, own in self._names.items()
             if own in self._stored
         }
         check_fits(lora, shapes, str(self.folder))
         for module in lora.lora.modules:
             own = self._names[f"{module}.weight"]
-            if self._stored[own].dtype not in FLOATS:
+            dtype = dtype_name(self._stored[own].dtype)
+            if dtype not in FLOATS:
                 raise UserError(
-                    f"model: {self._stored[own].file} holds {own} as {self._stored[own].dtype}, "
-                    "to which nothing can be added. Use the model in bf16 or fp32."
+                    f"model: {self._source} holds {own} as {dtype}, to which nothing can be added. "
+                    "Use the model in bf16 or fp32."
                 )
             self._loras.setdefault(own, []).append((lora.lora, module))
 
     def plan(self, max_shard_size: str) -> None:
         """Decide what lies in which file."""
         try:
-            split = split_state_dict_into_shards_factory(
-                self._stored,
-                get_storage_size=lambda stored: stored.size,
+            self._split = split_state_dict_into_shards_factory(
+                {new: self._stored[old] for old, new in self._written.items()},
+                get_storage_size=lambda tensor: tensor.nbytes,
                 filename_pattern=PATTERN,
                 max_shard_size=max_shard_size,
             )
@@ -272,7 +255,6 @@ class _Transformer:
             raise UserError(
                 f"--max-shard-size: found {max_shard_size!r}, expected a size such as 5GB or 500MB."
             ) from error
-        self._files = split.filename_to_tensors
 
     def write(
         self, model: Path, scale: float, told: Sequence[Mapping[str, Any]], console: Console
@@ -280,45 +262,28 @@ class _Transformer:
         """Write its weights below the new folder `model`; one tensor is in memory at a time."""
         folder = model / self._inside
         metadata = {"format": "pt", METADATA_KEY: json.dumps({"merged": told}, sort_keys=True)}
-        with ExitStack() as stack:
-            sources: dict[Path, Any] = {}
-            for source in {stored.file for stored in self._stored.values()}:
-                sources[source] = stack.enter_context(safe_open(source, framework="pt"))
-
-            own = {new: old for old, new in self._written.items()}
-
-            def value(new: str) -> torch.Tensor:
-                name = own[new]
-                try:
-                    weight: torch.Tensor = sources[self._stored[name].file].get_tensor(name)
-                except SafetensorError as error:
-                    raise UserError(
-                        f"model: {self._stored[name].file} is damaged ({first_line(error)}). "
-                        "Download it again."
-                    ) from error
-                if name not in self._loras:
-                    return weight
-                total = weight.float()
-                for lora, module in self._loras[name]:
-                    total = total + lora.delta(module, scale)
-                return total.to(weight.dtype)
-
-            named = str(self._inside) if self._inside.name else "transformer"
-            for file, names in track(
-                self._files.items(), f"merging {named}", console=console, transient=True
-            ):
-                chosen = {self._written[name]: self._stored[name] for name in names}
-                write_stream(folder / file, chosen, value, metadata)
-        if len(self._files) > 1:
-            where = {
-                self._written[name]: file for file, names in self._files.items() for name in names
-            }
-            total = sum(stored.size for stored in self._stored.values())
-            write_json(
-                folder / INDEX,
-                {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))},
-            )
+        own = {new: old for old, new in self._written.items()}
+        named = str(self._inside) if self._inside.name else "transformer"
+        files = self._split.filename_to_tensors
+        for file, names in track(
+            files.items(), f"merging {named}", console=console, transient=True
+        ):
+            chosen = {name: self._stored[own[name]] for name in names}
+            write_stream(folder / file, chosen, lambda new: self._merged(own[new], scale), metadata)
+        if self._split.is_sharded:
+            where = dict(sorted(self._split.tensor_to_filename.items()))
+            write_json(folder / INDEX, {"metadata": self._split.metadata, "weight_map": where})
         fsync_folder(folder)
+
+    def _merged(self, name: str, scale: float) -> torch.Tensor:
+        """One weight with its LoRAs added, in the dtype that it has."""
+        weight = self._stored[name]
+        if name not in self._loras:
+            return weight
+        total = weight.float()
+        for lora, module in self._loras[name]:
+            total = total + lora.delta(module, scale)
+        return total.to(weight.dtype)
 
 
 def _take_along(

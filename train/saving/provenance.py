@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError, first_line
-from shared.models.spec import Mode
+from shared.models.spec import Mode, ModelSpec
 from shared.version import VERSION
 from train.functional.schedule import Schedule
 from train.methods.base import Method
@@ -140,6 +140,15 @@ def wrong_base(path: Path, provenance: Provenance, found: str, model: str) -> st
         f"{path} was trained on other weights than {model} holds "
         f"({provenance.base[:12]}… against {found[:12]}…){cure}"
     )
+
+
+def check_expert(path: Path, expert: Expert, spec: ModelSpec) -> None:
+    """UserError where a LoRA is for one of two experts and the model has but one transformer."""
+    if expert != "full" and not spec.two_experts:
+        raise UserError(
+            f"--lora: {path} is for the {expert}-noise expert, but {spec.folder} has one "
+            "transformer. Use the model that it was trained on."
+        )
 
 
 def read_provenance(path: Path) -> Provenance:

@@ -3,14 +3,11 @@
 import json
 import struct
 from collections.abc import Callable, Mapping
-from math import prod
 from pathlib import Path
-from typing import NamedTuple
 
 import safetensors.torch
 import torch
 
-from shared.errors import first_line
 from shared.io.durable import DurableFile, fsync_file
 
 
@@ -39,72 +36,40 @@ def header_bytes(header: Mapping[str, object]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-class Stored(NamedTuple):
-    """One tensor in a file on disk."""
-
-    file: Path
-    dtype: str
+def dtype_name(dtype: torch.dtype) -> str:
     """As safetensors calls it, e.g. "BF16"."""
-    shape: tuple[int, ...]
-    size: int
-    """In bytes."""
-
-
-def stored_tensors(file: Path) -> dict[str, Stored]:
-    """Name → tensor of a safetensors file, by its header. OSError or ValueError if it has none."""
-    with file.open("rb") as stream:
-        try:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            return {
-                name: Stored(file, told["dtype"], tuple(told["shape"]), end - begin)
-                for name, told in header.items()
-                for begin, end in [told["data_offsets"]]
-            }
-        except (
-            struct.error,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            MemoryError,
-        ) as error:
-            raise ValueError(first_line(error)) from error
+    data = safetensors.torch.save({"one": torch.empty(0, dtype=dtype)})
+    return str(json.loads(data[8:])["one"]["dtype"])
 
 
 def write_stream(
     path: Path,
-    tensors: Mapping[str, Stored],
+    tensors: Mapping[str, torch.Tensor],
     value: Callable[[str], torch.Tensor],
     metadata: Mapping[str, str],
 ) -> None:
     """Write a safetensors file of tensors that `value` gives, one in memory at a time; fsynced.
 
-    The library's own writer wants all tensors of a file at once. `tensors` say dtype and shape,
-    which `value` must keep.
+    The library's own writer wants all tensors of a file at once. `tensors` have the dtype and shape
+    that `value` must keep; their numbers are not looked at.
     """
     # As the library orders them: wide numbers first, so that every tensor begins aligned.
-    order = sorted(tensors, key=lambda name: (-_width(tensors[name]), name))
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     begin = 0
     for name in order:
-        _, dtype, shape, size = tensors[name]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + size]}
-        begin += size
+        dtype, shape, end = tensors[name].dtype, tensors[name].shape, begin + tensors[name].nbytes
+        header[name] = {"dtype": dtype_name(dtype), "shape": shape, "data_offsets": [begin, end]}
+        begin = end
     file = DurableFile(path)
     try:
         file.write(header_bytes(header))
         for name in order:
             data = memoryview(value(name).contiguous().reshape(-1).view(torch.uint8).numpy())
-            assert data.nbytes == tensors[name].size, name
+            assert data.nbytes == tensors[name].nbytes, name
             file.write(data)
         file.close()
     except BaseException:
         file.discard()
         raise
     fsync_file(path)
-
-
-def _width(stored: Stored) -> int:
-    return stored.size // max(1, prod(stored.shape))

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
@@ -19,19 +18,6 @@ from train.tracking.trackers import Tracker
 DATA_WAIT = "speed/data_wait_seconds"
 HISTOGRAM_EVERY = 100
 """Levels of so many samples of a role make a histogram."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Update:
-    """One finished optimizer step."""
-
-    role: str
-    numbers: StepNumbers
-    grad_norm: float
-    learning_rate: float
-    samples: int
-    done: int
-    """Updates of all roles so far, this one included."""
 
 
 class StepLog:
@@ -59,33 +45,39 @@ class StepLog:
         yield
         self._began += time.perf_counter() - began
 
-    def update(self, update: Update) -> None:
-        """An optimizer step is done."""
+    def update(
+        self,
+        role: str,
+        numbers: StepNumbers,
+        *,
+        grad_norm: float,
+        learning_rate: float,
+        samples: int,
+        done: int,
+    ) -> None:
+        """An optimizer step is done; with it, `done` steps of all roles are."""
         now = time.perf_counter()
         seconds, waited = now - self._began, self._waited
         self._began, self._waited = now, 0.0
         peak = peak_memory(self._device)
-        role, numbers = update.role, update.numbers
-        self._progress.step(
-            role, numbers.loss, update.done, seconds=seconds, samples=update.samples, peak=peak
-        )
+        self._progress.step(role, numbers.loss, done, seconds=seconds, samples=samples, peak=peak)
         values = {
             f"loss/{role}": numbers.loss,
-            f"grad_norm/{role}": update.grad_norm,
-            f"learning_rate/{role}": update.learning_rate,
+            f"grad_norm/{role}": grad_norm,
+            f"learning_rate/{role}": learning_rate,
             f"score_sigma/{role}": sum(numbers.sigma) / len(numbers.sigma),
             **numbers.named(),
             "speed/seconds_per_update": seconds,
-            "speed/samples_per_second": update.samples / seconds,
+            "speed/samples_per_second": samples / seconds,
             DATA_WAIT: waited,
             "memory/peak_gib": peak / 2**30,
         }
         levels = self._levels.setdefault(role, [])
         levels += numbers.u
         for tracker in self._trackers:
-            tracker.log(values, update.done)
+            tracker.log(values, done)
             if len(levels) >= HISTOGRAM_EVERY:
-                tracker.histogram(f"score_level/{role}", levels, update.done)
+                tracker.histogram(f"score_level/{role}", levels, done)
         if len(levels) >= HISTOGRAM_EVERY:
             levels.clear()
 

@@ -9,11 +9,11 @@ import importlib.util
 import io
 import os
 import uuid
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -23,19 +23,11 @@ from shared.io.durable import write_bytes
 from shared.io.mp4 import Clip
 
 CSV, TENSORBOARD, WANDB, ALL, NONE = "csv", "tensorboard", "wandb", "all", "none"
-# Name in accelerate → (module that must be there, what to install).
-PACKAGES = {
-    TENSORBOARD: ("tensorboard", "tensorboard"),
-    WANDB: ("wandb", "wandb"),
-    "comet_ml": ("comet_ml", "comet-ml"),
-    "aim": ("aim", "aim"),
-    "mlflow": ("mlflow", "mlflow"),
-    "clearml": ("clearml", "clearml"),
-    "dvclive": ("dvclive", "dvclive"),
-    "swanlab": ("swanlab", "swanlab"),
-    "trackio": ("trackio", "trackio"),
-}
-NAMES = (*PACKAGES, CSV, ALL, NONE)
+# Accelerate's names, which are those of the modules that must be there.
+MODULES = (
+    *(TENSORBOARD, WANDB, "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio"),
+)
+NAMES = (*MODULES, CSV, ALL, NONE)
 CSV_FILE = "metrics.csv"
 _RUN_ID = "wandb-run-id"
 _STEP = "update"
@@ -51,20 +43,20 @@ class SampledClip:
     mp4: Path
 
 
-class Tracker(Protocol):
+class Tracker:
     """One place. Steps count optimizer updates of all roles, from 1."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Numbers of one update, once for each step."""
+
+    def close(self) -> None:
+        """Everything is where it belongs."""
 
     def histogram(self, name: str, values: Sequence[float], step: int) -> None:
         """Numbers whose spread is what matters; not every tracker can show it."""
 
     def show(self, sheet: Image.Image, clips: Sequence[SampledClip], fps: float, step: int) -> None:
         """Validation clips; not every tracker can show them."""
-
-    def close(self) -> None:
-        """Everything is where it belongs."""
 
 
 def chosen(report_to: Sequence[str]) -> tuple[str, ...]:
@@ -80,14 +72,12 @@ def chosen(report_to: Sequence[str]) -> tuple[str, ...]:
             raise UserError(f"--report-to: found {NONE} beside others, expected it alone.")
         return ()
     if ALL in report_to:
-        there = [name for name, (module, _) in PACKAGES.items() if _is_installed(module)]
-        return (*there, CSV)
+        return (*filter(_is_installed, MODULES), CSV)
     for name in report_to:
-        module, package = PACKAGES.get(name, ("csv", ""))
-        if not _is_installed(module):
+        if not _is_installed(name):  # csv is Python's own
             raise UserError(
-                f"--report-to: {name} is not installed. Install it: pip install {package}; or "
-                f"choose another: {TENSORBOARD}, {CSV}."
+                f"--report-to: {name} is not installed. Install it: pip install "
+                f"{name.replace('_', '-')}; or choose another: {TENSORBOARD}, {CSV}."
             )
     return tuple(dict.fromkeys(report_to))
 
@@ -96,17 +86,18 @@ def _is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+@contextmanager
 def open_trackers(
     names: Sequence[str], folder: Path, project: str, *, done: int, settings: Mapping[str, Any]
-) -> list[Tracker]:
+) -> Iterator[list[Tracker]]:
     """Trackers of a run of which `done` updates are done (0: a new run), by `chosen` names.
 
     `settings` are shown as the run's configuration where a tracker does that. Raises UserError
-    where one can't be opened.
+    where one can't be opened. All are closed behind the block.
     """
     folder.mkdir(parents=True, exist_ok=True)
     trackers: list[Tracker] = []
-    try:
+    with ExitStack() as opened:
         for name in names:
             if name == CSV:
                 trackers.append(CsvTracker(folder / CSV_FILE, done=done))
@@ -114,24 +105,20 @@ def open_trackers(
                 trackers.append(TensorBoard(folder, done=done))
             else:
                 trackers.append(OfAccelerate(name, folder, project, done=done, settings=settings))
-    except BaseException:
-        for tracker in trackers:
-            tracker.close()
-        raise
-    return trackers
+            opened.callback(trackers[-1].close)
+        yield trackers
 
 
-class TensorBoard:
+class TensorBoard(Tracker):
     """Event files in the folder itself."""
 
     def __init__(self, folder: Path, *, done: int) -> None:
-        from accelerate.tracking import TensorBoardTracker
+        from torch.utils.tensorboard import SummaryWriter
 
-        self._tracker = _started(TensorBoardTracker("", folder, purge_step=done + 1))
-        self._writer = self._tracker.writer
+        self._writer: Any = SummaryWriter(str(folder), purge_step=done + 1)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        # Not the tracker's log(): it flushes after every call.
+        # Not by accelerate's tracker, which flushes after every call.
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
@@ -153,7 +140,7 @@ class TensorBoard:
         self._writer.flush()
 
     def close(self) -> None:
-        self._tracker.finish()
+        self._writer.close()
 
 
 def _gif(clip: Clip, fps: float) -> bytes:
@@ -164,8 +151,11 @@ def _gif(clip: Clip, fps: float) -> bytes:
     return stream.getvalue()
 
 
-class CsvTracker:
-    """A line an update, a column a number, empty where an update has none of that name."""
+class CsvTracker(Tracker):
+    """A line an update, a column a number, empty where an update has none of that name.
+
+    Of histograms the mean stands in the lines; clips lie in the run's folder.
+    """
 
     def __init__(self, path: Path, *, done: int) -> None:
         """Keeps the lines of the first `done` updates of a file that is there."""
@@ -192,12 +182,6 @@ class CsvTracker:
         self._writer.writerow({_STEP: step, **values})
         self._stream.flush()
 
-    def histogram(self, name: str, values: Sequence[float], step: int) -> None:
-        """None: the numbers themselves stand in the lines, as a mean."""
-
-    def show(self, sheet: Image.Image, clips: Sequence[SampledClip], fps: float, step: int) -> None:
-        """None: they lie in the run's folder."""
-
     def close(self) -> None:
         self._stream.close()
 
@@ -217,7 +201,7 @@ def _rows_of(path: Path, done: int) -> list[dict[str, str]]:
     return rows
 
 
-class OfAccelerate:
+class OfAccelerate(Tracker):
     """wandb, MLflow, Comet … through accelerate."""
 
     def __init__(
@@ -234,7 +218,9 @@ class OfAccelerate:
         try:
             kind = LOGGER_TYPE_TO_CLASS[name]
             places = [str(folder)] if kind.requires_logging_directory else []
-            self._tracker = _started(kind(project, *places, **more))
+            self._tracker = kind(project, *places, **more)
+            if hasattr(self._tracker, "start"):  # older ones start where they are made
+                self._tracker.start()
             plain = {
                 key: value if isinstance(value, bool | int | float | str) else str(value)
                 for key, value in settings.items()
@@ -270,13 +256,6 @@ class OfAccelerate:
 
     def close(self) -> None:
         self._tracker.finish()
-
-
-def _started(tracker: Any) -> Any:
-    """Older accelerates start a tracker where it is made."""
-    if hasattr(tracker, "start"):
-        tracker.start()
-    return tracker
 
 
 def _wandb_id(folder: Path, done: int) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from shared.format.cache import MEDIA_TYPES, CacheIndex
 from shared.format.latent_rgb import R2_FLOOR, LatentRgb, latents_to_rgb
 from shared.format.prompts import Prompt, current_validation, prompts_by_shard
 from shared.format.schema import DTYPES, TEXT_MEMBER
-from shared.io.durable import fsync_folder, temporary, write_bytes, write_json
+from shared.io.durable import building_folder, fsync_folder, write_bytes, write_json
 from shared.io.mp4 import Clip, write_mp4
 from shared.io.names import quoted
 from shared.models.spec import ModelSpec
@@ -104,37 +105,34 @@ class Validation:
         """
         device = negative.device
         final = self.folder / f"step-{number}"
-        building = temporary(final)
-        if writes:
-            shutil.rmtree(building, ignore_errors=True)
-            building.mkdir(parents=True)
-        records, shown = [], []
-        for position, one in enumerate(self.inputs):
+        made = []
+        for one in self.inputs:
             if stopped():
-                shutil.rmtree(building, ignore_errors=True)
                 return None
             latents = objective.sample(roles, one.batch.to(device), negative)[0]
-            if not writes:
-                continue
-            name = f"{position:03d}"
-            stored = LatentClip(
-                latents=latents.to("cpu", self.dtype), label=one.label, vae=self.vae
-            )
-            write_bytes(building / f"{name}.safetensors", latent_bytes(stored))
-            records.append({"file": f"{name}.safetensors", "prompt": one.label, "update": number})
-            if self.rgb is not None:
-                clip = preview(latents, self.rgb)
-                mp4 = final / f"{name}.mp4"
-                write_mp4(building / mp4.name, clip, self.fps)
-                shown.append(SampledClip(name=name, label=one.label, clip=clip, mp4=mp4))
+            made.append((one.label, latents))
         if not writes:
             return None
-        write_json(building / "clips.json", records)
-        if shown:
-            sheet = contact_sheet([(one.label, one.clip) for one in shown])
-            sheet.save(building / "sheet.png")
-        shutil.rmtree(final, ignore_errors=True)
-        building.rename(final)
+        records, shown = [], []
+        with building_folder(final) as building:
+            for position, (label, latents) in enumerate(made):
+                name = f"{position:03d}"
+                stored = LatentClip(
+                    latents=latents.to("cpu", self.dtype), label=label, vae=self.vae
+                )
+                write_bytes(building / f"{name}.safetensors", latent_bytes(stored))
+                records.append({"file": f"{name}.safetensors", "prompt": label, "update": number})
+                if self.rgb is not None:
+                    clip = preview(latents, self.rgb)
+                    mp4 = final / f"{name}.mp4"
+                    write_mp4(building / mp4.name, clip, self.fps)
+                    shown.append(SampledClip(name=name, label=label, clip=clip, mp4=mp4))
+            write_json(building / "clips.json", records)
+            if shown:
+                sheet = contact_sheet([(one.label, one.clip) for one in shown])
+                sheet.save(building / "sheet.png")
+            shutil.rmtree(final, ignore_errors=True)
+            building.rename(final)
         fsync_folder(self.folder)
         if shown:
             for tracker in trackers:
@@ -249,42 +247,33 @@ def _batch(prompt: Prompt, number: int, spec: ModelSpec, index: CacheIndex) -> S
     dtype = DTYPES[index.fingerprint["latents"]["dtype"]]
     latents = torch.zeros(1, *shape, dtype=dtype)
     condition, image, noised = None, None, None
-    again = (
-        "Encode the prompts for this model: wanprep encode with --validation-prompts FILE, or "
-        "leave --validation-steps out."
-    )
-    if spec.mode == "i2v":
-        if prompt.cond is None or tuple(prompt.cond.shape) != shape:
-            found = None if prompt.cond is None else tuple(prompt.cond.shape)
+    found = None if prompt.cond is None else tuple(prompt.cond.shape)
+
+    def refuse_if(wrong: bool, what: str, subject: str = "the validation prompt") -> None:
+        if wrong:
             raise UserError(
-                f"--validation-steps: the validation prompt {prompt.prompt[:60]!r} in "
-                f"{index.folder} has a condition of shape {found}, and the i2v model needs one of "
-                f"{shape}. {again}"
+                f"--validation-steps: {subject} {prompt.prompt[:60]!r} in {index.folder} has "
+                f"{what}. Encode the prompts for this model: wanprep encode with "
+                "--validation-prompts FILE, or leave --validation-steps out."
             )
-        condition = prompt.cond[None]
+
+    if spec.mode == "i2v":
+        needs = f"a condition of shape {found}, and the i2v model needs one of {shape}"
+        refuse_if(found != shape, needs)
+        condition = cast(torch.Tensor, prompt.cond)[None]
         if spec.image_dim is not None:
-            if prompt.clip is None or prompt.clip.shape[1] != spec.image_dim:
-                raise UserError(
-                    f"--validation-steps: the validation prompt {prompt.prompt[:60]!r} in "
-                    f"{index.folder} has no CLIP embedding of width {spec.image_dim}. {again}"
-                )
-            image = prompt.clip[None]
+            width = None if prompt.clip is None else prompt.clip.shape[1]
+            refuse_if(width != spec.image_dim, f"no CLIP embedding of width {spec.image_dim}")
+            image = cast(torch.Tensor, prompt.clip)[None]
     elif spec.mode == "ti2v":
         noised = torch.ones(1, 1, shape[1], 1, 1)
         if prompt.cond is not None:
-            if tuple(prompt.cond.shape) != (shape[0], 1, *shape[2:]):
-                raise UserError(
-                    f"--validation-steps: the picture of {prompt.prompt[:60]!r} in {index.folder} "
-                    f"has shape {tuple(prompt.cond.shape)}, expected "
-                    f"{(shape[0], 1, *shape[2:])}. {again}"
-                )
+            one = (shape[0], 1, *shape[2:])
+            refuse_if(found != one, f"shape {found}, expected {one}", "the picture of")
             latents[0, :, :1] = prompt.cond
             noised[:, :, 0] = 0
-    if prompt.text.shape[1] != spec.text_dim:
-        raise UserError(
-            f"--validation-steps: the validation prompt {prompt.prompt[:60]!r} in {index.folder} "
-            f"has {prompt.text.shape[1]} numbers a token, expected {spec.text_dim}. {again}"
-        )
+    width = prompt.text.shape[1]
+    refuse_if(width != spec.text_dim, f"{width} numbers a token, expected {spec.text_dim}")
     return StoredBatch(
         update=0,
         samples=(number,),
