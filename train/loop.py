@@ -201,7 +201,7 @@ def validation_of(run: Run) -> Validation | None:
         run.data,
         run.spec,
         run.objective,
-        micro_batches(run, load_prompt_bank(run.data.first)),
+        micro_batches(run, load_prompt_bank(run.data.first, run.spec.family)),
         every=config.validation_steps,
         output=config.output_dir,
     )

@@ -24,7 +24,7 @@ from shared.io.hashing import FileHasher
 from shared.io.mirror import described
 from shared.io.names import quoted
 from shared.models.original_layout import is_original
-from shared.models.spec import ModelSpec, read_model_spec, resolve_model
+from shared.models.spec import ModelSpec, blocks_of, read_model_spec, resolve_model
 from train.config import TrainConfig
 from train.data.batch_plan import BatchPlan
 from train.data.dataset import Dataset, dataset_of
@@ -197,7 +197,7 @@ def plan_run(config: TrainConfig, spec: ModelSpec, data: Dataset, objective: Obj
     config.base.check(spec, component)
     check_installed(config.memory.base_precision)
     if config.memory.blocks_to_swap is not None:
-        config.memory.streamed(len(empty_transformer(spec, component).blocks))
+        config.memory.streamed(len(blocks_of(empty_transformer(spec, component))))
     if config.init_lora is not None:
         check_init(
             config.init_lora, spec, component, rank=config.rank, target_name=config.target_name

@@ -13,7 +13,8 @@ from shared.cli.videox_fun_command import SeedCommand, with_seed_flags
 from shared.errors import UserError
 from shared.interrupt import SIGNAL_EXIT
 from shared.io.names import quoted
-from shared.models.spec import DEFAULT_MODEL, DEFAULT_NEGATIVE_PROMPT
+from shared.models.spec import DEFAULT_MODEL
+from shared.models.wan import WAN
 
 PROGRAM_EXAMPLES = """
 # encode datasets/ for Wan2.2-I2V-A14B, then train on the shards
@@ -94,7 +95,7 @@ def encode(
     train_mode: Annotated[Literal["normal", "i2v", "ti2v"] | None, typer.Option("--train-mode", help="What the shards are for; normal with an i2v model leaves the conditions out.", show_default="as the model is", rich_help_panel=SAMPLES)] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Random seed: where in a video a clip starts, random sizes and ratios.", rich_help_panel=SAMPLES)] = 42,
 
-    negative_prompt: Annotated[str, typer.Option(metavar="TEXT", help="Negative prompt of the teacher's CFG; encoded once for the whole cache.", show_default="Wan's published one", rich_help_panel=ENCODERS)] = DEFAULT_NEGATIVE_PROMPT,
+    negative_prompt: Annotated[str, typer.Option(metavar="TEXT", help="Negative prompt of the teacher's CFG; encoded once for the whole cache.", show_default="Wan's published one", rich_help_panel=ENCODERS)] = WAN.negative_prompt,
     validation_prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="List of prompts that a training run samples on its way: .txt with one a line, perhaps ending in --w 832 --h 480 --f 81 --i cat.png, or .json, .jsonl or .csv with prompt and perhaps image, width, height, frames. An i2v model wants a picture of each. It replaces the list of before.", show_default="the list that the shards have", rich_help_panel=ENCODERS)] = None,
     vae_dtype: Annotated[Dtype, typer.Option(help="Number format that the VAE computes in.", rich_help_panel=ENCODERS)] = "fp32",
     text_encoder_dtype: Annotated[Dtype, typer.Option(help="Number format that the text encoder computes in.", rich_help_panel=ENCODERS)] = "bf16",

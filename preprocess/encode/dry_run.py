@@ -32,7 +32,7 @@ from shared.format.fingerprint import Fingerprint, has_first_frame_rule
 from shared.format.prompts import prompts_by_shard
 from shared.format.schema import DTYPES
 from shared.format.tar import room
-from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec
+from shared.models.spec import ModelSpec
 
 _TENSOR_HEADER = 96  # bytes that safetensors puts before a tensor, about
 _CLIP_TOKENS = 257
@@ -164,7 +164,7 @@ def foresee(config: EncodeConfig, console: Console, *, measure: bool = False) ->
         if measure and unseen:
             _measure(config, spec, fingerprint, pool, unseen, captions)
 
-    tokens = dict(zip(captions, _token_counts(spec.folder, captions), strict=True))
+    tokens = dict(zip(captions, _token_counts(spec, captions), strict=True))
     live = {key for work in planned for key, _ in work.samples}
     gone = {work.home: missing for work, missing in new}
     return Foreseen(
@@ -223,9 +223,9 @@ def _seconds(speed: Speed, works: Sequence[Work], captions: Sequence[str]) -> fl
     return sum((one or 0.0) * units for one, units in parts)
 
 
-def _token_counts(folder: Path, captions: Sequence[str]) -> list[int]:
+def _token_counts(spec: ModelSpec, captions: Sequence[str]) -> list[int]:
     """Tokens of each caption; about, where the tokenizer has no fast form."""
-    file = folder / "tokenizer" / "tokenizer.json"
+    file = spec.folder / "tokenizer" / "tokenizer.json"
     if file.is_file():
         from tokenizers import Tokenizer
 
@@ -234,7 +234,7 @@ def _token_counts(folder: Path, captions: Sequence[str]) -> list[int]:
         counts = [len(found.ids) for found in tokenizer.encode_batch(list(captions))]
     else:
         counts = [len(caption.encode()) // 4 + 1 for caption in captions]
-    return [min(MAX_TEXT_TOKENS, number) for number in counts]
+    return [min(spec.family.text_tokens, number) for number in counts]
 
 
 def _tensor(config: EncodeConfig, *shape: int) -> int:

@@ -115,7 +115,7 @@ def text_encoder(config: EncodeConfig, spec: ModelSpec) -> "TextEncoder":
     from preprocess.encode.encoders import TextEncoder
 
     dtype = DTYPES[config.text_encoder_dtype]
-    return TextEncoder(spec.folder, dtype=dtype, device=config.device)
+    return TextEncoder(spec, dtype=dtype, device=config.device)
 
 
 def latent_encoder(config: EncodeConfig, spec: ModelSpec) -> "LatentEncoder":

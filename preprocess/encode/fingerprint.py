@@ -23,7 +23,8 @@ from shared.format.fingerprint import (
 )
 from shared.io.hashing import FileHasher
 from shared.io.names import quoted
-from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec
+from shared.models.spec import ModelSpec
+from shared.models.weights import check_component
 
 # Raise when `shared.format.buckets` maps some size to another bucket than before.
 BUCKET_TABLE_VERSION = 1
@@ -66,7 +67,7 @@ def encode_fingerprint(config: EncodeConfig, spec: ModelSpec, hasher: FileHasher
             **fields["text"],
             "dtype": config.dtype,
             "compute": config.text_encoder_dtype,
-            "max_length": MAX_TEXT_TOKENS,
+            "max_length": spec.family.text_tokens,
             "cleaning": TEXT_CLEANING,
         },
         **image,
@@ -87,12 +88,7 @@ def encoder_fields(spec: ModelSpec, hasher: FileHasher) -> Fingerprint:
     UserError naming weights that are too few, too many or of another shape.
     """
 
-    def check(component: str) -> None:
-        from preprocess.encode.encoders import check_weights
-
-        check_weights(spec.folder, component)
-
-    return model_fields(spec, hasher, check)
+    return model_fields(spec, hasher, partial(check_component, spec.family, spec.folder))
 
 
 def refuse_absent(spec: ModelSpec, fields: Fingerprint) -> None:

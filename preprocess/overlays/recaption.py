@@ -44,7 +44,7 @@ from shared.format.prompts import (
 from shared.format.schema import DTYPES, JSON_MEMBER, TEXT_MEMBER, pack
 from shared.interrupt import Interrupted, Interruption, catch_signals
 from shared.io.hashing import FileHasher
-from shared.models.spec import MAX_TEXT_TOKENS, read_model_spec, resolve_model
+from shared.models.spec import read_model_spec, resolve_model
 
 if TYPE_CHECKING:
     from preprocess.encode.encoders import TextEncoder
@@ -169,7 +169,7 @@ def _recaption(
 
             dtype = DTYPES[fingerprint["text"]["compute"]]
             folder = resolve_model(config.model, ("text_encoder", "tokenizer"))
-            return TextEncoder(folder, dtype=dtype, device=config.device)
+            return TextEncoder(read_model_spec(folder), dtype=dtype, device=config.device)
 
         try:
             needed = list(dict.fromkeys(prompts + list(todo.values())))
@@ -303,7 +303,7 @@ def _fingerprint(config: RecaptionConfig, base: CacheIndex, console: Console) ->
             **text,
             "dtype": own["dtype"],
             "compute": config.text_encoder_dtype or own["compute"],
-            "max_length": MAX_TEXT_TOKENS,
+            "max_length": spec.family.text_tokens,
             "cleaning": TEXT_CLEANING,
         },
     }

@@ -15,6 +15,7 @@ import torch
 
 from shared.errors import UserError, first_line
 from shared.models.original_layout import TOKENIZER, vae_config
+from shared.models.spec import FAMILIES
 from shared.models.tensor_names import unwrapped
 
 Shapes = Mapping[str, Sequence[int]]
@@ -117,7 +118,8 @@ def _renamed(state: Mapping[str, str], rules: Iterable[tuple[str, str]]) -> dict
 def _transformer(state: dict[str, str]) -> dict[str, str]:
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-    if any(name.startswith("condition_embedder.") for name in state):
+    begin = tuple(family.names_begin for family in FAMILIES)
+    if any(name.startswith(begin) for name in state):
         return state  # diffusers' own names, which the conversion would garble
     return dict(convert_wan_transformer_to_diffusers(state))
 

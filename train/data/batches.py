@@ -16,14 +16,14 @@ from shared.format.prompts import read_prompts
 from shared.format.schema import CONDITION_MEMBER, DTYPES, LATENTS_MEMBER, TEXT_MEMBER, TORCH_DTYPES
 from shared.format.tensor_header import TensorHeader
 from shared.io.names import quoted
-from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec
+from shared.models.family import Family
+from shared.models.spec import ModelSpec
 from train.data.batch_plan import BatchPlan, micro_batch
 from train.data.buffer_pool import Buffers
 from train.data.dataset import Dataset
 from train.functional.rng import counted_rng
 
 VIDEO, TEXT = (MEDIA_TYPES.index(name) for name in ("video", "text"))
-MASK_CHANNELS = 4
 TEXT_ONLY_SHARE = 0.5  # of a ti2v model's clips: it must go on to serve text to video, too
 READ_AHEAD = 2  # batches a thread
 OPEN_FILES = 32  # of all caches, a thread
@@ -44,8 +44,8 @@ class Batch:
     latents: torch.Tensor
     """(B, C, T, H, W) fp32, normalised; zeros of a caption without a medium."""
     text: torch.Tensor
-    """(B, 512, D) in the cache's dtype, zeros after each caption's true length: the transformer
-    attends to them, as in diffusers' pipelines."""
+    """(B, tokens, D) in the cache's dtype, as many as the family takes, zeros after each caption's
+    true length: the transformer attends to them, as in diffusers' pipelines."""
     condition: torch.Tensor | None
     """i2v: (B, 4+C, T, H, W) fp32, mask then normalised condition latents; else None."""
     image: torch.Tensor | None = None
@@ -60,6 +60,7 @@ class Batch:
 class StoredBatch:
     """A `Batch` as the shards have it: nothing was copied, padded or converted yet."""
 
+    family: Family
     update: int
     samples: tuple[int, ...]
     keys: tuple[str, ...]
@@ -81,11 +82,13 @@ class StoredBatch:
             return pinned.to(device, non_blocking=True)
 
         first = self.texts[0]
-        padded = (len(self.texts), MAX_TEXT_TOKENS, first.shape[1])
+        padded = (len(self.texts), self.family.text_tokens, first.shape[1])
         text = torch.zeros(padded, dtype=first.dtype, device=device)
         for row, own in zip(text, self.texts, strict=True):
             row[: len(own)] = move(own)
-        condition = None if self.condition is None else with_mask(move(self.condition).float())
+        condition = self.condition
+        if condition is not None:
+            condition = with_mask(move(condition).float(), self.family.mask_channels)
         return Batch(
             update=self.update,
             samples=self.samples,
@@ -98,9 +101,9 @@ class StoredBatch:
         )
 
 
-def pad_text(text: torch.Tensor) -> torch.Tensor:
-    """(tokens, D) → (512, D), zeros behind."""
-    return torch.nn.functional.pad(text, (0, 0, 0, MAX_TEXT_TOKENS - text.shape[0]))
+def pad_text(text: torch.Tensor, tokens: int) -> torch.Tensor:
+    """(≤ tokens, D) → (tokens, D), zeros behind."""
+    return torch.nn.functional.pad(text, (0, 0, 0, tokens - text.shape[0]))
 
 
 def cropped_frames(frames: int, seed: int, update: int) -> int:
@@ -111,13 +114,13 @@ def cropped_frames(frames: int, seed: int, update: int) -> int:
     return shorter[int(rng.integers(len(shorter)))] if shorter and rng.random() >= 0.9 else frames
 
 
-def with_mask(cond: torch.Tensor) -> torch.Tensor:
-    """(B, C, T, H, W) condition latents → (B, 4+C, T, H, W): ones in latent frame 0.
+def with_mask(cond: torch.Tensor, channels: int) -> torch.Tensor:
+    """(B, C, T, H, W) condition latents → (B, channels + C, T, H, W): ones in latent frame 0.
 
     The target of a single frame, an image or a video cut that short, would be its own condition,
     so its mask is 0 (and its cached condition the encoding of zeros).
     """
-    mask = cond.new_zeros(len(cond), MASK_CHANNELS, *cond.shape[2:])
+    mask = cond.new_zeros(len(cond), channels, *cond.shape[2:])
     if cond.shape[2] > 1:
         mask[:, :, 0] = 1
     return torch.cat([mask, cond], dim=1)
@@ -125,13 +128,13 @@ def with_mask(cond: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptBank:
-    """Embeddings that training needs beside the captions, (512, D), zero-padded."""
+    """Embeddings that training needs beside the captions, (tokens, D), zero-padded."""
 
     empty: torch.Tensor
     negative: torch.Tensor
 
 
-def load_prompt_bank(index: CacheIndex) -> PromptBank:
+def load_prompt_bank(index: CacheIndex, family: Family) -> PromptBank:
     """Read the prompt bank. UserError names a role that the cache lacks."""
     overlay = index.overlays.get(TEXT_MEMBER)
     bank = index if overlay is None else overlay.index  # the same text encoder as the captions'
@@ -151,7 +154,8 @@ def load_prompt_bank(index: CacheIndex) -> PromptBank:
                 f"{width}. Delete {', '.join(bank.prompt_shards)} with their .json and run "
                 f"`wanprep {'encode' if overlay is None else 'recaption'}` again."
             )
-    return PromptBank(empty=pad_text(prompts["empty"]), negative=pad_text(prompts["negative"]))
+    empty, negative = (pad_text(prompts[r], family.text_tokens) for r in ("empty", "negative"))
+    return PromptBank(empty=empty, negative=negative)
 
 
 class MicroBatches:
@@ -216,6 +220,7 @@ class MicroBatches:
                 if self._keeps_first_frame(row, update, position):
                     noised[number, :, 0] = 0
         return StoredBatch(
+            family=self._spec.family,
             update=update,
             samples=tuple(positions),
             keys=tuple(self._dataset.key(row) for row in rows),
@@ -242,6 +247,7 @@ class MicroBatches:
             if latents.shape[2] > 1:
                 noised[:, :, 0] = 0
         batch = StoredBatch(
+            family=self._spec.family,
             update=0,
             samples=(number,),
             keys=(self._dataset.key(row),),
@@ -298,12 +304,12 @@ class MicroBatches:
         return tuple(texts)
 
     def _room_for_text(self, row: int, texts: list[torch.Tensor], found: Tensors) -> Room:
-        tokens, width = found["text"].shape
-        if tokens > MAX_TEXT_TOKENS or width != self._spec.text_dim:
-            expected = f"(up to {MAX_TEXT_TOKENS}, {self._spec.text_dim})"
+        (tokens, width), most = found["text"].shape, self._spec.family.text_tokens
+        if tokens > most or width != self._spec.text_dim:
+            expected = f"(up to {most}, {self._spec.text_dim})"
             raise self._misshapen(row, TEXT_MEMBER, found["text"], expected)
         empty = self._empty_text
-        text = self._buffers.empty((MAX_TEXT_TOKENS, width), empty.dtype)[:tokens]
+        text = self._buffers.empty((most, width), empty.dtype)[:tokens]
         texts.append(self._of_dtype(row, TEXT_MEMBER, found["text"], text))
         return {"text": text}
 

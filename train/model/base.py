@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import WanTransformer3DModel
 from torch import nn
 
 from shared.errors import UserError
 from shared.io.hashing import FileHasher, digest_of
 from shared.models.original_layout import expert_folder, is_original
 from shared.models.original_weights import converted
-from shared.models.spec import ModelSpec
+from shared.models.spec import ModelSpec, family_of
 from shared.models.weight_files import weight_files
-from shared.models.weights import check_component, load_transformer
+from shared.models.weights import check_component, load_component
 from train.distributed.load_once import read_once
 from train.distributed.process_group import ALONE, Ranks
 from train.functional.schedule import Expert
@@ -105,7 +104,7 @@ class Base:
         if self.own is not None:
             check_own(self.own, spec, component)
         else:
-            check_component(WanTransformer3DModel, spec.folder, component)
+            check_component(spec.family, spec.folder, component)
         if self.merged:
             model = empty_transformer(spec, component)
             shapes = {name: weight.shape for name, weight in model.named_parameters()}
@@ -155,17 +154,18 @@ def keep_from_autocast(transformer: nn.Module, device: torch.device) -> None:
     bf16 to fp32, and the teacher would no longer be the model that users sample from.
     """
     outside_autocast = torch.autocast(device.type, enabled=False)
+    endings = family_of(transformer).outside_autocast
     for name, module in transformer.named_modules():
-        if name == "condition_embedder.time_embedder" or name.endswith((".norm_q", ".norm_k")):
+        if name.endswith(endings):
             module.forward = outside_autocast(module.forward)
 
 
 def load_weights(spec: ModelSpec, component: str, *, dtype: torch.dtype, own: Path | None) -> Any:
-    """A component's WanTransformer3DModel as diffusers loads it in `dtype`. Raises UserError."""
+    """One of the model's transformers as diffusers loads it in `dtype`. Raises UserError."""
     if own is not None:
         return load_own(own, spec, component, dtype=dtype)
     # Never .to(bf16): it would destroy the modules that diffusers keeps in fp32.
-    return load_transformer(WanTransformer3DModel, spec.folder, component, dtype=dtype)
+    return load_component(spec.family, spec.folder, component, dtype=dtype)
 
 
 @torch.no_grad()

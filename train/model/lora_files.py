@@ -21,14 +21,15 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from shared.errors import UserError, first_line
-from train.model.lora_adapter import DIFFUSERS_TO_ORIGINAL, ORIGINAL_TO_DIFFUSERS
+from shared.models.family import Family, split_layer
+from shared.models.spec import FAMILIES, family_of_layers
 
 Form = Literal["diffusers", "comfyui", "kohya"]
 PEFT_METADATA_KEY = "lora_adapter_metadata"  # diffusers' name for peft's configuration
 
 _PREFIX = r"(?P<prefix>(?:(?:base_model\.)?model\.|pipe\.)?(?:[a-z_0-9]+\.)?)"
-_KOHYA = re.compile(r"lora_unet_{1,2}blocks_(?P<block>\d+)_(?P<module>\w+)\.(?P<part>.+)")
-_DOTTED = re.compile(_PREFIX + r"blocks\.(?P<block>\d+)\.(?P<rest>.+)")
+_KOHYA = r"lora_unet_{{1,2}}{blocks}_(?P<block>\d+)_(?P<module>\w+)\.(?P<part>.+)"
+_DOTTED = _PREFIX + r"(?P<blocks>{blocks})\.(?P<block>\d+)\.(?P<module>.+?)\.(?P<part>{parts})"
 _PREFIXES = {
     "",
     "transformer.",
@@ -48,7 +49,6 @@ _PARTS = {
     "lora_up.weight": "lora_B",
     "alpha": "alpha",
 }
-_ORIGINAL_BY_KOHYA = {name.replace(".", "_"): name for name in ORIGINAL_TO_DIFFUSERS}
 # What else is found in files that are called LoRAs.
 _OTHER_KINDS = (
     (re.compile(r"\.diff(_b|_m)?$"), "whole weights (.diff, .diff_b), not a LoRA alone"),
@@ -79,7 +79,7 @@ class LoraWeights:
     @property
     def modules(self) -> list[str]:
         """The adapted modules: blocks in their order, layers by name."""
-        return sorted(self.alphas, key=lambda name: (int(name.split(".")[1]), name))
+        return sorted(self.alphas, key=lambda name: (split_layer(name)[1], name))
 
     def down(self, module: str) -> torch.Tensor:
         """A, (rank, in)."""
@@ -141,12 +141,13 @@ def read_lora(path: Path) -> LoraFile:
     half of a pair, or whose shapes, ranks and alphas contradict one another.
     """
     tensors, metadata = _read(path)
+    family = min(FAMILIES, key=lambda one: sum(_parse(key, one) is None for key in tensors))
     forms: dict[str, list[str]] = {}
     prefixes: set[str] = set()
     parts: dict[str, dict[str, torch.Tensor]] = {}
     unknown = []
     for key, tensor in tensors.items():
-        parsed = _parse(key)
+        parsed = _parse(key, family)
         if parsed is None:
             unknown.append(key)
             continue
@@ -163,7 +164,7 @@ def read_lora(path: Path) -> LoraFile:
             )
         parts[module][part] = tensor
     if unknown:
-        raise _not_understood(path, unknown, len(tensors))
+        raise _not_understood(path, unknown, len(tensors), family)
     if len(forms) != 1:
         found = "; ".join(f"{form}: {keys[0]}" for form, keys in sorted(forms.items()))
         raise UserError(
@@ -228,8 +229,9 @@ def check_fits(lora: LoraFile, shapes: Mapping[str, torch.Size], model: str) -> 
 
 def _shown(module: str) -> str:
     """A module by both of its names: the file's reader may know either."""
-    _, block, inside = module.split(".", 2)
-    return f"{module} (blocks.{block}.{DIFFUSERS_TO_ORIGINAL[inside]})"
+    _, block, inside = split_layer(module)
+    family = family_of_layers([module])
+    return f"{module} ({family.original_blocks}.{block}.{family.original_layers[inside]})"
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -251,30 +253,31 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     )
 
 
-def _parse(key: str) -> tuple[Form, str, str, str] | None:
+def _parse(key: str, family: Family) -> tuple[Form, str, str, str] | None:
     """(form, prefix, module by its global name, lora_A | lora_B | alpha), None if none of ours."""
-    if match := _KOHYA.fullmatch(key):
-        original = _ORIGINAL_BY_KOHYA.get(match["module"])
-        part = _PARTS.get(match["part"])
-        if original is None or part is None:
+    originals = family.lora_layers
+    if match := re.fullmatch(_KOHYA.format(blocks=family.original_blocks), key):
+        kohya = {name.replace(".", "_"): own for name, own in originals.items()}
+        if match["module"] not in kohya or match["part"] not in _PARTS:
             return None
-        module = f"blocks.{match['block']}.{ORIGINAL_TO_DIFFUSERS[original]}"
-        return "kohya", "lora_unet", module, part
-    match = _DOTTED.fullmatch(key)
+        module = f"{family.blocks}.{match['block']}.{kohya[match['module']]}"
+        return "kohya", "lora_unet", module, _PARTS[match["part"]]
+    blocks = f"{re.escape(family.blocks)}|{re.escape(family.original_blocks)}"
+    match = re.fullmatch(_DOTTED.format(blocks=blocks, parts="|".join(map(re.escape, _PARTS))), key)
     if match is None or match["prefix"] not in _PREFIXES:
         return None
-    for ending, part in _PARTS.items():
-        if match["rest"].endswith("." + ending):
-            inside = match["rest"].removesuffix("." + ending)
-            form: Form = "comfyui" if inside in ORIGINAL_TO_DIFFUSERS else "diffusers"
-            module = ORIGINAL_TO_DIFFUSERS.get(inside, inside)
-            if module not in DIFFUSERS_TO_ORIGINAL:
-                return None
-            return form, match["prefix"], f"blocks.{match['block']}.{module}", part
-    return None
+    own_name = (match["blocks"], match["module"])
+    if match["blocks"] == family.original_blocks and match["module"] in originals:
+        form: Form = "comfyui"
+        own_name = (family.blocks, originals[match["module"]])
+    elif family.has_layer(".0.".join(own_name)):
+        form = "diffusers"
+    else:
+        return None
+    return form, match["prefix"], f".{match['block']}.".join(own_name), _PARTS[match["part"]]
 
 
-def _not_understood(path: Path, keys: list[str], total: int) -> UserError:
+def _not_understood(path: Path, keys: list[str], total: int, family: Family) -> UserError:
     shown = ", ".join(sorted(keys)[:_SHOWN]) + (", …" if len(keys) > _SHOWN else "")
     kinds = [what for pattern, what in _OTHER_KINDS if any(map(pattern.search, keys))]
     layers = sorted({key.split(".lora")[0] for key in keys if ".lora" in key})
@@ -287,7 +290,7 @@ def _not_understood(path: Path, keys: list[str], total: int) -> UserError:
     return UserError(
         f"LoRA: {path}: {len(keys)} of its {total} tensors can't be used, {shown}: {what}. "
         "Expected pairs such as blocks.0.attn1.to_q.lora_A.weight and lora_B (diffusers, ComfyUI "
-        f"and kohya names), on {', '.join(ORIGINAL_TO_DIFFUSERS)}."
+        f"and kohya names), on {', '.join(family.lora_layers)}."
     )
 
 

@@ -16,18 +16,15 @@ import numpy as np
 import torch
 import transformers
 from diffusers import (
-    AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchLCMScheduler,
     UniPCMultistepScheduler,
-    WanImageToVideoPipeline,
-    WanPipeline,
 )
 from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
+from transformers import AutoTokenizer
 
 from shared.cli import support
 from shared.cli.checks import check_writable
@@ -38,12 +35,12 @@ from shared.format.schema import DTYPES
 from shared.io.durable import write_json
 from shared.io.mp4 import Clip, write_mp4
 from shared.models import original_weights, weights
+from shared.models.family import Family
 from shared.models.original_layout import is_original
 from shared.models.spec import (
-    DEFAULT_NEGATIVE_PROMPT,
-    MAX_TEXT_TOKENS,
     TIMESTEPS,
     ModelSpec,
+    blocks_of,
     read_model_spec,
     resolve_model,
 )
@@ -231,7 +228,9 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
 
         visits = VisitedSteps(pipeline)
         started = time.monotonic()
-        clip = generate(pipeline, config, prompt, image, steps=steps, scale=scale, rng=rng)
+        clip = generate(
+            pipeline, spec.family, config, prompt, image, steps=steps, scale=scale, rng=rng
+        )
         seconds = time.monotonic() - started
         visits.close()
         if student is not None:
@@ -346,13 +345,13 @@ def build_pipeline(
 
     A `full` LoRA works alone at every step, so the second expert is left out.
     """
-    kind = WanImageToVideoPipeline if from_image else WanPipeline
+    kind = spec.family.load_class("image_pipeline" if from_image else "pipeline")
     alone = spec.two_experts and len(bases) == 1
     left_out = {"transformer_2": None, "boundary_ratio": None} if alone else {}
     transformers.utils.logging.disable_progress_bar()  # ours follows; two would tear each other
     parts = _weighty_parts(spec, dtype, bases)
     if is_original(spec.folder):
-        pipeline = _original_pipeline(kind, spec, parts)
+        pipeline = _original_pipeline(kind, spec, parts, from_image=from_image)
     else:
         try:
             pipeline = kind.from_pretrained(spec.folder, **left_out, **parts)
@@ -398,7 +397,7 @@ def place(
     for transformer in experts:
         quantise(transformer, config.base_precision, device)
     if config.low_vram:
-        stacks = [*(expert.blocks for expert in experts), pipeline.text_encoder.encoder.block]
+        stacks = [*map(blocks_of, experts), pipeline.text_encoder.encoder.block]
         streamed = [StreamedBlocks(list(stack.requires_grad_(False)), device) for stack in stacks]
         say(streaming_line(streamed))
     if config.low_vram or config.offload:
@@ -412,21 +411,21 @@ def _weighty_parts(
 ) -> dict[str, Any]:
     """All of a pipeline that has weights, by name. None is loaded by diffusers' pipeline, which
     would leave out what it has no place for. Raises UserError."""
-    folder = spec.folder
     parts = {
         component: load_weights(spec, component, dtype=dtype, own=base.own)
         for component, base in bases.items()
     }
-    parts["text_encoder"] = weights.load_text_encoder(UMT5EncoderModel, folder, dtype=dtype)
-    parts["vae"] = weights.load_vae(AutoencoderKLWan, folder, dtype=torch.float32)
+    others = {"text_encoder": dtype, "vae": torch.float32}
     if spec.image_dim is not None:  # in fp32, as the shards' embeddings were computed
-        parts["image_encoder"] = weights.load_image_encoder(
-            CLIPVisionModel, folder, dtype=torch.float32
-        )
+        others["image_encoder"] = torch.float32
+    for component, own in others.items():
+        parts[component] = weights.load_component(spec.family, spec.folder, component, dtype=own)
     return parts
 
 
-def _original_pipeline(kind: Any, spec: ModelSpec, weighty: Mapping[str, Any]) -> Any:
+def _original_pipeline(
+    kind: Any, spec: ModelSpec, weighty: Mapping[str, Any], *, from_image: bool
+) -> Any:
     """The pipeline of a folder in Wan's original layout.
 
     The second expert is left out where it is none of the parts.
@@ -439,7 +438,7 @@ def _original_pipeline(kind: Any, spec: ModelSpec, weighty: Mapping[str, Any]) -
         "boundary_ratio": spec.boundary if "transformer_2" in weighty else None,
         "expand_timesteps": spec.mode == "ti2v",
     }
-    if kind is WanImageToVideoPipeline:
+    if from_image:
         parts = {"image_encoder": None, "image_processor": None} | parts
     if spec.image_dim is not None:
         settings = original_weights.processor_config(parts["image_encoder"].config.image_size)
@@ -523,6 +522,7 @@ def fit_image(path: Path, height: int, width: int) -> Image.Image:
 
 def generate(
     pipeline: Any,
+    family: Family,
     config: SampleConfig,
     prompt: str,
     image: Image.Image | None,
@@ -535,7 +535,7 @@ def generate(
     frames = pipeline(
         prompt=prompt,
         negative_prompt=(
-            DEFAULT_NEGATIVE_PROMPT if config.negative_prompt is None else config.negative_prompt
+            family.negative_prompt if config.negative_prompt is None else config.negative_prompt
         ),
         height=config.height,
         width=config.width,
@@ -543,7 +543,7 @@ def generate(
         num_inference_steps=steps,
         guidance_scale=scale,
         generator=rng,
-        max_sequence_length=MAX_TEXT_TOKENS,
+        max_sequence_length=family.text_tokens,
         output_type="np",
         **({} if image is None else {"image": image}),
     ).frames[0]

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from shared.models.spec import blocks_of
 from train.distributed.process_group import Ranks
 from train.model.roles import Roles
 from train.strategies.base import AdamSettings, Strategy
@@ -80,7 +81,7 @@ def sharded(
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (ranks.world_size,))
     transformer = roles.transformer
-    for part in (*transformer.blocks, transformer):  # type: ignore[misc]
+    for part in (*blocks_of(transformer), transformer):
         _take_from_first(part, ranks, device)
         fully_shard(part, mesh=mesh)  # leaves a part of it on the device
     cut = {}

@@ -38,7 +38,8 @@ def configs(folder: Path, *, index: dict[str, object], in_channels: int, spatial
         "scale_factor_spatial": spatial,
         "scale_factor_temporal": 4,
     }
-    transformer = {"in_channels": in_channels, "patch_size": [1, 2, 2], "text_dim": 4096}
+    transformer: dict[str, object] = {"_class_name": "WanTransformer3DModel"}
+    transformer |= {"in_channels": in_channels, "patch_size": [1, 2, 2], "text_dim": 4096}
     for name, value in (
         ("model_index.json", index),
         ("vae/config.json", vae),

@@ -67,7 +67,10 @@ class HandMade:
 
     def __init__(self, config: DistillConfig) -> None:
         run = prepare(config)
-        spec, bank = read_model_spec(run.spec.folder), load_prompt_bank(run.data.first)
+        spec, bank = (
+            read_model_spec(run.spec.folder),
+            load_prompt_bank(run.data.first, run.spec.family),
+        )
         base = load_base(
             spec, "low", precision="no", device=torch.device("cpu"), gradient_checkpointing=False
         )
