@@ -169,8 +169,7 @@ class TrainConfig:
     @property
     def update_batch(self) -> int:
         """Samples of one optimizer step, over all processes."""
-        processes = self.placement.machines.num_processes
-        return self.train_batch_size * self.gradient_accumulation_steps * processes
+        return self.train_batch_size * self.gradient_accumulation_steps * self.placement.mesh.data
 
     @property
     def device(self) -> str:

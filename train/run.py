@@ -82,7 +82,7 @@ class Run:
         strategy = self.config.memory.strategy
         if strategy == "single":
             return ""
-        return f" x {self.config.placement.machines.num_processes} processes ({strategy})"
+        return f" x {self.config.placement.mesh.data} processes ({strategy})"
 
     def describe(self) -> list[str]:
         """The derived arithmetic, printed at the start and by --dry-run."""

@@ -226,7 +226,7 @@ def test_half_of_the_clips_are_text_only_and_every_image_is(
 
     halves = [
         list(
-            _dataset(ti2v_shards, tiny_ti2v, rank=rank, world_size=2).ahead(
+            _dataset(ti2v_shards, tiny_ti2v, data_rank=rank, data_size=2).ahead(
                 start=0, stop=20, workers=0
             )
         )

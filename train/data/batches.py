@@ -172,10 +172,12 @@ class MicroBatches:
         frame_crop: bool,
         text_only: bool = False,
         accumulation: int,
-        rank: int,
-        world_size: int,
+        data_rank: int,
+        data_size: int,
     ) -> None:
-        """`frame_crop`: now and then show the beginning of clips only (`cropped_frames`).
+        """`data_rank` of `data_size`: the group of processes whose samples these are.
+
+        `frame_crop`: now and then show the beginning of clips only (`cropped_frames`).
 
         `text_only`: show all clips of a ti2v model as text to video.
         """
@@ -187,8 +189,8 @@ class MicroBatches:
         self._frame_crop = frame_crop
         self._text_only = text_only
         self._accumulation = accumulation
-        self._rank = rank
-        self._world_size = world_size
+        self._data_rank = data_rank
+        self._data_size = data_size
         self._dtype = DTYPES[dataset.first.fingerprint["latents"]["dtype"]]
         self._buffers = Buffers()
         self._local = threading.local()  # a reader's files may be closed by the thread's next read
@@ -198,8 +200,8 @@ class MicroBatches:
         positions = micro_batch(
             self._plan.batch_size,
             micro_step=micro_step,
-            rank=self._rank,
-            world_size=self._world_size,
+            data_rank=self._data_rank,
+            data_size=self._data_size,
             accumulation=self._accumulation,
         )
         update_batch = self._plan.batch(update)

@@ -8,6 +8,7 @@ from typing import Literal
 from shared.device import check_device, default_device
 from shared.errors import UserError
 from train.distributed.launcher import Machines
+from train.distributed.mesh import Mesh
 from train.distributed.process_group import ALONE, Ranks, launched
 from train.distributed.zero_file import stage_of_launcher, zero_section
 
@@ -26,6 +27,11 @@ class Placement:
     """Of this process."""
     to_launch: bool
     """Whether this process has yet to start those of the run."""
+
+    @property
+    def mesh(self) -> Mesh:
+        """Of the run, its processes started or not."""
+        return Mesh(data=self.machines.num_processes)
 
 
 def place(

@@ -37,7 +37,7 @@ class WholeRole:
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat)
-        flat /= self.ranks.world_size
+        flat /= self.ranks.mesh.data
         for gradient, mean in zip(
             gradients, flat.split([g.numel() for g in gradients]), strict=True
         ):

@@ -79,7 +79,7 @@ def sharded(
     """The strategy `fsdp`."""
     # Velocities are never changed in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    mesh = init_device_mesh(device.type, (ranks.world_size,))
+    mesh = init_device_mesh(device.type, (ranks.mesh.data,), mesh_dim_names=("data",))
     transformer = roles.transformer
     for part in (*blocks_of(transformer), transformer):
         _take_from_first(part, ranks, device)

@@ -38,7 +38,7 @@ def _dataset(
         empty_text=load_prompt_bank(index, WAN).empty,
         caption_dropout=dropout,
         frame_crop=frame_crop,
-        **({"accumulation": 1, "rank": 0, "world_size": 1} | cut),  # type: ignore[arg-type]
+        **({"accumulation": 1, "data_rank": 0, "data_size": 1} | cut),  # type: ignore[arg-type]
     )
 
 
@@ -115,7 +115,7 @@ def test_workers_change_nothing(t2v_shards: Path, tiny_t2v: Path) -> None:
 def test_ranks_together_see_what_one_process_sees(t2v_shards: Path, tiny_t2v: Path) -> None:
     whole = _epoch(_dataset(t2v_shards, tiny_t2v, dropout=0.5), 0)
     halves = [
-        _epoch(_dataset(t2v_shards, tiny_t2v, dropout=0.5, rank=rank, world_size=2), 0)
+        _epoch(_dataset(t2v_shards, tiny_t2v, dropout=0.5, data_rank=rank, data_size=2), 0)
         for rank in (0, 1)
     ]
     for batch, first, second in zip(whole, *halves, strict=True):

@@ -57,8 +57,8 @@ def batches_of(
                 caption_dropout=0.3,
                 frame_crop=True,
                 accumulation=2,
-                rank=rank,
-                world_size=ranks,
+                data_rank=rank,
+                data_size=ranks,
             ).ahead(start=0, stop=updates, workers=workers)
         ]
         for rank in range(ranks)
@@ -108,14 +108,14 @@ def test_batches_mix_folders_and_read_each_from_its_own(
         own = BatchPlan(data.bucket_ids, data.shown(1)[0], 1, seed=1)
         batches = MicroBatches(
             data, own, read_model_spec(tiny_t2v), empty_text=load_prompt_bank(index, WAN).empty,
-            caption_dropout=0, frame_crop=False, accumulation=1, rank=0, world_size=1,
+            caption_dropout=0, frame_crop=False, accumulation=1, data_rank=0, data_size=1,
         )  # fmt: skip
         for batch in batches.ahead(start=0, stop=own.batches_per_epoch, workers=0):
             alone[batch.keys[0]] = batch.latents[0], batch.texts[0]
     assert len(alone) == 9
     batches = MicroBatches(
         mixed, plan, read_model_spec(tiny_t2v), empty_text=load_prompt_bank(mixed.first, WAN).empty,
-        caption_dropout=0, frame_crop=False, accumulation=1, rank=0, world_size=1,
+        caption_dropout=0, frame_crop=False, accumulation=1, data_rank=0, data_size=1,
     )  # fmt: skip
     homes = [set(keys_of(index)) for index in caches]
     from_both = False

@@ -84,8 +84,8 @@ class HandMade:
             caption_dropout=0.1,
             frame_crop=False,
             accumulation=2,
-            rank=0,
-            world_size=1,
+            data_rank=0,
+            data_size=1,
         )
         self.recipe, self.negative = run.objective.recipe, bank.negative
         self.weights: dict[str, dict[str, Array]] = {
