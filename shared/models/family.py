@@ -96,10 +96,6 @@ class Family:
         """Whether a transformer is one of this family, or one of its classes made over."""
         return self.classes["transformer"][1] in (kind.__name__ for kind in type(model).__mro__)
 
-    def blocks_of(self, model: Any) -> Any:
-        """The list of a transformer's blocks."""
-        return getattr(model, self.blocks)
-
 
 def split_layer(module: str) -> tuple[str, int, str]:
     """`blocks.0.attn1.to_q` → (`blocks`, 0, `attn1.to_q`), of whatever family."""

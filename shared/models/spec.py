@@ -78,7 +78,7 @@ def family_of_layers(modules: Iterable[str]) -> Family:
 
 def blocks_of(transformer: Any) -> Any:
     """The list of its blocks, whichever family it is of."""
-    return family_of(transformer).blocks_of(transformer)
+    return getattr(transformer, family_of(transformer).blocks)
 
 
 def resolve_model(name: str, components: Sequence[str]) -> Path:

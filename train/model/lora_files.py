@@ -351,12 +351,13 @@ def _peft_alphas(
             key.removeprefix(_LOW_NOISE).removeprefix("transformer."): value
             for key, value in json.loads(metadata[PEFT_METADATA_KEY]).items()
         }
-        told = config["lora_alpha"], config.get("alpha_pattern") or {}
-        rank, rank_pattern = config["r"], config.get("rank_pattern") or {}
-        alphas = {m: told[1].get(get_pattern_key(list(told[1]), m), told[0]) for m in ranks}
-        expected = {
-            m: rank_pattern.get(get_pattern_key(list(rank_pattern), m), rank) for m in ranks
-        }
+        alphas, expected = (
+            {m: other.get(get_pattern_key(list(other), m), usual) for m in ranks}
+            for usual, other in (
+                (config["lora_alpha"], config.get("alpha_pattern") or {}),
+                (config["r"], config.get("rank_pattern") or {}),
+            )
+        )
     except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
         raise UserError(
             f"LoRA: the {PEFT_METADATA_KEY!r} metadata of {path} is damaged ({first_line(error)}). "
