@@ -72,7 +72,7 @@ class Encoders:
         self.modules = (self._text._model, self._vae._vae)
 
     def caption(self, text: str) -> torch.Tensor:
-        """(512, D). A clone: autograd keeps no tensors of inference mode."""
+        """(tokens, D). A clone: autograd keeps no tensors of inference mode."""
         return pad_text(self._text.encode(text), self._family.text_tokens).clone().to(self._device)
 
     def batch(self, update: int) -> Batch:

@@ -97,12 +97,11 @@ def original_files(folder: Path, component: str) -> list[Path]:
     it). Of the first three one is expected."""
     if component == "tokenizer":
         return sorted(file for file in (folder / TOKENIZER).glob("*") if file.is_file())
-    names = {
-        "vae": lambda: _names_of(_VAES[_latent_channels(folder)][0]),
-        "text_encoder": lambda: _names_of(TEXT_ENCODER),
-        "image_encoder": lambda: _names_of(IMAGE_ENCODER),
-    }[component]()
-    return [folder / name for name in names if (folder / name).is_file()]
+    if component == "vae":
+        published = _VAES[_latent_channels(folder)][0]
+    else:
+        published = {"text_encoder": TEXT_ENCODER, "image_encoder": IMAGE_ENCODER}[component]
+    return [folder / name for name in _names_of(published) if (folder / name).is_file()]
 
 
 def model_index(folder: Path) -> dict[str, Any]:

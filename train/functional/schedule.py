@@ -15,7 +15,7 @@ from shared.models.spec import TIMESTEPS
 # In the command line's order: typing keeps one Optional[Literal] for all orders, the first it saw.
 Expert = Literal["low", "high", "full"]
 ScoreFloor = Literal["boundary", "handover"]
-Level = TypeVar("Level", torch.Tensor, float)
+Value = TypeVar("Value", torch.Tensor, float)
 
 # Levels nearer to pure noise say nothing about x̂0 and levels below divide by almost nothing. The
 # floor is on σ, after the shift: in u it would keep the low expert from ever seeing σ < 0.2 at
@@ -24,7 +24,7 @@ MAX_SCORE_U = 0.98
 MIN_SCORE_SIGMA = 0.02
 
 
-def shift_sigma(u: Level, shift: float) -> Level:
+def shift_sigma(u: Value, shift: float) -> Value:
     """σ = s·u / (1 + (s−1)·u): the schedule's time u in [0, 1] to a noise level in [0, 1]."""
     return shift * u / (1 + (shift - 1) * u)
 

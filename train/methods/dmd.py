@@ -145,7 +145,7 @@ def draw_level(recipe: Recipe, batch: Batch, purpose: str = "score") -> ScoreLev
 def generator_step(
     roles: Roles, recipe: Recipe, batch: Batch, negative: torch.Tensor
 ) -> StepOutput:
-    """One generator micro-step. `negative`: (512, D).
+    """One generator micro-step. `negative`: (tokens, D).
 
     Metrics: critic error, mean|x̂0_generated − x̂0_fake|, teacher error, the same to x̂0_real (how
     well either denoises what the generator makes), and their ratio.

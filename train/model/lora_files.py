@@ -10,7 +10,8 @@ or nowhere, which all readers take for alpha = rank.
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -140,7 +141,9 @@ def read_lora(path: Path) -> LoraFile:
     Raises UserError for a file that cannot be read, holds anything that is not understood, lacks
     half of a pair, or whose shapes, ranks and alphas contradict one another.
     """
-    tensors, metadata = _read(path)
+    with _opened(path) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
     family = min(FAMILIES, key=lambda one: sum(_parse(key, one) is None for key in tensors))
     forms: dict[str, list[str]] = {}
     prefixes: set[str] = set()
@@ -200,11 +203,8 @@ def read_lora(path: Path) -> LoraFile:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file. UserError when it is no such file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(path, error) from error
+    with _opened(path) as file:
+        return file.metadata() or {}
 
 
 def check_fits(lora: LoraFile, shapes: Mapping[str, torch.Size], model: str) -> None:
@@ -234,23 +234,20 @@ def _shown(module: str) -> str:
     return f"{module} ({family.original_blocks}.{block}.{family.original_layers[inside]})"
 
 
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Block with a safetensors file. UserError when it is no such file."""
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
+            yield file
     except (OSError, SafetensorError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    # What safetensors says of a folder or a lost file is "No such device".
-    why = "it is a folder" if path.is_dir() else "there is no such file"
-    why = first_line(error) if path.is_file() else why
-    return UserError(
-        f"LoRA: cannot read {path} as safetensors ({why}). Expected a file that "
-        "`wantrain distill` wrote, such as output_dir_distill/lora-low-diffusers.safetensors."
-    )
+        # What safetensors says of a folder or a lost file is "No such device".
+        why = "it is a folder" if path.is_dir() else "there is no such file"
+        why = first_line(error) if path.is_file() else why
+        raise UserError(
+            f"LoRA: cannot read {path} as safetensors ({why}). Expected a file that "
+            "`wantrain distill` wrote, such as output_dir_distill/lora-low-diffusers.safetensors."
+        ) from error
 
 
 def _parse(key: str, family: Family) -> tuple[Form, str, str, str] | None:

@@ -119,3 +119,12 @@ def test_the_families_in_the_original_layout(
 def test_a_missing_folder_names_the_flag(name: str) -> None:
     with pytest.raises(UserError, match="--pretrained-model-name-or-path"):
         resolve_model(name, ("vae",))
+
+
+def test_a_model_of_no_known_family_is_refused(tmp_path: Path) -> None:
+    folder = configs(tmp_path, index={}, in_channels=16, spatial=8)
+    path = folder / "transformer" / "config.json"
+    path.write_text(path.read_text().replace("WanTransformer3DModel", "LTXVideoTransformer3DModel"))
+    expected = r"is of a LTXVideoTransformer3DModel; expected a WanTransformer3DModel\. Choose"
+    with pytest.raises(UserError, match=expected):
+        read_model_spec(folder)
