@@ -124,7 +124,7 @@ def _transformer(state: dict[str, str]) -> dict[str, str]:
     return dict(convert_wan_transformer_to_diffusers(state))
 
 
-_RESIDUAL = {"0.gamma": "norm1.gamma", "2": "conv1", "3.gamma": "norm2.gamma", "6": "conv2"}
+_RESIDUAL = {"0": "norm1", "2": "conv1", "3": "norm2", "6": "conv2"}
 _VAE_22 = [
     rule
     for old, new, sampler in (
@@ -133,10 +133,7 @@ _VAE_22 = [
     )
     for rule in (
         *(
-            (
-                rf"{old}\.(\d+)\.residual\.{number.split('.')[0]}\.(\w+)",
-                rf"{new}.resnets.\2.{name.split('.')[0]}.\3",
-            )
+            (rf"{old}\.(\d+)\.residual\.{number}\.(\w+)", rf"{new}.resnets.\2.{name}.\3")
             for number, name in _RESIDUAL.items()
         ),
         (rf"{old}\.(\d+)\.shortcut\.(\w+)", rf"{new}.resnets.\2.conv_shortcut.\3"),

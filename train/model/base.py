@@ -24,7 +24,7 @@ from train.distributed.load_once import read_once
 from train.distributed.process_group import ALONE, Ranks
 from train.functional.schedule import Expert
 from train.model.custom_weights import check_own, empty_transformer, load_own, own_files
-from train.model.lora_files import check_fits, read_lora
+from train.model.lora_files import check_fits_model, read_lora
 
 Precision = Literal["bf16", "no"]
 
@@ -105,11 +105,8 @@ class Base:
             check_own(self.own, spec, component)
         else:
             check_component(spec.family, spec.folder, component)
-        if self.merged:
-            model = empty_transformer(spec, component)
-            shapes = {name: weight.shape for name, weight in model.named_parameters()}
-            for lora in self.merged:
-                check_fits(read_lora(lora.path), shapes, f"the {component} of {spec.folder}")
+        for lora in self.merged:
+            check_fits_model(read_lora(lora.path), spec, component)
 
 
 MODELS_OWN = Base()

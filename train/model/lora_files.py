@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 
 from shared.errors import UserError, first_line
 from shared.models.family import Family, split_layer
-from shared.models.spec import FAMILIES, family_of_layers
+from shared.models.spec import FAMILIES, ModelSpec, family_of_layers
+from train.model.custom_weights import empty_transformer
 
 Form = Literal["diffusers", "comfyui", "kohya"]
 PEFT_METADATA_KEY = "lora_adapter_metadata"  # diffusers' name for peft's configuration
@@ -225,6 +226,13 @@ def check_fits(lora: LoraFile, shapes: Mapping[str, torch.Size], model: str) -> 
                 f"LoRA: {lora.path} adapts {_shown(module)} as a weight of shape {list(found)}; "
                 f"{model} has {list(expected)}. Use the model that the LoRA was trained on."
             )
+
+
+def check_fits_model(lora: LoraFile, spec: ModelSpec, component: str) -> None:
+    """UserError unless it fits one of a model's transformers, whose weights need not be there."""
+    model = empty_transformer(spec, component)
+    shapes = {name: weight.shape for name, weight in model.named_parameters()}
+    check_fits(lora, shapes, f"the {component} of {spec.folder}")
 
 
 def _shown(module: str) -> str:

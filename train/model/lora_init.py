@@ -16,7 +16,7 @@ from shared.models.family import split_layer
 from shared.models.spec import ModelSpec
 from train.model.custom_weights import empty_transformer
 from train.model.lora_adapter import LoraSpec, select_targets
-from train.model.lora_files import LoraFile, check_fits, read_lora
+from train.model.lora_files import LoraFile, check_fits_model, read_lora
 
 
 def check_init(
@@ -24,10 +24,8 @@ def check_init(
 ) -> LoraFile:
     """The file, if a LoRA of this rank on these layers can begin as it. Raises UserError."""
     file = read_lora(path)
-    model = empty_transformer(spec, component)
-    shapes = {name: weight.shape for name, weight in model.named_parameters()}
-    check_fits(file, shapes, f"the {component} of {spec.folder}")
-    targets = select_targets(model, target_name)
+    check_fits_model(file, spec, component)
+    targets = select_targets(empty_transformer(spec, component), target_name)
     for module in file.lora.modules:
         _, _, inside = split_layer(module)
         if inside not in targets:

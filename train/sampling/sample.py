@@ -50,8 +50,7 @@ from train.memory.block_offload import StreamedBlocks, streaming_line
 from train.memory.quantize import QuantisedPrecision, check_installed, quantise
 from train.methods.dmd import Pairing
 from train.model.base import Base, base_digest, component_of, load_weights, merge
-from train.model.custom_weights import empty_transformer
-from train.model.lora_files import PEFT_METADATA_KEY, check_fits, read_lora
+from train.model.lora_files import PEFT_METADATA_KEY, check_fits_model, read_lora
 from train.sampling.contact_sheet import contact_sheet
 from train.saving.lora_formats import DIFFUSERS_PREFIX, to_form
 from train.saving.provenance import Provenance, read_provenance, wrong_base
@@ -307,9 +306,7 @@ def read_loras(paths: Sequence[Path], spec: ModelSpec) -> list[TrainedLora]:
         )
     for lora, file in zip(loras, files, strict=True):
         component = component_of(lora.provenance.expert)
-        model = empty_transformer(spec, component)
-        shapes = {name: weight.shape for name, weight in model.named_parameters()}
-        check_fits(file, shapes, f"the {component} of {spec.folder}")
+        check_fits_model(file, spec, component)
     return loras
 
 
