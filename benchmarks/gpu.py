@@ -120,7 +120,7 @@ class Place:
 
     def published(self, size: str) -> Any:
         """The model; quick: two narrow layers of it, and a small VAE."""
-        from shared.models.published import PUBLISHED
+        from shared.models.wan import PUBLISHED
 
         model = PUBLISHED[SIZES[size].published]
         if not self.quick:

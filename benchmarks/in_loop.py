@@ -63,7 +63,8 @@ class Encoders:
     def __init__(self, run: Run, clips: Path, vae_dtype: torch.dtype) -> None:
         self._device = torch.device(run.config.device)
         device = run.config.device
-        self._text = TextEncoder(run.spec.folder, dtype=torch.bfloat16, device=device)
+        self._family = run.spec.family
+        self._text = TextEncoder(run.spec, dtype=torch.bfloat16, device=device)
         self._vae = LatentEncoder(run.spec, dtype=vae_dtype, device=device)
         self._i2v = run.spec.mode == "i2v"
         (self._bucket,) = run.data.buckets
@@ -71,8 +72,8 @@ class Encoders:
         self.modules = (self._text._model, self._vae._vae)
 
     def caption(self, text: str) -> torch.Tensor:
-        """(512, D). A clone: autograd keeps no tensors of inference mode."""
-        return pad_text(self._text.encode(text)).clone().to(self._device)
+        """(tokens, D). A clone: autograd keeps no tensors of inference mode."""
+        return pad_text(self._text.encode(text), self._family.text_tokens).clone().to(self._device)
 
     def batch(self, update: int) -> Batch:
         """One clip, from its file."""
@@ -82,7 +83,7 @@ class Encoders:
         condition = None
         if self._i2v:
             encoded = self._vae.condition(frames)["cond"][None].clone()
-            condition = with_mask(encoded.to(self._device))
+            condition = with_mask(encoded.to(self._device), self._family.mask_channels)
         return Batch(
             update=max(update, 0),
             samples=(0,),

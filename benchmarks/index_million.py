@@ -126,7 +126,7 @@ def _check_shares(plan: "BatchPlan", bucket_ids: "npt.NDArray[np.int32]") -> Non
 
     order = plan.epoch(0)
     shares = [
-        micro_batch(RANKS, micro_step=0, rank=rank, world_size=RANKS, accumulation=1)
+        micro_batch(RANKS, micro_step=0, data_rank=rank, data_size=RANKS, accumulation=1)
         for rank in range(RANKS)
     ]
     steps = {len(order[:, share.start : share.stop]) for share in shares}

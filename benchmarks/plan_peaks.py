@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from shared.format.buckets import Bucket
-from shared.models.published import PUBLISHED, write_configs
 from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec, read_model_spec
-from train.data.batches import MASK_CHANNELS, Batch
+from shared.models.wan import PUBLISHED, write_configs
+from train.data.batches import Batch
 from train.functional.schedule import Schedule
 from train.memory.estimate import Settings, estimate_of, tokens_of
 from train.memory.options import MemoryOptions
@@ -100,7 +100,7 @@ def peak_of_updates(
 def batch_of(spec: ModelSpec, grid: tuple[int, ...], *, samples: int, text: int) -> Batch:
     """Empty tensors of the shapes that a batch has."""
     channels = spec.latent_channels
-    i2v = (samples, MASK_CHANNELS + channels, *grid)
+    i2v = (samples, spec.family.mask_channels + channels, *grid)
     return Batch(
         update=0,
         samples=tuple(range(samples)),

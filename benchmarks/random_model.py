@@ -17,7 +17,7 @@ from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 import shared
-from shared.models.published import PublishedModel, write_configs
+from shared.models.wan import PublishedModel, write_configs
 
 SHARD_BYTES = 4 * 10**9
 _CHUNK = 1 << 24

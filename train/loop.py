@@ -156,7 +156,7 @@ def _walk(
                     numbers,
                     grad_norm=norm,
                     learning_rate=rate,
-                    samples=len(keys) * ranks.world_size,
+                    samples=len(keys) * ranks.mesh.data,
                     done=state.updates,
                 )
 
@@ -185,8 +185,8 @@ def micro_batches(run: Run, bank: PromptBank) -> MicroBatches:
         frame_crop=config.random_frame_crop,
         text_only=config.train_mode == "normal",
         accumulation=config.gradient_accumulation_steps,
-        rank=run.ranks.rank,
-        world_size=run.ranks.world_size,
+        data_rank=run.ranks.mesh.data_rank(run.ranks.rank),
+        data_size=run.ranks.mesh.data,
     )
 
 
@@ -199,7 +199,7 @@ def validation_of(run: Run) -> Validation | None:
         run.data,
         run.spec,
         run.objective,
-        micro_batches(run, load_prompt_bank(run.data.first)),
+        micro_batches(run, load_prompt_bank(run.data.first, run.spec.family)),
         every=config.validation_steps,
         output=config.output_dir,
     )

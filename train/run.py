@@ -26,7 +26,7 @@ from shared.io.hashing import FileHasher
 from shared.io.mirror import described, limit_shard_cache
 from shared.io.names import quoted
 from shared.models.original_layout import is_original
-from shared.models.spec import ModelSpec, read_model_spec, resolve_model
+from shared.models.spec import ModelSpec, blocks_of, read_model_spec, resolve_model
 from train.config import TrainConfig
 from train.data.batch_plan import BatchPlan
 from train.data.dataset import Dataset, dataset_of
@@ -98,7 +98,7 @@ class Run:
         strategy = self.config.strategy
         if strategy == "single":
             return ""
-        return f" x {self.placement.machines.num_processes} processes ({strategy})"
+        return f" x {self.placement.mesh.data} processes ({strategy})"
 
     def describe(self) -> list[str]:
         """The derived arithmetic, printed at the start and by --dry-run."""
@@ -225,8 +225,7 @@ def _refuse_other_mode(config: TrainConfig, spec: ModelSpec) -> None:
 
 def update_batch(config: TrainConfig, placement: Placement) -> int:
     """Samples of one optimizer step, over all processes."""
-    processes = placement.machines.num_processes
-    return config.train_batch_size * config.gradient_accumulation_steps * processes
+    return config.train_batch_size * config.gradient_accumulation_steps * placement.mesh.data
 
 
 def plan_run(
@@ -239,7 +238,7 @@ def plan_run(
     base.check(spec, component)
     check_installed(config.base_precision)
     if config.blocks_to_swap is not None:
-        config.streamed(len(empty_transformer(spec, component).blocks))
+        config.streamed(len(blocks_of(empty_transformer(spec, component))))
     if config.init_lora is not None:
         check_init(
             config.init_lora,

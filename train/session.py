@@ -12,6 +12,7 @@ from torch import nn
 from shared.cli.checks import check_writable
 from shared.errors import UserError
 from shared.format.schema import DTYPES
+from shared.models.spec import blocks_of
 from train.config import TrainConfig
 from train.data.batches import PromptBank, load_prompt_bank
 from train.distributed.process_group import ALONE
@@ -137,7 +138,7 @@ def open_session(run: Run, say: Say) -> Session:
         say(f"base     {note}")
 
     # Base, adapters, optimizers
-    bank = load_prompt_bank(run.data.first)
+    bank = load_prompt_bank(run.data.first, run.spec.family)
     device = torch.device(run.device)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     if config.compile:
@@ -167,7 +168,7 @@ def open_session(run: Run, say: Say) -> Session:
             say(f"warning  {warning}")
     quantise(transformer, config.base_precision, device)
     whole_bytes = parameter_bytes(transformer)
-    streamed = config.streamed(len(transformer.blocks))  # type: ignore[arg-type]
+    streamed = config.streamed(len(blocks_of(transformer)))
     adam = AdamSettings(
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,

@@ -77,7 +77,7 @@ class TextActor:
         """Check the node and load the encoder. UserError where the node cannot be used."""
         spec = _checked_node(self._orders)
         config = self._orders.config
-        self._encoder = text_encoder(spec.folder, config.text_encoder_dtype, config.device)
+        self._encoder = text_encoder(spec, config.text_encoder_dtype, config.device)
         return _joined(writer=None)
 
     def work(self, captions: Sequence[str]) -> dict[int, str]:

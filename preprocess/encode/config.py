@@ -15,7 +15,8 @@ from shared.cli.checks import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, check_options
 from shared.device import default_device
 from shared.errors import UserError
 from shared.io.mirror import mirror_of
-from shared.models.spec import DEFAULT_MODEL, DEFAULT_NEGATIVE_PROMPT, Mode, ModelSpec
+from shared.models.spec import DEFAULT_MODEL, Mode, ModelSpec
+from shared.models.wan import WAN
 
 _MODES: dict[str, Mode] = {"normal": "t2v", "i2v": "i2v", "ti2v": "ti2v"}
 
@@ -69,7 +70,7 @@ class EncodeConfig:
     train_mode: Annotated[TrainMode | None, typer.Option("--train-mode", help="What the shards are for; normal with an i2v model leaves the conditions out.", show_default="as the model is", rich_help_panel=SAMPLES)] = None
     seed: Annotated[int, typer.Option(metavar="N", help="Random seed: where in a video a clip starts, random sizes and ratios.", rich_help_panel=SAMPLES)] = 42
 
-    negative_prompt: Annotated[str, typer.Option(metavar="TEXT", help="Negative prompt of the teacher's CFG; encoded once for the whole cache.", show_default="Wan's published one", rich_help_panel=ENCODERS)] = DEFAULT_NEGATIVE_PROMPT
+    negative_prompt: Annotated[str, typer.Option(metavar="TEXT", help="Negative prompt of the teacher's CFG; encoded once for the whole cache.", show_default="Wan's published one", rich_help_panel=ENCODERS)] = WAN.negative_prompt
     validation_prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="List of prompts that a training run samples on its way: .txt with one a line, perhaps ending in --w 832 --h 480 --f 81 --i cat.png, or .json, .jsonl or .csv with prompt and perhaps image, width, height, frames. An i2v model wants a picture of each. It replaces the list of before.", show_default="the list that the shards have", rich_help_panel=ENCODERS)] = None
     vae_dtype: Annotated[StoredDtype, typer.Option(help="Number format that the VAE computes in.", rich_help_panel=ENCODERS)] = "fp32"
     text_encoder_dtype: Annotated[StoredDtype, typer.Option(help="Number format that the text encoder computes in.", rich_help_panel=ENCODERS)] = "bf16"

@@ -35,7 +35,7 @@ from shared.format.cache import committed_shards
 from shared.format.fingerprint import Fingerprint, has_first_frame_rule
 from shared.format.schema import DTYPES
 from shared.format.tar import room
-from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec
+from shared.models.spec import ModelSpec
 
 _TENSOR_HEADER = 96  # bytes that safetensors puts before a tensor, about
 _CLIP_TOKENS = 257
@@ -149,7 +149,7 @@ def foresee(config: EncodeConfig, console: Console, *, measure: bool = False) ->
         if measure and unseen:
             _measure(job, fingerprint, pool, unseen, captions)
 
-    tokens = dict(zip(captions, _token_counts(spec.folder, captions), strict=True))
+    tokens = dict(zip(captions, _token_counts(spec, captions), strict=True))
     sizes = _Sizes(config, spec, tokens)
     buckets = tuple(_buckets(plan.works, new, sizes))
     prompts = sum(map(sizes.text, plan.prompt_texts))
@@ -193,9 +193,9 @@ def _measure(
     remember_speed(job.config, fingerprint, times)
 
 
-def _token_counts(folder: Path, captions: Sequence[str]) -> list[int]:
+def _token_counts(spec: ModelSpec, captions: Sequence[str]) -> list[int]:
     """Tokens of each caption; about, where the tokenizer has no fast form."""
-    file = folder / "tokenizer" / "tokenizer.json"
+    file = spec.folder / "tokenizer" / "tokenizer.json"
     if file.is_file():
         from tokenizers import Tokenizer
 
@@ -204,7 +204,7 @@ def _token_counts(folder: Path, captions: Sequence[str]) -> list[int]:
         counts = [len(found.ids) for found in tokenizer.encode_batch(list(captions))]
     else:
         counts = [len(caption.encode()) // 4 + 1 for caption in captions]
-    return [min(MAX_TEXT_TOKENS, number) for number in counts]
+    return [min(spec.family.text_tokens, number) for number in counts]
 
 
 @dataclass(frozen=True)

@@ -21,41 +21,42 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
-from diffusers import AutoencoderKLWan
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from PIL import Image
-from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
+from transformers import AutoTokenizer
 
 from shared.errors import UserError, first_line
 from shared.models import original_weights, weights
 from shared.models.original_layout import is_original
 from shared.models.pixels import latents_to_frames
-from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec, read_json
+from shared.models.spec import ModelSpec, read_json
 
 
 class TextEncoder:
     """UMT5 and its tokenizer, as `WanPipeline.encode_prompt(max_sequence_length=512)` uses them."""
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, spec: ModelSpec, *, dtype: torch.dtype, device: str) -> None:
         """Load `tokenizer` and `text_encoder` of a model folder; UserError if they are damaged."""
         transformers.utils.logging.disable_progress_bar()  # would tear our own bars apart
-        if is_original(folder):
-            self._tokenizer = original_weights.load_tokenizer(AutoTokenizer, folder)
+        if is_original(spec.folder):
+            self._tokenizer = original_weights.load_tokenizer(AutoTokenizer, spec.folder)
         else:
-            self._tokenizer = _load_tokenizer(folder)
-        model = weights.load_text_encoder(UMT5EncoderModel, folder, dtype=dtype)
+            self._tokenizer = _load_tokenizer(spec.folder)
+        self._most = spec.family.text_tokens
+        model = weights.load_component(spec.family, spec.folder, "text_encoder", dtype=dtype)
         self._model = model.to(device).eval().requires_grad_(False)
 
     @torch.inference_mode()
     def encode(self, caption: str) -> torch.Tensor:
-        """(tokens, D) on the CPU, in the encoder's dtype, at the caption's true length (≤ 512).
+        """(tokens, D) on the CPU, in the encoder's dtype, at the caption's true length.
 
-        One caption at a time, padded to 512: another padding or batch would change the last bits.
+        One caption at a time, padded to the family's length: another padding or batch would change
+        the last bits.
         """
         inputs = self._tokenizer(
             [prompt_clean(caption)],
             padding="max_length",
-            max_length=MAX_TEXT_TOKENS,
+            max_length=self._most,
             truncation=True,
             add_special_tokens=True,
             return_attention_mask=True,
@@ -87,7 +88,9 @@ class ImageEncoder:
         pil = hasattr(transformers, "CLIPImageProcessorPil")  # before transformers 5 it's the only
         processor = transformers.CLIPImageProcessorPil if pil else transformers.CLIPImageProcessor
         transformers.utils.logging.disable_progress_bar()
-        model = weights.load_image_encoder(CLIPVisionModel, spec.folder, dtype=torch.float32)
+        model = weights.load_component(
+            spec.family, spec.folder, "image_encoder", dtype=torch.float32
+        )
         if is_original(spec.folder):
             settings = original_weights.processor_config(model.config.image_size)
             self._processor = processor(**settings)
@@ -120,7 +123,7 @@ class LatentEncoder:
 
     def __init__(self, spec: ModelSpec, *, dtype: torch.dtype, device: str) -> None:
         """Load `vae` (and CLIP) of a model folder; UserError if they are damaged."""
-        vae = weights.load_vae(AutoencoderKLWan, spec.folder, dtype=dtype)
+        vae = weights.load_component(spec.family, spec.folder, "vae", dtype=dtype)
         self._vae = vae.to(device).eval().requires_grad_(False)
         self._spec = spec
         per_channel = (1, spec.latent_channels, 1, 1, 1)
@@ -200,13 +203,3 @@ def _load(loader: Any, folder: Path) -> Any:
             f"model: cannot load {folder.name} from {folder} ({first_line(error)}). "
             "Its files are damaged or incomplete: download them again."
         ) from error
-
-
-def check_weights(folder: Path, component: str) -> None:
-    """UserError where an encoder of a model folder could not be loaded, before a weight is read."""
-    kind = {
-        "vae": AutoencoderKLWan,
-        "text_encoder": UMT5EncoderModel,
-        "image_encoder": CLIPVisionModel,
-    }[component]
-    weights.check_component(kind, folder, component)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -79,7 +78,7 @@ class LocalEngine:
     def encode_texts(self, captions: Sequence[str], texts: TextCache) -> Iterator[str]:
         """Each caption once; the encoder has left memory at the end."""
         config = self.config
-        encoder = partial(text_encoder, self.spec.folder, config.text_encoder_dtype, config.device)
+        encoder = partial(text_encoder, self.spec, config.text_encoder_dtype, config.device)
         stored = DTYPES[config.dtype]
         return text_pass(captions, texts, encoder, stored=stored, times=self.times)
 
@@ -107,11 +106,11 @@ class LocalEngine:
         """Nothing: what this process has encoded, `encode` has."""
 
 
-def text_encoder(folder: Path, compute: str, device: str) -> "TextEncoder":
-    """Load the text encoder of a model folder. Imports transformers."""
+def text_encoder(spec: ModelSpec, compute: str, device: str) -> "TextEncoder":
+    """Load the text encoder of a model. Imports transformers."""
     from preprocess.encode.encoders import TextEncoder
 
-    return TextEncoder(folder, dtype=DTYPES[compute], device=device)
+    return TextEncoder(spec, dtype=DTYPES[compute], device=device)
 
 
 def latent_encoder(spec: ModelSpec, compute: str, device: str) -> "LatentEncoder":

@@ -23,7 +23,8 @@ from shared.format.fingerprint import (
 )
 from shared.io.hashing import FileHasher
 from shared.io.names import quoted
-from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec
+from shared.models.spec import ModelSpec
+from shared.models.weights import check_component
 
 # Raise when `shared.format.buckets` maps some size to another bucket than before.
 BUCKET_TABLE_VERSION = 1
@@ -63,7 +64,7 @@ def encode_fingerprint(config: EncodeConfig, spec: ModelSpec, hasher: FileHasher
         "format": FORMAT_VERSION,
         "mode": cache_mode(spec),
         "latents": {**fields["latents"], "dtype": config.dtype, "compute": config.vae_dtype},
-        "text": text_group(fields["text"], config.dtype, config.text_encoder_dtype),
+        "text": text_group(spec, fields["text"], config.dtype, config.text_encoder_dtype),
         **image,
         "media": {
             "resize": RESIZE_RULE,
@@ -75,13 +76,15 @@ def encode_fingerprint(config: EncodeConfig, spec: ModelSpec, hasher: FileHasher
     }
 
 
-def text_group(encoder: Mapping[str, Any], dtype: str, compute: str) -> dict[str, Any]:
+def text_group(
+    spec: ModelSpec, encoder: Mapping[str, Any], dtype: str, compute: str
+) -> dict[str, Any]:
     """A fingerprint's `text`, of these fields of the encoder."""
     return {
         **encoder,
         "dtype": dtype,
         "compute": compute,
-        "max_length": MAX_TEXT_TOKENS,
+        "max_length": spec.family.text_tokens,
         "cleaning": TEXT_CLEANING,
     }
 
@@ -93,12 +96,7 @@ def encoder_fields(spec: ModelSpec, hasher: FileHasher) -> Fingerprint:
     UserError naming weights that are too few, too many or of another shape.
     """
 
-    def check(component: str) -> None:
-        from preprocess.encode.encoders import check_weights
-
-        check_weights(spec.folder, component)
-
-    return model_fields(spec, hasher, check)
+    return model_fields(spec, hasher, partial(check_component, spec.family, spec.folder))
 
 
 def refuse_absent(spec: ModelSpec, fields: Fingerprint) -> None:

@@ -127,7 +127,7 @@ def recaption(config: RecaptionConfig, console: Console) -> Recaptioned:
             # Text pass.
             texts, writer = session.texts, session.writer(SHARD_BYTES)
             text = fingerprint["text"]
-            encoder = partial(text_encoder, spec.folder, text["compute"], config.device)
+            encoder = partial(text_encoder, spec, text["compute"], config.device)
             stored = DTYPES[text["dtype"]]
             with session.rescued(writer.rescue):
                 prompts = (prompt.prompt for entries in bank for prompt in entries)
@@ -242,7 +242,7 @@ def _fingerprint(
     return {
         "format": FORMAT_VERSION,
         "overlay": CAPTIONS,
-        "text": text_group(text, own["dtype"], config.text_encoder_dtype or own["compute"]),
+        "text": text_group(spec, text, own["dtype"], config.text_encoder_dtype or own["compute"]),
     }
 
 

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from shared.io.hashing import FileHasher, digest_of
 from shared.models import original_layout, original_weights
-from shared.models.spec import read_json
+from shared.models.spec import FAMILIES, read_json
+from shared.models.wan import WAN
 from shared.models.weight_files import weight_files
 from shared.models.weights import config_of, model_weights
 
@@ -26,15 +27,7 @@ _CHUNK = 1 << 22  # values
 # What of a config decides outputs beside the shapes of the weights, with the classes' defaults. By
 # the class that the config is of; of any other class every field counts.
 _DECIDING: Mapping[str, Mapping[str, Any]] = {
-    "AutoencoderKLWan": {
-        "attn_scales": [],
-        "dim_mult": [1, 2, 4, 4],
-        "is_residual": False,
-        "latents_mean": None,
-        "latents_std": None,
-        "patch_size": None,
-        "temperal_downsample": [False, True, True],
-    },
+    **{family.classes["vae"][1]: family.vae_fields for family in FAMILIES},
     "umt5": {
         "d_kv": 64,
         "feed_forward_proj": "gated-gelu",
@@ -51,7 +44,12 @@ _DECIDING: Mapping[str, Mapping[str, Any]] = {
         "patch_size": 32,
     },
 }
-_CLASS = {"vae": "AutoencoderKLWan", "text_encoder": "umt5", "image_encoder": "clip_vision_model"}
+# Of Wan's original layout, which has no configs.
+_CLASS = {
+    "vae": WAN.classes["vae"][1],
+    "text_encoder": "umt5",
+    "image_encoder": "clip_vision_model",
+}
 # CLIPImageProcessor's own defaults.
 _PROCESSOR: Mapping[str, Any] = {
     "crop_size": {"height": 224, "width": 224},

@@ -20,6 +20,17 @@ from safetensors import SafetensorError, safe_open
 
 from shared.errors import UserError
 from shared.models.tensor_names import unwrapped
+from shared.models.wan import (
+    BOUNDARIES,
+    CLIP_DIM,
+    ORIGINAL_CLASS,
+    PATCH,
+    UMT5_DIM,
+    WAN,
+    WAN_21_VAE,
+    WAN_22_VAE,
+)
+from shared.models.wan import transformer_config as diffusers_config
 
 HIGH, LOW = "high_noise_model", "low_noise_model"
 TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
@@ -35,58 +46,6 @@ PATTERNS: Mapping[str, tuple[str, ...]] = {
     "tokenizer": (f"{TOKENIZER}/*",),
     "image_encoder": (IMAGE_ENCODER,),
 }
-# Switch of the experts as published (the original code has it in Python, no file says it).
-BOUNDARIES = {"i2v": 0.9, "t2v": 0.875}
-CLIP_DIM, UMT5_DIM = 1280, 4096
-
-# The published configs of the two VAEs, which have no config file in this layout. What a smaller
-# VAE has otherwise (base_dim, decoder_base_dim) comes from the weights.
-WAN_21_VAE: dict[str, Any] = {
-    "_class_name": "AutoencoderKLWan",
-    "base_dim": 96,
-    "z_dim": 16,
-    "dim_mult": [1, 2, 4, 4],
-    "num_res_blocks": 2,
-    "attn_scales": [],
-    "temperal_downsample": [False, True, True],
-    "dropout": 0.0,
-    "latents_mean": [
-        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-    ],
-    "latents_std": [
-        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-    ],
-}  # fmt: skip
-WAN_22_VAE: dict[str, Any] = {
-    **WAN_21_VAE,
-    "base_dim": 160,
-    "decoder_base_dim": 256,
-    "z_dim": 48,
-    "is_residual": True,
-    "in_channels": 12,
-    "out_channels": 12,
-    "patch_size": 2,
-    "scale_factor_temporal": 4,
-    "scale_factor_spatial": 16,
-    "latents_mean": [
-        -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
-        -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
-        -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
-        -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
-        -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
-        0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
-    ],
-    "latents_std": [
-        0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
-        0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
-        0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
-        0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
-        0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
-        0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
-    ],
-}  # fmt: skip
 # Latent channels of the transformer → file and config of its VAE.
 _VAES = {16: ("Wan2.1_VAE.pth", WAN_21_VAE), 48: ("Wan2.2_VAE.pth", WAN_22_VAE)}
 # What ComfyUI's repositories call the same components.
@@ -118,7 +77,9 @@ def is_original(folder: Path) -> bool:
     if (folder / HIGH / "config.json").exists() or (folder / LOW / "config.json").exists():
         return True
     try:
-        return bool(json.loads((folder / "config.json").read_bytes())["_class_name"] == "WanModel")
+        return bool(
+            json.loads((folder / "config.json").read_bytes())["_class_name"] == ORIGINAL_CLASS
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -136,12 +97,11 @@ def original_files(folder: Path, component: str) -> list[Path]:
     it). Of the first three one is expected."""
     if component == "tokenizer":
         return sorted(file for file in (folder / TOKENIZER).glob("*") if file.is_file())
-    names = {
-        "vae": lambda: _names_of(_VAES[_latent_channels(folder)][0]),
-        "text_encoder": lambda: _names_of(TEXT_ENCODER),
-        "image_encoder": lambda: _names_of(IMAGE_ENCODER),
-    }[component]()
-    return [folder / name for name in names if (folder / name).is_file()]
+    if component == "vae":
+        published = _VAES[_latent_channels(folder)][0]
+    else:
+        published = {"text_encoder": TEXT_ENCODER, "image_encoder": IMAGE_ENCODER}[component]
+    return [folder / name for name in _names_of(published) if (folder / name).is_file()]
 
 
 def model_index(folder: Path) -> dict[str, Any]:
@@ -154,7 +114,7 @@ def model_index(folder: Path) -> dict[str, Any]:
         )
     two = expert_folder(folder, "transformer") != folder
     return {
-        "transformer_2": ["diffusers", "WanTransformer3DModel"] if two else [None, None],
+        "transformer_2": [*WAN.classes["transformer"]] if two else [None, None],
         "boundary_ratio": BOUNDARIES.get(kind) if two else None,
         "expand_timesteps": kind == "ti2v",
     }
@@ -168,32 +128,28 @@ def transformer_config(folder: Path, component: str = "transformer") -> dict[str
     """
     config = _config(folder, component)
     shapes = _shapes(expert_folder(folder, component), component)
-    patch = shapes.get("patch_embedding.weight", [0, 0, *config.get("patch_size", (1, 2, 2))])[2:]
+    patch = shapes.get("patch_embedding.weight", [0, 0, *config.get("patch_size", PATCH)])[2:]
     text = shapes.get("text_embedding.0.weight", [0, config.get("text_dim", UMT5_DIM)])[1]
     if shapes:
         image = shapes.get("img_emb.proj.1.weight", [0, None])[1]
     else:  # the Wan 2.1 models take CLIP's embeddings; the ones with two experts don't
         one = expert_folder(folder, component) == folder
         image = CLIP_DIM if one and config.get("model_type") == "i2v" else None
-    dim = int(config["dim"])
-    return {
-        "_class_name": "WanTransformer3DModel",
-        "patch_size": list(patch),
-        "num_attention_heads": int(config["num_heads"]),
-        "attention_head_dim": dim // int(config["num_heads"]),
-        "in_channels": int(config["in_dim"]),
-        "out_channels": int(config["out_dim"]),
-        "text_dim": text,
-        "freq_dim": int(config["freq_dim"]),
-        "ffn_dim": int(config["ffn_dim"]),
-        "num_layers": int(config["num_layers"]),
-        "cross_attn_norm": bool(config.get("cross_attn_norm", True)),
-        "qk_norm": "rms_norm_across_heads" if config.get("qk_norm", True) else None,
-        "eps": float(config["eps"]),
-        "image_dim": image,
-        "added_kv_proj_dim": None if image is None else dim,
-        "pos_embed_seq_len": shapes["img_emb.emb_pos"][1] if "img_emb.emb_pos" in shapes else None,
-    }
+    return diffusers_config(
+        heads=int(config["num_heads"]),
+        width=int(config["dim"]),
+        ffn_dim=int(config["ffn_dim"]),
+        layers=int(config["num_layers"]),
+        channels=(int(config["in_dim"]), int(config["out_dim"])),
+        image_dim=image,
+        patch_size=list(patch),
+        text_dim=text,
+        freq_dim=int(config["freq_dim"]),
+        cross_attn_norm=bool(config.get("cross_attn_norm", True)),
+        qk_norm="rms_norm_across_heads" if config.get("qk_norm", True) else None,
+        eps=float(config["eps"]),
+        pos_embed_seq_len=shapes["img_emb.emb_pos"][1] if "img_emb.emb_pos" in shapes else None,
+    )
 
 
 def vae_config(folder: Path) -> dict[str, Any]:

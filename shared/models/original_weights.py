@@ -15,6 +15,7 @@ import torch
 
 from shared.errors import UserError, first_line
 from shared.models.original_layout import TOKENIZER, vae_config
+from shared.models.spec import FAMILIES
 from shared.models.tensor_names import unwrapped
 
 Shapes = Mapping[str, Sequence[int]]
@@ -117,12 +118,13 @@ def _renamed(state: Mapping[str, str], rules: Iterable[tuple[str, str]]) -> dict
 def _transformer(state: dict[str, str]) -> dict[str, str]:
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-    if any(name.startswith("condition_embedder.") for name in state):
+    begin = tuple(family.names_begin for family in FAMILIES)
+    if any(name.startswith(begin) for name in state):
         return state  # diffusers' own names, which the conversion would garble
     return dict(convert_wan_transformer_to_diffusers(state))
 
 
-_RESIDUAL = {"0.gamma": "norm1.gamma", "2": "conv1", "3.gamma": "norm2.gamma", "6": "conv2"}
+_RESIDUAL = {"0": "norm1", "2": "conv1", "3": "norm2", "6": "conv2"}
 _VAE_22 = [
     rule
     for old, new, sampler in (
@@ -131,10 +133,7 @@ _VAE_22 = [
     )
     for rule in (
         *(
-            (
-                rf"{old}\.(\d+)\.residual\.{number.split('.')[0]}\.(\w+)",
-                rf"{new}.resnets.\2.{name.split('.')[0]}.\3",
-            )
+            (rf"{old}\.(\d+)\.residual\.{number}\.(\w+)", rf"{new}.resnets.\2.{name}.\3")
             for number, name in _RESIDUAL.items()
         ),
         (rf"{old}\.(\d+)\.shortcut\.(\w+)", rf"{new}.resnets.\2.conv_shortcut.\3"),

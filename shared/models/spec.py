@@ -1,4 +1,4 @@
-"""What a Wan model is, read from its own config files (never from its name).
+"""What a model is, read from its own config files (never from its name): its family among others.
 
 Nothing here builds a network: stage two knows the VAE's normalisation, the text width and the
 experts from JSON alone.
@@ -6,27 +6,24 @@ experts from JSON alone.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from shared.errors import UserError, first_line, json_kind
 from shared.io.names import in_home_folder, quoted
 from shared.models import original_layout
+from shared.models.family import Family, Mode
 from shared.models.toy_model import TOY_MODELS, toy_folder
+from shared.models.wan import WAN
 
 DEFAULT_MODEL = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
-MAX_TEXT_TOKENS = 512
-# Wan's published default (`sample_neg_prompt` of the original repository's shared config).
-DEFAULT_NEGATIVE_PROMPT = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
-    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
-    "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
-)
+FAMILIES = (WAN,)
+MAX_TEXT_TOKENS = max(family.text_tokens for family in FAMILIES)
+"""What a cache may hold of a caption, whichever family it is for."""
 TIMESTEPS = 1000.0
 
-Mode = Literal["t2v", "i2v", "ti2v"]
 HUB_NAME_PARTS = 2
 
 
@@ -35,6 +32,7 @@ class ModelSpec:
     """The facts of one model folder that both stages compute with."""
 
     folder: Path
+    family: Family
     mode: Mode
     two_experts: bool
     """True where `transformer` is the high-noise expert and `transformer_2` the low-noise one."""
@@ -58,13 +56,29 @@ class ModelSpec:
 
     @property
     def flow_shift(self) -> float:
-        """Training shift of this family, as in the published recipes (brief, section 5)."""
-        return 12.0 if self.two_experts and self.mode == "t2v" else 5.0
+        """Training shift of such a model of the family."""
+        family = self.family
+        return family.other_flow_shifts.get((self.mode, self.two_experts), family.flow_shift)
 
     @property
     def expert_folders(self) -> tuple[str, ...]:
         """Component names of the transformers, high-noise first."""
         return ("transformer", "transformer_2") if self.two_experts else ("transformer",)
+
+
+def family_of(transformer: Any) -> Family:
+    """That of a transformer which one of the families' classes has built."""
+    return next(family for family in FAMILIES if family.is_of(transformer))
+
+
+def family_of_layers(modules: Iterable[str]) -> Family:
+    """The first that has all these layers, by their whole names."""
+    return next(family for family in FAMILIES if all(map(family.has_layer, modules)))
+
+
+def blocks_of(transformer: Any) -> Any:
+    """The list of its blocks, whichever family it is of."""
+    return getattr(transformer, family_of(transformer).blocks)
 
 
 def resolve_model(name: str, components: Sequence[str]) -> Path:
@@ -147,13 +161,30 @@ def read_model_spec(folder: Path) -> ModelSpec:
             raise
         raise UserError(
             f"model: the configs of {folder} lack or misspell a field ({first_line(error)}); "
-            "expected a WanTransformer3DModel and an AutoencoderKLWan config."
+            f"expected a {_known('transformer')} and an {_known('vae')} config."
         ) from error
+
+
+def _known(component: str) -> str:
+    return " or ".join(family.classes[component][1] for family in FAMILIES)
+
+
+def _family(folder: Path, transformer: dict[str, Any]) -> Family:
+    """By the class that the transformer's config names. UserError for one that is not known."""
+    found = transformer["_class_name"]
+    for family in FAMILIES:
+        if found == family.classes["transformer"][1]:
+            return family
+    raise UserError(
+        f"model: {folder}/transformer/config.json is of a {found}; expected a "
+        f"{_known('transformer')}. Choose a model of a known family."
+    )
 
 
 def _spec_from_configs(
     folder: Path, index: dict[str, Any], transformer: dict[str, Any], vae: dict[str, Any]
 ) -> ModelSpec:
+    family = _family(folder, transformer)
     two_experts = (index.get("transformer_2") or [None])[0] is not None
     boundary = index.get("boundary_ratio")
     if two_experts != (boundary is not None):
@@ -167,7 +198,7 @@ def _spec_from_configs(
             f"{transformer['pos_embed_seq_len']}); wandistill trains t2v, i2v and ti2v models."
         )
     channels = int(vae["z_dim"])
-    mode = _mode(folder, index, int(transformer["in_channels"]), channels)
+    mode = _mode(folder, index, int(transformer["in_channels"]), channels, family.mask_channels)
     image_dim = transformer.get("image_dim")
     if image_dim is not None and mode != "i2v":
         raise UserError(
@@ -175,14 +206,20 @@ def _spec_from_configs(
             f"in_channels={transformer['in_channels']} ({mode}); only i2v models take CLIP image "
             "embeddings."
         )
-    spatial = int(vae.get("scale_factor_spatial") or 8)
+    time, high, wide = family.stride
+    spatial = vae.get("scale_factor_spatial")
     return ModelSpec(
         folder=folder,
+        family=family,
         mode=mode,
         two_experts=two_experts,
         boundary=None if boundary is None else float(boundary),
         latent_channels=channels,
-        stride=(int(vae.get("scale_factor_temporal") or 4), spatial, spatial),
+        stride=(
+            int(vae.get("scale_factor_temporal") or time),
+            int(spatial or high),
+            int(spatial or wide),
+        ),
         patch=tuple(transformer["patch_size"]),
         latents_mean=tuple(map(float, vae["latents_mean"])),
         latents_std=tuple(map(float, vae["latents_std"])),
@@ -191,7 +228,9 @@ def _spec_from_configs(
     )
 
 
-def _mode(folder: Path, index: dict[str, Any], in_channels: int, latent_channels: int) -> Mode:
+def _mode(
+    folder: Path, index: dict[str, Any], in_channels: int, latent_channels: int, mask_channels: int
+) -> Mode:
     expanded = bool(index.get("expand_timesteps"))
     if in_channels == latent_channels:
         return "ti2v" if expanded else "t2v"
@@ -200,10 +239,11 @@ def _mode(folder: Path, index: dict[str, Any], in_channels: int, latent_channels
             f"model: {folder}/transformer/config.json has in_channels={in_channels}; with "
             f"expand_timesteps (ti2v) expected the VAE's {latent_channels} latent channels."
         )
-    if in_channels == 2 * latent_channels + 4:
+    conditioned = 2 * latent_channels + mask_channels
+    if in_channels == conditioned:
         return "i2v"
     raise UserError(
         f"model: {folder}/transformer/config.json has in_channels={in_channels}; with "
         f"{latent_channels} latent channels expected {latent_channels} (t2v) or "
-        f"{2 * latent_channels + 4} (i2v: 4 mask + {latent_channels} condition channels)."
+        f"{conditioned} (i2v: {mask_channels} mask + {latent_channels} condition channels)."
     )

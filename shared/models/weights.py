@@ -7,7 +7,7 @@ in, wrappers before the names taken off, and what has no part (`shared.models.te
 out.
 
 Files are read with safetensors or `torch.load(weights_only=True)`: nothing that they say is run.
-Classes are the caller's: `shared` builds none.
+Classes are those of the model's family, imported when a network is built.
 """
 
 import re
@@ -24,10 +24,11 @@ from safetensors import safe_open
 
 from shared.errors import UserError, first_line
 from shared.models import fp8, original_weights
+from shared.models.family import Family
 from shared.models.original_layout import is_original, transformer_config
 from shared.models.spec import read_json
 from shared.models.tensor_names import is_adapter, kind_of, never_weights, unwrapped
-from shared.models.weight_files import weight_files
+from shared.models.weight_files import OF_TRANSFORMERS, weight_files
 
 State = dict[str, torch.Tensor]
 AGAIN = "It is damaged, or of another model: download it again."
@@ -175,33 +176,21 @@ def _equal(one: torch.Tensor, other: torch.Tensor | None) -> bool:
 # Into a model
 
 
-def load_transformer(kind: Any, folder: Path, component: str, *, dtype: torch.dtype) -> Any:
-    """A `kind`, WanTransformer3DModel, in `dtype`: norms, modulation and time embedding are fp32,
-    as `from_pretrained(torch_dtype=dtype)` has them. Raises UserError."""
+def load_component(family: Family, folder: Path, component: str, *, dtype: torch.dtype) -> Any:
+    """One of a model's networks in `dtype`. Raises UserError.
+
+    Of a transformer norms, modulation and time embedding are fp32, as
+    `from_pretrained(torch_dtype=dtype)` has them.
+    """
     weights = model_weights(folder, component)
-    model = empty_model(kind, config_of(folder, component, weights))
-    return filled(model, weights, dtype=dtype, cure=AGAIN)
+    kind, config = family.load_class(component), config_of(folder, component, weights)
+    if component in OF_TRANSFORMERS:
+        return _of_transformers(kind, config, weights, dtype)
+    return filled(empty_model(kind, config), weights, dtype=dtype, cure=AGAIN)
 
 
-def load_vae(kind: Any, folder: Path, *, dtype: torch.dtype) -> Any:
-    """A `kind`, AutoencoderKLWan, in `dtype`. Raises UserError."""
-    weights = model_weights(folder, "vae")
-    model = empty_model(kind, config_of(folder, "vae", weights))
-    return filled(model, weights, dtype=dtype, cure=AGAIN)
-
-
-def load_text_encoder(kind: Any, folder: Path, *, dtype: torch.dtype) -> Any:
-    """A `kind`, UMT5EncoderModel, in `dtype`. Raises UserError."""
-    return _of_transformers(kind, folder, "text_encoder", dtype)
-
-
-def load_image_encoder(kind: Any, folder: Path, *, dtype: torch.dtype) -> Any:
-    """A `kind`, CLIPVisionModel, in `dtype`. Raises UserError."""
-    return _of_transformers(kind, folder, "image_encoder", dtype)
-
-
-def check_component(kind: Any, folder: Path, component: str) -> None:
-    """UserError where `kind` could not be loaded from the folder, by names and shapes alone.
+def check_component(family: Family, folder: Path, component: str) -> None:
+    """UserError where it could not be loaded from the folder, by names and shapes alone.
 
     A component whose weights are not there passes.
     """
@@ -209,8 +198,7 @@ def check_component(kind: Any, folder: Path, component: str) -> None:
         return
     weights = model_weights(folder, component)
     config = config_of(folder, component, weights)
-    model = _empty(kind, config, weights.source)
-    check_fits(model, weights, AGAIN)
+    check_fits(_empty(family.load_class(component), config, weights.source), weights, AGAIN)
 
 
 def config_of(folder: Path, component: str, weights: Weights) -> dict[str, Any]:
@@ -269,9 +257,9 @@ def filled(model: Any, weights: Weights, *, dtype: torch.dtype, cure: str) -> An
     return model.eval()
 
 
-def _of_transformers(kind: Any, folder: Path, component: str, dtype: torch.dtype) -> Any:
-    weights = model_weights(folder, component)
-    config = config_of(folder, component, weights)
+def _of_transformers(
+    kind: Any, config: dict[str, Any], weights: Weights, dtype: torch.dtype
+) -> Any:
     empty = _empty(kind, config, weights.source)
     check_fits(empty, weights, AGAIN)
     # What is no fp8 the library brings to its dtype itself, and knows what to keep in fp32.
@@ -288,7 +276,8 @@ def _of_transformers(kind: Any, folder: Path, component: str, dtype: torch.dtype
         raise
     except Exception as error:  # RuntimeError, KeyError, ValueError
         raise UserError(
-            f"model: cannot load {component} from {weights.source} ({first_line(error)}). {AGAIN}"
+            f"model: cannot load {weights.component} from {weights.source} "
+            f"({first_line(error)}). {AGAIN}"
         ) from error
     for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         assert not report[keys], (keys, report[keys])  # as was checked

@@ -12,7 +12,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from shared.format.cache import open_cache
-from shared.models.published import PUBLISHED
+from shared.models.wan import PUBLISHED
 from train.cli.app import app as wantrain
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

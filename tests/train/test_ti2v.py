@@ -20,7 +20,7 @@ from tests.train.test_distill import distill, final_bytes
 from train.cli.app import app as wantrain
 from train.data.batches import Batch
 from train.functional.losses import dmd_gradient, dmd_loss, flow_matching_loss
-from train.functional.rng import noise, uniform
+from train.functional.rng import noise, spread
 from train.functional.schedule import Schedule
 from train.methods.dmd import critic_step, exit_step, generator_step, rollout
 from train.model.roles import CRITIC, GENERATOR, Roles
@@ -97,7 +97,7 @@ class Reference:
         raise AssertionError
 
     def level(self, purpose: str = "score") -> torch.Tensor:
-        u = 0.98 * uniform(3, f"{purpose} level", UPDATE, (0, 1)).double()
+        u = 0.98 * spread(3, f"{purpose} level", UPDATE, (0, 1), 1).double()
         return (SHIFT * u / (1 + (SHIFT - 1) * u)).clamp_min(0.02).view(2, 1, 1, 1, 1)
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
@@ -226,7 +226,7 @@ def test_half_of_the_clips_are_text_only_and_every_image_is(
 
     halves = [
         list(
-            _dataset(ti2v_shards, tiny_ti2v, rank=rank, world_size=2).ahead(
+            _dataset(ti2v_shards, tiny_ti2v, data_rank=rank, data_size=2).ahead(
                 start=0, stop=20, workers=0
             )
         )

@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import psutil
 import torch
-from diffusers import WanTransformer3DModel
 from rich.console import Console
 from torch import nn
 from torch.nn.modules.module import (
@@ -254,7 +253,7 @@ def measure(run: Run, console: Console, *, cycles: int) -> Report | None:
 
 
 def _work(run: Run, loop: Loop) -> Work:
-    bank = load_prompt_bank(run.data.first)
+    bank = load_prompt_bank(run.data.first, run.spec.family)
     measured = range(run.cycle, run.updates)
     counted = flops.count(run, micro_batches(run, bank), bank, measured)
     by_role: dict[str, list[int]] = defaultdict(list)
@@ -338,7 +337,7 @@ class _Watcher:
         return float(one.elapsed_time(other)) / 1000
 
     def _before_module(self, module: nn.Module, inputs: Any) -> None:
-        if isinstance(module, WanTransformer3DModel):
+        if self.run.spec.family.is_of(module):
             if self.sizes is None and self._steps == self.run.updates - 1:
                 self._mark("look")  # which takes time that a run does not
                 self.sizes = _sizes(module)
@@ -346,7 +345,7 @@ class _Watcher:
             self._mark("forward")
 
     def _after_module(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if not isinstance(module, WanTransformer3DModel):
+        if not self.run.spec.family.is_of(module):
             return
         self._mark("forward end")
         velocity = output[0]
@@ -452,7 +451,7 @@ def _place(thing: Any) -> tuple[int, int] | None:
 def measure_loader(run: Run) -> Loader:
     """One thread that makes the run's batches, beside a sequential read of the same shards."""
     run = replace(run, config=replace(run.config, caption_dropout=0.0))
-    dataset = micro_batches(run, load_prompt_bank(run.data.first))
+    dataset = micro_batches(run, load_prompt_bank(run.data.first, run.spec.family))
 
     def load(updates: int) -> int:
         done = 0

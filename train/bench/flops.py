@@ -11,7 +11,6 @@ appendix B). Norms, activations and optimizers, less than a hundredth, are not c
 from collections.abc import Iterable
 
 import torch
-from diffusers import WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from train.data.batches import MicroBatches, PromptBank
@@ -47,9 +46,10 @@ def count(
     batch can't be read.
     """
     meta, config, objective = torch.device("meta"), run.config, run.objective
-    facts = component_config(run.spec, component_of(objective.expert))
+    component = component_of(objective.expert)
+    facts = component_config(run.spec, component)
     with meta:
-        transformer = WanTransformer3DModel.from_config(facts)
+        transformer = run.spec.family.load_class(component).from_config(facts)
         lora = lora_of(config, transformer)
         roles = Roles(transformer, lora, seed=config.seed, names=objective.learning_rates)
     negative = bank.negative.to(meta)

@@ -135,10 +135,10 @@ class BatchPlan:
 
 
 def micro_batch(
-    batch_size: int, *, micro_step: int, rank: int, world_size: int, accumulation: int
+    batch_size: int, *, micro_step: int, data_rank: int, data_size: int, accumulation: int
 ) -> range:
-    """Positions inside an update batch that one rank computes in one micro-step."""
-    per_step = batch_size // (world_size * accumulation)
-    assert per_step * world_size * accumulation == batch_size
-    start = (micro_step * world_size + rank) * per_step
+    """Positions inside an update batch that one data rank computes in one micro-step."""
+    per_step = batch_size // (data_size * accumulation)
+    assert per_step * data_size * accumulation == batch_size
+    start = (micro_step * data_size + data_rank) * per_step
     return range(start, start + per_step)

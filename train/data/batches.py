@@ -16,14 +16,14 @@ from shared.format.prompts import read_prompts
 from shared.format.schema import CONDITION_MEMBER, DTYPES, LATENTS_MEMBER, TEXT_MEMBER, TORCH_DTYPES
 from shared.format.tensor_header import TensorHeader
 from shared.io.names import quoted
-from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec
+from shared.models.family import Family
+from shared.models.spec import ModelSpec
 from train.data.batch_plan import BatchPlan, micro_batch
 from train.data.buffer_pool import Buffers
 from train.data.dataset import Dataset
 from train.functional.rng import counted_rng
 
 VIDEO, TEXT = (MEDIA_TYPES.index(name) for name in ("video", "text"))
-MASK_CHANNELS = 4
 TEXT_ONLY_SHARE = 0.5  # of a ti2v model's clips: it must go on to serve text to video, too
 READ_AHEAD = 2  # batches a thread
 OPEN_FILES = 32  # of all caches, a thread
@@ -43,8 +43,8 @@ class Batch:
     latents: torch.Tensor
     """(B, C, T, H, W) fp32, normalised; zeros of a caption without a medium."""
     text: torch.Tensor
-    """(B, 512, D) in the cache's dtype, zeros after each caption's true length: the transformer
-    attends to them, as in diffusers' pipelines."""
+    """(B, tokens, D) in the cache's dtype, as many as the family takes, zeros after each caption's
+    true length: the transformer attends to them, as in diffusers' pipelines."""
     condition: torch.Tensor | None
     """i2v: (B, 4+C, T, H, W) fp32, mask then normalised condition latents; else None."""
     image: torch.Tensor | None = None
@@ -59,6 +59,7 @@ class Batch:
 class StoredBatch:
     """A `Batch` as the shards have it: nothing was copied, padded or converted yet."""
 
+    family: Family
     update: int
     samples: tuple[int, ...]
     keys: tuple[str, ...]
@@ -80,11 +81,13 @@ class StoredBatch:
             return pinned.to(device, non_blocking=True)
 
         first = self.texts[0]
-        padded = (len(self.texts), MAX_TEXT_TOKENS, first.shape[1])
+        padded = (len(self.texts), self.family.text_tokens, first.shape[1])
         text = torch.zeros(padded, dtype=first.dtype, device=device)
         for row, own in zip(text, self.texts, strict=True):
             row[: len(own)] = move(own)
-        condition = None if self.condition is None else with_mask(move(self.condition).float())
+        condition = self.condition
+        if condition is not None:
+            condition = with_mask(move(condition).float(), self.family.mask_channels)
         return Batch(
             update=self.update,
             samples=self.samples,
@@ -97,9 +100,9 @@ class StoredBatch:
         )
 
 
-def pad_text(text: torch.Tensor) -> torch.Tensor:
-    """(tokens, D) → (512, D), zeros behind."""
-    return torch.nn.functional.pad(text, (0, 0, 0, MAX_TEXT_TOKENS - text.shape[0]))
+def pad_text(text: torch.Tensor, tokens: int) -> torch.Tensor:
+    """(≤ tokens, D) → (tokens, D), zeros behind."""
+    return torch.nn.functional.pad(text, (0, 0, 0, tokens - text.shape[0]))
 
 
 def cropped_frames(frames: int, seed: int, update: int) -> int:
@@ -110,13 +113,13 @@ def cropped_frames(frames: int, seed: int, update: int) -> int:
     return shorter[int(rng.integers(len(shorter)))] if shorter and rng.random() >= 0.9 else frames
 
 
-def with_mask(cond: torch.Tensor) -> torch.Tensor:
-    """(B, C, T, H, W) condition latents → (B, 4+C, T, H, W): ones in latent frame 0.
+def with_mask(cond: torch.Tensor, channels: int) -> torch.Tensor:
+    """(B, C, T, H, W) condition latents → (B, channels + C, T, H, W): ones in latent frame 0.
 
     The target of a single frame, an image or a video cut that short, would be its own condition,
     so its mask is 0 (and its cached condition the encoding of zeros).
     """
-    mask = cond.new_zeros(len(cond), MASK_CHANNELS, *cond.shape[2:])
+    mask = cond.new_zeros(len(cond), channels, *cond.shape[2:])
     if cond.shape[2] > 1:
         mask[:, :, 0] = 1
     return torch.cat([mask, cond], dim=1)
@@ -124,13 +127,13 @@ def with_mask(cond: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptBank:
-    """Embeddings that training needs beside the captions, (512, D), zero-padded."""
+    """Embeddings that training needs beside the captions, (tokens, D), zero-padded."""
 
     empty: torch.Tensor
     negative: torch.Tensor
 
 
-def load_prompt_bank(index: CacheIndex) -> PromptBank:
+def load_prompt_bank(index: CacheIndex, family: Family) -> PromptBank:
     """Read the prompt bank. UserError names a role that the cache lacks."""
     overlay = index.overlays.get(TEXT_MEMBER)
     bank = index if overlay is None else overlay.index  # the same text encoder as the captions'
@@ -150,7 +153,8 @@ def load_prompt_bank(index: CacheIndex) -> PromptBank:
                 f"{width}. Delete {', '.join(bank.prompt_shards)} with their .json and run "
                 f"`{command}` again."
             )
-    return PromptBank(empty=pad_text(prompts["empty"]), negative=pad_text(prompts["negative"]))
+    empty, negative = (pad_text(prompts[r], family.text_tokens) for r in ("empty", "negative"))
+    return PromptBank(empty=empty, negative=negative)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,8 +172,9 @@ class MicroBatches:
     text_only: bool = False
     """Show all clips of a ti2v model as text to video."""
     accumulation: int
-    rank: int
-    world_size: int
+    data_rank: int
+    data_size: int
+    """Of the group of processes whose samples these are."""
     _buffers: Buffers = field(default_factory=Buffers, init=False)
     _local: threading.local = field(default_factory=threading.local, init=False)
     """A reader of each thread: its files may be closed by its next read."""
@@ -183,8 +188,8 @@ class MicroBatches:
         positions = micro_batch(
             self.plan.batch_size,
             micro_step=micro_step,
-            rank=self.rank,
-            world_size=self.world_size,
+            data_rank=self.data_rank,
+            data_size=self.data_size,
             accumulation=self.accumulation,
         )
         update_batch = self.plan.batch(update)
@@ -240,6 +245,7 @@ class MicroBatches:
             noised = torch.ones(len(rows), 1, frames, 1, 1)
             noised[conditioned, :, 0] = 0
         return StoredBatch(
+            family=self.spec.family,
             update=update,
             samples=samples,
             keys=tuple(self.dataset.key(row) for row in rows),
@@ -297,11 +303,11 @@ class MicroBatches:
     def _text(self, row: int) -> torch.Tensor:
         """(tokens, D) of a caption."""
         reader, header = self._header(row, TEXT_MEMBER)
-        tokens, width = header.tensors["text"].shape
-        if tokens > MAX_TEXT_TOKENS or width != self.spec.text_dim:
-            expected = f"(up to {MAX_TEXT_TOKENS}, {self.spec.text_dim})"
+        (tokens, width), most = header.tensors["text"].shape, self.spec.family.text_tokens
+        if tokens > most or width != self.spec.text_dim:
+            expected = f"(up to {most}, {self.spec.text_dim})"
             raise self._misshapen(row, header, "text", expected)
-        room = self._buffers.empty((MAX_TEXT_TOKENS, width), self.empty_text.dtype)
+        room = self._buffers.empty((most, width), self.empty_text.dtype)
         return self._read(row, reader, header, "text", room[:tokens])
 
     def _targets(self, rows: list[int]) -> torch.Tensor:

@@ -7,6 +7,7 @@ from datetime import timedelta
 from shared.device import check_device, default_device
 from shared.errors import UserError
 from train.distributed.launcher import Machines
+from train.distributed.mesh import Mesh
 from train.distributed.options import ProcessOptions
 from train.distributed.process_group import ALONE, Ranks, launched
 from train.distributed.zero_file import stage_of_launcher, zero_section
@@ -23,6 +24,11 @@ class Placement:
     """Of this process."""
     to_launch: bool
     """Whether this process has yet to start those of the run."""
+
+    @property
+    def mesh(self) -> Mesh:
+        """Of the run, its processes started or not."""
+        return Mesh(data=self.machines.num_processes)
 
 
 def place(strategy: StrategyName | None, options: ProcessOptions) -> tuple[StrategyName, Placement]:

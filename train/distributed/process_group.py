@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from shared.errors import UserError, first_line
 from train.distributed.failure_report import Answer, RollCall
+from train.distributed.mesh import Mesh
 
 T = TypeVar("T")
 
@@ -32,6 +33,11 @@ class Ranks:
     """How long one waits for another. One that died is noticed at once, by its closed connections;
     this is for one that hangs, and must be longer than what one may do alone: write a checkpoint to
     a slow disk, read the base, fetch a shard, compile."""
+
+    @property
+    def mesh(self) -> Mesh:
+        """What all of them are."""
+        return Mesh(data=self.world_size)
 
     @property
     def first(self) -> bool:

@@ -33,19 +33,11 @@ def noise(
     return torch.from_numpy(np.stack(rows))
 
 
-def uniform(seed: int, purpose: str, step: int, samples: Sequence[int]) -> torch.Tensor:
-    """(B,) fp32 in [0, 1), one for each global sample of `step`."""
-    return torch.tensor(
-        [counted_rng(seed, purpose, step, sample).random() for sample in samples],
-        dtype=torch.float32,
-    )
-
-
 def spread(seed: int, purpose: str, step: int, samples: Sequence[int], strata: int) -> torch.Tensor:
     """(B,) fp32 in [0, 1), each uniform by itself, any `strata` samples in a row spread evenly.
 
     [0, 1) is cut into `strata` equal parts, which a permutation, drawn anew for each step, deals
-    out to the samples; each is uniform within its part. One part: the same as `uniform`.
+    out to the samples; each is uniform within its part. One part: each is drawn by itself.
     """
     parts = counted_rng(seed, f"{purpose} part", step).permutation(strata)
     inside = [counted_rng(seed, purpose, step, sample).random() for sample in samples]

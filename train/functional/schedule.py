@@ -5,6 +5,7 @@ timestep turns 937.5 into 937, a bf16 one into 936, and neither is what the mode
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -13,6 +14,7 @@ from shared.models.spec import TIMESTEPS
 from train.options import Expert, ScoreFloor
 
 # In the command line's order: typing keeps one Optional[Literal] for all orders, the first it saw.
+Value = TypeVar("Value", torch.Tensor, float)
 
 # Levels nearer to pure noise say nothing about x̂0 and levels below divide by almost nothing. The
 # floor is on σ, after the shift: in u it would keep the low expert from ever seeing σ < 0.2 at
@@ -21,7 +23,7 @@ MAX_SCORE_U = 0.98
 MIN_SCORE_SIGMA = 0.02
 
 
-def shift_sigma(u: torch.Tensor | float, shift: float) -> torch.Tensor | float:
+def shift_sigma(u: Value, shift: float) -> Value:
     """σ = s·u / (1 + (s−1)·u): the schedule's time u in [0, 1] to a noise level in [0, 1]."""
     return shift * u / (1 + (shift - 1) * u)
 
@@ -90,7 +92,7 @@ class Schedule:
     @property
     def sigmas(self) -> tuple[float, ...]:
         """Noise level of each step, float64."""
-        return tuple(float(shift_sigma(i / TIMESTEPS, self.shift)) for i in self.indices)
+        return tuple(shift_sigma(i / TIMESTEPS, self.shift) for i in self.indices)
 
     @property
     def timesteps(self) -> tuple[float, ...]:
@@ -141,5 +143,4 @@ class Schedule:
     def score_sigma(self, u: torch.Tensor, *, floored: bool = True) -> torch.Tensor:
         """Noise level at which scores are compared, for u drawn from `score_interval`."""
         sigma = shift_sigma(u, self.shift)
-        assert isinstance(sigma, torch.Tensor)
         return sigma.clamp_min(MIN_SCORE_SIGMA) if floored else sigma

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from shared.models.spec import blocks_of
 from train.memory.copy_stream import Copy, HostMemory, SideStream
 
 BUFFERS = 2
@@ -98,7 +99,7 @@ def stream_blocks(
 
     All else is left to the caller. UserError where memory can't be locked.
     """
-    blocks: Sequence[nn.Module] = transformer.blocks  # type: ignore[assignment]
+    blocks = blocks_of(transformer)
     streamed = StreamedBlocks([blocks[number] for number in numbers], device)
     transformer.streamed = streamed  # type: ignore[assignment]
     return streamed

@@ -9,8 +9,8 @@ from shared.cli.checks import WHOLE, check_option
 from shared.errors import UserError
 from shared.format.buckets import Bucket
 from shared.models.original_layout import is_original
-from shared.models.published import PUBLISHED, published_model, write_configs
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
+from shared.models.wan import PUBLISHED, published_model, write_configs
 from train.memory.estimate import Estimate, Settings, estimate_of, tokens_of
 from train.memory.options import MemoryOptions
 from train.model.custom_weights import empty_transformer

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from shared.errors import UserError
+from shared.models.spec import blocks_of, family_of
 from train.options import BasePrecision
 
 QuantisedPrecision = Literal["fp8", "int8", "nf4"]
@@ -51,10 +52,11 @@ def quantised_bytes(rows: int, columns: int, precision: QuantisedPrecision) -> i
 
 def base_linears(transformer: nn.Module) -> dict[str, nn.Linear]:
     """Name → linear layer of the base inside a block: those which can be quantised, not LoRA's."""
+    blocks = family_of(transformer).blocks
     return {
         name: module
-        for name, module in transformer.named_modules()
-        if name.startswith("blocks.") and isinstance(module, nn.Linear) and ".lora_" not in name
+        for name, module in blocks_of(transformer).named_modules(prefix=blocks)
+        if isinstance(module, nn.Linear) and ".lora_" not in name
     }
 
 

@@ -44,7 +44,7 @@ class Objective(Protocol):
         """How many updates a role has made when `update` begins."""
 
     def loss(self, roles: Roles, role: str, batch: Batch, negative: torch.Tensor) -> StepOutput:
-        """One micro-step of `role`. `negative`: (512, D).
+        """One micro-step of `role`. `negative`: (tokens, D).
 
         Call `backward` inside the role.
         """

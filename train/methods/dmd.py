@@ -13,7 +13,7 @@ from train.data.batches import Batch
 from train.functional.losses import dmd_gradient, dmd_loss, mean_gap
 from train.functional.rng import choice, noise, spread
 from train.functional.schedule import Schedule, add_noise, x0_from_velocity
-from train.methods.flow_matching import Level, guided_velocity, over_frames, velocity_loss
+from train.methods.flow_matching import Level, guided_velocity, over_frames, velocity_loss, walk
 from train.methods.step_output import StepOutput
 from train.model.roles import CRITIC, GENERATOR, Roles
 from train.options import Expert, Maths, Pairing, ScoreFloor, Start
@@ -89,34 +89,25 @@ def rollout(
     Only the last step carries gradients: what came before is data, as at inference. `purpose`
     tells streams of noise apart.
     """
-    shape, device = batch.latents.shape[1:], batch.latents.device
     steps = [step for step in recipe.walk if step <= last]
-    levels = {
-        step: over_frames(batch, recipe.schedule.sigmas[step], recipe.schedule.timesteps[step])
-        for step in steps
-    }
 
-    def fresh_noise(step: int) -> torch.Tensor:
-        drawn = noise(shape, recipe.seed, f"{purpose} {step}", batch.update, batch.samples)
-        return drawn.to(device)
-
-    x_t = fresh_noise(steps[0])
-    if recipe.start == "latents":
-        x_t = add_noise(batch.latents, x_t, levels[steps[0]][0])
-    elif batch.noised is not None:  # a frame that is kept clean enters as it is cached
-        x_t = torch.where(batch.noised > 0, x_t, batch.latents)
-
-    for step, following in zip(steps, [*steps[1:], None], strict=True):
-        gradient_here = with_gradient and following is None
-        sigma, t = levels[step]
+    def predict(x_t: torch.Tensor, timestep: torch.Tensor, place: int) -> torch.Tensor:
+        gradient_here = with_gradient and place == len(steps) - 1
         with roles.generator(), torch.set_grad_enabled(gradient_here):
-            v = roles.velocity(x_t, t, batch.text, batch.condition, batch.image)
-            x0 = x0_from_velocity(x_t, v, sigma)
-        if following is not None and recipe.pairing == "renoise":
-            x_t = add_noise(x0, fresh_noise(following), levels[following][0])
-        elif following is not None:
-            x_t = x_t + (levels[following][0] - sigma) * v
-    return x0
+            return roles.velocity(x_t, timestep, batch.text, batch.condition, batch.image)
+
+    def fresh_noise(place: int) -> torch.Tensor:
+        stream = f"{purpose} {steps[place]}"
+        return noise(batch.latents.shape[1:], recipe.seed, stream, batch.update, batch.samples)
+
+    return walk(
+        batch,
+        [recipe.schedule.sigmas[step] for step in steps],
+        predict,
+        fresh_noise,
+        from_latents=recipe.start == "latents",
+        renoise=recipe.pairing == "renoise",
+    )
 
 
 def draw_level(recipe: Recipe, batch: Batch, purpose: str = "score") -> ScoreLevel:
@@ -133,28 +124,10 @@ def draw_level(recipe: Recipe, batch: Batch, purpose: str = "score") -> ScoreLev
     return ScoreLevel(*over_frames(batch, sigma, TIMESTEPS * sigma), drawn, u)
 
 
-def _guided_x0(
-    roles: Roles,
-    x_t: torch.Tensor,
-    level: ScoreLevel,
-    batch: Batch,
-    negative: torch.Tensor,
-    scale: float,
-    *,
-    batched: bool,
-) -> torch.Tensor:
-    """x̂0 of the active role at a score level; a scale of 0 or 1 is no guidance."""
-    if scale in (0, 1):
-        v = roles.velocity(x_t, level.timestep, batch.text, batch.condition, batch.image)
-    else:
-        v = guided_velocity(roles, x_t, level.timestep, batch, negative, scale, batched=batched)
-    return x0_from_velocity(x_t, v, level.sigma)
-
-
 def generator_step(
     roles: Roles, recipe: Recipe, batch: Batch, negative: torch.Tensor
 ) -> StepOutput:
-    """One generator micro-step. `negative`: (512, D).
+    """One generator micro-step. `negative`: (tokens, D).
 
     Metrics: critic error, mean|x̂0_generated − x̂0_fake|, teacher error, the same to x̂0_real (how
     well either denoises what the generator makes), and their ratio.
@@ -165,13 +138,14 @@ def generator_step(
     with torch.no_grad():
         level = draw_level(recipe, batch)
         x_t = add_noise(x0.detach(), level.noise, level.sigma)
-        guided_x0 = partial(
-            _guided_x0, roles, x_t, level, batch, negative, batched=recipe.batched_guidance
-        )
+        guided = partial(
+            guided_velocity, roles, x_t, level.timestep, batch, negative,
+            batched=recipe.batched_guidance,
+        )  # fmt: skip
         with roles.critic():
-            fake = guided_x0(recipe.fake_guidance_scale)
+            fake = x0_from_velocity(x_t, guided(recipe.fake_guidance_scale), level.sigma)
         with roles.teacher():
-            real = guided_x0(recipe.real_guidance_scale)
+            real = x0_from_velocity(x_t, guided(recipe.real_guidance_scale), level.sigma)
         gradient = dmd_gradient(x0.detach(), real, fake, batch.noised)
         metrics = {
             CRITIC_ERROR: mean_gap(x0, fake, batch.noised),

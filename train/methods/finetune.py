@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from train.data.batches import Batch
+from train.functional.rng import noise
+from train.functional.schedule import shift_sigma
 from train.methods.base import Method
-from train.methods.flow_matching import NoiseLevels, euler_sample, flow_matching_step
+from train.methods.flow_matching import NoiseLevels, flow_matching_step, guided_velocity, walk
 from train.methods.step_output import StepOutput
 from train.model.roles import Roles
 from train.options import Expert
@@ -50,18 +52,29 @@ class Finetuning:
     def samples_from_latents(self) -> bool:
         return self.expert == "low"  # it never sees pure noise
 
+    @torch.no_grad()
     def sample(self, roles: Roles, batch: Batch, negative: torch.Tensor) -> torch.Tensor:
-        return euler_sample(
-            roles,
-            LORA,
-            self.levels,
-            batch,
-            negative,
-            steps=VALIDATION_STEPS,
-            scale=VALIDATION_GUIDANCE,
-            seed=self.seed,
-            from_latents=self.samples_from_latents,
-        )
+        """By Euler steps with guidance.
+
+        Of those over all levels, even before the shift, the expert's are taken; the clip is x̂0 of
+        the last.
+        """
+        low, high = self.levels.interval
+        even = [1 - step / VALIDATION_STEPS for step in range(VALIDATION_STEPS)]
+        shape, count = batch.latents.shape[1:], (batch.update, batch.samples)
+
+        def predict(x_t: torch.Tensor, timestep: torch.Tensor, place: int) -> torch.Tensor:
+            return guided_velocity(roles, x_t, timestep, batch, negative, VALIDATION_GUIDANCE)
+
+        with roles.role(LORA):
+            return walk(
+                batch,
+                [shift_sigma(u, self.levels.shift) for u in even if low <= u <= high],
+                predict,
+                lambda _: noise(shape, self.seed, "validation", *count),
+                from_latents=self.samples_from_latents,
+                renoise=False,
+            )
 
     def identity(self) -> dict[str, Any]:
         levels = self.levels

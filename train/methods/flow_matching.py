@@ -3,6 +3,7 @@
 No optimizer, no I/O, no state. Everything random is drawn from (seed, purpose, update, sample).
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -64,7 +65,7 @@ class NoiseLevels:
     @property
     def timesteps(self) -> tuple[float, float]:
         """(low, high) of t = 1000·σ."""
-        low, high = (TIMESTEPS * float(shift_sigma(u, self.shift)) for u in self.interval)
+        low, high = (TIMESTEPS * shift_sigma(u, self.shift) for u in self.interval)
         return low, high
 
     @cached_property
@@ -83,9 +84,7 @@ class NoiseLevels:
         if self.sampling == "logit-normal":
             u = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
         # The inverse comes back to the ends by rounding alone.
-        sigma = shift_sigma(u.clamp(*self.interval), self.shift)
-        assert isinstance(sigma, torch.Tensor)
-        return sigma.float()
+        return shift_sigma(u.clamp(*self.interval), self.shift).float()
 
 
 @dataclass(frozen=True)
@@ -167,17 +166,20 @@ def guided_velocity(
 ) -> torch.Tensor:
     """v̂ of the active role with classifier-free guidance, (B, C, T, H, W) fp32.
 
-    `timestep` (B,) or (B, T), `negative` (512, D). `batched`: one pass of 2B samples, the
-    conditional ones first, in place of two passes of B; equal but for rounding.
+    A scale of 0 or 1 is no guidance, the conditional prediction alone. `timestep` (B,) or (B, T),
+    `negative` (tokens, D). `batched`: one pass of 2B samples, the conditional ones first, in place
+    of two passes of B; equal but for rounding.
     """
+    if scale in (0, 1):
+        return roles.velocity(x_t, timestep, batch.text, batch.condition, batch.image)
     unconditional = negative.expand(len(batch.samples), -1, -1)
     if batched:
+        condition, image = (
+            None if one is None else torch.cat([one, one]) for one in (batch.condition, batch.image)
+        )
+        text = torch.cat([batch.text, unconditional])
         v, v_unconditional = roles.velocity(
-            torch.cat([x_t, x_t]),
-            torch.cat([timestep, timestep]),
-            torch.cat([batch.text, unconditional]),
-            None if batch.condition is None else torch.cat([batch.condition, batch.condition]),
-            None if batch.image is None else torch.cat([batch.image, batch.image]),
+            torch.cat([x_t, x_t]), torch.cat([timestep, timestep]), text, condition, image
         ).chunk(2)
     else:
         v, v_unconditional = (
@@ -187,39 +189,36 @@ def guided_velocity(
     return guide(v, v_unconditional, scale)
 
 
-@torch.no_grad()
-def euler_sample(
-    roles: Roles,
-    role: str,
-    levels: NoiseLevels,
+def walk(
     batch: Batch,
-    negative: torch.Tensor,
+    sigmas: Sequence[float],
+    predict: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
+    fresh_noise: Callable[[int], torch.Tensor],
     *,
-    steps: int,
-    scale: float,
-    seed: int,
     from_latents: bool,
+    renoise: bool,
 ) -> torch.Tensor:
-    """What a role makes of a batch by Euler steps with guidance, (B, C, T, H, W) fp32.
+    """x̂0 at the last of falling noise levels, (B, C, T, H, W) fp32.
 
-    Of `steps` steps over all levels, even before the shift, those are taken that are the expert's;
-    the clip is x̂0 of the last. It begins as noise, or `from_latents` as the batch's, noised to the
-    first. `negative`: (512, D).
+    It begins as noise, or `from_latents` as the batch's, noised to the first level. `predict` gives
+    v̂ of (x_t, timestep, place in `sigmas`), `fresh_noise` noise (B, C, T, H, W) for a place. A step
+    leads to the next with that on x̂0 (`renoise`, LCM sampling), or along v̂ (Euler).
     """
-    low, high = levels.interval
-    own = [1 - step / steps for step in range(steps) if low <= 1 - step / steps <= high]
-    grid = [float(shift_sigma(u, levels.shift)) for u in own]
-    sigmas = [over_frames(batch, sigma, TIMESTEPS * sigma) for sigma in grid]
-    x_t = noise(batch.latents.shape[1:], seed, "validation", batch.update, batch.samples)
-    x_t = x_t.to(batch.latents.device)
+    device = batch.latents.device
+    levels = [over_frames(batch, sigma, TIMESTEPS * sigma) for sigma in sigmas]
+    x_t = fresh_noise(0).to(device)
     if from_latents:
-        x_t = add_noise(batch.latents, x_t, sigmas[0][0])
-    elif batch.noised is not None:  # a frame that is kept clean enters as it is
+        x_t = add_noise(batch.latents, x_t, levels[0][0])
+    elif batch.noised is not None:  # a frame that is kept clean enters as it is cached
         x_t = torch.where(batch.noised > 0, x_t, batch.latents)
-    with roles.role(role):
-        for (sigma, timestep), following in zip(sigmas, [*sigmas[1:], None], strict=True):
-            v = guided_velocity(roles, x_t, timestep, batch, negative, scale)
-            x0 = x0_from_velocity(x_t, v, sigma)
-            if following is not None:
-                x_t = x_t + (following[0] - sigma) * v
+    for place, (sigma, timestep) in enumerate(levels):
+        v = predict(x_t, timestep, place)
+        x0 = x0_from_velocity(x_t, v, sigma)
+        if place + 1 == len(levels):
+            break
+        following, _ = levels[place + 1]
+        if renoise:
+            x_t = add_noise(x0, fresh_noise(place + 1).to(device), following)
+        else:
+            x_t = x_t + (following - sigma) * v
     return x0

@@ -86,7 +86,7 @@ def _failure(name: str, device: str, precision: Precision) -> str | None:
 
 
 def use_attention(transformer: Any, name: str) -> None:
-    """Have a WanTransformer3DModel compute attention by `name`, whatever is set elsewhere."""
+    """Have a transformer compute attention by `name`, whatever is set elsewhere."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # "experimental feature", for every run
     try:

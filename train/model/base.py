@@ -11,20 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
 from torch import nn
 
 from shared.errors import UserError
 from shared.io.hashing import FileHasher, digest_of
 from shared.models.original_layout import expert_folder, is_original
 from shared.models.original_weights import converted
-from shared.models.spec import ModelSpec
+from shared.models.spec import ModelSpec, family_of
 from shared.models.weight_files import weight_files
-from shared.models.weights import check_component, load_transformer
+from shared.models.weights import check_component, load_component
 from train.distributed.load_once import read_once
 from train.distributed.process_group import ALONE, Ranks
 from train.model.custom_weights import check_own, empty_transformer, load_own, own_files
-from train.model.lora_files import check_fits, read_lora
+from train.model.lora_files import check_fits_model, read_lora
 from train.options import Expert, Precision
 
 _PROBE_BYTES = 4096
@@ -102,12 +101,9 @@ class Base:
         if self.own is not None:
             check_own(self.own, spec, component)
         else:
-            check_component(WanTransformer3DModel, spec.folder, component)
-        if self.merged:
-            model = empty_transformer(spec, component)
-            shapes = {name: weight.shape for name, weight in model.named_parameters()}
-            for lora in self.merged:
-                check_fits(read_lora(lora.path), shapes, f"the {component} of {spec.folder}")
+            check_component(spec.family, spec.folder, component)
+        for lora in self.merged:
+            check_fits_model(read_lora(lora.path), spec, component)
 
 
 MODELS_OWN = Base()
@@ -152,17 +148,18 @@ def keep_from_autocast(transformer: nn.Module, device: torch.device) -> None:
     bf16 to fp32, and the teacher would no longer be the model that users sample from.
     """
     outside_autocast = torch.autocast(device.type, enabled=False)
+    endings = family_of(transformer).outside_autocast
     for name, module in transformer.named_modules():
-        if name == "condition_embedder.time_embedder" or name.endswith((".norm_q", ".norm_k")):
+        if name.endswith(endings):
             module.forward = outside_autocast(module.forward)
 
 
 def load_weights(spec: ModelSpec, component: str, *, dtype: torch.dtype, own: Path | None) -> Any:
-    """A component's WanTransformer3DModel as diffusers loads it in `dtype`. Raises UserError."""
+    """One of the model's transformers as diffusers loads it in `dtype`. Raises UserError."""
     if own is not None:
         return load_own(own, spec, component, dtype=dtype)
     # Never .to(bf16): it would destroy the modules that diffusers keeps in fp32.
-    return load_transformer(WanTransformer3DModel, spec.folder, component, dtype=dtype)
+    return load_component(spec.family, spec.folder, component, dtype=dtype)
 
 
 @torch.no_grad()

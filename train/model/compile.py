@@ -8,6 +8,7 @@ import torch._inductor.config
 from torch import nn
 
 from shared.errors import UserError, first_line
+from shared.models.spec import blocks_of, family_of
 
 # All blocks share one code object, which dynamo compiles once for each role with and without
 # gradient, and for the first block, whose input has none: seven times in `distill`, again where
@@ -32,7 +33,7 @@ def check_compile(device: str) -> None:
 
 
 def compile_blocks(transformer: Any, *, several_shapes: bool) -> None:
-    """Have a WanTransformer3DModel compile its blocks at their first use; weights keep their names.
+    """Have a transformer compile its blocks at their first use; weights keep their names.
 
     `several_shapes`: with symbolic sizes at once, for data of more than one bucket; else sizes are
     fixed until a second one is seen.
@@ -45,10 +46,11 @@ def compile_blocks(transformer: Any, *, several_shapes: bool) -> None:
     torch._inductor.config.emulate_precision_casts = True
     # Rotary embeddings are views of (frames, height, width, channels), and dynamo guards the sides
     # of a view's base: it would compile anew for clips with two equal sides.
-    transformer.rope.register_forward_hook(_in_memory_of_their_own)
+    rotary = getattr(transformer, family_of(transformer).rotary)
+    rotary.register_forward_hook(_in_memory_of_their_own)
     # Not diffusers' compile_repeated_blocks: hooks, by which blocks are fetched from CPU memory and
     # from other processes, would be compiled, too.
-    for block in transformer.blocks:
+    for block in blocks_of(transformer):
         block.forward = torch.compile(block.forward, dynamic=True if several_shapes else None)
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
 
 from shared.errors import UserError, first_line
 from shared.io.names import quoted
+from shared.models.family import Family
 from shared.models.original_layout import expert_folder, is_original, transformer_config
 from shared.models.spec import ModelSpec, read_json
 from shared.models.tensor_names import is_adapter
+from shared.models.wan import ORIGINAL_CLASS
 from shared.models.weight_files import DIFFUSERS, chosen
 from shared.models.weights import (
     Weights,
@@ -77,7 +78,7 @@ def component_config(spec: ModelSpec, component: str) -> dict[str, Any]:
 
 def empty_transformer(spec: ModelSpec, component: str) -> Any:
     """One of the model's transformers with names and shapes, and no weights."""
-    return empty_model(WanTransformer3DModel, component_config(spec, component))
+    return empty_model(spec.family.load_class(component), component_config(spec, component))
 
 
 def check_own(path: Path, spec: ModelSpec, component: str) -> None:
@@ -93,7 +94,7 @@ def _check_config(path: Path, spec: ModelSpec, component: str) -> None:
     if path.is_file() or not (folder / "config.json").is_file():
         return
     try:
-        found = _config_of(folder)
+        found = _config_of(folder, spec.family)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -101,7 +102,7 @@ def _check_config(path: Path, spec: ModelSpec, component: str) -> None:
             f"{OPTION}: {folder}/config.json is no config of a Wan transformer "
             f"({first_line(error)}). Get it again, or name the weights' file alone."
         ) from error
-    expected = _whole(component_config(spec, component))
+    expected = _whole(component_config(spec, component), spec.family)
     for name in sorted(found.keys() & expected.keys()):
         if found[name] != expected[name] and name not in _FREE and not name.startswith("_"):
             raise UserError(
@@ -111,21 +112,21 @@ def _check_config(path: Path, spec: ModelSpec, component: str) -> None:
             )
 
 
-def _config_of(folder: Path) -> dict[str, Any]:
+def _config_of(folder: Path, family: Family) -> dict[str, Any]:
     raw = read_json(folder / "config.json", OPTION)
-    if raw.get("_class_name") == "WanModel":
+    if raw.get("_class_name") == ORIGINAL_CLASS:
         return transformer_config(folder)
-    return _whole(raw)
+    return _whole(raw, family)
 
 
-def _whole(config: dict[str, Any]) -> dict[str, Any]:
+def _whole(config: dict[str, Any], family: Family) -> dict[str, Any]:
     """A config with diffusers' defaults where it is silent, through JSON: tuples are lists."""
-    whole = {**empty_model(WanTransformer3DModel, config).config}
+    whole = {**empty_model(family.load_class("transformer"), config).config}
     return dict(json.loads(json.dumps(whole)))
 
 
 def load_own(path: Path, spec: ModelSpec, component: str, *, dtype: torch.dtype) -> Any:
-    """A WanTransformer3DModel in `dtype`, dtypes as `from_pretrained` has them.
+    """A transformer of the model's class in `dtype`, dtypes as `from_pretrained` has them.
 
     Raises UserError naming the weight that is missing, too many or of another shape.
     """

@@ -1,6 +1,7 @@
 """LoRA on the transformer's blocks: which modules, under which names, with which first weights."""
 
 import math
+import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,24 +11,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from shared.errors import UserError
+from shared.models.spec import blocks_of, family_of
 from train.functional.rng import counted_rng
-
-# Wan's original names (which the seed, ComfyUI and musubi use) → diffusers' names, per block.
-ORIGINAL_TO_DIFFUSERS = {
-    "self_attn.q": "attn1.to_q",
-    "self_attn.k": "attn1.to_k",
-    "self_attn.v": "attn1.to_v",
-    "self_attn.o": "attn1.to_out.0",
-    "cross_attn.q": "attn2.to_q",
-    "cross_attn.k": "attn2.to_k",
-    "cross_attn.v": "attn2.to_v",
-    "cross_attn.o": "attn2.to_out.0",
-    "cross_attn.k_img": "attn2.add_k_proj",
-    "cross_attn.v_img": "attn2.add_v_proj",
-    "ffn.0": "ffn.net.0.proj",
-    "ffn.2": "ffn.net.2",
-}
-DIFFUSERS_TO_ORIGINAL = {theirs: ours for ours, theirs in ORIGINAL_TO_DIFFUSERS.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +24,10 @@ class LoraSpec:
     targets: tuple[str, ...]
     """Names inside a block in diffusers' form, e.g. "attn1.to_q", in the blocks' order."""
 
-    @property
-    def pattern(self) -> str:
-        """The targets as peft's regular expression over full module names."""
-        inside = "|".join(target.replace(".", r"\.") for target in self.targets)
-        return rf"blocks\.\d+\.(?:{inside})"
+    def pattern(self, blocks: str) -> str:
+        """The targets in the list `blocks` as peft's regular expression over full module names."""
+        inside = "|".join(map(re.escape, self.targets))
+        return rf"{re.escape(blocks)}\.\d+\.(?:{inside})"
 
 
 def select_targets(
@@ -52,31 +36,29 @@ def select_targets(
     """The linear layers inside a block that `names` mean, in diffusers' form.
 
     A name is original ("q", "self_attn.q", "ffn.0") or diffusers' ("to_q", "attn1.to_q",
-    "net.0.proj"); a short one means every layer that ends in it. Only `blocks.` is searched: a bare
+    "net.0.proj"); a short one means every layer that ends in it. Only blocks are searched: a bare
     "net.0.proj" would also hit the image embedder. Layers with one of `skipped` in either name are
     left out. UserError for a name that matches nothing, and where nothing is left.
     """
-    available = [
-        name.removeprefix("blocks.0.")
-        for name, module in transformer.named_modules()
-        if name.startswith("blocks.0.") and isinstance(module, nn.Linear)
-    ]
+    originals = family_of(transformer).original_layers
+    first = blocks_of(transformer)[0]
+    available = [n for n, module in first.named_modules() if isinstance(module, nn.Linear)]
     chosen: set[str] = set()
     for wanted in names:
         hits = {
             name
             for name in available
-            if _ends_in(name, wanted) or _ends_in(DIFFUSERS_TO_ORIGINAL.get(name, ""), wanted)
+            if _ends_in(name, wanted) or _ends_in(originals.get(name, ""), wanted)
         }
         if not hits:
-            known = ", ".join(DIFFUSERS_TO_ORIGINAL.get(name, name) for name in available)
+            known = ", ".join(originals.get(name, name) for name in available)
             raise UserError(
                 f"--target-name: {wanted!r} names no linear layer of this transformer's blocks. "
                 f"There are: {known} (or diffusers' names: {', '.join(available)})."
             )
         chosen |= hits
     for part in skipped:
-        hits = {name for name in available if part in f"{name} {DIFFUSERS_TO_ORIGINAL.get(name)}"}
+        hits = {name for name in available if part in f"{name} {originals.get(name)}"}
         if not hits & chosen:
             raise UserError(
                 f"--lora-skip-name: {part!r} is in the name of no layer that gets a LoRA. Those "
@@ -102,7 +84,7 @@ def add_adapter(transformer: nn.Module, spec: LoraSpec, name: str, *, seed: int)
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,  # type: ignore[arg-type]  # peft says int and computes with floats
-        target_modules=spec.pattern,
+        target_modules=spec.pattern(family_of(transformer).blocks),
         lora_dropout=0.0,
     )
     with warnings.catch_warnings():

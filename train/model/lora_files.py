@@ -10,7 +10,8 @@ or nowhere, which all readers take for alpha = rank.
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,14 +22,16 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from shared.errors import UserError, first_line
-from train.model.lora_adapter import DIFFUSERS_TO_ORIGINAL, ORIGINAL_TO_DIFFUSERS
+from shared.models.family import Family, split_layer
+from shared.models.spec import FAMILIES, ModelSpec, family_of_layers
+from train.model.custom_weights import empty_transformer
 
 Form = Literal["diffusers", "comfyui", "kohya"]
 PEFT_METADATA_KEY = "lora_adapter_metadata"  # diffusers' name for peft's configuration
 
 _PREFIX = r"(?P<prefix>(?:(?:base_model\.)?model\.|pipe\.)?(?:[a-z_0-9]+\.)?)"
-_KOHYA = re.compile(r"lora_unet_{1,2}blocks_(?P<block>\d+)_(?P<module>\w+)\.(?P<part>.+)")
-_DOTTED = re.compile(_PREFIX + r"blocks\.(?P<block>\d+)\.(?P<rest>.+)")
+_KOHYA = r"lora_unet_{{1,2}}{blocks}_(?P<block>\d+)_(?P<module>\w+)\.(?P<part>.+)"
+_DOTTED = _PREFIX + r"(?P<blocks>{blocks})\.(?P<block>\d+)\.(?P<module>.+?)\.(?P<part>{parts})"
 _PREFIXES = {
     "",
     "transformer.",
@@ -48,7 +51,6 @@ _PARTS = {
     "lora_up.weight": "lora_B",
     "alpha": "alpha",
 }
-_ORIGINAL_BY_KOHYA = {name.replace(".", "_"): name for name in ORIGINAL_TO_DIFFUSERS}
 # What else is found in files that are called LoRAs.
 _OTHER_KINDS = (
     (re.compile(r"\.diff(_b|_m)?$"), "whole weights (.diff, .diff_b), not a LoRA alone"),
@@ -79,7 +81,7 @@ class LoraWeights:
     @property
     def modules(self) -> list[str]:
         """The adapted modules: blocks in their order, layers by name."""
-        return sorted(self.alphas, key=lambda name: (int(name.split(".")[1]), name))
+        return sorted(self.alphas, key=lambda name: (split_layer(name)[1], name))
 
     def down(self, module: str) -> torch.Tensor:
         """A, (rank, in)."""
@@ -140,13 +142,16 @@ def read_lora(path: Path) -> LoraFile:
     Raises UserError for a file that cannot be read, holds anything that is not understood, lacks
     half of a pair, or whose shapes, ranks and alphas contradict one another.
     """
-    tensors, metadata = _read(path)
+    with _opened(path) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
+    family = min(FAMILIES, key=lambda one: sum(_parse(key, one) is None for key in tensors))
     forms: dict[str, list[str]] = {}
     prefixes: set[str] = set()
     parts: dict[str, dict[str, torch.Tensor]] = {}
     unknown = []
     for key, tensor in tensors.items():
-        parsed = _parse(key)
+        parsed = _parse(key, family)
         if parsed is None:
             unknown.append(key)
             continue
@@ -163,7 +168,7 @@ def read_lora(path: Path) -> LoraFile:
             )
         parts[module][part] = tensor
     if unknown:
-        raise _not_understood(path, unknown, len(tensors))
+        raise _not_understood(path, unknown, len(tensors), family)
     if len(forms) != 1:
         found = "; ".join(f"{form}: {keys[0]}" for form, keys in sorted(forms.items()))
         raise UserError(
@@ -199,11 +204,8 @@ def read_lora(path: Path) -> LoraFile:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file. UserError when it is no such file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(path, error) from error
+    with _opened(path) as file:
+        return file.metadata() or {}
 
 
 def check_fits(lora: LoraFile, shapes: Mapping[str, torch.Size], model: str) -> None:
@@ -226,55 +228,61 @@ def check_fits(lora: LoraFile, shapes: Mapping[str, torch.Size], model: str) -> 
             )
 
 
+def check_fits_model(lora: LoraFile, spec: ModelSpec, component: str) -> None:
+    """UserError unless it fits one of a model's transformers, whose weights need not be there."""
+    model = empty_transformer(spec, component)
+    shapes = {name: weight.shape for name, weight in model.named_parameters()}
+    check_fits(lora, shapes, f"the {component} of {spec.folder}")
+
+
 def _shown(module: str) -> str:
     """A module by both of its names: the file's reader may know either."""
-    _, block, inside = module.split(".", 2)
-    return f"{module} (blocks.{block}.{DIFFUSERS_TO_ORIGINAL[inside]})"
+    _, block, inside = split_layer(module)
+    family = family_of_layers([module])
+    return f"{module} ({family.original_blocks}.{block}.{family.original_layers[inside]})"
 
 
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Block with a safetensors file. UserError when it is no such file."""
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
+            yield file
     except (OSError, SafetensorError) as error:
-        raise _unreadable(path, error) from error
+        # What safetensors says of a folder or a lost file is "No such device".
+        why = "it is a folder" if path.is_dir() else "there is no such file"
+        why = first_line(error) if path.is_file() else why
+        raise UserError(
+            f"LoRA: cannot read {path} as safetensors ({why}). Expected a file that "
+            "`wantrain distill` wrote, such as output_dir_distill/lora-low-diffusers.safetensors."
+        ) from error
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
-    # What safetensors says of a folder or a lost file is "No such device".
-    why = "it is a folder" if path.is_dir() else "there is no such file"
-    why = first_line(error) if path.is_file() else why
-    return UserError(
-        f"LoRA: cannot read {path} as safetensors ({why}). Expected a file that "
-        "`wantrain distill` wrote, such as output_dir_distill/lora-low-diffusers.safetensors."
-    )
-
-
-def _parse(key: str) -> tuple[Form, str, str, str] | None:
+def _parse(key: str, family: Family) -> tuple[Form, str, str, str] | None:
     """(form, prefix, module by its global name, lora_A | lora_B | alpha), None if none of ours."""
-    if match := _KOHYA.fullmatch(key):
-        original = _ORIGINAL_BY_KOHYA.get(match["module"])
-        part = _PARTS.get(match["part"])
-        if original is None or part is None:
+    originals = family.lora_layers
+    if match := re.fullmatch(_KOHYA.format(blocks=family.original_blocks), key):
+        kohya = {name.replace(".", "_"): own for name, own in originals.items()}
+        if match["module"] not in kohya or match["part"] not in _PARTS:
             return None
-        module = f"blocks.{match['block']}.{ORIGINAL_TO_DIFFUSERS[original]}"
-        return "kohya", "lora_unet", module, part
-    match = _DOTTED.fullmatch(key)
+        module = f"{family.blocks}.{match['block']}.{kohya[match['module']]}"
+        return "kohya", "lora_unet", module, _PARTS[match["part"]]
+    blocks = f"{re.escape(family.blocks)}|{re.escape(family.original_blocks)}"
+    match = re.fullmatch(_DOTTED.format(blocks=blocks, parts="|".join(map(re.escape, _PARTS))), key)
     if match is None or match["prefix"] not in _PREFIXES:
         return None
-    for ending, part in _PARTS.items():
-        if match["rest"].endswith("." + ending):
-            inside = match["rest"].removesuffix("." + ending)
-            form: Form = "comfyui" if inside in ORIGINAL_TO_DIFFUSERS else "diffusers"
-            module = ORIGINAL_TO_DIFFUSERS.get(inside, inside)
-            if module not in DIFFUSERS_TO_ORIGINAL:
-                return None
-            return form, match["prefix"], f"blocks.{match['block']}.{module}", part
-    return None
+    own_name = (match["blocks"], match["module"])
+    if match["blocks"] == family.original_blocks and match["module"] in originals:
+        form: Form = "comfyui"
+        own_name = (family.blocks, originals[match["module"]])
+    elif family.has_layer(".0.".join(own_name)):
+        form = "diffusers"
+    else:
+        return None
+    return form, match["prefix"], f".{match['block']}.".join(own_name), _PARTS[match["part"]]
 
 
-def _not_understood(path: Path, keys: list[str], total: int) -> UserError:
+def _not_understood(path: Path, keys: list[str], total: int, family: Family) -> UserError:
     shown = ", ".join(sorted(keys)[:_SHOWN]) + (", …" if len(keys) > _SHOWN else "")
     kinds = [what for pattern, what in _OTHER_KINDS if any(map(pattern.search, keys))]
     layers = sorted({key.split(".lora")[0] for key in keys if ".lora" in key})
@@ -287,7 +295,7 @@ def _not_understood(path: Path, keys: list[str], total: int) -> UserError:
     return UserError(
         f"LoRA: {path}: {len(keys)} of its {total} tensors can't be used, {shown}: {what}. "
         "Expected pairs such as blocks.0.attn1.to_q.lora_A.weight and lora_B (diffusers, ComfyUI "
-        f"and kohya names), on {', '.join(ORIGINAL_TO_DIFFUSERS)}."
+        f"and kohya names), on {', '.join(family.lora_layers)}."
     )
 
 
@@ -348,12 +356,13 @@ def _peft_alphas(
             key.removeprefix(_LOW_NOISE).removeprefix("transformer."): value
             for key, value in json.loads(metadata[PEFT_METADATA_KEY]).items()
         }
-        told = config["lora_alpha"], config.get("alpha_pattern") or {}
-        rank, rank_pattern = config["r"], config.get("rank_pattern") or {}
-        alphas = {m: told[1].get(get_pattern_key(list(told[1]), m), told[0]) for m in ranks}
-        expected = {
-            m: rank_pattern.get(get_pattern_key(list(rank_pattern), m), rank) for m in ranks
-        }
+        alphas, expected = (
+            {m: other.get(get_pattern_key(list(other), m), usual) for m in ranks}
+            for usual, other in (
+                (config["lora_alpha"], config.get("alpha_pattern") or {}),
+                (config["r"], config.get("rank_pattern") or {}),
+            )
+        )
     except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
         raise UserError(
             f"LoRA: the {PEFT_METADATA_KEY!r} metadata of {path} is damaged ({first_line(error)}). "

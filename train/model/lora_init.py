@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from shared.errors import UserError
+from shared.models.family import split_layer
 from shared.models.spec import ModelSpec
 from train.model.custom_weights import empty_transformer
-from train.model.lora_adapter import DIFFUSERS_TO_ORIGINAL, LoraSpec, select_targets
-from train.model.lora_files import LoraFile, check_fits, read_lora
+from train.model.lora_adapter import LoraSpec, select_targets
+from train.model.lora_files import LoraFile, check_fits_model, read_lora
 
 
 def check_init(
@@ -23,14 +24,12 @@ def check_init(
 ) -> LoraFile:
     """The file, if a LoRA of this rank on these layers can begin as it. Raises UserError."""
     file = read_lora(path)
-    model = empty_transformer(spec, component)
-    shapes = {name: weight.shape for name, weight in model.named_parameters()}
-    check_fits(file, shapes, f"the {component} of {spec.folder}")
-    targets = select_targets(model, target_name)
+    check_fits_model(file, spec, component)
+    targets = select_targets(empty_transformer(spec, component), target_name)
     for module in file.lora.modules:
-        inside = module.split(".", 2)[2]
+        _, _, inside = split_layer(module)
         if inside not in targets:
-            name = DIFFUSERS_TO_ORIGINAL[inside]
+            name = spec.family.original_layers[inside]
             raise UserError(
                 f"--init-lora: {path} adapts {module} ({name}), which --target-name "
                 f"{','.join(target_name)} leaves out. Add it: --target-name "

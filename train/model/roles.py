@@ -11,6 +11,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from shared.models.spec import family_of
 from train.model.lora_adapter import LoraSpec, adapter_parameters, add_adapter
 
 GENERATOR = "generator"
@@ -40,7 +41,9 @@ class Roles:
             # peft would cast every input to the LoRA's fp32, and autocast back to bf16.
             layer.cast_input_dtype_enabled = False
         # bf16 base: autocast runs the fp32 LoRA's matmuls in bf16 too. fp32 base: nothing to cast.
-        self._dtype: torch.dtype = transformer.get_parameter("patch_embedding.weight").dtype
+        self._dtype: torch.dtype = transformer.get_parameter(
+            f"{family_of(transformer).patch_embedding}.weight"
+        ).dtype
         for name in names:
             for parameter in self.parameters(name).values():
                 parameter.requires_grad_(True)
@@ -96,7 +99,7 @@ class Roles:
             x_t: (B, C, T, H, W) fp32 noisy latents.
             timestep: (B,) fp32 in 0..1000, never rounded; or (B, T), one for each latent frame
                 (ti2v), which the transformer is told for each of the frame's tokens.
-            text: (B, 512, D).
+            text: (B, tokens, D).
             condition: (B, 4+C, T, H, W) for i2v, concatenated to the channels; else None.
             image: (B, tokens, D) of CLIP for Wan 2.1 i2v; else None.
         """

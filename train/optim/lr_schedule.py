@@ -1,9 +1,8 @@
 """The learning rate as a function of how many updates a role has made, and of nothing else."""
 
-import torch
-from diffusers.optimization import get_scheduler
+import math
 
-from train.options import LrScheduler
+from train.options import LEAST_POLYNOMIAL_RATE, LrScheduler
 
 DECAYING = ("linear", "cosine", "cosine_with_restarts", "polynomial")
 """Those that end with the run, so that another length is another course."""
@@ -12,19 +11,21 @@ DECAYING = ("linear", "cosine", "cosine_with_restarts", "polynomial")
 def learning_rate(
     base: float, updates: int, *, scheduler: LrScheduler, warmup: int, length: int
 ) -> float:
-    """Rate for the next update of a role that has made `updates` of `length`.
+    """Rate for the next update of a role that has made `updates` of `length`, fewer than all.
 
     It rises to `base` in a straight line over `warmup` updates, the first of which moves, too
-    (diffusers' schedules begin at a rate of 0). After that it is diffusers' schedule of that name.
+    (diffusers' schedules begin at a rate of 0). After that it is diffusers' schedule of that name,
+    to the bit; cosines have one cycle, so the one with restarts never comes to its first.
     """
     if updates < warmup:
         return base * (updates + 1) / warmup
-    # The optimizer is never stepped: a schedule can only be had with one, and polynomial asks it
-    # for the first rate.
-    shape = get_scheduler(
-        "constant_with_warmup" if scheduler == "constant" else scheduler,
-        torch.optim.SGD([torch.zeros(1)], lr=base),
-        num_warmup_steps=warmup,
-        num_training_steps=length,
-    )
-    return base * float(shape.lr_lambdas[0](updates))
+    if scheduler not in DECAYING:
+        return base
+    left, decaying = length - updates, length - warmup
+    done = (updates - warmup) / decaying
+    if scheduler == "linear":
+        return base * (left / decaying)
+    if scheduler == "polynomial":
+        rate = (base - LEAST_POLYNOMIAL_RATE) * (1 - done) + LEAST_POLYNOMIAL_RATE
+        return base * (rate / base)
+    return base * (0.5 * (1.0 + math.cos(math.pi * done)))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
 from rich.console import Console
 from rich.progress import track
 
@@ -95,7 +94,7 @@ def _in_order(path: Path) -> tuple[int, str]:
 
 def _refuse_other_vae(spec: ModelSpec, clips: Sequence[LatentClip]) -> None:
     """UserError where latents are of another VAE: what came out would pass for what was trained."""
-    check = partial(weights.check_component, AutoencoderKLWan, spec.folder)
+    check = partial(weights.check_component, spec.family, spec.folder)
     own = component_digest(spec.folder, "vae", FileHasher(), check)
     for clip in clips:
         if own is not None and clip.vae != own:
@@ -107,5 +106,5 @@ def _refuse_other_vae(spec: ModelSpec, clips: Sequence[LatentClip]) -> None:
 
 def load_vae(spec: ModelSpec, dtype: torch.dtype) -> Any:
     """The model's VAE. UserError where it can't be loaded."""
-    vae = weights.load_vae(AutoencoderKLWan, spec.folder, dtype=dtype)
+    vae = weights.load_component(spec.family, spec.folder, "vae", dtype=dtype)
     return vae.requires_grad_(False)

@@ -16,18 +16,15 @@ import numpy as np
 import torch
 import transformers
 from diffusers import (
-    AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchLCMScheduler,
     UniPCMultistepScheduler,
-    WanImageToVideoPipeline,
-    WanPipeline,
 )
 from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
+from transformers import AutoTokenizer
 
 from shared.cli import support
 from shared.cli.checks import ABOVE_0, FROM_0, WHOLE, check_option, check_writable
@@ -38,12 +35,12 @@ from shared.format.schema import DTYPES
 from shared.io.durable import write_json
 from shared.io.mp4 import Clip, write_mp4
 from shared.models import original_weights, weights
+from shared.models.family import Family
 from shared.models.original_layout import is_original
 from shared.models.spec import (
-    DEFAULT_NEGATIVE_PROMPT,
-    MAX_TEXT_TOKENS,
     TIMESTEPS,
     ModelSpec,
+    blocks_of,
     read_model_spec,
     resolve_model,
 )
@@ -52,8 +49,7 @@ from train.functional.schedule import Schedule
 from train.memory.block_offload import StreamedBlocks, streaming_line
 from train.memory.quantize import QuantisedPrecision, check_installed, quantise
 from train.model.base import Base, base_digest, component_of, load_weights, merge
-from train.model.custom_weights import empty_transformer
-from train.model.lora_files import PEFT_METADATA_KEY, LoraFile, check_fits, read_lora
+from train.model.lora_files import PEFT_METADATA_KEY, LoraFile, check_fits_model, read_lora
 from train.options import Pairing
 from train.sampling.contact_sheet import contact_sheet
 from train.saving.lora_formats import DIFFUSERS_PREFIX, to_form
@@ -226,7 +222,9 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
 
         visits = VisitedSteps(pipeline)
         started = time.monotonic()
-        clip = generate(pipeline, config, prompt, image, steps=steps, scale=scale, rng=rng)
+        clip = generate(
+            pipeline, spec.family, config, prompt, image, steps=steps, scale=scale, rng=rng
+        )
         seconds = time.monotonic() - started
         visits.close()
         if student is not None:
@@ -302,9 +300,7 @@ def read_loras(paths: Sequence[Path], spec: ModelSpec) -> list[TrainedLora]:
         )
     check_expert(first.path, first.provenance.expert, spec)
     for lora in loras:
-        model = empty_transformer(spec, lora.component)
-        shapes = {name: weight.shape for name, weight in model.named_parameters()}
-        check_fits(lora.file, shapes, f"the {lora.component} of {spec.folder}")
+        check_fits_model(lora.file, spec, lora.component)
     return loras
 
 
@@ -340,13 +336,13 @@ def build_pipeline(
 
     A `full` LoRA works alone at every step, so the second expert is left out.
     """
-    kind = WanImageToVideoPipeline if from_image else WanPipeline
+    kind = spec.family.load_class("image_pipeline" if from_image else "pipeline")
     alone = spec.two_experts and len(bases) == 1
     left_out = {"transformer_2": None, "boundary_ratio": None} if alone else {}
     transformers.utils.logging.disable_progress_bar()  # ours follows; two would tear each other
     parts = _weighty_parts(spec, dtype, bases)
     if is_original(spec.folder):
-        pipeline = _original_pipeline(kind, spec, parts)
+        pipeline = _original_pipeline(kind, spec, parts, from_image=from_image)
     else:
         try:
             pipeline = kind.from_pretrained(spec.folder, **left_out, **parts)
@@ -392,7 +388,7 @@ def place(
     for transformer in experts:
         quantise(transformer, config.base_precision, device)
     if config.low_vram:
-        stacks = [*(expert.blocks for expert in experts), pipeline.text_encoder.encoder.block]
+        stacks = [*map(blocks_of, experts), pipeline.text_encoder.encoder.block]
         streamed = [StreamedBlocks(list(stack.requires_grad_(False)), device) for stack in stacks]
         say(streaming_line(streamed))
     if config.low_vram or config.offload:
@@ -406,21 +402,21 @@ def _weighty_parts(
 ) -> dict[str, Any]:
     """All of a pipeline that has weights, by name. None is loaded by diffusers' pipeline, which
     would leave out what it has no place for. Raises UserError."""
-    folder = spec.folder
     parts = {
         component: load_weights(spec, component, dtype=dtype, own=base.own)
         for component, base in bases.items()
     }
-    parts["text_encoder"] = weights.load_text_encoder(UMT5EncoderModel, folder, dtype=dtype)
-    parts["vae"] = weights.load_vae(AutoencoderKLWan, folder, dtype=torch.float32)
+    others = {"text_encoder": dtype, "vae": torch.float32}
     if spec.image_dim is not None:  # in fp32, as the shards' embeddings were computed
-        parts["image_encoder"] = weights.load_image_encoder(
-            CLIPVisionModel, folder, dtype=torch.float32
-        )
+        others["image_encoder"] = torch.float32
+    for component, own in others.items():
+        parts[component] = weights.load_component(spec.family, spec.folder, component, dtype=own)
     return parts
 
 
-def _original_pipeline(kind: Any, spec: ModelSpec, weighty: Mapping[str, Any]) -> Any:
+def _original_pipeline(
+    kind: Any, spec: ModelSpec, weighty: Mapping[str, Any], *, from_image: bool
+) -> Any:
     """The pipeline of a folder in Wan's original layout.
 
     The second expert is left out where it is none of the parts.
@@ -433,7 +429,7 @@ def _original_pipeline(kind: Any, spec: ModelSpec, weighty: Mapping[str, Any]) -
         "boundary_ratio": spec.boundary if "transformer_2" in weighty else None,
         "expand_timesteps": spec.mode == "ti2v",
     }
-    if kind is WanImageToVideoPipeline:
+    if from_image:
         parts = {"image_encoder": None, "image_processor": None} | parts
     if spec.image_dim is not None:
         settings = original_weights.processor_config(parts["image_encoder"].config.image_size)
@@ -517,6 +513,7 @@ def fit_image(path: Path, height: int, width: int) -> Image.Image:
 
 def generate(
     pipeline: Any,
+    family: Family,
     config: SampleConfig,
     prompt: str,
     image: Image.Image | None,
@@ -529,7 +526,7 @@ def generate(
     frames = pipeline(
         prompt=prompt,
         negative_prompt=(
-            DEFAULT_NEGATIVE_PROMPT if config.negative_prompt is None else config.negative_prompt
+            family.negative_prompt if config.negative_prompt is None else config.negative_prompt
         ),
         height=config.height,
         width=config.width,
@@ -537,7 +534,7 @@ def generate(
         num_inference_steps=steps,
         guidance_scale=scale,
         generator=rng,
-        max_sequence_length=MAX_TEXT_TOKENS,
+        max_sequence_length=family.text_tokens,
         output_type="np",
         **({} if image is None else {"image": image}),
     ).frames[0]

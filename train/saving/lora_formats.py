@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from train.model.lora_adapter import DIFFUSERS_TO_ORIGINAL
+from shared.models.family import split_layer
+from shared.models.spec import family_of_layers
 from train.model.lora_files import PEFT_METADATA_KEY, Form, LoraWeights
 
 Tensors = dict[str, torch.Tensor]
@@ -43,11 +44,13 @@ def _diffusers(lora: LoraWeights) -> tuple[Tensors, dict[str, str]]:
 def _original_names(
     lora: LoraWeights, name: Callable[[str, str], str]
 ) -> tuple[Tensors, dict[str, str]]:
-    """Down, up and alpha of each module under what `name` makes of its block and Wan's name."""
+    """Down, up and alpha of each module under what `name` makes of block and layer, which have
+    their original names (`blocks.0`, `self_attn.q`)."""
     tensors: Tensors = {}
+    family = family_of_layers(lora.modules)
     for module in lora.modules:
-        _, block, inside = module.split(".", 2)
-        theirs = name(block, DIFFUSERS_TO_ORIGINAL[inside])
+        _, block, inside = split_layer(module)
+        theirs = name(f"{family.original_blocks}.{block}", family.original_layers[inside])
         tensors[f"{theirs}.lora_down.weight"] = lora.down(module)
         tensors[f"{theirs}.lora_up.weight"] = lora.up(module)
         tensors[f"{theirs}.alpha"] = torch.tensor(lora.alphas[module])
@@ -55,14 +58,14 @@ def _original_names(
 
 
 def _comfyui(lora: LoraWeights) -> tuple[Tensors, dict[str, str]]:
-    """Wan's own names; diffusers reads them too."""
-    return _original_names(lora, lambda block, layer: f"diffusion_model.blocks.{block}.{layer}")
+    """The original names; diffusers reads them too."""
+    return _original_names(lora, lambda block, layer: f"diffusion_model.{block}.{layer}")
 
 
 def _kohya(lora: LoraWeights) -> tuple[Tensors, dict[str, str]]:
     """For musubi-tuner and ComfyUI; diffusers reads it only where all six layers are adapted."""
     return _original_names(
-        lora, lambda block, layer: f"lora_unet_blocks_{block}_{layer.replace('.', '_')}"
+        lora, lambda block, layer: f"lora_unet_{block}_{layer}".replace(".", "_")
     )
 
 

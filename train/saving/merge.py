@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
 from huggingface_hub import split_state_dict_into_shards_factory
 from rich.console import Console
 from rich.progress import track
@@ -83,7 +82,7 @@ def merge(config: MergeConfig, console: Console) -> None:
     for addition in additions:
         component = component_of(addition.expert)
         if component not in transformers:
-            transformers[component] = _Transformer(spec.folder, component)
+            transformers[component] = _Transformer(spec, component)
         transformers[component].add(addition.lora)
         for warning in _warnings(addition, spec):
             say(f"warning  {warning}", style="yellow")
@@ -181,7 +180,8 @@ def _told(addition: _Addition, scale: float) -> dict[str, Any]:
 class _Transformer:
     """One expert's weights, its LoRAs, and the files that it will lie in."""
 
-    def __init__(self, model: Path, component: str) -> None:
+    def __init__(self, spec: ModelSpec, component: str) -> None:
+        model = spec.folder
         original = is_original(model)
         self.folder = expert_folder(model, component) if original else model / component
         self._inside = self.folder.relative_to(model)
@@ -192,7 +192,7 @@ class _Transformer:
                 f"model: {self.folder} holds no safetensors; pickled weights are not read. Use a "
                 "folder with safetensors."
             )
-        check_component(WanTransformer3DModel, model, component)
+        check_component(spec.family, model, component)
         weights = model_weights(model, component)
         if weights.scales:
             raise UserError(

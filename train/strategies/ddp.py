@@ -11,25 +11,33 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from train.distributed.process_group import Ranks
+from train.distributed.process_group import ALONE, Ranks
 from train.model.roles import Roles
 from train.optim.adamw8bit import AdamW8bit
 from train.strategies.base import AdamSettings, Strategy
 
 
 @dataclass(frozen=True)
-class WholeRole:
-    """A role whose LoRA and optimizer are whole in every process."""
+class AdamWRole:
+    """A role with an optimizer of torch's kind: whole in every process, or in parts (FSDP2)."""
 
     parameters: Mapping[str, nn.Parameter]
-    """Under global names."""
+    """Under global names; DTensors where each process holds a part."""
     optimizer: torch.optim.AdamW
-    ranks: Ranks
+    ranks: Ranks = ALONE
+    """Processes whose gradients are yet to be averaged; FSDP2 does it in the backward pass."""
 
     def update(self, rate: float, max_norm: float) -> float:
         self._average_gradients()
-        return stepped(self.parameters, self.optimizer, rate, max_norm)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), max_norm))
+        if bool(norm.isfinite()):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm.item()
 
     def _average_gradients(self) -> None:
         if self.ranks.world_size == 1:
@@ -37,83 +45,73 @@ class WholeRole:
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat)
-        flat /= self.ranks.world_size
+        flat /= self.ranks.mesh.data
         for gradient, mean in zip(
             gradients, flat.split([g.numel() for g in gradients]), strict=True
         ):
             gradient.copy_(mean.view_as(gradient))
 
-    def weights(self) -> Mapping[str, torch.Tensor]:
-        return self.parameters
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: whole(parameter.detach()) for name, parameter in self.parameters.items()}
 
     def moments(self) -> dict[str, torch.Tensor]:
-        return moments_of(self.parameters, self.optimizer)
+        return {
+            f"{name}/{moment}": whole(value)
+            for name, parameter in self.parameters.items()
+            for moment, value in self._held(parameter).items()
+        }
+
+    def _held(self, parameter: nn.Parameter) -> Mapping[str, torch.Tensor]:
+        if isinstance(self.optimizer, AdamW8bit):
+            return self.optimizer.moments(parameter)
+        return self.optimizer.state.get(parameter, {})
 
     def load(
         self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]
     ) -> None:
         for name, parameter in self.parameters.items():
-            parameter.data.copy_(weights[name])
+            parameter.detach().copy_(_placed_as(parameter, weights[name]))
         for name_and_moment, value in moments.items():
             name, moment = name_and_moment.rsplit("/", 1)
             parameter = self.parameters[name]
             # torch keeps Adam's step counter on the CPU, the moments beside the parameter.
-            place = "cpu" if moment == "step" else parameter.device
-            held = value.to(place).clone()
+            held = value.to("cpu") if moment == "step" else _placed_as(parameter, value)
             if isinstance(self.optimizer, AdamW8bit):
-                self.optimizer.put(parameter, moment, held)
+                self.optimizer.put(parameter, moment, held.clone())
             else:
-                self.optimizer.state[parameter][moment] = held
+                self.optimizer.state[parameter][moment] = held.clone()
 
 
-def stepped(
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.AdamW,
-    rate: float,
-    max_norm: float,
-) -> float:
-    """Clip, step unless the norm is not finite, forget the gradients; the norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), max_norm)
-    if hasattr(norm, "full_tensor"):  # of gradients that are spread
-        norm = norm.full_tensor()
-    if bool(norm.isfinite()):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm.item()
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """All parts of it; all processes call it together where it is in parts."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def moments_of(
-    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW
-) -> dict[str, torch.Tensor]:
-    """ "name/moment" → what the optimizer holds in this process, in fp32."""
-
-    def held(parameter: nn.Parameter) -> Mapping[str, torch.Tensor]:
-        if isinstance(optimizer, AdamW8bit):
-            return optimizer.moments(parameter)
-        return optimizer.state.get(parameter, {})
-
-    return {
-        f"{name}/{moment}": value
-        for name, parameter in parameters.items()
-        for moment, value in held(parameter).items()
-    }
+def _placed_as(like: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The whole `value` on the device of `like`, and in parts as that is."""
+    value = value.to(like.device)
+    if isinstance(like, DTensor):
+        return distribute_tensor(value, like.device_mesh, like.placements)
+    return value
 
 
-def adamw(parameters: Mapping[str, nn.Parameter], adam: AdamSettings) -> torch.optim.AdamW:
-    optimizer = AdamW8bit if adam.eight_bit else torch.optim.AdamW
-    return optimizer(
-        parameters.values(), betas=adam.betas, eps=adam.eps, weight_decay=adam.weight_decay
-    )
+def adamw_roles(
+    roles: Roles, rates: Mapping[str, float], adam: AdamSettings, ranks: Ranks = ALONE
+) -> dict[str, AdamWRole]:
+    """Each role with an optimizer on its parameters as they are now."""
+    kind = AdamW8bit if adam.eight_bit else torch.optim.AdamW
+    made = {}
+    for role in rates:
+        parameters = roles.parameters(role)
+        optimizer = kind(
+            parameters.values(), betas=adam.betas, eps=adam.eps, weight_decay=adam.weight_decay
+        )
+        made[role] = AdamWRole(parameters, optimizer, ranks)
+    return made
 
 
 def replicated(
     roles: Roles, rates: Mapping[str, float], adam: AdamSettings, *, ranks: Ranks
 ) -> Strategy:
     """The strategies `single` and `ddp`."""
-    whole = {}
-    for role in rates:
-        parameters = roles.parameters(role)
-        whole[role] = WholeRole(parameters, adamw(parameters, adam), ranks)
-    return Strategy(trained=whole)
+    return Strategy(trained=adamw_roles(roles, rates, adam, ranks))

@@ -40,8 +40,6 @@ from train.strategies.base import TrainedRole
 from train.tracking.trackers import SampledClip, Tracker
 
 FOLDER = "validation"
-FPS = 16
-"""Wan's frames a second."""
 CACHE_SAMPLES = 4
 """Samples of the cache that are shown where there are no prompts to say how many."""
 _PREVIEW_SIDE = 256
@@ -70,8 +68,8 @@ class Validation:
     """Digest of the VAE that the latents are for."""
     dtype: torch.dtype
     """That the cache keeps latents in."""
-    time_stride: int
-    """Pixel frames to a latent frame."""
+    fps: float
+    """Of previews, which have a frame for each latent frame."""
 
     def describe(self) -> list[str]:
         """Lines for people."""
@@ -139,11 +137,6 @@ class Validation:
                 tracker.show(sheet, shown, self.fps, step)
         return final
 
-    @property
-    def fps(self) -> float:
-        """Of previews, which have a frame for each latent frame."""
-        return FPS / self.time_stride
-
 
 def preview(latents: torch.Tensor, rgb: LatentRgb) -> Clip:
     """(C, T, h, w) latents → frames, each cell a square of several pixels."""
@@ -208,7 +201,7 @@ def prepare_validation(
         rgb=index.latent_rgb,
         vae=str(index.fingerprint["latents"]["vae"]),
         dtype=DTYPES[index.fingerprint["latents"]["dtype"]],
-        time_stride=spec.stride[0],
+        fps=spec.family.frames_per_second / spec.stride[0],
     )
 
 
@@ -275,6 +268,7 @@ def _batch(prompt: Prompt, number: int, spec: ModelSpec, index: CacheIndex) -> S
     width = prompt.text.shape[1]
     refuse_if(width != spec.text_dim, f"{width} numbers a token, expected {spec.text_dim}")
     return StoredBatch(
+        family=spec.family,
         update=0,
         samples=(number,),
         keys=(prompt.key,),

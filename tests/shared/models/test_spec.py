@@ -38,7 +38,8 @@ def configs(folder: Path, *, index: dict[str, object], in_channels: int, spatial
         "scale_factor_spatial": spatial,
         "scale_factor_temporal": 4,
     }
-    transformer = {"in_channels": in_channels, "patch_size": [1, 2, 2], "text_dim": 4096}
+    transformer: dict[str, object] = {"_class_name": "WanTransformer3DModel"}
+    transformer |= {"in_channels": in_channels, "patch_size": [1, 2, 2], "text_dim": 4096}
     for name, value in (
         ("model_index.json", index),
         ("vae/config.json", vae),
@@ -118,3 +119,12 @@ def test_the_families_in_the_original_layout(
 def test_a_missing_folder_names_the_flag(name: str) -> None:
     with pytest.raises(UserError, match="--pretrained-model-name-or-path"):
         resolve_model(name, ("vae",))
+
+
+def test_a_model_of_no_known_family_is_refused(tmp_path: Path) -> None:
+    folder = configs(tmp_path, index={}, in_channels=16, spatial=8)
+    path = folder / "transformer" / "config.json"
+    path.write_text(path.read_text().replace("WanTransformer3DModel", "LTXVideoTransformer3DModel"))
+    expected = r"is of a LTXVideoTransformer3DModel; expected a WanTransformer3DModel\. Choose"
+    with pytest.raises(UserError, match=expected):
+        read_model_spec(folder)

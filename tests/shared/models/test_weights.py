@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from shared.io.hashing import FileHasher
 from shared.models import weights
 from shared.models.digest import component_digest
 from shared.models.original_layout import expert_folder
+from shared.models.wan import WAN
 from tests.models import tiny_model
 from tests.original_layout import TRANSFORMER, renamed, write_original
 
@@ -39,17 +41,7 @@ COMFYUI_NAME = {
     "text_encoder": "umt5_xxl_fp8_e4m3fn_scaled.safetensors",
     "image_encoder": "clip_vision_h.safetensors",
 }
-LOAD: dict[str, Callable[[Path, torch.dtype], Any]] = {
-    "vae": lambda m, dtype: weights.load_vae(AutoencoderKLWan, m, dtype=dtype),
-    "text_encoder": lambda m, dtype: weights.load_text_encoder(UMT5EncoderModel, m, dtype=dtype),
-    "image_encoder": lambda m, dtype: weights.load_image_encoder(CLIPVisionModel, m, dtype=dtype),
-    "transformer": lambda m, dtype: weights.load_transformer(
-        WanTransformer3DModel, m, "transformer", dtype=dtype
-    ),
-    "transformer_2": lambda m, dtype: weights.load_transformer(
-        WanTransformer3DModel, m, "transformer_2", dtype=dtype
-    ),
-}
+load = partial(weights.load_component, WAN)
 
 
 @dataclass(frozen=True)
@@ -120,7 +112,7 @@ class Cell:
         return self.folder / f"{self.stem}.safetensors.index.json"
 
     def load(self, dtype: torch.dtype = torch.float32) -> State:
-        return dict(LOAD[self.component](self.model, dtype).state_dict())
+        return dict(load(self.model, self.component, dtype=dtype).state_dict())
 
     def digest(self, memo: Path) -> str | None:
         assert not self.is_expert
@@ -307,7 +299,7 @@ def test_it_is_what_the_libraries_load(models: dict[tuple[str, bool], Path]) -> 
                 "image_encoder": CLIPVisionModel,
             }.get(component, WanTransformer3DModel)
             theirs = kind.from_pretrained(model / component, dtype=dtype).state_dict()
-            ours = LOAD[component](model, dtype).state_dict()
+            ours = load(model, component, dtype=dtype).state_dict()
             assert ours.keys() == theirs.keys()
             for name, tensor in theirs.items():
                 assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
@@ -489,14 +481,9 @@ def test_what_is_not_understood_is_refused(
 
 def _check_first(place: Cell, message: str, tmp_path: Path) -> None:
     """The same is said before weights are read: by the check of training, and before a digest."""
-    kind: Any = {
-        "vae": AutoencoderKLWan,
-        "text_encoder": UMT5EncoderModel,
-        "image_encoder": CLIPVisionModel,
-    }.get(place.component, WanTransformer3DModel)
 
     def check(component: str) -> None:
-        weights.check_component(kind, place.model, component)
+        weights.check_component(WAN, place.model, component)
 
     with pytest.raises(UserError, match=re.escape(message)):
         check(place.component)
@@ -607,7 +594,7 @@ def test_an_index_alone_is_no_weights(cell: tuple[Cell, State], tmp_path: Path) 
         place.shard(number).unlink()
     if not place.is_expert:
         assert place.digest(tmp_path / "memo") is None
-    weights.check_component(None, place.model, place.component)
+    weights.check_component(WAN, place.model, place.component)
     with pytest.raises(UserError, match=f"lacks the weights of its {place.component}"):
         place.load()
 
@@ -618,14 +605,14 @@ def test_two_files_of_one_component(models: dict[tuple[str, bool], Path], tmp_pa
     torch_file = model / ORIGINAL_NAME["vae"]
     save_file(torch.load(torch_file, weights_only=True), model / COMFYUI_NAME["vae"])
     with pytest.raises(UserError, match=r"Wan2\.1_VAE\.pth and wan_2\.1_vae\.safetensors both are"):
-        LOAD["vae"](model, torch.float32)
-    LOAD["transformer"](model, torch.float32)  # ComfyUI's VAE is no part of it
+        load(model, "vae", dtype=torch.float32)
+    load(model, "transformer", dtype=torch.float32)  # ComfyUI's VAE is no part of it
     state: State = {}
     for file in model.glob("diffusion_*.safetensors"):
         state |= load_file(file)
     save_file(state, model / "wan_bf16.safetensors")
     with pytest.raises(UserError, match=r"has .* twice, in wan_bf16\.safetensors too"):
-        LOAD["transformer"](model, torch.float32)
+        load(model, "transformer", dtype=torch.float32)
 
 
 def test_one_weight_under_two_names(models: dict[tuple[str, bool], Path], tmp_path: Path) -> None:
@@ -645,7 +632,7 @@ def test_one_weight_under_two_names(models: dict[tuple[str, bool], Path], tmp_pa
         state = torch.load(file, weights_only=True)
         torch.save(state | {other: state[own] + 1}, file)
         with pytest.raises(UserError, match=r"1 weights too many, .* under other names"):
-            LOAD[component](model, torch.float32)
+            load(model, component, dtype=torch.float32)
         torch.save(state, file)
     file = model / "diffusion_pytorch_model-00001-of-00002.safetensors"
     state = load_file(file)
@@ -653,7 +640,7 @@ def test_one_weight_under_two_names(models: dict[tuple[str, bool], Path], tmp_pa
     assert [*renamed({other: torch.ones(1)}, TRANSFORMER)] == [name]
     save_file(state | {other: torch.ones(32, 32)}, file)
     with pytest.raises(UserError, match=r"1 weights too many, .* under other names"):
-        LOAD["transformer"](model, torch.float32)
+        load(model, "transformer", dtype=torch.float32)
 
 
 def test_two_embeddings_that_differ(models: dict[tuple[str, bool], Path], tmp_path: Path) -> None:
@@ -663,9 +650,9 @@ def test_two_embeddings_that_differ(models: dict[tuple[str, bool], Path], tmp_pa
     tied = "encoder.embed_tokens.weight"
     save_file(state | {tied: state["shared.weight"] + 1}, file)
     with pytest.raises(UserError, match=f"two embeddings that differ, shared.weight and {tied}"):
-        LOAD["text_encoder"](model, torch.float32)
-    expected = LOAD["text_encoder"](models["t2v", False], torch.float32).state_dict()
+        load(model, "text_encoder", dtype=torch.float32)
+    expected = load(models["t2v", False], "text_encoder", dtype=torch.float32).state_dict()
     save_file({n: t for n, t in state.items() if n != "shared.weight"}
               | {tied: state["shared.weight"]}, file)  # fmt: skip
-    found = LOAD["text_encoder"](model, torch.float32).state_dict()
+    found = load(model, "text_encoder", dtype=torch.float32).state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

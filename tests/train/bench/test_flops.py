@@ -30,7 +30,7 @@ def prepared(model: Path, shards: Path, *more: str) -> Run:
 
 
 def counted(run: Run, updates: Sequence[int]) -> dict[int, int]:
-    bank = load_prompt_bank(run.data.first)
+    bank = load_prompt_bank(run.data.first, run.spec.family)
     return flops.count(run, micro_batches(run, bank), bank, updates)
 
 
@@ -65,7 +65,7 @@ def test_a_critic_update_against_a_closed_form(tiny_t2v: Path, t2v_shards: Path)
     updates = [steps.index(min(steps)), steps.index(max(steps))]
     assert steps[updates[0]] < steps[updates[1]]  # one has more passes than the other
     found = counted(run, updates)
-    batches = micro_batches(run, load_prompt_bank(run.data.first))
+    batches = micro_batches(run, load_prompt_bank(run.data.first, run.spec.family))
     for update in updates:
         expected = 0
         for micro_step in range(2):
@@ -85,7 +85,7 @@ def test_guidance_is_two_passes_more_in_a_generator_update(
         guidance = ("--real-guidance-scale", scale, "--fake-guidance-scale", scale)
         run = prepared(tiny_t2v, t2v_shards, "--target-name", "ffn.2", *guidance)
         found[scale] = counted(run, [2])[2]
-    batch = micro_batches(run, load_prompt_bank(run.data.first)).load(2, 0)
+    batch = micro_batches(run, load_prompt_bank(run.data.first, run.spec.family)).load(2, 0)
     tokens = math.prod(batch.latents.shape[2:]) // PATCH
     teacher, critic = forward_pass(2, tokens, rank=0), forward_pass(2, tokens)
     assert found["3"] - found["1"] == teacher + critic

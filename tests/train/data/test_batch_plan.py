@@ -88,7 +88,9 @@ def test_order_is_pinned() -> None:
 def test_ranks_and_micro_steps_share_a_batch(ranks: int, accumulation: int) -> None:
     shares = [
         list(
-            micro_batch(12, micro_step=step, rank=rank, world_size=ranks, accumulation=accumulation)
+            micro_batch(
+                12, micro_step=step, data_rank=rank, data_size=ranks, accumulation=accumulation
+            )
         )
         for step in range(accumulation)
         for rank in range(ranks)
@@ -169,7 +171,7 @@ def test_ranks_and_micro_steps_share_every_update_without_loss(
     for step in range(accumulation):
         for rank, plan in enumerate(plans):
             where = micro_batch(
-                batch, micro_step=step, rank=rank, world_size=ranks, accumulation=accumulation
+                batch, micro_step=step, data_rank=rank, data_size=ranks, accumulation=accumulation
             )
             shares.append(plan.batch(update)[where.start : where.stop])
     assert all(len(share) == each for share in shares)
@@ -202,7 +204,11 @@ def test_all_ranks_walk_an_epoch_in_step(
         for update in range(epoch * plan.batches_per_epoch, (epoch + 1) * plan.batches_per_epoch):
             for step in range(accumulation):
                 where = micro_batch(
-                    batch, micro_step=step, rank=rank, world_size=ranks, accumulation=accumulation
+                    batch,
+                    micro_step=step,
+                    data_rank=rank,
+                    data_size=ranks,
+                    accumulation=accumulation,
                 )
                 loaded.append(plan.batch(update)[where.start : where.stop])
         return loaded
@@ -263,7 +269,7 @@ for run in range(30):
     for update in range(plan.batches_per_epoch + 1):
         for step in range(accumulation):
             mine = micro_batch(
-                batch, micro_step=step, rank=rank, world_size=ranks, accumulation=accumulation
+                batch, micro_step=step, data_rank=rank, data_size=ranks, accumulation=accumulation
             )
             rows = plan.batch(update)[mine.start : mine.stop]
             bucket = int(buckets[rows[0]])

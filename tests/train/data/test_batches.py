@@ -11,6 +11,7 @@ from safetensors.torch import load
 
 from shared.format.cache import open_cache
 from shared.models.spec import read_model_spec
+from shared.models.wan import WAN
 from tests.train.conftest import encode
 from train.data.batch_plan import BatchPlan
 from train.data.batches import Batch, MicroBatches, load_prompt_bank
@@ -34,10 +35,10 @@ def _dataset(
         dataset_of([(index, Fraction(1))]),
         plan,
         read_model_spec(model),
-        empty_text=load_prompt_bank(index).empty,
+        empty_text=load_prompt_bank(index, WAN).empty,
         caption_dropout=dropout,
         frame_crop=frame_crop,
-        **({"accumulation": 1, "rank": 0, "world_size": 1} | cut),  # type: ignore[arg-type]
+        **({"accumulation": 1, "data_rank": 0, "data_size": 1} | cut),  # type: ignore[arg-type]
     )
 
 
@@ -114,7 +115,7 @@ def test_workers_change_nothing(t2v_shards: Path, tiny_t2v: Path) -> None:
 def test_ranks_together_see_what_one_process_sees(t2v_shards: Path, tiny_t2v: Path) -> None:
     whole = _epoch(_dataset(t2v_shards, tiny_t2v, dropout=0.5), 0)
     halves = [
-        _epoch(_dataset(t2v_shards, tiny_t2v, dropout=0.5, rank=rank, world_size=2), 0)
+        _epoch(_dataset(t2v_shards, tiny_t2v, dropout=0.5, data_rank=rank, data_size=2), 0)
         for rank in (0, 1)
     ]
     for batch, first, second in zip(whole, *halves, strict=True):
@@ -128,7 +129,7 @@ def test_caption_dropout_takes_the_empty_prompt(
     t2v_shards: Path, tiny_t2v: Path, dropout: float, low: int, high: int
 ) -> None:
     dataset = _dataset(t2v_shards, tiny_t2v, dropout=dropout)
-    empty = load_prompt_bank(open_cache(t2v_shards)).empty
+    empty = load_prompt_bank(open_cache(t2v_shards), WAN).empty
     dropped = sum(
         bool(torch.equal(text, empty)) for batch in _epoch(dataset, 0, 100) for text in batch.text
     )
@@ -162,7 +163,7 @@ def test_a_damaged_member_is_named_with_its_shard(
 def test_captions_are_dropped_sample_by_sample(t2v_shards: Path, tiny_t2v: Path) -> None:
     """In a batch of two, one caption may go and the other stay, first or second; by update too."""
     dataset = _dataset(t2v_shards, tiny_t2v, dropout=0.5)
-    empty = load_prompt_bank(open_cache(t2v_shards)).empty
+    empty = load_prompt_bank(open_cache(t2v_shards), WAN).empty
     patterns = [
         tuple(bool(torch.equal(text, empty)) for text in batch.text)
         for batch in _epoch(dataset, 0, 100)

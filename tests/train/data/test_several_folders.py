@@ -14,6 +14,7 @@ import torch
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, open_cache
 from shared.models.spec import read_model_spec
+from shared.models.wan import WAN
 from tests.train.conftest import encode, write_dataset
 from tests.train.methods.test_updates import config_of
 from tests.train.test_distill import SMALL, distill, final_bytes, losses
@@ -52,12 +53,12 @@ def batches_of(
                 data,
                 plan,
                 read_model_spec(model),
-                empty_text=load_prompt_bank(data.first).empty,
+                empty_text=load_prompt_bank(data.first, WAN).empty,
                 caption_dropout=0.3,
                 frame_crop=True,
                 accumulation=2,
-                rank=rank,
-                world_size=ranks,
+                data_rank=rank,
+                data_size=ranks,
             ).ahead(start=0, stop=updates, workers=workers)
         ]
         for rank in range(ranks)
@@ -106,15 +107,15 @@ def test_batches_mix_folders_and_read_each_from_its_own(
         data = dataset_of([(index, Fraction(1))])
         own = BatchPlan(data.bucket_ids, data.shown(1)[0], 1, seed=1)
         batches = MicroBatches(
-            data, own, read_model_spec(tiny_t2v), empty_text=load_prompt_bank(index).empty,
-            caption_dropout=0, frame_crop=False, accumulation=1, rank=0, world_size=1,
+            data, own, read_model_spec(tiny_t2v), empty_text=load_prompt_bank(index, WAN).empty,
+            caption_dropout=0, frame_crop=False, accumulation=1, data_rank=0, data_size=1,
         )  # fmt: skip
         for batch in batches.ahead(start=0, stop=own.batches_per_epoch, workers=0):
             alone[batch.keys[0]] = batch.latents[0], batch.texts[0]
     assert len(alone) == 9
     batches = MicroBatches(
-        mixed, plan, read_model_spec(tiny_t2v), empty_text=load_prompt_bank(mixed.first).empty,
-        caption_dropout=0, frame_crop=False, accumulation=1, rank=0, world_size=1,
+        mixed, plan, read_model_spec(tiny_t2v), empty_text=load_prompt_bank(mixed.first, WAN).empty,
+        caption_dropout=0, frame_crop=False, accumulation=1, data_rank=0, data_size=1,
     )  # fmt: skip
     homes = [set(keys_of(index)) for index in caches]
     from_both = False

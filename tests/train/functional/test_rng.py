@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from train.functional.rng import choice, counted_rng, noise, spread, uniform
+from train.functional.rng import choice, counted_rng, noise, spread
 
 SHAPE = (2, 3, 4, 4)
 
@@ -18,7 +18,7 @@ def test_values_are_pinned() -> None:
     assert noise((3,), 42, "rollout 0", 7, [0, 3]).flatten().tolist() == pytest.approx(
         [0.51180714, 1.20752466, -0.60427731, -3.16145992, 0.57775831, -0.64768207], abs=1e-7
     )
-    assert uniform(42, "score level", 7, [0, 3]).tolist() == pytest.approx(
+    assert spread(42, "score level", 7, [0, 3], 1).tolist() == pytest.approx(
         [0.63215214, 0.43393695], abs=1e-7
     )
     assert spread(42, "score level", 7, [0, 3], 4).tolist() == pytest.approx(
@@ -46,7 +46,7 @@ def test_everything_that_counts_changes_the_numbers(
     here = (42, "rollout 0", 7, [0])
     one, two = noise(SHAPE, *here).flatten(), noise(SHAPE, *other).flatten()
     assert not torch.isclose(one, two).any()
-    assert uniform(*here) != uniform(*other)
+    assert spread(*here, 1) != spread(*other, 1)
 
 
 def test_seeds_far_apart_are_different_seeds() -> None:
@@ -65,10 +65,10 @@ def test_counters_do_not_run_into_each_other() -> None:
 
 def test_a_row_depends_on_its_sample_alone() -> None:
     """Cut in any way, in any order, the same samples get the same numbers."""
-    whole, levels = noise(SHAPE, 1, "p", 2, range(6)), uniform(1, "p", 2, range(6))
+    whole, levels = noise(SHAPE, 1, "p", 2, range(6)), spread(1, "p", 2, range(6), 1)
     for cut in ([0, 1, 2], [3, 4, 5], [5, 0], [4]):
         assert torch.equal(noise(SHAPE, 1, "p", 2, cut), whole[cut])
-        assert torch.equal(uniform(1, "p", 2, cut), levels[cut])
+        assert torch.equal(spread(1, "p", 2, cut, 1), levels[cut])
     assert len({tuple(row.flatten().tolist()) for row in whole}) == 6
     assert len(set(levels.tolist())) == 6
 
@@ -92,7 +92,7 @@ def test_statistics_are_those_of_the_distributions() -> None:
     assert abs(rows.var() - 1) < 5 * (2 / n) ** 0.5
     assert abs((rows**3).mean()) < 5 * (15 / n) ** 0.5
     assert abs(np.corrcoef(rows[0::2].flatten(), rows[1::2].flatten())[0, 1]) < 5 / (n / 2) ** 0.5
-    levels = torch.cat([uniform(9, "p", update, range(8)) for update in range(250)]).double()
+    levels = torch.cat([spread(9, "p", update, range(8), 1) for update in range(250)]).double()
     assert 0 <= levels.min() < 0.01 and 0.99 < levels.max() < 1
     assert abs(levels.mean() - 0.5) < 5 * (1 / 12 / 2000) ** 0.5
     counts = np.histogram(levels, bins=10, range=(0, 1))[0]
@@ -133,10 +133,11 @@ def test_spread_depends_on_the_sample_not_on_the_cut() -> None:
     whole = spread(1, "p", 2, range(6), 6)
     for cut in ([0, 1, 2], [3, 4, 5], [5, 0], [4]):
         assert torch.equal(spread(1, "p", 2, cut, 6), whole[cut])
-    assert torch.equal(spread(1, "p", 2, [0, 3], 1), uniform(1, "p", 2, [0, 3]))
+    alone = [counted_rng(1, "p", 2, sample).random() for sample in (0, 3)]
+    assert spread(1, "p", 2, [0, 3], 1).tolist() == pytest.approx(alone, abs=1e-7)
 
 
 def test_results_are_fp32_in_the_asked_shape() -> None:
     drawn = noise(SHAPE, 1, "p", 2, [0, 1, 2])
     assert drawn.shape == (3, *SHAPE) and drawn.dtype == torch.float32
-    assert uniform(1, "p", 2, [0, 1]).dtype == torch.float32
+    assert spread(1, "p", 2, [0, 1], 1).dtype == torch.float32

@@ -165,12 +165,12 @@ def test_the_estimate_knows_what_lives_where(
     )
     assert three.host == pytest.approx(float(home) * 1e6, abs=1e3)
     one_block = three.host // 3
-    assert plain.base - three.base == one_block
-    assert (all_blocks.host, plain.base - all_blocks.base) == (
+    assert plain.parts["base"] - three.parts["base"] == one_block
+    assert (all_blocks.host, plain.parts["base"] - all_blocks.parts["base"]) == (
         5 * one_block,
         3 * one_block,
     )
-    assert offloaded.base == plain.base
+    assert offloaded.parts["base"] == plain.parts["base"]
     assert offloaded.host > 0
 
 

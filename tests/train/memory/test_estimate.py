@@ -11,7 +11,7 @@ from shared.models.spec import read_model_spec
 from tests.models import Mode, tiny_model, tiny_transformer
 from tests.train.test_distill import SMALL
 from train.cli.app import app as wantrain
-from train.memory.estimate import Settings, base_sizes, block_bytes, estimate_of, tokens_of
+from train.memory.estimate import Passes, Settings, base_sizes, estimate_of, tokens_of
 from train.memory.options import MemoryOptions
 from train.model.base import load_base
 from train.model.lora_adapter import LoraSpec, select_targets
@@ -57,7 +57,7 @@ def test_a_block_keeps_what_the_formula_says(precision: Precision, width: int, r
     )  # fmt: skip
     memory = MemoryOptions(mixed_precision=precision)
     settings = Settings(samples=2, rank=rank, target_name=TARGETS, roles=2, memory=memory)
-    formula = block_bytes(transformer, "t2v", 180, settings)
+    formula = Passes(transformer, False, 180, settings).block_bytes()
     assert formula == pytest.approx((three - one) / 2, rel=0.05)
 
 

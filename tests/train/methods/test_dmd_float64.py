@@ -14,7 +14,7 @@ from diffusers import WanTransformer3DModel
 
 from tests.models import IMAGE_DIM
 from tests.train.model.test_roles import NEGATIVE, build_batch, build_recipe, build_roles
-from train.functional.rng import noise, uniform
+from train.functional.rng import noise, spread
 from train.methods.dmd import critic_step, exit_step, generator_step
 from train.model.roles import CRITIC, GENERATOR, Roles
 
@@ -102,7 +102,10 @@ class _Reference:
 
     def level(self, purpose: str = "score") -> tuple[torch.Tensor, torch.Tensor]:
         edge = self.boundary / (self.shift - (self.shift - 1) * self.boundary)
-        u = np.array([edge, edge]) * uniform(3, f"{purpose} level", UPDATE, (0, 1)).double().numpy()
+        u = (
+            np.array([edge, edge])
+            * spread(3, f"{purpose} level", UPDATE, (0, 1), 1).double().numpy()
+        )
         sigma = np.maximum(self.shift * u / (1 + (self.shift - 1) * u), 0.02)
         return torch.from_numpy(sigma).view(2, 1, 1, 1, 1), self.drawn(f"{purpose} noise")
 

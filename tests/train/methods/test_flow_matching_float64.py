@@ -17,7 +17,7 @@ from tests.train.methods.test_dmd_float64 import _compare_lora_gradients, _maths
 from tests.train.model.test_roles import CPU, TARGETS, build_batch
 from tests.train.test_ti2v import Reference, mixed_batch
 from train.data.batches import Batch
-from train.functional.rng import noise, uniform
+from train.functional.rng import noise, spread
 from train.methods.finetune import LORA
 from train.methods.flow_matching import NoiseLevels, flow_matching_step
 from train.model.base import load_base
@@ -90,7 +90,7 @@ def test_a_step_of_an_expert(
     shift, boundary = (5.0, 0.9) if mode == "i2v" else (12.0, 0.875)
     component = {"low": "transformer_2", "high": "transformer"}[expert]
     batch = build_batch(mode, update=UPDATE)
-    drawn = uniform(SEED, "level", UPDATE, (0, 1)).double().numpy()
+    drawn = spread(SEED, "level", UPDATE, (0, 1), 1).double().numpy()
     sigma = reference_sigma(expert, shift, boundary, sampling, drawn)
     levels = levels_of(expert, shift, boundary, sampling)
     _check(folder, expert, component, levels, batch, sigma)
@@ -105,7 +105,7 @@ def test_a_step_of_wan21_i2v(tiny_wan21_i2v: Path) -> None:
         build_batch(_maths("wan21-i2v"), update=UPDATE),
         image=torch.randn(2, 10, IMAGE_DIM, generator=rng),
     )
-    u = uniform(SEED, "level", UPDATE, (0, 1)).double().numpy()
+    u = spread(SEED, "level", UPDATE, (0, 1), 1).double().numpy()
     levels = levels_of("full", 5.0, None, "uniform")
     _check(tiny_wan21_i2v, "full", "transformer", levels, batch, 5 * u / (1 + 4 * u))
 
@@ -147,7 +147,7 @@ def test_a_step_of_ti2v(tiny_ti2v: Path) -> None:
     plain = WanTransformer3DModel.from_pretrained(tiny_ti2v, subfolder="transformer")
     merged = _merged(plain.double().requires_grad_(False), roles, LORA)
     reference = Reference(batch)
-    u = uniform(SEED, "level", UPDATE, (0, 1)).double()
+    u = spread(SEED, "level", UPDATE, (0, 1), 1).double()
     sigma = (5 * u / (1 + 4 * u)).view(2, 1, 1, 1, 1)
     x0 = batch.latents.double()
     eps = noise(x0.shape[1:], SEED, "noise", UPDATE, (0, 1)).double()

@@ -17,7 +17,7 @@ from tests.train.methods.test_dmd_float64 import _merged
 from tests.train.model.test_roles import NEGATIVE, build_batch, build_recipe, build_roles
 from train.data.batches import Batch
 from train.functional.losses import dmd_gradient
-from train.functional.rng import noise, uniform
+from train.functional.rng import noise, spread
 from train.functional.schedule import Schedule
 from train.methods.dmd import Recipe, critic_step, draw_level, exit_step, generator_step, rollout
 from train.model.roles import CRITIC, GENERATOR, Roles
@@ -173,7 +173,7 @@ def test_generator_loss_with_every_guidance_and_floor(
     last = exit_step(recipe, UPDATE)
     x0 = reference.rollout(batch, list(range(last + 1)), "noise", "euler")
     low, high = score_interval(expert, floor)
-    u = low + (high - low) * uniform(3, "score level", UPDATE, (0, 1)).double()
+    u = low + (high - low) * spread(3, "score level", UPDATE, (0, 1), 1).double()
     sigma = (5 * u / (1 + 4 * u)).clamp(min=0.02).view(2, 1, 1, 1, 1)
     x_t = (1 - sigma) * x0 + sigma * drawn(batch, "score noise")
 

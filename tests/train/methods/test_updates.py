@@ -67,7 +67,10 @@ class HandMade:
 
     def __init__(self, config: DistillConfig) -> None:
         run = prepare(config)
-        spec, bank = read_model_spec(run.spec.folder), load_prompt_bank(run.data.first)
+        spec, bank = (
+            read_model_spec(run.spec.folder),
+            load_prompt_bank(run.data.first, run.spec.family),
+        )
         base = load_base(
             spec, "low", precision="no", device=torch.device("cpu"), gradient_checkpointing=False
         )
@@ -81,8 +84,8 @@ class HandMade:
             caption_dropout=0.1,
             frame_crop=False,
             accumulation=2,
-            rank=0,
-            world_size=1,
+            data_rank=0,
+            data_size=1,
         )
         self.recipe, self.negative = run.objective.recipe, bank.negative
         self.weights: dict[str, dict[str, Array]] = {

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from shared.errors import UserError
 from shared.models.spec import read_model_spec
+from shared.models.wan import WAN
 from tests.original_layout import write_original
 from tests.train.model.test_lora_adapter import ALL, trained
 from tests.train.sampling.test_sample import frames, sample
 from tests.train.test_distill import distill, final_bytes
 from train.model.base import Base, MergedLora, base_digest, load_base
-from train.model.lora_adapter import DIFFUSERS_TO_ORIGINAL
 from train.saving.export import lora_path
 from train.saving.provenance import read_provenance
 
@@ -29,7 +29,7 @@ def _kohya(weights: dict[str, torch.Tensor], path: Path) -> Path:
     tensors = {}
     for name, tensor in weights.items():
         _, block, *module, matrix, _ = name.split(".")
-        original = DIFFUSERS_TO_ORIGINAL[".".join(module)].replace(".", "_")
+        original = WAN.original_layers[".".join(module)].replace(".", "_")
         stem = f"lora_unet_blocks_{block}_{original}"
         tensors[f"{stem}.{'lora_down' if matrix == 'lora_A' else 'lora_up'}.weight"] = tensor
         tensors[f"{stem}.alpha"] = torch.tensor(1.0)

@@ -10,7 +10,7 @@ from diffusers import WanPipeline
 from safetensors.torch import save_file
 
 from shared.errors import UserError
-from train.model.lora_adapter import ORIGINAL_TO_DIFFUSERS
+from shared.models.wan import WAN
 from train.model.lora_files import LoraFile, check_fits, read_lora
 
 WIDTH, HIDDEN, RANK, ALPHA = 12, 20, 4, 3.0
@@ -37,7 +37,7 @@ def pairs(layers: list[str] = LAYERS, rank: int = RANK) -> dict[str, dict[str, t
 
 def diffusers_name(module: str) -> str:
     _, block, layer = module.split(".", 2)
-    return f"blocks.{block}.{ORIGINAL_TO_DIFFUSERS[layer]}"
+    return f"blocks.{block}.{WAN.lora_layers[layer]}"
 
 
 def original(

@@ -191,7 +191,10 @@ def test_a_plain_lora_is_sampled_as_the_base_model_is(
         for t in scheduler.timesteps:
             c, u = (
                 pipeline.transformer(
-                    x, timestep=t[None], encoder_hidden_states=pad_text(e)[None], return_dict=False
+                    x,
+                    timestep=t[None],
+                    encoder_hidden_states=pad_text(e, 512)[None],
+                    return_dict=False,
                 )[0]
                 for e in (text, negative)
             )

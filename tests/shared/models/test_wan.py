@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 
-from shared.models.published import PUBLISHED, published_model, write_configs
 from shared.models.spec import read_model_spec
+from shared.models.wan import PUBLISHED, published_model, write_configs
 
 # Parameters of one transformer, rounded.
 WEIGHTS = {

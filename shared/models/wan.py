@@ -1,0 +1,288 @@
+"""Wan 2.1 and 2.2: what its models share, and the configs of the published ones.
+
+The configs are from diffusers' `scripts/convert_wan_to_diffusers.py`, which made the published
+folders, so that a plan or a benchmark downloads nothing. No weights.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shared.models.family import BlockMemory, Family, Mode
+
+_TRANSFORMER = ("diffusers", "WanTransformer3DModel")
+WAN = Family(
+    classes={
+        "pipeline": ("diffusers", "WanPipeline"),
+        "image_pipeline": ("diffusers", "WanImageToVideoPipeline"),
+        "image_encoder": ("transformers", "CLIPVisionModel"),
+        "image_processor": ("transformers", "CLIPImageProcessor"),
+        "scheduler": ("diffusers", "UniPCMultistepScheduler"),
+        "text_encoder": ("transformers", "UMT5EncoderModel"),
+        "tokenizer": ("transformers", "T5TokenizerFast"),
+        "transformer": _TRANSFORMER,
+        "transformer_2": _TRANSFORMER,
+        "vae": ("diffusers", "AutoencoderKLWan"),
+    },
+    text_tokens=512,
+    # The published default (`sample_neg_prompt` of the original repository's shared config).
+    negative_prompt=(
+        "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+        "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
+        "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+    ),
+    stride=(4, 8, 8),
+    mask_channels=4,
+    vae_fields={
+        "attn_scales": [],
+        "dim_mult": [1, 2, 4, 4],
+        "is_residual": False,
+        "latents_mean": None,
+        "latents_std": None,
+        "patch_size": None,
+        "temperal_downsample": [False, True, True],
+    },
+    frames_per_second=16,
+    # As in the published recipes (brief, section 5).
+    flow_shift=5.0,
+    other_flow_shifts={("t2v", True): 12.0},
+    blocks="blocks",
+    patch_embedding="patch_embedding",
+    rotary="rope",
+    outside_autocast=("condition_embedder.time_embedder", ".norm_q", ".norm_k"),
+    names_begin="condition_embedder.",
+    original_blocks="blocks",
+    lora_layers={
+        "self_attn.q": "attn1.to_q",
+        "self_attn.k": "attn1.to_k",
+        "self_attn.v": "attn1.to_v",
+        "self_attn.o": "attn1.to_out.0",
+        "cross_attn.q": "attn2.to_q",
+        "cross_attn.k": "attn2.to_k",
+        "cross_attn.v": "attn2.to_v",
+        "cross_attn.o": "attn2.to_out.0",
+        "cross_attn.k_img": "attn2.add_k_proj",
+        "cross_attn.v_img": "attn2.add_v_proj",
+        "ffn.0": "ffn.net.0.proj",
+        "ffn.2": "ffn.net.2",
+    },
+    memory=BlockMemory(
+        kept={"bf16": (42, 4, 8.4, 16), "no": (60.3, 8, 12.1, 32)},
+        kept_of_time=32,  # what is made of it is as wide as six hidden states
+        backward={"bf16": ((61.3, 3.6), (44, 7.9)), "no": ((84, 7), (60.5, 15.9))},
+        backward_of_time={"bf16": 44, "no": 56},
+        forward={"bf16": ((20, 0), (8.6, 5.8)), "no": ((40, 0), (16.4, 11.8))},
+        forward_with_time={"bf16": ((55.7, 3.8),), "no": ((88, 7.5),)},
+    ),
+)
+ORIGINAL_CLASS = "WanModel"
+"""Of the transformer in the original code, as its config names it."""
+# Switch of the experts as published (the original code has it in Python, no file says it).
+BOUNDARIES: Mapping[str, float] = {"i2v": 0.9, "t2v": 0.875}
+CLIP_DIM, UMT5_DIM = 1280, 4096
+PATCH = (1, 2, 2)
+
+# The published configs of the two VAEs, which have no config file in this layout. What a smaller
+# VAE has otherwise (base_dim, decoder_base_dim) comes from the weights.
+WAN_21_VAE: dict[str, Any] = {
+    "_class_name": WAN.classes["vae"][1],
+    "base_dim": 96,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+    "dropout": 0.0,
+    "latents_mean": [
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    ],
+    "latents_std": [
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+    ],
+}  # fmt: skip
+WAN_22_VAE: dict[str, Any] = {
+    **WAN_21_VAE,
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 16,
+    "latents_mean": [
+        -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
+        -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
+        -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+        -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
+        -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
+        0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+    ],
+    "latents_std": [
+        0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
+        0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
+        0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+        0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
+        0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
+        0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+    ],
+}  # fmt: skip
+
+
+def transformer_config(
+    *,
+    heads: int,
+    width: int,
+    ffn_dim: int,
+    layers: int,
+    channels: tuple[int, int],
+    image_dim: int | None,
+    **others: Any,
+) -> dict[str, Any]:
+    """diffusers' config of a transformer with so many channels (in, out); `others` replace."""
+    return {
+        "_class_name": _TRANSFORMER[1],
+        "added_kv_proj_dim": None if image_dim is None else width,
+        "attention_head_dim": width // heads,
+        "cross_attn_norm": True,
+        "eps": 1e-06,
+        "ffn_dim": ffn_dim,
+        "freq_dim": 256,
+        "image_dim": image_dim,
+        "in_channels": channels[0],
+        "num_attention_heads": heads,
+        "num_layers": layers,
+        "out_channels": channels[1],
+        "patch_size": list(PATCH),
+        "pos_embed_seq_len": None,
+        "qk_norm": "rms_norm_across_heads",
+        "text_dim": UMT5_DIM,
+        **others,
+    }
+
+
+_HUB, _ENDING = "Wan-AI/", "-Diffusers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedModel:
+    """One model as its folder in diffusers' layout describes it."""
+
+    hub_id: str
+    heads: int
+    ffn_dim: int
+    layers: int
+    mode: Mode
+    two_experts: bool = False
+    clip: bool = False
+    """Whether it takes CLIP's image embeddings (Wan 2.1 i2v)."""
+    flow_shift: float = 3.0
+    """Of the published scheduler; the shift to train with is `ModelSpec.flow_shift`."""
+    vae: Mapping[str, Any] = field(default_factory=lambda: WAN_21_VAE)
+
+    @property
+    def name(self) -> str:
+        """Short, e.g. "wan2.2-i2v-a14b"."""
+        return self.hub_id.removeprefix(_HUB).removesuffix(_ENDING).lower()
+
+    @property
+    def boundary(self) -> float | None:
+        """Share of the timesteps above which the high-noise expert works."""
+        return BOUNDARIES[self.mode] if self.two_experts else None
+
+    def model_index(self) -> dict[str, Any]:
+        """Of `model_index.json`."""
+        classes = dict(WAN.classes)
+        of_text, of_image = classes.pop("pipeline"), classes.pop("image_pipeline")
+        some = {
+            "image_encoder": self.clip,
+            "image_processor": self.clip,
+            "transformer_2": self.two_experts,
+        }
+        return {
+            "_class_name": (of_image if self.mode == "i2v" else of_text)[1],
+            "boundary_ratio": self.boundary,
+            "expand_timesteps": self.mode == "ti2v",
+            **{
+                part: [*classes[part]] if some.get(part, True) else [None, None] for part in classes
+            },
+        }
+
+    def transformer_config(self) -> dict[str, Any]:
+        """Of each expert: the two are alike."""
+        channels = int(self.vae["z_dim"])
+        entering = 2 * channels + WAN.mask_channels if self.mode == "i2v" else channels
+        return transformer_config(
+            heads=self.heads,
+            width=self.heads * 128,
+            ffn_dim=self.ffn_dim,
+            layers=self.layers,
+            channels=(entering, channels),
+            image_dim=CLIP_DIM if self.clip else None,
+            rope_max_seq_len=1024,
+        )
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """What differs from diffusers' defaults."""
+        return {
+            "_class_name": WAN.classes["scheduler"][1],
+            "flow_shift": self.flow_shift,
+            "num_train_timesteps": 1000,
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+        }
+
+
+def _size_14b(hub_id: str, mode: Mode, **others: Any) -> PublishedModel:
+    return PublishedModel(
+        hub_id=_HUB + hub_id + _ENDING, heads=40, ffn_dim=13824, layers=40, mode=mode, **others
+    )
+
+
+_MODELS = (
+    PublishedModel(
+        hub_id="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", heads=12, ffn_dim=8960, layers=30, mode="t2v"
+    ),
+    _size_14b("Wan2.1-T2V-14B", "t2v"),
+    _size_14b("Wan2.1-I2V-14B-480P", "i2v", clip=True),
+    _size_14b("Wan2.1-I2V-14B-720P", "i2v", clip=True),
+    _size_14b("Wan2.2-T2V-A14B", "t2v", two_experts=True),
+    _size_14b("Wan2.2-I2V-A14B", "i2v", two_experts=True),
+    PublishedModel(
+        hub_id="Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+        heads=24,
+        ffn_dim=14336,
+        layers=30,
+        mode="ti2v",
+        flow_shift=5.0,
+        vae=WAN_22_VAE,
+    ),
+)
+PUBLISHED: Mapping[str, PublishedModel] = {model.name: model for model in _MODELS}
+"""By short name."""
+
+
+def published_model(name: str) -> PublishedModel | None:
+    """By short name or hub id, with or without "-Diffusers"; None where it is not one of these."""
+    return PUBLISHED.get(name.removeprefix(_HUB).removesuffix(_ENDING).lower())
+
+
+def write_configs(model: PublishedModel, folder: Path) -> None:
+    """Make `folder` a model in diffusers' layout without weights: configs alone."""
+    files = {
+        "model_index.json": model.model_index(),
+        "transformer/config.json": model.transformer_config(),
+        "vae/config.json": dict(model.vae),
+        "scheduler/scheduler_config.json": model.scheduler_config(),
+    }
+    if model.two_experts:
+        files["transformer_2/config.json"] = model.transformer_config()
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=2) + "\n")
