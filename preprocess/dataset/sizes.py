@@ -4,9 +4,10 @@ The seed document's `random_hw_adapt`, `training_with_video_token_length` and `r
 with the numbers of VideoX-Fun's trainers where the document gives a range only.
 """
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from preprocess.frames.media_info import MediaKind
+if TYPE_CHECKING:  # options are made of this module's values, and a help page needs no numpy
+    from preprocess.frames.media_info import MediaKind
 
 Clips = Literal["first", "random", "uniform", "chunk"]
 """Where in a video its clips are taken."""
@@ -35,7 +36,7 @@ RATIO_CROPS: tuple[tuple[tuple[int, int], int], ...] = (
 )  # fmt: skip
 
 
-def adapted_sizes(kind: MediaKind, *, image_size: int, video_size: int) -> tuple[int, ...]:
+def adapted_sizes(kind: "MediaKind", *, image_size: int, video_size: int) -> tuple[int, ...]:
     """Sizes under random_hw_adapt alone, the medium's own first.
 
     Videos: `video_size` down to min(video_size, 512). Images: `image_size` down to the same.
@@ -54,7 +55,7 @@ def adapted_weights(sizes: int) -> tuple[int, ...]:
 
 
 def token_sizes(
-    kind: MediaKind,
+    kind: "MediaKind",
     *,
     image_size: int,
     video_size: int,
