@@ -36,13 +36,15 @@ def copied(to: Path, example: str) -> Path:
 
 
 def run(tree: Path, words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """A command of a copied tree."""
+    """A command of a copied tree; a file of its own, since a launcher starts it again."""
     program, *rest = words.split()
-    code = f"import sys; sys.argv[0] = {program!r}; import wandistill_cli as c; c.{program}()"
+    script = cwd / program
+    code = f"import sys\nsys.path.insert(0, {str(tree)!r})\nimport wandistill_cli\n"
+    script.write_text(f"{code}sys.exit(wandistill_cli.{program}())\n")
     return subprocess.run(
-        [sys.executable, "-c", code, *rest],
+        [sys.executable, script, *rest],
         cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
@@ -131,7 +133,9 @@ def test_a_family_is_encoded_and_trained(toy: Path, tmp_path: Path) -> None:
         "(folder / 'model_index.json').write_text(json.dumps(index))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(tree)}
-    subprocess.run([sys.executable, "-c", make, str(model)], check=True, env=environment)
+    subprocess.run(
+        [sys.executable, "-c", make, str(model)], check=True, env=environment, cwd=tmp_path
+    )
     encode = TOY.replace("--model toy", f"--model {model}")
     done(tree, f"wanprep encode {encode} --output other-shards", toy)
     fingerprint = json.loads((toy / "other-shards" / "manifest.json").read_text())["fingerprint"]
