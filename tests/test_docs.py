@@ -20,6 +20,8 @@ NOT_OURS = (
     "benchmarks/work",  # made by a command
     *("scripts/wan2.2", "scripts/convert_wan_to_diffusers.py"),  # of VideoX-Fun, of diffusers
     *("shared/toy/MODE", "train/utils.py"),  # a pattern; what a test makes
+    # What the examples of docs/extending.md make.
+    *("shared/models/pretend", "train/model/pretend_transformer", "train/strategies/ddp_bf16"),
 )
 
 
