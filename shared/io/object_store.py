@@ -1,10 +1,11 @@
 """What `fsspec` says of an object store: its file system, and its errors in words that help."""
 
 import errno
+import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -116,12 +117,23 @@ def signature_of(info: Mapping[str, Any]) -> str:
     return "|".join([str(info.get("size")), *told])
 
 
-def is_local(url: str) -> Path | None:
-    """The path that a file:// URL names; None for any other."""
-    protocol, _, path = url.partition("://")
+def local_path(location: str | Path) -> Path | None:
+    """The place of this machine that a path or a file:// URL names; None for any other URL."""
+    if isinstance(location, Path) or not is_url(location):
+        return Path(location)
+    protocol, _, path = location.partition("://")
     return Path(path) if protocol.lower() in _LOCAL else None
 
 
 def shard_cache() -> Path:
     """Where whole shards of stores lie."""
     return cache_folder() / "shards"
+
+
+def last_listing(state: Path) -> dict[str, str]:
+    """Name → `signature_of`, as the last pull has left it in its state file; {} if that is gone."""
+    with suppress(OSError, ValueError):
+        found = json.loads(state.read_bytes())
+        if isinstance(found, dict):
+            return found
+    return {}
