@@ -139,8 +139,8 @@ class TrainConfig(ProcessOptions, MemoryOptions):
         for folder, place in zip(self.shards, places, strict=True):
             if (times := places.count(place)) > 1:
                 raise UserError(
-                    f"--shards: {folder.location} is given {times} times. Give it once, "
-                    f"with a weight if it shall count more: {folder.location}@{times}"
+                    f"--shards: {folder.path} is given {times} times. Give it once, "
+                    f"with a weight if it shall count more: {folder.path}@{times}"
                 )
         self._check_rate("learning_rate", self.learning_rate)
         check_option("target_name", "''", bool(self.targets), "names of layers, e.g. q,k,v")

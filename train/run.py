@@ -23,7 +23,7 @@ from shared.format.fingerprint import (
 from shared.format.overlays import CONDITIONS, with_captions, with_conditions
 from shared.format.schema import TEXT_MEMBER
 from shared.io.hashing import FileHasher
-from shared.io.mirror import opened
+from shared.io.mirror import open_store
 from shared.io.names import quoted
 from shared.io.store import Store
 from shared.models.original_layout import is_original
@@ -166,7 +166,9 @@ def open_data(config: TrainConfig, given_elsewhere: Given) -> tuple[ModelSpec, D
     """
     with ExitStack() as opening:
         stores = [
-            opening.enter_context(opened(one.location, shard_cache_gb=config.shard_cache_gb))
+            opening.enter_context(
+                open_store(one.path, shard_cache_gb=config.shard_cache_gb).pulled()
+            )
             for one in config.shards
         ]
         where = tuple(map(condition, config.where or ()))

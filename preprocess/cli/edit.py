@@ -6,7 +6,7 @@ import typer
 
 from preprocess.cache.ranks import this_rank
 from shared.cli.support import Command, echo
-from shared.io.mirror import opened
+from shared.io.mirror import open_store
 from shared.io.names import on_one_line, quoted
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def index(
     from preprocess.cache.writer import output_lock, refusals_explained
     from shared.format.overlays import overlays_in
 
-    with opened(shards, writer=this_rank().number) as root:
+    with open_store(shards, writer=this_rank().number).pulled() as root:
         require_shards(root)
         for store in (root, *overlays_in(root)):
             kept = "The shards are as they were."
@@ -91,7 +91,7 @@ def remove(
         number = count(len(chosen.sources), "sample")
         echo(f"{number} would be removed; nothing was" if dry_run else f"{number} will be removed")
 
-    with opened(shards, writer=this_rank().number) as store:
+    with open_store(shards, writer=this_rank().number).pulled() as store:
         removed = remove_samples(store, sample, dry_run=dry_run, announce=announce)
     if not dry_run:
         number = count(len(removed.sources), "sample")
@@ -113,7 +113,7 @@ def compact(
     from preprocess.cache.report import contents
     from shared.cli.console import count
 
-    with opened(shards, writer=this_rank().number) as store:
+    with open_store(shards, writer=this_rank().number).pulled() as store:
         done = compact_with_overlays(store, shard_bytes=shard_size_mb * 1_000_000)
     echo(contents(done.index))
     dropped = count(done.dropped, "dead sample")

@@ -10,7 +10,7 @@ from shared.cli.config_command import add_config_command
 from shared.cli.support import echo
 from shared.errors import UserError
 from shared.interrupt import SIGNAL_EXIT
-from shared.io.mirror import opened
+from shared.io.mirror import open_store
 from shared.io.names import quoted
 
 ENCODE_EXAMPLES = """
@@ -45,7 +45,7 @@ def encode(config: EncodeConfig, _: typer.Context) -> None:
             from preprocess.cluster.engines import ray_engines
 
             elsewhere = held.enter_context(ray_engines(config))
-        output = held.enter_context(opened(config.output, writer=config.rank.number))
+        output = held.enter_context(open_store(config.output, writer=config.rank.number).pulled())
         outcome = encode_run.encode(config, output, Console(stderr=True), elsewhere)
     if outcome.index is not None:
         echo(contents(outcome.index))

@@ -11,7 +11,7 @@ from preprocess.cache.ranks import this_rank
 from shared.cli.support import Command, echo, echo_data
 from shared.device import default_device
 from shared.errors import UserError
-from shared.io.mirror import opened
+from shared.io.mirror import open_store
 from shared.models.spec import DEFAULT_MODEL
 
 INSPECT_EXAMPLES = """
@@ -60,7 +60,7 @@ def inspect(
 
     _refuse_folder("--html", html)
     console = Console()
-    with opened(shards, writer=this_rank().number) as store:
+    with open_store(shards, writer=this_rank().number).pulled() as store:
         found = overview(store, seed=seed)
         wide = console if console.is_terminal else Console(width=max(110, console.width))
         print_overview(found, wide)
@@ -102,7 +102,7 @@ def verify(
     if (decode or sample) and output.exists() and not output.is_dir():
         raise UserError(f"--output: {output} is a file, expected a folder. Name another.")
     console = Console(stderr=True)
-    with opened(shards, writer=this_rank().number) as store:
+    with open_store(shards, writer=this_rank().number).pulled() as store:
         config = DecodeConfig(
             shards=store,
             model=model,

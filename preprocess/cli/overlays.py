@@ -9,7 +9,7 @@ from shared.cli.support import Command, echo
 from shared.device import default_device
 from shared.errors import UserError
 from shared.interrupt import SIGNAL_EXIT
-from shared.io.mirror import opened
+from shared.io.mirror import open_store
 from shared.io.names import quoted
 from shared.models.spec import DEFAULT_MODEL
 
@@ -67,7 +67,7 @@ def recaption(
     from shared.cli.console import count
 
     rank = this_rank()
-    with opened(shards, writer=rank.number) as store:
+    with open_store(shards, writer=rank.number).pulled() as store:
         done = run_recaption(
             RecaptionConfig(
                 name=name,
@@ -129,7 +129,7 @@ def add_condition(
     from shared.cli.console import count
 
     rank = this_rank()
-    with opened(shards, writer=rank.number) as store:
+    with open_store(shards, writer=rank.number).pulled() as store:
         done = run_add_condition(
             ConditionConfig(
                 shards=store,

@@ -10,7 +10,7 @@ from preprocess.encode.config import PlanConfig, for_this_machine
 from shared.cli.config_command import add_config_command
 from shared.cli.support import echo, echo_data
 from shared.errors import UserError
-from shared.io.mirror import opened
+from shared.io.mirror import open_store
 from shared.io.names import on_one_line
 from shared.io.store import Store
 
@@ -37,7 +37,7 @@ def plan(config: PlanConfig, _: typer.Context) -> None:
 
     from preprocess.encode.dry_run import foresee
 
-    with opened(config.output, writer=config.rank.number) as output:
+    with open_store(config.output, writer=config.rank.number).pulled() as output:
         console = Console(stderr=True)
         foreseen = foresee(for_this_machine(config), output, console, measure=config.measure)
     if config.json:

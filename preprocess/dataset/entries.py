@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -115,17 +115,12 @@ def load_dataset(
 
     Raises UserError where there is no dataset at all; single bad entries are returned rejected.
     """
-    remote = [place for place in (data_dir, metadata) if isinstance(place, Remote)]
-    with errors_named(*remote):
-        file = None if metadata is None else here(metadata)
-        dataset = _loaded(data_dir, file, caption_suffix, kind)
-    for place in remote:
-        dataset = replace(dataset, origin=place.shown(dataset.origin))
-    return dataset
+    with errors_named(*(place for place in (data_dir, metadata) if isinstance(place, Remote))):
+        return _loaded(data_dir, metadata, caption_suffix, kind)
 
 
 def _loaded(
-    data_dir: DataDir, metadata: Path | None, caption_suffix: str, kind: MediaKind | None
+    data_dir: DataDir, metadata: MediaList | None, caption_suffix: str, kind: MediaKind | None
 ) -> Dataset:
     folder = here(data_dir)
     if metadata is None:
@@ -143,8 +138,8 @@ def _loaded(
     return _from_metadata(base_folder(data_dir), metadata, kind)
 
 
-def _from_metadata(data_dir: DataDir, metadata: Path, kind: MediaKind | None) -> Dataset:
-    records = read_metadata(metadata)
+def _from_metadata(data_dir: DataDir, metadata: MediaList, kind: MediaKind | None) -> Dataset:
+    records = read_metadata(here(metadata))
     entries: list[Entry] = []
     rejected: list[Rejected] = []
     captions_only = kind is None and _captions_only(records)
@@ -166,7 +161,8 @@ def _from_metadata(data_dir: DataDir, metadata: Path, kind: MediaKind | None) ->
             f"dataset: no folder {data_dir}, and no file that {metadata} lists is there. Set "
             "--train-data-dir (or DATASET_NAME) to the folder that its paths are relative to."
         )
-    return Dataset(origin=str(metadata), entries=tuple(entries), rejected=tuple(rejected))
+    origin = str(metadata) if isinstance(data_dir, Path) else data_dir.shown(metadata)
+    return Dataset(origin=origin, entries=tuple(entries), rejected=tuple(rejected))
 
 
 def _is_text(item: Any) -> bool:
@@ -334,7 +330,7 @@ def _from_folder(data_dir: DataDir, caption_suffix: str, kind: MediaKind | None)
             entries.append(_checked(medium, source, caption, kind or _kind(path)))
         except _BadEntryError as error:
             rejected.append(Rejected(source=source, reason=str(error)))
-    return Dataset(origin=str(folder), entries=tuple(entries), rejected=tuple(rejected))
+    return Dataset(origin=str(data_dir), entries=tuple(entries), rejected=tuple(rejected))
 
 
 def _from_tars(

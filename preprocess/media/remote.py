@@ -5,28 +5,25 @@ content; media are empty files, which stand for a `RemoteFile` each.
 """
 
 import hashlib
-import json
 import posixpath
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from preprocess.frames.media_info import MediaError
-from shared.errors import UserError
 from shared.io.durable import write_bytes
 from shared.io.hashing import cache_folder
 from shared.io.object_store import (
     explained,
     filesystem,
     is_url,
-    last_listing,
     local_path,
     signature_of,
     why,
 )
-from shared.io.shard_cache import flock
+from shared.io.pull import pull_folder
+from shared.io.store import Place
 
 _BLOCK_BYTES = 1 << 23
 _AT_ONCE = 16  # small files that are asked for together
@@ -78,18 +75,13 @@ class RemoteFile:
             raise MediaError(f"{self.url}: {why(error)}") from error
 
 
-class Remote:
+class Remote(Place):
     """Something in a store that is looked at through a folder or file here."""
 
     url: str
-    folder: Path
 
     def __str__(self) -> str:
         return self.url
-
-    def shown(self, text: object) -> str:
-        """A text for users: the URL in place of what is here."""
-        return str(text).replace(str(self.folder), self.url)
 
 
 class RemoteFolder(Remote):
@@ -100,50 +92,13 @@ class RemoteFolder(Remote):
         self._caption_suffix = caption_suffix
         name = hashlib.sha256(f"{self.url} {caption_suffix}".encode()).hexdigest()[:16]
         self.folder = (cache_folder() / "media" / name).absolute()
-        self._state = self.folder.with_suffix(".json")
         self._listed: dict[str, str] = {}
 
     def pull(self) -> None:
         """Look what is there. Raises UserError where the store can't be read."""
-        with flock(self.folder.with_suffix(".lock")), explained(self.url):
-            files, root = filesystem(self.url)
-            files.invalidate_cache()
-            prefix = root.rstrip("/") + "/"
-            found = {
-                path.removeprefix(prefix): info
-                for path, info in files.find(root, detail=True).items()
-                if path.startswith(prefix)
-            }
-            self._listed = {
-                name: signature_of(info) for name, info in found.items() if _is_name(name)
-            }
-            known = last_listing(self._state)
-            texts = [
-                name
-                for name, signature in self._listed.items()
-                if self._is_text(name, found[name].get("size") or 0)
-                and not (known.get(name) == signature and (self.folder / name).exists())
-            ]
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for name in known.keys() - self._listed.keys():
-                (self.folder / name).unlink(missing_ok=True)
-            for name in self._listed:
-                self._place(name)
-            with ThreadPoolExecutor(_AT_ONCE) as pool:
-                contents = pool.map(lambda name: files.cat_file(prefix + name), texts)
-                for name, content in zip(texts, contents, strict=True):
-                    (self.folder / name).write_bytes(content)
-            write_bytes(self._state, json.dumps(self._listed).encode())
-
-    def _place(self, name: str) -> None:
-        here = self.folder / name
-        try:
-            here.parent.mkdir(parents=True, exist_ok=True)
-            here.touch()
-        except OSError as error:
-            raise UserError(
-                f"{self.url}/{name}: no folder here takes this name ({error.strerror}). Rename it."
-            ) from error
+        self._listed = pull_folder(
+            self.url, self.folder, is_wanted=_is_name, has_content=self._is_text
+        )
 
     def _is_text(self, name: str, size: int) -> bool:
         if "/" not in name and name.endswith(_LISTS):

@@ -180,7 +180,7 @@ class _Folder:
             for name in ("shards", "prompts", "tombstones"):
                 _ = {entry["name"]: entry["sha256"] for entry in manifest[name]}
         except (UserError, KeyError, TypeError) as error:
-            self._add("manifest-damaged", MANIFEST, _why(error, path), "a manifest")
+            self._add("manifest-damaged", MANIFEST, self._why(error, path), "a manifest")
             return {}
         return manifest
 
@@ -211,7 +211,7 @@ class _Folder:
             # All of it now: a writer may replace the file at any time after.
             return index, np.argsort(index.read_columns()["shard"], kind="stable")
         except UserError as error:
-            self._add("index-damaged", INDEX, _why(error, path), "an index")
+            self._add("index-damaged", INDEX, self._why(error, path), "an index")
             return nothing
 
     def _read_sidecars(self) -> list[Sidecar]:
@@ -253,7 +253,7 @@ class _Folder:
             if sidecar.latent_rgb is not None:
                 ColourFit.from_json(sidecar.latent_rgb)
         except (KeyError, TypeError, ValueError) as error:  # UserError is a ValueError
-            self._add("sidecar-damaged", path.name, _why(error, path), "a sidecar", cure)
+            self._add("sidecar-damaged", path.name, self._why(error, path), "a sidecar", cure)
             return []
         return [sidecar]
 
@@ -267,7 +267,7 @@ class _Folder:
                     f"restore {path.name}, or delete it, which brings the samples that it removed "
                     "back, and remove them again: wanprep remove"
                 )
-                self._add("tombstones-damaged", path.name, _why(error, path), "keys", cure)
+                self._add("tombstones-damaged", path.name, self._why(error, path), "keys", cure)
         return found
 
     def _is_current(self) -> bool:
@@ -318,7 +318,7 @@ class _Folder:
                 expected_of = Expected.of(sidecar.fingerprint, sidecar.bucket)
                 found = check_shard(self.store, sidecar, expected_of, on_bytes)
             except (OSError, UserError) as error:
-                why = _why(error, path)
+                why = self._why(error, path)
                 self._add("tar-damaged", sidecar.shard, why, "a tar to read", _redo_shard(sidecar))
                 continue
             self.samples += len(found.rows) if sidecar.kind == "samples" else 0
@@ -443,6 +443,13 @@ class _Folder:
             )
         )
 
+    def _why(self, error: Exception, path: Path) -> str:
+        """The first line of an error, the file's folder left out."""
+        if isinstance(error, KeyError):
+            return f"no {error.args[0]!r}"
+        text = self.store.shown(error).replace(self.store.shown(path), path.name)
+        return text.split("\n")[0].rstrip(".")
+
     def _listed(self, name: str) -> set[str]:
         return {entry["name"] for entry in self.manifest.get(name, [])}
 
@@ -489,10 +496,3 @@ def _redo_shard(sidecar: Sidecar) -> str:
         f"restore {sidecar.shard}, or delete it with its sidecar and run "
         f"`{made_by(sidecar.fingerprint)}` again: it encodes only what is missing"
     )
-
-
-def _why(error: Exception, path: Path) -> str:
-    """The first line of an error, the file's folder left out."""
-    if isinstance(error, KeyError):
-        return f"no {error.args[0]!r}"
-    return str(error).replace(str(path), path.name).split("\n")[0].rstrip(".")

@@ -13,29 +13,26 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from shared.errors import UserError
-from shared.io.durable import TEMPORARY_SUFFIX, fault_point, temporary, write_bytes
+from shared.io.durable import TEMPORARY_SUFFIX, fault_point
 from shared.io.hashing import cache_folder, sha256_of
 from shared.io.names import quoted
 from shared.io.object_store import (
-    explained,
     filesystem,
-    last_listing,
     local_path,
     patiently,
     shard_cache,
-    signature_of,
 )
-from shared.io.shard_cache import DEFAULT_SHARD_CACHE_GB, ShardCache, flock
-from shared.io.store import Store, errors_named
+from shared.io.pull import pull_folder
+from shared.io.shard_cache import DEFAULT_SHARD_CACHE_GB, ShardCache
+from shared.io.store import Store
 
 # What of a cache lies in the store; nothing else below the URL is looked at.
 _FOLDER = r"(?:captions/[A-Za-z0-9_][A-Za-z0-9._-]*/|conditions/)?"
@@ -47,9 +44,6 @@ ROWS_SUFFIX = ".rows.safetensors"
 """Beside a tar in the store: its rows of the index, so that an index needs no tar."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_STATE = ".state.json"
-"""What the last pull has seen."""
-_THREADS = 16
 
 
 def open_store(
@@ -58,7 +52,7 @@ def open_store(
     writer: int | None = None,
     shard_cache_gb: float = DEFAULT_SHARD_CACHE_GB,
 ) -> Store:
-    """Where a folder or a URL leads; `Store.pull` comes next.
+    """Where a folder or a URL leads; `Store.pulled` comes next.
 
     `writer`: number of the one writer that works through the folder here, which it has for itself;
     None: a reader, which shares one with others. `shard_cache_gb`: the room that whole shards of a
@@ -74,28 +68,6 @@ def open_store(
     root = (cache_folder() / "mirrors" / name / role).absolute()
     cache = ShardCache(int(shard_cache_gb * 10**9))
     return Mirror(root, url=url, root=root, writes=writer is not None, cache=cache)
-
-
-@contextmanager
-def opened(
-    location: str | Path,
-    *,
-    writer: int | None = None,
-    shard_cache_gb: float = DEFAULT_SHARD_CACHE_GB,
-) -> Iterator[Store]:
-    """`open_store`, pulled; UserErrors of the block name it as the user did."""
-    store = open_store(location, writer=writer, shard_cache_gb=shard_cache_gb)
-    with errors_named(store):
-        store.pull()
-        yield store
-
-
-@contextmanager
-def _readable() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"shards: {error.strerror}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +90,7 @@ class Mirror(Store):
     is_remote: ClassVar[bool] = True
 
     def __str__(self) -> str:
-        return self.shown(self.folder)
-
-    def shown(self, text: object) -> str:
-        return str(text).replace(str(self.root), self.url)
+        return self.url + str(self.folder).removeprefix(str(self.root))
 
     @cached_property
     def _store(self) -> tuple[Any, str]:
@@ -132,34 +101,20 @@ class Mirror(Store):
         return self._store[0]
 
     @property
-    def _place(self) -> str:
+    def _prefix(self) -> str:
         return self._store[1].rstrip("/")
 
     # From the store.
 
     def pull(self) -> None:
-        """Make the folder like the store. Raises UserError where the store can't be read."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        with flock(self.root / ".pull"), explained(self.url):
-            listed = self._listing()
-            known = last_listing(self.root / _STATE)
-            missing = []
-            for name, signature in listed.items():
-                here = self.root / name
-                if name.endswith(".tar"):
-                    here.parent.mkdir(parents=True, exist_ok=True)
-                    here.touch()
-                elif not (here.exists() and (known.get(name) == signature or name in self._own)):
-                    missing.append(name)
-            with ThreadPoolExecutor(_THREADS) as pool:
-                gone = {name for name in pool.map(self._fetch_small, missing) if name}
-            for path in [*self.root.rglob("*")]:
-                name = path.relative_to(self.root).as_posix()
-                if name not in listed and self._mirrored(name) and path.is_file():
-                    path.unlink(missing_ok=True)
-            state = {name: value for name, value in listed.items() if name not in gone}
-            write_bytes(self.root / _STATE, json.dumps(state).encode())
-            self._sha256.clear()
+        pull_folder(
+            self.url,
+            self.root,
+            is_wanted=self._wanted,
+            has_content=lambda name, size: not name.endswith(".tar"),
+            unchanged=self._own,
+        )
+        self._sha256.clear()
 
     def sha256(self, tar: Path) -> str:
         """A shard's digest, by its sidecar or by the manifest. UserError where neither has it."""
@@ -174,51 +129,19 @@ class Mirror(Store):
                     self._sha256.setdefault(tar.with_name(entry["name"]), str(entry["sha256"]))
         if tar not in self._sha256:
             raise UserError(
-                f"shards: {tar} stands in no sidecar and in no manifest. Rebuild the manifest: "
-                f"wanprep index --shards {quoted(self.shown(tar.parent))}"
+                f"shards: {self.shown(tar)} stands in no sidecar and in no manifest. Rebuild the "
+                f"manifest: wanprep index --shards {quoted(self.shown(tar.parent))}"
             )
         if not _SHA256.fullmatch(self._sha256[tar]):  # it becomes a file's name
-            raise UserError(f"shards: what is said of {tar} is no SHA-256. Restore its sidecar.")
+            raise UserError(
+                f"shards: what is said of {self.shown(tar)} is no SHA-256. Restore its sidecar."
+            )
         return self._sha256[tar]
-
-    def _listing(self) -> dict[str, str]:
-        """Name → what tells whether it has changed, of everything that is mirrored."""
-        self._fs.invalidate_cache()
-        try:
-            found = self._fs.find(self._place, detail=True)
-        except FileNotFoundError:
-            if not self._fs.exists(self._place.split("/")[0]):
-                raise
-            found = {}
-        prefix = self._place + "/"
-        names = {path.removeprefix(prefix): info for path, info in found.items()}
-        return {
-            name: signature_of(info)
-            for name, info in names.items()
-            if self._mirrored(name) and self._wanted(name)
-        }
-
-    def _mirrored(self, name: str) -> bool:
-        fits = _COUNTED.fullmatch(name) or _DERIVED.fullmatch(name)
-        return fits is not None and ".." not in name and not name.endswith(TEMPORARY_SUFFIX)
 
     def _wanted(self, name: str) -> bool:
         """Readers need no sidecars: the manifest says as much."""
-        return self.writes or name.endswith(".tar") or _COUNTED.fullmatch(name) is None
-
-    def _fetch_small(self, name: str) -> str | None:
-        """Its name where it is gone: another writer replaced or removed it meanwhile."""
-        final = self.root / name
-        final.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            data = self._fs.cat_file(self._path(name))
-        except FileNotFoundError:
-            final.unlink(missing_ok=True)
-            return name
-        beside = temporary(final)
-        beside.write_bytes(data)
-        beside.replace(final)
-        return None
+        needed = self.writes or name.endswith(".tar") or _COUNTED.fullmatch(name) is None
+        return needed and _is_mirrored(name)
 
     # Its shards.
 
@@ -261,56 +184,56 @@ class Mirror(Store):
             return None
         if _is_whole(tar) or self.cache.path(self.sha256(tar)).exists():
             return None
-        name = self._name(tar)
-        with _readable():
-            data: bytes = patiently(
-                f"{self.url}/{name}",
-                lambda: self._fs.cat_file(self._path(name), start=offset, end=offset + length),
-            )
-        return data
+        end = offset + length
+        return self._read(tar, lambda path: self._fs.cat_file(path, start=offset, end=end))
 
     def _fetch_shard(self, tar: Path, sha256: str, target: Path) -> None:
-        name = self._name(tar)
-        with _readable():
-            patiently(
-                f"{self.url}/{name}", lambda: self._fs.get_file(self._path(name), os.fspath(target))
-            )
+        self._read(tar, lambda path: self._fs.get_file(path, os.fspath(target)))
         found = sha256_of(target)
         if found != sha256:
             raise UserError(
-                f"shards: {self.url}/{name} is damaged: its SHA-256 is {found[:12]}…, expected "
-                f"{sha256[:12]}…. Restore the object, or delete it with its .json and run "
+                f"shards: {self.url}/{self._name(tar)} is damaged: its SHA-256 is {found[:12]}…, "
+                f"expected {sha256[:12]}…. Restore the object, or delete it with its .json and run "
                 "`wanprep encode` again."
             )
+
+    def _read(self, tar: Path, operation: Callable[[str], Any]) -> Any:
+        try:
+            return self._ask(self._name(tar), operation)
+        except OSError as error:
+            raise UserError(f"shards: {error.strerror}") from error
+
+    def _ask(self, name: str, operation: Callable[[str], Any]) -> Any:
+        """What the store answers about an object, or whatever begins with its name."""
+        return patiently(f"{self.url}/{name}", lambda: operation(self._path(name)))
 
     # To the store, before the same is done here.
 
     def rename(self, written: Path, final: Path) -> None:
-        self._put(written, final)
-        super().rename(written, final)
-
-    def remove(self, path: Path) -> None:
-        self._remove_object(path)
-        super().remove(path)
-
-    def _put(self, written: Path, final: Path) -> None:
         name = self._name(final)
         if written.is_dir():
             if final.name.endswith(".zarr"):
                 self._put_folder(written, name)
-            return
-        if not (self._mirrored(name) or _WRITTEN_ONLY.fullmatch(name)):
-            return
-        self._put_file(written, name)
-        tar = final.with_suffix(".tar")
-        if final.suffix == ".json" and tar.exists() and _is_whole(tar):
-            self.cache.keep(tar, str(json.loads(written.read_bytes())["sha256"]))
+        elif self._kept(name):
+            self._put(written, name)
+            tar = final.with_suffix(".tar")
+            if final.suffix == ".json" and tar.exists() and _is_whole(tar):
+                self.cache.keep(tar, str(json.loads(written.read_bytes())["sha256"]))
+        super().rename(written, final)
 
-    def _put_file(self, written: Path, name: str) -> None:
+    def remove(self, path: Path) -> None:
+        if self._kept(self._name(path)):
+            fault_point("remove", path)
+            self._delete(self._name(path))
+            rows = path.with_suffix(ROWS_SUFFIX)  # go with their shard
+            rows.unlink(missing_ok=True)
+            if _COUNTED.fullmatch(self._name(rows)):
+                self._delete(self._name(rows))
+        super().remove(path)
+
+    def _put(self, written: Path, name: str) -> None:
         fault_point("upload", self.root / name)
-        patiently(
-            f"{self.url}/{name}", lambda: self._fs.put_file(os.fspath(written), self._path(name))
-        )
+        self._ask(name, lambda path: self._fs.put_file(os.fspath(written), path))
         if _COUNTED.fullmatch(name):
             self._own.add(name)
 
@@ -318,40 +241,38 @@ class Mirror(Store):
         """The file that describes it last; then what the folder of that name had more."""
         files = [path for path in sorted(written.rglob("*")) if path.is_file()]
         files.sort(key=lambda path: path.parent == written)
-        for path in files:
-            self._put_file(path, f"{name}/{path.relative_to(written).as_posix()}")
+        names = [f"{name}/{path.relative_to(written).as_posix()}" for path in files]
+        for path, its_name in zip(files, names, strict=True):
+            self._put(path, its_name)
         self._fs.invalidate_cache()
-        there = {path.relative_to(written).as_posix() for path in files}
-        before = patiently(self.url, lambda: self._fs.find(self._path(name)))
-        for path in before:
-            if path.removeprefix(self._path(name) + "/") not in there:
-                patiently(self.url, lambda path=path: self._remove(path))  # type: ignore[misc]
+        for path in self._ask(name, self._fs.find):
+            if (there := path.removeprefix(f"{self._prefix}/")) not in names:
+                self._delete(there)
 
-    def _remove_object(self, path: Path) -> None:
-        name = self._name(path)
-        if self._mirrored(name) or _WRITTEN_ONLY.fullmatch(name):
-            fault_point("remove", path)
-            for gone in [name, *self._rows_of(path)]:
-                patiently(f"{self.url}/{gone}", lambda gone=gone: self._remove(self._path(gone)))  # type: ignore[misc]
-                self._own.discard(gone)
+    def _delete(self, name: str) -> None:
+        def delete(path: str) -> None:
+            with suppress(FileNotFoundError):
+                self._fs.rm_file(path)
 
-    def _rows_of(self, path: Path) -> list[str]:
-        """The name of a shard's rows, which go with it."""
-        rows = path.with_suffix(ROWS_SUFFIX)
-        rows.unlink(missing_ok=True)
-        return [self._name(rows)] if _COUNTED.fullmatch(self._name(rows)) else []
+        self._ask(name, delete)
+        self._own.discard(name)
 
-    def _remove(self, path: str) -> None:
-        with suppress(FileNotFoundError):
-            self._fs.rm_file(path)
+    def _kept(self, name: str) -> bool:
+        """Whether what is written here under this name goes to the store."""
+        return _is_mirrored(name) or _WRITTEN_ONLY.fullmatch(name) is not None
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
 
     def _path(self, name: str) -> str:
-        return f"{self._place}/{name}"
+        return f"{self._prefix}/{name}"
 
 
 def _is_whole(tar: Path) -> bool:
     """Whether a shard's bytes lie in the folder; no tar is empty."""
     return tar.stat().st_size > 0
+
+
+def _is_mirrored(name: str) -> bool:
+    fits = _COUNTED.fullmatch(name) or _DERIVED.fullmatch(name)
+    return fits is not None and ".." not in name and not name.endswith(TEMPORARY_SUFFIX)

@@ -1,11 +1,10 @@
 """What `fsspec` says of an object store: its file system, and its errors in words that help."""
 
 import errno
-import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -128,12 +127,3 @@ def local_path(location: str | Path) -> Path | None:
 def shard_cache() -> Path:
     """Where whole shards of stores lie."""
     return cache_folder() / "shards"
-
-
-def last_listing(state: Path) -> dict[str, str]:
-    """Name → `signature_of`, as the last pull has left it in its state file; {} if that is gone."""
-    with suppress(OSError, ValueError):
-        found = json.loads(state.read_bytes())
-        if isinstance(found, dict):
-            return found
-    return {}

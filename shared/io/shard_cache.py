@@ -1,15 +1,15 @@
 """Shards of object stores, fetched whole: by content, for all stores and processes of a machine."""
 
-import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from shared.io.durable import TEMPORARY_SUFFIX, temporary
 from shared.io.object_store import shard_cache
+from shared.io.pull import flock
 
 DEFAULT_SHARD_CACHE_GB = 100
 _ABANDONED_SECONDS = 24 * 3600
@@ -77,15 +77,3 @@ class ShardCache:
             if path != newest:
                 path.unlink(missing_ok=True)
                 total -= size
-
-
-@contextmanager
-def flock(path: Path) -> Iterator[None]:
-    """A lock file, held by one process or thread at a time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -10,29 +10,46 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from shared.errors import UserError
 from shared.io import durable
 
 
-@dataclass(frozen=True)
-class Store:
-    """A folder of this machine, which needs nothing but itself."""
+class Place:
+    """What lies here in a folder or file, and is called something else by users: its `str`."""
 
     folder: Path
-    """The cache's files, as far as they are here."""
+
+    def shown(self, text: object) -> str:
+        """A text for users: the name in place of the folder here."""
+        return str(text).replace(str(self.folder), str(self))
+
+
+@contextmanager
+def errors_named(*places: Place) -> Iterator[None]:
+    """UserErrors of the block name these places as users do."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for place in places:
+            text = place.shown(text)
+        error.args = (text,)
+        raise
+
+
+@dataclass(frozen=True)
+class Store(Place):
+    """A cache's folder on this machine, which needs nothing but itself."""
+
+    folder: Path
 
     is_remote: ClassVar[bool] = False
     """Whether the folder stands for objects that are elsewhere."""
 
     def __str__(self) -> str:
-        """As users know it."""
         return str(self.folder)
-
-    def shown(self, text: object) -> str:
-        """A text for users: its name in place of its folder here."""
-        return str(text)
 
     def below(self, name: str) -> "Store":
         """A cache in a folder of it, such as `conditions`."""
@@ -59,6 +76,13 @@ class Store:
     def pull(self) -> None:
         """Make the folder like what it stands for. Raises UserError where that can't be read."""
 
+    @contextmanager
+    def pulled(self) -> Iterator["Store"]:
+        """It, as it is now; UserErrors of the block name it as the user did."""
+        with errors_named(self):
+            self.pull()
+            yield self
+
     def will_read(self, shards: Mapping[str, int]) -> None:
         """These are about to be read: name → bytes."""
 
@@ -79,23 +103,3 @@ class Store:
         that there is no room for. None: read `open_shard`. Raises UserError.
         """
         return None
-
-
-class Named(Protocol):
-    """Something that has a name for users, and a folder (or file) here."""
-
-    def shown(self, text: object) -> str:
-        """A text with its name in place of its folder."""
-
-
-@contextmanager
-def errors_named(*places: Named) -> Iterator[None]:
-    """Name these places in the UserErrors of the block as the user did."""
-    try:
-        yield
-    except UserError as error:
-        text = str(error)
-        for place in places:
-            text = place.shown(text)
-        error.args = (text,)
-        raise

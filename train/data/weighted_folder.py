@@ -20,19 +20,19 @@ _WEIGHTED = re.compile(r"(?P<folder>.+)@(?P<weight>[0-9.]+(?:/[0-9]+)?)", re.DOT
 class WeightedFolder:
     """A folder of shards, and how often an epoch shows its samples: 1/2 is each second one."""
 
-    location: Path | str
+    path: Path | str
     """A URL is a text."""
     weight: Fraction = Fraction(1)
 
     @property
     def place(self) -> Path | str:
-        """The location, the same for every way to write it."""
-        location = self.location
-        return location.resolve() if isinstance(location, Path) else location.rstrip("/")
+        """The path, the same for every way to write it."""
+        path = self.path
+        return path.resolve() if isinstance(path, Path) else path.rstrip("/")
 
     def __str__(self) -> str:
-        plain = self.weight == 1 and not _WEIGHTED.fullmatch(str(self.location))
-        return str(self.location) if plain else f"{self.location}@{self.weight}"
+        plain = self.weight == 1 and not _WEIGHTED.fullmatch(str(self.path))
+        return str(self.path) if plain else f"{self.path}@{self.weight}"
 
 
 def weighted_folder(text: str) -> WeightedFolder:
