@@ -14,16 +14,16 @@ from typing import Any
 
 import decord
 import torch
-from rich.console import Console
 
 from preprocess.encode.encoders import LatentEncoder, TextEncoder
 from preprocess.media.decode import fit
+from shared.cli.config_command import configuration
 from train.cli.app import app
-from train.cli.execute import carried_out_by
 from train.data.batches import Batch, pad_text, with_mask
 from train.model.base import load_base
 from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.roles import Roles
+from train.prepare import prepare_distillation
 from train.run import Run
 from train.tracking.step_log import peak_memory
 
@@ -61,8 +61,8 @@ class Encoders:
     """VAE and text encoder beside the transformers, as such scripts hold them."""
 
     def __init__(self, run: Run, clips: Path, vae_dtype: torch.dtype) -> None:
-        self._device = torch.device(run.config.device)
-        device = run.config.device
+        self._device = torch.device(run.device)
+        device = run.device
         self._family = run.spec.family
         self._text = TextEncoder(run.spec, dtype=torch.bfloat16, device=device)
         self._vae = LatentEncoder(run.spec, dtype=vae_dtype, device=device)
@@ -96,17 +96,17 @@ class Encoders:
 
 def train(run: Run, clips: Path, vae_dtype: torch.dtype) -> dict[str, Any]:
     """One cycle after one update that warms up. Seconds by role, and bytes."""
-    config, device = run.config, torch.device(run.config.device)
+    config, device = run.config, torch.device(run.device)
     models = {}
     for name in ("teacher", "generator", "critic"):
         transformer = load_base(
             run.spec,
             run.objective.expert,
-            precision=config.memory.mixed_precision,
+            precision=config.mixed_precision,
             device=device,
-            gradient_checkpointing=config.memory.gradient_checkpointing,
+            gradient_checkpointing=config.gradient_checkpointing,
         )
-        targets = select_targets(transformer, config.target_name)
+        targets = select_targets(transformer, config.targets)
         lora = LoraSpec(rank=config.rank, alpha=config.network_alpha, targets=targets)
         names = () if name == "teacher" else (name,)
         models[name] = Roles(transformer, lora, seed=1, names=names)
@@ -153,9 +153,5 @@ def measure(
     options: list[str], clips: Path, result: Path, vae_dtype: torch.dtype = torch.float32
 ) -> None:
     """Train in-loop with options of `wantrain distill`; write what was found as JSON."""
-
-    def carry_out(run: Run, console: Console) -> None:
-        result.write_text(json.dumps(train(run, clips, vae_dtype)))
-
-    with carried_out_by(carry_out):
-        app(["distill", *options], standalone_mode=False)
+    run = prepare_distillation(configuration(app, ["distill", *options]))
+    result.write_text(json.dumps(train(run, clips, vae_dtype)))

@@ -20,6 +20,7 @@ Expert = Literal["low", "high", "full"]
 TrainMode = Literal["normal", "i2v", "ti2v"]
 Precision = Literal["bf16", "no"]
 BasePrecision = Literal["bf16", "fp8", "int8", "nf4"]
+QuantisedPrecision = Literal["fp8", "int8", "nf4"]
 StrategyName = Literal["single", "ddp", "zero2", "zero3", "fsdp"]
 Tail = Literal["pad", "drop"]
 LrScheduler = Literal[

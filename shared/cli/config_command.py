@@ -4,7 +4,7 @@ A field is `name: Annotated[type, typer.Option(help=…, rich_help_panel=GROUP),
 Typer reads the signature that the dataclass has anyway; its docstring is the help page's text.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import typer
@@ -31,7 +31,20 @@ def add_config_command(
     class ConfigCommand(cls):  # type: ignore[misc, valid-type]
         panels = config.PANELS  # type: ignore[attr-defined]
 
+        def configuration(self, ctx: Any) -> Any:
+            return super().invoke(ctx)
+
         def invoke(self, ctx: Any) -> Any:
-            do(super().invoke(ctx), ctx)
+            do(self.configuration(ctx), ctx)
 
     app.command(name, cls=ConfigCommand, epilog=examples)(config)
+
+
+def configuration(app: typer.Typer, words: Sequence[str]) -> Any:
+    """What a command of `app` would do its work with, from its name and its options; no work is
+    done. Raises as the command does."""
+    name, *options = words
+    group: Any = typer.main.get_command(app)
+    command = group.commands[name]
+    with command.make_context(name, options, parent=group.make_context(name, [name])) as context:
+        return command.configuration(context)

@@ -12,7 +12,7 @@ checkpointing (see docs/decisions.md for why this isn't torchao's linear layer).
 
 import math
 from importlib.util import find_spec
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Any, TypeGuard, get_args
 
 import torch
 from torch import nn
@@ -20,9 +20,8 @@ from torch.nn import functional as F
 
 from shared.errors import UserError
 from shared.models.spec import blocks_of, family_of
-from train.options import BasePrecision
+from train.options import BasePrecision, QuantisedPrecision
 
-QuantisedPrecision = Literal["fp8", "int8", "nf4"]
 _LARGEST = {"fp8": torch.finfo(torch.float8_e4m3fn).max, "int8": 127.0}
 _STORED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 _NF4_BLOCK = 64

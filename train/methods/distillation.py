@@ -59,19 +59,8 @@ class Distillation:
         )
 
     def identity(self) -> dict[str, Any]:
-        recipe = self.recipe
-        return {
-            "boundary_type": recipe.expert,
-            "denoising_step_indices_list": list(recipe.schedule.indices),
-            "flow_shift": recipe.schedule.shift,
-            "start": recipe.start,
-            "pairing": recipe.pairing,
-            "score_floor": recipe.score_floor,
-            "maths": recipe.maths,
-            "real_guidance_scale": recipe.real_guidance_scale,
-            "fake_guidance_scale": recipe.fake_guidance_scale,
+        return self.recipe.identity() | {
             "gen_update_interval": self.gen_update_interval,
-            "fm_loss_weight": recipe.fm_loss_weight,
             "uniform_sampling": self.uniform_sampling,
         }
 

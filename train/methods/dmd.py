@@ -5,6 +5,7 @@ Everything random is drawn from (seed, purpose, update, sample); see `train.func
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -60,6 +61,21 @@ class Recipe:
         """(low, high) of u from which score levels are drawn."""
         capped = self.maths == "corrected"
         return self.schedule.score_interval(self.expert, self.score_floor, capped=capped)
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must match to be resumed."""
+        return {
+            "boundary_type": self.expert,
+            "denoising_step_indices_list": list(self.schedule.indices),
+            "flow_shift": self.schedule.shift,
+            "start": self.start,
+            "pairing": self.pairing,
+            "score_floor": self.score_floor,
+            "maths": self.maths,
+            "real_guidance_scale": self.real_guidance_scale,
+            "fake_guidance_scale": self.fake_guidance_scale,
+            "fm_loss_weight": self.fm_loss_weight,
+        }
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """`wantrain decode`: latents of validation through the real VAE, in a process of its own."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from rich.console import Console
 from rich.progress import track
 
 from shared.cli import support
-from shared.cli.checks import WHOLE, check_option, check_writable
-from shared.device import check_device
+from shared.cli.checks import check_writable
+from shared.device import check_device, default_device
 from shared.errors import UserError
 from shared.format.schema import DTYPES
 from shared.io.hashing import FileHasher
@@ -21,24 +20,9 @@ from shared.models import weights
 from shared.models.digest import component_digest
 from shared.models.pixels import latents_to_frames
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
+from train.sampling.config import DecodeConfig
 from train.sampling.contact_sheet import contact_sheet
 from train.sampling.latent_files import LatentClip, read_latents
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeConfig:
-    """One call of `wantrain decode`."""
-
-    latents: tuple[Path, ...]
-    """Files, or folders of them."""
-    model: str
-    output: Path
-    fps: int
-    dtype: str
-    device: str
-
-    def __post_init__(self) -> None:
-        check_option("fps", self.fps, self.fps >= 1, WHOLE)
 
 
 def decode_clips(config: DecodeConfig, console: Console) -> list[Path]:
@@ -53,10 +37,11 @@ def decode_clips(config: DecodeConfig, console: Console) -> list[Path]:
                 f"--latents: {path} has {len(clip.latents)} channels, the VAE of {spec.folder} "
                 f"{spec.latent_channels}. Use the model that was trained: --model MODEL."
             )
-    check_device(config.device)
+    device = default_device() if config.device == "auto" else config.device
+    check_device(device)
     check_writable("--output", config.output)
     _refuse_other_vae(spec, clips)
-    vae = load_vae(spec, DTYPES[config.dtype]).to(config.device)
+    vae = load_vae(spec, DTYPES[config.dtype]).to(device)
     rows: list[tuple[str, Clip]] = []
     paths = []
     for (name, _), clip in track(list(zip(files, clips, strict=True)), "decode", console=console):

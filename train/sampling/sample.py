@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from shared.cli import support
-from shared.cli.checks import ABOVE_0, FROM_0, WHOLE, check_option, check_writable
-from shared.device import check_device
+from shared.cli.checks import check_writable
+from shared.device import check_device, default_device
 from shared.errors import UserError, first_line
 from shared.format.resize import fit_to
 from shared.format.schema import DTYPES
@@ -47,10 +46,11 @@ from shared.models.spec import (
 from train.functional.rng import counted_rng
 from train.functional.schedule import Schedule
 from train.memory.block_offload import StreamedBlocks, streaming_line
-from train.memory.quantize import QuantisedPrecision, check_installed, quantise
+from train.memory.quantize import check_installed, quantise
 from train.model.base import Base, base_digest, component_of, load_weights, merge
 from train.model.lora_files import PEFT_METADATA_KEY, LoraFile, check_fits_model, read_lora
 from train.options import Pairing
+from train.sampling.config import SampleConfig
 from train.sampling.contact_sheet import contact_sheet
 from train.saving.lora_formats import DIFFUSERS_PREFIX, to_form
 from train.saving.provenance import Provenance, check_expert, read_provenance, wrong_base
@@ -63,100 +63,6 @@ AGREEING = ("method", "denoising_step_indices_list", "flow_shift", "boundary", "
 TIMESTEP_TOLERANCE = 1e-2
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """One call of `wantrain sample`."""
-
-    model: str
-    base: Base
-    """Of the low-noise expert, or of the only transformer."""
-    base_high: Base
-    """Of the high-noise expert."""
-    prompts: tuple[str, ...]
-    loras: tuple[Path, ...]
-    image: Path | None
-    output: Path
-    teacher: bool
-    steps: int | None
-    guidance_scale: float | None
-    negative_prompt: str | None
-    flow_shift: float | None
-    height: int
-    width: int
-    num_frames: int
-    fps: int
-    seed: int
-    dtype: str
-    device: str
-    base_precision: QuantisedPrecision | None
-    offload: bool
-    low_vram: bool
-
-    def __post_init__(self) -> None:
-        if self.teacher == bool(self.loras):
-            raise UserError(
-                "--lora: found "
-                + ("both --lora and --teacher" if self.teacher else "neither --lora nor --teacher")
-                + ", expected one: --lora FILE, or --teacher for the base model alone."
-            )
-        if any(not prompt.strip() for prompt in self.prompts):
-            raise UserError("--prompt: found an empty prompt, expected text.")
-        steps, scale, shift = self.steps, self.guidance_scale, self.flow_shift
-        check_option("steps", steps, steps is None or steps >= 1, WHOLE)
-        check_option("fps", self.fps, self.fps >= 1, WHOLE)
-        check_option("guidance_scale", scale, scale is None or 0 <= scale < inf, FROM_0)
-        check_option("flow_shift", shift, shift is None or 0 < shift < inf, ABOVE_0)
-
-    def check_few_steps(self) -> None:
-        """UserError where something is asked for that a few-step LoRA does not take."""
-        for name in ("steps", "guidance_scale", "negative_prompt", "flow_shift"):
-            if getattr(self, name) is not None:
-                raise UserError(
-                    f"--{name.replace('_', '-')}: found beside --lora of a student, which takes "
-                    "the steps it was trained on, without guidance. It is an option of --teacher "
-                    "and of LoRAs of `wantrain lora`."
-                )
-
-    def bases(self, spec: ModelSpec, *, alone: bool) -> dict[str, Base]:
-        """Component → its weights. `alone`: the first takes every step (a `full` LoRA).
-
-        Raises UserError for weights of an expert that takes no part, or that don't fit.
-        """
-        if spec.two_experts and not alone:
-            bases = {"transformer": self.base_high, "transformer_2": self.base}
-        elif found := self.base_high.describe():
-            raise UserError(
-                f"--transformer-high-path, --base-lora-high: found {found}, but one transformer "
-                "takes every step here. Leave out -high."
-            )
-        else:
-            bases = {"transformer": self.base}
-        for component, base in bases.items():
-            base.check(spec, component)
-        return bases
-
-    def check_against(self, spec: ModelSpec) -> None:
-        """UserError unless the model can make clips of this shape from these inputs."""
-        multiple, time = spec.side_multiple, spec.stride[0]
-        for name, side in (("height", self.height), ("width", self.width)):
-            fine = side >= multiple and side % multiple == 0
-            check_option(name, side, fine, f"a multiple of {multiple}")
-        if self.num_frames < 1 or (self.num_frames - 1) % time:
-            below = max(1, (self.num_frames - 1) // time * time + 1)
-            raise UserError(
-                f"--num-frames: found {self.num_frames}, expected {time}n+1, e.g. {below} or "
-                f"{below + time}."
-            )
-        if spec.mode == "i2v" and self.image is None:
-            raise UserError(
-                f"--image: {self.model} is an i2v model and needs a first frame: --image FILE."
-            )
-        if spec.mode == "t2v" and self.image is not None:
-            raise UserError(
-                f"--image: {self.model} is a t2v model and takes no image. Leave it out."
-            )
-
-
 def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
     """Generate every prompt; write mp4s, how each was made, and a contact sheet.
 
@@ -166,13 +72,13 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
     say = partial(support.say, console)
     spec = read_model_spec(resolve_model(config.model, ["*"]))
     config.check_against(spec)
-    loras = read_loras(config.loras, spec) if config.loras else []
+    loras = read_loras(config.lora, spec) if config.lora else []
     student = loras[0].provenance if loras and loras[0].provenance.method == "distill" else None
     if student is not None:
         config.check_few_steps()
     shift = many_steps_shift(config, loras, spec)
     alone = any(lora.provenance.expert == "full" for lora in loras)
-    bases = config.bases(spec, alone=alone)
+    bases = _bases(config, spec, alone=alone)
     for component, base in bases.items():
         for told in (base.describe(), *base.notes()):
             if told:
@@ -192,9 +98,10 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
 
     image = fit_image(config.image, config.height, config.width) if config.image else None
     check_installed(config.base_precision)
-    check_device(config.device)
+    device_name = default_device() if config.device == "auto" else config.device
+    check_device(device_name)
     check_writable("--output", config.output)
-    device = torch.device(config.device)
+    device = torch.device(device_name)
     pipeline = build_pipeline(
         spec,
         from_image=image is not None,
@@ -206,7 +113,7 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
     place(pipeline, config, device, say)
     kind = "teacher" if config.teacher else "student" if student else "lora"
     rows, paths, records = [], [], []
-    for number, prompt in enumerate(track(config.prompts, "sample", console=console)):
+    for number, prompt in enumerate(track(config.prompt, "sample", console=console)):
         rng = torch.Generator().manual_seed(
             int(counted_rng(config.seed, "sample", prompt).integers(2**32))
         )
@@ -253,6 +160,27 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
     contact_sheet(rows).save(sheet)
     say(f"sheet    {sheet}")
     return paths
+
+
+def _bases(config: SampleConfig, spec: ModelSpec, *, alone: bool) -> dict[str, Base]:
+    """Component → its weights. `alone`: the first takes every step (a `full` LoRA).
+
+    Raises UserError for weights of an expert that takes no part, or that don't fit.
+    """
+    base = Base.parse(config.transformer_path, config.base_lora)
+    base_high = Base.parse(config.transformer_high_path, config.base_lora_high)
+    if spec.two_experts and not alone:
+        bases = {"transformer": base_high, "transformer_2": base}
+    elif found := base_high.describe():
+        raise UserError(
+            f"--transformer-high-path, --base-lora-high: found {found}, but one transformer "
+            "takes every step here. Leave out -high."
+        )
+    else:
+        bases = {"transformer": base}
+    for component, own in bases.items():
+        own.check(spec, component)
+    return bases
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ folder goes along: weights as hard links where the file system allows it, other 
 """
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +19,6 @@ from rich.console import Console
 from rich.progress import track
 
 from shared.cli import support
-from shared.cli.checks import check_option
 from shared.errors import UserError
 from shared.io.durable import building_folder, fsync_folder, rename, write_json
 from shared.models.original_layout import COMPONENT_NAMES, expert_folder, is_original
@@ -32,6 +30,7 @@ from shared.models.weights import check_component, model_weights, read_tensors
 from train.model.base import base_digest, component_of
 from train.model.lora_files import LoraFile, LoraWeights, check_fits, read_lora
 from train.options import Expert
+from train.saving.config import MergeConfig
 from train.saving.provenance import METADATA_KEY, check_expert, read_provenance, wrong_base
 from train.saving.safetensors_io import dtype_name, write_stream
 
@@ -39,28 +38,6 @@ PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 WEIGHTS = {".safetensors", ".bin", ".pth", ".pt"}
 FLOATS = {"F64", "F32", "F16", "BF16"}  # sums rounded to fp8 would lose most of a LoRA
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeConfig:
-    """One call of `wantrain merge`."""
-
-    model: str
-    loras: tuple[Path, ...]
-    boundary_type: Expert | None
-    """Of LoRAs that don't say which expert they are for."""
-    lora_scale: float
-    output: Path
-    max_shard_size: str
-
-    def __post_init__(self) -> None:
-        scale = self.lora_scale
-        check_option("lora_scale", scale, math.isfinite(scale), "a number, such as 1")
-        if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
-            raise UserError(
-                f"--output: {self.output} is there already. Name a folder that is not, or delete "
-                "this one."
-            )
 
 
 @dataclass(frozen=True)
@@ -75,7 +52,7 @@ def merge(config: MergeConfig, console: Console) -> None:
     """Write the merged model folder, whole or not at all. UserError for all that can't be done."""
     say = partial(support.say, console)
     spec = read_model_spec(resolve_model(config.model, ["*"]))
-    additions = [_addition(path, spec, config.boundary_type) for path in config.loras]
+    additions = [_addition(path, spec, config.boundary_type) for path in config.lora]
     alone = any(addition.expert == "full" for addition in additions) and spec.two_experts
     _refuse_mixed(additions, spec, alone=alone)
     transformers: dict[str, _Transformer] = {}

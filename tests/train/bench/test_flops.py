@@ -4,14 +4,15 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from shared.cli.config_command import configuration
 from tests.train.test_distill import SMALL
 from train.bench import flops
 from train.cli.app import app as wantrain
-from train.cli.execute import carried_out_by
 from train.data.batches import load_prompt_bank
 from train.loop import micro_batches
 from train.methods.distillation import Distillation
 from train.methods.dmd import exit_step
+from train.prepare import prepare_distillation
 from train.run import Run
 
 # Of `tests.models.tiny_transformer` for t2v.
@@ -20,13 +21,8 @@ TEXT = 512
 
 
 def prepared(model: Path, shards: Path, *more: str) -> Run:
-    runs: list[Run] = []
-    with carried_out_by(lambda run, console: runs.append(run)):
-        wantrain(
-            ["distill", "--model", str(model), "--shards", str(shards), *SMALL, *more],
-            standalone_mode=False,
-        )
-    return runs[0]
+    words = ["distill", "--model", str(model), "--shards", str(shards), *SMALL, *more]
+    return prepare_distillation(configuration(wantrain, words))
 
 
 def counted(run: Run, updates: Sequence[int]) -> dict[int, int]:

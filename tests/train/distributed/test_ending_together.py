@@ -19,6 +19,7 @@ import torch
 
 from shared.errors import UserError
 from tests.train.test_distill import WANTRAIN, arguments
+from train.distributed.options import ProcessOptions
 from train.distributed.placement import Placement, place
 
 LAUNCH = """
@@ -231,17 +232,8 @@ def test_a_full_disk_is_one_message(tiny_t2v: Path, t2v_shards: Path, tmp_path: 
 
 
 def _placed(device: str, processes: int, ddp_timeout: int = 60) -> Placement:
-    _, placement = place(
-        "ddp",
-        num_processes=processes,
-        num_machines=1,
-        machine_rank=0,
-        main_process_ip="127.0.0.1",
-        main_process_port=None,
-        ddp_timeout=ddp_timeout,
-        device=device,
-    )
-    return placement
+    options = ProcessOptions(num_processes=processes, ddp_timeout=ddp_timeout, device=device)
+    return place("ddp", options)[1]
 
 
 def test_a_gpu_for_each_process_or_none_starts(monkeypatch: pytest.MonkeyPatch) -> None:

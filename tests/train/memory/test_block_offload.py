@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from shared.cli.config_command import configuration
 from shared.errors import UserError
 from tests.models import TEXT_DIM, tiny_model, tiny_transformer
 from tests.train.conftest import randomise_lora
@@ -29,9 +30,8 @@ from tests.train.strategies.test_strategies import (
     command,
     typed,
 )
-from tests.train.test_distill import distill, losses
+from tests.train.test_distill import arguments, distill, losses
 from train.cli.app import app as wantrain
-from train.cli.execute import carried_out_by
 from train.memory import activation_offload, block_offload
 from train.memory.activation_offload import ActivationOffloading
 from train.memory.block_offload import (
@@ -41,10 +41,10 @@ from train.memory.block_offload import (
     swapped_blocks,
 )
 from train.memory.copy_stream import Copy, SideStream
-from train.memory.estimate import Estimate
 from train.memory.quantize import quantise
 from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.roles import Roles
+from train.prepare import prepare_distillation
 from train.run import estimate
 
 CPU = torch.device("cpu")
@@ -149,11 +149,11 @@ def test_the_estimate_knows_what_lives_where(
     deep_i2v: Path, i2v_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What --dry-run says, beside what a run says that it does."""
-    found: list[Estimate | None] = []
     variants = ((), ("--low-vram",), ("--blocks-to-swap", "3"), ("--activation-offloading",))
-    with carried_out_by(lambda run, _: found.append(estimate(run))):
-        for words in variants:
-            distill(deep_i2v, i2v_shards, tmp_path / "out", *words)
+    found = []
+    for words in variants:
+        typed = arguments(deep_i2v, i2v_shards, tmp_path / "out", *words)
+        found.append(estimate(prepare_distillation(configuration(wantrain, typed))))
     plain, all_blocks, three, offloaded = (one for one in found if one is not None)
     assert plain.host == 0
 

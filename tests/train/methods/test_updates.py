@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from shared.cli.config_command import configuration
 from shared.models.spec import read_model_spec
 from tests.train.test_distill import arguments, distill, final_bytes
 from train.cli.app import app as wantrain
@@ -41,9 +41,7 @@ LINEAR = (
 
 def config_of(model: Path, shards: Path, out: Path, *more: str) -> DistillConfig:
     """The configuration that the command line makes of these arguments."""
-    with mock.patch("train.cli.execute.train", return_value=None) as called:
-        wantrain(arguments(model, shards, out, *more), standalone_mode=False)
-    config = called.call_args.args[0].config
+    config = configuration(wantrain, arguments(model, shards, out, *more))
     assert isinstance(config, DistillConfig)
     return config
 

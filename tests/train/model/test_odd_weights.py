@@ -16,7 +16,8 @@ from tests.train.model.test_lora_adapter import ALL, trained
 from tests.train.sampling.test_sample import frames, sample
 from tests.train.saving.test_merge import merge
 from tests.train.test_distill import distill, final_bytes
-from train.sampling.decode import DecodeConfig, decode_clips
+from train.sampling.config import DecodeConfig
+from train.sampling.decode import decode_clips
 from train.sampling.latent_files import LatentClip, latent_bytes
 from train.saving.export import lora_path
 

@@ -31,7 +31,8 @@ from tests.train.conftest import encode
 from train.cli.app import app as wantrain
 from train.data.batches import pad_text
 from train.functional.rng import noise
-from train.sampling.decode import DecodeConfig, decode_clips, load_vae
+from train.sampling.config import DecodeConfig
+from train.sampling.decode import decode_clips, load_vae
 
 STEPS = "1000,600,300"
 SMALL = (

@@ -1,0 +1,44 @@
+"""The options of `wantrain merge`: type, default, help, group and check of each, once."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import typer
+
+from shared.cli.checks import check_option
+from shared.errors import UserError
+from shared.models.spec import DEFAULT_MODEL
+from train.options import INPUT, OUTPUT, Expert
+
+
+# fmt: off
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Add LoRAs to a model's weights and write the whole model.
+
+    The folder has the layout and the number formats of the model, in safetensors; sums are computed in fp32. Weights that no LoRA changes, such as the text encoder's, are hard links: they take no room, as long as both folders are on one disk. In diffusers: WanPipeline.from_pretrained(DIR)
+
+    Next: docs/use-your-lora.md
+    """
+
+    PANELS: ClassVar[Sequence[str]] = (INPUT, OUTPUT)
+
+    lora: Annotated[list[Path], typer.Option(metavar="FILE", help="LoRA in any form, ours or another trainer's; several times for both experts, or to add several to one.", rich_help_panel=INPUT)]
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder that is made for the merged model.", rich_help_panel=OUTPUT)]
+    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that the LoRAs are of: a folder of diffusers or Wan, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)] = DEFAULT_MODEL
+    boundary_type: Annotated[Expert | None, typer.Option(help="Expert of LoRAs that don't say which they are for; full works alone at all steps.", show_default="what the LoRA says", rich_help_panel=INPUT)] = None
+    lora_scale: Annotated[float, typer.Option(metavar="X", help="Strength with which the LoRAs are added; 1 is what they were trained with.", rich_help_panel=INPUT)] = 1.0
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Size at which a file of weights is closed and the next begun, such as 500MB or 80GB.", rich_help_panel=OUTPUT)] = "5GB"
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        scale = self.lora_scale
+        check_option("lora_scale", scale, math.isfinite(scale), "a number, such as 1")
+        if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
+            raise UserError(
+                f"--output: {self.output} is there already. Name a folder that is not, or delete "
+                "this one."
+            )
