@@ -119,7 +119,7 @@ def read(folder: Path) -> Contents:
 def rebuilt(folder: Path) -> Contents:
     """`read`, after the index of the cache and of its overlays was made anew."""
     for one in (Store(folder), *overlays_in(Store(folder))):
-        build_index(Store(one))
+        build_index(one)
     return read(folder)
 
 
