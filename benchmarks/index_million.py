@@ -50,6 +50,7 @@ def write(folder: Path, samples: int) -> None:
     from shared.format.buckets import Bucket
     from shared.format.cache import Sidecar
     from shared.format.schema import MEMBERS
+    from shared.io.store import Store
 
     buckets = [Bucket(480, 832, 81), Bucket(832, 480, 81), Bucket(640, 640, 1)]
     shards = -(-samples // SHARD_SAMPLES)
@@ -86,7 +87,9 @@ def write(folder: Path, samples: int) -> None:
         "length": np.full((samples, len(MEMBERS)), 900, np.int64),
     }
     with timed("sort, write index.zarr and manifest"):
-        write_index(folder, entries, ({sidecar.shard for sidecar in entries.samples}, columns))
+        write_index(
+            Store(folder), entries, ({sidecar.shard for sidecar in entries.samples}, columns)
+        )
 
 
 def read(folder: Path) -> None:
@@ -94,11 +97,12 @@ def read(folder: Path) -> None:
     from fractions import Fraction
 
     from shared.format.cache import open_cache
+    from shared.io.store import Store
     from train.data.batch_plan import BatchPlan
     from train.data.dataset import dataset_of
 
     with timed("open"):
-        index = open_cache(folder)
+        index = open_cache(Store(folder))
     with timed("plan, first batch"):
         data = dataset_of([(index, Fraction(1))])
         repeats, epochs = data.shown(video_repeat=1)
@@ -141,9 +145,10 @@ def again(folder: Path) -> None:
     """As `wanprep encode` does when there is nothing to do, without looking into the media."""
     from preprocess.cache.index import settled_index
     from preprocess.encode.work import committed_of
+    from shared.io.store import Store
 
     with timed("sidecars, index, columns"):
-        index = settled_index(folder)
+        index = settled_index(Store(folder))
     with timed("what is committed"):
         committed = committed_of(index)
     keys = index.hex_keys()
@@ -156,8 +161,9 @@ def write_tars(folder: Path, samples: int) -> None:
 
     from preprocess.cache.writer import ShardWriter
     from shared.format.schema import Sample, SampleInfo, sample_key
+    from shared.io.store import Store
 
-    writer = ShardWriter(folder, FINGERPRINT, shard_bytes=64_000_000)
+    writer = ShardWriter(Store(folder), FINGERPRINT, shard_bytes=64_000_000)
     latents, text, cond = torch.zeros(2, 3, 4, 4), torch.zeros(8, 8), torch.ones(2, 3, 4, 4)
     with timed("write tars (not part of it)"):
         for number in range(samples):
@@ -181,6 +187,7 @@ def write_tars(folder: Path, samples: int) -> None:
 def rebuild(folder: Path, samples: int) -> None:
     """The console script's work, from tars alone."""
     from shared.format.cache import open_cache
+    from shared.io.store import Store
 
     before = time.perf_counter()
     command = [Path(sys.executable).with_name("wanprep"), "index", "--shards", folder]
@@ -189,7 +196,7 @@ def rebuild(folder: Path, samples: int) -> None:
     seconds = time.perf_counter() - before
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = used.ru_utime + used.ru_stime
-    assert len(open_cache(folder)) == samples
+    assert len(open_cache(Store(folder))) == samples
     print(f"{'wanprep index, all of it':<44}{seconds:8.2f} s {cpu:8.2f} s CPU")
     each = f"{seconds / samples * 1e6:8.0f} µs {cpu / samples * 1e6:7.0f} µs CPU"
     print(f"{'  a sample':<44}{each}")

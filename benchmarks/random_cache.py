@@ -11,6 +11,7 @@ from shared.format.fingerprint import cache_mode, model_fields
 from shared.format.prompts import Prompt
 from shared.format.schema import Sample, SampleInfo, sample_key
 from shared.io.hashing import FileHasher
+from shared.io.store import Store
 from shared.models.spec import read_model_spec
 
 
@@ -22,7 +23,7 @@ def write_cache(folder: Path, model: Path, bucket: Bucket, samples: int, *, shar
     for group in ("latents", "text"):
         fields[group] = {**fields[group], "dtype": "bf16", "compute": "bf16"}
     fingerprint = {"format": 1, "mode": cache_mode(spec), **fields}
-    writer = ShardWriter(folder, fingerprint, shard_bytes=shard_mb * 10**6)
+    writer = ShardWriter(Store(folder), fingerprint, shard_bytes=shard_mb * 10**6)
     bf16, width = torch.bfloat16, spec.text_dim
     writer.add_prompts(
         [Prompt(role, "", torch.ones(9, width, dtype=bf16)) for role in ("empty", "negative")]
@@ -42,4 +43,4 @@ def write_cache(folder: Path, model: Path, bucket: Bucket, samples: int, *, shar
         condition = latents if spec.mode == "i2v" else None
         writer.add(Sample(key=key, info=info, latents=latents, text=text, cond=condition))
     writer.close()
-    build_index(folder)
+    build_index(Store(folder))

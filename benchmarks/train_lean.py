@@ -154,9 +154,10 @@ def repeat_shard(one: Path, many: Path, times: int) -> None:
 
     from preprocess.cache.index import entries_of, write_index
     from shared.format.cache import Sidecar, open_cache
+    from shared.io.store import Store
 
     many.mkdir()
-    index = open_cache(one)
+    index = open_cache(Store(one))
     (name,) = index.shards
     for prompts in index.prompt_shards:
         for file in (prompts, Sidecar.path_for(Path(prompts)).name):
@@ -175,7 +176,7 @@ def repeat_shard(one: Path, many: Path, times: int) -> None:
     columns["key"] = np.random.default_rng(1).integers(0, 256, (rows, 16), np.uint8)
     columns["shard"] = np.repeat(np.arange(times, dtype=np.int32), len(index))
     entries = entries_of(many)
-    write_index(many, entries, ({entry.shard for entry in entries.samples}, columns))
+    write_index(Store(many), entries, ({entry.shard for entry in entries.samples}, columns))
 
 
 STEPS: dict[str, Callable[[Path, bool], None]] = {

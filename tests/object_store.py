@@ -17,8 +17,6 @@ from typing import Any
 
 import s3fs
 
-from shared.io.mirror import forget_mirrors
-
 BUCKET = "bucket"
 
 
@@ -123,11 +121,9 @@ def another_machine(folder: Path, **environment: str) -> Iterator[None]:
     changed = {**environment, "WANDISTILL_CACHE": str(folder)}
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
-    forget_mirrors()
     try:
         yield
     finally:
-        forget_mirrors()
         for name, value in before.items():
             if value is None:
                 del os.environ[name]

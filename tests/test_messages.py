@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 
 import preprocess.cli.app
 import train.cli.app
-from shared.io.mirror import forget_mirrors
 from tests.models import tiny_model
 from tests.preprocess.conftest import render_clip
 from tests.train.conftest import encode, write_dataset
@@ -705,11 +704,9 @@ def say(
             for word in shlex.split(line)
         ]
         monkeypatch.setattr(sys, "argv", words)
-        forget_mirrors()  # a process runs one command: an earlier row's store is not this one's
         monkeypatch.setenv("COLUMNS", "200")
         with pytest.raises(SystemExit) as ended:  # any other exception would be a traceback
             MAINS[words[0]]()
-        forget_mirrors()  # a process of its own would know none
         said = capsys.readouterr().err
         for name, path in sorted(world.items(), key=lambda item: -len(str(item[1]))):
             said = said.replace(str(path), "{" + name.replace(".", "_") + "}")

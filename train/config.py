@@ -24,7 +24,7 @@ from shared.cli.checks import (
     check_options,
 )
 from shared.errors import UserError
-from shared.io.mirror import DEFAULT_SHARD_CACHE_GB
+from shared.io.shard_cache import DEFAULT_SHARD_CACHE_GB
 from shared.models.spec import DEFAULT_MODEL
 from train.data.weighted_folder import DEFAULT_SHARDS, WeightedFolder, shards_option
 from train.distributed.options import ProcessOptions
@@ -135,12 +135,12 @@ class TrainConfig(ProcessOptions, MemoryOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_options(self)
-        paths = [folder.path.resolve() for folder in self.shards]
-        for folder, path in zip(self.shards, paths, strict=True):
-            if paths.count(path) > 1:
+        places = [folder.place for folder in self.shards]
+        for folder, place in zip(self.shards, places, strict=True):
+            if (times := places.count(place)) > 1:
                 raise UserError(
-                    f"--shards: {folder.path} is given {paths.count(path)} times. Give it once, "
-                    f"with a weight if it shall count more: {folder.path}@{paths.count(path)}"
+                    f"--shards: {folder.path} is given {times} times. Give it once, "
+                    f"with a weight if it shall count more: {folder.path}@{times}"
                 )
         self._check_rate("learning_rate", self.learning_rate)
         check_option("target_name", "''", bool(self.targets), "names of layers, e.g. q,k,v")

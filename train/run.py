@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from shared.cli.checks import remembered
@@ -23,8 +23,9 @@ from shared.format.fingerprint import (
 from shared.format.overlays import CONDITIONS, with_captions, with_conditions
 from shared.format.schema import TEXT_MEMBER
 from shared.io.hashing import FileHasher
-from shared.io.mirror import described, limit_shard_cache
+from shared.io.mirror import open_store
 from shared.io.names import quoted
+from shared.io.store import Store
 from shared.models.original_layout import is_original
 from shared.models.spec import ModelSpec, blocks_of, read_model_spec, resolve_model
 from train.config import TrainConfig
@@ -129,7 +130,7 @@ class Run:
             f"{self._processes()}; "
             f"{plan.batches_per_epoch} updates an epoch ({tail})",
             *self.data.describe(),
-            *(line for part in self.data.parts for line in described(part.index.folder)),
+            *(line for part in self.data.parts for line in part.index.store.described()),
             *self.objective.describe(),
             *(
                 [f"stream   --low-vram does nothing more: {config.strategy} cuts the base already"]
@@ -163,28 +164,34 @@ def open_data(config: TrainConfig, given_elsewhere: Given) -> tuple[ModelSpec, D
     The shards must be encoded as flags for `wanprep encode` say. Raises UserError where they don't
     belong together.
     """
-    limit_shard_cache(config.shard_cache_gb)
-    where = tuple(map(condition, config.where or ()))
-    folder = resolve_model(config.model, [])  # the configs decide which expert is needed
-    spec = read_model_spec(folder)
-    _refuse_other_mode(config, spec)
-    fields = model_fields(spec, FileHasher())
-    caches = []
-    for named in config.shards:
-        index = _open(named.path, config, spec, fields)
-        refuse_other_encoding(given_elsewhere, index.fingerprint, named.path)
-        caches.append((index, named.weight))
-    _refuse_other_numbers([index for index, _ in caches])
-    return spec, dataset_of(caches, where)
+    with ExitStack() as opening:
+        stores = [
+            opening.enter_context(
+                open_store(one.path, shard_cache_gb=config.shard_cache_gb).pulled()
+            )
+            for one in config.shards
+        ]
+        where = tuple(map(condition, config.where or ()))
+        folder = resolve_model(config.model, [])  # the configs decide which expert is needed
+        spec = read_model_spec(folder)
+        _refuse_other_mode(config, spec)
+        fields = model_fields(spec, FileHasher())
+        caches = []
+        for one, store in zip(config.shards, stores, strict=True):
+            index = _open(store, config, spec, fields)
+            refuse_other_encoding(given_elsewhere, index.fingerprint, store)
+            caches.append((index, one.weight))
+        _refuse_other_numbers([index for index, _ in caches])
+        return spec, dataset_of(caches, where)
 
 
-def _open(shards: Path, config: TrainConfig, spec: ModelSpec, fields: Fingerprint) -> CacheIndex:
+def _open(store: Store, config: TrainConfig, spec: ModelSpec, fields: Fingerprint) -> CacheIndex:
     """One of the caches, with the captions and conditions that the run takes."""
-    index = open_cache(shards)
+    index = open_cache(store)
     if not len(index):
         raise UserError(
-            f"shards: {shards} has no samples; all were removed. Encode "
-            f"some: wanprep encode --output {quoted(shards)}"
+            f"shards: {store} has no samples; all were removed. Encode "
+            f"some: wanprep encode --output {quoted(store)}"
         )
     if config.captions is not None:
         index = with_captions(index, config.captions)
@@ -206,7 +213,7 @@ def _refuse_other_numbers(caches: Sequence[CacheIndex]) -> None:
             one, other = (c.fingerprint.get(group, {}).get("dtype") for c in (first, index))
             if one != other:
                 raise UserError(
-                    f"shards: {group} of {first.folder} are {one}, those of {index.folder} "
+                    f"shards: {group} of {first.store} are {one}, those of {index.store} "
                     f"{other}; a batch can't hold both. Encode one of them anew: wanprep encode "
                     f"--dtype {one} --output <new folder>"
                 )
@@ -272,7 +279,7 @@ def _refuse_other_model(config: TrainConfig, index: CacheIndex, expected: Finger
     refuse_differences(
         index.fingerprint,
         expected,
-        what=f"{index.folder} were encoded with another model than {config.model}",
+        what=f"{index.store} were encoded with another model than {config.model}",
         cure=_cure(config, index, expected),
     )
 
@@ -288,13 +295,13 @@ def _cure(config: TrainConfig, index: CacheIndex, expected: Fingerprint) -> str:
     if all(field.startswith("text.") for field, _, _ in differing):
         return (
             f"Encode the text anew: wanprep recaption --name NAME --same-captions --shards "
-            f"{quoted(index.folder)} {model}, then train with --captions NAME. {cure}"
+            f"{quoted(index.store)} {model}, then train with --captions NAME. {cure}"
         )
-    conditions = index.folder / CONDITIONS
-    if all(field.startswith("image.") for field, _, _ in differing) and conditions.is_dir():
+    conditions = index.store.below(CONDITIONS)
+    if all(field.startswith("image.") for field, _, _ in differing) and conditions.folder.is_dir():
         return (
             f"Delete {conditions} and add them for this model: wanprep add-condition --shards "
-            f"{quoted(index.folder)} {model} --train-data-dir DIR. {cure}"
+            f"{quoted(index.store)} {model} --train-data-dir DIR. {cure}"
         )
     return cure
 

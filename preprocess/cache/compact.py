@@ -29,9 +29,10 @@ from shared.format.cache import (
     committed_tombstones,
 )
 from shared.format.latent_rgb import ColourFit
-from shared.format.overlays import overlay_folders, positions
+from shared.format.overlays import overlays_in, positions
 from shared.format.schema import MEMBERS
-from shared.io.durable import fsync_folder, remove
+from shared.io.durable import fsync_folder
+from shared.io.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,20 +46,23 @@ class Compacted:
     """Bytes of shards, net."""
 
 
-def compact_with_overlays(folder: Path, *, shard_bytes: int) -> Compacted:
+def compact_with_overlays(store: Store, *, shard_bytes: int) -> Compacted:
     """`compact` of a cache, then of its overlays, which lose what the cache has no more."""
-    done = compact(folder, shard_bytes=shard_bytes)
-    for overlay in overlay_folders(folder):
-        with reader_lock(folder):
-            _drop_orphans(overlay, settled_index(folder))
+    done = compact(store, shard_bytes=shard_bytes)
+    for overlay in overlays_in(store):
+        with reader_lock(store.folder):
+            _drop_orphans(overlay, settled_index(store))
             also = compact(overlay, shard_bytes=shard_bytes)
         done = replace(done, dropped=done.dropped + also.dropped, freed=done.freed + also.freed)
     return done
 
 
-def _drop_orphans(overlay: Path, base: CacheIndex) -> None:
+def _drop_orphans(overlay: Store, base: CacheIndex) -> None:
     """Tombstones for the samples of an overlay that the cache does not have."""
-    with output_lock(overlay), refusals_explained(overlay, "Nothing of it was removed."):
+    with (
+        output_lock(overlay.folder),
+        refusals_explained(overlay.folder, "Nothing of it was removed."),
+    ):
         remove_uncommitted(overlay, None)
         index = fresh_index(overlay)
         orphans = np.flatnonzero(positions(index.keys, base.keys) < 0)
@@ -68,18 +72,19 @@ def _drop_orphans(overlay: Path, base: CacheIndex) -> None:
 
 
 def compact(
-    folder: Path, *, shard_bytes: int, on_progress: Callable[[int], None] = lambda bytes_: None
+    store: Store, *, shard_bytes: int, on_progress: Callable[[int], None] = lambda bytes_: None
 ) -> Compacted:
     """Rewrite every shard that holds dead samples. `on_progress` gets the bytes of each shard done.
 
     Takes room for the live samples of one bucket while it runs. Raises UserError naming a damaged
     shard, which must not be copied under a fresh checksum.
     """
-    require_shards(folder)
+    require_shards(store)
     kept = "No live sample is lost; the same command goes on from there."
+    folder = store.folder
     with output_lock(folder), refusals_explained(folder, kept):
-        remove_uncommitted(folder, None)
-        index = fresh_index(folder)
+        remove_uncommitted(store, None)
+        index = fresh_index(store)
         before = _bytes(folder)
         live = np.bincount(index.shard_ids, minlength=len(index.shards))
         alive = dict(zip(index.shards, live, strict=True))
@@ -88,21 +93,21 @@ def compact(
             for sidecar in committed_shards(folder)
             if sidecar.kind != "prompts" and alive[sidecar.shard] < sidecar.count
         ]
-        check_shards(folder, {sidecar.shard for sidecar in dirty})
-        writer = ShardWriter(folder, index.fingerprint, shard_bytes=shard_bytes)
+        check_shards(store, {sidecar.shard for sidecar in dirty})
+        writer = ShardWriter(store, index.fingerprint, shard_bytes=shard_bytes)
         for bucket in dict.fromkeys(sidecar.bucket for sidecar in dirty):
             old = [sidecar for sidecar in dirty if sidecar.bucket == bucket]
             _copy_live(index, old, writer)
             for sidecar in old:
-                _delete(folder, sidecar)
+                _delete(store, sidecar)
                 on_progress(sidecar.bytes)
         # No dead sample is left in any shard. Gone before its shard, a tombstone would revive one.
         fsync_folder(folder)
         for tombstones in committed_tombstones(folder):
-            remove(folder / tombstones.name)
+            store.remove(folder / tombstones.name)
         fsync_folder(folder)
         return Compacted(
-            index=fresh_index(folder),
+            index=fresh_index(store),
             dropped=sum(sidecar.count - int(alive[sidecar.shard]) for sidecar in dirty),
             freed=before - _bytes(folder),
         )
@@ -137,9 +142,9 @@ def _copy_live(index: CacheIndex, old: list[Sidecar], writer: ShardWriter) -> No
             raise
 
 
-def _delete(folder: Path, sidecar: Sidecar) -> None:
+def _delete(store: Store, sidecar: Sidecar) -> None:
     """The sidecar first: a tar without one does not exist, whatever happens in between."""
-    tar = folder / sidecar.shard
-    remove(Sidecar.path_for(tar))
-    fsync_folder(folder)
-    remove(tar)
+    tar = store.folder / sidecar.shard
+    store.remove(Sidecar.path_for(tar))
+    fsync_folder(store.folder)
+    store.remove(tar)

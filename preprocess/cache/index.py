@@ -50,43 +50,43 @@ from shared.io.durable import (
     write_json,
 )
 from shared.io.hashing import FileHasher, digest_of
-from shared.io.mirror import mirror_of, pull, shard_file
+from shared.io.store import Store
 
 # Rows of a column that are written and read together.
 CHUNK_ROWS = 1 << 16
 
 
-def fresh_index(folder: Path) -> CacheIndex:
+def fresh_index(store: Store) -> CacheIndex:
     """Open the cache's index, brought up to date first where it is missing, stale or damaged."""
     while True:
-        in_store = pull(folder)
-        entries = entries_of(folder)
-        found = _written(folder)
+        store.pull()
+        entries = entries_of(store.folder)
+        found = _written(store)
         if found is not None and found[0].digest == entries.digest:
             return found[0]
-        index = write_index(folder, entries, _reusable(found, entries))
-        if not in_store:
+        index = write_index(store, entries, _reusable(found, entries))
+        if not store.is_remote:
             return index
         # Another writer may have put its index between our objects, or its shards after we
         # looked; whoever writes last finds it here and writes again.
 
 
-def settled_index(folder: Path) -> CacheIndex:
+def settled_index(store: Store) -> CacheIndex:
     """`fresh_index`, read whole: another writer may replace the file at any time after."""
-    with index_lock(folder):
-        index = fresh_index(folder)
+    with index_lock(store.folder):
+        index = fresh_index(store)
         index.read_columns()
         return index
 
 
-def live_columns(folder: Path) -> tuple[Columns, tuple[str, ...]]:
+def live_columns(store: Store) -> tuple[Columns, tuple[str, ...]]:
     """The index's columns as they would be now, and the prompts' shards; nothing is written."""
-    entries = entries_of(folder)
-    columns = _columns(folder, entries, _reusable(_written(folder), entries))
+    entries = entries_of(store.folder)
+    columns = _columns(store, entries, _reusable(_written(store), entries))
     return columns, tuple(sidecar.shard for sidecar in entries.prompts)
 
 
-def build_index(folder: Path) -> CacheIndex:
+def build_index(store: Store) -> CacheIndex:
     """Write `index.zarr` and `manifest.json` from the committed shards alone; open the result.
 
     Where several shards hold the same key, the newest (`shared.format.cache.age`) counts: that is
@@ -94,9 +94,9 @@ def build_index(folder: Path) -> CacheIndex:
     out. Raises UserError naming a damaged shard, or two shards that were made with different
     settings.
     """
-    pull(folder)
-    index = write_index(folder, entries_of(folder), None)
-    return fresh_index(folder) if mirror_of(folder) else index
+    store.pull()
+    index = write_index(store, entries_of(store.folder), None)
+    return fresh_index(store) if store.is_remote else index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,16 +127,16 @@ def entries_of(folder: Path) -> Entries:
     return Entries(sidecars=committed_shards(folder), tombstones=committed_tombstones(folder))
 
 
-def _written(folder: Path) -> tuple[CacheIndex, dict[str, str]] | None:
+def _written(store: Store) -> tuple[CacheIndex, dict[str, str]] | None:
     """The index that is there, read whole, and SHA-256 of each file that it was made from.
 
     None where it is missing or damaged.
     """
     try:
-        manifest = parse((folder / MANIFEST).read_bytes(), most=MOST_MANIFEST)
+        manifest = parse((store.folder / MANIFEST).read_bytes(), most=MOST_MANIFEST)
         files = manifest["shards"] + manifest["tombstones"]
         made_from = {entry["name"]: entry["sha256"] for entry in files}
-        index = open_cache(folder)
+        index = open_cache(store)
         index.read_columns()
     except (OSError, ValueError, KeyError, TypeError):  # UserError is a ValueError
         return None
@@ -165,13 +165,13 @@ def _reusable(
     return set(index.shards), columns
 
 
-def _columns(folder: Path, entries: Entries, reusable: tuple[set[str], Columns] | None) -> Columns:
+def _columns(store: Store, entries: Entries, reusable: tuple[set[str], Columns] | None) -> Columns:
     """The live rows, by key; `bucket` is not filled in."""
-    _refuse_mixed(folder, entries.sidecars)
+    _refuse_mixed(store, entries.sidecars)
     known, columns = reusable or (set(), columns_of({}))
     sidecars = entries.samples
     scanned = [
-        (stored_rows(folder, sidecar) or scan_shard(folder, sidecar))
+        (stored_rows(store.folder, sidecar) or scan_shard(store, sidecar))
         | {"shard": np.full(sidecar.count, number, np.int32)}
         for number, sidecar in enumerate(sidecars)
         if sidecar.shard not in known
@@ -184,24 +184,24 @@ def _columns(folder: Path, entries: Entries, reusable: tuple[set[str], Columns] 
 
 
 def write_index(
-    folder: Path, entries: Entries, reusable: tuple[set[str], Columns] | None
+    store: Store, entries: Entries, reusable: tuple[set[str], Columns] | None
 ) -> CacheIndex:
     """Write index and manifest of these shards; open the result.
 
     `reusable`: names of shards with all their rows, which are then not read again.
     """
-    columns = _columns(folder, entries, reusable)
+    columns = _columns(store, entries, reusable)
     sidecars = entries.samples
     buckets = sorted({sidecar.bucket for sidecar in sidecars if sidecar.bucket})
     position = {bucket: number for number, bucket in enumerate(buckets)}
     bucket_of_shard = np.asarray([position[s.bucket] for s in sidecars if s.bucket], np.int32)
     columns["bucket"] = bucket_of_shard[columns["shard"]]
-    latent_rgb = _latent_rgb(folder, sidecars)
+    latent_rgb = _latent_rgb(store, sidecars)
 
-    _write_zarr(folder, columns, entries.digest)
+    _write_zarr(store, columns, entries.digest)
     manifest = manifest_of(entries, buckets, columns["bucket"], latent_rgb)
-    write_json(folder / MANIFEST, manifest)
-    return open_cache(folder)
+    write_json(store.folder / MANIFEST, manifest, commit=store.commit)
+    return open_cache(store)
 
 
 def manifest_of(
@@ -264,14 +264,14 @@ def _live(columns: Columns, samples: list[Sidecar], tombstones: list[Tombstones]
     return {name: values[chosen] for name, values in columns.items()}
 
 
-def _latent_rgb(folder: Path, sidecars: list[Sidecar]) -> LatentRgb | None:
+def _latent_rgb(store: Store, sidecars: list[Sidecar]) -> LatentRgb | None:
     """The map of the whole cache, from what each shard's writer summed up."""
 
     def part(sidecar: Sidecar) -> ColourFit:
         try:
             return ColourFit.from_json(sidecar.latent_rgb)
         except ValueError as error:
-            path = Sidecar.path_for(folder / sidecar.shard)
+            path = Sidecar.path_for(store.folder / sidecar.shard)
             raise UserError(
                 f"sidecar: latent_rgb of {path} is damaged ({error}). Set it to null, which costs "
                 "this shard's share in the preview map and nothing else."
@@ -284,21 +284,21 @@ def _latent_rgb(folder: Path, sidecars: list[Sidecar]) -> LatentRgb | None:
         raise
     except ValueError as error:
         raise UserError(
-            f"sidecar: latent_rgb of the shards in {folder} does not agree ({error}). Set it to "
+            f"sidecar: latent_rgb of the shards in {store} does not agree ({error}). Set it to "
             "null in the odd ones, which costs their share in the preview map and nothing else."
         ) from error
 
 
-def check_shards(folder: Path, names: Iterable[str] | None = None) -> None:
+def check_shards(store: Store, names: Iterable[str] | None = None) -> None:
     """Raise UserError naming a tar whose bytes are not those of its sidecar (all, or `names`)."""
     hasher = FileHasher()
-    for sidecar in committed_shards(folder):
+    for sidecar in committed_shards(store.folder):
         if names is not None and sidecar.shard not in names:
             continue
-        tar = folder / sidecar.shard
+        tar = store.folder / sidecar.shard
         if not tar.is_file():  # a pipe would be waited for
             raise UserError(f"shards: {tar} is no file. {REENCODE_SHARD}")
-        found = hasher.sha256(shard_file(tar))
+        found = hasher.sha256(store.shard_file(tar))
         if found != sidecar.sha256:
             raise UserError(
                 f"shards: {tar} is damaged: its SHA-256 is {found[:12]}…, the sidecar says "
@@ -306,18 +306,18 @@ def check_shards(folder: Path, names: Iterable[str] | None = None) -> None:
             )
 
 
-def _refuse_mixed(folder: Path, sidecars: list[Sidecar]) -> None:
+def _refuse_mixed(store: Store, sidecars: list[Sidecar]) -> None:
     for sidecar in sidecars[1:]:
         refuse_differences(
             sidecar.fingerprint,
             sidecars[0].fingerprint,
-            what=f"shards: {sidecar.shard} and {sidecars[0].shard} in {folder} were made with "
+            what=f"shards: {sidecar.shard} and {sidecars[0].shard} in {store} were made with "
             "different settings",
             cure="Move one of the two kinds (tars with their .json) to a folder of its own.",
         )
 
 
-class _Store(LocalStore):
+class _Files(LocalStore):
     """zarr's folder store, with a point where it may fail before every file."""
 
     async def set(self, key: str, value: Buffer) -> None:
@@ -325,8 +325,9 @@ class _Store(LocalStore):
         await super().set(key, value)
 
 
-def _write_zarr(folder: Path, arrays: Columns, digest: str) -> None:
-    beside, final = temporary(folder / INDEX), folder / INDEX
+def _write_zarr(store: Store, arrays: Columns, digest: str) -> None:
+    final = store.folder / INDEX
+    beside = temporary(final)
     remove_tree(beside)
     attributes = {
         "format": FORMAT_VERSION,
@@ -334,7 +335,7 @@ def _write_zarr(folder: Path, arrays: Columns, digest: str) -> None:
         # zarr reads a lost chunk as zeros, without a word.
         "sha256": {name: column_digest(values) for name, values in arrays.items()},
     }
-    group = zarr.create_group(store=_Store(beside), attributes=attributes)
+    group = zarr.create_group(store=_Files(beside), attributes=attributes)
     for name, values in arrays.items():
         per_row = values.shape[1:]
         array = group.create_array(
@@ -357,6 +358,6 @@ def _write_zarr(folder: Path, arrays: Columns, digest: str) -> None:
     remove_tree(old)
     if final.exists():
         rename(final, old)
-    rename(beside, final)
-    fsync_folder(folder)
+    store.rename(beside, final)
+    fsync_folder(store.folder)
     remove_tree(old)

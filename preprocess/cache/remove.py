@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 
@@ -22,15 +22,15 @@ from shared.format.schema import (
     unpack_info,
 )
 from shared.format.tar import members
-from shared.io.mirror import shard_file
 from shared.io.names import has_wildcard, matcher, quoted
+from shared.io.store import Store
 
 
-def require_shards(folder: Path) -> None:
+def require_shards(store: Store) -> None:
     """UserError where there is no cache, so that no folder is made by looking for one."""
-    if not folder.is_dir() or not committed_shards(folder):
+    if not store.folder.is_dir() or not committed_shards(store.folder):
         raise UserError(
-            f"--shards: no shards in {folder}. Make some: wanprep encode --output {quoted(folder)}"
+            f"--shards: no shards in {store}. Make some: wanprep encode --output {quoted(store)}"
         )
 
 
@@ -83,7 +83,7 @@ class Removed:
 
 
 def remove(
-    folder: Path,
+    store: Store,
     wanted: Sequence[str],
     *,
     dry_run: bool,
@@ -94,20 +94,20 @@ def remove(
     `announce` is told which before anything is written; what it raises stops the removal. Nothing
     is written in a dry run, and nothing where one of the names fits no sample (UserError).
     """
-    require_shards(folder)
-    with output_lock(folder):
-        with refusals_explained(folder, "Nothing was removed."):
-            index = fresh_index(folder)
+    require_shards(store)
+    with output_lock(store.folder):
+        with refusals_explained(store.folder, "Nothing was removed."):
+            index = fresh_index(store)
         chosen = choose(index, wanted)
         announce(chosen)
         if not dry_run:
-            with refusals_explained(folder, "Nothing was removed."):
-                writer = ShardWriter(folder, index.fingerprint, shard_bytes=1)
+            with refusals_explained(store.folder, "Nothing was removed."):
+                writer = ShardWriter(store, index.fingerprint, shard_bytes=1)
                 writer.add_tombstones(chosen.sources)
-            rebuild = f"wanprep index --shards {quoted(folder)}"
+            rebuild = f"wanprep index --shards {quoted(store)}"
             kept = f"The samples are removed, the index is old: {rebuild}"
-            with refusals_explained(folder, kept):
-                index = fresh_index(folder)
+            with refusals_explained(store.folder, kept):
+                index = fresh_index(store)
     return Removed(sources=chosen.sources, index=index)
 
 
@@ -137,7 +137,7 @@ def choose(index: CacheIndex, wanted: Sequence[str]) -> Chosen:
             notes += _notes(name, keys)
         elif has_wildcard(name) and name in gone_files(index):
             raise UserError(
-                f"remove: {name!r} is a file whose samples are out of {index.folder} already, or "
+                f"remove: {name!r} is a file whose samples are out of {index.store} already, or "
                 "that was rejected; it is not taken for a pattern. Nothing was removed. After "
                 "wanprep compact, and a run that does not reject it, it is one again."
             )
@@ -163,7 +163,7 @@ def gone_files(index: CacheIndex) -> set[str]:
     for sidecar in committed_shards(index.folder):
         if sidecar.kind == "prompts" or count.get(sidecar.shard, 0) >= sidecar.count:
             continue
-        with shard_file(index.folder / sidecar.shard).open("rb") as stream:
+        with index.store.shard_file(index.folder / sidecar.shard).open("rb") as stream:
             for member in members(stream, os.fstat(stream.fileno()).st_size, MEMBERS):
                 if member.suffix == JSON_MEMBER:
                     info = unpack_info(member.read(stream, MOST_INFO_BYTES + 1))
@@ -192,7 +192,7 @@ def _notes(name: str, keys: Mapping[str, Sequence[str]]) -> list[str]:
 
 def _fits_nothing(index: CacheIndex, name: str, keys: Mapping[str, Sequence[str]]) -> UserError:
     said = f"remove: {name!r} is no key and fits no source of the {len(index)} samples in "
-    said += f"{index.folder}. Nothing was removed. "
+    said += f"{index.store}. Nothing was removed. "
     same = unicodedata.normalize("NFC", name)
     looks = next((s for s in keys if s != name and unicodedata.normalize("NFC", s) == same), None)
     if looks is not None:

@@ -1,7 +1,5 @@
 """What a cache holds, in lines for a terminal."""
 
-from pathlib import Path
-
 import numpy as np
 
 from shared.cli.console import count
@@ -10,9 +8,9 @@ from shared.format.latent_rgb import R2_FLOOR
 from shared.format.schema import MEDIA_TYPES
 
 
-def contents(folder: Path, index: CacheIndex) -> str:
+def contents(index: CacheIndex) -> str:
     """What a cache holds, bucket by bucket."""
-    lines = [f"{folder}: {count(len(index), 'sample')} in {count(len(index.shards), 'shard')}"]
+    lines = [f"{index.store}: {count(len(index), 'sample')} in {count(len(index.shards), 'shard')}"]
     samples = np.bincount(index.bucket_ids, minlength=len(index.buckets))
     text = index.bucket_ids[index.types == MEDIA_TYPES.index("text")]
     alone = np.bincount(text, minlength=len(index.buckets))

@@ -35,7 +35,8 @@ from shared.format.schema import (
 )
 from shared.format.tar import Member, members
 from shared.format.tensor_header import read_head
-from shared.io.mirror import ROWS_SUFFIX, shard_file
+from shared.io.mirror import ROWS_SUFFIX
+from shared.io.store import Store
 from shared.models.spec import MAX_TEXT_TOKENS
 
 
@@ -76,16 +77,16 @@ def columns_of(rows: Mapping[str, Row]) -> Columns:
     }
 
 
-def scan_shard(folder: Path, sidecar: Sidecar) -> Columns:
+def scan_shard(store: Store, sidecar: Sidecar) -> Columns:
     """The rows of one tar, from its headers, its JSON and the heads of its tensors.
 
     `shard` and `bucket` are 0. Raises UserError where it holds anything that no cache's tar does.
     """
-    path = folder / sidecar.shard
+    path = store.folder / sidecar.shard
     try:
         if not path.is_file():  # a pipe would be waited for
             raise ValueError("it is no file")
-        with shard_file(path).open("rb") as stream:
+        with store.shard_file(path).open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             if size != sidecar.bytes:
                 raise ValueError(f"it has {size} bytes, its sidecar says {sidecar.bytes}")

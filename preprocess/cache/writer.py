@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import webdataset
 
+from preprocess.cache.shard_rows import pack_rows, scan_shard
 from shared.errors import UserError
 from shared.format.buckets import Bucket
 from shared.format.cache import SHARD_NAME, TOMBSTONES, Sidecar, Tombstones, age
@@ -30,13 +31,14 @@ from shared.format.tar import room
 from shared.io.durable import (
     TEMPORARY_SUFFIX,
     DurableFile,
-    commit,
     remove,
     remove_tree,
     temporary,
+    write_bytes,
     write_json,
 )
-from shared.io.mirror import mirror_of
+from shared.io.mirror import ROWS_SUFFIX
+from shared.io.store import Store
 
 LOCK = ".lock"
 MOST_WRITERS = 1000
@@ -70,7 +72,8 @@ class _HashingFile(DurableFile):
 class _OpenShard:
     """A tar under its temporary name."""
 
-    def __init__(self, final: Path) -> None:
+    def __init__(self, store: Store, final: Path) -> None:
+        self._store = store
         self.final = final
         self.count = 0
         self.colours: ColourFit | None = None
@@ -94,7 +97,7 @@ class _OpenShard:
     def commit(self, *, kind: str, bucket: Bucket | None, fingerprint: Fingerprint) -> Sidecar:
         self._tar.close()
         self._file.close()
-        commit(temporary(self.final), self.final)
+        self._store.commit(temporary(self.final), self.final)
         sidecar = Sidecar(
             shard=self.final.name,
             kind=kind,
@@ -105,14 +108,19 @@ class _OpenShard:
             fingerprint=fingerprint,
             latent_rgb=None if self.colours is None else self.colours.to_json(),
         )
-        write_json(Sidecar.path_for(self.final), sidecar.to_json())
+        if self._store.is_remote and kind == "samples":
+            # So that no other machine must fetch the tar for the index.
+            rows = pack_rows(scan_shard(self._store, sidecar), sidecar.sha256)
+            path = self.final.with_suffix(ROWS_SUFFIX)
+            write_bytes(path, rows, commit=self._store.commit)
+        write_json(Sidecar.path_for(self.final), sidecar.to_json(), commit=self._store.commit)
         return sidecar
 
     def discard(self) -> None:
         """Leave nothing of the shard, so that a full disk gets its space back."""
         self._file.discard()
         remove(temporary(self.final))
-        remove(self.final)
+        self._store.remove(self.final)
 
 
 class ShardWriter:
@@ -122,15 +130,15 @@ class ShardWriter:
     """
 
     def __init__(
-        self, folder: Path, fingerprint: Fingerprint, *, shard_bytes: int, writer: int = 0
+        self, store: Store, fingerprint: Fingerprint, *, shard_bytes: int, writer: int = 0
     ) -> None:
-        self._folder = folder
+        self._store = store
         self._fingerprint = fingerprint
         self._shard_bytes = shard_bytes
         self._writer = writer
         self._open: dict[Bucket, _OpenShard] = {}
-        remove_uncommitted(folder, writer)
-        self._next_number = _next_number(folder)
+        remove_uncommitted(store, writer)
+        self._next_number = _next_number(store.folder)
 
     def add(self, sample: Sample, frames: npt.NDArray[np.uint8] | None = None) -> None:
         """Append a sample to its bucket's shard. Raises OSError when the disk is full.
@@ -151,7 +159,7 @@ class ShardWriter:
             if len(self._open) >= MOST_OPEN_SHARDS:
                 self._commit(next(iter(self._open)))
             stem = f"h{bucket.height}-w{bucket.width}-f{bucket.frames}"
-            self._open[bucket] = _OpenShard(self._new_path(stem))
+            self._open[bucket] = _OpenShard(self._store, self._new_path(stem))
         shard = self._open[bucket]
         try:
             shard.add(key, members, colours)
@@ -163,7 +171,7 @@ class ShardWriter:
 
     def add_prompts(self, prompts: list[Prompt]) -> None:
         """Commit a shard of the prompt bank that holds these prompts."""
-        shard = _OpenShard(self._new_path("prompts"))
+        shard = _OpenShard(self._store, self._new_path("prompts"))
         try:
             for prompt in prompts:
                 shard.add(prompt.key, prompt.members())
@@ -179,7 +187,7 @@ class ShardWriter:
         """
         path = self._new_path(TOMBSTONES).with_suffix(".json")
         removed = Tombstones(name=path.name, sha256="", keys=tuple(sorted(keys)))
-        write_json(path, removed.to_json())
+        write_json(path, removed.to_json(), commit=self._store.commit)
 
     def close(self) -> None:
         """Commit every open shard."""
@@ -203,22 +211,22 @@ class ShardWriter:
     def _new_path(self, stem: str) -> Path:
         number = self._next_number
         self._next_number += 1
-        return self._folder / f"{stem}-w{self._writer:03d}-{number:05d}.tar"
+        return self._store.folder / f"{stem}-w{self._writer:03d}-{number:05d}.tar"
 
 
-def remove_uncommitted(folder: Path, writer: int | None) -> None:
+def remove_uncommitted(store: Store, writer: int | None) -> None:
     """Delete what killed runs of this writer left: temporary files, tars without a sidecar.
 
     `None`: of every writer, which only the holder of `output_lock` may ask for.
     """
-    for path in folder.iterdir():
+    for path in store.folder.iterdir():
         name = SHARD_NAME.match(path.name.replace(".json", ".tar"))
         if name is None or writer not in (None, int(name["writer"])):
             continue
         unfinished = path.suffix == TEMPORARY_SUFFIX
         without_sidecar = path.suffix == ".tar" and not Sidecar.path_for(path).exists()
         if unfinished or without_sidecar:
-            remove(path)
+            store.remove(path)
 
 
 def _next_number(folder: Path) -> int:
@@ -274,20 +282,21 @@ def index_lock(folder: Path) -> AbstractContextManager[None]:
     return _locked(folder, f"{LOCK}-index", fcntl.LOCK_EX, patience=None)
 
 
-def remove_abandoned(folder: Path, world: int) -> None:
+def remove_abandoned(store: Store, world: int) -> None:
     """Delete what killed writers left whose numbers the `world` writers of this run don't use.
 
     Those below `world` clean up after themselves; a writer that lives holds its lock. On an object
     store nobody sees locks, so `compact`, which wants no other writer, cleans up there.
     """
-    if mirror_of(folder) is not None:
+    if store.is_remote:
         return
+    folder = store.folder
     leftovers = {
         int(name["writer"]) for path in folder.iterdir() if (name := _ABANDONED(path.name))
     }
     for writer in sorted(number for number in leftovers if number >= world):
         with suppress(UserError), _own_number(folder, writer, patience=0):
-            remove_uncommitted(folder, writer)
+            remove_uncommitted(store, writer)
             for texts in folder.glob(f".text-*-w{writer:03d}"):
                 remove_tree(texts)
             remove(folder / f"rejected-w{writer:03d}.jsonl")

@@ -1,12 +1,12 @@
 """The commands of `wanprep` that change a cache that is there: `index`, `remove`, `compact`."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from preprocess.media.locations import shards_folder
+from preprocess.cache.ranks import this_rank
 from shared.cli.support import Command, echo
+from shared.io.mirror import open_store
 from shared.io.names import on_one_line, quoted
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ INPUT, OUTPUT = "Input", "Output"
 
 # fmt: off
 def index(
-    shards: Annotated[Path, typer.Option(parser=shards_folder, metavar="DIR|URL", help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
+    shards: Annotated[str, typer.Option(metavar="DIR|URL", help="Folder of the shards.", rich_help_panel=INPUT)] = "shards",
 ) -> None:
     """Rebuild manifest.json and index.zarr from the shards.
 
@@ -57,20 +57,21 @@ def index(
     from preprocess.cache.remove import require_shards
     from preprocess.cache.report import contents
     from preprocess.cache.writer import output_lock, refusals_explained
-    from shared.format.overlays import overlay_folders
-    from shared.io.mirror import mirror_of
+    from shared.format.overlays import overlays_in
 
-    require_shards(shards)
-    for folder in (shards, *overlay_folders(shards)):
-        with output_lock(folder), refusals_explained(folder, "The shards are as they were."):
-            if mirror_of(folder) is None:  # a store checks what it keeps
-                check_shards(folder)
-            echo(contents(folder, build_index(folder)))
+    with open_store(shards, writer=this_rank().number).pulled() as root:
+        require_shards(root)
+        for store in (root, *overlays_in(root)):
+            kept = "The shards are as they were."
+            with output_lock(store.folder), refusals_explained(store.folder, kept):
+                if not store.is_remote:  # an object store checks what it keeps
+                    check_shards(store)
+                echo(contents(build_index(store)))
 
 
 def remove(
     sample: Annotated[list[str], typer.Option("--sample", metavar="NAME", help="What to remove: a key, or a file as the dataset names it, with all of its samples. Where no file is named exactly so, * stands for any characters (/ too) and ? for one; nothing else is special. May be given several times.", rich_help_panel=INPUT)],
-    shards: Annotated[Path, typer.Option(parser=shards_folder, metavar="DIR|URL", help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
+    shards: Annotated[str, typer.Option(metavar="DIR|URL", help="Folder of the shards.", rich_help_panel=INPUT)] = "shards",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be removed, then stop.", show_default="off", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Remove samples from a cache.
@@ -90,15 +91,16 @@ def remove(
         number = count(len(chosen.sources), "sample")
         echo(f"{number} would be removed; nothing was" if dry_run else f"{number} will be removed")
 
-    removed = remove_samples(shards, sample, dry_run=dry_run, announce=announce)
+    with open_store(shards, writer=this_rank().number).pulled() as store:
+        removed = remove_samples(store, sample, dry_run=dry_run, announce=announce)
     if not dry_run:
         number = count(len(removed.sources), "sample")
-        echo(f"{number} removed, {len(removed.index)} left in {shards}")
-        echo(f"next: wanprep compact --shards {quoted(shards)}, to have the room back")
+        echo(f"{number} removed, {len(removed.index)} left in {store}")
+        echo(f"next: wanprep compact --shards {quoted(store)}, to have the room back")
 
 
 def compact(
-    shards: Annotated[Path, typer.Option(parser=shards_folder, metavar="DIR|URL", help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
+    shards: Annotated[str, typer.Option(metavar="DIR|URL", help="Folder of the shards.", rich_help_panel=INPUT)] = "shards",
     shard_size_mb: Annotated[int, typer.Option(metavar="MB", min=1, help="Megabytes at which a new shard is closed and the next begun.", rich_help_panel=OUTPUT)] = 256,
 ) -> None:
     """Give back the room of removed and replaced samples.
@@ -111,8 +113,9 @@ def compact(
     from preprocess.cache.report import contents
     from shared.cli.console import count
 
-    done = compact_with_overlays(shards, shard_bytes=shard_size_mb * 1_000_000)
-    echo(contents(shards, done.index))
+    with open_store(shards, writer=this_rank().number).pulled() as store:
+        done = compact_with_overlays(store, shard_bytes=shard_size_mb * 1_000_000)
+    echo(contents(done.index))
     dropped = count(done.dropped, "dead sample")
     echo(f"compacted: {dropped} dropped, {done.freed / 1e6:.1f} MB freed")
 

@@ -10,6 +10,7 @@ from shared.cli.config_command import add_config_command
 from shared.cli.support import echo
 from shared.errors import UserError
 from shared.interrupt import SIGNAL_EXIT
+from shared.io.mirror import open_store
 from shared.io.names import quoted
 
 ENCODE_EXAMPLES = """
@@ -33,7 +34,7 @@ def encode(config: EncodeConfig, _: typer.Context) -> None:
     from rich.console import Console
 
     from preprocess.cache.report import contents, preview
-    from preprocess.dataset.rejected import rejected_file, rejections
+    from preprocess.dataset.rejected import rejections
     from preprocess.encode import run as encode_run
     from shared.cli.console import count
 
@@ -44,9 +45,10 @@ def encode(config: EncodeConfig, _: typer.Context) -> None:
             from preprocess.cluster.engines import ray_engines
 
             elsewhere = held.enter_context(ray_engines(config))
-        outcome = encode_run.encode(config, Console(stderr=True), elsewhere)
+        output = held.enter_context(open_store(config.output, writer=config.rank.number).pulled())
+        outcome = encode_run.encode(config, output, Console(stderr=True), elsewhere)
     if outcome.index is not None:
-        echo(contents(config.output, outcome.index))
+        echo(contents(outcome.index))
         if line := preview(outcome.index):
             echo(line)
     if outcome.signum is not None:
@@ -56,7 +58,7 @@ def encode(config: EncodeConfig, _: typer.Context) -> None:
             err=True,
         )
         raise typer.Exit(SIGNAL_EXIT + outcome.signum)
-    rejected = rejections(outcome.rejected, rejected_file(config.output, config.rank.number))
+    rejected = rejections(outcome.rejected, output, config.rank.number)
     if len(outcome.rejected) > config.max_bad:
         raise UserError(
             f"{rejected}\nThe other samples are encoded and can be trained on. Mend these and "
@@ -69,13 +71,13 @@ def encode(config: EncodeConfig, _: typer.Context) -> None:
     if outcome.removed:
         echo(
             f"{count(outcome.removed, 'sample')} removed that the dataset does not give any "
-            f"more; to have the room back: wanprep compact --shards {quoted(config.output)}"
+            f"more; to have the room back: wanprep compact --shards {quoted(output)}"
         )
     if outcome.validation:
         echo(f"{count(outcome.validation, 'validation prompt')} in the shards")
     elif outcome.written == 0 and outcome.removed == 0:
         echo("nothing to do: every usable sample of the dataset is in the shards")
-    echo(f"next: wantrain distill --shards {quoted(config.output)}")
+    echo(f"next: wantrain distill --shards {quoted(output)}")
 
 
 def add_command(app: typer.Typer) -> None:

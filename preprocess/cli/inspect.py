@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from preprocess.media.locations import media_folder, shards_folder
+from preprocess.cache.ranks import this_rank
 from shared.cli.support import Command, echo, echo_data
 from shared.device import default_device
 from shared.errors import UserError
+from shared.io.mirror import open_store
 from shared.models.spec import DEFAULT_MODEL
 
 INSPECT_EXAMPLES = """
@@ -40,7 +41,7 @@ INPUT, DECODE, OUTPUT = "Input", "Decoding", "Output"
 
 # fmt: off
 def inspect(
-    shards: Annotated[Path, typer.Option(parser=shards_folder, metavar="DIR|URL", help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
+    shards: Annotated[str, typer.Option(metavar="DIR|URL", help="Folder of the shards.", rich_help_panel=INPUT)] = "shards",
 
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page too, one file with everything in it: samples as pictures with their captions, and the tables as charts.", show_default="none", rich_help_panel=OUTPUT)] = None,
     samples: Annotated[int, typer.Option(metavar="N", min=0, help="Samples on the page, drawn across the buckets.", rich_help_panel=OUTPUT)] = 24,
@@ -58,24 +59,26 @@ def inspect(
     from preprocess.inspection.terminal import print_overview, saved
 
     _refuse_folder("--html", html)
-    found = overview(shards, seed=seed)
     console = Console()
-    print_overview(found, console if console.is_terminal else Console(width=max(110, console.width)))
-    if html is not None:
-        from preprocess.inspection.html import write_page
+    with open_store(shards, writer=this_rank().number).pulled() as store:
+        found = overview(store, seed=seed)
+        wide = console if console.is_terminal else Console(width=max(110, console.width))
+        print_overview(found, wide)
+        if html is not None:
+            from preprocess.inspection.html import write_page
 
-        with _saving("--html", html):
-            number = write_page(html, found, samples=samples, seed=seed)
-        echo(saved(html, number))
+            with _saving("--html", html):
+                number = write_page(html, found, samples=samples, seed=seed)
+            echo(saved(html, number))
 
 
 def verify(
-    shards: Annotated[Path, typer.Option(parser=shards_folder, metavar="DIR|URL", help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
+    shards: Annotated[str, typer.Option(metavar="DIR|URL", help="Folder of the shards.", rich_help_panel=INPUT)] = "shards",
 
     decode: Annotated[int, typer.Option(metavar="N", help="Draw N samples and decode them with the VAE.", rich_help_panel=DECODE)] = 0,
     sample: Annotated[list[str] | None, typer.Option("--sample", metavar="KEY", help="Decode this sample; may be given several times.", show_default="none", rich_help_panel=DECODE)] = None,
     model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="A model with the VAE that encoded the shards: a folder, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=DECODE)] = DEFAULT_MODEL,
-    train_data_dir: Annotated[Path, typer.Option(parser=media_folder, metavar="DIR|URL", envvar="DATASET_NAME", help="Folder of the videos and images that were encoded, to compare with.", rich_help_panel=INPUT)] = Path("datasets"),
+    train_data_dir: Annotated[str, typer.Option(metavar="DIR|URL", envvar="DATASET_NAME", help="Folder of the videos and images that were encoded, to compare with.", rich_help_panel=INPUT)] = "datasets",
     seed: Annotated[int, typer.Option(metavar="N", help="Decides which samples are drawn.", rich_help_panel=DECODE)] = 42,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=DECODE)] = "auto",
     decode_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="A source that takes longer to decode is given up.", rich_help_panel=DECODE)] = 120,
@@ -90,6 +93,7 @@ def verify(
     """
     from rich.console import Console
 
+    from preprocess.media.remote import open_folder
     from preprocess.verify import misread, report
     from preprocess.verify.cache_check import verify as run_verify
     from preprocess.verify.decode_samples import DecodeConfig, decode_samples, findings
@@ -98,42 +102,43 @@ def verify(
     if (decode or sample) and output.exists() and not output.is_dir():
         raise UserError(f"--output: {output} is a file, expected a folder. Name another.")
     console = Console(stderr=True)
-    config = DecodeConfig(
-        shards=shards,
-        model=model,
-        data_dir=train_data_dir,
-        output=output,
-        count=decode,
-        keys=tuple(sample or ()),
-        seed=seed,
-        device=default_device() if device == "auto" else device,
-        decode_timeout=decode_timeout,
-    )
-    verified = run_verify(shards, console)
-    verified.findings += misread.findings(
-        shards, train_data_dir, console, timeout=decode_timeout
-    )
-    quiet = json is not None and str(json) == "-"
-    if not quiet:
-        for line in report.lines(verified.findings):
-            echo(line)
-        echo(report.summary(verified))
-    if decode or sample:
-        done = decode_samples(config, console)
-        also = findings(config, done)
-        verified.findings += also
+    with open_store(shards, writer=this_rank().number).pulled() as store:
+        config = DecodeConfig(
+            shards=store,
+            model=model,
+            data_dir=open_folder(train_data_dir),
+            output=output,
+            count=decode,
+            keys=tuple(sample or ()),
+            seed=seed,
+            device=default_device() if device == "auto" else device,
+            decode_timeout=decode_timeout,
+        )
+        verified = run_verify(store, console)
+        verified.findings += misread.findings(
+            store, config.data_dir, console, timeout=decode_timeout
+        )
+        quiet = json is not None and str(json) == "-"
         if not quiet:
-            for line in [*map(report.decoded, done), *report.lines(also)]:
+            for line in report.lines(verified.findings):
                 echo(line)
-    if json is not None:
-        text = report.as_json(verified)
-        if quiet:
-            echo_data(text)
-        else:
-            with _saving("--json", json):
-                json.write_text(text + "\n")
-    if verified.errors:
-        raise UserError(report.failure(verified))
+            echo(report.summary(verified))
+        if decode or sample:
+            done = decode_samples(config, console)
+            also = findings(config, done)
+            verified.findings += also
+            if not quiet:
+                for line in [*map(report.decoded, done), *report.lines(also)]:
+                    echo(line)
+        if json is not None:
+            text = report.as_json(verified)
+            if quiet:
+                echo_data(text)
+            else:
+                with _saving("--json", json):
+                    json.write_text(text + "\n")
+        if verified.errors:
+            raise UserError(report.failure(verified))
 
 
 # fmt: on

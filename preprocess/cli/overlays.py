@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from preprocess.media.locations import media_folder, metadata_file, shards_folder
 from shared.cli.support import Command, echo
 from shared.device import default_device
 from shared.errors import UserError
 from shared.interrupt import SIGNAL_EXIT
+from shared.io.mirror import open_store
 from shared.io.names import quoted
 from shared.models.spec import DEFAULT_MODEL
 
@@ -41,14 +41,14 @@ Dtype = Literal["bf16", "fp32"]
 # fmt: off
 def recaption(
     name: Annotated[str, typer.Option(metavar="NAME", help="What the captions are called; wantrain distill --captions NAME uses them.", rich_help_panel=CAPTIONS)],
-    train_data_dir: Annotated[Path, typer.Option(parser=media_folder, metavar="DIR|URL", envvar="DATASET_NAME", help="Folder (or tars) that the files of the list are relative to; the media need not be there.", rich_help_panel=CAPTIONS)] = Path("datasets"),
-    train_data_meta: Annotated[Path | None, typer.Option(parser=metadata_file, metavar="FILE|URL", envvar="DATASET_META_NAME", help="List of files and captions, as wanprep encode takes it.", show_default="metadata.json, .jsonl or .csv in the data folder, else a.txt beside a.mp4", rich_help_panel=CAPTIONS)] = None,
+    train_data_dir: Annotated[str, typer.Option(metavar="DIR|URL", envvar="DATASET_NAME", help="Folder (or tars) that the files of the list are relative to; the media need not be there.", rich_help_panel=CAPTIONS)] = "datasets",
+    train_data_meta: Annotated[str | None, typer.Option(metavar="FILE|URL", envvar="DATASET_META_NAME", help="List of files and captions, as wanprep encode takes it.", show_default="metadata.json, .jsonl or .csv in the data folder, else a.txt beside a.mp4", rich_help_panel=CAPTIONS)] = None,
     dataset_config: Annotated[Path | None, typer.Option(metavar="FILE", help="Several datasets in one TOML file, as wanprep encode takes it, in place of --train-data-dir.", show_default="one dataset", rich_help_panel=CAPTIONS)] = None,
     same_captions: Annotated[bool, typer.Option("--same-captions", help="No list: encode the captions that the shards have, for a model with another text encoder.", show_default="off", rich_help_panel=CAPTIONS)] = False,
     negative_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What the teacher's guidance (CFG) leads away from, when these captions are trained on.", show_default="the one in the shards", rich_help_panel=CAPTIONS)] = None,
     prune: Annotated[bool, typer.Option("--prune", help="Remove captions that an earlier list of this name gave and this one does not.", show_default="off", rich_help_panel=CAPTIONS)] = False,
 
-    shards: Annotated[Path, typer.Option(parser=shards_folder, metavar="DIR|URL", help="Folder of the shards.", rich_help_panel=INPUT)] = Path("shards"),
+    shards: Annotated[str, typer.Option(metavar="DIR|URL", help="Folder of the shards.", rich_help_panel=INPUT)] = "shards",
     model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model whose text encoder is used: a folder of diffusers or Wan, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=ENCODERS)] = DEFAULT_MODEL,
     text_encoder_dtype: Annotated[Dtype | None, typer.Option(help="Number format that the text encoder computes in.", show_default="as for the shards", rich_help_panel=ENCODERS)] = None,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=ENCODERS)] = "auto",
@@ -67,25 +67,26 @@ def recaption(
     from shared.cli.console import count
 
     rank = this_rank()
-    done = run_recaption(
-        RecaptionConfig(
-            name=name,
-            shards=shards,
-            model=model,
-            data_dir=train_data_dir,
-            metadata=train_data_meta,
-            dataset_config=dataset_config,
-            same_captions=same_captions,
-            negative_prompt=negative_prompt,
-            text_encoder_dtype=text_encoder_dtype,
-            prune=prune,
-            device=rank.device(default_device()) if device == "auto" else device,
-            rank=rank,
-        ),
-        Console(stderr=True),
-    )
+    with open_store(shards, writer=rank.number).pulled() as store:
+        done = run_recaption(
+            RecaptionConfig(
+                name=name,
+                shards=store,
+                model=model,
+                data_dir=train_data_dir,
+                metadata=train_data_meta,
+                dataset_config=dataset_config,
+                same_captions=same_captions,
+                negative_prompt=negative_prompt,
+                text_encoder_dtype=text_encoder_dtype,
+                prune=prune,
+                device=rank.device(default_device()) if device == "auto" else device,
+                rank=rank,
+            ),
+            Console(stderr=True),
+        )
     have = 0 if done.index is None else len(done.index)
-    echo(f"{done.folder}: {count(have, 'caption')}, {done.written} of them new")
+    echo(f"{done.store}: {count(have, 'caption')}, {done.written} of them new")
     if done.signum is not None:
         echo(
             f"interrupted, {count(done.left, 'caption')} to go. To continue, run the same "
@@ -98,14 +99,14 @@ def recaption(
     for line in unmatched_captions(done):
         echo(line, err=True)
     if have == 0:
-        raise UserError(f"captions: no caption for {shards} was encoded.")
-    echo(f"next: wantrain distill --captions {name} --shards {quoted(shards)}")
+        raise UserError(f"captions: no caption for {store} was encoded.")
+    echo(f"next: wantrain distill --captions {name} --shards {quoted(store)}")
 
 
 def add_condition(
-    shards: Annotated[Path, typer.Option(parser=shards_folder, metavar="DIR|URL", help="Folder of the shards, encoded for a t2v model.", rich_help_panel=INPUT)] = Path("shards"),
+    shards: Annotated[str, typer.Option(metavar="DIR|URL", help="Folder of the shards, encoded for a t2v model.", rich_help_panel=INPUT)] = "shards",
     model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="The i2v model that will be trained, with the VAE of the shards: a folder, a hub id, or the bundled toy-i2v.", rich_help_panel=INPUT)] = DEFAULT_MODEL,
-    train_data_dir: Annotated[Path, typer.Option(parser=media_folder, metavar="DIR|URL", envvar="DATASET_NAME", help="Folder (or tars) of the videos and images that were encoded.", rich_help_panel=INPUT)] = Path("datasets"),
+    train_data_dir: Annotated[str, typer.Option(metavar="DIR|URL", envvar="DATASET_NAME", help="Folder (or tars) of the videos and images that were encoded.", rich_help_panel=INPUT)] = "datasets",
 
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=ENCODERS)] = "auto",
     num_workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that decode media beside the VAE.", show_default="one a core but one, at most 8", rich_help_panel=ENCODERS)] = None,
@@ -120,27 +121,29 @@ def add_condition(
     from rich.console import Console
 
     from preprocess.cache.ranks import this_rank
-    from preprocess.dataset.rejected import rejected_file, rejections
+    from preprocess.dataset.rejected import rejections
+    from preprocess.media.remote import open_folder
     from preprocess.media.worker_pool import default_workers
     from preprocess.overlays.conditions import ConditionConfig
     from preprocess.overlays.conditions import add_condition as run_add_condition
     from shared.cli.console import count
 
     rank = this_rank()
-    done = run_add_condition(
-        ConditionConfig(
-            shards=shards,
-            model=model,
-            data_dir=train_data_dir,
-            device=rank.device(default_device()) if device == "auto" else device,
-            workers=default_workers(rank.local_world) if num_workers is None else num_workers,
-            decode_timeout=decode_timeout,
-            rank=rank,
-        ),
-        Console(stderr=True),
-    )
+    with open_store(shards, writer=rank.number).pulled() as store:
+        done = run_add_condition(
+            ConditionConfig(
+                shards=store,
+                model=model,
+                data_dir=open_folder(train_data_dir),
+                device=rank.device(default_device()) if device == "auto" else device,
+                workers=default_workers(rank.local_world) if num_workers is None else num_workers,
+                decode_timeout=decode_timeout,
+                rank=rank,
+            ),
+            Console(stderr=True),
+        )
     have = 0 if done.index is None else len(done.index)
-    echo(f"{done.folder}: {count(have, 'condition')}, {done.written} of them new")
+    echo(f"{done.store}: {count(have, 'condition')}, {done.written} of them new")
     if done.signum is not None:
         echo(
             f"interrupted, {count(done.left, 'sample')} to go. To continue, run the same "
@@ -149,13 +152,13 @@ def add_condition(
         )
         raise typer.Exit(SIGNAL_EXIT + done.signum)
     if done.rejected:
-        listed = rejections(done.rejected, rejected_file(done.folder, rank.number))
+        listed = rejections(done.rejected, done.store, rank.number)
         raise UserError(
             f"{listed}\nTheir samples have no condition, and `wantrain` refuses the shards for i2v "
             "until they have: mend the files and run again, or take the samples out with "
             "`wanprep remove`."
         )
-    options = f"--pretrained-model-name-or-path {quoted(model)} --shards {quoted(shards)}"
+    options = f"--pretrained-model-name-or-path {quoted(model)} --shards {quoted(store)}"
     echo(f"next: wantrain distill {options}")
 
 

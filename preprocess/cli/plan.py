@@ -1,7 +1,6 @@
 """`wanprep plan`: the options of `wanprep encode`, and what it would do with them."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -11,7 +10,9 @@ from preprocess.encode.config import PlanConfig, for_this_machine
 from shared.cli.config_command import add_config_command
 from shared.cli.support import echo, echo_data
 from shared.errors import UserError
+from shared.io.mirror import open_store
 from shared.io.names import on_one_line
+from shared.io.store import Store
 
 if TYPE_CHECKING:
     from preprocess.encode.dry_run import Foreseen
@@ -36,11 +37,13 @@ def plan(config: PlanConfig, _: typer.Context) -> None:
 
     from preprocess.encode.dry_run import foresee
 
-    foreseen = foresee(for_this_machine(config), Console(stderr=True), measure=config.measure)
+    with open_store(config.output, writer=config.rank.number).pulled() as output:
+        console = Console(stderr=True)
+        foreseen = foresee(for_this_machine(config), output, console, measure=config.measure)
     if config.json:
         echo_data(json.dumps(foreseen.to_json(), indent=1, ensure_ascii=False))
     else:
-        for line in page(foreseen, config.output, prune=config.prune):
+        for line in page(foreseen, output, prune=config.prune):
             echo(line)
     if not foreseen.samples:
         raise UserError(
@@ -54,7 +57,7 @@ def plan(config: PlanConfig, _: typer.Context) -> None:
         )
 
 
-def page(plan: "Foreseen", output: Path, *, prune: bool) -> list[str]:
+def page(plan: "Foreseen", output: Store, *, prune: bool) -> list[str]:
     """What people read."""
     head = ("shape", "samples", "in shards", "new", "shortened", "upscaled", "new MB")
     rows = [

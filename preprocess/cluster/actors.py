@@ -34,6 +34,7 @@ from shared.errors import UserError
 from shared.format.fingerprint import Fingerprint, as_in_cache, refuse_differences
 from shared.format.schema import DTYPES
 from shared.io.hashing import FileHasher
+from shared.io.store import Store
 from shared.models.spec import ModelSpec, resolve_model
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Orders:
 
     config: EncodeConfig
     """Of the driver, with the device decided."""
+    output: Store
     spec: ModelSpec
     """Of the model as the driver sees it."""
     fingerprint: Fingerprint
@@ -70,7 +72,7 @@ class TextActor:
 
     def __init__(self, orders: Orders) -> None:
         self._orders = orders
-        self._texts = TextCache(orders.config.output, orders.fingerprint)
+        self._texts = TextCache(orders.output.folder, orders.fingerprint)
         self._encoder: TextEncoder | None = None
 
     def start(self) -> Joined:
@@ -100,7 +102,7 @@ class MediaActor:
 
     def __init__(self, orders: Orders) -> None:
         self._orders = orders
-        self._texts = TextCache(orders.config.output, orders.fingerprint)
+        self._texts = TextCache(orders.output.folder, orders.fingerprint)
         self._held = ExitStack()
         self._turn = threading.Lock()
         """Who has it has the encoder and the writer."""
@@ -114,10 +116,10 @@ class MediaActor:
             WorkerPool(config.workers, timeout=config.decode_timeout)
         )
         number = self._held.enter_context(
-            free_writer_lock(config.output, self._orders.first_writer)
+            free_writer_lock(self._orders.output.folder, self._orders.first_writer)
         )
         shards = ShardWriter(
-            config.output,
+            self._orders.output,
             self._orders.fingerprint,
             shard_bytes=config.shard_size_mb * 1_000_000,
             writer=number,
@@ -199,8 +201,8 @@ def _checked_node(orders: Orders) -> ModelSpec:
 def _check_folders(orders: Orders) -> None:
     with suppress(OSError):  # a node may lack it where all paths are absolute
         os.chdir(orders.folder)  # before the decoders start, which inherit it
-    output = orders.config.output
-    mark = output / RUN_MARK
+    output = orders.output
+    mark = output.folder / RUN_MARK
     if not mark.exists() or mark.read_text() != orders.run:
         raise UserError(
             f"--output: {output} is not the folder there that it is where the command runs. "

@@ -30,6 +30,7 @@ from shared.errors import UserError
 from shared.format.fingerprint import Fingerprint
 from shared.interrupt import Interruption
 from shared.io.durable import write_bytes
+from shared.io.store import Store
 from shared.models.spec import ModelSpec
 
 Item = TypeVar("Item")
@@ -41,6 +42,7 @@ class RayEngine:
 
     cluster: Cluster
     config: EncodeConfig
+    output: Store
     spec: ModelSpec
     fingerprint: Fingerprint
     signals: Interruption
@@ -73,7 +75,7 @@ class RayEngine:
             if reason is None:
                 encoded.append(work)
             yield work, None if reason is None else MediaError(reason)
-        remove_abandoned(self.config.output, world=1)  # of actors that died
+        remove_abandoned(self.output, world=1)  # of actors that died
         self._complete(encoded, write)
 
     def encode_pictures(self, pictures: Sequence[Picture]) -> Conditions:
@@ -99,7 +101,7 @@ class RayEngine:
         medium: Medium | None,
         unfinished: Callable[[Sequence[Item]], Sequence[Item]],
     ) -> Fleet[Item]:
-        write_bytes(self.config.output / RUN_MARK, self._run.encode())
+        write_bytes(self.output.folder / RUN_MARK, self._run.encode())
         actor: Any = ray.remote(kind).options(
             **self._resources,
             max_restarts=0,
@@ -111,6 +113,7 @@ class RayEngine:
             return actor.remote(
                 Orders(
                     config=self.config,
+                    output=self.output,
                     spec=self.spec,
                     fingerprint=self.fingerprint,
                     run=self._run,
@@ -135,12 +138,12 @@ class RayEngine:
 
     def _without_samples(self, works: Sequence[Work]) -> list[Work]:
         """Clips of which nothing is committed. (They had nothing before the run either.)"""
-        committed = committed_of(index_there(self.config.output))
+        committed = committed_of(index_there(self.output))
         return [work for work in works if not any(key in committed for key, _ in work.samples)]
 
     def _complete(self, works: Sequence[Work], write: Write) -> None:
         """Write the rest of clips whose actor died between two of their captions: no VAE needed."""
-        index = index_there(self.config.output)
+        index = index_there(self.output)
         committed = committed_of(index)
         missing = {work.home: missing_of(work, committed) for work in works}
         half = [work for work in works if 0 < len(missing[work.home]) < len(work.samples)]

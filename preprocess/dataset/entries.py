@@ -25,7 +25,7 @@ from preprocess.dataset.metadata import (
     read_metadata,
 )
 from preprocess.frames.media_info import ANIMATIONS, Kind, MediaError, MediaKind
-from preprocess.media.remote import RemoteFile, name_below, stored
+from preprocess.media.remote import DataDir, MediaList, Remote, RemoteFile, here
 from preprocess.media.sources import Medium, TarMember
 from preprocess.media.tars import (
     TarSample,
@@ -41,6 +41,7 @@ from preprocess.media.tars import (
 from shared.errors import UserError, json_kind
 from shared.format.strict_json import is_count
 from shared.io.names import is_folder, quoted
+from shared.io.store import errors_named
 
 EXTENSIONS: dict[str, MediaKind] = {
     **dict.fromkeys((".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg"), "video"),
@@ -89,8 +90,8 @@ class Rejected:
 class Dataset:
     """What a metadata file or a folder offers, in its order."""
 
-    origin: Path
-    """The metadata file or the folder that was read."""
+    origin: str
+    """The metadata file or the folder that was read, as the user named it."""
     entries: tuple[Entry, ...]
     rejected: tuple[Rejected, ...]
 
@@ -100,8 +101,8 @@ class _BadEntryError(Exception):
 
 
 def load_dataset(
-    data_dir: Path,
-    metadata: Path | None,
+    data_dir: DataDir,
+    metadata: MediaList | None,
     *,
     caption_suffix: str = ".txt",
     kind: MediaKind | None = None,
@@ -114,23 +115,31 @@ def load_dataset(
 
     Raises UserError where there is no dataset at all; single bad entries are returned rejected.
     """
+    with errors_named(*(place for place in (data_dir, metadata) if isinstance(place, Remote))):
+        return _loaded(data_dir, metadata, caption_suffix, kind)
+
+
+def _loaded(
+    data_dir: DataDir, metadata: MediaList | None, caption_suffix: str, kind: MediaKind | None
+) -> Dataset:
+    folder = here(data_dir)
     if metadata is None:
-        if is_tars(data_dir):
-            return _from_tars(data_dir, named_tars(data_dir), caption_suffix, kind)
-        if not is_folder(data_dir):
+        if is_tars(folder):
+            return _from_tars(folder, named_tars(folder), caption_suffix, kind)
+        if not is_folder(folder):
             raise UserError(
-                f"dataset: no folder {data_dir}. Set --train-data-dir (or DATASET_NAME) to a "
+                f"dataset: no folder {folder}. Set --train-data-dir (or DATASET_NAME) to a "
                 "folder of videos and images with a metadata.json (or .jsonl, .csv), or with "
                 "same-named .txt captions beside them, or of WebDataset tars."
             )
-        metadata = find_metadata(data_dir)
+        metadata = find_metadata(folder)
         if metadata is None:
             return _from_folder(data_dir, caption_suffix, kind)
     return _from_metadata(base_folder(data_dir), metadata, kind)
 
 
-def _from_metadata(data_dir: Path, metadata: Path, kind: MediaKind | None) -> Dataset:
-    records = read_metadata(metadata)
+def _from_metadata(data_dir: DataDir, metadata: MediaList, kind: MediaKind | None) -> Dataset:
+    records = read_metadata(here(metadata))
     entries: list[Entry] = []
     rejected: list[Rejected] = []
     captions_only = kind is None and _captions_only(records)
@@ -147,12 +156,13 @@ def _from_metadata(data_dir: Path, metadata: Path, kind: MediaKind | None) -> Da
             source = record.where if named is None else _source_named(named, data_dir)
             rejected.append(Rejected(source=source, reason=str(error)))
     nothing_found = not any(entry.path is None or _exists(entry.path) for entry in entries)
-    if records and nothing_found and not data_dir.is_dir():
+    if records and nothing_found and not here(data_dir).is_dir():
         raise UserError(
             f"dataset: no folder {data_dir}, and no file that {metadata} lists is there. Set "
             "--train-data-dir (or DATASET_NAME) to the folder that its paths are relative to."
         )
-    return Dataset(origin=metadata, entries=tuple(entries), rejected=tuple(rejected))
+    origin = str(metadata) if isinstance(data_dir, Path) else data_dir.shown(metadata)
+    return Dataset(origin=origin, entries=tuple(entries), rejected=tuple(rejected))
 
 
 def _is_text(item: Any) -> bool:
@@ -201,7 +211,7 @@ def _named_path(item: Any) -> str | None:
     return next((path for path in given if isinstance(path, str) and path), None)
 
 
-def _entries(item: Any, data_dir: Path, only: MediaKind | None) -> list[Entry]:
+def _entries(item: Any, data_dir: DataDir, only: MediaKind | None) -> list[Entry]:
     """One record, an entry for each of its captions.
 
     `width`, `height` and whatever else it holds are ignored: the file decides.
@@ -282,7 +292,8 @@ def _text(
     raise _BadEntryError(f"no {' or '.join(fields)}, expected {what}")
 
 
-def _from_folder(folder: Path, caption_suffix: str, kind: MediaKind | None) -> Dataset:
+def _from_folder(data_dir: DataDir, caption_suffix: str, kind: MediaKind | None) -> Dataset:
+    folder = here(data_dir)
     entries: list[Entry] = []
     rejected: list[Rejected] = []
     files = sorted(_files(folder))
@@ -315,17 +326,18 @@ def _from_folder(folder: Path, caption_suffix: str, kind: MediaKind | None) -> D
         source = path.relative_to(folder).as_posix()
         try:
             caption = _caption_beside(path, caption_suffix)
-            entries.append(_checked(stored(path), source, caption, kind or _kind(path)))
+            medium = path if isinstance(data_dir, Path) else data_dir.file(source)
+            entries.append(_checked(medium, source, caption, kind or _kind(path)))
         except _BadEntryError as error:
             rejected.append(Rejected(source=source, reason=str(error)))
-    return Dataset(origin=folder, entries=tuple(entries), rejected=tuple(rejected))
+    return Dataset(origin=str(data_dir), entries=tuple(entries), rejected=tuple(rejected))
 
 
 def _from_tars(
     named: Path, tars: list[Path], caption_suffix: str, kind: MediaKind | None
 ) -> Dataset:
     """Samples of WebDataset tars: `named` as a folder or a pattern."""
-    base = base_folder(named)
+    base = here(base_folder(named))
     entries: list[Entry] = []
     rejected: list[Rejected] = []
     for tar in tars:
@@ -344,7 +356,7 @@ def _from_tars(
             f"dataset: the tars of {named} hold no media with captions. Expected WebDataset "
             f"samples: KEY.mp4 (or .jpg, .png …) with KEY{caption_suffix} or KEY.json beside it."
         )
-    return Dataset(origin=named, entries=tuple(entries), rejected=tuple(rejected))
+    return Dataset(origin=str(named), entries=tuple(entries), rejected=tuple(rejected))
 
 
 def _tar_entries(
@@ -453,7 +465,7 @@ def _checked(path: Medium | None, source: str, caption: str, kind: Any, **more: 
     )
 
 
-def _source_named(name: str, data_dir: Path) -> str:
+def _source_named(name: str, data_dir: DataDir) -> str:
     """What the cache calls the file that a list calls `name`, usable or not: `./a.mp4` is `a.mp4`,
     whose samples must not pass for unlisted ones."""
     with suppress(ValueError, OSError, RuntimeError):  # no name that a file could have
@@ -467,16 +479,16 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _source(path: Medium, given: Path, data_dir: Path) -> str:
+def _source(path: Medium, given: Path, data_dir: DataDir) -> str:
     """How the file is named in the cache: no absolute path where a relative one will do."""
     if isinstance(path, TarMember):
         tar = next(parent for parent in given.parents if parent.name == path.tar.name)
         return f"{_source(path.tar, tar, data_dir)}/{member_name(path)}"
     if isinstance(path, RemoteFile):
-        return name_below(path.url, data_dir)
+        return path.url if isinstance(data_dir, Path) else data_dir.name_of(path.url)
     if not isinstance(path, Path):
         return str(path)
     try:
-        return path.resolve().relative_to(data_dir.resolve()).as_posix()
+        return path.resolve().relative_to(here(data_dir).resolve()).as_posix()
     except (ValueError, OSError, RuntimeError):  # outside the folder, or a loop of links
         return given.as_posix()

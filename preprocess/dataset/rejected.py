@@ -7,22 +7,25 @@ from pathlib import Path
 
 from preprocess.dataset.entries import Rejected
 from shared.cli.console import MOST_NAMED
-from shared.io.durable import remove, write_bytes
+from shared.io.durable import write_bytes
 from shared.io.names import on_one_line
+from shared.io.store import Store
 
 
-def rejected_file(folder: Path, rank: int) -> Path:
+def _file(store: Store, rank: int) -> Path:
     """Where the rank of that number lists what it rejected."""
-    return folder / ("rejected.jsonl" if rank == 0 else f"rejected-w{rank:03d}.jsonl")
+    return store.folder / ("rejected.jsonl" if rank == 0 else f"rejected-w{rank:03d}.jsonl")
 
 
-def write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:
-    """The whole list, or no file where nothing was rejected."""
+def write_rejected(store: Store, rank: int, rejected: Sequence[Rejected]) -> None:
+    """The whole list of this rank, or no file where nothing was rejected."""
+    path = _file(store, rank)
     if rejected:
         lines = [json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in rejected]
-        write_bytes(path, "".join(lines).encode("utf-8", "backslashreplace"))
+        data = "".join(lines).encode("utf-8", "backslashreplace")
+        write_bytes(path, data, commit=store.commit)
     else:
-        remove(path)
+        store.remove(path)
 
 
 def reasons(rejected: Sequence[Rejected]) -> list[str]:
@@ -33,9 +36,10 @@ def reasons(rejected: Sequence[Rejected]) -> list[str]:
     ]
 
 
-def rejections(rejected: Sequence[Rejected], listed_in: Path) -> str:
+def rejections(rejected: Sequence[Rejected], store: Store, rank: int) -> str:
     """The first few rejected samples with their reasons, and where all of them are listed."""
     lines = reasons(rejected)
     if len(rejected) > MOST_NAMED:
         lines.append(f"  ... {len(rejected) - MOST_NAMED} more")
+    listed_in = store.shown(_file(store, rank))
     return "\n".join([f"{len(rejected)} rejected, listed in {listed_in}:", *lines])

@@ -18,10 +18,9 @@ from preprocess.dataset.clip_overrides import Resolution, Sampling
 from preprocess.dataset.entries import Dataset, Entry, load_dataset
 from preprocess.dataset.sizes import LARGEST_SIZE, SMALLEST_SIZE, Clips
 from preprocess.frames.media_info import MediaKind
-from preprocess.media.remote import media_folder, metadata_file
+from preprocess.media.remote import DataDir, MediaList, here, open_folder, open_list
 from preprocess.media.tars import base_folder, is_tars
 from shared.errors import UserError
-from shared.io.mirror import followed
 from shared.io.names import exists, in_home_folder, is_folder
 from shared.io.object_store import is_url
 
@@ -165,11 +164,11 @@ CLASHES = (
 )
 
 
-def read_dataset(config: Path | None, data_dir: Path, metadata: Path | None) -> Dataset:
+def read_dataset(config: Path | None, data_dir: str, metadata: str | None) -> Dataset:
     """What a command is given: the datasets of a TOML file, or the one of a folder and its list."""
     if config is not None:
         return load_dataset_config(config)
-    return load_dataset(data_dir, metadata)
+    return load_dataset(open_folder(data_dir), None if metadata is None else open_list(metadata))
 
 
 def load_dataset_config(file: Path) -> Dataset:
@@ -186,7 +185,7 @@ def load_dataset_config(file: Path) -> Dataset:
         except _BadValueError as error:
             raise UserError(f"{where}: {error}") from error
     return Dataset(
-        origin=file,
+        origin=str(file),
         entries=tuple(entry for part in parts for entry in part.entries),
         rejected=tuple(one for part in parts for one in part.rejected),
     )
@@ -242,9 +241,8 @@ def _load(file: Path, where: str, table: Mapping[str, Any]) -> Dataset:
         """As the file would be found from here: names of two folders must not be mixed up."""
         if is_url(source) or Path(source).is_absolute():
             return source
-        if (store := followed(data_dir)) is not None:
-            return f"{store.url}/{source}"
-        return (base_folder(data_dir) / source).as_posix()
+        base = base_folder(data_dir)
+        return (base / source).as_posix() if isinstance(base, Path) else f"{base}/{source}"
 
     def own(entry: Entry) -> Entry:
         source = "" if entry.path is None else named(entry.source)
@@ -280,7 +278,7 @@ def _read(name: str, value: Any) -> Any:
 
 def _media(
     file: Path, table: Mapping[str, Any], suffix: str
-) -> tuple[Path, Path | None, MediaKind | None]:
+) -> tuple[DataDir, MediaList | None, MediaKind | None]:
     """Where a dataset's media are, its list if it has one, and their kind if it has one only."""
     folders = [name for name in FOLDERS if name in table]
     lists = [name for name in LISTS if name in table]
@@ -290,37 +288,33 @@ def _media(
             f"its media are given by {' and '.join(sources) or 'nothing'}, expected one of "
             f"{', '.join((*FOLDERS, *LISTS))}."
         )
-    paths = {name: _path(file, name, table[name], suffix) for name in sources}
-    metadata = paths[lists[0]] if lists else None
+    data_dir: DataDir
+    metadata: MediaList | None = None
+    if lists:
+        listed = _location(file, lists[0], table[lists[0]])
+        metadata = open_list(listed)
     if folders:
-        data_dir = paths[folders[0]]
-    elif is_url(table[lists[0]]):
-        data_dir = _pulled(media_folder(table[lists[0]].rpartition("/")[0]))
+        data_dir = open_folder(
+            _location(file, folders[0], table[folders[0]]), caption_suffix=suffix
+        )
+    elif isinstance(listed, Path):
+        data_dir = listed.parent
     else:
-        data_dir = paths[lists[0]].parent
-    if folders and not is_folder(data_dir) and not is_tars(data_dir):
+        data_dir = open_folder(listed.rpartition("/")[0])
+    if folders and not is_folder(here(data_dir)) and not is_tars(here(data_dir)):
         raise _BadValueError(f"{folders[0]}: there is no folder {data_dir}.")
-    if metadata is not None and not metadata.is_file():
+    if metadata is not None and not here(metadata).is_file():
         raise _BadValueError(f"{lists[0]}: there is no file {metadata}.")
     kinds = (FOLDERS.get(name) or LISTS.get(name) for name in sources)
     return data_dir, metadata, next((kind for kind in kinds if kind), None)
 
 
-def _pulled(path: Path) -> Path:
-    """A store's folder or file, looked at now: only here is it known which there are."""
-    if (found := followed(path)) is not None:
-        found.pull()
-    return path
-
-
-def _path(file: Path, name: str, value: Any, caption_suffix: str) -> Path:
-    """From the working folder, as both projects have it, or else from the file's own."""
+def _location(file: Path, name: str, value: Any) -> str | Path:
+    """A URL, or a path: from the working folder, as both projects have it, or the file's own."""
     if not isinstance(value, str) or not value:
         raise _BadValueError(f"{name} is {value!r}, expected a path.")
     if is_url(value):
-        if name in LISTS:
-            return _pulled(metadata_file(value))
-        return _pulled(media_folder(value, caption_suffix=caption_suffix))
+        return value
     for path in (Path(value), file.parent / value):
         if exists(path):
             return path

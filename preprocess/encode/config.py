@@ -10,11 +10,10 @@ import typer
 
 from preprocess.cache.ranks import Rank, this_rank
 from preprocess.dataset.sizes import LARGEST_SIZE, SMALLEST_SIZE, Clips
-from preprocess.media.locations import media_folder, metadata_file, shards_folder
 from shared.cli.checks import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, check_options
 from shared.device import default_device
 from shared.errors import UserError
-from shared.io.mirror import mirror_of
+from shared.io.object_store import local_path
 from shared.models.spec import DEFAULT_MODEL, Mode, ModelSpec
 from shared.models.wan import WAN
 
@@ -47,8 +46,8 @@ class EncodeConfig:
     PANELS: ClassVar[Sequence[str]] = (INPUT, SAMPLES, ENCODERS, OUTPUT, CLUSTER)
 
     model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that the shards are for: a folder of diffusers or Wan, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)] = DEFAULT_MODEL
-    train_data_dir: Annotated[Path, typer.Option(parser=media_folder, metavar="DIR|URL", envvar="DATASET_NAME", help="Folder of videos and images, where relative paths in the list start; or WebDataset tars: a folder of them, one, or a quoted pattern such as 'clips/{000..099}.tar'.", rich_help_panel=INPUT)] = Path("datasets")
-    train_data_meta: Annotated[Path | None, typer.Option(parser=metadata_file, metavar="FILE|URL", envvar="DATASET_META_NAME", help="List of media and captions, .json, .jsonl or .csv: an entry has a path (file_path, video_path, image_path or file_name), a caption (text, caption or captions: one, or a list) and perhaps a type (video or image). Or a list of captions without media: entries without a path, or .txt with one a line.", show_default="metadata.json, .jsonl or .csv in the data folder, else a.txt beside a.mp4", rich_help_panel=INPUT)] = None
+    train_data_dir: Annotated[str, typer.Option(metavar="DIR|URL", envvar="DATASET_NAME", help="Folder of videos and images, where relative paths in the list start; or WebDataset tars: a folder of them, one, or a quoted pattern such as 'clips/{000..099}.tar'.", rich_help_panel=INPUT)] = "datasets"
+    train_data_meta: Annotated[str | None, typer.Option(metavar="FILE|URL", envvar="DATASET_META_NAME", help="List of media and captions, .json, .jsonl or .csv: an entry has a path (file_path, video_path, image_path or file_name), a caption (text, caption or captions: one, or a list) and perhaps a type (video or image). Or a list of captions without media: entries without a path, or .txt with one a line.", show_default="metadata.json, .jsonl or .csv in the data folder, else a.txt beside a.mp4", rich_help_panel=INPUT)] = None
     dataset_config: Annotated[Path | None, typer.Option(metavar="FILE", help="Several datasets in one TOML file, as for musubi-tuner or diffusion-pipe, in place of --train-data-dir; each may have its own sizes, frames and num_repeats.", show_default="one dataset", rich_help_panel=INPUT)] = None
 
     size: Annotated[int, typer.Option(metavar="PX", help="Size of images and videos: the side, in pixels, of a square of the same area; 320 is 240P, 480 is 320P, 640 is 480P, 960 is 720P.", rich_help_panel=SAMPLES)] = 640
@@ -79,7 +78,7 @@ class EncodeConfig:
     num_workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that decode and resize media while the encoders work; each holds one clip in memory.", show_default="one a core but one, at most 8", rich_help_panel=ENCODERS), AT_LEAST_1] = None
     decode_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Give up a file, and list it as rejected, when no frame of it was decoded for so long.", rich_help_panel=ENCODERS), POSITIVE] = 120
 
-    output: Annotated[Path, typer.Option(parser=shards_folder, metavar="DIR|URL", help="Folder of the shards; what is in it already is kept and not encoded again.", rich_help_panel=OUTPUT)] = Path("shards")
+    output: Annotated[str, typer.Option(metavar="DIR|URL", help="Folder of the shards; what is in it already is kept and not encoded again.", rich_help_panel=OUTPUT)] = "shards"
     dtype: Annotated[StoredDtype, typer.Option(help="Number format of the tensors in the shards.", rich_help_panel=OUTPUT)] = "bf16"
     shard_size_mb: Annotated[int, typer.Option(metavar="MB", help="Size of a shard, in megabytes, at which the next one is begun.", rich_help_panel=OUTPUT), AT_LEAST_1] = 256
     prune: Annotated[bool, typer.Option("--prune", help="Remove samples from the shards that are no longer in the dataset: files that were taken out, or whose clips are cut otherwise now.", show_default="off", rich_help_panel=OUTPUT)] = False
@@ -159,9 +158,9 @@ class EncodeConfig:
                 f"--ray-address: {self.ray_address} is a Ray Client's; expected HOST:PORT of the "
                 "head node, and the command run on one of the cluster's nodes."
             )
-        if self.engine == "ray" and (mirror := mirror_of(self.output)) is not None:
+        if self.engine == "ray" and local_path(self.output) is None:
             raise UserError(
-                f"--engine ray: --output is {mirror.url}, and embeddings wait in it for the other "
+                f"--engine ray: --output is {self.output}, and embeddings wait in it for the other "
                 "actors. Expected a folder that all nodes share; ranks (torchrun, srun) write to "
                 "object stores."
             )

@@ -35,6 +35,7 @@ from shared.format.cache import committed_shards
 from shared.format.fingerprint import Fingerprint, has_first_frame_rule
 from shared.format.schema import DTYPES
 from shared.format.tar import room
+from shared.io.store import Store
 from shared.models.spec import ModelSpec
 
 _TENSOR_HEADER = 96  # bytes that safetensors puts before a tensor, about
@@ -123,23 +124,27 @@ class Foreseen:
         }
 
 
-def foresee(config: EncodeConfig, console: Console, *, measure: bool = False) -> Foreseen:
-    """What `encode` would do with this configuration.
+def foresee(
+    config: EncodeConfig, output: Store, console: Console, *, measure: bool = False
+) -> Foreseen:
+    """What `encode` would do with this configuration and its output.
 
     `measure`: encode a few clips and captions now, to know the speed. Raises UserError where
     `encode` would refuse to begin.
     """
-    if config.output.exists() and not config.output.is_dir():
-        raise UserError(f"--output: {config.output} is a file. Choose another folder.")
+    if output.folder.exists() and not output.folder.is_dir():
+        raise UserError(f"--output: {output} is a file. Choose another folder.")
     with WorkerPool(config.workers, timeout=config.decode_timeout) as pool:
-        job = read_job(config, console)
+        job = read_job(config, output, console)
         spec = job.spec
-        sidecars = committed_shards(config.output) if config.output.is_dir() else []
-        fingerprint = settings_for_cache(config, job.fingerprint, spec.folder, job.hasher, sidecars)
+        sidecars = committed_shards(output.folder) if output.folder.is_dir() else []
+        fingerprint = settings_for_cache(
+            config, output, job.fingerprint, spec.folder, job.hasher, sidecars
+        )
         committed: Captions = {}
         bank: tuple[str, ...] = ()
         if sidecars:
-            columns, bank = live_columns(config.output)
+            columns, bank = live_columns(output)
             committed = committed_samples(columns["key"], columns["caption"], columns["repeats"])
         plan = plan_job(job, pool, committed, bank, console)
         new = {work.home: missing_of(work, committed) for work in plan.works}

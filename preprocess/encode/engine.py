@@ -18,6 +18,7 @@ from preprocess.media.worker_pool import WorkerPool
 from shared.format.fingerprint import Fingerprint
 from shared.format.schema import DTYPES
 from shared.interrupt import Interruption
+from shared.io.store import Store
 from shared.models.spec import ModelSpec
 
 if TYPE_CHECKING:  # diffusers and transformers wait until an encoder is built: a run that has
@@ -61,7 +62,7 @@ class Elsewhere:
     described: str
     """The line about it."""
     engine: Callable[
-        [EncodeConfig, ModelSpec, Fingerprint, Interruption, Callable[[str], None]], Engine
+        [EncodeConfig, Store, ModelSpec, Fingerprint, Interruption, Callable[[str], None]], Engine
     ]
     """Makes the engine; the last argument says a line."""
 

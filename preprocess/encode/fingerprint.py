@@ -23,6 +23,7 @@ from shared.format.fingerprint import (
 )
 from shared.io.hashing import FileHasher
 from shared.io.names import quoted
+from shared.io.store import Store
 from shared.models.spec import ModelSpec
 from shared.models.weights import check_component
 
@@ -118,30 +119,31 @@ def refuse_absent(spec: ModelSpec, fields: Fingerprint) -> None:
 
 def settings_for_cache(
     config: EncodeConfig,
+    output: Store,
     fingerprint: Fingerprint,
     model: Path,
     hasher: FileHasher,
     sidecars: list[Sidecar],
 ) -> Fingerprint:
-    """`fingerprint` of a run as the cache in `config.output`, with these sidecars, has it.
+    """`fingerprint` of a run as the cache in `output`, with these sidecars, has it.
 
     Raises UserError where its shards were made with other settings.
     """
     if sidecars:
         fingerprint = as_in_cache(fingerprint, sidecars[0].fingerprint, model, hasher)
     cure = partial(sparing_cure, config, fingerprint)
-    refuse_other_settings(config.output, sidecars, fingerprint, cure=cure)
+    refuse_other_settings(output, sidecars, fingerprint, cure=cure)
     return fingerprint
 
 
 def refuse_other_settings(
-    folder: Path,
+    store: Store,
     sidecars: list[Sidecar],
     fingerprint: Fingerprint,
     *,
     cure: Callable[[Fingerprint], str],
 ) -> None:
-    """Raise UserError where `folder` holds shards that were made with other settings.
+    """Raise UserError where `store` holds shards that were made with other settings.
 
     `cure` says what to do about the fingerprint that was found.
     """
@@ -149,7 +151,8 @@ def refuse_other_settings(
         refuse_differences(
             sidecar.fingerprint,
             fingerprint,
-            what=f"shards: {folder / sidecar.shard} was encoded with other settings than these",
+            what=f"shards: {store.shown(store.folder / sidecar.shard)} was encoded with other "
+            "settings than these",
             cure=cure(sidecar.fingerprint),
         )
 

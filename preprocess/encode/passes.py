@@ -140,7 +140,7 @@ def texts_from_cache(
 
 def _check_copied(cache: CacheIndex, rows: Iterable[int]) -> None:
     """Damage must not be copied under a fresh checksum."""
-    check_shards(cache.folder, {cache.shards[int(cache.shard_ids[row])] for row in rows})
+    check_shards(cache.store, {cache.shards[int(cache.shard_ids[row])] for row in rows})
 
 
 def encode_decoded(

@@ -20,7 +20,7 @@ from preprocess.cache.remove import unlisted
 from preprocess.dataset.clips import ClipRule
 from preprocess.dataset.entries import Dataset, Rejected
 from preprocess.dataset.old_samples import superseded
-from preprocess.dataset.rejected import rejected_file, rejections, write_rejected
+from preprocess.dataset.rejected import rejections, write_rejected
 from preprocess.dataset.toml_config import read_dataset
 from preprocess.encode import report
 from preprocess.encode.config import EncodeConfig, in_train_mode
@@ -53,6 +53,7 @@ from shared.errors import UserError
 from shared.format.fingerprint import Fingerprint
 from shared.format.prompts import EMPTY, NEGATIVE, Prompt, prompts_by_shard
 from shared.io.hashing import FileHasher
+from shared.io.store import Store
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 
 
@@ -68,9 +69,9 @@ class EncodeOutcome(Outcome):
 
 
 def encode(
-    config: EncodeConfig, console: Console, elsewhere: Elsewhere | None = None
+    config: EncodeConfig, output: Store, console: Console, elsewhere: Elsewhere | None = None
 ) -> EncodeOutcome:
-    """Bring the cache in `config.output` up to date with the dataset.
+    """Bring the cache in `output`, which is that of `config`, up to date with the dataset.
 
     The encoders run in this process, or `elsewhere`.
     Raises UserError for what the user can mend; rejected samples and signals are in the outcome.
@@ -85,14 +86,16 @@ def encode(
         WorkerPool(config.workers, timeout=config.decode_timeout) as pool,
     ):
         # What there is: the dataset and the model.
-        job = read_job(config, console)
+        job = read_job(config, output, console)
         if elsewhere is not None:
             say(console, elsewhere.described)
-        settings = partial(settings_for_cache, config, job.fingerprint, job.spec.folder, job.hasher)
+        settings = partial(
+            settings_for_cache, config, output, job.fingerprint, job.spec.folder, job.hasher
+        )
 
         with (
             _memory_explained(config),
-            cache_session(config.output, config.rank, signals, outcome, settings) as session,
+            cache_session(output, config.rank, signals, outcome, settings) as session,
         ):
             # What the shards lack of it, and what they have too much.
             plan = _plan(job, pool, session, console)
@@ -106,7 +109,9 @@ def encode(
             engine: Engine = LocalEngine(config, job.spec, pool, outcome.times)
             if elsewhere is not None:
                 said = partial(say, console)
-                engine = elsewhere.engine(config, job.spec, session.fingerprint, signals, said)
+                engine = elsewhere.engine(
+                    config, output, job.spec, session.fingerprint, signals, said
+                )
             writer = BackgroundWriter(session.writer(config.shard_size_mb * 1_000_000))
             run = _Run(plan, session, outcome, engine, writer, console)
             with session.rescued(engine.rescue, writer.rescue):
@@ -132,6 +137,7 @@ class Job:
     """What a configuration comes to before any medium is opened."""
 
     config: EncodeConfig
+    output: Store
     dataset: Dataset
     spec: ModelSpec
     fingerprint: Fingerprint
@@ -141,7 +147,7 @@ class Job:
     """The list of --validation-prompts; empty without one."""
 
 
-def read_job(config: EncodeConfig, console: Console) -> Job:
+def read_job(config: EncodeConfig, output: Store, console: Console) -> Job:
     """Read the dataset's list and the model's configs, and digest the encoders' weights.
 
     Raises UserError where the two do not fit, or one cannot be used.
@@ -164,6 +170,7 @@ def read_job(config: EncodeConfig, console: Console) -> Job:
         fingerprint = encode_fingerprint(config, spec, hasher)
     return Job(
         config=config,
+        output=output,
         dataset=dataset,
         spec=spec,
         fingerprint=fingerprint,
@@ -250,7 +257,7 @@ def plan_job(
 ) -> Plan:
     """Look into the media, with a progress bar.
 
-    `bank`: the prompts' shards in `config.output`; None where others bring what these lack.
+    `bank`: the prompts' shards in the output; None where others bring what these lack.
     """
     config, entries = job.config, job.dataset.entries
     with bar(console, "looking into the media", len(entries)) as advance:
@@ -263,7 +270,7 @@ def plan_job(
             on_progress=advance,
             video_repeat=config.video_repeat,
         )
-    there = prompts_by_shard(config.output, tuple(bank or ()))
+    there = prompts_by_shard(job.output, tuple(bank or ()))
     return Plan(
         works=works,
         rejected=rejected,
@@ -282,12 +289,11 @@ def _plan(job: Job, pool: WorkerPool, session: CacheSession, console: Console) -
     bank = () if outcome.index is None else outcome.index.prompt_shards
     plan = plan_job(job, pool, committed_of(outcome.index), bank if first else None, console)
     outcome.rejected = [*job.dataset.rejected, *plan.rejected] if first else []
-    listed_in = rejected_file(session.folder, session.rank.number)
-    write_rejected(listed_in, outcome.rejected)
+    write_rejected(session.store, session.rank.number, outcome.rejected)
     if not plan.works:
         raise UserError(
             f"dataset: {job.dataset.origin} has nothing that can be encoded.\n"
-            + rejections(outcome.rejected, listed_in)
+            + rejections(outcome.rejected, session.store, session.rank.number)
         )
     return plan
 
@@ -435,7 +441,7 @@ def _take_out(run: _Run, outdated: _Outdated) -> None:
     """
     replaced: list[str] = []
     if outdated.replaced:
-        committed = committed_of(index_there(run.session.folder))
+        committed = committed_of(index_there(run.session.store))
         sources = {work.entry.source for work in run.plan.works}
         lacking = {work.entry.source for work in run.plan.works if missing_of(work, committed)}
         unusable = {one.source for one in run.outcome.rejected}

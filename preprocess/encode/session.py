@@ -1,7 +1,7 @@
 """One writer's time at a folder of shards: what every command that encodes does alike.
 
     with stoppable(outcome) as signals:  # a signal ends the block early
-        with cache_session(folder, rank, signals, outcome, settings) as session:
+        with cache_session(store, rank, signals, outcome, settings) as session:
             ...  # what the folder lacks: `session.lacking`
             with session.rescued(writer.rescue):  # whatever ends it, what is encoded is kept
                 ...  # the passes; each write is `signals.deferred()`
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TypeVar
 
 from preprocess.cache.index import settled_index
@@ -22,10 +21,11 @@ from preprocess.cache.ranks import Rank
 from preprocess.cache.text_cache import TextCache
 from preprocess.cache.writer import ShardWriter, refusals_explained, remove_abandoned, writer_lock
 from preprocess.dataset.entries import Rejected
-from preprocess.dataset.rejected import rejected_file, write_rejected
+from preprocess.dataset.rejected import write_rejected
 from shared.format.cache import CacheIndex, Sidecar, committed_shards
 from shared.format.fingerprint import Fingerprint
 from shared.interrupt import Interrupted, Interruption, catch_signals
+from shared.io.store import Store
 
 KEPT = "What was encoded so far is committed; the same command goes on from there."
 
@@ -63,14 +63,14 @@ def stoppable(outcome: Outcome) -> Iterator[Interruption]:
             outcome.signum = interrupted.signum
 
 
-def index_there(folder: Path) -> CacheIndex | None:
+def index_there(store: Store) -> CacheIndex | None:
     """Of what is in the shards now, whoever wrote it; None: nothing."""
-    return settled_index(folder) if committed_shards(folder) else None
+    return settled_index(store) if committed_shards(store.folder) else None
 
 
 @contextmanager
 def cache_session(
-    folder: Path,
+    store: Store,
     rank: Rank,
     signals: Interruption,
     outcome: Outcome,
@@ -81,19 +81,19 @@ def cache_session(
     `settings` gives the run's fingerprint as what is committed has it, and raises UserError where
     that was made with other settings. A write that fails becomes a UserError.
     """
-    with writer_lock(folder, rank.number), refusals_explained(folder, KEPT):
-        remove_abandoned(folder, rank.world)
-        sidecars = committed_shards(folder)
+    with writer_lock(store.folder, rank.number), refusals_explained(store.folder, KEPT):
+        remove_abandoned(store, rank.world)
+        sidecars = committed_shards(store.folder)
         fingerprint = settings(sidecars)
-        outcome.index = index_there(folder)
-        yield CacheSession(folder, rank, signals, outcome, sidecars, fingerprint)
+        outcome.index = index_there(store)
+        yield CacheSession(store, rank, signals, outcome, sidecars, fingerprint)
 
 
 @dataclass
 class CacheSession:
     """A folder that is locked for this writer, whose shards have this fingerprint."""
 
-    folder: Path
+    store: Store
     rank: Rank
     signals: Interruption
     outcome: Outcome
@@ -112,18 +112,18 @@ class CacheSession:
     @cached_property
     def texts(self) -> TextCache:
         """Where embeddings wait for their samples."""
-        return TextCache(self.folder, self.fingerprint, self.rank.number)
+        return TextCache(self.store.folder, self.fingerprint, self.rank.number)
 
     def writer(self, shard_bytes: int) -> ShardWriter:
         """Of shards that are newer than all that are there."""
         return ShardWriter(
-            self.folder, self.fingerprint, shard_bytes=shard_bytes, writer=self.rank.number
+            self.store, self.fingerprint, shard_bytes=shard_bytes, writer=self.rank.number
         )
 
     def settle(self) -> None:
         """Bring the index, the list of rejected samples and the outcome up to what is committed."""
-        write_rejected(rejected_file(self.folder, self.rank.number), self.outcome.rejected)
-        self.outcome.index = index_there(self.folder)
+        write_rejected(self.store, self.rank.number, self.outcome.rejected)
+        self.outcome.index = index_there(self.store)
         self.outcome.left = len(self._missing(self.outcome.index))
 
     @contextmanager

@@ -30,7 +30,6 @@ from shared.format.cache import MemberReader
 from shared.format.latent_rgb import R2_FLOOR, latents_to_rgb
 from shared.format.schema import LATENTS_MEMBER
 from shared.io.durable import write_bytes
-from shared.io.mirror import shown
 
 _MOST_BUCKETS = 16  # bars
 _MOST_FRAMES = 24  # of a thumbnail
@@ -119,7 +118,7 @@ def page(found: Overview, cards: Sequence[Card]) -> str:
         templates()
         .get_template("inspect_page.html")
         .render(
-            folder=shown(str(found.folder)),
+            folder=str(found.index.store),
             kinds=_kinds(found),
             mode=found.fingerprint.get("mode"),
             numbers=_numbers(found),

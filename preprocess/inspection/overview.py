@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,9 +29,10 @@ from shared.format.cache import (
 from shared.format.columns import caption_digest
 from shared.format.fingerprint import Fingerprint
 from shared.format.latent_rgb import LatentRgb
-from shared.format.overlays import overlay_folders, positions
+from shared.format.overlays import overlays_in, positions
 from shared.format.schema import MEMBERS
 from shared.format.tar import BLOCK, room
+from shared.io.store import Store
 
 MOST_READ = 2000
 """Samples whose `KEY.json` is read for the durations."""
@@ -88,7 +88,6 @@ class OverlayRow:
 class Overview:
     """A cache in numbers."""
 
-    folder: Path
     index: CacheIndex
     samples: int
     epoch: int
@@ -121,15 +120,14 @@ class Overview:
         return self.index.latent_rgb
 
 
-def overview(folder: Path, *, seed: int) -> Overview:
+def overview(store: Store, *, seed: int) -> Overview:
     """Look a cache over. Raises UserError where it has no index, or a damaged one."""
-    index = open_cache(folder)
-    sidecars = committed_shards(folder)
+    index = open_cache(store)
+    sidecars = committed_shards(store.folder)
     dead, dead_bytes = _dead(index, sidecars)
     seconds, videos = _seconds(index, seed)
     repeats = index.repeats.astype(np.int64)
     return Overview(
-        folder=folder,
         index=index,
         samples=len(index),
         epoch=int(repeats.sum()),
@@ -142,9 +140,9 @@ def overview(folder: Path, *, seed: int) -> Overview:
         bytes=_bytes(index, sidecars, dead_bytes),
         dead=dead,
         dead_bytes=dead_bytes,
-        tombstones=sum(len(removed.keys) for removed in committed_tombstones(folder)),
+        tombstones=sum(len(removed.keys) for removed in committed_tombstones(store.folder)),
         captions=_captions(index),
-        overlays=tuple(_overlay(index, path) for path in overlay_folders(folder)),
+        overlays=tuple(_overlay(index, overlay) for overlay in overlays_in(store)),
     )
 
 
@@ -248,11 +246,11 @@ def _captions(index: CacheIndex) -> Captions:
     )
 
 
-def _overlay(index: CacheIndex, path: Path) -> OverlayRow:
-    name = path.relative_to(index.folder).as_posix()
-    bytes_ = sum(sidecar.bytes for sidecar in committed_shards(path))
+def _overlay(index: CacheIndex, overlay: Store) -> OverlayRow:
+    name = overlay.folder.relative_to(index.folder).as_posix()
+    bytes_ = sum(sidecar.bytes for sidecar in committed_shards(overlay.folder))
     try:
-        there = open_cache(path)
+        there = open_cache(overlay)
     except UserError:  # verify says what is wrong
         return OverlayRow(name=name, samples=0, lacking=len(index), orphans=0, bytes=bytes_)
     return OverlayRow(

@@ -121,7 +121,7 @@ def durations_note(found: Overview) -> str:
 
 def print_overview(found: Overview, console: Console) -> None:
     """Tables and histograms; `console` is stdout's."""
-    say(console, str(found.folder), style="bold")
+    say(console, str(found.index.store), style="bold")
     table = Table.grid(padding=(0, 2))
     for name, value in facts(found):
         warns = "WARNING" in value

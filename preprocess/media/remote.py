@@ -5,21 +5,25 @@ content; media are empty files, which stand for a `RemoteFile` each.
 """
 
 import hashlib
-import json
-import os
 import posixpath
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from preprocess.frames.media_info import MediaError
-from shared.errors import UserError
 from shared.io.durable import write_bytes
 from shared.io.hashing import cache_folder
-from shared.io.mirror import flock, follow, followed, last_listing
-from shared.io.object_store import explained, filesystem, is_local, is_url, signature_of, why
+from shared.io.object_store import (
+    explained,
+    filesystem,
+    is_url,
+    local_path,
+    signature_of,
+    why,
+)
+from shared.io.pull import pull_folder
+from shared.io.store import Place
 
 _BLOCK_BYTES = 1 << 23
 _AT_ONCE = 16  # small files that are asked for together
@@ -71,7 +75,16 @@ class RemoteFile:
             raise MediaError(f"{self.url}: {why(error)}") from error
 
 
-class MediaFolder:
+class Remote(Place):
+    """Something in a store that is looked at through a folder or file here."""
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+
+class RemoteFolder(Remote):
     """What lies below a URL, as a folder."""
 
     def __init__(self, url: str, *, caption_suffix: str) -> None:
@@ -79,50 +92,13 @@ class MediaFolder:
         self._caption_suffix = caption_suffix
         name = hashlib.sha256(f"{self.url} {caption_suffix}".encode()).hexdigest()[:16]
         self.folder = (cache_folder() / "media" / name).absolute()
-        self._state = self.folder.with_suffix(".json")
         self._listed: dict[str, str] = {}
 
     def pull(self) -> None:
         """Look what is there. Raises UserError where the store can't be read."""
-        with flock(self.folder.with_suffix(".lock")), explained(self.url):
-            files, root = filesystem(self.url)
-            files.invalidate_cache()
-            prefix = root.rstrip("/") + "/"
-            found = {
-                path.removeprefix(prefix): info
-                for path, info in files.find(root, detail=True).items()
-                if path.startswith(prefix)
-            }
-            self._listed = {
-                name: signature_of(info) for name, info in found.items() if _is_name(name)
-            }
-            known = last_listing(self._state)
-            texts = [
-                name
-                for name, signature in self._listed.items()
-                if self._is_text(name, found[name].get("size") or 0)
-                and not (known.get(name) == signature and (self.folder / name).exists())
-            ]
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for name in known.keys() - self._listed.keys():
-                (self.folder / name).unlink(missing_ok=True)
-            for name in self._listed:
-                self._place(name)
-            with ThreadPoolExecutor(_AT_ONCE) as pool:
-                contents = pool.map(lambda name: files.cat_file(prefix + name), texts)
-                for name, content in zip(texts, contents, strict=True):
-                    (self.folder / name).write_bytes(content)
-            write_bytes(self._state, json.dumps(self._listed).encode())
-
-    def _place(self, name: str) -> None:
-        here = self.folder / name
-        try:
-            here.parent.mkdir(parents=True, exist_ok=True)
-            here.touch()
-        except OSError as error:
-            raise UserError(
-                f"{self.url}/{name}: no folder here takes this name ({error.strerror}). Rename it."
-            ) from error
+        self._listed = pull_folder(
+            self.url, self.folder, is_wanted=_is_name, has_content=self._is_text
+        )
 
     def _is_text(self, name: str, size: int) -> bool:
         if "/" not in name and name.endswith(_LISTS):
@@ -131,11 +107,16 @@ class MediaFolder:
 
     def file(self, name: str) -> RemoteFile:
         """The medium of this name, seen from the URL."""
+        name = posixpath.normpath(name)
         scheme, _, path = self.url.partition("://")
         signature = self._listed.get(name)
         return RemoteFile(
             url=f"{scheme}://{posixpath.normpath(f'{path}/{name}')}", signature=signature
         )
+
+    def name_of(self, url: str) -> str:
+        """A URL as a dataset here names the file: relative where it lies inside."""
+        return url.removeprefix(f"{self.url}/")
 
 
 def _path_of(url: str) -> str:
@@ -150,8 +131,8 @@ def _is_name(name: str) -> bool:
     return plain and "\0" not in name and not name.lower().endswith(_TARS)
 
 
-class _MetadataFile:
-    """A single file of a store, here."""
+class RemoteList(Remote):
+    """A single file of a store, a list of media, here."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -160,57 +141,50 @@ class _MetadataFile:
         self.folder = path.absolute()
 
     def pull(self) -> None:
+        """Fetch it. Raises UserError where it can't be read."""
         with explained(self.url):
             files, path = filesystem(self.url)
             write_bytes(self.folder, files.cat_file(path))
 
 
-def media_folder(location: str | Path, *, caption_suffix: str = ".txt") -> Path:
-    """What `--train-data-dir` takes: a folder as it is, a URL as the folder that lists it."""
-    if isinstance(location, Path) or not is_url(location):
-        return Path(location)
-    if local := is_local(location):
+DataDir = Path | RemoteFolder
+"""What names in a dataset are relative to; a path may also be a tar, or a pattern of tars."""
+MediaList = Path | RemoteList
+
+
+def open_folder(location: str | Path, *, caption_suffix: str = ".txt") -> DataDir:
+    """What `--train-data-dir` names, as it is now. UserError where a store can't be read."""
+    if (local := local_path(location)) is not None:
         return local
-    return follow(MediaFolder(location, caption_suffix=caption_suffix))
+    folder = RemoteFolder(str(location), caption_suffix=caption_suffix)
+    folder.pull()
+    return folder
 
 
-def metadata_file(location: str | Path) -> Path:
-    """What `--train-data-meta` takes: a file as it is, a URL as a copy of it."""
-    if isinstance(location, Path) or not is_url(location):
-        return Path(location)
-    return is_local(location) or follow(_MetadataFile(location))
+def open_list(location: str | Path) -> MediaList:
+    """What `--train-data-meta` names, as it is now. UserError where a store can't be read."""
+    if (local := local_path(location)) is not None:
+        return local
+    file = RemoteList(str(location))
+    file.pull()
+    return file
 
 
-def remote_named(data_dir: Path, name: str) -> RemoteFile | None:
+def here(place: Path | Remote) -> Path:
+    """A folder or file as it lies on this machine."""
+    return place if isinstance(place, Path) else place.folder
+
+
+def remote_named(data_dir: DataDir, name: str) -> RemoteFile | None:
     """The medium that a dataset calls `name`, if it is one of a store; else None."""
     if is_url(name):
         return RemoteFile(url=name)
-    folder = followed(data_dir)
-    if not isinstance(folder, MediaFolder) or name.startswith("/") or in_home(data_dir, name):
+    if isinstance(data_dir, Path) or name.startswith("/") or in_home(data_dir.folder, name):
         return None
-    below = data_dir.relative_to(folder.folder).as_posix()
-    return folder.file(posixpath.normpath(posixpath.join(below, name)))
+    return data_dir.file(name)
 
 
 def in_home(data_dir: Path, name: str) -> bool:
     """Whether a name in a dataset is relative to the home folder: `~/a.mp4`, unless a folder of
     that name lies in `data_dir`."""
     return name.startswith("~/") and not (data_dir / "~").exists()
-
-
-def name_below(url: str, data_dir: Path) -> str:
-    """A URL as a dataset in `data_dir` names the file: relative where it lies inside."""
-    folder = followed(data_dir)
-    if folder is None:
-        return url
-    below = data_dir.relative_to(folder.folder).as_posix()
-    root = folder.url if below == "." else f"{folder.url}/{below}"
-    return url.removeprefix(f"{root}/")
-
-
-def stored(path: Path) -> "Path | RemoteFile":
-    """A listed file as the medium that it stands for."""
-    folder = followed(path)
-    if not isinstance(folder, MediaFolder):
-        return path
-    return folder.file(os.path.relpath(path, folder.folder))

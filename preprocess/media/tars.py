@@ -16,7 +16,7 @@ from braceexpand import braceexpand
 from webdataset.tariterators import base_plus_ext
 
 from preprocess.frames.media_info import MediaError
-from preprocess.media.remote import in_home, remote_named
+from preprocess.media.remote import DataDir, here, in_home, remote_named
 from preprocess.media.sources import Medium, TarMember
 from shared.errors import UserError
 from shared.format.cache import SHARD_NAME
@@ -61,12 +61,12 @@ def is_tars(data_dir: Path) -> bool:
     return data_dir.name.lower().endswith((SUFFIX, *COMPRESSED)) and not is_folder(data_dir)
 
 
-def base_folder(data_dir: Path) -> Path:
+def base_folder(data_dir: DataDir) -> DataDir:
     """The folder that names are relative to: of a pattern, what stands before its first wildcard.
 
     A folder is its own. A part that is there by that very name is no wildcard.
     """
-    if not is_tars(data_dir):
+    if not isinstance(data_dir, Path) or not is_tars(data_dir):
         return data_dir
     fixed = Path()
     for part in data_dir.parent.parts:
@@ -84,7 +84,7 @@ def named_tars(pattern: Path) -> list[Path]:
     """
     if exists(pattern):
         return [pattern]
-    base = base_folder(pattern)
+    base = here(base_folder(pattern))
     try:
         names = list(braceexpand(str(pattern.relative_to(base)), escape=False))
     except ValueError as error:
@@ -194,17 +194,17 @@ def _members(tar: Path) -> tuple[list[TarMember], str | None]:
     return found, None
 
 
-def medium_named(data_dir: Path, name: str) -> Medium:
+def medium_named(data_dir: DataDir, name: str) -> Medium:
     """The medium that a dataset calls `name`: in a store, in a tar or a file of its own."""
     remote = remote_named(data_dir, name)
     if remote is not None:
         return remote
-    return medium_at(data_dir / given_path(data_dir, name))
+    return medium_at(here(data_dir) / given_path(data_dir, name))
 
 
-def given_path(data_dir: Path, name: str) -> Path:
+def given_path(data_dir: DataDir, name: str) -> Path:
     """The path that a dataset in `data_dir` means by `name`."""
-    return Path(name).expanduser() if in_home(data_dir, name) else Path(name)
+    return Path(name).expanduser() if in_home(here(data_dir), name) else Path(name)
 
 
 def medium_at(path: Path) -> Medium:

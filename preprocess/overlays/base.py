@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 
 from preprocess.cache.index import settled_index
 from preprocess.cache.ranks import Rank
@@ -13,23 +12,24 @@ from preprocess.encode.session import CacheSession, Outcome, cache_session
 from shared.format.cache import CacheIndex, Sidecar
 from shared.format.fingerprint import Fingerprint
 from shared.interrupt import Interruption
+from shared.io.store import Store
 
 SHARD_BYTES = 256_000_000
 
 
 @contextmanager
-def base_cache(folder: Path) -> Iterator[CacheIndex]:
+def base_cache(store: Store) -> Iterator[CacheIndex]:
     """The cache that an overlay is for; nothing of it is compacted away meanwhile.
 
     Raises UserError where there are no shards.
     """
-    require_shards(folder)
-    with reader_lock(folder):
-        yield settled_index(folder)
+    require_shards(store)
+    with reader_lock(store.folder):
+        yield settled_index(store)
 
 
 def overlay_session(
-    folder: Path,
+    store: Store,
     rank: Rank,
     signals: Interruption,
     outcome: Outcome,
@@ -43,7 +43,7 @@ def overlay_session(
     """
 
     def settings(sidecars: list[Sidecar]) -> Fingerprint:
-        refuse_other_settings(folder, sidecars, fingerprint, cure=lambda _: cure)
+        refuse_other_settings(store, sidecars, fingerprint, cure=lambda _: cure)
         return fingerprint
 
-    return cache_session(folder, rank, signals, outcome, settings)
+    return cache_session(store, rank, signals, outcome, settings)

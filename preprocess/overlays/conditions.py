@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from preprocess.encode.session import Outcome, stoppable
 from preprocess.encode.speed import Times
 from preprocess.frames.media_info import MediaError, MediaKind
 from preprocess.media.decode import digest
+from preprocess.media.remote import DataDir
 from preprocess.media.sources import Medium, stamp
 from preprocess.media.tars import base_folder, medium_named
 from preprocess.media.worker_pool import WorkerPool
@@ -52,6 +52,7 @@ from shared.format.schema import (
     pack,
 )
 from shared.io.hashing import FileHasher
+from shared.io.store import Store
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 
 if TYPE_CHECKING:
@@ -62,10 +63,10 @@ if TYPE_CHECKING:
 class ConditionConfig:
     """One `wanprep add-condition`."""
 
-    shards: Path
+    shards: Store
     model: str
     """An i2v model with the VAE that encoded the cache."""
-    data_dir: Path
+    data_dir: DataDir
     """What the names in the cache are relative to."""
     device: str
     workers: int
@@ -85,7 +86,7 @@ class ConditionConfig:
 class Added(Outcome):
     """How a run ended. `left` counts samples of the cache that have no condition yet."""
 
-    folder: Path
+    store: Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,14 +106,14 @@ def add_condition(config: ConditionConfig, console: Console) -> Added:
     Raises UserError for what the user can mend; files that are missing, changed or damaged are in
     the outcome.
     """
-    outcome = Added(folder=config.shards / CONDITIONS)
+    outcome = Added(store=config.shards.below(CONDITIONS))
     with (
         stoppable(outcome) as signals,
         WorkerPool(config.workers, timeout=config.decode_timeout) as pool,
         base_cache(config.shards) as base,
     ):
         # What there is: a cache that lacks what the model wants.
-        own = group_of(base.fingerprint, "latents", base.folder)
+        own = group_of(base.fingerprint, "latents", base.store)
         spec = _i2v_model(config)
         _refuse_without_first_frames(config, base, spec)
         check_device(config.device)
@@ -120,10 +121,10 @@ def add_condition(config: ConditionConfig, console: Console) -> Added:
         hasher = FileHasher()
         fingerprint = _fingerprint(config, base, spec, hasher, console)
         cure = (
-            f"Delete {outcome.folder} and run this command again; the cache itself stays as it is."
+            f"Delete {outcome.store} and run this command again; the cache itself stays as it is."
         )
         with overlay_session(
-            outcome.folder, config.rank, signals, outcome, fingerprint, cure=cure
+            outcome.store, config.rank, signals, outcome, fingerprint, cure=cure
         ) as session:
             # What the overlay lacks of it. (A caption has no frame.)
             media = np.flatnonzero(base.types != MEDIA_TYPES.index("text"))
@@ -230,7 +231,7 @@ def _missing(base: CacheIndex, rows: Sequence[int], there: CacheIndex | None) ->
     return [row for row in rows if base.key(row) not in have]
 
 
-def _clips(base: CacheIndex, rows: Sequence[int], data_dir: Path) -> list[_Clip]:
+def _clips(base: CacheIndex, rows: Sequence[int], data_dir: DataDir) -> list[_Clip]:
     """The clips of these samples, each once, however many captions it has."""
     found: dict[tuple[str, MediaKind, Clip], list[int]] = {}
     with closing(MemberReader(base)) as reader:

@@ -36,7 +36,7 @@ from shared.format.fingerprint import (
     as_in_cache,
     group_of,
 )
-from shared.format.overlays import CAPTIONS, captions_folder
+from shared.format.overlays import CAPTIONS, captions_of
 from shared.format.prompts import (
     NEGATIVE,
     VALIDATION,
@@ -46,6 +46,7 @@ from shared.format.prompts import (
 )
 from shared.format.schema import DTYPES, JSON_MEMBER, TEXT_MEMBER, info_bytes, pack
 from shared.io.hashing import FileHasher
+from shared.io.store import Store
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 
 
@@ -55,11 +56,11 @@ class RecaptionConfig:
 
     name: str
     """Of the captions, as in `wantrain distill --captions NAME`."""
-    shards: Path
+    shards: Store
     model: str
     """Its text encoder and tokenizer are used."""
-    data_dir: Path
-    metadata: Path | None
+    data_dir: str
+    metadata: str | None
     """As `EncodeConfig` has them; the media themselves are not opened."""
     dataset_config: Path | None
     """Several datasets in place of one."""
@@ -79,7 +80,7 @@ class RecaptionConfig:
 class Recaptioned(Outcome):
     """How a run ended. `written`, `removed` and `left` count captions."""
 
-    folder: Path
+    store: Store
     samples: int = 0
     """Of the cache."""
     without: tuple[str, ...] = ()
@@ -96,7 +97,7 @@ def recaption(config: RecaptionConfig, console: Console) -> Recaptioned:
 
     Raises UserError for what the user can mend. Latents are neither read nor written.
     """
-    outcome = Recaptioned(folder=captions_folder(config.shards, config.name))
+    outcome = Recaptioned(store=captions_of(config.shards, config.name))
     with stoppable(outcome) as signals, base_cache(config.shards) as base:
         # Which caption each sample of the cache gets.
         dataset = None
@@ -114,7 +115,7 @@ def recaption(config: RecaptionConfig, console: Console) -> Recaptioned:
             "(--pretrained-model-name-or-path)."
         )
         with overlay_session(
-            outcome.folder, config.rank, signals, outcome, fingerprint, cure=cure
+            outcome.store, config.rank, signals, outcome, fingerprint, cure=cure
         ) as session:
             # What the overlay lacks of them, and what it has too much.
             there, first = outcome.index, config.rank.number == 0
@@ -208,14 +209,14 @@ def _wanted(base: CacheIndex, dataset: Dataset | None, outcome: Recaptioned) -> 
     )
     if not wanted and not without:
         raise UserError(
-            f"captions: the samples in {base.folder} are captions without media, which stay as "
+            f"captions: the samples in {base.store} are captions without media, which stay as "
             "they are. Edit their list and run `wanprep encode` again; for another text encoder: "
             "--same-captions."
         )
     if not wanted:
         raise UserError(
-            f"captions: no file of {dataset.origin if dataset else base.folder} is in "
-            f"{base.folder}. Files are named as in the dataset that was encoded, such as "
+            f"captions: no file of {dataset.origin if dataset else base.store} is in "
+            f"{base.store}. Files are named as in the dataset that was encoded, such as "
             f"{next(iter(outcome.without), '')!r}; --train-data-dir decides what they are relative "
             "to."
         )
@@ -238,7 +239,7 @@ def _fingerprint(
         text = as_in_cache(fields, base.fingerprint, spec.folder, hasher)["text"]
     refuse_absent(spec, {"text": text})
     say(console, f"model    {spec.folder} on {config.device}")
-    own = group_of(base.fingerprint, "text", base.folder)
+    own = group_of(base.fingerprint, "text", base.store)
     return {
         "format": FORMAT_VERSION,
         "overlay": CAPTIONS,
@@ -278,8 +279,8 @@ def _missing_prompts(
     The cache's prompts, but for another negative one where that is asked for. What belongs to a
     picture stays in the cache's own bank, which brings it by the same key.
     """
-    own = prompts_by_shard(base.folder, base.prompt_shards)
-    found = [] if there is None else prompts_by_shard(there.folder, there.prompt_shards)
+    own = prompts_by_shard(base.store, base.prompt_shards)
+    found = [] if there is None else prompts_by_shard(there.store, there.prompt_shards)
     wanted = _last_of_roles(own)
     if config.negative_prompt is not None:
         wanted[NEGATIVE] = config.negative_prompt

@@ -42,12 +42,13 @@ from shared.format.cache import (
 from shared.format.columns import read_attributes
 from shared.format.fingerprint import differences, of_cache
 from shared.format.latent_rgb import ColourFit
-from shared.format.overlays import CONDITIONS, made_by, overlay_folders, positions
+from shared.format.overlays import CONDITIONS, made_by, overlays_in, positions
 from shared.format.schema import MEMBERS
 from shared.format.strict_json import read_object
 from shared.io.durable import TEMPORARY_SUFFIX
 from shared.io.hashing import digest_of
 from shared.io.names import quoted
+from shared.io.store import Store
 
 _NEEDED_PROMPTS = ("empty", "negative")
 # Codes that keep `wanprep index`, and so `wanprep remove`, from reading the shard at all.
@@ -58,7 +59,7 @@ _UNREADABLE = {*OF_MEMBERS, "count"}
 class Verified:
     """What was read, and what was found."""
 
-    folder: Path
+    store: Store
     shards: int
     samples: int
     """In the shards, the dead ones included."""
@@ -72,22 +73,22 @@ class Verified:
         return [finding for finding in self.findings if finding.severity == "error"]
 
 
-def verify(folder: Path, console: Console) -> Verified:
+def verify(store: Store, console: Console) -> Verified:
     """Check a cache and all that lies beside it.
 
     Raises UserError where there are no shards, or where somebody compacts them just now.
     """
-    if not any(folder.glob("*.tar")):
-        require_shards(folder)
-    folders = [folder, *overlay_folders(folder)]
+    if not any(store.folder.glob("*.tar")):
+        require_shards(store)
+    stores = [store, *overlays_in(store)]
     with ExitStack() as locks:
-        for path in folders:
-            if not locks.enter_context(_lock_beside(path / LOCK)):
+        for one in stores:
+            if not locks.enter_context(_lock_beside(one.folder / LOCK)):
                 raise UserError(
-                    f"--shards: another wanprep removes or compacts shards in {path}. Wait for it "
+                    f"--shards: another wanprep removes or compacts shards in {one}. Wait for it "
                     "to end."
                 )
-        checks = [_Folder(folder, path) for path in folders]
+        checks = [_Folder(store, one) for one in stores]
         total = sum(check.bytes for check in checks)
         with byte_bar(console, "reading shards", total) as advance:
             for check in checks:
@@ -97,7 +98,7 @@ def verify(folder: Path, console: Console) -> Verified:
     for overlay in overlays:
         findings += _beside(cache, overlay)
     return Verified(
-        folder=folder,
+        store=store,
         shards=sum(len(check.sidecars) for check in checks),
         samples=cache.samples,
         beside=sum(overlay.samples for overlay in overlays),
@@ -136,11 +137,12 @@ def _writers_at_work(folder: Path) -> bool:
 class _Folder:
     """A cache or an overlay: what is committed in it, and what is wrong with that."""
 
-    def __init__(self, root: Path, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, root: Store, store: Store) -> None:
+        self.store = store
+        self.folder = folder = store.folder
         self.findings: list[Finding] = []
         self.samples = 0
-        self._prefix = "" if folder == root else f"{folder.relative_to(root)}/"
+        self._prefix = "" if folder == root.folder else f"{folder.relative_to(root.folder)}/"
         self._rebuild = f"wanprep index --shards {quoted(root)}"
         self._writing = _writers_at_work(folder)
         # The index first: what is committed after it was read is newer, not lost.
@@ -178,7 +180,7 @@ class _Folder:
             for name in ("shards", "prompts", "tombstones"):
                 _ = {entry["name"]: entry["sha256"] for entry in manifest[name]}
         except (UserError, KeyError, TypeError) as error:
-            self._add("manifest-damaged", MANIFEST, _why(error, path), "a manifest")
+            self._add("manifest-damaged", MANIFEST, self._why(error, path), "a manifest")
             return {}
         return manifest
 
@@ -205,11 +207,11 @@ class _Folder:
         if lost:
             return nothing
         try:
-            index = open_cache(self.folder)
+            index = open_cache(self.store)
             # All of it now: a writer may replace the file at any time after.
             return index, np.argsort(index.read_columns()["shard"], kind="stable")
         except UserError as error:
-            self._add("index-damaged", INDEX, _why(error, path), "an index")
+            self._add("index-damaged", INDEX, self._why(error, path), "an index")
             return nothing
 
     def _read_sidecars(self) -> list[Sidecar]:
@@ -251,7 +253,7 @@ class _Folder:
             if sidecar.latent_rgb is not None:
                 ColourFit.from_json(sidecar.latent_rgb)
         except (KeyError, TypeError, ValueError) as error:  # UserError is a ValueError
-            self._add("sidecar-damaged", path.name, _why(error, path), "a sidecar", cure)
+            self._add("sidecar-damaged", path.name, self._why(error, path), "a sidecar", cure)
             return []
         return [sidecar]
 
@@ -265,7 +267,7 @@ class _Folder:
                     f"restore {path.name}, or delete it, which brings the samples that it removed "
                     "back, and remove them again: wanprep remove"
                 )
-                self._add("tombstones-damaged", path.name, _why(error, path), "keys", cure)
+                self._add("tombstones-damaged", path.name, self._why(error, path), "keys", cure)
         return found
 
     def _is_current(self) -> bool:
@@ -314,9 +316,9 @@ class _Folder:
             path = self.folder / sidecar.shard
             try:
                 expected_of = Expected.of(sidecar.fingerprint, sidecar.bucket)
-                found = check_shard(path, sidecar, expected_of, on_bytes)
+                found = check_shard(self.store, sidecar, expected_of, on_bytes)
             except (OSError, UserError) as error:
-                why = _why(error, path)
+                why = self._why(error, path)
                 self._add("tar-damaged", sidecar.shard, why, "a tar to read", _redo_shard(sidecar))
                 continue
             self.samples += len(found.rows) if sidecar.kind == "samples" else 0
@@ -407,7 +409,7 @@ class _Folder:
         cure = _redo_shard(sidecar)
         if key is not None and sidecar.kind == "samples" and whole:
             again = made_by(sidecar.fingerprint)
-            folder = quoted(self.folder)
+            folder = quoted(self.store)
             cure = f"wanprep remove --shards {folder} --sample {key}; then run `{again}` again"
             if self._is_dead(key, sidecar):
                 severity, cure = "note", f"wanprep compact --shards {folder}: it is dead"
@@ -434,12 +436,19 @@ class _Folder:
                 severity=severity,
                 code=code,
                 file=self._prefix + file,
-                found=found,
+                found=self.store.shown(found),
                 expected=expected,
                 cure=self._rebuild if cure is None else cure,
                 **place,
             )
         )
+
+    def _why(self, error: Exception, path: Path) -> str:
+        """The first line of an error, the file's folder left out."""
+        if isinstance(error, KeyError):
+            return f"no {error.args[0]!r}"
+        text = self.store.shown(error).replace(self.store.shown(path), path.name)
+        return text.split("\n")[0].rstrip(".")
 
     def _listed(self, name: str) -> set[str]:
         return {entry["name"] for entry in self.manifest.get(name, [])}
@@ -487,10 +496,3 @@ def _redo_shard(sidecar: Sidecar) -> str:
         f"restore {sidecar.shard}, or delete it with its sidecar and run "
         f"`{made_by(sidecar.fingerprint)}` again: it encodes only what is missing"
     )
-
-
-def _why(error: Exception, path: Path) -> str:
-    """The first line of an error, the file's folder left out."""
-    if isinstance(error, KeyError):
-        return f"no {error.args[0]!r}"
-    return str(error).replace(str(path), path.name).split("\n")[0].rstrip(".")

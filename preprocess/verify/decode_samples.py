@@ -20,6 +20,7 @@ from preprocess.dataset.recorded_clips import clip_of, same_content
 from preprocess.encode.fingerprint import encoder_fields
 from preprocess.frames.media_info import ANIMATIONS, MediaError
 from preprocess.media.decode import digest, fitted_frames
+from preprocess.media.remote import DataDir
 from preprocess.media.tars import base_folder, medium_named
 from preprocess.media.worker_pool import WorkerPool, default_workers
 from preprocess.verify.findings import Finding
@@ -33,6 +34,7 @@ from shared.format.schema import DTYPES, LATENTS_MEMBER
 from shared.io.hashing import FileHasher
 from shared.io.mp4 import write_mp4
 from shared.io.names import quoted
+from shared.io.store import Store
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 
 if TYPE_CHECKING:
@@ -47,10 +49,10 @@ _DEFAULT_FPS = 16.0
 class DecodeConfig:
     """One `wanprep verify --decode`."""
 
-    shards: Path
+    shards: Store
     model: str
     """A model with the VAE that encoded the cache."""
-    data_dir: Path
+    data_dir: DataDir
     """What the names in the cache are relative to."""
     output: Path
     count: int

@@ -1,10 +1,9 @@
 """Findings about samples of the first frame rule that hold other pictures than are shown."""
 
-from pathlib import Path
-
 from rich.console import Console
 
 from preprocess.dataset.old_samples import OldSample, looked_at, rows_of_first_rule
+from preprocess.media.remote import DataDir
 from preprocess.media.tars import base_folder, medium_named
 from preprocess.media.worker_pool import WorkerPool, default_workers
 from preprocess.verify.findings import Finding
@@ -12,16 +11,17 @@ from shared.cli.console import bar, count, named
 from shared.errors import UserError
 from shared.format.cache import committed_shards, open_cache
 from shared.io.names import quoted
+from shared.io.store import Store
 
 
-def findings(folder: Path, data_dir: Path, console: Console, *, timeout: float) -> list[Finding]:
+def findings(store: Store, data_dir: DataDir, console: Console, *, timeout: float) -> list[Finding]:
     """What is wrong with samples of the first frame rule, by their media in `data_dir`.
 
     Empty where a cache has none, or has no index. `timeout`: seconds a medium may take.
     """
     try:
-        index = open_cache(folder)
-        rows = rows_of_first_rule(index, committed_shards(folder))
+        index = open_cache(store)
+        rows = rows_of_first_rule(index, committed_shards(store.folder))
     except UserError:  # which is a finding already
         return []
     if not rows:
@@ -36,14 +36,14 @@ def findings(folder: Path, data_dir: Path, console: Console, *, timeout: float) 
             index, rows, lambda source: medium_named(base, source), pool, advance
         ):
             if sample.wrong is not None:
-                found.append(_wrong(sample, folder))
+                found.append(_wrong(sample, store))
             elif sample.unseen is not None:
                 unseen.append(sample)
     found.sort(key=lambda finding: (finding.file, finding.key or ""))
     return found + ([_unseen(unseen, data_dir)] if unseen else [])
 
 
-def _wrong(sample: OldSample, folder: Path) -> Finding:
+def _wrong(sample: OldSample, store: Store) -> Finding:
     return Finding(
         severity="error",
         code="frames-misread",
@@ -52,11 +52,11 @@ def _wrong(sample: OldSample, folder: Path) -> Finding:
         found=f"{sample.source}: {sample.wrong}",
         expected="the frames that players show",
         cure="run `wanprep encode` again, with the options of this cache and --output "
-        f"{quoted(folder)}: it encodes these samples anew and takes the old ones out",
+        f"{quoted(store)}: it encodes these samples anew and takes the old ones out",
     )
 
 
-def _unseen(samples: list[OldSample], data_dir: Path) -> Finding:
+def _unseen(samples: list[OldSample], data_dir: DataDir) -> Finding:
     sources = named(sorted({sample.source for sample in samples}))
     return Finding(
         severity="note",

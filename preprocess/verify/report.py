@@ -27,7 +27,7 @@ def summary(verified: Verified) -> str:
     """What was read, and whether it is sound."""
     beside = f" and {verified.beside} captions or conditions" if verified.beside else ""
     read = (
-        f"{verified.folder}: {count(verified.samples, 'sample')}{beside} in "
+        f"{verified.store}: {count(verified.samples, 'sample')}{beside} in "
         f"{count(verified.shards, 'shard')}, {verified.bytes / 1e6:.1f} MB read"
     )
     return f"{read}; {'no errors' if not verified.errors else _numbers(verified)}"
@@ -44,7 +44,7 @@ def failure(verified: Verified) -> str:
     files = {finding.file for finding in verified.errors}
     return (
         f"verify: {count(len(verified.errors), 'error')} in {count(len(files), 'file')} of "
-        f"{verified.folder}; each cure stands with its finding."
+        f"{verified.store}; each cure stands with its finding."
     )
 
 
@@ -57,7 +57,7 @@ def decoded(one: Decoded) -> str:
 def as_json(verified: Verified) -> str:
     """Everything that was found, for scripts."""
     value = {
-        "shards": str(verified.folder),
+        "shards": str(verified.store),
         "samples": verified.samples,
         "beside": verified.beside,
         "bytes": verified.bytes,

@@ -24,7 +24,7 @@ from shared.format.cache import MEDIA_TYPES, Sidecar
 from shared.format.columns import caption_digest
 from shared.format.schema import CONDITION_MEMBER, JSON_MEMBER, LATENTS_MEMBER, MEMBERS, TEXT_MEMBER
 from shared.format.tar import Member, TarError, files
-from shared.io.mirror import shard_file
+from shared.io.store import Store
 
 _READ_BYTES = 1 << 22
 
@@ -81,16 +81,16 @@ class ShardReport:
     """Whether these are the bytes that the sidecar says."""
 
 
-def _bytes_of(tar: Path) -> BinaryIO:
+def _bytes_of(store: Store, tar: Path) -> BinaryIO:
     """Raises OSError, also where a store has other bytes than were put there."""
     try:
-        return shard_file(tar).open("rb")
+        return store.shard_file(tar).open("rb")
     except UserError as error:
         raise OSError(str(error)) from error
 
 
 def check_shard(
-    path: Path, sidecar: Sidecar, expected: Expected, on_bytes: Callable[[int], None]
+    store: Store, sidecar: Sidecar, expected: Expected, on_bytes: Callable[[int], None]
 ) -> ShardReport:
     """Read a tar from start to end.
 
@@ -98,9 +98,10 @@ def check_shard(
     not what its sidecar says.
     """
     report = ShardReport()
+    path = store.folder / sidecar.shard
     if not path.is_file():  # a pipe would be waited for
         raise OSError(f"{path} is no file")
-    with _bytes_of(path) as raw:
+    with _bytes_of(store, path) as raw:
         stream = HashedStream(raw, on_bytes)
         found = files(stream, os.fstat(raw.fileno()).st_size)  # type: ignore[arg-type]
         try:

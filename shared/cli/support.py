@@ -12,7 +12,6 @@ from typer.core import TyperGroup
 
 from shared.cli.help_page import HelpPage
 from shared.errors import UserError
-from shared.io.mirror import pull_mirrors, shown
 from shared.io.names import on_lines
 
 # The seed document writes --train_data_dir, people of this century --train-data-dir: both are read.
@@ -27,9 +26,8 @@ class Command(HelpPage):
     """A command with a help page; what it can't do without is shown by an example in its errors."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run it; what its options name in an object store is looked at before."""
+        """Run it, with libraries quiet."""
         quiet_libraries()
-        pull_mirrors()
         return super().invoke(ctx)
 
     def get_usage(self, ctx: Any) -> str:
@@ -62,7 +60,7 @@ def run(app: Callable[[], Any]) -> None:
     try:
         app()
     except UserError as error:
-        typer.secho(f"error: {on_lines(shown(str(error)))}", fg="red", err=True)
+        typer.secho(f"error: {on_lines(str(error))}", fg="red", err=True)
         sys.exit(1)
 
 
@@ -96,15 +94,15 @@ def new_app(help_text: str, examples: str) -> typer.Typer:
 
 def say(console: Console, text: str, style: str | None = None) -> None:
     """A line as it is: rich would read [brackets] and :cat: in file names, and wrap paths."""
-    plain = on_lines(shown(text))
+    plain = on_lines(text)
     console.print(plain, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def echo(text: str, *, err: bool = False) -> None:
     """A line of output for people."""
-    typer.echo(on_lines(shown(text)), err=err)
+    typer.echo(on_lines(text), err=err)
 
 
 def echo_data(text: str) -> None:
     """Output for programs: every character counts."""
-    typer.echo(shown(text))
+    typer.echo(text)

@@ -52,8 +52,8 @@ from shared.format.strict_json import (
     require,
 )
 from shared.format.tensor_header import TensorHeader, read_head
-from shared.io.mirror import is_remote, open_shard, read_range, reading
 from shared.io.names import quoted
+from shared.io.store import Store
 from shared.models.spec import MAX_TEXT_TOKENS
 
 # h480-w832-f81-w000-00012.tar: bucket, writer, number. The number is higher than all that were
@@ -224,7 +224,7 @@ def committed_tombstones(folder: Path) -> list[Tombstones]:
 class CacheIndex:
     """An opened cache. Columns are read on first use; row numbers are positions in key order."""
 
-    folder: Path
+    store: Store
     fingerprint: Fingerprint
     digest: str
     """Of all shards' contents."""
@@ -243,6 +243,11 @@ class CacheIndex:
     def __len__(self) -> int:
         return self.samples
 
+    @property
+    def folder(self) -> Path:
+        """The store's, here."""
+        return self.store.folder
+
     def _column(self, name: str, least: int = 0, most: int | None = None) -> npt.NDArray[Any]:
         """A column as it was written; with `most`, refused unless its values are in this range."""
         try:
@@ -260,8 +265,8 @@ class CacheIndex:
 
     def _damaged(self, column: str, why: str) -> UserError:
         return UserError(
-            f"shards: column {column!r} of {self.folder / INDEX} is damaged ({why}). "
-            f"Rebuild it: wanprep index --shards {quoted(self.folder)}"
+            f"shards: column {column!r} of {self.store.shown(self.folder / INDEX)} is damaged "
+            f"({why}). Rebuild it: wanprep index --shards {quoted(self.store)}"
         )
 
     @cached_property
@@ -356,7 +361,7 @@ class CacheIndex:
 
     def where(self, row: int, member: str = JSON_MEMBER) -> str:
         """Key of a sample and the shard file that holds the member, for messages."""
-        return f"{self.place(row, member)[0]}: sample {self.key(row)}"
+        return f"{self.store.shown(self.place(row, member)[0])}: sample {self.key(row)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,20 +378,23 @@ class Overlay:
         return np.flatnonzero(self.rows < 0)
 
 
-def open_cache(folder: Path) -> CacheIndex:
+def open_cache(store: Store) -> CacheIndex:
     """Open a cache for reading. Raises UserError with the command that repairs it."""
+    folder = store.folder
     manifest_path = folder / MANIFEST
-    rebuild = f"Rebuild it: wanprep index --shards {quoted(folder)}"
+    rebuild = f"Rebuild it: wanprep index --shards {quoted(store)}"
     if not manifest_path.exists():
         has_tars = folder.is_dir() and any(folder.glob("*.tar"))
-        make = f"Make shards first: wanprep encode --size 640 --output {quoted(folder)}"
-        raise UserError(f"shards: {folder} has no {MANIFEST}. {rebuild if has_tars else make}")
+        make = f"Make shards first: wanprep encode --size 640 --output {quoted(store)}"
+        raise UserError(f"shards: {store} has no {MANIFEST}. {rebuild if has_tars else make}")
     manifest = read_object(manifest_path, "shards", most=MOST_MANIFEST, cure=rebuild)
     check_format(manifest, manifest_path)
     try:
         attributes = read_attributes(folder / INDEX)
     except (OSError, ValueError) as error:
-        raise UserError(f"shards: {folder / INDEX} is missing or damaged. {rebuild}") from error
+        raise UserError(
+            f"shards: {store.shown(folder / INDEX)} is missing or damaged. {rebuild}"
+        ) from error
     if attributes.get("digest") != manifest.get("index"):
         raise UserError(
             f"shards: {INDEX} (digest {attributes.get('digest')!r:.80}) does not belong to "
@@ -397,7 +405,7 @@ def open_cache(folder: Path) -> CacheIndex:
         require(manifest, _MANIFEST_FIELDS)
         check_fingerprint(manifest["fingerprint"])
         index = CacheIndex(
-            folder=folder,
+            store=store,
             fingerprint=manifest["fingerprint"],
             digest=manifest["index"],
             samples=manifest["samples"],
@@ -418,9 +426,9 @@ def open_cache(folder: Path) -> CacheIndex:
         raise UserError(
             f"shards: {manifest_path} lists {len(missing)} shard(s) that are gone, the first "
             f"{missing[0]}. Restore them, or leave them out: wanprep index --shards "
-            f"{quoted(folder)}"
+            f"{quoted(store)}"
         )
-    reading(folder, dict(zip(index.shards, index.shard_bytes, strict=True)))
+    store.will_read(dict(zip(index.shards, index.shard_bytes, strict=True)))
     return index
 
 
@@ -462,6 +470,8 @@ class MemberReader:
 
     def __init__(self, index: CacheIndex, *, open_files: int = 32) -> None:
         self._index = index
+        self._store = index.store
+        """Of its overlays, too."""
         self._limit = open_files
         self._files: OrderedDict[Path, tuple[int, int]] = OrderedDict()  # descriptor, size
 
@@ -483,7 +493,7 @@ class MemberReader:
         shard, offset, length = self._index.place(row, member)
         if length == 0:
             return None
-        data = self.raw(row, member) if is_remote(shard, small=False) else None
+        data = self._store.fetched(shard, offset, length, small=False)
         with self._damage_named(row, member):
             if data is None:
                 file = self._file_of(shard, offset + length)
@@ -525,9 +535,8 @@ class MemberReader:
         with self._damage_named(row, member):
             if member == JSON_MEMBER and length > MOST_INFO_BYTES:
                 raise ValueError(f"{length} bytes, expected at most {MOST_INFO_BYTES}")
-            if is_remote(shard, small=member == JSON_MEMBER):
-                data = read_range(shard, offset, length)
-            else:
+            data = self._store.fetched(shard, offset, length, small=member == JSON_MEMBER)
+            if data is None:
                 data = os.pread(self._file_of(shard, offset + length), length, offset)
             if len(data) < length:  # 2 GiB is the most that one call gives
                 raise ValueError(f"{len(data)} of {length} bytes could be read")
@@ -552,7 +561,7 @@ class MemberReader:
             if len(self._files) >= self._limit:
                 os.close(self._files.popitem(last=False)[1][0])
             # Not blocking: a pipe would be waited for.
-            descriptor = open_shard(shard, os.O_RDONLY | os.O_NONBLOCK)
+            descriptor = self._store.open_shard(shard, os.O_RDONLY | os.O_NONBLOCK)
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 os.close(descriptor)

@@ -12,6 +12,7 @@ from shared.errors import UserError
 from shared.format.strict_json import Fields, is_shallow, require
 from shared.io.hashing import FileHasher
 from shared.io.names import quoted
+from shared.io.store import Store
 from shared.models.digest import component_digest, first_digest, processor_digest
 from shared.models.spec import ModelSpec
 
@@ -111,8 +112,8 @@ def as_in_cache(
     return fields
 
 
-def group_of(fingerprint: Fingerprint, name: str, folder: Path) -> dict[str, Any]:
-    """`latents` or `text` of the fingerprint of the cache in `folder`, with dtypes that there are.
+def group_of(fingerprint: Fingerprint, name: str, store: Store) -> dict[str, Any]:
+    """`latents` or `text` of the fingerprint of the cache in `store`, with dtypes that there are.
 
     Raises UserError where it has none.
     """
@@ -120,9 +121,9 @@ def group_of(fingerprint: Fingerprint, name: str, folder: Path) -> dict[str, Any
     for field in ("dtype", "compute"):
         if group.get(field) not in ("bf16", "fp32"):
             raise UserError(
-                f"shards: {name}.{field} in the fingerprint of {folder} is {group.get(field)!r:.40}"
+                f"shards: {name}.{field} in the fingerprint of {store} is {group.get(field)!r:.40}"
                 ", expected bf16 or fp32. Restore its sidecars (NAME.json beside NAME.tar), then: "
-                f"wanprep index --shards {quoted(folder)}"
+                f"wanprep index --shards {quoted(store)}"
             )
     return group
 

@@ -9,7 +9,6 @@ one member. The cache decides which samples live; an overlay only brings members
 
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ from shared.format.cache import MEDIA_TYPES, CacheIndex, Overlay, open_cache
 from shared.format.fingerprint import Fingerprint, differences, group_of, refuse_differences
 from shared.format.schema import CONDITION_MEMBER, JSON_MEMBER, MEMBERS, TEXT_MEMBER
 from shared.io.names import quoted
+from shared.io.store import Store
 
 CAPTIONS = "captions"
 CONDITIONS = "conditions"
@@ -41,27 +41,27 @@ def made_by(fingerprint: Fingerprint) -> str:
     return made.get(fingerprint.get("overlay", ""), "wanprep encode")
 
 
-def captions_folder(folder: Path, name: str) -> Path:
+def captions_of(store: Store, name: str) -> Store:
     """Where the captions `name` of a cache lie. Raises UserError for what is no name."""
     if not _NAME.fullmatch(name):
         raise UserError(
             f"captions: invalid caption-set name {name!r}; expected up to 64 letters, digits and "
             "- _ . (no dot in front), e.g. short."
         )
-    return folder / CAPTIONS / name
+    return store.below(f"{CAPTIONS}/{name}")
 
 
-def caption_names(folder: Path) -> list[str]:
+def caption_names(store: Store) -> list[str]:
     """Names of the captions that a cache has beside its own, sorted."""
-    found = (folder / CAPTIONS).glob("*/*.tar")
+    found = (store.folder / CAPTIONS).glob("*/*.tar")
     return sorted({path.parent.name for path in found})
 
 
-def overlay_folders(folder: Path) -> list[Path]:
+def overlays_in(store: Store) -> list[Store]:
     """Every overlay of a cache."""
-    conditions = folder / CONDITIONS
-    captions = [folder / CAPTIONS / name for name in caption_names(folder)]
-    return captions + ([conditions] if any(conditions.glob("*.tar")) else [])
+    conditions = store.below(CONDITIONS)
+    captions = [captions_of(store, name) for name in caption_names(store)]
+    return captions + ([conditions] if any(conditions.folder.glob("*.tar")) else [])
 
 
 def with_captions(index: CacheIndex, name: str) -> CacheIndex:
@@ -70,24 +70,24 @@ def with_captions(index: CacheIndex, name: str) -> CacheIndex:
     Samples that they lack keep the cache's own, as long as the same text encoder made both.
     Raises UserError where there are no captions of that name, or where that would mix encoders.
     """
-    folder = captions_folder(index.folder, name)
-    make = f"wanprep recaption --name {name} --shards {quoted(index.folder)}"
-    if name not in (there := caption_names(index.folder)):
+    store = captions_of(index.store, name)
+    make = f"wanprep recaption --name {name} --shards {quoted(index.store)}"
+    if name not in (there := caption_names(index.store)):
         listed = f"; it has {', '.join(there)}" if there else ""
         raise UserError(
-            f"captions: {index.folder} has no captions {name!r}{listed}. Make them: {make} "
+            f"captions: {index.store} has no captions {name!r}{listed}. Make them: {make} "
             "--train-data-meta FILE"
         )
-    overlay = _overlay(index, folder)
-    text = group_of(overlay.index.fingerprint, "text", folder)
+    overlay = _overlay(index, store)
+    text = group_of(overlay.index.fingerprint, "text", store)
     if len(overlay.lacking) and (
         differing := differences(
-            {"text": group_of(index.fingerprint, "text", index.folder)}, {"text": text}
+            {"text": group_of(index.fingerprint, "text", index.store)}, {"text": text}
         )
     ):
         fields = ", ".join(field for field, _, _ in differing)
         raise UserError(
-            f"captions: {len(overlay.lacking)} of the {len(index)} samples in {index.folder} have "
+            f"captions: {len(overlay.lacking)} of the {len(index)} samples in {index.store} have "
             f"no caption in {name!r} ({_keys(index, overlay)}), and the cache's own are of another "
             f"text encoder ({fields} differ). Add the missing ones: {make}"
         )
@@ -103,9 +103,9 @@ def with_conditions(index: CacheIndex, model: str) -> CacheIndex:
 
     Raises UserError where samples have none, naming the command that adds them for `model`.
     """
-    folder = index.folder / CONDITIONS
+    store = index.store.below(CONDITIONS)
     add = (
-        f"wanprep add-condition --shards {quoted(index.folder)} --pretrained-model-name-or-path "
+        f"wanprep add-condition --shards {quoted(index.store)} --pretrained-model-name-or-path "
         f"{quoted(model)} --train-data-dir DIR"
     )
     lacks = (
@@ -113,16 +113,16 @@ def with_conditions(index: CacheIndex, model: str) -> CacheIndex:
         if index.fingerprint.get("mode") == "i2v"
         else "text-to-video, without the conditions that an i2v model needs"
     )
-    if folder not in overlay_folders(index.folder):
+    if store not in overlays_in(index.store):
         raise UserError(
-            f"shards: {index.folder} was encoded for {lacks}. Add them; the latents stay as they "
+            f"shards: {index.store} was encoded for {lacks}. Add them; the latents stay as they "
             f"are: {add}"
         )
-    overlay = _overlay(index, folder)
+    overlay = _overlay(index, store)
     refuse_differences(
-        {"latents": group_of(overlay.index.fingerprint, "latents", folder)},
-        {"latents": group_of(index.fingerprint, "latents", index.folder)},
-        what=f"shards: {folder} belongs to another cache than {index.folder}",
+        {"latents": group_of(overlay.index.fingerprint, "latents", store)},
+        {"latents": group_of(index.fingerprint, "latents", index.store)},
+        what=f"shards: {store} belongs to another cache than {index.store}",
         cure=f"Delete that folder and make it again: {add}",
     )
     theirs = overlay.index.fingerprint
@@ -131,7 +131,7 @@ def with_conditions(index: CacheIndex, model: str) -> CacheIndex:
     )
     if len(without):
         raise UserError(
-            f"shards: {len(without)} of the {len(index)} samples in {index.folder} have no "
+            f"shards: {len(without)} of the {len(index)} samples in {index.store} have no "
             f"condition ({_keys(index, overlay)}). Add them: {add}"
         )
     return replace(
@@ -150,8 +150,8 @@ def _keys(index: CacheIndex, overlay: Overlay) -> str:
     return named + (", ..." if len(overlay.lacking) > _NAMED else "")
 
 
-def _overlay(index: CacheIndex, folder: Path) -> Overlay:
-    found = open_cache(folder)
+def _overlay(index: CacheIndex, store: Store) -> Overlay:
+    found = open_cache(store)
     return Overlay(index=found, rows=positions(index.keys, found.keys))
 
 

@@ -8,7 +8,6 @@ needs beside the text, so that no encoder has to be there then.
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -29,7 +28,7 @@ from shared.format.schema import (
 from shared.format.strict_json import parse
 from shared.format.tar import Member, members
 from shared.io.hashing import digest_of
-from shared.io.mirror import shard_file
+from shared.io.store import Store
 from shared.models.spec import MAX_TEXT_TOKENS
 
 EMPTY, NEGATIVE, VALIDATION = "empty", "negative", "validation"
@@ -77,12 +76,12 @@ class Prompt:
         return packed
 
 
-def read_prompts(folder: Path, shards: tuple[str, ...]) -> list[Prompt]:
+def read_prompts(store: Store, shards: tuple[str, ...]) -> list[Prompt]:
     """The prompt bank, oldest first; where a role has one prompt only, the last entry counts.
 
     Raises UserError naming a damaged tar.
     """
-    return [prompt for name in shards for prompt in _read_shard(folder / name)]
+    return [prompt for name in shards for prompt in _read_shard(store, name)]
 
 
 def current_validation(prompts: list[list[Prompt]]) -> list[Prompt]:
@@ -93,16 +92,17 @@ def current_validation(prompts: list[list[Prompt]]) -> list[Prompt]:
     return []
 
 
-def prompts_by_shard(folder: Path, shards: tuple[str, ...]) -> list[list[Prompt]]:
+def prompts_by_shard(store: Store, shards: tuple[str, ...]) -> list[list[Prompt]]:
     """`read_prompts`, a list for each shard."""
-    return [list(_read_shard(folder / name)) for name in shards]
+    return [list(_read_shard(store, name)) for name in shards]
 
 
-def _read_shard(path: Path) -> Iterator[Prompt]:
+def _read_shard(store: Store, name: str) -> Iterator[Prompt]:
+    path = store.folder / name
     try:
         if not path.is_file():
             raise ValueError("no file")
-        with shard_file(path).open("rb") as stream:
+        with store.shard_file(path).open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             found: dict[str, dict[str, Member]] = {}
             for member in members(stream, size, PROMPT_MEMBERS):
@@ -115,8 +115,8 @@ def _read_shard(path: Path) -> Iterator[Prompt]:
         raise
     except (OSError, ValueError) as error:
         raise UserError(
-            f"shards: {path} is damaged ({error}). Restore it, or delete it together with "
-            f"{Sidecar.path_for(path).name} and run `wanprep encode` again."
+            f"shards: {store.shown(path)} is damaged ({error}). Restore it, or delete it together "
+            f"with {Sidecar.path_for(path).name} and run `wanprep encode` again."
         ) from error
 
 

@@ -1,8 +1,7 @@
 """Files that appear whole or not at all: write beside, fsync, rename, fsync the folder.
 
 Everything that changes a cache goes through here, so that a test can make any single write, fsync,
-rename, upload or removal the last one (`FAULT`), and so that a folder can have a replica, which is
-changed first, in the same order.
+rename, upload or removal the last one (`FAULT`).
 """
 
 import errno
@@ -10,13 +9,16 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 TEMPORARY_SUFFIX = ".tmp"
+
+Commit = Callable[[Path, Path], None]
+"""`commit(written, final)`."""
 
 # kill@17: SIGKILL to this process at its 17th point, where a write is left half done;
 # enospc@17: from that point on the disk is full; log@FILE: one line in FILE for every point.
@@ -61,32 +63,6 @@ def fault_point(what: str, path: Path) -> None:
     faults = _faults()
     if faults is not None and faults.due(what, path):
         faults.fail(what, path)
-
-
-class Replica(Protocol):
-    """What is kept like a folder, elsewhere. Raises OSError where it can't be."""
-
-    def put(self, written: Path, final: Path) -> None:
-        """A file or folder, whole under a temporary name, is about to become `final`."""
-
-    def removed(self, path: Path) -> None:
-        """A file is about to be deleted, here or only there."""
-
-
-_replicas: dict[Path, Replica] = {}
-
-
-def replicate(folder: Path, replica: Replica | None) -> None:
-    """Let `replica` follow what is renamed and removed below `folder`; None: no more."""
-    _replicas.pop(folder, None)
-    if replica is not None:
-        _replicas[folder] = replica
-
-
-def _replica(path: Path) -> Replica | None:
-    if not _replicas:
-        return None
-    return next((_replicas[up] for up in path.parents if up in _replicas), None)
 
 
 class DurableFile:
@@ -150,16 +126,12 @@ def fsync_file(path: Path) -> None:
 
 def rename(path: Path, final: Path) -> None:
     """Atomic where `final` is a file or nothing; `fsync_folder` makes it durable."""
-    if replica := _replica(final):
-        replica.put(path, final)
     fault_point("rename", final)
     path.replace(final)
 
 
 def remove(path: Path) -> None:
     """Delete a file if it is there."""
-    if replica := _replica(path):
-        replica.removed(path)
     fault_point("remove", path)
     path.unlink(missing_ok=True)
 
@@ -183,8 +155,11 @@ def commit(written: Path, final: Path) -> None:
     fsync_folder(final.parent)
 
 
-def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
-    """Write `path` so that a reader sees the old content or the new one, never a part."""
+def write_bytes(path: Path, *parts: bytes | memoryview, commit: Commit = commit) -> None:
+    """Write `path` so that a reader sees the old content or the new one, never a part.
+
+    `commit`: of the store that the file is part of (`shared.io.store`).
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = temporary(path)
     stream = DurableFile(beside)
@@ -198,6 +173,7 @@ def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
     commit(beside, path)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, commit: Commit = commit) -> None:
     """`write_bytes` of readable JSON (two spaces, keys in the order given, newline at the end)."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    data = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    write_bytes(path, data, commit=commit)

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from fnmatch import translate
 from pathlib import Path
 
-from shared.io.mirror import shown
-
 # What a terminal obeys or that breaks a line: control characters, line and paragraph separators,
 # changes of direction, halves of characters.
 _OBEYED = "\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
@@ -66,6 +64,6 @@ def on_lines(text: str) -> str:
     return _IN_TEXT.sub("�", text)
 
 
-def quoted(name: str | Path) -> str:
-    """A folder, file or name as a shell takes it; URLs in place of mirrors' folders."""
-    return shlex.quote(shown(str(name)))
+def quoted(name: object) -> str:
+    """A folder, file, store or name as a shell takes it."""
+    return shlex.quote(str(name))

@@ -116,9 +116,11 @@ def signature_of(info: Mapping[str, Any]) -> str:
     return "|".join([str(info.get("size")), *told])
 
 
-def is_local(url: str) -> Path | None:
-    """The path that a file:// URL names; None for any other."""
-    protocol, _, path = url.partition("://")
+def local_path(location: str | Path) -> Path | None:
+    """The place of this machine that a path or a file:// URL names; None for any other URL."""
+    if isinstance(location, Path) or not is_url(location):
+        return Path(location)
+    protocol, _, path = location.partition("://")
     return Path(path) if protocol.lower() in _LOCAL else None
 
 

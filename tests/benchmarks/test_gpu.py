@@ -12,6 +12,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from shared.format.cache import open_cache
+from shared.io.store import Store
 from shared.models.wan import PUBLISHED
 from train.cli.app import app as wantrain
 
@@ -59,7 +60,7 @@ def test_the_options_of_every_configuration_are_wantrains(
     place = Place(folder=tmp_path, device="cpu", quick=True)
     random_model.write_model(place.published("a14b"), "transformer_2", place.model)
     write_cache(place.cache, place.model, place.bucket(), 2, shard_mb=1)
-    assert open_cache(place.cache).fingerprint["mode"] == "i2v"
+    assert open_cache(Store(place.cache)).fingerprint["mode"] == "i2v"
     for configuration in configurations().values():
         wantrain(["distill", *place.options(configuration), "--dry-run"], standalone_mode=False)
         assert "2 samples in 1 bucket" in capsys.readouterr().out

@@ -23,6 +23,7 @@ from preprocess.cli.app import app
 from shared.cli.support import run
 from shared.format.cache import CacheIndex, MemberReader, open_cache
 from shared.format.schema import MEMBERS
+from shared.io.store import Store
 
 
 def _package(name: str) -> Path:
@@ -104,7 +105,7 @@ class Cache:
 
     @classmethod
     def open(cls, folder: Path) -> "Cache":
-        return cls(folder, open_cache(folder))
+        return cls(folder, open_cache(Store(folder)))
 
     def raw(self, row: int, member: str) -> bytes:
         """The bytes of one member, by the index's offsets; b"" where the sample has none."""

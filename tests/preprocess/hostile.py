@@ -16,7 +16,7 @@ from preprocess.cache.index import build_index
 from preprocess.cache.writer import ShardWriter
 from shared.format.cache import MemberReader, Sidecar, open_cache
 from shared.format.columns import column_digest
-from shared.format.overlays import captions_folder, overlay_folders, with_captions
+from shared.format.overlays import captions_of, overlays_in, with_captions
 from shared.format.prompts import Prompt, read_prompts
 from shared.format.schema import (
     JSON_MEMBER,
@@ -27,6 +27,7 @@ from shared.format.schema import (
     pack,
     sample_key,
 )
+from shared.io.store import Store
 
 TEXT = {"encoder": "e", "tokenizer": "t", "dim": 4, "dtype": "fp32", "compute": "fp32"}
 FINGERPRINT = {
@@ -63,7 +64,7 @@ def sample(number: int) -> Sample:
 def make(folder: Path) -> Path:
     """Two shards of two and one samples, a prompt bank, a tombstone, captions beside them."""
     folder.mkdir(parents=True)
-    writer = ShardWriter(folder, FINGERPRINT, shard_bytes=10**9)
+    writer = ShardWriter(Store(folder), FINGERPRINT, shard_bytes=10**9)
     writer.add_prompts([Prompt(role, role, torch.ones(2, 4)) for role in ("empty", "negative")])
     for numbers in ((0, 1), (2, 3)):
         for number in numbers:
@@ -71,11 +72,11 @@ def make(folder: Path) -> Path:
             writer.add(sample(number), frames)
         writer.close()
     writer.add_tombstones([sample(3).key])
-    build_index(folder)
-    captions = captions_folder(folder, "other")
+    build_index(Store(folder))
+    captions = captions_of(Store(folder), "other").folder
     captions.mkdir(parents=True)
     overlay = {"format": 1, "overlay": "captions", "text": TEXT}
-    writer = ShardWriter(captions, overlay, shard_bytes=10**9)
+    writer = ShardWriter(Store(captions), overlay, shard_bytes=10**9)
     writer.add_prompts([Prompt("empty", "", torch.ones(1, 4))])
     members = {
         JSON_MEMBER: sample(0).info.to_bytes(),
@@ -83,14 +84,15 @@ def make(folder: Path) -> Path:
     }
     writer.add_members(sample(0).key, sample(0).info.bucket, members)
     writer.close()
-    build_index(captions)
+    build_index(Store(captions))
     return folder
 
 
 def read(folder: Path) -> Contents:
     """Everything that a cache says, through the readers that all commands use."""
-    index = open_cache(folder)
-    if folder.name != "other" and "other" in {path.name for path in overlay_folders(folder)}:
+    index = open_cache(Store(folder))
+    beside = {one.folder.name for one in overlays_in(Store(folder))}
+    if folder.name != "other" and "other" in beside:
         index = with_captions(index, "other")
     index.read_columns()
     reader = MemberReader(index)
@@ -109,14 +111,14 @@ def read(folder: Path) -> Contents:
             }
     finally:
         reader.close()
-    prompts = read_prompts(index.folder, index.prompt_shards)
+    prompts = read_prompts(index.store, index.prompt_shards)
     contents["prompts"] = [(p.role, p.prompt, tuple(p.text.shape)) for p in prompts]
     return contents
 
 
 def rebuilt(folder: Path) -> Contents:
     """`read`, after the index of the cache and of its overlays was made anew."""
-    for one in (folder, *overlay_folders(folder)):
+    for one in (Store(folder), *overlays_in(Store(folder))):
         build_index(one)
     return read(folder)
 

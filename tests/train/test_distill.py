@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from shared.errors import UserError
 from shared.format.cache import open_cache
+from shared.io.store import Store
 from tests.models import tiny_model
 from train.cli.app import app as wantrain
 from train.saving.lora_formats import FORMS
@@ -387,7 +388,7 @@ def test_lora_files_carry_their_training(finished: Path, t2v_shards: Path) -> No
         told = json.loads(metadata["wandistill"])
         manifest = json.loads((t2v_shards / "manifest.json").read_text())
         assert told["cache"]["fingerprint"] == manifest["fingerprint"]
-        assert told["cache"]["digest"] == open_cache(t2v_shards).digest
+        assert told["cache"]["digest"] == open_cache(Store(t2v_shards)).digest
         assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "3")
         assert (metadata["ss_steps"], metadata["ss_learning_rate"]) == ("4", "0.001")
         assert metadata["modelspec.timestep_range"] == "0,875"

@@ -14,6 +14,7 @@ from preprocess.cli.app import app as wanprep
 from shared.cli.support import run
 from shared.format.cache import CacheIndex, MemberReader, open_cache
 from shared.format.schema import Sample, SampleInfo, sample_key
+from shared.io.store import Store
 from tests.train.methods.test_finetune import SMALL
 from train.cli.app import app
 from train.data.filters import condition, select
@@ -41,7 +42,7 @@ def wantrain(*arguments: object) -> None:
 def write(folder: Path, names: list[str]) -> CacheIndex:
     """A cache with an image of each source; its tag and its caption are the name, too."""
     folder.mkdir()
-    writer = ShardWriter(folder, {"format": 1, "mode": "t2v"}, shard_bytes=8_000)
+    writer = ShardWriter(Store(folder), {"format": 1, "mode": "t2v"}, shard_bytes=8_000)
     for name in names:
         info = SampleInfo(
             caption=name, type="image", source=name, width=16, height=16, frames=1,
@@ -50,7 +51,7 @@ def write(folder: Path, names: list[str]) -> CacheIndex:
         latents, text = torch.ones(2, 1, 2, 2), torch.ones(1, 4)
         writer.add(Sample(key=sample_key(name, {}, 0), info=info, latents=latents, text=text))
     writer.close()
-    return fresh_index(folder)
+    return fresh_index(Store(folder))
 
 
 def chosen(indexes: list[CacheIndex], *conditions: str) -> list[set[str]]:
@@ -165,4 +166,4 @@ def test_a_cure_can_be_pasted(
     cure = re.search(r"Rebuild it: wanprep (.*)", capsys.readouterr().err)
     assert cure is not None
     wanprep(shlex.split(cure[1]), standalone_mode=False)
-    assert len(open_cache(shards)) == len(open_cache(t2v_shards))
+    assert len(open_cache(Store(shards))) == len(open_cache(Store(t2v_shards)))

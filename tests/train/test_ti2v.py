@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from shared.format.cache import MEDIA_TYPES, open_cache
+from shared.io.store import Store
 from shared.models.spec import read_model_spec
 from tests.train.conftest import encode
 from tests.train.data.test_batches import _dataset
@@ -210,7 +211,7 @@ def test_half_of_the_clips_are_text_only_and_every_image_is(
     ti2v_shards: Path, tiny_ti2v: Path
 ) -> None:
     whole = list(_dataset(ti2v_shards, tiny_ti2v).ahead(start=0, stop=150, workers=0))
-    index = open_cache(ti2v_shards)
+    index = open_cache(Store(ti2v_shards))
     types = {index.key(row): MEDIA_TYPES[int(index.types[row])] for row in range(len(index))}
     kept = []
     for batch in whole:

@@ -13,6 +13,7 @@ from safetensors.torch import load, load_file, save_file
 from preprocess.cli.app import app as wanprep
 from shared.errors import UserError
 from shared.format.cache import open_cache
+from shared.io.store import Store
 from tests.models import IMAGE_DIM
 from tests.train.conftest import encode
 from tests.train.data.test_batches import _dataset, _plain
@@ -95,7 +96,7 @@ def test_embeddings_that_were_added_later(
         ],
         standalone_mode=False,
     )  # fmt: skip
-    assert open_cache(own).fingerprint["mode"] == first
+    assert open_cache(Store(own)).fingerprint["mode"] == first
     later = distill(tiny_wan21_i2v, own, tmp_path / "later", "--max-train-steps", "1")
     direct = distill(tiny_wan21_i2v, shards, tmp_path / "direct", "--max-train-steps", "1")
     name = "lora-full-diffusers.safetensors"  # its metadata names the shards, which differ

@@ -29,7 +29,6 @@ from torch.nn.modules.module import (
 )
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from shared.io.mirror import shard_file
 from train.bench import flops
 from train.data.batches import load_prompt_bank
 from train.loop import micro_batches, train
@@ -463,13 +462,13 @@ def measure_loader(run: Run) -> Loader:
     fitting = MOST_LOADED // max(1, load(1))
     updates = max(1, min(run.plan.batches_per_epoch, MOST_UPDATES, fitting))
     indices = [part.index for part in run.data.parts]
-    shards = [index.folder / name for index in indices for name in index.shards]
+    shards = [(index.store, name) for index in indices for name in index.shards]
     buffer = bytearray(RAW_CHUNK)
 
     def read() -> int:
         done = 0
-        for shard in shards:
-            with shard_file(shard).open("rb", buffering=0) as stream:
+        for store, name in shards:
+            with store.shard_file(store.folder / name).open("rb", buffering=0) as stream:
                 while done < MOST_LOADED and (got := stream.readinto(buffer)):
                     done += got
         return done

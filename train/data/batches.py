@@ -137,19 +137,19 @@ def load_prompt_bank(index: CacheIndex, family: Family) -> PromptBank:
     """Read the prompt bank. UserError names a role that the cache lacks."""
     overlay = index.overlays.get(TEXT_MEMBER)
     bank = index if overlay is None else overlay.index  # the same text encoder as the captions'
-    prompts = {p.role: p.text for p in read_prompts(bank.folder, bank.prompt_shards)}
+    prompts = {p.role: p.text for p in read_prompts(bank.store, bank.prompt_shards)}
     command = made_by(bank.fingerprint)
     missing = [role for role in ("empty", "negative") if role not in prompts]
     if missing:
         raise UserError(
-            f"shards: the prompt bank of {bank.folder} has no {' and no '.join(missing)} prompt. "
+            f"shards: the prompt bank of {bank.store} has no {' and no '.join(missing)} prompt. "
             f"Run `{command}` again; it adds what is missing."
         )
     width = bank.fingerprint.get("text", {}).get("dim")
     for role in ("empty", "negative"):
         if (found := prompts[role].shape[1]) != width:
             raise UserError(
-                f"shards: the {role} prompt of {bank.folder} has {found} numbers a token, expected "
+                f"shards: the {role} prompt of {bank.store} has {found} numbers a token, expected "
                 f"{width}. Delete {', '.join(bank.prompt_shards)} with their .json and run "
                 f"`{command}` again."
             )

@@ -102,7 +102,7 @@ class Dataset:
     @property
     def folders(self) -> str:
         """For messages."""
-        return ", ".join(str(part.index.folder) for part in self.parts)
+        return ", ".join(str(part.index.store) for part in self.parts)
 
     def identity(self) -> str:
         """Changes when what is in the caches does, or a weight."""
@@ -129,12 +129,12 @@ class Dataset:
                 weight = "" if part.weight == 1 else f", each {part.weight} times an epoch"
                 lines.append(
                     f"shards   {len(part.rows)} of {len(part.index)} samples of "
-                    f"{part.index.folder}{weight}"
+                    f"{part.index.store}{weight}"
                 )
         for number, part in enumerate(self.parts):
             if both := sum(_shared(part, other) for other in self.parts[:number]):
                 lines.append(
-                    f"shards   {both} samples of {part.index.folder} are in a folder before it, "
+                    f"shards   {both} samples of {part.index.store} are in a folder before it, "
                     "too; they are shown for both"
                 )
         return lines

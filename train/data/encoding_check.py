@@ -1,11 +1,11 @@
 """Flags of `wanprep encode` on a training command: they must say what the shards are."""
 
-from pathlib import Path
 from typing import Any
 
 from shared.cli.videox_fun_command import Given
 from shared.errors import UserError
 from shared.format.fingerprint import Fingerprint
+from shared.io.store import Store
 
 # Of a fingerprint's media settings. A setting that played no part has no value, and datasets of a
 # --dataset-config have each their own.
@@ -13,7 +13,7 @@ OFF, BY_DATASET = "off", "by dataset"
 TOKEN_BUDGET = "training_with_video_token_length"
 
 
-def refuse_other_encoding(given: Given, fingerprint: Fingerprint, shards: Path) -> None:
+def refuse_other_encoding(given: Given, fingerprint: Fingerprint, shards: Store) -> None:
     """Raise UserError for a flag whose value is not that with which `shards` were encoded.
 
     Flags that no fingerprint knows, such as folders of media, pass.
@@ -41,7 +41,7 @@ def _same(values: tuple[str, ...], found: Any) -> bool:
     return list(values) == [str(one) for one in wanted]
 
 
-def _refuse(name: str, values: tuple[str, ...], found: Any, shards: Path) -> None:
+def _refuse(name: str, values: tuple[str, ...], found: Any, shards: Store) -> None:
     option = " ".join(["--" + name.replace("_", "-"), *values])
     raise UserError(
         f"{option}: {shards} were encoded with {found if found is not False else 'it off'}. Leave "

@@ -172,7 +172,7 @@ def _remembered(
 def nothing_selected(indexes: Sequence[CacheIndex], conditions: Sequence[Condition]) -> UserError:
     """What to say where no sample of any cache fulfils all conditions."""
     samples = sum(map(len, indexes))
-    folders = ", ".join(str(index.folder) for index in indexes)
+    folders = ", ".join(str(index.store) for index in indexes)
     lines = [f"--where: none of the {samples} samples in {folders} fulfils all of:"]
     for one in conditions:
         fit = sum(int(mask.sum()) for mask in select(indexes, [one]))

@@ -9,9 +9,8 @@ from typing import cast
 import typer
 
 from shared.errors import UserError
-from shared.io.mirror import shards_to_read
 from shared.io.names import exists
-from shared.io.object_store import is_url
+from shared.io.object_store import is_url, local_path
 
 MOST_WEIGHT, FINEST_WEIGHT = 1000, 1000
 _WEIGHTED = re.compile(r"(?P<folder>.+)@(?P<weight>[0-9.]+(?:/[0-9]+)?)", re.DOTALL)
@@ -21,8 +20,15 @@ _WEIGHTED = re.compile(r"(?P<folder>.+)@(?P<weight>[0-9.]+(?:/[0-9]+)?)", re.DOT
 class WeightedFolder:
     """A folder of shards, and how often an epoch shows its samples: 1/2 is each second one."""
 
-    path: Path
+    path: Path | str
+    """A URL is a text."""
     weight: Fraction = Fraction(1)
+
+    @property
+    def place(self) -> Path | str:
+        """The path, the same for every way to write it."""
+        path = self.path
+        return path.resolve() if isinstance(path, Path) else path.rstrip("/")
 
     def __str__(self) -> str:
         plain = self.weight == 1 and not _WEIGHTED.fullmatch(str(self.path))
@@ -33,11 +39,11 @@ def weighted_folder(text: str) -> WeightedFolder:
     """`DIR`, `DIR@3`, `s3://bucket/shards@0.5` or `DIR@1/3`: the last @NUMBER is a weight.
 
     A folder that is there by that very name stands for itself, with the weight 1. Raises UserError
-    for a weight that is none, and for a store that can't be opened.
+    for a weight that is none.
     """
     found = _WEIGHTED.fullmatch(text)
     if found is None or (not is_url(text) and exists(Path(text))):
-        return WeightedFolder(shards_to_read(text))
+        return WeightedFolder(local_path(text) or text)
     try:
         weight = Fraction(found["weight"])
     except (ValueError, ZeroDivisionError):
@@ -48,7 +54,7 @@ def weighted_folder(text: str) -> WeightedFolder:
             f"above 0 up to {MOST_WEIGHT} of at most three decimals, or a fraction such as 1/3. "
             f"A folder of that name is written with a weight behind it: {text}@1"
         )
-    return WeightedFolder(shards_to_read(found["folder"]), weight)
+    return WeightedFolder(local_path(found["folder"]) or found["folder"], weight)
 
 
 DEFAULT_SHARDS = cast(list[WeightedFolder], (WeightedFolder(Path("shards")),))

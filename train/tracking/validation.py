@@ -186,7 +186,7 @@ def prepare_validation(
     else:
         if not prompts:
             raise UserError(
-                f"--validation-steps: {index.folder} has no validation prompts. Encode some: "
+                f"--validation-steps: {index.store} has no validation prompts. Encode some: "
                 "wanprep encode with its options of before and --validation-prompts FILE; only the "
                 "prompts are encoded. Or leave --validation-steps out."
             )
@@ -207,12 +207,12 @@ def prepare_validation(
 
 def validation_prompts(index: CacheIndex) -> list[Prompt]:
     """The list that counts, with text by the encoder of the captions that are trained on."""
-    own = prompts_by_shard(index.folder, index.prompt_shards)
+    own = prompts_by_shard(index.store, index.prompt_shards)
     overlay = index.overlays.get(TEXT_MEMBER)
     if overlay is None:
         return current_validation(own)
     beside = overlay.index
-    listed = current_validation(prompts_by_shard(beside.folder, beside.prompt_shards))
+    listed = current_validation(prompts_by_shard(beside.store, beside.prompt_shards))
     pictures = {prompt.key: prompt for shard in own for prompt in shard}
     found = []
     for prompt in listed:
@@ -245,7 +245,7 @@ def _batch(prompt: Prompt, number: int, spec: ModelSpec, index: CacheIndex) -> S
     def refuse_if(wrong: bool, what: str, subject: str = "the validation prompt") -> None:
         if wrong:
             raise UserError(
-                f"--validation-steps: {subject} {prompt.prompt[:60]!r} in {index.folder} has "
+                f"--validation-steps: {subject} {prompt.prompt[:60]!r} in {index.store} has "
                 f"{what}. Encode the prompts for this model: wanprep encode with "
                 "--validation-prompts FILE, or leave --validation-steps out."
             )

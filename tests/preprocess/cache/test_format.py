@@ -21,6 +21,7 @@ from shared.format.cache import COLUMNS, Sidecar, committed_shards, open_cache
 from shared.format.columns import caption_digest
 from shared.format.prompts import Prompt
 from shared.format.schema import MEMBERS, Sample, SampleInfo, sample_key
+from shared.io.store import Store
 from tests.preprocess.conftest import (
     PHOTOS,
     REPOSITORY,
@@ -192,7 +193,7 @@ def test_shard_bytes_are_pinned(tmp_path: Path) -> None:
     """Golden: shards that people have must stay byte-equal to what we would write, or the
     documents of other readers are wrong. A change here is a new format version.
     """
-    writer = ShardWriter(tmp_path, {"format": 1}, shard_bytes=10**9)
+    writer = ShardWriter(Store(tmp_path), {"format": 1}, shard_bytes=10**9)
     for number in range(2):
         writer.add(fixed_sample(number, f"caption {number}"))
     writer.close()
@@ -202,34 +203,34 @@ def test_shard_bytes_are_pinned(tmp_path: Path) -> None:
 
 
 def test_a_full_shard_is_closed_and_numbers_go_on(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, {}, shard_bytes=1)
+    writer = ShardWriter(Store(tmp_path), {}, shard_bytes=1)
     writer.add_prompts([Prompt("empty", "", torch.ones(1, 4))])
     for number in range(2):
         writer.add(fixed_sample(number, "c"))
     writer.close()
-    ShardWriter(tmp_path, {}, shard_bytes=1).add(fixed_sample(5, "c"))
+    ShardWriter(Store(tmp_path), {}, shard_bytes=1).add(fixed_sample(5, "c"))
     assert [s.shard for s in committed_shards(tmp_path)] == [
         "h16-w16-f9-w000-00001.tar",
         "h16-w16-f9-w000-00002.tar",
         "h16-w16-f9-w000-00003.tar",
         "prompts-w000-00000.tar",
     ]
-    assert len(build_index(tmp_path)) == 3
+    assert len(build_index(Store(tmp_path))) == 3
 
 
 def test_the_last_shard_of_a_key_counts(tmp_path: Path) -> None:
     for caption in ("old", "new"):
-        writer = ShardWriter(tmp_path, {}, shard_bytes=1)
+        writer = ShardWriter(Store(tmp_path), {}, shard_bytes=1)
         writer.add(fixed_sample(0, caption))
-    index = build_index(tmp_path)
+    index = build_index(Store(tmp_path))
     assert len(index) == 1
     assert bytes(index.captions[0]) == caption_digest("new")
     assert json.loads((tmp_path / "manifest.json").read_text())["buckets"][0]["samples"] == 1
 
 
 def test_no_samples_at_all_is_a_cache(tmp_path: Path) -> None:
-    assert len(build_index(tmp_path)) == 0
-    index = open_cache(tmp_path)
+    assert len(build_index(Store(tmp_path))) == 0
+    index = open_cache(Store(tmp_path))
     assert index.keys.shape == (0, 16) and index.offsets.shape == (0, len(MEMBERS))
     ran = wanprep("index", "--shards", tmp_path)  # a folder without any shard is a wrong folder
     assert ran.code == 1 and "no shards in" in ran.err
@@ -240,11 +241,11 @@ def test_rows_do_not_depend_on_how_samples_were_cut_into_shards(tmp_path: Path) 
     for name, order, size in (("a", (0, 1, 2), 1), ("b", (2, 0, 1), 10**9)):
         folder = tmp_path / name
         folder.mkdir()
-        writer = ShardWriter(folder, {}, shard_bytes=size)
+        writer = ShardWriter(Store(folder), {}, shard_bytes=size)
         for number in order:
             writer.add(fixed_sample(number, f"caption {number}"))
         writer.close()
-        columns.append(build_index(folder))
+        columns.append(build_index(Store(folder)))
     one, other = columns
     assert np.array_equal(one.keys, other.keys)
     assert np.array_equal(one.captions, other.captions)

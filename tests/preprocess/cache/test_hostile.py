@@ -28,6 +28,7 @@ from shared.format.columns import COLUMNS
 from shared.format.prompts import read_prompts
 from shared.format.schema import JSON_MEMBER, LATENTS_MEMBER, MEMBERS, TEXT_MEMBER
 from shared.io.mirror import ROWS_SUFFIX
+from shared.io.store import Store
 from tests.preprocess import hostile
 from tests.preprocess.conftest import REPOSITORY, wanprep
 from tests.preprocess.hostile import (
@@ -93,7 +94,7 @@ def test_a_shard_cut_at_every_byte(folder: Path) -> None:
 
     def is_refused() -> None:
         with pytest.raises(UserError, match="wanprep encode") as error:
-            build_index(folder)
+            build_index(Store(folder))
         assert tar.name in str(error.value)
 
     for end in range(len(data)):
@@ -112,11 +113,11 @@ def test_a_shard_cut_at_every_byte(folder: Path) -> None:
 def test_a_prompt_bank_cut_at_every_byte(folder: Path) -> None:
     tar = shard(folder, "prompts")
     data = without_padding(tar)
-    assert len(read_prompts(folder, (tar.name,))) == 2
+    assert len(read_prompts(Store(folder), (tar.name,))) == 2
     for end in range(len(data)):
         tar.write_bytes(data[:end])
         with pytest.raises(UserError, match=f"{tar.name} is damaged"):
-            read_prompts(folder, (tar.name,))
+            read_prompts(Store(folder), (tar.name,))
 
 
 @pytest.mark.parametrize("end", [0, 1, 511, 512, 1024, 3000, 5000, 9999])
@@ -139,7 +140,7 @@ def test_names_that_are_paths(folder: Path, name: str) -> None:
         replace_tar(tar, [(tarfile.TarInfo(name), b"x")], count=1)
     assert "unexpected member" in (said := refused(folder)) and name in said
     with pytest.raises(UserError, match="unexpected member"):
-        read_prompts(folder, (bank.name,))
+        read_prompts(Store(folder), (bank.name,))
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
@@ -311,7 +312,7 @@ def test_files_that_hold_no_object(folder: Path, which: str, text: str) -> None:
 def test_a_manifest_with_another_value(folder: Path, field: str, value: object) -> None:
     rewrite_json(folder / MANIFEST, lambda manifest: {**manifest, field: value})
     with pytest.raises(UserError, match=re.escape(f"wanprep index --shards {folder}")):
-        open_cache(folder).read_columns()
+        open_cache(Store(folder)).read_columns()
     assert rebuilt(folder)  # what it is derived from is whole
 
 
@@ -339,7 +340,7 @@ def test_a_column_of_another_form(folder: Path, column: str, field: str, value: 
     path = folder / "index.zarr" / column / "zarr.json"
     rewrite_json(path, lambda metadata: {**metadata, field: value})
     with pytest.raises(UserError, match=f"column '{column}' of .* is damaged .*wanprep index"):
-        open_cache(folder).read_columns()
+        open_cache(Store(folder)).read_columns()
 
 
 @pytest.mark.parametrize(
@@ -363,11 +364,11 @@ def test_a_column_of_another_form(folder: Path, column: str, field: str, value: 
     ],
 )
 def test_a_column_that_points_elsewhere(folder: Path, column: str, value: int) -> None:
-    values = open_cache(folder).read_columns()[column].copy()
+    values = open_cache(Store(folder)).read_columns()[column].copy()
     values[-1] = value
     rewrite_column(folder, column, values)
     with pytest.raises(UserError, match=r"column '.*' of .* is damaged .*wanprep index"):
-        open_cache(folder).read_columns()
+        open_cache(Store(folder)).read_columns()
 
 
 def test_a_chunk_that_is_gone_or_longer(folder: Path) -> None:
@@ -376,7 +377,7 @@ def test_a_chunk_that_is_gone_or_longer(folder: Path) -> None:
     for data in (whole + b"\0", whole[:-1], None):
         chunk.write_bytes(data) if data is not None else chunk.unlink()
         with pytest.raises(UserError, match=r"column 'bucket' .* is damaged"):
-            open_cache(folder).read_columns()
+            open_cache(Store(folder)).read_columns()
 
 
 def test_a_shard_that_is_a_pipe(folder: Path) -> None:
@@ -399,7 +400,7 @@ def test_rows_beside_a_shard_that_lie(folder: Path, column: str, value: int) -> 
     contents = read(folder)
     tar = shard(folder)
     sidecar = Sidecar.read(Sidecar.path_for(tar))
-    columns = scan_shard(folder, sidecar)
+    columns = scan_shard(Store(folder), sidecar)
     path = tar.with_suffix(ROWS_SUFFIX)
     path.write_bytes(pack_rows(columns, sidecar.sha256))
     assert stored_rows(folder, sidecar) is not None  # the control
@@ -562,7 +563,7 @@ def test_changed_bytes_of_a_member(whole: Path, tmp_path: Path, member: str, exa
 @EXAMPLES
 def test_changed_values_of_columns(whole: Path, tmp_path: Path, examples: int) -> None:
     folder = copy(whole, tmp_path / "shards")
-    columns = open_cache(folder).read_columns()
+    columns = open_cache(Store(folder)).read_columns()
 
     @settings(QUIET, max_examples=examples)
     @given(name=st.sampled_from(sorted(COLUMNS)), row=positions, value=st.integers(-4, 2**63))

@@ -12,6 +12,7 @@ from preprocess.cache.index import build_index, fresh_index
 from preprocess.cache.writer import ShardWriter
 from shared.format.cache import committed_shards, committed_tombstones, open_cache
 from shared.format.schema import Sample, SampleInfo, sample_key
+from shared.io.store import Store
 from tests.preprocess.conftest import Cache, Ran, wanprep
 
 SETTINGS = ("--size", 64, "--dtype", "fp32", "--shard-size-mb", 1, "--device", "cpu")
@@ -170,7 +171,7 @@ def sample(number: int, caption: str) -> Sample:
 
 def write(folder: Path, *samples: Sample, writer: int = 0) -> None:
     """One run of a writer that makes one shard of each sample."""
-    shards = ShardWriter(folder, {"format": 1}, shard_bytes=1, writer=writer)
+    shards = ShardWriter(Store(folder), {"format": 1}, shard_bytes=1, writer=writer)
     for item in samples:
         shards.add(item)
 
@@ -179,12 +180,12 @@ def captions(folder: Path) -> dict[str, str]:
     """Source → caption of what lives: by an index brought up to date, which must be the same as
     one that is made anew from tars alone.
     """
-    cache = Cache(folder, fresh_index(folder))
+    cache = Cache(folder, fresh_index(Store(folder)))
     found = {
         cache.info(row)["source"]: cache.info(row)["caption"] for row in range(len(cache.index))
     }
     updated = {name: values.tobytes() for name, values in cache.index.read_columns().items()}
-    rebuilt = build_index(folder)
+    rebuilt = build_index(Store(folder))
     assert updated == {name: v.tobytes() for name, v in rebuilt.read_columns().items()}
     assert cache.index.digest == rebuilt.digest
     return found
@@ -197,7 +198,7 @@ def test_the_newest_word_about_a_key_counts(tmp_path: Path) -> None:
     # A later run of a writer with a lower number: younger all the same.
     write(tmp_path, sample(0, "second"))
     assert captions(tmp_path)["0.png"] == "second"
-    ShardWriter(tmp_path, {}, shard_bytes=1).add_tombstones([first.key])
+    ShardWriter(Store(tmp_path), {}, shard_bytes=1).add_tombstones([first.key])
     assert captions(tmp_path) == {"1.png": "other"}
     write(tmp_path, sample(0, "third"), writer=1)
     assert captions(tmp_path)["0.png"] == "third"
@@ -224,12 +225,12 @@ def test_a_deleted_shard_brings_back_what_it_replaced(tmp_path: Path) -> None:
 def test_only_new_shards_are_read_for_the_index(tmp_path: Path) -> None:
     """The tar of a known shard may be anything, as long as it is there: nobody looks into it."""
     write(tmp_path, sample(0, "a"), sample(1, "b"))
-    build_index(tmp_path)
+    build_index(Store(tmp_path))
     known = tmp_path / "h16-w16-f1-w000-00000.tar"
     whole = known.read_bytes()
     known.write_bytes(b"\0" * len(whole))
     write(tmp_path, sample(2, "c"))
-    assert len(fresh_index(tmp_path)) == 3
+    assert len(fresh_index(Store(tmp_path))) == 3
     known.write_bytes(whole)
     assert captions(tmp_path) == {"0.png": "a", "1.png": "b", "2.png": "c"}
 
@@ -237,8 +238,8 @@ def test_only_new_shards_are_read_for_the_index(tmp_path: Path) -> None:
 def test_a_damaged_tombstone_is_refused(tmp_path: Path) -> None:
     """Taken for empty it would revive samples."""
     write(tmp_path, sample(0, "a"), sample(1, "b"))
-    ShardWriter(tmp_path, {}, shard_bytes=1).add_tombstones([sample(0, "").key])
-    build_index(tmp_path)
+    ShardWriter(Store(tmp_path), {}, shard_bytes=1).add_tombstones([sample(0, "").key])
+    build_index(Store(tmp_path))
     (path,) = tmp_path.glob("tombstones-*.json")
     whole = path.read_text()
     for bad in (whole[:40], "[]", whole.replace('"keys"', '"kezs"'), whole.replace("[", '["x",')):
@@ -246,7 +247,7 @@ def test_a_damaged_tombstone_is_refused(tmp_path: Path) -> None:
         ran = wanprep("index", "--shards", tmp_path)
         assert ran.code == 1 and path.name in ran.err, bad
     path.write_text(whole)
-    assert len(open_cache(tmp_path)) == 1
+    assert len(open_cache(Store(tmp_path))) == 1
 
 
 Calls = Callable[[], dict[str, int]]

@@ -20,6 +20,7 @@ from shared.format.buckets import BASE_BUCKETS, Bucket
 from shared.format.cache import Sidecar, open_cache
 from shared.format.overlays import with_conditions
 from shared.format.schema import pack
+from shared.io.store import Store
 from tests.preprocess.conftest import Cache, Ran, render_clip, wanprep
 
 SETTINGS = (
@@ -90,7 +91,7 @@ def test_what_is_in_the_shards(encoded: Path) -> None:
             **{"source_width": None, "source_height": None},
         }
         assert key == key_of(caption, height, width, 9)
-    index = open_cache(encoded)
+    index = open_cache(Store(encoded))
     assert (index.types == 2).all() and (index.lengths[:, 1] == 0).all()
     assert (index.lengths[:, (0, 2)] > 0).all()
 
@@ -210,7 +211,7 @@ def test_a_plan_of_captions_alone(
     ran = wanprep("plan", "--model", tiny_t2v, *asked)
     assert ran.code == 0, ran.err
     plan = json.loads(ran.out)
-    index = open_cache(encoded)
+    index = open_cache(Store(encoded))
     assert (plan["samples"], plan["new"], plan["upscaled"]) == (3, 3, [])
     assert {(b["height"], b["width"], b["frames"]) for b in plan["buckets"]} == {
         (bucket.height, bucket.width, bucket.frames) for bucket in index.buckets
@@ -278,11 +279,11 @@ def test_recaption_and_add_condition_leave_them(
         *("--train-data-dir", mixed.parent, "--train-data-meta", tmp_path / "new.jsonl"),
     )
     assert ran.code == 0 and "without a caption" not in ran.out + ran.err
-    assert len(open_cache(shards / "captions/new")) == 1
+    assert len(open_cache(Store(shards / "captions/new"))) == 1
     command = ("--shards", shards, "--device", "cpu", "--train-data-dir", mixed.parent)
     ran = wanprep("add-condition", "--model", tiny_i2v, *command)
     assert ran.code == 0, ran.err
-    assert len(with_conditions(open_cache(shards), "m").overlays) == 1
+    assert len(with_conditions(open_cache(Store(shards)), "m").overlays) == 1
     assert "samples  1: 1 have a condition, 0" in wanprep(
         "add-condition", "--model", tiny_i2v, *command
     ).err  # fmt: skip

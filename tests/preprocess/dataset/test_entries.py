@@ -139,7 +139,7 @@ def test_every_form_and_field_name_says_the_same(
             writer.writerows(records)
     dataset = load_dataset(tmp_path, None)
     assert dataset.rejected == ()
-    assert dataset.origin == file
+    assert dataset.origin == str(file)
     kind = {"video_path": ["video"] * 2, "image_path": ["image"] * 2}
     assert [(e.source, e.caption) for e in dataset.entries] == ROWS
     assert [e.type for e in dataset.entries] == kind.get(path_field, ["video", "auto"])

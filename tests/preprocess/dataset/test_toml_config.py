@@ -14,6 +14,7 @@ from preprocess.dataset.toml_config import load_dataset_config
 from shared.errors import UserError
 from shared.format.buckets import bucket_size
 from shared.format.cache import open_cache
+from shared.io.store import Store
 from tests.preprocess.conftest import PICTURES, REPOSITORY, Cache, render_clip, wanprep
 
 Calls = Callable[[], dict[str, int]]
@@ -116,7 +117,7 @@ def test_musubi_tuners_file(media: Path, tiny_t2v: Path, tmp_path: Path) -> None
         ("short/a.mp4", "short a", (80, 48, 5), 1),  # 25 frames are more than it has
         ("stills/cat.png", "a cat", (64, 48, 1), 2),
     ]
-    index = open_cache(tmp_path)
+    index = open_cache(Store(tmp_path))
     assert sorted(index.repeats.tolist()) == [1, 1, 1, 2, 3]
 
 

@@ -16,6 +16,7 @@ import pytest
 from shared.format.cache import committed_shards
 from shared.format.prompts import read_prompts
 from shared.io.durable import FAULT
+from shared.io.store import Store
 from tests.object_store import BUCKET, ObjectStore, another_machine, sidecars
 from tests.preprocess.conftest import REPOSITORY, Cache, Ran, wanprep, wanprep_process
 
@@ -72,7 +73,9 @@ def test_a_bucket_holds_what_a_folder_holds(
     # A copy of the bucket is a cache: for readers without our code, or without the store.
     copied = Cache.open(here.download("same/shards", tmp_path / "copied"))
     assert copied.contents() == local.contents()
-    assert [prompt.role for prompt in read_prompts(copied.folder, copied.index.prompt_shards)] == [
+    assert [
+        prompt.role for prompt in read_prompts(Store(copied.folder), copied.index.prompt_shards)
+    ] == [
         "empty",
         "negative",
     ]

@@ -14,6 +14,7 @@ from preprocess.cache.writer import output_lock, writer_lock
 from shared.errors import UserError
 from shared.format.cache import committed_shards
 from shared.format.prompts import read_prompts
+from shared.io.store import Store
 from tests.preprocess.conftest import REPOSITORY, Cache, wanprep, wanprep_process
 
 SETTINGS = ("--size", 256, "--dtype", "fp32", "--shard-size-mb", 1, "--device", "cpu")
@@ -64,7 +65,7 @@ def test_accelerate_launches_two_ranks(
     assert set(writers) == {"w000", "w001"} and sum(writers.values()) == 12
     cache = Cache.open(tmp_path)
     assert cache.contents() == alone.contents()
-    prompts = read_prompts(tmp_path, cache.index.prompt_shards)
+    prompts = read_prompts(Store(tmp_path), cache.index.prompt_shards)
     assert [prompt.role for prompt in prompts] == ["empty", "negative"]
     assert not list(tmp_path.glob(".text-*")) and not list(tmp_path.glob("*.tmp"))
 

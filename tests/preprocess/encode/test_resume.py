@@ -14,6 +14,7 @@ import pytest
 from shared.format.cache import committed_shards
 from shared.format.columns import caption_digest
 from shared.format.prompts import read_prompts
+from shared.io.store import Store
 from tests.preprocess.conftest import REPOSITORY, Cache, wanprep, wanprep_process
 
 # Small shards, so that several are committed in a run: a picture makes about 200 KB.
@@ -187,12 +188,12 @@ def test_the_negative_prompt_can_change(
 ) -> None:
     output = tmp_path / "copy"
     shutil.copytree(uninterrupted.folder, output)
-    before = read_prompts(output, Cache.open(output).index.prompt_shards)
+    before = read_prompts(Store(output), Cache.open(output).index.prompt_shards)
     assert [prompt.role for prompt in before] == ["empty", "negative"]
     assert before[0].prompt == "" and before[1].prompt.startswith("色调艳丽，过曝")
     ran = wanprep(*command(tiny_i2v, pictures, output), "--negative-prompt", "ugly")
     assert ran.code == 0, ran.err
-    after = read_prompts(output, Cache.open(output).index.prompt_shards)
+    after = read_prompts(Store(output), Cache.open(output).index.prompt_shards)
     assert [(prompt.role, prompt.prompt) for prompt in after[2:]] == [("negative", "ugly")]
 
 

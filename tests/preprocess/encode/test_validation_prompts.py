@@ -17,9 +17,10 @@ from preprocess.encode.validation_prompts import read_validation_prompts
 from shared.errors import UserError
 from shared.format.buckets import Bucket
 from shared.format.cache import committed_shards
-from shared.format.overlays import captions_folder
+from shared.format.overlays import captions_of
 from shared.format.prompts import VALIDATION, Prompt, current_validation, prompts_by_shard
 from shared.format.resize import fit_to
+from shared.io.store import Store
 from shared.models.spec import ModelSpec, read_model_spec
 from tests.preprocess.conftest import Cache, wanprep
 
@@ -36,7 +37,9 @@ RULE = ClipRule(
 
 def listed(folder: Path) -> list[Prompt]:
     """The validation prompts that count."""
-    return current_validation(prompts_by_shard(folder, Cache.open(folder).index.prompt_shards))
+    return current_validation(
+        prompts_by_shard(Store(folder), Cache.open(folder).index.prompt_shards)
+    )
 
 
 def encode(data: Path, model: Path, output: Path, prompts: Path | None, *more: object) -> Any:
@@ -167,7 +170,7 @@ def test_the_files_list_is_the_banks(
         *("--shards", shards, "--device", "cpu"),
     )
     assert ran.code == 0, ran
-    beside = listed(captions_folder(shards, "same"))
+    beside = listed(captions_of(Store(shards), "same").folder)
     assert [p.key for p in beside] == [p.key for p in now]
     assert all(torch.equal(a.text, b.text) for a, b in zip(beside, now, strict=True))
     assert wanprep("verify", "--shards", shards).code == 0
@@ -234,7 +237,7 @@ def test_verify_names_a_condition_of_another_shape(
     assert found.cond is not None
     broken = Prompt(**(found.__dict__ | {"cond": found.cond[:, :1]}))
     fingerprint = committed_shards(shards)[0].fingerprint
-    ShardWriter(shards, fingerprint, shard_bytes=1).add_prompts([broken])
+    ShardWriter(Store(shards), fingerprint, shard_bytes=1).add_prompts([broken])
     assert wanprep("index", "--shards", shards).code == 0
     ran = wanprep("verify", "--shards", shards)
     assert ran.code == 1 and "cond-shape" in ran.out + ran.err
@@ -242,6 +245,6 @@ def test_verify_names_a_condition_of_another_shape(
 
 def test_a_validation_prompt_without_a_size_is_refused(tmp_path: Path) -> None:
     entry = Prompt(VALIDATION, "a cat", torch.ones(2, 4))
-    ShardWriter(tmp_path, {"format": 1}, shard_bytes=1).add_prompts([entry])
+    ShardWriter(Store(tmp_path), {"format": 1}, shard_bytes=1).add_prompts([entry])
     with pytest.raises(UserError, match=r"prompts-w000-00000\.tar is damaged .*bucket None"):
-        prompts_by_shard(tmp_path, ("prompts-w000-00000.tar",))
+        prompts_by_shard(Store(tmp_path), ("prompts-w000-00000.tar",))

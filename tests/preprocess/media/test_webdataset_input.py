@@ -23,6 +23,7 @@ from preprocess.media.tars import base_folder, medium_at, named_tars
 from shared.errors import UserError
 from shared.format.cache import open_cache
 from shared.format.overlays import with_conditions
+from shared.io.store import Store
 from tests.preprocess.conftest import PICTURES, Cache, Ran, render_clip, wanprep
 
 SETTINGS = (
@@ -180,7 +181,7 @@ def test_recaption_and_add_condition_find_what_lies_in_tars(
     assert ran.code == 0, ran.err
     assert encode(tiny_i2v, tars, tmp_path / "i2v").code == 0
     direct = Cache.open(tmp_path / "i2v")
-    added = with_conditions(open_cache(shards), "m")
+    added = with_conditions(open_cache(Store(shards)), "m")
     for row in range(len(added)):
         path, offset, length = added.place(row, "cond.safetensors")
         own = path.read_bytes()[offset : offset + length]

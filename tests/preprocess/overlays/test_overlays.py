@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from shared.format.cache import MemberReader, open_cache
-from shared.format.overlays import captions_folder, positions, with_captions, with_conditions
+from shared.format.overlays import captions_of, positions, with_captions, with_conditions
 from shared.format.prompts import read_prompts
+from shared.io.store import Store
 from tests.models import tiny_model
 from tests.preprocess.conftest import Cache, Ran, render_clip, wanprep
 
@@ -78,7 +79,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def members(folder: Path, name: str | None, member: str) -> dict[str, bytes]:
     """Source → bytes, as training would read them."""
-    index = open_cache(folder)
+    index = open_cache(Store(folder))
     index = with_captions(index, name) if name is not None else index
     reader = MemberReader(index)
     try:
@@ -114,13 +115,13 @@ def test_recaption_encodes_text_only_and_equals_an_encode_of_those_captions(
     vae = count_calls()["WanEncoder3d"]
     for member in ("text.safetensors", "latents.safetensors"):
         assert members(shards, "short", member) == members(direct, None, member)
-    overlay, other = Cache.open(captions_folder(shards, "short")), Cache.open(direct)
+    overlay, other = Cache.open(captions_of(Store(shards), "short").folder), Cache.open(direct)
     assert {n: d for n, d in overlay.contents().items() if n.endswith("json")} == {
         n: d for n, d in other.contents().items() if n.endswith("json")
     }
     for one, two in zip(
-        read_prompts(overlay.folder, overlay.index.prompt_shards),
-        read_prompts(direct, other.index.prompt_shards),
+        read_prompts(Store(overlay.folder), overlay.index.prompt_shards),
+        read_prompts(Store(direct), other.index.prompt_shards),
         strict=True,
     ):
         assert (one.role, one.prompt) == (two.role, two.prompt) and torch.equal(one.text, two.text)
@@ -160,7 +161,7 @@ def test_what_fits_nothing_is_said(
     captions_list(listed, {"1.png": "c"})
     ran = wanprep(*command, "--train-data-meta", listed)
     assert "leftover 1 that the dataset does not give any more: they stay" in ran.err
-    assert len(open_cache(shards / "captions" / "some")) == 2
+    assert len(open_cache(Store(shards / "captions" / "some"))) == 2
     ran = wanprep(*command, "--train-data-meta", listed, "--prune")
     assert "1 caption removed that the list does not give any more" in ran.out
     some = members(shards, "some", "text.safetensors")
@@ -226,7 +227,7 @@ def test_the_cache_decides_what_lives_and_compact_takes_the_rest(
 
     assert wanprep("remove", "--shards", shards, "--sample", "*.png").code == 0
     assert set(members(shards, "own", "text.safetensors")) == {"wide.mp4", "tall.mp4"}
-    assert [len(open_cache(folder)) for folder in overlays] == [5, 5]
+    assert [len(open_cache(Store(folder))) for folder in overlays] == [5, 5]
 
     # From tars alone, everything is the same.
     for folder in (shards, *overlays):
@@ -240,7 +241,7 @@ def test_the_cache_decides_what_lives_and_compact_takes_the_rest(
     ran = wanprep("compact", "--shards", shards)
     assert ran.code == 0, ran.err
     assert "9 dead samples dropped" in ran.out
-    assert [len(open_cache(folder)) for folder in overlays] == [2, 2]
+    assert [len(open_cache(Store(folder))) for folder in overlays] == [2, 2]
     kept = members(shards, "own", "text.safetensors")
     assert kept == {name: before[name] for name in ("wide.mp4", "tall.mp4")}
 
@@ -256,7 +257,7 @@ def test_conditions_equal_those_of_an_i2v_encode(
 ) -> None:
     before = files(shards)
     with pytest.raises(ValueError, match="wanprep add-condition --shards"):
-        with_conditions(open_cache(shards), "MODEL")
+        with_conditions(open_cache(Store(shards)), "MODEL")
     add = ("add-condition", "--shards", shards, "--model", tiny_i2v, "--device", "cpu")
     ran = wanprep(*add, "--train-data-dir", data)
     assert ran.code == 0, ran.err
@@ -268,7 +269,7 @@ def test_conditions_equal_those_of_an_i2v_encode(
     direct = tmp_path / "direct"
     assert encode(tiny_i2v, data, direct).code == 0
     other = Cache.open(direct)
-    index = with_conditions(open_cache(shards), "MODEL")
+    index = with_conditions(open_cache(Store(shards)), "MODEL")
     reader = MemberReader(index)
     for row in range(len(index)):
         assert index.key(row) == other.index.key(row)
@@ -287,7 +288,7 @@ def test_conditions_equal_those_of_an_i2v_encode(
     (more / "9.txt").write_text("nine")
     assert encode(tiny_t2v, more, shards).code == 0
     with pytest.raises(ValueError, match=r"1 of the 6 samples in .* have no condition"):
-        with_conditions(open_cache(shards), "MODEL")
+        with_conditions(open_cache(Store(shards)), "MODEL")
     (more / "9.png").rename(more / "away.png")
     ran = wanprep(*add, "--train-data-dir", more)
     assert ran.code == 1 and "9.png: there is no such file" in ran.err
@@ -298,7 +299,7 @@ def test_conditions_equal_those_of_an_i2v_encode(
     ran = wanprep(*add, "--train-data-dir", more)
     assert ran.code == 0 and "6 conditions, 1 of them new" in ran.out
     assert not (shards / "conditions" / "rejected.jsonl").exists()
-    assert len(with_conditions(open_cache(shards), "MODEL")) == 6
+    assert len(with_conditions(open_cache(Store(shards)), "MODEL")) == 6
 
 
 def test_conditions_of_another_vae_or_model_are_refused(

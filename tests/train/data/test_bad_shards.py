@@ -12,6 +12,7 @@ import pytest
 from preprocess.cache.remove import remove
 from shared.format.cache import COLUMNS, CacheIndex, open_cache
 from shared.format.schema import LATENTS_MEMBER, MEMBERS, TEXT_MEMBER
+from shared.io.store import Store
 from tests.train.test_distill import WANTRAIN, arguments
 from train.cli.app import main
 
@@ -70,7 +71,7 @@ def test_a_cache_whose_samples_are_all_removed(shards: Path, refusal: Refusal) -
 
 
 def test_a_prompt_tar_that_is_gone(shards: Path, refusal: Refusal) -> None:
-    (name,) = open_cache(shards).prompt_shards
+    (name,) = open_cache(Store(shards)).prompt_shards
     (shards / name).unlink()
     said = refusal()
     assert f"1 shard(s) that are gone, the first {name}" in said and "wanprep index" in said
@@ -78,7 +79,7 @@ def test_a_prompt_tar_that_is_gone(shards: Path, refusal: Refusal) -> None:
 
 @pytest.mark.parametrize("keep", [0, 100, 700, 1500])
 def test_a_truncated_prompt_tar(shards: Path, refusal: Refusal, keep: int) -> None:
-    (name,) = open_cache(shards).prompt_shards
+    (name,) = open_cache(Store(shards)).prompt_shards
     (shards / name).write_bytes((shards / name).read_bytes()[:keep])
     said = refusal()
     assert name in said or "no empty and no negative prompt" in said
@@ -199,17 +200,17 @@ def test_a_member_of_another_kind(
     shards: Path, refusal: Refusal, workers: str, member: str, change: Callable[[bytes], bytes],
     message: str,
 ) -> None:  # fmt: skip
-    names = _overwrite(open_cache(shards), member, change)
+    names = _overwrite(open_cache(Store(shards)), member, change)
     said = refusal("--dataloader-num-workers", workers)
     assert message in said and member in said and "wanprep encode" in said
     assert any(f"{name}: sample " in said for name in names)
 
 
 def test_a_shard_that_is_gone_or_cut(shards: Path, refusal: Refusal) -> None:
-    for name in open_cache(shards).shards:
+    for name in open_cache(Store(shards)).shards:
         (shards / name).write_bytes((shards / name).read_bytes()[:600])
     assert ".tar: sample " in refusal()
-    name = open_cache(shards).shards[0]
+    name = open_cache(Store(shards)).shards[0]
     (shards / name).unlink()
     assert f"1 shard(s) that are gone, the first {name}" in refusal()
 
@@ -219,7 +220,7 @@ def test_a_shard_that_goes_while_a_run_reads_it(
 ) -> None:
     """As a process with workers: it ends by itself, within a minute, with the message."""
     for path in shards.glob("*.tar"):
-        if path.name in open_cache(shards).shards:
+        if path.name in open_cache(Store(shards)).shards:
             path.unlink()
             path.symlink_to(shards)  # it exists when the cache is opened, and can't be read
     ended = subprocess.run(

@@ -10,6 +10,7 @@ import webdataset
 from safetensors.torch import load
 
 from shared.format.cache import open_cache
+from shared.io.store import Store
 from shared.models.spec import read_model_spec
 from shared.models.wan import WAN
 from tests.train.conftest import encode
@@ -29,7 +30,7 @@ def _dataset(
     frame_crop: bool = False,
     **cut: int,
 ) -> MicroBatches:
-    index = open_cache(shards)
+    index = open_cache(Store(shards))
     plan = BatchPlan(index.bucket_ids, np.ones(len(index), np.int64), batch, seed=4)
     return MicroBatches(
         dataset_of([(index, Fraction(1))]),
@@ -129,7 +130,7 @@ def test_caption_dropout_takes_the_empty_prompt(
     t2v_shards: Path, tiny_t2v: Path, dropout: float, low: int, high: int
 ) -> None:
     dataset = _dataset(t2v_shards, tiny_t2v, dropout=dropout)
-    empty = load_prompt_bank(open_cache(t2v_shards), WAN).empty
+    empty = load_prompt_bank(open_cache(Store(t2v_shards)), WAN).empty
     dropped = sum(
         bool(torch.equal(text, empty)) for batch in _epoch(dataset, 0, 100) for text in batch.text
     )
@@ -146,7 +147,7 @@ def test_a_damaged_member_is_named_with_its_shard(
 
     copy = tmp_path / "shards"
     shutil.copytree(i2v_shards, copy)
-    index = open_cache(copy)
+    index = open_cache(Store(copy))
     at = int(index.offsets[0, MEMBERS.index(LATENTS_MEMBER)])
     shard = copy / index.shards[int(index.shard_ids[0])]
     shard.chmod(0o644)
@@ -163,7 +164,7 @@ def test_a_damaged_member_is_named_with_its_shard(
 def test_captions_are_dropped_sample_by_sample(t2v_shards: Path, tiny_t2v: Path) -> None:
     """In a batch of two, one caption may go and the other stay, first or second; by update too."""
     dataset = _dataset(t2v_shards, tiny_t2v, dropout=0.5)
-    empty = load_prompt_bank(open_cache(t2v_shards), WAN).empty
+    empty = load_prompt_bank(open_cache(Store(t2v_shards)), WAN).empty
     patterns = [
         tuple(bool(torch.equal(text, empty)) for text in batch.text)
         for batch in _epoch(dataset, 0, 100)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from preprocess.cli.app import app as wanprep
 from shared.errors import UserError
 from shared.format.cache import open_cache
+from shared.io.store import Store
 from tests.train.conftest import encode, write_dataset
 from tests.train.data.test_batches import CPU, _dataset
 from tests.train.test_distill import distill, final_bytes, losses
@@ -75,7 +76,7 @@ def test_the_high_expert_learns_the_same_with_and_without_the_media(
 ) -> None:
     """To the bit: where a walk begins in noise, cached latents have no say."""
     media = encode(clip, tiny_t2v, tmp_path / "media")
-    assert open_cache(media).buckets == open_cache(alone).buckets
+    assert open_cache(Store(media)).buckets == open_cache(Store(alone)).buckets
     runs = [
         distill(tiny_t2v, shards, tmp_path / name, "--max-train-steps", "2", *HIGH)
         for name, shards in (("with", media), ("without", alone))
@@ -104,7 +105,7 @@ def test_batches_of_both_kinds(mixed: dict[str, Path], tiny_t2v: Path, tiny_ti2v
     """Zeros in the bucket's shape, and always the own caption: it is all that there is."""
     for mode, model in (("t2v", tiny_t2v), ("ti2v", tiny_ti2v)):
         shards = mixed[mode]
-        index = open_cache(shards)
+        index = open_cache(Store(shards))
         types = {index.key(row): int(index.types[row]) for row in range(len(index))}
         whole = _dataset(shards, model)
         dropped = _dataset(shards, model, dropout=1.0)

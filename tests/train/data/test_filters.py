@@ -14,6 +14,7 @@ from shared.errors import UserError
 from shared.format.cache import CacheIndex, MemberReader, open_cache
 from shared.format.overlays import with_captions
 from shared.format.schema import LATENTS_MEMBER, Sample, SampleInfo, sample_key
+from shared.io.store import Store
 from train.data.filters import condition, nothing_selected, select
 
 CAPTIONS = ["a cat on a roof", "a dog\nin the rain", "two cats [wet]", "Cat people", "grün, 猫"]
@@ -26,7 +27,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("where") / "shards"
     folder.mkdir()
     fingerprint = {"format": 1, "mode": "t2v"}
-    writer = ShardWriter(folder, fingerprint, shard_bytes=8_000)
+    writer = ShardWriter(Store(folder), fingerprint, shard_bytes=8_000)
     for number in range(30):
         high, wide, frames = ((32, 48, 9), (48, 32, 17), (32, 48, 1))[number % 3]
         image = frames == 1
@@ -42,7 +43,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         key = sample_key(str(number), {}, 0)
         writer.add(Sample(key=key, info=info, latents=latents, text=text))
     writer.close()
-    assert len(fresh_index(folder).shards) > 3
+    assert len(fresh_index(Store(folder)).shards) > 3
     return folder
 
 
@@ -93,7 +94,7 @@ def these(*remainders: int, of: int = 5) -> set[int]:
     ],
 )  # fmt: skip
 def test_chooses(cache: Path, conditions: tuple[str, ...], expected: set[int]) -> None:
-    index = open_cache(cache)
+    index = open_cache(Store(cache))
     assert chosen(index, *conditions) == expected
     assert chosen(index, *conditions) == expected  # remembered
 
@@ -102,7 +103,7 @@ def test_what_is_remembered_is_of_these_shards_and_checked(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDISTILL_CACHE", str(tmp_path))
-    index = open_cache(cache)
+    index = open_cache(Store(cache))
     assert chosen(index, "tag=good") == these(0, 2)
     (memo,) = (tmp_path / "where").iterdir()
     whole = memo.read_bytes()
@@ -121,7 +122,7 @@ def test_what_is_remembered_is_of_these_shards_and_checked(
 
     shutil.copytree(cache, copy)
     wanprep(["remove", "--sample", first, "--shards", str(copy)], standalone_mode=False)
-    assert len(chosen(open_cache(copy), "tag=good")) == len(these(0, 2)) - 1
+    assert len(chosen(open_cache(Store(copy)), "tag=good")) == len(these(0, 2)) - 1
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_what_is_no_condition_is_refused_with_what_there_is(text: str, said: str
 
 
 def test_nothing_selected_says_what_there_is(cache: Path) -> None:
-    index = open_cache(cache)
+    index = open_cache(Store(cache))
     texts = ("tag=good", "caption=cat", "type=text", "frames>=81", "bucket=832x*")
     said = str(nothing_selected([index], [condition(text) for text in texts]))
     assert said.startswith(f"--where: none of the 30 samples in {cache} fulfils all of:")
@@ -174,7 +175,7 @@ def test_the_caption_that_is_trained_on_is_what_counts(
         ],
         standalone_mode=False,
     )
-    own = open_cache(shards)
+    own = open_cache(Store(shards))
     index = with_captions(own, "new")
 
     def number(index: CacheIndex, *texts: str) -> int:
@@ -190,7 +191,7 @@ def test_the_caption_that_is_trained_on_is_what_counts(
 def test_a_damaged_sample_is_named(cache: Path, tmp_path: Path) -> None:
 
     copy = Path(shutil.copytree(cache, tmp_path / "copy"))
-    index = open_cache(copy)
+    index = open_cache(Store(copy))
     shard, offset, _ = index.place(3, "json")
     shard.chmod(0o644)
     data = bytearray(shard.read_bytes())

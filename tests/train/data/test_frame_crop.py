@@ -11,6 +11,7 @@ from preprocess.media.decode import fit
 from preprocess.media.reader import read_frames
 from shared.format.buckets import Bucket
 from shared.format.cache import MemberReader, open_cache
+from shared.io.store import Store
 from shared.models.spec import read_model_spec
 from tests.train.conftest import encode
 from tests.train.data.test_batches import _dataset
@@ -38,7 +39,7 @@ def test_a_cropped_batch_is_the_encoding_of_the_shorter_clip(
         for batch in _dataset(shards, tiny_i2v, frame_crop=True).ahead(start=0, stop=500, workers=0)
         if batch.latents.shape[2] == 2
     )
-    index = open_cache(shards)
+    index = open_cache(Store(shards))
     encoder = LatentEncoder(read_model_spec(tiny_i2v), dtype=torch.float32, device="cpu")
     rows = {index.key(row): row for row in range(len(index))}
     assert cropped.condition is not None and cropped.condition.shape[2] == 2

@@ -9,7 +9,7 @@ import pytest
 
 from shared.errors import UserError
 from shared.format.cache import committed_shards
-from shared.io.mirror import limit_shard_cache, pull_mirrors, shard_file, shards_to_read
+from shared.io.mirror import open_store
 from tests.object_store import BUCKET, ObjectStore, another_machine
 from tests.train.test_distill import WANTRAIN, arguments, distill, final_bytes
 from train.cli.app import app as wantrain
@@ -37,7 +37,6 @@ def machine(store: ObjectStore, tmp_path: Path) -> Iterator[Path]:
     """The local cache of a machine that has read nothing of the bucket."""
     with another_machine(tmp_path / "machine", **store.environment):
         yield tmp_path / "machine"
-    limit_shard_cache(100)
 
 
 def _fetched(machine: Path) -> dict[str, int]:
@@ -103,21 +102,22 @@ def test_two_runs_share_what_they_fetch(
 ) -> None:
     """Two processes and eight threads want the same shards at once; all get whole ones."""
     script = (
-        "import sys\nfrom pathlib import Path\nfrom shared.format.cache import open_cache\n"
-        "from shared.io.mirror import pull_mirrors, shard_file, shards_to_read\n"
-        "folder = shards_to_read(sys.argv[1])\npull_mirrors()\n"
-        "for name in open_cache(folder).shards: print(shard_file(folder / name).stat().st_size)\n"
+        "import sys\nfrom shared.format.cache import open_cache\n"
+        "from shared.io.mirror import open_store\n"
+        "store = open_store(sys.argv[1])\nstore.pull()\n"
+        "for name in open_cache(store).shards:\n"
+        "    print(store.shard_file(store.folder / name).stat().st_size)\n"
     )
     python = str(Path(WANTRAIN).with_name("python"))
     processes = [
         subprocess.Popen([python, "-c", script, bucket], stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    folder = shards_to_read(bucket)
-    pull_mirrors()
+    shards = open_store(bucket)
+    shards.pull()
     samples = [s for s in committed_shards(t2v_shards) if s.kind == "samples"]
     with ThreadPoolExecutor(8) as pool:
-        files = list(pool.map(shard_file, [folder / s.shard for s in samples] * 8))
+        files = list(pool.map(shards.shard_file, [shards.folder / s.shard for s in samples] * 8))
     for process in processes:
         out, _ = process.communicate(timeout=60)
         assert process.returncode == 0
@@ -130,33 +130,31 @@ def test_two_runs_share_what_they_fetch(
 def test_the_least_recently_used_shards_make_room(
     bucket: str, machine: Path, t2v_shards: Path
 ) -> None:
-    folder = shards_to_read(bucket)
-    pull_mirrors()
     first, second, third = [s for s in committed_shards(t2v_shards) if s.kind == "samples"][:3]
-    limit_shard_cache((max(first.bytes + third.bytes, first.bytes + second.bytes) + 1) / 1e9)
-    shard_file(folder / first.shard)
-    shard_file(folder / second.shard)
-    shard_file(folder / first.shard)
-    shard_file(folder / third.shard)
+    limit = (max(first.bytes + third.bytes, first.bytes + second.bytes) + 1) / 1e9
+    shards = open_store(bucket, shard_cache_gb=limit)
+    shards.pull()
+    for shard in (first, second, first, third):
+        shards.shard_file(shards.folder / shard.shard)
     assert set(_fetched(machine)) == {first.sha256, third.sha256}
 
 
 def test_a_shard_that_is_not_what_the_manifest_says_is_refused(
     bucket: str, store: ObjectStore, machine: Path, t2v_shards: Path
 ) -> None:
-    folder = shards_to_read(bucket)
-    pull_mirrors()
+    shards = open_store(bucket)
+    shards.pull()
     shard = next(s for s in committed_shards(t2v_shards) if s.kind == "samples")
     place = f"{BUCKET}/train/{shard.shard}"
     whole = store.files().cat_file(place)
     store.files().pipe_file(place, whole[:-1] + b"x")
     try:
         with pytest.raises(UserError, match=f"{bucket}/{shard.shard} is damaged: its SHA-256"):
-            shard_file(folder / shard.shard)
+            shards.shard_file(shards.folder / shard.shard)
         store.files().rm_file(place)
         with pytest.raises(UserError, match="there is no such bucket or object"):
-            shard_file(folder / shard.shard)
+            shards.shard_file(shards.folder / shard.shard)
     finally:
         store.files().pipe_file(place, whole)
     assert _fetched(machine) == {} and not list((machine / "shards").glob("*.tmp"))
-    assert shard_file(folder / shard.shard).read_bytes() == whole
+    assert shards.shard_file(shards.folder / shard.shard).read_bytes() == whole

@@ -13,6 +13,7 @@ import torch
 
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, open_cache
+from shared.io.store import Store
 from shared.models.spec import read_model_spec
 from shared.models.wan import WAN
 from tests.train.conftest import encode, write_dataset
@@ -69,7 +70,9 @@ def batches_of(
 def test_ranks_and_workers_show_what_one_process_shows(
     weight: Fraction, t2v_shards: Path, others: Path, tiny_t2v: Path
 ) -> None:
-    data = dataset_of([(open_cache(t2v_shards), Fraction(1)), (open_cache(others), weight)])
+    data = dataset_of(
+        [(open_cache(Store(t2v_shards)), Fraction(1)), (open_cache(Store(others)), weight)]
+    )
     repeats, epochs = data.shown(2)
     plan = BatchPlan(data.bucket_ids, repeats, 12, seed=3, epochs=epochs)
     updates = 2 * plan.batches_per_epoch
@@ -90,7 +93,7 @@ def test_ranks_and_workers_show_what_one_process_shows(
         shown -= Counter(keys[sample] for sample in plan.tail(epoch))
         for sample, key in enumerate(keys):
             wanted = (2 if data.types[sample] == 0 else 1) * (
-                weight if key in keys_of(open_cache(others)) else 1
+                weight if key in keys_of(open_cache(Store(others))) else 1
             )
             assert shown[key] == wanted
 
@@ -98,7 +101,7 @@ def test_ranks_and_workers_show_what_one_process_shows(
 def test_batches_mix_folders_and_read_each_from_its_own(
     t2v_shards: Path, others: Path, tiny_t2v: Path
 ) -> None:
-    caches = [open_cache(t2v_shards), open_cache(others)]
+    caches = [open_cache(Store(t2v_shards)), open_cache(Store(others))]
     mixed = dataset_of([(index, Fraction(1)) for index in caches])
     assert set(mixed.buckets) == {b for index in caches for b in index.buckets}
     plan = BatchPlan(mixed.bucket_ids, mixed.shown(1)[0], 4, seed=1)
@@ -139,7 +142,7 @@ def test_distill_on_two_folders(
     assert f"data     9 samples in 3 bucket(s) of {t2v_shards}, {others};" in said
     assert f"shards   3 of 3 samples of {others}, each 1/2 times an epoch" in said
     assert final_bytes(one) != final_bytes(two)
-    first, second = open_cache(t2v_shards).digest, open_cache(others).digest
+    first, second = open_cache(Store(t2v_shards)).digest, open_cache(Store(others)).digest
     state = json.loads((two / "checkpoint-1" / "state.json").read_text())
     assert state["settings"]["shards"] == f"{first} {second}@1/2"
     # Interrupted and gone on with, also in the middle of an epoch, it is the same run.

@@ -23,6 +23,7 @@ from shared.format.cache import MemberReader, open_cache
 from shared.format.latent_rgb import latents_to_rgb
 from shared.format.prompts import current_validation, prompts_by_shard
 from shared.format.schema import CONDITION_MEMBER, LATENTS_MEMBER, TEXT_MEMBER
+from shared.io.store import Store
 from shared.models.pixels import latents_to_frames
 from shared.models.spec import read_model_spec
 from tests.models import tiny_model
@@ -136,8 +137,8 @@ def test_the_clips_are_those_of_the_lora_that_would_be_saved(
         tiny_t2v, t2v_prompts, tmp_path / "out", 2, "--boundary-type", "full",
         "--validation-steps", "2", "--flow-shift", "7", *more,
     )  # fmt: skip
-    index = open_cache(t2v_prompts)
-    prompts = current_validation(prompts_by_shard(t2v_prompts, index.prompt_shards))
+    index = open_cache(Store(t2v_prompts))
+    prompts = current_validation(prompts_by_shard(Store(t2v_prompts), index.prompt_shards))
     folder = out / "validation" / "step-2"
     assert [record["prompt"] for record in json.loads((folder / "clips.json").read_text())] == [
         "waves",
@@ -178,7 +179,7 @@ def test_a_plain_lora_is_sampled_as_the_base_model_is(
     assert final_bytes(outs[0]) == final_bytes(outs[1])
     assert [r["loss/lora"] for r in rows(outs[0])] == [r["loss/lora"] for r in rows(outs[1])]
 
-    bank = prompts_by_shard(t2v_prompts, open_cache(t2v_prompts).prompt_shards)
+    bank = prompts_by_shard(Store(t2v_prompts), open_cache(Store(t2v_prompts)).prompt_shards)
     text = current_validation(bank)[0].text
     (negative,) = (p.text for shard in bank for p in shard if p.role == "negative")
     pipeline = WanPipeline.from_pretrained(
@@ -212,8 +213,8 @@ def test_an_i2v_prompt_brings_its_condition(
         tiny_i2v, i2v_prompts, tmp_path / "out", 1, "--boundary-type", "high",
         "--validation-steps", "1", "--flow-shift", "5",
     )  # fmt: skip
-    index = open_cache(i2v_prompts)
-    (prompt,) = current_validation(prompts_by_shard(i2v_prompts, index.prompt_shards))
+    index = open_cache(Store(i2v_prompts))
+    (prompt,) = current_validation(prompts_by_shard(Store(i2v_prompts), index.prompt_shards))
     assert prompt.cond is not None
     mask = torch.zeros(4, *prompt.cond.shape[1:])
     mask[:, 0] = 1
@@ -233,7 +234,7 @@ def test_the_low_expert_begins_from_samples_of_the_cache(
     folder = out / "validation" / "step-0"
     (record,) = json.loads((folder / "clips.json").read_text())  # as many as there are prompts
     assert record["prompt"].startswith("waves of kind")
-    index = open_cache(i2v_prompts)
+    index = open_cache(Store(i2v_prompts))
     reader = MemberReader(index)
     (row,) = (r for r in range(len(index)) if reader.info(r)["caption"] == record["prompt"])
     members = [
@@ -272,7 +273,9 @@ def test_ti2v_keeps_a_prompts_first_frame(dataset: Path, tiny_ti2v: Path, tmp_pa
     more = ("--validation-prompts", str(tmp_path / "p.txt"), "--dtype", "fp32")
     shards = encode(dataset, tiny_ti2v, tmp_path / "shards", *more)
     out = distill(tiny_ti2v, shards, tmp_path / "out", 1, "--validation-steps", "1")
-    prompts = current_validation(prompts_by_shard(shards, open_cache(shards).prompt_shards))
+    prompts = current_validation(
+        prompts_by_shard(Store(shards), open_cache(Store(shards)).prompt_shards)
+    )
     with_picture, without = (
         load_file(out / "validation" / "step-1" / f"00{n}.safetensors")["latents"] for n in (0, 1)
     )
