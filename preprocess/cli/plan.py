@@ -59,16 +59,16 @@ def page(plan: "Foreseen", output: Path, *, prune: bool) -> list[str]:
     head = ("shape", "samples", "in shards", "new", "shortened", "upscaled", "new MB")
     rows = [
         (
-            f"{one.bucket.width}x{one.bucket.height}, "
-            + ("image" if one.bucket.frames == 1 else f"{one.bucket.frames} frames"),
-            *map(str, (one.samples, one.samples - one.new, one.new, one.shortened, one.upscaled)),
-            f"{one.new_bytes / 1e6:.2f}",
+            f"{one.width}x{one.height}, "
+            + ("image" if one.frames == 1 else f"{one.frames} frames"),
+            *map(str, (one.samples, one.in_shards, one.new, one.shortened, one.upscaled)),
+            f"{one.bytes / 1e6:.2f}",
         )
         for one in plan.buckets
     ]
-    counts = (plan.samples, plan.there, plan.new)
+    counts = (plan.samples, plan.in_shards, plan.new)
     short = (sum(one.shortened for one in plan.buckets), sum(one.upscaled for one in plan.buckets))
-    new_bytes = sum(one.new_bytes for one in plan.buckets)
+    new_bytes = sum(one.bytes for one in plan.buckets)
     total = ("in all", *map(str, counts + short), f"{new_bytes / 1e6:.2f}")
     widths = [max(map(len, column)) for column in zip(head, *rows, total, strict=True)]
     lines = [
@@ -78,7 +78,7 @@ def page(plan: "Foreseen", output: Path, *, prune: bool) -> list[str]:
     rejected = [f"{one.source}: {one.reason}" for one in plan.rejected]
     lines += _listed("rejected", rejected)
     for kind, changes in plan.changes.items():
-        lines += _listed(kind, [f"{source}: {said}" for source, said in changes])
+        lines += _listed(kind, [f"{source}: {change}" for source, change in changes])
     if plan.source_frames:
         share = plan.dropped_frames / plan.source_frames
         lines.append(
@@ -90,9 +90,9 @@ def page(plan: "Foreseen", output: Path, *, prune: bool) -> list[str]:
         if plan.first_rule and not prune:
             then += ", but for those that an older frame rule misread: they are replaced"
         lines.append(f"leftover {plan.leftover} in {output} are not in this dataset and {then}")
-    if plan.epoch != plan.samples:
-        lines.append(f"epoch    {plan.epoch} samples, repeats counted")
-    lines.append(f"disk     about {plan.new_bytes / 1e6:.2f} MB more in {output}, prompts included")
+    if plan.samples_an_epoch != plan.samples:
+        lines.append(f"epoch    {plan.samples_an_epoch} samples, repeats counted")
+    lines.append(f"disk     about {plan.bytes / 1e6:.2f} MB more in {output}, prompts included")
     lines.append(f"time     {_time(plan)}")
     return lines
 

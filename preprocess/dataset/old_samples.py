@@ -6,6 +6,7 @@ For `wanprep verify`, which names them, and `wanprep encode`, which replaces the
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from shared.cli.console import bar
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, MemberReader, Sidecar
 from shared.format.fingerprint import has_first_frame_rule
+from shared.format.schema import MEDIA_TYPES
 from shared.io.hashing import FileHasher
 
 # Fields of `KEY.json` by which a sample is judged; its caption may be long.
@@ -47,10 +49,11 @@ def rows_of_first_rule(index: CacheIndex, sidecars: list[Sidecar]) -> list[int]:
     """Rows of live samples with a medium in shards of the first frame rule."""
     old = {sidecar.shard for sidecar in sidecars if has_first_frame_rule(sidecar.fingerprint)}
     numbers = [number for number, shard in enumerate(index.shards) if shard in old]
-    return [int(row) for row in np.flatnonzero(np.isin(index.shard_ids, numbers))]
+    has_source = index.types != MEDIA_TYPES.index("text")
+    return [int(row) for row in np.flatnonzero(np.isin(index.shard_ids, numbers) & has_source)]
 
 
-def looked_at(
+def judged(
     index: CacheIndex,
     rows: list[int],
     medium_of: Callable[[str], Medium | None],
@@ -59,41 +62,34 @@ def looked_at(
 ) -> Iterator[OldSample]:
     """Each of these samples, judged by its source as it is now; in no fixed order.
 
-    `medium_of` gives the medium of a source's name, None where it is to be passed over. Media are
-    opened once, and not at all where they were before.
+    `medium_of` gives the media file of a source's name, None if it is to be ignored. Each file is
+    opened once, and not at all if its probe is remembered.
     """
-    if not rows:
-        return
     by_source: dict[tuple[str, MediaKind], list[int]] = {}
     infos: dict[int, dict[str, Any]] = {}
     with closing(MemberReader(index)) as reader:
         for row in rows:
             info = reader.info(row)
-            if info["type"] == "text":  # has no source
-                on_progress()
-                continue
             infos[row] = {name: info[name] for name in _JUDGED_BY if name in info}
             by_source.setdefault((str(info["source"]), info["type"]), []).append(row)
 
-    def judged(rows: list[int], result: Seen | Exception) -> Iterator[OldSample]:
-        for row in rows:
-            on_progress()
-            yield _judged(index, row, infos[row], result)
-
+    unreachable: list[tuple[list[int], Exception]] = []
     media: list[tuple[list[int], Medium, Kind]] = []
     for (source, kind), its_rows in by_source.items():
         try:
             medium = medium_of(source)
         except (MediaError, UserError, OSError) as error:
-            yield from judged(its_rows, error)
+            unreachable.append((its_rows, error))
             continue
         if medium is not None:
             media.append((its_rows, medium, kind))
         else:
             for _ in its_rows:
                 on_progress()
-    for its_rows, result in seen(media, FileHasher(), pool):
-        yield from judged(its_rows, result)
+    for its_rows, result in chain(unreachable, seen(media, FileHasher(), pool)):
+        for row in its_rows:
+            on_progress()
+            yield _judged(index, row, infos[row], result)
 
 
 def _judged(
@@ -129,5 +125,5 @@ def superseded(
     """
     rows = [row for row in rows_of_first_rule(index, sidecars) if index.key(row) not in live]
     with bar(console, "looking at old samples", len(rows)) as advance:
-        judged = looked_at(index, rows, media.get, pool, advance)
-        return {sample.key: sample.source for sample in judged if sample.wrong is not None}
+        found = judged(index, rows, media.get, pool, advance)
+        return {sample.key: sample.source for sample in found if sample.wrong is not None}

@@ -89,10 +89,10 @@ class _Video:
                     f"{self.path}: cannot decode the video behind frame {number} ({damage})"
                 )
             for frame in frames:
-                told = _orientation(self.path, frame)
-                orientation = told or orientation
+                own = _orientation(self.path, frame)
+                orientation = own or orientation
                 self.on_progress()
-                yield _Decoded(frame, orientation, told is not None)
+                yield _Decoded(frame, orientation, own is not None)
                 number += 1
         if number == 0:
             why = f"cannot decode the video ({first})" if first else "the video has no frames"
@@ -104,8 +104,8 @@ class _Decoded(NamedTuple):
 
     frame: VideoFrame
     orientation: Orientation
-    told: bool
-    """Whether the frame itself tells its orientation; else it is that of the frame before."""
+    own: bool
+    """Whether the orientation came with this frame; else it is that of the frame before."""
 
 
 def survey(path: Path, on_progress: Callable[[], None] = lambda: None) -> Probe:
@@ -121,7 +121,7 @@ def survey(path: Path, on_progress: Callable[[], None] = lambda: None) -> Probe:
             codec=stream.codec_context.name,
             streams=len(video.container.streams.video),
             aspects_differ=_aspects_differ(stream),
-            rotate_tag=_rotate_tag(stream),
+            rotate_tag=_tags(stream).get("rotate", "0").strip() not in ("", "0"),
         )
         pts: list[int | None] = []
         digests: list[int] = []
@@ -133,7 +133,7 @@ def survey(path: Path, on_progress: Callable[[], None] = lambda: None) -> Probe:
             if first is None:
                 first = decoded
                 _refuse_hdr(path, frame.color_trc)
-            stored.note_frame(frame, decoded.orientation, told=decoded.told)
+            stored.note_frame(frame, decoded.orientation, own=decoded.own)
             interlaced = interlaced or bool(frame.interlaced_frame)
             if frame.is_corrupt:
                 damaged.append(len(pts))
@@ -147,7 +147,8 @@ def survey(path: Path, on_progress: Callable[[], None] = lambda: None) -> Probe:
         _refuse_lost(path, stored, pts)
         count = _without_damage(path, len(pts), damaged)
         claimed = (stream.average_rate, stream.guessed_rate, stream.base_rate)
-        dts = (time for time in stored.dts if time is not None)
+        shown = (packet for packet in stored.packets if not packet.discarded)
+        dts = (packet.dts for packet in shown if packet.dts is not None)
         fps, times = rate_and_times(pts, dts, stream.time_base, claimed)
         size = first.frame.width, first.frame.height
         width, height = _shown_size(*size, stream, first.orientation)
@@ -401,10 +402,6 @@ def _shown_size(
     if aspect >= 1:
         return round(width * aspect), height
     return width, round(height / aspect)
-
-
-def _rotate_tag(stream: VideoStream) -> bool:
-    return _tags(stream).get("rotate", "0").strip() not in ("", "0")
 
 
 def _tags(stream: VideoStream) -> dict[str, str]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from preprocess.dataset.old_samples import OldSample, looked_at, rows_of_first_rule
+from preprocess.dataset.old_samples import OldSample, judged, rows_of_first_rule
 from preprocess.media.tars import base_folder, medium_named
 from preprocess.media.worker_pool import WorkerPool, default_workers
 from preprocess.verify.findings import Finding
@@ -32,9 +32,7 @@ def findings(folder: Path, data_dir: Path, console: Console, *, timeout: float) 
         bar(console, "looking into sources", len(rows)) as advance,
         WorkerPool(default_workers(), timeout=timeout) as pool,
     ):
-        for sample in looked_at(
-            index, rows, lambda source: medium_named(base, source), pool, advance
-        ):
+        for sample in judged(index, rows, lambda source: medium_named(base, source), pool, advance):
             if sample.wrong is not None:
                 found.append(_wrong(sample, folder))
             elif sample.unseen is not None:
