@@ -100,13 +100,10 @@ def page(plan: "Foreseen", output: Path, *, prune: bool) -> list[str]:
 def _listed(title: str, entries: list[str]) -> list[str]:
     if not entries:
         return []
-    more = [f"  ... {len(entries) - _NAMED} more (--json names all)"]
-    rest = more if len(entries) > _NAMED else []
-    return [
-        f"{title} {len(entries)}:",
-        *(f"  {on_one_line(entry)}" for entry in entries[:_NAMED]),
-        *rest,
-    ]
+    lines = [f"{title} {len(entries)}:", *(f"  {on_one_line(one)}" for one in entries[:_NAMED])]
+    if len(entries) > _NAMED:
+        lines.append(f"  ... {len(entries) - _NAMED} more (--json names all)")
+    return lines
 
 
 def _time(plan: "Foreseen") -> str:

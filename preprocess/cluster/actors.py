@@ -27,7 +27,7 @@ from preprocess.encode.speed import Times
 from preprocess.encode.validation_prompts import Conditions, Picture
 from preprocess.encode.work import Work
 from preprocess.frames.media_info import MediaError
-from preprocess.media.sources import Medium
+from preprocess.media.sources import MediaFile
 from preprocess.media.worker_pool import WorkerPool
 from shared.device import check_device
 from shared.errors import UserError
@@ -56,7 +56,7 @@ class Orders:
     """Content of `RUN_MARK`."""
     folder: Path
     """Where the driver runs: what relative paths begin at."""
-    medium: Medium | None
+    medium: MediaFile | None
     """One that every node must see."""
     first_writer: int
     """The writer number that is tried first."""

@@ -25,7 +25,7 @@ from preprocess.encode.session import index_there
 from preprocess.encode.validation_prompts import Conditions, Picture
 from preprocess.encode.work import Work, committed_of, missing_of
 from preprocess.frames.media_info import MediaError
-from preprocess.media.sources import Medium
+from preprocess.media.sources import MediaFile
 from shared.errors import UserError
 from shared.format.fingerprint import Fingerprint
 from shared.interrupt import Interruption
@@ -96,7 +96,7 @@ class RayEngine:
     def _new_fleet(
         self,
         kind: type[TextActor] | type[MediaActor],
-        medium: Medium | None,
+        medium: MediaFile | None,
         unfinished: Callable[[Sequence[Item]], Sequence[Item]],
     ) -> Fleet[Item]:
         write_bytes(self.config.output / RUN_MARK, self._run.encode())

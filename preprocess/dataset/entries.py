@@ -26,7 +26,7 @@ from preprocess.dataset.metadata import (
 )
 from preprocess.frames.media_info import ANIMATIONS, Kind, MediaError, MediaKind
 from preprocess.media.remote import RemoteFile, name_below, stored
-from preprocess.media.sources import Medium, TarMember
+from preprocess.media.sources import MediaFile, TarMember
 from preprocess.media.tars import (
     TarSample,
     base_folder,
@@ -57,7 +57,7 @@ AS_ASKED = Sampling()
 class Entry:
     """One medium with one caption, as listed; nothing about the file is known yet."""
 
-    path: Medium | None
+    path: MediaFile | None
     """None: there is only the caption."""
     source: str
     """As given; relative to the data folder where the file lies inside it. "" without a medium."""
@@ -413,13 +413,13 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
 
 
-def _kind(path: Medium) -> Kind | None:
+def _kind(path: MediaFile) -> Kind | None:
     """By its name. Whether one of those that may move does is seen where it is opened."""
     suffix = path.suffix.lower()
     return "auto" if suffix in ANIMATIONS else EXTENSIONS.get(suffix)
 
 
-def _exists(path: Medium) -> bool:
+def _exists(path: MediaFile) -> bool:
     try:
         return path.exists()
     except OSError:  # a name that no file system takes
@@ -436,7 +436,7 @@ def _caption_beside(path: Path, suffix: str) -> str:
         raise _BadEntryError(f"the caption {text.name} is not UTF-8 text") from error
 
 
-def _checked(path: Medium | None, source: str, caption: str, kind: Any, **more: Any) -> Entry:
+def _checked(path: MediaFile | None, source: str, caption: str, kind: Any, **more: Any) -> Entry:
     if not caption.strip():
         raise _BadEntryError("the caption is empty")
     if _encodable(caption) != caption:
@@ -467,7 +467,7 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _source(path: Medium, given: Path, data_dir: Path) -> str:
+def _source(path: MediaFile, given: Path, data_dir: Path) -> str:
     """How the file is named in the cache: no absolute path where a relative one will do."""
     if isinstance(path, TarMember):
         tar = next(parent for parent in given.parents if parent.name == path.tar.name)

@@ -16,7 +16,7 @@ from preprocess.dataset.recorded_clips import clip_of, same_content
 from preprocess.frames.first_rule import wrong_sample
 from preprocess.frames.media_info import Kind, MediaError, MediaKind
 from preprocess.media.seen import Seen, seen
-from preprocess.media.sources import Medium
+from preprocess.media.sources import MediaFile
 from preprocess.media.worker_pool import WorkerPool
 from shared.cli.console import bar
 from shared.errors import UserError
@@ -56,7 +56,7 @@ def rows_of_first_rule(index: CacheIndex, sidecars: list[Sidecar]) -> list[int]:
 def judged(
     index: CacheIndex,
     rows: list[int],
-    medium_of: Callable[[str], Medium | None],
+    medium_of: Callable[[str], MediaFile | None],
     pool: WorkerPool,
     on_progress: Callable[[], None],
 ) -> Iterator[OldSample]:
@@ -74,7 +74,7 @@ def judged(
             by_source.setdefault((str(info["source"]), info["type"]), []).append(row)
 
     unreachable: list[tuple[list[int], Exception]] = []
-    media: list[tuple[list[int], Medium, Kind]] = []
+    media: list[tuple[list[int], MediaFile, Kind]] = []
     for (source, kind), its_rows in by_source.items():
         try:
             medium = medium_of(source)
@@ -114,7 +114,7 @@ def _judged(
 def superseded(
     index: CacheIndex,
     sidecars: list[Sidecar],
-    media: Mapping[str, Medium],
+    media: Mapping[str, MediaFile],
     live: Collection[str],
     pool: WorkerPool,
     console: Console,

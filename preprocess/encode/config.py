@@ -167,8 +167,12 @@ class EncodeConfig:
             )
         if self.engine == "local" and self.ray_actors is not None:
             raise UserError(f"--ray-actors: {self.ray_actors} without --engine ray. Add that.")
+        if self.clips_per_video > 1 and self.clips in ("first", "chunk"):
+            raise UserError(
+                f"--clips-per-video: {self.clips_per_video} has no meaning with --clips "
+                f"{self.clips}; it goes with --clips random or uniform."
+            )
         self._check_shapes()
-        self._check_clips()
 
     def _check_shapes(self) -> None:
         if self.fix_sample_size is not None:
@@ -199,13 +203,6 @@ class EncodeConfig:
                 f"{self.video_size}. With --random-hw-adapt and --training-with-video-token-length "
                 "sizes are drawn from --video-sample-size up to --image-sample-size; set both to "
                 "one value for a fixed size."
-            )
-
-    def _check_clips(self) -> None:
-        if self.clips_per_video > 1 and self.clips in ("first", "chunk"):
-            raise UserError(
-                f"--clips-per-video: {self.clips_per_video} has no meaning with --clips "
-                f"{self.clips}; it goes with --clips random or uniform."
             )
 
 

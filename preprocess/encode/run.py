@@ -147,18 +147,21 @@ def read_job(config: EncodeConfig, console: Console) -> Job:
     Raises UserError where the two do not fit, or one cannot be used.
     """
     dataset = read_dataset(config.dataset_config, config.train_data_dir, config.train_data_meta)
-    spec = _encodable_model(config)
+    spec = read_model_spec(resolve_model(config.model, COMPONENTS))
+    spec = in_train_mode(spec, config.train_mode)
+    if config.engine == "local":
+        check_device(config.device)
     _refuse_text_only(dataset, spec)
     say(console, f"dataset  {dataset.origin}: {len(dataset.entries)} usable")
     say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
     validation: Sequence[ValidationPrompt] = ()
     if config.validation_prompts is not None:
         rule = _clip_rule(config, spec)
-        validation, said = read_validation_prompts(config.validation_prompts, spec, rule)
+        validation, note = read_validation_prompts(config.validation_prompts, spec, rule)
         listed = count(len(validation), "prompt")
         say(console, f"prompts  {config.validation_prompts}: {listed} for validation")
-        for line in said:
-            say(console, f"prompts  {line}")
+        if note:
+            say(console, f"prompts  {note}")
     hasher = FileHasher()
     with console.status("digesting the encoders' weights (read once, then remembered)"):
         fingerprint = encode_fingerprint(config, spec, hasher)
@@ -170,15 +173,6 @@ def read_job(config: EncodeConfig, console: Console) -> Job:
         hasher=hasher,
         validation=validation,
     )
-
-
-def _encodable_model(config: EncodeConfig) -> ModelSpec:
-    """The model whose encoders are used. Raises UserError for one that cannot be encoded for."""
-    spec = read_model_spec(resolve_model(config.model, COMPONENTS))
-    spec = in_train_mode(spec, config.train_mode)
-    if config.engine == "local":
-        check_device(config.device)
-    return spec
 
 
 def _refuse_text_only(dataset: Dataset, spec: ModelSpec) -> None:

@@ -78,8 +78,8 @@ class ValidationPrompt:
 
 def read_validation_prompts(
     path: Path, spec: ModelSpec, rule: ClipRule
-) -> tuple[list[ValidationPrompt], list[str]]:
-    """The prompts of a list, each once, and what is to be said of it.
+) -> tuple[list[ValidationPrompt], str]:
+    """The prompts of a list, each once, and a note on what of it is not used; "" if all is.
 
     A prompt without a size gets the bucket of its picture's shape, or of 16:9, and as many frames
     as a clip of the cache. Raises UserError naming the entry and the field.
@@ -96,14 +96,10 @@ def read_validation_prompts(
         found.setdefault(one.key, one)
     if not found:
         raise UserError(f"{OPTION}: {path} has no prompts, only comments. Write one a line.")
-    said = []
-    if unused:
-        options = ", ".join(f"--{name}" for name in sorted(unused))
-        said.append(
-            f"{options} in {path.name} are not used: steps, guidance and seed are those of the "
-            "training"
-        )
-    return list(found.values()), said
+    options = ", ".join(f"--{name}" for name in sorted(unused))
+    why = "steps, guidance and seed are those of the training"
+    note = f"{options} in {path.name} are not used: {why}" if unused else ""
+    return list(found.values()), note
 
 
 def _fields(record: Record, path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from preprocess.dataset.clips import Clip, ClipRule
 from preprocess.dataset.entries import Entry, Rejected
 from preprocess.frames.media_info import Kind, MediaError, Probe, Shortcut
 from preprocess.media.seen import Seen, seen
-from preprocess.media.sources import Medium
+from preprocess.media.sources import MediaFile
 from preprocess.media.worker_pool import WorkerPool
 from shared.format.cache import CacheIndex
 from shared.format.columns import caption_digest, hex_keys
@@ -153,7 +153,7 @@ def plan_work(
     A caption that is `committed` for its clip keeps its key, whatever stands before it today.
     Videos are shown `video_repeat` times as often as their dataset says.
     """
-    files: dict[tuple[Medium, Kind], list[int]] = {}  # each opened once, however many captions
+    files: dict[tuple[MediaFile, Kind], list[int]] = {}  # each opened once, however many captions
     found: dict[int, list[_Looked] | Rejected] = {}
     for number, entry in enumerate(entries):
         if entry.path is None:

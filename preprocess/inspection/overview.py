@@ -28,8 +28,6 @@ from shared.format.cache import (
     open_cache,
 )
 from shared.format.columns import caption_digest
-from shared.format.fingerprint import Fingerprint
-from shared.format.latent_rgb import LatentRgb
 from shared.format.overlays import overlay_folders, positions
 from shared.format.schema import MEMBERS
 from shared.format.tar import BLOCK, room
@@ -112,14 +110,6 @@ class Overview:
     captions: Captions
     overlays: tuple[OverlayRow, ...]
 
-    @property
-    def fingerprint(self) -> Fingerprint:
-        return self.index.fingerprint
-
-    @property
-    def latent_rgb(self) -> LatentRgb | None:
-        return self.index.latent_rgb
-
 
 def overview(folder: Path, *, seed: int) -> Overview:
     """Look a cache over. Raises UserError where it has no index, or a damaged one."""
@@ -168,16 +158,13 @@ def _buckets(index: CacheIndex, repeats: npt.NDArray[np.int64]) -> tuple[BucketR
     )
 
 
-def _padded(index: CacheIndex) -> npt.NDArray[np.int64]:
-    """(N) bytes of each sample in its tar: headers, and members filled up to blocks."""
-    return np.where(index.lengths > 0, room(index.lengths), 0).sum(axis=1)
-
-
 def _dead(index: CacheIndex, sidecars: Sequence[Sidecar]) -> tuple[int, int]:
     """Dead samples, and the bytes that shards with any would lose by being written again."""
     size = len(index.shards)
     alive = np.bincount(index.shard_ids, minlength=size)
-    live = np.bincount(index.shard_ids, weights=_padded(index), minlength=size)
+    # (N) bytes of each sample in its tar: headers, and members filled up to blocks.
+    padded = np.where(index.lengths > 0, room(index.lengths), 0).sum(axis=1)
+    live = np.bincount(index.shard_ids, weights=padded, minlength=size)
     numbers = {name: n for n, name in enumerate(index.shards)}
     dead = freed = 0
     for sidecar in sidecars:

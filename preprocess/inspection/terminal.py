@@ -70,7 +70,7 @@ def captions(found: Overview) -> str:
 
 def fingerprint(found: Overview) -> Iterator[tuple[str, str]]:
     """The settings that decided the bytes, as far as people ask for them."""
-    settings = found.fingerprint
+    settings = found.index.fingerprint
     yield "mode", str(settings.get("mode"))
     latents, text = settings.get("latents", {}), settings.get("text", {})
     stride = "×".join(map(str, latents.get("stride", ())))
@@ -93,18 +93,13 @@ def fingerprint(found: Overview) -> Iterator[tuple[str, str]]:
     yield "media", ", ".join(f"{name} {value}" for name, value in chosen.items())
 
 
-def no_map(found: Overview) -> str:
-    """Why a cache has no latent → RGB map."""
-    if found.types["text"] == found.samples:
-        return "captions alone have no pictures"
-    return "this cache was encoded before there was one"
-
-
 def preview(found: Overview) -> str:
     """How good the latent → RGB map is."""
-    rgb = found.latent_rgb
+    rgb = found.index.latent_rgb
     if rgb is None:
-        return f"no latent → RGB map: {no_map(found)}"
+        if found.types["text"] == found.samples:
+            return "no latent → RGB map: text-only samples have no images"
+        return "no latent → RGB map: this cache was encoded before there was one"
     fitted = f"latent → RGB map fitted to {count(rgb.samples, 'sample')}"
     if rgb.r2 is None:
         return f"{fitted}, none held out: R² unknown"
@@ -148,7 +143,7 @@ def _buckets(found: Overview) -> Table:
     repeated = ["an epoch"] if found.epoch != found.samples else []
     numbers = ["latents", "samples", *repeated, "text tokens", "bytes"]
     table = _table("Buckets", {"bucket": "left", **dict.fromkeys(numbers, "right")})
-    latents = found.fingerprint.get("latents", {})
+    latents = found.index.fingerprint.get("latents", {})
     for row in found.buckets:
         shape: tuple[int, ...] = ()
         if latents:

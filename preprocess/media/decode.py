@@ -9,21 +9,21 @@ from PIL import Image
 
 from preprocess.frames.media_info import Frame, Kind, MediaError, Probe, Shortcut
 from preprocess.media.reader import probe, read_frames
-from preprocess.media.sources import Medium, local_file
+from preprocess.media.sources import MediaFile, local_file
 from preprocess.media.worker_process import alive
 from shared.format.buckets import Bucket
 from shared.format.resize import fit_to
 from shared.io.hashing import sha256_of
 
 
-def look(medium: Medium, kind: Kind, sha256: str | None) -> tuple[Probe, str]:
+def look(medium: MediaFile, kind: Kind, sha256: str | None) -> tuple[Probe, str]:
     """What a file holds, and its content's digest unless `sha256` is known. Raises MediaError."""
     with local_file(medium, on_progress=alive) as path:
         seen = probe(path, kind, on_progress=alive)
         return seen, sha256 or sha256_of(path, on_progress=alive)
 
 
-def digest(medium: Medium, sha256: str | None) -> str:
+def digest(medium: MediaFile, sha256: str | None) -> str:
     """The digest of a file's content, unless `sha256` is known. Raises MediaError."""
     with local_file(medium, on_progress=alive) as path:
         if not path.exists():
@@ -32,7 +32,7 @@ def digest(medium: Medium, sha256: str | None) -> str:
 
 
 def fitted_frames(
-    medium: Medium,
+    medium: MediaFile,
     kind: Literal["video", "image"],
     indices: Sequence[int],
     bucket: Bucket,

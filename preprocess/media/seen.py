@@ -6,7 +6,7 @@ from typing import TypeVar
 from preprocess.frames.media_info import Kind, MediaError, Probe
 from preprocess.media.decode import look
 from preprocess.media.probe_cache import ProbeMemo
-from preprocess.media.sources import Medium, stamp
+from preprocess.media.sources import MediaFile, stamp
 from preprocess.media.worker_pool import WorkerPool
 from shared.io.hashing import FileHasher
 
@@ -16,7 +16,7 @@ Seen = tuple[Probe, str]
 
 
 def seen(
-    items: Iterable[tuple[Item, Medium, Kind]], hasher: FileHasher, pool: WorkerPool
+    items: Iterable[tuple[Item, MediaFile, Kind]], hasher: FileHasher, pool: WorkerPool
 ) -> Iterator[tuple[Item, Seen | MediaError | OSError]]:
     """Items with what is seen of their media, or why nothing is.
 

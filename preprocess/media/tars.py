@@ -8,6 +8,7 @@ whatever a member is called. Decoders get a medium by its place in the tar
 import re
 import tarfile
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -17,7 +18,7 @@ from webdataset.tariterators import base_plus_ext
 
 from preprocess.frames.media_info import MediaError
 from preprocess.media.remote import in_home, remote_named
-from preprocess.media.sources import Medium, TarMember
+from preprocess.media.sources import MediaFile, TarMember
 from shared.errors import UserError
 from shared.format.cache import SHARD_NAME
 from shared.io.names import exists, for_glob, has_wildcard, is_folder
@@ -96,7 +97,8 @@ def named_tars(pattern: Path) -> list[Path]:
     for name in names:
         path = base / name
         if has_wildcard(name) and not exists(path):
-            found += _fitting(base, name)
+            with suppress(OSError):  # a part without a wildcard is too long for a name
+                found += sorted(base.glob(for_glob(name)))
         else:
             found.append(path)
     if not found:
@@ -105,13 +107,6 @@ def named_tars(pattern: Path) -> list[Path]:
             "a tar or a pattern such as 'clips/{000..099}.tar'."
         )
     return found
-
-
-def _fitting(base: Path, pattern: str) -> list[Path]:
-    try:
-        return sorted(base.glob(for_glob(pattern)))
-    except OSError:  # a part without a wildcard is too long for a name
-        return []
 
 
 def tars_among(files: Iterable[Path]) -> list[Path]:
@@ -194,7 +189,7 @@ def _members(tar: Path) -> tuple[list[TarMember], str | None]:
     return found, None
 
 
-def medium_named(data_dir: Path, name: str) -> Medium:
+def medium_named(data_dir: Path, name: str) -> MediaFile:
     """The medium that a dataset calls `name`: in a store, in a tar or a file of its own."""
     remote = remote_named(data_dir, name)
     if remote is not None:
@@ -207,7 +202,7 @@ def given_path(data_dir: Path, name: str) -> Path:
     return Path(name).expanduser() if in_home(data_dir, name) else Path(name)
 
 
-def medium_at(path: Path) -> Medium:
+def medium_at(path: Path) -> MediaFile:
     """The medium of a path that may lead into a tar: `clips/000.tar/KEY.mp4`."""
     for parent in reversed(path.parents):
         if parent.suffix.lower() == SUFFIX and parent.is_file():

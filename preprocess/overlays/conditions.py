@@ -25,7 +25,7 @@ from preprocess.encode.session import Outcome, stoppable
 from preprocess.encode.speed import Times
 from preprocess.frames.media_info import MediaError, MediaKind
 from preprocess.media.decode import digest
-from preprocess.media.sources import Medium, stamp
+from preprocess.media.sources import MediaFile, stamp
 from preprocess.media.tars import base_folder, medium_named
 from preprocess.media.worker_pool import WorkerPool
 from preprocess.overlays.base import SHARD_BYTES, base_cache, overlay_session
@@ -93,7 +93,7 @@ class _Clip:
     """A clip of the cache, with its samples: one for each caption."""
 
     rows: tuple[int, ...]
-    path: Medium
+    path: MediaFile
     source: str
     type: MediaKind
     clip: Clip

@@ -126,11 +126,9 @@ def _lock_beside(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 def _writers_at_work(folder: Path) -> bool:
     """Whether some `wanprep` adds to the folder: it holds the lock of its number."""
-    for path in folder.glob(f"{LOCK}-w*"):
-        with _lock_beside(path) as free:
-            if not free:
-                return True
-    return False
+    with ExitStack() as locks:
+        paths = folder.glob(f"{LOCK}-w*")
+        return not all(locks.enter_context(_lock_beside(path)) for path in paths)
 
 
 class _Folder:

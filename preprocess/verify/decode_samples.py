@@ -19,6 +19,7 @@ from rich.console import Console
 from preprocess.dataset.recorded_clips import clip_of, same_content
 from preprocess.encode.fingerprint import encoder_fields
 from preprocess.frames.media_info import ANIMATIONS, MediaError
+from preprocess.inspection.overview import seconds_of
 from preprocess.media.decode import digest, fitted_frames
 from preprocess.media.tars import base_folder, medium_named
 from preprocess.media.worker_pool import WorkerPool, default_workers
@@ -198,7 +199,8 @@ def _decode(
     if len(frames) == 1:
         Image.fromarray(frames[0]).save(path)
     else:
-        write_mp4(path, frames, playing_fps(info) or _DEFAULT_FPS)
+        seconds = seconds_of(info)
+        write_mp4(path, frames, len(frames) / seconds if seconds else _DEFAULT_FPS)
     medium = medium_named(base_folder(config.data_dir), source)
     clip = clip_of(index, row, info)
 
@@ -218,14 +220,6 @@ def _decode(
     except (MediaError, OSError) as error:
         why = str(error)
     return Decoded(key=key, source=source, path=path, psnr=measured, why=why, other_frames=others)
-
-
-def playing_fps(info: dict[str, Any]) -> float | None:
-    """Frames a second of a sample as it is played; None for an image."""
-    indices, fps = info["frame_indices"], info["fps"]
-    if not fps or len(indices) < 2:
-        return None
-    return float(fps) * (len(indices) - 1) / max(1, indices[-1] - indices[0])
 
 
 def psnr(frames: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8]) -> float:

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 
 from preprocess.verify.cache_check import Verified
 from preprocess.verify.decode_samples import Decoded
@@ -62,6 +63,6 @@ def as_json(verified: Verified) -> str:
         "beside": verified.beside,
         "bytes": verified.bytes,
         "errors": len(verified.errors),
-        "findings": [finding.to_json() for finding in verified.findings],
+        "findings": [asdict(finding) for finding in verified.findings],
     }
     return json.dumps(value, indent=2, ensure_ascii=False)

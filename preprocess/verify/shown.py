@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from preprocess.frames.media_info import MediaError
-from preprocess.media.sources import Medium, local_file
+from preprocess.media.sources import MediaFile, local_file
 from preprocess.media.worker_process import alive
 from shared.format.buckets import Bucket
 
@@ -42,7 +42,7 @@ class Shown:
     """When each is shown, from any zero; NaN where ffmpeg knows no time."""
 
 
-def shown_by_ffmpeg(medium: Medium, bucket: Bucket) -> Shown:
+def shown_by_ffmpeg(medium: MediaFile, bucket: Bucket) -> Shown:
     """Every frame of a video, covered and cropped to the bucket's shape. Raises MediaError."""
     import imageio_ffmpeg
 
@@ -70,7 +70,8 @@ def shown_by_ffmpeg(medium: Medium, bucket: Bucket) -> Shown:
         why = stderr.decode(errors="replace").strip().splitlines() or ["no frames"]
         raise MediaError(f"{medium}: ffmpeg cannot decode it ({why[-1]})")
     thumbnails = pictures.reshape(-1, height, width)
-    seconds = [_number(time) for time in _TIME.findall(stderr)][: len(thumbnails)]
+    times = _TIME.findall(stderr)[: len(thumbnails)]
+    seconds = [np.nan if time == b"NOPTS" else float(time) for time in times]
     seconds += [np.nan] * (len(thumbnails) - len(seconds))
     return Shown(thumbnails=thumbnails, seconds=np.asarray(seconds))
 
@@ -141,10 +142,3 @@ def _wanted(info: Mapping[str, Any], shown: Shown, media: Mapping[str, Any]) -> 
             for n, (own, fine) in enumerate(zip(taken, equally, strict=True))
         ]
     return taken
-
-
-def _number(text: bytes) -> float:
-    try:
-        return float(text)
-    except ValueError:  # NOPTS
-        return float("nan")
