@@ -56,7 +56,7 @@ class Orders:
     """Content of `RUN_MARK`."""
     folder: Path
     """Where the driver runs: what relative paths begin at."""
-    medium: MediaFile | None
+    media_file: MediaFile | None
     """One that every node must see."""
     first_writer: int
     """The writer number that is tried first."""
@@ -206,10 +206,10 @@ def _check_folders(orders: Orders) -> None:
             f"--output: {output} is not the folder there that it is where the command runs. "
             "Expected one that all nodes of the cluster share."
         )
-    if orders.medium is not None and not orders.medium.exists():
+    if orders.media_file is not None and not orders.media_file.exists():
         raise UserError(
-            f"--train-data-dir: {orders.medium} is not there. Expected the media under the same "
-            "path on every node."
+            f"--train-data-dir: {orders.media_file} is not there. Expected the media under the "
+            "same path on every node."
         )
 
 

@@ -66,8 +66,8 @@ class RayEngine:
         self, works: Sequence[Work], write: Write
     ) -> Iterator[tuple[Work, MediaError | None]]:
         """Clips in any order, as actors are done with them."""
-        medium = works[0].entry.path if works else None
-        fleet = self._new_fleet(MediaActor, medium, self._without_samples)
+        media_file = works[0].entry.path if works else None
+        fleet = self._new_fleet(MediaActor, media_file, self._without_samples)
         encoded = []
         for work, reason in fleet.run(works):
             if reason is None:
@@ -96,7 +96,7 @@ class RayEngine:
     def _new_fleet(
         self,
         kind: type[TextActor] | type[MediaActor],
-        medium: MediaFile | None,
+        media_file: MediaFile | None,
         unfinished: Callable[[Sequence[Item]], Sequence[Item]],
     ) -> Fleet[Item]:
         write_bytes(self.config.output / RUN_MARK, self._run.encode())
@@ -115,7 +115,7 @@ class RayEngine:
                     fingerprint=self.fingerprint,
                     run=self._run,
                     folder=Path.cwd(),
-                    medium=medium,
+                    media_file=media_file,
                     first_writer=1 + (number - 1) % (MOST_WRITERS - 1),  # 0 is the driver's
                 )
             )

@@ -45,10 +45,10 @@ class Sampling:
     lengths: tuple[int, ...] = ()
     """Frames that a video may have, ascending, in place of `frames`; a shorter one is rejected."""
     every_length: bool = False
-    """A clip of each of the `lengths` that the video has, not of the longest alone."""
+    """A clip of each of the `lengths` that the video has, not only of the longest."""
 
     def clips(self, probe: Probe, sha256: str, rule: ClipRule) -> tuple[Clip, ...]:
-        """The clips of a medium, each once, by `rule` where this says nothing.
+        """The clips of a media file, each once, by `rule` where this says nothing.
 
         Raises MediaError where nothing can be cut out.
         """
@@ -61,7 +61,7 @@ class Sampling:
     def caption_clips(
         self, sha256: str, rule: ClipRule, *, shape: tuple[int, int] | None, frames: int | None
     ) -> tuple[Clip, ...]:
-        """The buckets of a caption without a medium; see `preprocess.dataset.clips`."""
+        """The buckets of a text-only caption; see `preprocess.dataset.clips`."""
         return self._each(
             rule, None, lambda one: caption_clips(sha256, one, shape=shape, frames=frames)
         )
@@ -86,7 +86,7 @@ class Sampling:
             yield own
 
     def _long(self, rule: ClipRule, probe: Probe | None) -> Iterator[ClipRule]:
-        """A rule for each length of the medium's clips; None: of a caption, which may have any."""
+        """A rule for each length of the file's clips; `probe` None: text-only, so of any length."""
         if not self.lengths or (probe is not None and probe.type == "image"):
             yield rule
             return

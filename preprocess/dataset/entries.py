@@ -32,7 +32,7 @@ from preprocess.media.tars import (
     base_folder,
     given_path,
     is_tars,
-    medium_named,
+    media_named,
     member_name,
     named_tars,
     read_tar,
@@ -55,12 +55,12 @@ AS_ASKED = Sampling()
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One medium with one caption, as listed; nothing about the file is known yet."""
+    """One media file with one caption, as listed; nothing about the file is known yet."""
 
     path: MediaFile | None
     """None: there is only the caption."""
     source: str
-    """As given; relative to the data folder where the file lies inside it. "" without a medium."""
+    """As given; relative to the data folder if the file lies inside it. "" for text-only ones."""
     caption: str
     """Without surrounding whitespace, never empty."""
     type: Kind
@@ -69,10 +69,9 @@ class Entry:
     repeats: int = 1
     """How often an epoch shows it."""
     shape: tuple[int, int] | None = None
-    """(height, width) of a medium that the caption would fit, where it has none; only their ratio
-    counts. None: not said."""
+    """Of a text-only caption: (height, width) of a video that would fit; their ratio counts."""
     frames: int | None = None
-    """Most frames that such a medium would have."""
+    """Most frames that such a video would have."""
     tags: tuple[str, ...] = ()
     """Words for `wantrain --where tag=…`."""
 
@@ -172,9 +171,9 @@ def _captions_only(records: Sequence[Record]) -> bool:
 
 
 def _text_entries(item: dict[str, Any], only: MediaKind | None) -> list[Entry]:
-    """Captions without a medium, an entry for each."""
+    """Text-only captions, an entry for each."""
     if only is not None:
-        raise _BadEntryError(f"a caption without a medium among {only}s")
+        raise _BadEntryError(f"a text-only caption among {only}s")
     if paths := _filled(item, PATH_FIELDS):
         raise _BadEntryError(f"type is 'text' and {' and '.join(paths)} is given, expected one")
     captions = _captions(item, _filled_captions(item))
@@ -218,7 +217,7 @@ def _entries(item: Any, data_dir: Path, only: MediaKind | None) -> list[Entry]:
             'for itself says so: "type": "text"'
         )
     path_field, name = _text(item, paths, PATH_FIELDS, "the path of a file")
-    path = medium_named(data_dir, name)
+    path = media_named(data_dir, name)
     implied = {"video_path": "video", "image_path": "image"}.get(path_field)
     said = item.get("type")
     if said and said not in ("video", "image"):
@@ -352,7 +351,7 @@ def _tar_entries(
 ) -> list[Entry]:
     """One sample of a tar, an entry for each of its captions; none of one without any sign of them.
 
-    Of its members the medium and the caption count, the others (cls, npy, …) are never read.
+    Of its members the media file and the caption count, the others (cls, npy, …) are never read.
     """
     kinds = {name: EXTENSIONS.get(f".{name}") for name in sample.members}
     media = [name for name, kind in kinds.items() if kind in _KINDS[only]]
@@ -363,8 +362,8 @@ def _tar_entries(
             return []
         members = ", ".join(sample.members)
         raise _BadEntryError(
-            f"no medium (.mp4, .jpg, …) among its members: {members}. WebDataset splits names at "
-            "the first dot, and links don't count"
+            f"no media file (.mp4, .jpg, …) among its members: {members}. WebDataset splits names "
+            "at the first dot, and links don't count"
         )
     if sample.twice is not None:
         raise _BadEntryError(f"{sample.twice} occurs twice in the tar")
@@ -373,17 +372,19 @@ def _tar_entries(
             f"several media ({', '.join(media)}), expected one. If these are videos with stills, "
             "choose by --dataset-config: video_directory or image_directory"
         )
-    medium = sample.members[media[0]]
+    media_file = sample.members[media[0]]
     captions = _tar_captions(sample, text)
-    source = f"{tar}/{member_name(medium)}"
-    return [_checked(medium, source, caption, only or _kind(medium)) for caption in captions]
+    source = f"{tar}/{member_name(media_file)}"
+    return [
+        _checked(media_file, source, caption, only or _kind(media_file)) for caption in captions
+    ]
 
 
 def _tar_captions(sample: TarSample, extension: str) -> list[str]:
     """`KEY.txt`, or where there is none what `KEY.json` says under a caption's names."""
     found = extension if extension in sample.members else "json"
     if found not in sample.members:
-        raise _BadEntryError(f"no caption: no {extension} and no json beside the medium")
+        raise _BadEntryError(f"no caption: no {extension} and no json beside the media file")
     try:
         content = sample.text(found).decode("utf-8-sig")
         if found != "json":
@@ -457,7 +458,7 @@ def _source_named(name: str, data_dir: Path) -> str:
     """What the cache calls the file that a list calls `name`, usable or not: `./a.mp4` is `a.mp4`,
     whose samples must not pass for unlisted ones."""
     with suppress(ValueError, OSError, RuntimeError):  # no name that a file could have
-        path = medium_named(data_dir, name)
+        path = media_named(data_dir, name)
         return _encodable(_source(path, given_path(data_dir, name), data_dir))
     return _encodable(name)
 

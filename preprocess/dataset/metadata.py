@@ -20,7 +20,7 @@ PATH_FIELDS = ("file_path", "video_path", "image_path", "file_name")
 """VideoX-Fun's; musubi-tuner's and others'; Hugging Face datasets'."""
 CAPTION_FIELDS = ("text", "caption", "captions")
 CAPTION_ONLY_FIELDS = (*CAPTION_FIELDS, "type", "width", "height", "frames", "tags")
-"""An entry with no others, and no path, may be a caption without a medium."""
+"""An entry with no others, and no path, may be text-only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Form:
     """Names the option that gives the file."""
     columns: dict[str, tuple[str, ...]]
     """What → the names that a CSV column with it may have; one of each must be there."""
-    alone: tuple[str, ...] = ()
+    text_only_columns: tuple[str, ...] = ()
     """A CSV file with no other columns than these needs no path."""
 
 
@@ -46,7 +46,7 @@ MEDIA = Form(
     lines="a caption a line and no media",
     option="--train-data-meta (or DATASET_META_NAME)",
     columns={"path": PATH_FIELDS, "caption": CAPTION_FIELDS},
-    alone=CAPTION_ONLY_FIELDS,
+    text_only_columns=CAPTION_ONLY_FIELDS,
 )
 
 
@@ -206,7 +206,7 @@ def _csv(path: Path, text: str, form: Form) -> list[Record]:
 
 def _check_header(path: Path, header: list[str], form: Form) -> None:
     wanted = dict(form.columns)
-    if set(header) <= set(form.alone):
+    if set(header) <= set(form.text_only_columns):
         del wanted["path"]
     for what, fields in wanted.items():
         if not set(fields) & set(header):

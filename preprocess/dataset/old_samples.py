@@ -46,7 +46,7 @@ class OldSample:
 
 
 def rows_of_first_rule(index: CacheIndex, sidecars: list[Sidecar]) -> list[int]:
-    """Rows of live samples with a medium in shards of the first frame rule."""
+    """Rows of live samples with a media file in shards of the first frame rule."""
     old = {sidecar.shard for sidecar in sidecars if has_first_frame_rule(sidecar.fingerprint)}
     numbers = [number for number, shard in enumerate(index.shards) if shard in old]
     has_source = index.types != MEDIA_TYPES.index("text")
@@ -56,13 +56,13 @@ def rows_of_first_rule(index: CacheIndex, sidecars: list[Sidecar]) -> list[int]:
 def judged(
     index: CacheIndex,
     rows: list[int],
-    medium_of: Callable[[str], MediaFile | None],
+    media_of: Callable[[str], MediaFile | None],
     pool: WorkerPool,
     on_progress: Callable[[], None],
 ) -> Iterator[OldSample]:
     """Each of these samples, judged by its source as it is now; in no fixed order.
 
-    `medium_of` gives the media file of a source's name, None if it is to be ignored. Each file is
+    `media_of` gives the media file of a source's name, None if it is to be ignored. Each file is
     opened once, and not at all if its probe is remembered.
     """
     by_source: dict[tuple[str, MediaKind], list[int]] = {}
@@ -77,12 +77,12 @@ def judged(
     media: list[tuple[list[int], MediaFile, Kind]] = []
     for (source, kind), its_rows in by_source.items():
         try:
-            medium = medium_of(source)
+            media_file = media_of(source)
         except (MediaError, UserError, OSError) as error:
             unreachable.append((its_rows, error))
             continue
-        if medium is not None:
-            media.append((its_rows, medium, kind))
+        if media_file is not None:
+            media.append((its_rows, media_file, kind))
         else:
             for _ in its_rows:
                 on_progress()
@@ -124,6 +124,6 @@ def superseded(
     `media`: what the dataset has, by source; of others nothing is said.
     """
     rows = [row for row in rows_of_first_rule(index, sidecars) if index.key(row) not in live]
-    with bar(console, "looking at old samples", len(rows)) as advance:
+    with bar(console, "checking old samples", len(rows)) as advance:
         found = judged(index, rows, media.get, pool, advance)
         return {sample.key: sample.source for sample in found if sample.wrong is not None}

@@ -59,8 +59,8 @@ class BucketPlan:
 
 
 CHANGES = ("shortened", "upscaled", "slow", "noted")
-"""What may become of a medium, for the reader to see. Slow: videos slower than the frame rate asked
-for, if only in places; noted: what is odd of videos that are taken all the same."""
+"""What may become of a media file. Slow: videos slower than the frame rate asked for, if only in
+places; noted: what is odd about videos that are used all the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +250,7 @@ def _upscaling(work: Work) -> float:
 
 
 def _changes(planned: Sequence[Work]) -> dict[str, list[tuple[str, str]]]:
-    """By kind. Variants and captions of one medium are often changed alike."""
+    """By kind. Variants and captions of one media file are often changed alike."""
     found: dict[str, dict[tuple[str, str], None]] = {kind: {} for kind in CHANGES}
     for work in planned:
         for kind, change in _changes_of(work):

@@ -72,7 +72,7 @@ class Encoded:
     """What the VAE makes of one clip, on the CPU in the dtype of the cache."""
 
     latents: torch.Tensor | None
-    """(C, T, h, w), normalised; None of a caption without a medium."""
+    """(C, T, h, w), normalised; None if text-only."""
     condition: dict[str, torch.Tensor]
     """`cond` (C, T, h, w), normalised, and of Wan 2.1 `clip` (tokens, D); empty but for i2v."""
     frames: Frames | None = None

@@ -3,7 +3,7 @@
     dataset → plan (probe, clip, key) → what is missing → text pass → VAE pass → index
 
 The text encoder and the VAE are never in memory together. Everything that is committed stays,
-however the run ends, and the same command goes on from there.
+however the run ends, and the same command continues from there.
 """
 
 from collections.abc import Iterator, Sequence
@@ -100,7 +100,7 @@ def encode(
             missing = session.lacking(lambda index: _missing(mine, committed_of(index)))
             todo = [work for work in mine if missing_of(work, plan.committed)]
             outdated = _outdated(job, plan, session, pool, console)
-            _say_plan(console, config, plan, mine, outcome.left, outdated)
+            _print_plan(console, config, plan, mine, outcome.left, outdated)
 
             # Who encodes, and where it goes.
             engine: Engine = LocalEngine(config, job.spec, pool, outcome.times)
@@ -129,7 +129,7 @@ def encode(
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a configuration comes to before any medium is opened."""
+    """What a configuration comes to before any media file is opened."""
 
     config: EncodeConfig
     dataset: Dataset
@@ -177,11 +177,11 @@ def read_job(config: EncodeConfig, console: Console) -> Job:
 
 def _refuse_text_only(dataset: Dataset, spec: ModelSpec) -> None:
     """UserError where an i2v model would get samples without a first frame."""
-    alone = sum(entry.path is None for entry in dataset.entries)
-    if alone and spec.mode == "i2v":
+    text_only = sum(entry.path is None for entry in dataset.entries)
+    if text_only and spec.mode == "i2v":
         raise UserError(
-            f"dataset: {dataset.origin} has {count(alone, 'caption')} without a medium, and "
-            f"{spec.folder} is an i2v model, which wants a first frame of each sample. Encode them "
+            f"dataset: {dataset.origin} has {count(text_only, 'text-only caption')}, and "
+            f"{spec.folder} is an i2v model, which needs a first frame for each. Encode them "
             "for text-to-video (--train-mode normal, --output DIR), or leave them out."
         )
 
@@ -242,12 +242,12 @@ def plan_job(
     bank: Sequence[str] | None,
     console: Console,
 ) -> Plan:
-    """Look into the media, with a progress bar.
+    """Probe the media, with a progress bar.
 
     `bank`: the prompts' shards in `config.output`; None where others bring what these lack.
     """
     config, entries = job.config, job.dataset.entries
-    with bar(console, "looking into the media", len(entries)) as advance:
+    with bar(console, "probing media", len(entries)) as advance:
         works, rejected = plan_work(
             entries,
             _clip_rule(config, job.spec),
@@ -322,7 +322,7 @@ def _outdated(
     )
 
 
-def _say_plan(
+def _print_plan(
     console: Console,
     config: EncodeConfig,
     plan: Plan,
@@ -345,7 +345,7 @@ def _say_plan(
     if old := len(plan.committed.keys() - plan.live - replaced.keys()):
         say(
             console,
-            f"leftover {old} in the shards are not in this dataset (removed, or cut otherwise): "
+            f"leftover {old} in the shards are not in this dataset (removed or changed): "
             + (
                 "removed from the cache at the end, but for files that were rejected now"
                 if config.prune

@@ -38,7 +38,7 @@ LANDSCAPE = (9, 16)
 
 FORM = Form(
     subject=OPTION,
-    entry=f"a prompt ({' | '.join(PROMPT_FIELDS)}), for image-to-video a picture "
+    entry=f"a prompt ({' | '.join(PROMPT_FIELDS)}), for image-to-video an image "
     f"({' | '.join(PICTURE_FIELDS)}), and perhaps height, width and frames",
     lines="a prompt a line",
     option=OPTION,
@@ -126,7 +126,7 @@ def _split_line(line: str, where: str, unused: set[str]) -> dict[str, Any]:
         else:
             raise UserError(
                 f"{OPTION}: {where}: found --{name}, expected --w, --h, --f or --i (width, height, "
-                "frames, picture) at the end of a line."
+                "frames, image) at the end of a line."
             )
     return item
 
@@ -170,22 +170,22 @@ def _checked(item: _Item, folder: Path, spec: ModelSpec, rule: ClipRule) -> Vali
     if name := item.text(PICTURE_FIELDS):
         if spec.mode == "t2v":
             raise item.refused(
-                f" has a picture, {name!r:.80}, and the shards are for a t2v model, which takes "
+                f" has an image, {name!r:.80}, and the shards are for a t2v model, which takes "
                 "none. Leave it out."
             )
         picture = next((p for p in (folder / name, Path(name)) if p.is_file()), folder / name)
         try:
             seen = probe(picture, "image")
         except MediaError as error:
-            raise item.refused(f": {error}. Name a picture, e.g. a PNG.") from error
+            raise item.refused(f": {error}. Name an image, e.g. a PNG.") from error
         image, shape = sha256_of(picture), (seen.height, seen.width)
     elif spec.mode == "i2v":
         raise item.refused(
-            f" has no picture, and {spec.folder} is an i2v model. Expected a field "
+            f" has no image, and {spec.folder} is an i2v model. Expected a field "
             f"{' | '.join(PICTURE_FIELDS)}, or --i FILE at the end of a line of text."
         )
     size, frames = _shape(item, spec)
-    # As a caption without a medium gets its bucket; what is drawn there is drawn from the prompt.
+    # Its bucket as a text-only sample gets it; what is drawn there is drawn from the prompt.
     rule = replace(rule, variants=1, frames=frames or rule.frames)
     (clip,) = caption_clips(prompt, rule, shape=shape, frames=None)
     height, width = size or (clip.bucket.height, clip.bucket.width)
@@ -277,6 +277,6 @@ def read_pictures(prompts: Sequence[ValidationPrompt]) -> list[Picture]:
         try:
             first = fit(read_frames(one.picture, "image", [0]), replace(one.bucket, frames=1))
         except MediaError as error:
-            raise UserError(f"{OPTION}: {error}. Name a picture, e.g. a PNG.") from error
+            raise UserError(f"{OPTION}: {error}. Name an image, e.g. a PNG.") from error
         pictures.append(Picture(key=one.key, bucket=one.bucket, first=first))
     return pictures

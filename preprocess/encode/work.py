@@ -30,7 +30,7 @@ class Work:
     entry: Entry
     """The first entry that brought the clip."""
     probe: Probe | None
-    """None: a caption without a medium. Without what choosing the clip alone needs."""
+    """None: text-only. Without what is needed only to choose the clip."""
     clip: Clip
     shortcut: Shortcut | None
     """Where decoding of the clip may begin, in a long video."""
@@ -117,7 +117,7 @@ def missing_of(work: Work, committed: Captions) -> list[tuple[str, str]]:
 
 
 def split(works: Sequence[Work], committed: Captions) -> tuple[list[Work], list[Work], list[Work]]:
-    """Captions without media; clips whose latents are in the shards under some caption; others."""
+    """Text-only samples; clips whose latents are in the shards under some caption; others."""
     text_only: list[Work] = []
     known: list[Work] = []
     new: list[Work] = []
@@ -164,7 +164,7 @@ def plan_work(
     media = ((numbers, path, kind) for (path, kind), numbers in files.items())
     for numbers, result in seen(media, hasher, pool):
         for number in numbers:
-            found[number] = _of_medium(entries[number], result, rule)
+            found[number] = _of_media(entries[number], result, rule)
             on_progress()
 
     clips: dict[tuple[str, Clip], list[_Looked]] = {}
@@ -186,7 +186,7 @@ def plan_work(
     return works, list(rejected)
 
 
-def _of_medium(
+def _of_media(
     entry: Entry, result: Seen | MediaError | OSError, rule: ClipRule
 ) -> list[_Looked] | Rejected:
     try:

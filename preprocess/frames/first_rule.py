@@ -110,13 +110,13 @@ def misread(stored: Stored, pts: Sequence[int | None]) -> str | None:
         or stored.container == "matroska,webm"
         or len(stored.orientations) > 1
     ):
-        return "video that is to be turned by Matroska, or by its pictures, was not turned"
+        return "rotation stored by Matroska, or in the video stream itself, was ignored"
     if stored.rotate_tag and stored.orientations == {UPRIGHT}:
-        return "video with a tag `rotate` was turned, which players do no more"
+        return "video with a tag `rotate` was rotated, which players no longer do"
     if any(one.transposed for one in stored.orientations) and "422" in pixel_format:
-        return f"colours of turned {pixel_format} video were converted in another way"
+        return f"colours of rotated {pixel_format} video were converted in another way"
     if stored.streams > 1 or stored.aspects_differ or len(stored.layouts) > 1:
-        return "another stream, pixel shape or picture size of the file may have been taken"
+        return "another stream, pixel shape or frame size of the file may have been taken"
     if any(packet.discarded for packet in stored.packets):
         return "frames that an edit list hides were counted"
     known = sorted(time for time in times if time is not None)

@@ -62,9 +62,9 @@ def probe_animation(path: Path) -> Probe:
         turned = image.getexif().get(_ORIENTATION, 1) != 1
         old_reading = None
         if numbers[0] > 0:
-            old_reading = "a picture that is no part of the animation was taken for its first frame"
+            old_reading = "an image that is no part of the animation was taken as its first frame"
         elif turned:
-            old_reading = "the orientation of animations was not looked at"
+            old_reading = "the orientation of animations was ignored"
         return Probe(
             frames=len(numbers),
             height=shown.height,

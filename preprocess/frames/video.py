@@ -48,7 +48,7 @@ _DIGEST_ROWS = 4
 _HDR = {16: "smpte2084", 18: "arib-std-b67"}
 
 INTERLACED = (
-    "interlaced, both fields of a frame taken as one picture (combed where it moves; "
+    "interlaced, both fields are taken as one frame (combing artifacts in motion; "
     "to deinterlace: ffmpeg -i IN -vf bwdif=mode=send_frame OUT.mp4)"
 )
 
@@ -69,8 +69,8 @@ class _Video:
         """What the decoder shows, in order; `orientation` holds until a frame tells another.
 
         What can't be decoded before the first frame (a broadcast that was joined in the middle) or
-        behind the last (a recording that was cut off) shows nothing in a player, too; between them
-        it would be a wrong picture. MediaError there.
+        after the last (a truncated recording) shows nothing in a player, too; between them it would
+        be a wrong frame: MediaError.
         """
         number = 0
         first: Exception | None = None
@@ -86,7 +86,7 @@ class _Video:
                 continue
             if damage is not None and packet.size:  # at the end only what waited comes out
                 raise MediaError(
-                    f"{self.path}: cannot decode the video behind frame {number} ({damage})"
+                    f"{self.path}: cannot decode the video after frame {number} ({damage})"
                 )
             for frame in frames:
                 own = _orientation(self.path, frame)
@@ -173,7 +173,7 @@ def _from_partial(time: int | None, pts: Sequence[int | None]) -> range:
 
 
 def _refuse_lost(path: Path, stored: Stored, pts: Sequence[int | None]) -> None:
-    """MediaError where what is stored for a picture in the middle gave none: it is damaged.
+    """MediaError if a packet in the middle decoded to no frame: it is damaged.
 
     Of H.264 and HEVC each packet between the first and the last that are shown gives one.
     """
@@ -187,15 +187,15 @@ def _refuse_lost(path: Path, stored: Stored, pts: Sequence[int | None]) -> None:
             continue
         number = sum(shown < time for shown in times)
         raise MediaError(
-            f"{path}: the picture behind frame {number - 1} of the video is lost: what is stored "
-            "for it gives none. Cut that part out, or download the file again"
+            f"{path}: the frame after frame {number - 1} of the video is lost: its packet decodes "
+            "to nothing. Cut that part out, or download the file again"
         )
 
 
 def _without_damage(path: Path, count: int, damaged: Sequence[int]) -> int:
     """How many of `count` frames there are, but for damaged ones at the end.
 
-    A file that was cut off ends in one, a broadcast that was joined in the middle may begin with
+    A truncated file ends in one, a broadcast that was joined in the middle may begin with
     some. Between them, frames before and behind lean on a damaged one without being marked:
     MediaError.
     """
@@ -380,8 +380,9 @@ def _orientation(path: Path, frame: VideoFrame) -> Orientation | None:
         matrix = None
         if frame.rotation % 360:
             raise MediaError(
-                f"{path}: the video is to be shown turned by {frame.rotation} degrees or mirrored, "
-                "and which of them cannot be read. Turn its pictures: ffmpeg -i IN OUT.mp4"
+                f"{path}: the video is to be shown rotated by {frame.rotation} degrees or "
+                "mirrored, and which of the two cannot be read. Rotate its frames: ffmpeg -i IN "
+                "OUT.mp4"
             ) from None
     if matrix is None:
         return None

@@ -60,8 +60,8 @@ class Captions:
     empty: int
     short: int
     """Of at most `SHORT_TOKENS` tokens, the empty ones included."""
-    cut: int
-    """As long as the text encoder reads, so perhaps cut off there."""
+    at_token_limit: int
+    """As long as the text encoder reads, so perhaps truncated there."""
     longest: int
     """Tokens."""
     most_common: str | None
@@ -228,7 +228,7 @@ def _captions(index: CacheIndex) -> Captions:
         distinct=len(times),
         empty=int((index.captions == empty).all(axis=1).sum()),
         short=int((index.tokens <= SHORT_TOKENS).sum()),
-        cut=int((index.tokens >= limit).sum()) if limit else 0,
+        at_token_limit=int((index.tokens >= limit).sum()) if limit else 0,
         longest=int(index.tokens.max(initial=0)),
         most_common=common,
         most_common_samples=common_samples,

@@ -13,7 +13,7 @@ from shared.cli.support import say
 from shared.format.latent_rgb import R2_FLOOR
 from shared.io.names import on_one_line
 
-KINDS = {"video": "video", "image": "image", "text": "caption alone"}
+KINDS = {"video": "video", "image": "image", "text": "text-only"}
 _BAR = 32  # characters of the longest bar
 _DIGEST = 12  # of a digest, so many digits are shown
 
@@ -63,8 +63,8 @@ def captions(found: Overview) -> str:
     if said.short > said.empty:
         parts.append(f"{said.short - said.empty} of at most {SHORT_TOKENS} tokens")
     parts.append(f"longest {said.longest} tokens")
-    if said.cut:
-        parts.append(f"{said.cut} as long as is read, perhaps cut off")
+    if found.captions.at_token_limit:
+        parts.append(f"{found.captions.at_token_limit} at the token limit, perhaps truncated")
     return ", ".join(parts)
 
 

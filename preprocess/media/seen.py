@@ -24,14 +24,14 @@ def seen(
     """
     probes = ProbeMemo()
     tasks = []
-    for item, medium, kind in items:
-        name = stamp(medium, hasher)
+    for item, media_file, kind in items:
+        name = stamp(media_file, hasher)
         sha256 = None if name is None else hasher.known(name)
         known = None if name is None else probes.known(name, kind) or probes.known(name, "auto")
         if known is not None and sha256 is not None and kind in ("auto", known.type):
             yield item, (known, sha256)
         else:
-            tasks.append(((item, medium, kind, name), (medium, kind, sha256)))
+            tasks.append(((item, media_file, kind, name), (media_file, kind, sha256)))
     opened = pool.completed(look, tasks, source=lambda task: task[1], ahead=4 * pool.workers)
     for (item, _, kind, name), future in opened:
         try:

@@ -1,7 +1,7 @@
 """WebDataset tars of media: which tars there are, and where in them each sample's files lie.
 
 Only headers are read here, and captions, as bytes: nothing is unpacked and nothing unpickled,
-whatever a member is called. Decoders get a medium by its place in the tar
+whatever a member is called. Decoders get a media file by its place in the tar
 (`preprocess.media.sources`).
 """
 
@@ -172,7 +172,7 @@ def _members(tar: Path) -> tuple[list[TarMember], str | None]:
                 if not header.isreg() or header.issparse():
                     continue
                 if header.offset_data + header.size > size:
-                    return found, f"the tar ends inside of {header.name}: it is cut off"
+                    return found, f"the tar ends inside {header.name}: it is truncated"
                 found.append(
                     TarMember(
                         tar=tar,
@@ -189,12 +189,12 @@ def _members(tar: Path) -> tuple[list[TarMember], str | None]:
     return found, None
 
 
-def medium_named(data_dir: Path, name: str) -> MediaFile:
-    """The medium that a dataset calls `name`: in a store, in a tar or a file of its own."""
+def media_named(data_dir: Path, name: str) -> MediaFile:
+    """The media file that a dataset calls `name`: in a store, in a tar or a file of its own."""
     remote = remote_named(data_dir, name)
     if remote is not None:
         return remote
-    return medium_at(data_dir / given_path(data_dir, name))
+    return media_at(data_dir / given_path(data_dir, name))
 
 
 def given_path(data_dir: Path, name: str) -> Path:
@@ -202,8 +202,8 @@ def given_path(data_dir: Path, name: str) -> Path:
     return Path(name).expanduser() if in_home(data_dir, name) else Path(name)
 
 
-def medium_at(path: Path) -> MediaFile:
-    """The medium of a path that may lead into a tar: `clips/000.tar/KEY.mp4`."""
+def media_at(path: Path) -> MediaFile:
+    """The media file of a path that may lead into a tar: `clips/000.tar/KEY.mp4`."""
     for parent in reversed(path.parents):
         if parent.suffix.lower() == SUFFIX and parent.is_file():
             status = parent.stat()

@@ -26,7 +26,7 @@ from preprocess.encode.speed import Times
 from preprocess.frames.media_info import MediaError, MediaKind
 from preprocess.media.decode import digest
 from preprocess.media.sources import MediaFile, stamp
-from preprocess.media.tars import base_folder, medium_named
+from preprocess.media.tars import base_folder, media_named
 from preprocess.media.worker_pool import WorkerPool
 from preprocess.overlays.base import SHARD_BYTES, base_cache, overlay_session
 from shared.cli.console import bar
@@ -136,7 +136,7 @@ def add_condition(config: ConditionConfig, console: Console) -> Added:
             with session.rescued(writer.rescue), closing(MemberReader(base)) as reader:
                 # Media that are what was encoded.
                 same = []
-                with bar(console, "looking into the media", len(todo)) as advance:
+                with bar(console, "checking media", len(todo)) as advance:
                     for clip, problem in _checked(base, todo, hasher, pool):
                         if problem is None:
                             same.append(clip)
@@ -177,8 +177,8 @@ def _refuse_without_first_frames(
         )
     if len(base) and bool((base.types == MEDIA_TYPES.index("text")).all()):
         raise UserError(
-            f"shards: the samples in {config.shards} are captions without media; there is no first "
-            "frame to encode."
+            f"shards: the samples in {config.shards} are text-only; there is no first frame to "
+            "encode."
         )
 
 
@@ -241,7 +241,7 @@ def _clips(base: CacheIndex, rows: Sequence[int], data_dir: Path) -> list[_Clip]
     return [
         _Clip(
             rows=tuple(rows),
-            path=medium_named(base_folder(data_dir), source),
+            path=media_named(base_folder(data_dir), source),
             source=source,
             type=kind,
             clip=clip,

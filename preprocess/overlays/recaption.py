@@ -122,7 +122,7 @@ def recaption(config: RecaptionConfig, console: Console) -> Recaptioned:
             todo = session.lacking(lambda index: _missing(base, mine, index))
             bank = _missing_prompts(config, base, there) if first else []
             gone = _leftover(base, wanted, there, outcome.unusable)
-            _say_plan(console, len(mine), len(todo), len(gone), config.prune)
+            _print_plan(console, len(mine), len(todo), len(gone), config.prune)
 
             # Text pass.
             texts, writer = session.texts, session.writer(SHARD_BYTES)
@@ -159,7 +159,7 @@ def recaption(config: RecaptionConfig, console: Console) -> Recaptioned:
     return outcome
 
 
-def _say_plan(console: Console, samples: int, left: int, gone: int, prune: bool) -> None:
+def _print_plan(console: Console, samples: int, left: int, gone: int, prune: bool) -> None:
     say(console, f"samples  {samples}: {samples - left} done, {left} to encode")
     if gone:
         say(
@@ -208,7 +208,7 @@ def _wanted(base: CacheIndex, dataset: Dataset | None, outcome: Recaptioned) -> 
     )
     if not wanted and not without:
         raise UserError(
-            f"captions: the samples in {base.folder} are captions without media, which stay as "
+            f"captions: the samples in {base.folder} are text-only: their captions stay as "
             "they are. Edit their list and run `wanprep encode` again; for another text encoder: "
             "--same-captions."
         )

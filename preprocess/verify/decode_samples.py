@@ -21,7 +21,7 @@ from preprocess.encode.fingerprint import encoder_fields
 from preprocess.frames.media_info import ANIMATIONS, MediaError
 from preprocess.inspection.overview import seconds_of
 from preprocess.media.decode import digest, fitted_frames
-from preprocess.media.tars import base_folder, medium_named
+from preprocess.media.tars import base_folder, media_named
 from preprocess.media.worker_pool import WorkerPool, default_workers
 from preprocess.verify.findings import Finding
 from preprocess.verify.shown import other_frames, shown_by_ffmpeg
@@ -192,7 +192,7 @@ def _decode(
     info = reader.info(row)
     tensors = reader.read(row, LATENTS_MEMBER)
     if tensors is None:
-        raise UserError(f"--sample: {index.where(row)} has no latents: it is a caption alone.")
+        raise UserError(f"--sample: {index.where(row)} has no latents: it is text-only.")
     frames = vae.frames(tensors["latents"])
     key, source = index.key(row), str(info["source"])
     path = config.output / f"{key}.{'png' if len(frames) == 1 else 'mp4'}"
@@ -201,22 +201,22 @@ def _decode(
     else:
         seconds = seconds_of(info)
         write_mp4(path, frames, len(frames) / seconds if seconds else _DEFAULT_FPS)
-    medium = medium_named(base_folder(config.data_dir), source)
+    media_file = media_named(base_folder(config.data_dir), source)
     clip = clip_of(index, row, info)
 
-    def from_medium(task: Callable[..., Any], *options: object) -> Any:
+    def from_media(task: Callable[..., Any], *options: object) -> Any:
         """Raises MediaError where it can't be read."""
-        return pool.submit(medium, task, medium, *options).result()
+        return pool.submit(media_file, task, media_file, *options).result()
 
     measured, why, others = None, None, None
     try:
-        if not same_content({key}, clip, from_medium(digest, None)):
-            raise MediaError(f"{medium}: its content is not what was encoded")
+        if not same_content({key}, clip, from_media(digest, None)):
+            raise MediaError(f"{media_file}: its content is not what was encoded")
         if info["type"] == "video" and PurePosixPath(source).suffix.lower() not in ANIMATIONS:
-            shown = from_medium(shown_by_ffmpeg, clip.bucket)
+            shown = from_media(shown_by_ffmpeg, clip.bucket)
             others = other_frames(frames, shown, info, index.fingerprint.get("media", {}))
         taken = list(clip.frame_indices)
-        measured = psnr(frames, from_medium(fitted_frames, info["type"], taken, clip.bucket))
+        measured = psnr(frames, from_media(fitted_frames, info["type"], taken, clip.bucket))
     except (MediaError, OSError) as error:
         why = str(error)
     return Decoded(key=key, source=source, path=path, psnr=measured, why=why, other_frames=others)

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from preprocess.dataset.old_samples import OldSample, judged, rows_of_first_rule
-from preprocess.media.tars import base_folder, medium_named
+from preprocess.media.tars import base_folder, media_named
 from preprocess.media.worker_pool import WorkerPool, default_workers
 from preprocess.verify.findings import Finding
 from shared.cli.console import bar, count, named
@@ -17,7 +17,7 @@ from shared.io.names import quoted
 def findings(folder: Path, data_dir: Path, console: Console, *, timeout: float) -> list[Finding]:
     """What is wrong with samples of the first frame rule, by their media in `data_dir`.
 
-    Empty where a cache has none, or has no index. `timeout`: seconds a medium may take.
+    Empty where a cache has none, or has no index. `timeout`: seconds a media file may take.
     """
     try:
         index = open_cache(folder)
@@ -29,10 +29,10 @@ def findings(folder: Path, data_dir: Path, console: Console, *, timeout: float) 
     base = base_folder(data_dir)
     found, unseen = [], []
     with (
-        bar(console, "looking into sources", len(rows)) as advance,
+        bar(console, "probing sources", len(rows)) as advance,
         WorkerPool(default_workers(), timeout=timeout) as pool,
     ):
-        for sample in judged(index, rows, lambda source: medium_named(base, source), pool, advance):
+        for sample in judged(index, rows, lambda source: media_named(base, source), pool, advance):
             if sample.wrong is not None:
                 found.append(_wrong(sample, folder))
             elif sample.unseen is not None:

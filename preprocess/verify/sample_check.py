@@ -213,7 +213,7 @@ def _check_values(
     elif tuple(tensor.shape) != expected.latents:
         yield Problem(f"{name}-shape", f"shape {tuple(tensor.shape)}", f"{expected.latents}")
     elif ranges[name][0] == ranges[name][1]:
-        yield Problem(f"{name}-constant", f"only {ranges[name][0]:g}", "a picture")
+        yield Problem(f"{name}-constant", f"only {ranges[name][0]:g}", "values that vary")
 
 
 def _check_clip(clip: torch.Tensor | None, expected: Expected) -> Iterator[Problem]:

@@ -199,9 +199,9 @@ def _fill(row: Row, info: dict[str, Any]) -> None:
 
 
 def _whole(sample: _Sample, expected: Expected) -> Iterator[Problem]:
-    alone = sample.info.get("type") == "text"  # a caption without a medium
+    text_only = sample.info.get("type") == "text"
     for suffix in expected.required:
-        needless = alone and suffix in (LATENTS_MEMBER, CONDITION_MEMBER)
+        needless = text_only and suffix in (LATENTS_MEMBER, CONDITION_MEMBER)
         if suffix not in sample.seen and not needless:
             yield Problem("member-missing", "no such member", "it", suffix)
         if suffix in sample.seen and needless:

@@ -268,6 +268,6 @@ def test_captions_alone(tmp_path: Path) -> None:
     ran = wanprep("verify", "--shards", shards, "--decode", 2, "--model", model)
     assert ran.code == 0 and "3 samples in" in ran.out, ran.out + ran.err
     ran = wanprep("inspect", "--shards", shards, "--html", page)
-    assert ran.code == 0 and "3 caption alone" in ran.out
-    assert "captions alone have no pictures" in page.read_text()
+    assert ran.code == 0 and "3 text-only" in ran.out
+    assert "text-only samples have no images" in page.read_text()
     assert page.read_text().count("<article>") == 3
