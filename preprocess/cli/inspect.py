@@ -82,7 +82,7 @@ def verify(
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the decoded samples, an mp4 each (images: PNG).", rich_help_panel=OUTPUT)] = Path("decoded"),
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the findings to a file, as JSON; - is stdout.", show_default="none", rich_help_panel=OUTPUT)] = None,
 ) -> None:
-    """Check every shard and list what is wrong, by file and sample.
+    """Check every shard; list what is wrong, by file and sample.
 
     Reads everything once: checksums, members, shapes, NaN, empty text, the index against the tars; caption sets and conditions too. Samples of an older wandistill, which took wrong frames of some files, are checked against their media (in --train-data-dir). Changes nothing, and may run while another wanprep encodes. The exit code is 1 if something is wrong. Each finding comes with its meaning and its cure.
 
