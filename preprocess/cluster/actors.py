@@ -45,7 +45,7 @@ RUN_MARK = ".lock-ray"
 
 @dataclass(frozen=True, kw_only=True)
 class Orders:
-    """What an actor is told when it is created."""
+    """What an actor gets when it is created."""
 
     config: EncodeConfig
     """Of the driver, with the device decided."""
@@ -103,7 +103,7 @@ class MediaActor:
         self._texts = TextCache(orders.config.output, orders.fingerprint)
         self._held = ExitStack()
         self._turn = threading.Lock()
-        """Who has it has the encoder and the writer."""
+        """Held while the encoder and the writer are used."""
         self._stopping = threading.Event()
 
     def start(self) -> Joined:

@@ -219,10 +219,10 @@ def _entries(item: Any, data_dir: Path, only: MediaKind | None) -> list[Entry]:
     path_field, name = _text(item, paths, PATH_FIELDS, "the path of a file")
     path = media_named(data_dir, name)
     implied = {"video_path": "video", "image_path": "image"}.get(path_field)
-    said = item.get("type")
-    if said and said not in ("video", "image"):
-        raise _BadEntryError(f"type is {said!r}, expected 'video', 'image' or 'text'")
-    kind = said or implied or only or _kind(path)
+    given = item.get("type")
+    if given and given not in ("video", "image"):
+        raise _BadEntryError(f"type is {given!r}, expected 'video', 'image' or 'text'")
+    kind = given or implied or only or _kind(path)
     source = _source(path, given_path(data_dir, name), data_dir)
     tags = _tags(item)
     return [
@@ -328,16 +328,16 @@ def _from_tars(
     entries: list[Entry] = []
     rejected: list[Rejected] = []
     for tar in tars:
-        listing = read_tar(tar)
+        samples, problem = read_tar(tar)
         source = _source(tar, tar, base)
-        for sample in listing.samples:
+        for sample in samples:
             try:
                 entries += _tar_entries(sample, source, caption_suffix, kind)
             except (_BadEntryError, MediaError, OSError) as error:
                 name = _encodable(f"{source}/{sample.key}")
                 rejected.append(Rejected(source=name, reason=str(error)))
-        if listing.problem is not None:
-            rejected.append(Rejected(source=_encodable(source), reason=listing.problem))
+        if problem is not None:
+            rejected.append(Rejected(source=_encodable(source), reason=problem))
     if not entries and not rejected:
         raise UserError(
             f"dataset: the tars of {named} hold no media with captions. Expected WebDataset "

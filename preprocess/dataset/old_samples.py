@@ -15,7 +15,7 @@ from rich.console import Console
 from preprocess.dataset.recorded_clips import clip_of, same_content
 from preprocess.frames.first_rule import wrong_sample
 from preprocess.frames.media_info import Kind, MediaError, MediaKind
-from preprocess.media.seen import Seen, seen
+from preprocess.media.probing import Probed, probed
 from preprocess.media.sources import MediaFile
 from preprocess.media.worker_pool import WorkerPool
 from shared.cli.console import bar
@@ -42,7 +42,7 @@ class OldSample:
     wrong: str | None = None
     """Why it does not hold what its source shows; None where it does."""
     unseen: str | None = None
-    """Why its source could not be looked at."""
+    """Why its source could not be read."""
 
 
 def rows_of_first_rule(index: CacheIndex, sidecars: list[Sidecar]) -> list[int]:
@@ -86,14 +86,14 @@ def judged(
         else:
             for _ in its_rows:
                 on_progress()
-    for its_rows, result in chain(unreachable, seen(media, FileHasher(), pool)):
+    for its_rows, result in chain(unreachable, probed(media, FileHasher(), pool)):
         for row in its_rows:
             on_progress()
             yield _judged(index, row, infos[row], result)
 
 
 def _judged(
-    index: CacheIndex, row: int, info: dict[str, Any], result: Seen | Exception
+    index: CacheIndex, row: int, info: dict[str, Any], result: Probed | Exception
 ) -> OldSample:
     wrong, unseen = None, None
     if isinstance(result, Exception):

@@ -14,7 +14,7 @@ import torch
 from preprocess.cache.index import check_shards
 from preprocess.cache.text_cache import TextCache
 from preprocess.encode.speed import Times
-from preprocess.encode.work import Captions, Committed, Work
+from preprocess.encode.work import Captions, Work, missing_of
 from preprocess.frames.media_info import MediaError
 from preprocess.media.decode import fitted_frames
 from preprocess.media.worker_pool import WorkerPool
@@ -122,10 +122,8 @@ def texts_from_cache(
     same = {
         key: caption
         for item in work
-        for key, caption in item.samples
-        if (there := committed.get(key)) is not None
-        and there != Committed(there.caption, item.repeats)
-        and there.caption == caption_digest(caption)
+        for key, caption in missing_of(item, committed)
+        if key in committed and committed[key].caption == caption_digest(caption)
     }
     if not same:
         return
@@ -165,7 +163,7 @@ def encode_decoded(
     busy = pool.busy
     with closing(decoded):
         latent_encoder = encoder()
-        times.begin_media()
+        times.media_began = time.perf_counter()
         while True:
             began = time.perf_counter()
             with times.decoding:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from time import perf_counter
 
 from preprocess.encode.speed import Times
 from preprocess.encode.work import Work
@@ -46,15 +47,18 @@ def repeats(work: Work) -> int:
     return sum(one == other for one, other in pairwise(indices))
 
 
-def where_time_went(times: Times) -> str | None:
-    """The line about the media pass; None where this process had no clip to encode."""
+def where_time_went(times: Times, *, writing: float) -> str | None:
+    """The line about the media pass, which ends now; None if this process had no clip to encode.
+
+    `writing`: seconds that it has waited for shards to be written.
+    """
     if not times.clips:
         return None
+    media = perf_counter() - times.media_began
     vae, decoding = times.vae.seconds, times.decoding.seconds
-    rest = times.media - vae - decoding - times.writing
     return (
-        f"time     media {times.media:.2f} s: in the encoders {vae:.2f}, waiting for "
-        f"decoders {decoding:.2f}, for the disk {times.writing:.2f}, else {rest:.2f}; "
+        f"time     media {media:.2f} s: in the encoders {vae:.2f}, waiting for decoders "
+        f"{decoding:.2f}, for the disk {writing:.2f}, else {media - vae - decoding - writing:.2f}; "
         f"a clip {vae / times.clips:.2f} s to encode, beside it "
         f"{times.decoders / times.clips:.2f} s to decode"
     )

@@ -117,9 +117,8 @@ def encode(
                 # What was written is committed, what is outdated goes.
                 with signals.deferred():
                     writer.close()
-                    outcome.times.end_media(writing=writer.waited)
-                    if went := report.where_time_went(outcome.times):
-                        say(console, went)
+                    if line := report.where_time_went(outcome.times, writing=writer.waited):
+                        say(console, line)
                     _take_out(run, outdated)
                     session.settle()
                     session.texts.delete()
@@ -268,7 +267,7 @@ def plan_job(
 
 
 def _plan(job: Job, pool: WorkerPool, session: CacheSession, console: Console) -> Plan:
-    """`plan_job` for this rank; the first one brings the prompts, and what is wrong is said once.
+    """`plan_job` for this rank; the first one brings the prompts, and errors are reported once.
 
     Raises UserError where nothing can be encoded.
     """

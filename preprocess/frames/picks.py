@@ -61,7 +61,7 @@ def picks_of(probe: Probe, *, stride: int, fps: float | None) -> Picks:
     if fps is None:
         return Picks(frames=probe.frames, step=stride)
     if probe.fps is None or not 0 < probe.fps < math.inf:
-        raise MediaError(f"the file tells no frame rate ({probe.fps}), which --fps goes by")
+        raise MediaError(f"the file has no frame rate ({probe.fps}), which --fps needs")
     return Picks(
         frames=probe.frames,
         step=probe.fps / fps,

@@ -39,7 +39,7 @@ _SEEK_BEFORE = (0, 2)
 # Frames that a codec may show before one that is stored earlier.
 _MOST_REORDERED = 16
 # Containers without a list of their streams, by FFmpeg's names; bytes and microseconds to look at.
-# (A transport stream tells PyAV of new ones in a way that it bears.)
+# (PyAV can handle new streams of a transport stream.)
 _STREAMS_COME_LATE = ("mpeg",)
 _MOST_PROBED = (1 << 31) - 1
 # Every so many rows enter a frame's digest: at least one of each 4×4 block that a codec knows.
@@ -66,7 +66,7 @@ class _Video:
     def frames(
         self, *, stored: Stored | None = None, orientation: Orientation = UPRIGHT
     ) -> "Iterator[_Decoded]":
-        """What the decoder shows, in order; `orientation` holds until a frame tells another.
+        """What the decoder shows, in order; `orientation` holds until a frame has another.
 
         What can't be decoded before the first frame (a broadcast that was joined in the middle) or
         after the last (a truncated recording) shows nothing in a player, too; between them it would

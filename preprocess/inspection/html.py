@@ -177,8 +177,8 @@ def _numbers(found: Overview) -> list[tuple[str, str]]:
     ]
     if len(found.seconds):
         hours = float(found.seconds.mean()) * found.seconds_of / 3600
-        told = f"{hours:.1f} h" if hours >= 1 else f"{3600 * hours:.0f} s"
-        numbers.append((told, "of video"))
+        length = f"{hours:.1f} h" if hours >= 1 else f"{3600 * hours:.0f} s"
+        numbers.append((length, "of video"))
     return numbers
 
 

@@ -41,10 +41,10 @@ def facts(found: Overview) -> Iterator[tuple[str, str]]:
         yield "removed", f"{count(found.tombstones, 'key')} in tombstones"
     yield "captions", captions(found)
     if found.captions.most_common is not None:
-        said = on_one_line(found.captions.most_common)
-        said = said if len(said) <= 80 else said[:79] + "…"
+        caption = on_one_line(found.captions.most_common)
+        caption = caption if len(caption) <= 80 else caption[:79] + "…"
         having = count(found.captions.most_common_samples, "sample")
-        yield "most common", f"{having} have “{said}”"
+        yield "most common", f"{having} have “{caption}”"
     for overlay in found.overlays:
         lacks = f", {overlay.lacking} of the cache without" if overlay.lacking else ""
         orphans = f", {overlay.orphans} of samples that are gone" if overlay.orphans else ""
@@ -56,15 +56,15 @@ def facts(found: Overview) -> Iterator[tuple[str, str]]:
 
 def captions(found: Overview) -> str:
     """How many differ, and which ones to look at."""
-    said = found.captions
-    parts = [f"{said.distinct} different"]
-    if said.empty:
-        parts.append(f"{said.empty} empty")
-    if said.short > said.empty:
-        parts.append(f"{said.short - said.empty} of at most {SHORT_TOKENS} tokens")
-    parts.append(f"longest {said.longest} tokens")
-    if found.captions.at_token_limit:
-        parts.append(f"{found.captions.at_token_limit} at the token limit, perhaps truncated")
+    numbers = found.captions
+    parts = [f"{numbers.distinct} different"]
+    if numbers.empty:
+        parts.append(f"{numbers.empty} empty")
+    if numbers.short > numbers.empty:
+        parts.append(f"{numbers.short - numbers.empty} of at most {SHORT_TOKENS} tokens")
+    parts.append(f"longest {numbers.longest} tokens")
+    if numbers.at_token_limit:
+        parts.append(f"{numbers.at_token_limit} at the token limit, perhaps truncated")
     return ", ".join(parts)
 
 

@@ -16,11 +16,11 @@ from shared.format.resize import fit_to
 from shared.io.hashing import sha256_of
 
 
-def look(media_file: MediaFile, kind: Kind, sha256: str | None) -> tuple[Probe, str]:
+def probe_file(media_file: MediaFile, kind: Kind, sha256: str | None) -> tuple[Probe, str]:
     """What a file holds, and its content's digest unless `sha256` is known. Raises MediaError."""
     with local_file(media_file, on_progress=alive) as path:
-        seen = probe(path, kind, on_progress=alive)
-        return seen, sha256 or sha256_of(path, on_progress=alive)
+        found = probe(path, kind, on_progress=alive)
+        return found, sha256 or sha256_of(path, on_progress=alive)
 
 
 def digest(media_file: MediaFile, sha256: str | None) -> str:

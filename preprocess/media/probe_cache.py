@@ -1,6 +1,6 @@
 """What files were found to hold, so that a rerun need not decode (or download) them to see.
 
-Beside the digests (`shared.io.hashing.FileHasher`), in the same way: a lost line costs one look.
+Beside the digests (`shared.io.hashing.FileHasher`), in the same way: a lost line costs one probe.
 """
 
 import base64

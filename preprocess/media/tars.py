@@ -48,15 +48,6 @@ class TarSample:
         return b"".join(member.content())
 
 
-@dataclass(frozen=True, kw_only=True)
-class Listing:
-    """What a tar holds."""
-
-    samples: tuple[TarSample, ...]
-    problem: str | None
-    """Why what follows them can't be read; None where nothing does."""
-
-
 def is_tars(data_dir: Path) -> bool:
     """Whether this names tars, one or by a pattern as `clips/{000..099}.tar`, and no folder."""
     return data_dir.name.lower().endswith((SUFFIX, *COMPRESSED)) and not is_folder(data_dir)
@@ -119,13 +110,12 @@ def tars_among(files: Iterable[Path]) -> list[Path]:
     ]
 
 
-def read_tar(tar: Path) -> Listing:
-    """The samples of a tar, in its order. Whatever is wrong with it is in the listing."""
+def read_tar(tar: Path) -> tuple[list[TarSample], str | None]:
+    """The samples of a tar, in its order, and why what follows them can't be read; None: all is."""
     if tar.name.lower().endswith(COMPRESSED):
-        return Listing(
-            samples=(),
-            problem="a compressed tar can only be read from its beginning; unpack it to a plain "
-            "one: gunzip (media hardly get smaller by it)",
+        return [], (
+            "a compressed tar can only be read from its beginning; unpack it to a plain one: "
+            "gunzip (media hardly get smaller by it)"
         )
     members, problem = _members(tar)
     named: dict[str, dict[str, TarMember]] = {}
@@ -138,10 +128,10 @@ def read_tar(tar: Path) -> Listing:
         if extension.lower() in fields:
             twice[key] = member.name
         fields[extension.lower()] = member
-    samples = tuple(
+    samples = [
         TarSample(key=key, members=fields, twice=twice.get(key)) for key, fields in named.items()
-    )
-    return Listing(samples=samples, problem=problem)
+    ]
+    return samples, problem
 
 
 # What tarfile raises on bytes that are no tar, beside its own error.

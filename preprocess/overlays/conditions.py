@@ -258,8 +258,10 @@ def _checked(
     for clip in clips:
         name = stamp(clip.path, hasher)
         tasks.append(((clip, name), (clip.path, None if name is None else hasher.known(name))))
-    looked = pool.completed(digest, tasks, source=lambda task: task[0].path, ahead=4 * pool.workers)
-    for (clip, name), future in looked:
+    results = pool.completed(
+        digest, tasks, source=lambda task: task[0].path, ahead=4 * pool.workers
+    )
+    for (clip, name), future in results:
         try:
             sha256 = future.result()
         except (MediaError, OSError) as error:

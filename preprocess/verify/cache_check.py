@@ -363,8 +363,8 @@ class _Folder:
         if (own, bucket) != (found, sidecar.bucket):
             says, holds = _facts(own, bucket), _facts(found, sidecar.bucket)
             wrong = [name for name in says if says[name] != holds[name]]
-            said = ", ".join(f"{name} {says[name]}" for name in wrong)
-            self._add_row(sidecar, key, said, ", ".join(str(holds[name]) for name in wrong))
+            named = ", ".join(f"{name} {says[name]}" for name in wrong)
+            self._add_row(sidecar, key, named, ", ".join(str(holds[name]) for name in wrong))
 
     def _rows(self, sidecar: Sidecar) -> npt.NDArray[np.intp]:
         """Rows of the index that lie in a shard."""

@@ -136,12 +136,12 @@ def findings(config: DecodeConfig, done: Sequence[Decoded]) -> list[Finding]:
         cure = f"look at {one.path}; if it is not the source: {again}, then `wanprep encode` again"
         wrong = partial(finding, severity="error", cure=cure)
         if one.other_frames is not None:
-            said = f"{one.source}: {one.other_frames}"
+            frames = f"{one.source}: {one.other_frames}"
             expected = "each frame where players show it"
-            found.append(wrong(code="frames-order", found=said, expected=expected))
+            found.append(wrong(code="frames-order", found=frames, expected=expected))
         if one.psnr is not None and one.psnr < PSNR_FLOOR:
-            said = f"{one.psnr:.1f} dB against {one.source}"
-            found.append(wrong(code="psnr", found=said, expected=f"at least {PSNR_FLOOR:g} dB"))
+            level = f"{one.psnr:.1f} dB against {one.source}"
+            found.append(wrong(code="psnr", found=level, expected=f"at least {PSNR_FLOOR:g} dB"))
     return found
 
 

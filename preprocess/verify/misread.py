@@ -61,7 +61,7 @@ def _unseen(samples: list[OldSample], data_dir: Path) -> Finding:
         code="source-missing",
         file=samples[0].shard,
         found=f"{count(len(samples), 'sample')} that an older wandistill encoded, whose "
-        f"sources can't be looked at in {data_dir}: {sources} ({samples[0].unseen})",
+        f"sources can't be read in {data_dir}: {sources} ({samples[0].unseen})",
         expected="the media that were encoded, to see whether the right frames were taken",
         cure="set --train-data-dir to the folder of the media; where they lie there, mend what the "
         "reason says",

@@ -1,4 +1,4 @@
-"""What `wanprep verify` tells people, and programs."""
+"""The output of `wanprep verify`, as text and as JSON."""
 
 import json
 from collections import Counter

@@ -111,18 +111,18 @@ def check_shard(
             report.damage = damage
             report.last_key = damage.key or report.last_key
         sha256 = stream.hexdigest()
-    whole = []
+    problems = []
     if stream.offset != sidecar.bytes:
-        said = f"{sidecar.bytes}, as its sidecar says"
-        whole.append(Problem("size", f"{stream.offset} bytes", said))
+        problems.append(("size", f"{stream.offset} bytes", f"{sidecar.bytes}"))
     if sha256 != sidecar.sha256:
-        said = f"{sidecar.sha256[:12]}…, as its sidecar says"
-        whole.append(Problem("checksum", f"SHA-256 {sha256[:12]}…", said))
-    report.sound = not whole
+        problems.append(("checksum", f"SHA-256 {sha256[:12]}…", f"{sidecar.sha256[:12]}…"))
+    report.sound = not problems
     if report.damage is None and len(report.rows) != sidecar.count:
-        said = f"{sidecar.count}, as its sidecar says"
-        whole.append(Problem("count", f"{len(report.rows)} samples", said))
-    report.problems[:0] = [(None, problem) for problem in whole]
+        problems.append(("count", f"{len(report.rows)} samples", f"{sidecar.count}"))
+    report.problems[:0] = [
+        (None, Problem(code, found, f"{expected}, as its sidecar says"))
+        for code, found, expected in problems
+    ]
     return report
 
 

@@ -1,4 +1,4 @@
-"""What a video shows, told by the ffmpeg program, and whether a decoded sample is of these frames.
+"""What a video shows by the ffmpeg program, and whether a decoded sample is of these frames.
 
 The second opinion of `wanprep verify --decode`: another program decodes the whole file, and each
 frame of the sample is looked up by its picture. Nothing that chose or read the sample's frames

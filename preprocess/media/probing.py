@@ -4,21 +4,21 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from preprocess.frames.media_info import Kind, MediaError, Probe
-from preprocess.media.decode import look
+from preprocess.media.decode import probe_file
 from preprocess.media.probe_cache import ProbeMemo
 from preprocess.media.sources import MediaFile, stamp
 from preprocess.media.worker_pool import WorkerPool
 from shared.io.hashing import FileHasher
 
 Item = TypeVar("Item")
-Seen = tuple[Probe, str]
+Probed = tuple[Probe, str]
 """With the SHA-256 of the content."""
 
 
-def seen(
+def probed(
     items: Iterable[tuple[Item, MediaFile, Kind]], hasher: FileHasher, pool: WorkerPool
-) -> Iterator[tuple[Item, Seen | MediaError | OSError]]:
-    """Items with what is seen of their media, or why nothing is.
+) -> Iterator[tuple[Item, Probed | MediaError | OSError]]:
+    """Items with what their media hold, or why nothing is known.
 
     Those that were opened before come first, the others as they are done.
     """
@@ -32,7 +32,7 @@ def seen(
             yield item, (known, sha256)
         else:
             tasks.append(((item, media_file, kind, name), (media_file, kind, sha256)))
-    opened = pool.completed(look, tasks, source=lambda task: task[1], ahead=4 * pool.workers)
+    opened = pool.completed(probe_file, tasks, source=lambda task: task[1], ahead=4 * pool.workers)
     for (item, _, kind, name), future in opened:
         try:
             probe, sha256 = future.result()
