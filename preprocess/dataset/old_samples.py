@@ -5,7 +5,7 @@ For `wanprep verify`, which names them, and `wanprep encode`, which replaces the
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -95,20 +95,14 @@ def judged(
 def _judged(
     index: CacheIndex, row: int, info: dict[str, Any], result: Probed | Exception
 ) -> OldSample:
-    wrong, unseen = None, None
+    shard = index.shards[int(index.shard_ids[row])]
+    sample = OldSample(key=index.key(row), source=str(info["source"]), shard=shard)
     if isinstance(result, Exception):
-        unseen = str(result)
-    elif not same_content({index.key(row)}, clip_of(index, row, info), result[1]):
-        unseen = f"{info['source']}: its content is not what was encoded"
-    else:
-        wrong = wrong_sample(info, result[0], index.fingerprint.get("media", {}))
-    return OldSample(
-        key=index.key(row),
-        source=str(info["source"]),
-        shard=index.shards[int(index.shard_ids[row])],
-        wrong=wrong,
-        unseen=unseen,
-    )
+        return replace(sample, unseen=str(result))
+    probe, sha256 = result
+    if not same_content({sample.key}, clip_of(index, row, info), sha256):
+        return replace(sample, unseen=f"{sample.source}: its content is not what was encoded")
+    return replace(sample, wrong=wrong_sample(info, probe, index.fingerprint.get("media", {})))
 
 
 def superseded(

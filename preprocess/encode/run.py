@@ -25,7 +25,7 @@ from preprocess.dataset.toml_config import read_dataset
 from preprocess.encode import report
 from preprocess.encode.config import EncodeConfig, in_train_mode
 from preprocess.encode.engine import COMPONENTS, Elsewhere, Engine, LocalEngine
-from preprocess.encode.fingerprint import encode_fingerprint, settings_for_cache
+from preprocess.encode.fingerprint import DIGESTING, encode_fingerprint, settings_for_cache
 from preprocess.encode.passes import Encoded, latents_from_cache, samples_of, texts_from_cache
 from preprocess.encode.session import (
     KEPT,
@@ -39,6 +39,7 @@ from preprocess.encode.speed import Times, remember_speed
 from preprocess.encode.validation_prompts import (
     MissingPrompts,
     ValidationPrompt,
+    missing_roles,
     missing_validation,
     read_pictures,
     read_validation_prompts,
@@ -162,7 +163,7 @@ def read_job(config: EncodeConfig, console: Console) -> Job:
         if note:
             say(console, f"prompts  {note}")
     hasher = FileHasher()
-    with console.status("digesting the encoders' weights (read once, then remembered)"):
+    with console.status(DIGESTING):
         fingerprint = encode_fingerprint(config, spec, hasher)
     return Job(
         config=config,
@@ -257,11 +258,12 @@ def plan_job(
             video_repeat=config.video_repeat,
         )
     there = prompts_by_shard(config.output, tuple(bank or ()))
+    wanted = {EMPTY: "", NEGATIVE: config.negative_prompt}
     return Plan(
         works=works,
         rejected=rejected,
         committed=committed,
-        prompts=() if bank is None else _missing_prompts(config, there),
+        prompts=() if bank is None else missing_roles(wanted, there),
         validation=missing_validation(() if bank is None else job.validation, there),
     )
 
@@ -288,13 +290,6 @@ def _plan(job: Job, pool: WorkerPool, session: CacheSession, console: Console) -
 def _missing(works: Sequence[Work], committed: Captions) -> list[tuple[str, str]]:
     """(key, caption) of all samples of these clips that the shards lack."""
     return [sample for work in works for sample in missing_of(work, committed)]
-
-
-def _missing_prompts(config: EncodeConfig, bank: list[list[Prompt]]) -> list[tuple[str, str]]:
-    """(role, prompt) that the bank, by shard, lacks; the last entry of a role counts."""
-    last = {prompt.role: prompt.prompt for shard in bank for prompt in shard}
-    wanted = {EMPTY: "", NEGATIVE: config.negative_prompt}
-    return [(role, text) for role, text in wanted.items() if last.get(role) != text]
 
 
 @dataclass(frozen=True, kw_only=True)

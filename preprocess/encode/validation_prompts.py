@@ -232,11 +232,10 @@ class MissingPrompts:
         conditions: Mapping[str, Mapping[str, torch.Tensor]],
     ) -> list[Prompt]:
         """The whole list, with the embeddings that `text` gives; `conditions` by key."""
-        entries = []
-        for one in self.wanted:
-            known = self.known.get(one.key)
-            entries.append(known or one.in_bank(text(one.prompt), conditions.get(one.key)))
-        return entries
+        return [
+            self.known.get(one.key) or one.in_bank(text(one.prompt), conditions.get(one.key))
+            for one in self.wanted
+        ]
 
 
 def missing_validation(
@@ -252,6 +251,18 @@ def missing_validation(
         known={prompt.key: prompt for prompt in every if prompt.role == VALIDATION},
         texts={prompt.prompt: prompt.text for prompt in every},
     )
+
+
+def last_of_roles(bank: list[list[Prompt]]) -> dict[str, str]:
+    """Role → its prompt that counts, the newest, without validation prompts."""
+    every = (prompt for shard in bank for prompt in shard if prompt.role != VALIDATION)
+    return {prompt.role: prompt.prompt for prompt in every}
+
+
+def missing_roles(wanted: Mapping[str, str], bank: list[list[Prompt]]) -> list[tuple[str, str]]:
+    """(role, prompt) that the bank, by shard, lacks of these."""
+    last = last_of_roles(bank)
+    return [(role, text) for role, text in wanted.items() if last.get(role) != text]
 
 
 Conditions = dict[str, dict[str, torch.Tensor]]

@@ -19,7 +19,7 @@ from preprocess.cache.ranks import Rank
 from preprocess.dataset.clips import Clip
 from preprocess.dataset.recorded_clips import clip_of, same_content
 from preprocess.encode.engine import latent_encoder
-from preprocess.encode.fingerprint import encoder_fields, refuse_absent
+from preprocess.encode.fingerprint import fields_in_cache, refuse_absent, refuse_other_vae
 from preprocess.encode.passes import Frames, all_finite, encode_decoded
 from preprocess.encode.session import Outcome, stoppable
 from preprocess.encode.speed import Times
@@ -34,15 +34,7 @@ from shared.cli.support import say
 from shared.device import check_device
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, MemberReader
-from shared.format.fingerprint import (
-    FORMAT_VERSION,
-    LACKING,
-    Fingerprint,
-    as_in_cache,
-    cache_mode,
-    group_of,
-    refuse_differences,
-)
+from shared.format.fingerprint import FORMAT_VERSION, LACKING, Fingerprint, cache_mode, group_of
 from shared.format.overlays import CONDITIONS
 from shared.format.schema import (
     CONDITION_MEMBER,
@@ -117,8 +109,7 @@ def add_condition(config: ConditionConfig, console: Console) -> Added:
         _refuse_without_first_frames(config, base, spec)
         check_device(config.device)
         say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
-        hasher = FileHasher()
-        fingerprint = _fingerprint(config, base, spec, hasher, console)
+        fingerprint = _fingerprint(config, base, spec, console)
         cure = (
             f"Delete {outcome.folder} and run this command again; the cache itself stays as it is."
         )
@@ -137,7 +128,7 @@ def add_condition(config: ConditionConfig, console: Console) -> Added:
                 # Media that are what was encoded.
                 same = []
                 with bar(console, "checking media", len(todo)) as advance:
-                    for clip, problem in _checked(base, todo, hasher, pool):
+                    for clip, problem in _checked(base, todo, pool):
                         if problem is None:
                             same.append(clip)
                         else:
@@ -193,34 +184,21 @@ def _i2v_model(config: ConditionConfig) -> ModelSpec:
 
 
 def _fingerprint(
-    config: ConditionConfig,
-    base: CacheIndex,
-    spec: ModelSpec,
-    hasher: FileHasher,
-    console: Console,
+    config: ConditionConfig, base: CacheIndex, spec: ModelSpec, console: Console
 ) -> Fingerprint:
     """Refuses a VAE that is not the cache's."""
-    with console.status("digesting the encoders' weights (read once, then remembered)"):
-        fields = encoder_fields(spec, hasher)
-        fields = as_in_cache(fields, base.fingerprint, spec.folder, hasher)
-    made_by: Fingerprint = {
-        group: fields[group] for group in ("latents", "image") if group in fields
-    }
+    fields = fields_in_cache(spec, base, console)
+    made_by = {group: fields[group] for group in ("latents", "image") if group in fields}
     refuse_absent(spec, made_by)
-    vae = made_by["latents"]
-    refuse_differences(
-        {"latents": base.fingerprint["latents"]},
-        {"latents": vae},
-        what=f"shards: {config.shards} was encoded by another VAE than {spec.folder} has",
-        cure="Encode for this model into a folder of its own: wanprep encode --output DIR",
-    )
+    cure = "Encode for this model into a folder of its own: wanprep encode --output DIR"
+    refuse_other_vae(config.shards, base, spec, fields, cure=cure)
     own = base.fingerprint["latents"]
     return {
         "format": FORMAT_VERSION,
         "overlay": CONDITIONS,
         "mode": cache_mode(spec),
         **made_by,
-        "latents": {**vae, "dtype": own["dtype"], "compute": own["compute"]},
+        "latents": {**fields["latents"], "dtype": own["dtype"], "compute": own["compute"]},
     }
 
 
@@ -251,10 +229,10 @@ def _clips(base: CacheIndex, rows: Sequence[int], data_dir: Path) -> list[_Clip]
 
 
 def _checked(
-    base: CacheIndex, clips: Sequence[_Clip], hasher: FileHasher, pool: WorkerPool
+    base: CacheIndex, clips: Sequence[_Clip], pool: WorkerPool
 ) -> Iterator[tuple[_Clip, str | None]]:
     """Clips with None, or with why the file of that name is not the one that was encoded."""
-    tasks = []
+    hasher, tasks = FileHasher(), []
     for clip in clips:
         name = stamp(clip.path, hasher)
         tasks.append(((clip, name), (clip.path, None if name is None else hasher.known(name))))

@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 
 from preprocess.dataset.recorded_clips import clip_of, same_content
-from preprocess.encode.fingerprint import encoder_fields
+from preprocess.encode.fingerprint import fields_in_cache, refuse_other_vae
 from preprocess.frames.media_info import ANIMATIONS, MediaError
 from preprocess.inspection.overview import seconds_of
 from preprocess.media.decode import digest, fitted_frames
@@ -29,9 +29,7 @@ from shared.cli.console import bar
 from shared.device import check_device
 from shared.errors import UserError
 from shared.format.cache import MEDIA_TYPES, CacheIndex, MemberReader, open_cache
-from shared.format.fingerprint import as_in_cache, refuse_differences
 from shared.format.schema import DTYPES, LATENTS_MEMBER
-from shared.io.hashing import FileHasher
 from shared.io.mp4 import write_mp4
 from shared.io.names import quoted
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
@@ -91,20 +89,9 @@ def decode_samples(config: DecodeConfig, console: Console) -> list[Decoded]:
     rows = _chosen(config, index)
     spec = read_model_spec(resolve_model(config.model, ("vae",)))
     check_device(config.device)
-    hasher = FileHasher()
-    with console.status("digesting the VAE's weights (read once, then remembered)"):
-        fields = encoder_fields(spec, hasher)
-        vae = as_in_cache(fields, index.fingerprint, spec.folder, hasher)["latents"]
-    if vae["vae"] is None:
-        raise UserError(
-            f"model: {spec.folder / 'vae'} holds no weights. Download the whole vae folder."
-        )
-    refuse_differences(
-        {"latents": index.fingerprint["latents"]},
-        {"latents": vae},
-        what=f"shards: {config.shards} was encoded by another VAE than {spec.folder} has",
-        cure="Decode with that VAE: set --pretrained-model-name-or-path to a model that has it.",
-    )
+    cure = "Decode with that VAE: set --pretrained-model-name-or-path to a model that has it."
+    fields = fields_in_cache(spec, index, console)
+    refuse_other_vae(config.shards, index, spec, fields, cure=cure)
     config.output.mkdir(parents=True, exist_ok=True)
     with (
         bar(console, "decoding samples", len(rows)) as advance,
