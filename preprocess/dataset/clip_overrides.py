@@ -54,10 +54,6 @@ class Sampling:
         """
         return self._each(rule, probe, lambda one: choose_clips(probe, sha256, one))
 
-    def frame_rate(self, asked: float | None) -> float | None:
-        """Frames a second that are taken, where the command line says `asked`."""
-        return self.own.get("fps", None if "stride" in self.own else asked)
-
     def caption_clips(
         self, sha256: str, rule: ClipRule, *, shape: tuple[int, int] | None, frames: int | None
     ) -> tuple[Clip, ...]:
@@ -76,7 +72,7 @@ class Sampling:
     def _sized(self, rule: ClipRule) -> Iterator[ClipRule]:
         own = replace(rule, **self.own)
         # What the command line says in another way must not outlive what the dataset says.
-        own = replace(own, fps=self.frame_rate(rule.fps))
+        own = replace(own, fps=self.own.get("fps", None if "stride" in self.own else rule.fps))
         if self.resolutions or {"image_size", "video_size"} & self.own.keys():
             own = replace(own, fixed_size=self.own.get("fixed_size"))
         for one in self.resolutions:
