@@ -11,10 +11,10 @@ import sys
 import tarfile
 import unicodedata
 from collections.abc import Callable
-from html import escape
 from pathlib import Path
 
 import pytest
+from markupsafe import escape
 from PIL import Image
 
 from preprocess.dataset.entries import load_dataset
