@@ -188,7 +188,9 @@ def _fingerprint(
 ) -> Fingerprint:
     """Refuses a VAE that is not the cache's."""
     fields = fields_in_cache(spec, base, console)
-    made_by = {group: fields[group] for group in ("latents", "image") if group in fields}
+    made_by: Fingerprint = {
+        group: fields[group] for group in ("latents", "image") if group in fields
+    }
     refuse_absent(spec, made_by)
     cure = "Encode for this model into a folder of its own: wanprep encode --output DIR"
     refuse_other_vae(config.shards, base, spec, fields, cure=cure)
