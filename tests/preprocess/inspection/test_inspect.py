@@ -103,7 +103,7 @@ def test_the_numbers_are_those_of_the_tars(shards: Path) -> None:
 
 def test_captions_are_counted(shards: Path) -> None:
     said = overview(shards, seed=0).captions
-    assert (said.distinct, said.empty, said.cut) == (5, 0, 1)
+    assert (said.distinct, said.empty, said.at_token_limit) == (5, 0, 1)
     assert (said.most_common, said.most_common_samples) == (HOSTILE, 2)
     assert said.longest == 512
 
