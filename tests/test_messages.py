@@ -149,8 +149,8 @@ ROWS: dict[str, tuple[str, str]] = {
     ),
     "captions without media for an i2v model": (
         ENCODE.replace("{t2v}", "{i2v}") + "--train-data-meta {prompts_txt}",
-        "error: dataset: {prompts_txt} has 2 captions without a medium, and {i2v} is an i2v model, "
-        "which wants a first frame of each sample. Encode them for text-to-video (--train-mode "
+        "error: dataset: {prompts_txt} has 2 text-only captions, and {i2v} is an i2v model, "
+        "which needs a first frame for each. Encode them for text-to-video (--train-mode "
         "normal, --output DIR), or leave them out.",
     ),
     "a list that lacks its paths": (

@@ -49,7 +49,7 @@ def index(
 ) -> None:
     """Rebuild manifest.json and index.zarr from the shards.
 
-    For shards that were copied from somewhere else, or an index that is lost. Reads every tar once and checks it against its sidecar; so for captions and conditions that were added to them.
+    For shards that were copied from elsewhere, or an index that is lost. Reads every tar once and checks it against its sidecar; also those of caption sets and conditions.
 
     Next: wantrain distill --shards DIR
     """
@@ -76,7 +76,7 @@ def remove(
 ) -> None:
     """Remove samples from a cache.
 
-    Which ones, and how many, is printed before they go; where one name fits nothing, none goes. Removed samples are out of the index at once and not trained on any more; their bytes stay in the shards until `wanprep compact`. A file that the dataset still lists comes back with the next `wanprep encode`. To remove all that a dataset does not list any more: wanprep encode --prune
+    Prints which ones and how many before it removes them; if one name matches nothing, none is removed. Removed samples leave the index at once and are not trained on any more; their bytes stay in the shards until `wanprep compact`. A file that the dataset still lists comes back with the next `wanprep encode`. To remove all that a dataset does not list any more: wanprep encode --prune
 
     Next: wanprep compact --shards DIR
     """
@@ -101,11 +101,11 @@ def remove(
 
 def compact(
     shards: Annotated[str, typer.Option(metavar="DIR|URL", help="Folder of the shards.", rich_help_panel=INPUT)] = "shards",
-    shard_size_mb: Annotated[int, typer.Option(metavar="MB", min=1, help="Megabytes at which a new shard is closed and the next begun.", rich_help_panel=OUTPUT)] = 256,
+    shard_size_mb: Annotated[int, typer.Option(metavar="MB", min=1, help="Size, in megabytes, at which a new shard is closed and the next one started.", rich_help_panel=OUTPUT)] = 256,
 ) -> None:
-    """Give back the room of removed and replaced samples.
+    """Free the disk space of removed and replaced samples.
 
-    Shards that hold any are written again without them; samples keep their bytes and keys. Captions and conditions beside the shards lose what belongs to no sample any more. While it runs it needs room for one bucket's share of those shards. Interrupted, nothing is lost: run it again. Not while `wantrain` reads the same shards.
+    Shards that contain any are rewritten without them; the other samples keep their bytes and keys. Caption sets and conditions lose what belongs to no sample any more. While it runs it needs disk space for one bucket of those shards. If it is interrupted, nothing is lost: run it again. Do not run it while `wantrain` reads the same shards.
 
     Next: wantrain distill --shards DIR
     """

@@ -18,14 +18,14 @@ INSPECT_EXAMPLES = """
 # what is in shards/
 wanprep inspect
 
-# and a page with pictures, captions and charts
+# and a page with images, captions and charts
 wanprep inspect --html shards.html --samples 48
 
 # the shards of the bundled toy model
 wanprep inspect --shards toy-shards --html toy-shards.html
 """
 VERIFY_EXAMPLES = """
-# read every shard in shards/ and say what is wrong
+# read every shard in shards/ and list what is wrong
 wanprep verify
 
 # and five samples through the VAE, compared with their files
@@ -43,13 +43,13 @@ INPUT, DECODE, OUTPUT = "Input", "Decoding", "Output"
 def inspect(
     shards: Annotated[str, typer.Option(metavar="DIR|URL", help="Folder of the shards.", rich_help_panel=INPUT)] = "shards",
 
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page too, one file with everything in it: samples as pictures with their captions, and the tables as charts.", show_default="none", rich_help_panel=OUTPUT)] = None,
-    samples: Annotated[int, typer.Option(metavar="N", min=0, help="Samples on the page, drawn across the buckets.", rich_help_panel=OUTPUT)] = 24,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write an HTML page, one self-contained file: samples as images with their captions, and the tables as charts.", show_default="none", rich_help_panel=OUTPUT)] = None,
+    samples: Annotated[int, typer.Option(metavar="N", min=0, help="Number of samples on the page, drawn across the buckets.", rich_help_panel=OUTPUT)] = 24,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Decides which samples are drawn.", rich_help_panel=OUTPUT)] = 42,
 ) -> None:
     """Show what is in a cache.
 
-    Buckets, lengths, captions, bytes, settings, what lies beside the shards, and how good previews are: pictures on the page are made of latents by a linear map that was fitted while encoding, so no VAE is needed. Reads the index, which is quick for any number of samples; for the lengths of videos it reads at most 2000 of them.
+    Buckets, lengths, captions, bytes, settings, caption sets and conditions, and how good previews are: images on the page are made from latents by a linear map that was fitted while encoding, so no VAE is needed. Reads the index, which is quick for any number of samples; for the lengths of videos it reads at most 2000 of them.
 
     Next: wanprep verify --shards DIR
     """
@@ -80,14 +80,14 @@ def verify(
     model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="A model with the VAE that encoded the shards: a folder, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=DECODE)] = DEFAULT_MODEL,
     train_data_dir: Annotated[str, typer.Option(metavar="DIR|URL", envvar="DATASET_NAME", help="Folder of the videos and images that were encoded, to compare with.", rich_help_panel=INPUT)] = "datasets",
     seed: Annotated[int, typer.Option(metavar="N", help="Decides which samples are drawn.", rich_help_panel=DECODE)] = 42,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=DECODE)] = "auto",
-    decode_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="A source that takes longer to decode is given up.", rich_help_panel=DECODE)] = 120,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto uses a GPU if available.", rich_help_panel=DECODE)] = "auto",
+    decode_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Skip a source if no frame of it was decoded for this long.", rich_help_panel=DECODE)] = 120,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the decoded samples, an mp4 each (images: PNG).", rich_help_panel=OUTPUT)] = Path("decoded"),
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the findings to a file, as JSON; - is stdout.", show_default="none", rich_help_panel=OUTPUT)] = None,
 ) -> None:
-    """Check every shard; name what is wrong, by file and sample.
+    """Check every shard; list what is wrong, by file and sample.
 
-    Reads all of it once: checksums, members, shapes, NaN, empty text, the index against the tars; captions and conditions beside the shards too. Samples of an older wandistill, which took other frames than players show of some files, are judged by their media (in --train-data-dir). Changes nothing, and may run beside a wanprep that encodes. The exit code is 1 where something is wrong. What a finding means and how to mend it stands with it.
+    Reads everything once: checksums, members, shapes, NaN, empty text, the index against the tars; caption sets and conditions too. Samples of an older wandistill, which took wrong frames of some files, are checked against their media (in --train-data-dir). Changes nothing, and may run while another wanprep encodes. The exit code is 1 if something is wrong. Each finding comes with its meaning and its cure.
 
     Next: wantrain distill --shards DIR
     """
@@ -143,7 +143,7 @@ def verify(
 
 # fmt: on
 def _refuse_folder(option: str, file: Path | None) -> None:
-    """UserError, before a long read, where a file is asked for and a folder is named."""
+    """UserError, before a long read, if a folder is named instead of a file."""
     if file is not None and file.is_dir():
         raise UserError(f"{option}: {file} is a folder, expected a file. Name one in it.")
 

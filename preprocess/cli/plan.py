@@ -62,16 +62,16 @@ def page(plan: "Foreseen", output: Store, *, prune: bool) -> list[str]:
     head = ("shape", "samples", "in shards", "new", "shortened", "upscaled", "new MB")
     rows = [
         (
-            f"{one.bucket.width}x{one.bucket.height}, "
-            + ("image" if one.bucket.frames == 1 else f"{one.bucket.frames} frames"),
-            *map(str, (one.samples, one.samples - one.new, one.new, one.shortened, one.upscaled)),
-            f"{one.new_bytes / 1e6:.2f}",
+            f"{one.width}x{one.height}, "
+            + ("image" if one.frames == 1 else f"{one.frames} frames"),
+            *map(str, (one.samples, one.in_shards, one.new, one.shortened, one.upscaled)),
+            f"{one.bytes / 1e6:.2f}",
         )
         for one in plan.buckets
     ]
-    counts = (plan.samples, plan.there, plan.new)
+    counts = (plan.samples, plan.in_shards, plan.new)
     short = (sum(one.shortened for one in plan.buckets), sum(one.upscaled for one in plan.buckets))
-    new_bytes = sum(one.new_bytes for one in plan.buckets)
+    new_bytes = sum(one.bytes for one in plan.buckets)
     total = ("in all", *map(str, counts + short), f"{new_bytes / 1e6:.2f}")
     widths = [max(map(len, column)) for column in zip(head, *rows, total, strict=True)]
     lines = [
@@ -81,7 +81,7 @@ def page(plan: "Foreseen", output: Store, *, prune: bool) -> list[str]:
     rejected = [f"{one.source}: {one.reason}" for one in plan.rejected]
     lines += _listed("rejected", rejected)
     for kind, changes in plan.changes.items():
-        lines += _listed(kind, [f"{source}: {said}" for source, said in changes])
+        lines += _listed(kind, [f"{source}: {change}" for source, change in changes])
     if plan.source_frames:
         share = plan.dropped_frames / plan.source_frames
         lines.append(
@@ -93,9 +93,9 @@ def page(plan: "Foreseen", output: Store, *, prune: bool) -> list[str]:
         if plan.first_rule and not prune:
             then += ", but for those that an older frame rule misread: they are replaced"
         lines.append(f"leftover {plan.leftover} in {output} are not in this dataset and {then}")
-    if plan.epoch != plan.samples:
-        lines.append(f"epoch    {plan.epoch} samples, repeats counted")
-    lines.append(f"disk     about {plan.new_bytes / 1e6:.2f} MB more in {output}, prompts included")
+    if plan.samples_an_epoch != plan.samples:
+        lines.append(f"epoch    {plan.samples_an_epoch} samples, repeats counted")
+    lines.append(f"disk     about {plan.bytes / 1e6:.2f} MB more in {output}, prompts included")
     lines.append(f"time     {_time(plan)}")
     return lines
 
@@ -103,13 +103,10 @@ def page(plan: "Foreseen", output: Store, *, prune: bool) -> list[str]:
 def _listed(title: str, entries: list[str]) -> list[str]:
     if not entries:
         return []
-    more = [f"  ... {len(entries) - _NAMED} more (--json names all)"]
-    rest = more if len(entries) > _NAMED else []
-    return [
-        f"{title} {len(entries)}:",
-        *(f"  {on_one_line(entry)}" for entry in entries[:_NAMED]),
-        *rest,
-    ]
+    lines = [f"{title} {len(entries)}:", *(f"  {on_one_line(one)}" for one in entries[:_NAMED])]
+    if len(entries) > _NAMED:
+        lines.append(f"  ... {len(entries) - _NAMED} more (--json names all)")
+    return lines
 
 
 def _time(plan: "Foreseen") -> str:

@@ -27,7 +27,7 @@ from preprocess.encode.speed import Times
 from preprocess.encode.validation_prompts import Conditions, Picture
 from preprocess.encode.work import Work
 from preprocess.frames.media_info import MediaError
-from preprocess.media.sources import Medium
+from preprocess.media.sources import MediaFile
 from preprocess.media.worker_pool import WorkerPool
 from shared.device import check_device
 from shared.errors import UserError
@@ -46,7 +46,7 @@ RUN_MARK = ".lock-ray"
 
 @dataclass(frozen=True, kw_only=True)
 class Orders:
-    """What an actor is told when it is created."""
+    """What an actor gets when it is created."""
 
     config: EncodeConfig
     """Of the driver, with the device decided."""
@@ -58,7 +58,7 @@ class Orders:
     """Content of `RUN_MARK`."""
     folder: Path
     """Where the driver runs: what relative paths begin at."""
-    medium: Medium | None
+    media_file: MediaFile | None
     """One that every node must see."""
     first_writer: int
     """The writer number that is tried first."""
@@ -105,7 +105,7 @@ class MediaActor:
         self._texts = TextCache(orders.output.folder, orders.fingerprint)
         self._held = ExitStack()
         self._turn = threading.Lock()
-        """Who has it has the encoder and the writer."""
+        """Held while the encoder and the writer are used."""
         self._stopping = threading.Event()
 
     def start(self) -> Joined:
@@ -208,10 +208,10 @@ def _check_folders(orders: Orders) -> None:
             f"--output: {output} is not the folder there that it is where the command runs. "
             "Expected one that all nodes of the cluster share."
         )
-    if orders.medium is not None and not orders.medium.exists():
+    if orders.media_file is not None and not orders.media_file.exists():
         raise UserError(
-            f"--train-data-dir: {orders.medium} is not there. Expected the media under the same "
-            "path on every node."
+            f"--train-data-dir: {orders.media_file} is not there. Expected the media under the "
+            "same path on every node."
         )
 
 

@@ -14,7 +14,7 @@ from shared.device import default_device
 from shared.errors import UserError, first_line
 
 LOCAL = "local"
-"""The address that stands for a cluster of this machine alone, which lasts as long as the run."""
+"""The address of a cluster on only this machine, which lasts as long as the run."""
 
 # Captions and messages are all that passes through it; Ray would take a third of the memory.
 _OBJECT_STORE_BYTES = 100_000_000
@@ -26,8 +26,6 @@ _IN_WORKERS = {"worker_process_setup_hook": "wandistill_cli.ours_first"}
 class Cluster:
     """A connection, and what one actor asks of a node."""
 
-    own: bool
-    """Started by this run, on this machine."""
     device: str
     """That actors compute on."""
     cpus: int
@@ -42,13 +40,13 @@ class Cluster:
 
     def room(self) -> int:
         """Actors that the nodes which live now could hold if they did nothing else."""
-        room = 0
-        for resources in _living():
-            each = [resources.get("CPU", 0) // self.cpus]
-            if self.gpus:
-                each.append(resources.get("GPU", 0) // self.gpus)
-            room += int(min(each))
-        return room if self.most is None else self.most
+        if self.most is not None:
+            return self.most
+        demand = {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+        return sum(
+            int(min(resources.get(name, 0) // number for name, number in demand.items()))
+            for resources in _living()
+        )
 
     def described(self) -> str:
         """The nodes and what they have."""
@@ -111,8 +109,8 @@ def connected(config: EncodeConfig) -> Iterator[Cluster]:
 def _cluster(config: EncodeConfig, own: bool) -> Cluster:
     nodes = _living()
     device = config.device
+    has_gpu = any(resources.get("GPU", 0) for resources in nodes)
     if device == "auto":
-        has_gpu = any(resources.get("GPU", 0) for resources in nodes)
         device = "cuda" if has_gpu or (own and default_device() == "cuda") else "cpu"
     gpus = 1 if device.partition(":")[0] == "cuda" else 0
     # An encoder and its decoders, but no more than keeps a GPU idle for want of cores.
@@ -123,13 +121,12 @@ def _cluster(config: EncodeConfig, own: bool) -> Cluster:
     ]
     usable = [share for share in shares if share]
     cpus = max(1, min([1 + config.workers, *usable]))
-    cluster = Cluster(own=own, device=device, cpus=cpus, gpus=gpus, most=config.ray_actors)
-    if own and gpus and not any(resources.get("GPU", 0) for resources in nodes):
+    if own and gpus and not has_gpu:
         raise UserError(
             f"--device: found {device}, but this machine has no GPU that Ray can see. Expected "
             "auto or cpu, or --ray-address of a cluster that has some."
         )
-    return cluster
+    return Cluster(device=device, cpus=cpus, gpus=gpus, most=config.ray_actors)
 
 
 def _living() -> list[dict[str, float]]:

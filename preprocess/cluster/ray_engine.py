@@ -25,7 +25,7 @@ from preprocess.encode.session import index_there
 from preprocess.encode.validation_prompts import Conditions, Picture
 from preprocess.encode.work import Work, committed_of, missing_of
 from preprocess.frames.media_info import MediaError
-from preprocess.media.sources import Medium
+from preprocess.media.sources import MediaFile
 from shared.errors import UserError
 from shared.format.fingerprint import Fingerprint
 from shared.interrupt import Interruption
@@ -68,8 +68,8 @@ class RayEngine:
         self, works: Sequence[Work], write: Write
     ) -> Iterator[tuple[Work, MediaError | None]]:
         """Clips in any order, as actors are done with them."""
-        medium = works[0].entry.path if works else None
-        fleet = self._new_fleet(MediaActor, medium, self._without_samples)
+        media_file = works[0].entry.path if works else None
+        fleet = self._new_fleet(MediaActor, media_file, self._without_samples)
         encoded = []
         for work, reason in fleet.run(works):
             if reason is None:
@@ -98,7 +98,7 @@ class RayEngine:
     def _new_fleet(
         self,
         kind: type[TextActor] | type[MediaActor],
-        medium: Medium | None,
+        media_file: MediaFile | None,
         unfinished: Callable[[Sequence[Item]], Sequence[Item]],
     ) -> Fleet[Item]:
         write_bytes(self.output.folder / RUN_MARK, self._run.encode())
@@ -118,7 +118,7 @@ class RayEngine:
                     fingerprint=self.fingerprint,
                     run=self._run,
                     folder=Path.cwd(),
-                    medium=medium,
+                    media_file=media_file,
                     first_writer=1 + (number - 1) % (MOST_WRITERS - 1),  # 0 is the driver's
                 )
             )

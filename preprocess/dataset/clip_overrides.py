@@ -45,23 +45,19 @@ class Sampling:
     lengths: tuple[int, ...] = ()
     """Frames that a video may have, ascending, in place of `frames`; a shorter one is rejected."""
     every_length: bool = False
-    """A clip of each of the `lengths` that the video has, not of the longest alone."""
+    """A clip of each of the `lengths` that the video has, not only of the longest."""
 
     def clips(self, probe: Probe, sha256: str, rule: ClipRule) -> tuple[Clip, ...]:
-        """The clips of a medium, each once, by `rule` where this says nothing.
+        """The clips of a media file, each once, by `rule` where this says nothing.
 
         Raises MediaError where nothing can be cut out.
         """
         return self._each(rule, probe, lambda one: choose_clips(probe, sha256, one))
 
-    def frame_rate(self, asked: float | None) -> float | None:
-        """Frames a second that are taken, where the command line says `asked`."""
-        return self.own.get("fps", None if "stride" in self.own else asked)
-
     def caption_clips(
         self, sha256: str, rule: ClipRule, *, shape: tuple[int, int] | None, frames: int | None
     ) -> tuple[Clip, ...]:
-        """The buckets of a caption without a medium; see `preprocess.dataset.clips`."""
+        """The buckets of a text-only caption; see `preprocess.dataset.clips`."""
         return self._each(
             rule, None, lambda one: caption_clips(sha256, one, shape=shape, frames=frames)
         )
@@ -76,7 +72,7 @@ class Sampling:
     def _sized(self, rule: ClipRule) -> Iterator[ClipRule]:
         own = replace(rule, **self.own)
         # What the command line says in another way must not outlive what the dataset says.
-        own = replace(own, fps=self.frame_rate(rule.fps))
+        own = replace(own, fps=self.own.get("fps", None if "stride" in self.own else rule.fps))
         if self.resolutions or {"image_size", "video_size"} & self.own.keys():
             own = replace(own, fixed_size=self.own.get("fixed_size"))
         for one in self.resolutions:
@@ -86,7 +82,7 @@ class Sampling:
             yield own
 
     def _long(self, rule: ClipRule, probe: Probe | None) -> Iterator[ClipRule]:
-        """A rule for each length of the medium's clips; None: of a caption, which may have any."""
+        """A rule for each length of the file's clips; `probe` None: text-only, so of any length."""
         if not self.lengths or (probe is not None and probe.type == "image"):
             yield rule
             return

@@ -1,4 +1,4 @@
-"""What is cut out of a medium: which frames, and which bucket; which a caption alone gets. No I/O.
+"""The clips of a media file: which frames, which bucket; the bucket of a text-only sample. No I/O.
 
 The rule of the design brief, sections 2 and 3: frames at a stride or a frame rate, 4n+1 of them,
 from a start drawn from the seed and the file's content; resized to cover its bucket (bilinear,
@@ -52,7 +52,7 @@ class ClipRule:
     adapt: bool = False
     """Draw the size (random_hw_adapt)."""
     buckets: bool = True
-    """False: a square of the size, whatever the medium's shape."""
+    """False: a square of the size, whatever the media file's shape."""
     fixed_size: tuple[int, int] | None = None
     """(height, width) of every sample, in place of sizes, budget and buckets."""
     ratio_crop: bool = False
@@ -83,7 +83,7 @@ class ClipRule:
         )
 
     def token_size_of(self, kind: MediaKind, source: tuple[int, int], draws: Draws) -> int:
-        """A drawn size of a medium of (height, width) `source`, under a token budget."""
+        """A drawn size of a media file of (height, width) `source`, under a token budget."""
         sizes = token_sizes(
             kind, image_size=self.image_size, video_size=self.video_size, source=source
         )
@@ -96,7 +96,7 @@ class Clip:
 
     bucket: Bucket
     frame_indices: tuple[int, ...]
-    """Empty where there is no medium, but a caption alone."""
+    """Empty for a text-only sample."""
     frame_rule: int = 1
     """2: of a file of which the first frame rule may have read other pictures."""
     asked: int = field(default=1, compare=False)
@@ -105,13 +105,13 @@ class Clip:
     def transform(self) -> dict[str, Any]:
         """What, beside the media's bytes, decides the pixels; enters the sample's key."""
         size = [self.bucket.height, self.bucket.width]
-        frames = list(self.frame_indices) or self.bucket.frames  # the latter without a medium
+        frames = list(self.frame_indices) or self.bucket.frames  # the latter if text-only
         rule = {} if self.frame_rule == 1 else {"frame_rule": self.frame_rule}
         return {"size": size, "frames": frames, **rule}
 
 
 def choose_clips(probe: Probe, sha256: str, rule: ClipRule) -> tuple[Clip, ...]:
-    """The clips of a medium whose content has the hex digest `sha256`, each once.
+    """The clips of a media file whose content has the hex digest `sha256`, each once.
 
     A pure function of its arguments, so every machine chooses the same. Raises MediaError where
     nothing can be cut out.
@@ -163,11 +163,11 @@ def _base(probe: Probe, draws: Draws, rule: ClipRule) -> tuple[int, int]:
 def caption_clips(
     sha256: str, rule: ClipRule, *, shape: tuple[int, int] | None, frames: int | None
 ) -> tuple[Clip, ...]:
-    """The buckets of a caption without a medium, each once; its UTF-8 has the hex digest `sha256`.
+    """The buckets of a text-only caption, each once; its UTF-8 has the hex digest `sha256`.
 
     VideoX-Fun's trainers draw them for every batch from all aspect ratios alike; here they are
     drawn once, from the seed and the caption, so that a cache is the same wherever it is made.
-    `shape`: (height, width) of a medium that it would fit, whose bucket it then gets; `frames`:
+    `shape`: (height, width) of a media file that it would fit, whose bucket it then gets; `frames`:
     how many that would have at most.
     """
     variants = (Draws(seed=rule.seed, sha256=sha256, variant=n) for n in range(rule.variants))

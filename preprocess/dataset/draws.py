@@ -9,13 +9,13 @@ from itertools import accumulate
 
 @dataclass(frozen=True, kw_only=True)
 class Draws:
-    """The draws of one variant of one medium."""
+    """The draws of one variant of one media file."""
 
     seed: int
     sha256: str
-    """Hex digest of the medium's bytes."""
+    """Hex digest of the media file's bytes."""
     variant: int = 0
-    """Variant 0 draws what is drawn where nobody asks for variants."""
+    """Variant 0 is what a run without variants draws."""
 
     def uniform(self, choices: int, purpose: str) -> int:
         """0 … choices−1. 256 bits leave the modulo no bias, and no library can change it."""

@@ -26,13 +26,13 @@ from preprocess.dataset.metadata import (
 )
 from preprocess.frames.media_info import ANIMATIONS, Kind, MediaError, MediaKind
 from preprocess.media.remote import DataDir, MediaList, Remote, RemoteFile, here
-from preprocess.media.sources import Medium, TarMember
+from preprocess.media.sources import MediaFile, TarMember
 from preprocess.media.tars import (
     TarSample,
     base_folder,
     given_path,
     is_tars,
-    medium_named,
+    media_named,
     member_name,
     named_tars,
     read_tar,
@@ -56,12 +56,12 @@ AS_ASKED = Sampling()
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One medium with one caption, as listed; nothing about the file is known yet."""
+    """One media file with one caption, as listed; nothing about the file is known yet."""
 
-    path: Medium | None
+    path: MediaFile | None
     """None: there is only the caption."""
     source: str
-    """As given; relative to the data folder where the file lies inside it. "" without a medium."""
+    """As given; relative to the data folder if the file lies inside it. "" for text-only ones."""
     caption: str
     """Without surrounding whitespace, never empty."""
     type: Kind
@@ -70,10 +70,9 @@ class Entry:
     repeats: int = 1
     """How often an epoch shows it."""
     shape: tuple[int, int] | None = None
-    """(height, width) of a medium that the caption would fit, where it has none; only their ratio
-    counts. None: not said."""
+    """Of a text-only caption: (height, width) of a video that would fit; their ratio counts."""
     frames: int | None = None
-    """Most frames that such a medium would have."""
+    """Most frames that such a video would have."""
     tags: tuple[str, ...] = ()
     """Words for `wantrain --where tag=…`."""
 
@@ -182,9 +181,9 @@ def _captions_only(records: Sequence[Record]) -> bool:
 
 
 def _text_entries(item: dict[str, Any], only: MediaKind | None) -> list[Entry]:
-    """Captions without a medium, an entry for each."""
+    """Text-only captions, an entry for each."""
     if only is not None:
-        raise _BadEntryError(f"a caption without a medium among {only}s")
+        raise _BadEntryError(f"a text-only caption among {only}s")
     if paths := _filled(item, PATH_FIELDS):
         raise _BadEntryError(f"type is 'text' and {' and '.join(paths)} is given, expected one")
     captions = _captions(item, _filled_captions(item))
@@ -228,12 +227,12 @@ def _entries(item: Any, data_dir: DataDir, only: MediaKind | None) -> list[Entry
             'for itself says so: "type": "text"'
         )
     path_field, name = _text(item, paths, PATH_FIELDS, "the path of a file")
-    path = medium_named(data_dir, name)
+    path = media_named(data_dir, name)
     implied = {"video_path": "video", "image_path": "image"}.get(path_field)
-    said = item.get("type")
-    if said and said not in ("video", "image"):
-        raise _BadEntryError(f"type is {said!r}, expected 'video', 'image' or 'text'")
-    kind = said or implied or only or _kind(path)
+    given = item.get("type")
+    if given and given not in ("video", "image"):
+        raise _BadEntryError(f"type is {given!r}, expected 'video', 'image' or 'text'")
+    kind = given or implied or only or _kind(path)
     source = _source(path, given_path(data_dir, name), data_dir)
     tags = _tags(item)
     return [
@@ -341,16 +340,16 @@ def _from_tars(
     entries: list[Entry] = []
     rejected: list[Rejected] = []
     for tar in tars:
-        listing = read_tar(tar)
+        samples, problem = read_tar(tar)
         source = _source(tar, tar, base)
-        for sample in listing.samples:
+        for sample in samples:
             try:
                 entries += _tar_entries(sample, source, caption_suffix, kind)
             except (_BadEntryError, MediaError, OSError) as error:
                 name = _encodable(f"{source}/{sample.key}")
                 rejected.append(Rejected(source=name, reason=str(error)))
-        if listing.problem is not None:
-            rejected.append(Rejected(source=_encodable(source), reason=listing.problem))
+        if problem is not None:
+            rejected.append(Rejected(source=_encodable(source), reason=problem))
     if not entries and not rejected:
         raise UserError(
             f"dataset: the tars of {named} hold no media with captions. Expected WebDataset "
@@ -364,7 +363,7 @@ def _tar_entries(
 ) -> list[Entry]:
     """One sample of a tar, an entry for each of its captions; none of one without any sign of them.
 
-    Of its members the medium and the caption count, the others (cls, npy, …) are never read.
+    Of its members the media file and the caption count, the others (cls, npy, …) are never read.
     """
     kinds = {name: EXTENSIONS.get(f".{name}") for name in sample.members}
     media = [name for name, kind in kinds.items() if kind in _KINDS[only]]
@@ -375,8 +374,8 @@ def _tar_entries(
             return []
         members = ", ".join(sample.members)
         raise _BadEntryError(
-            f"no medium (.mp4, .jpg, …) among its members: {members}. WebDataset splits names at "
-            "the first dot, and links don't count"
+            f"no media file (.mp4, .jpg, …) among its members: {members}. WebDataset splits names "
+            "at the first dot, and links don't count"
         )
     if sample.twice is not None:
         raise _BadEntryError(f"{sample.twice} occurs twice in the tar")
@@ -385,17 +384,19 @@ def _tar_entries(
             f"several media ({', '.join(media)}), expected one. If these are videos with stills, "
             "choose by --dataset-config: video_directory or image_directory"
         )
-    medium = sample.members[media[0]]
+    media_file = sample.members[media[0]]
     captions = _tar_captions(sample, text)
-    source = f"{tar}/{member_name(medium)}"
-    return [_checked(medium, source, caption, only or _kind(medium)) for caption in captions]
+    source = f"{tar}/{member_name(media_file)}"
+    return [
+        _checked(media_file, source, caption, only or _kind(media_file)) for caption in captions
+    ]
 
 
 def _tar_captions(sample: TarSample, extension: str) -> list[str]:
     """`KEY.txt`, or where there is none what `KEY.json` says under a caption's names."""
     found = extension if extension in sample.members else "json"
     if found not in sample.members:
-        raise _BadEntryError(f"no caption: no {extension} and no json beside the medium")
+        raise _BadEntryError(f"no caption: no {extension} and no json beside the media file")
     try:
         content = sample.text(found).decode("utf-8-sig")
         if found != "json":
@@ -425,13 +426,13 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
 
 
-def _kind(path: Medium) -> Kind | None:
+def _kind(path: MediaFile) -> Kind | None:
     """By its name. Whether one of those that may move does is seen where it is opened."""
     suffix = path.suffix.lower()
     return "auto" if suffix in ANIMATIONS else EXTENSIONS.get(suffix)
 
 
-def _exists(path: Medium) -> bool:
+def _exists(path: MediaFile) -> bool:
     try:
         return path.exists()
     except OSError:  # a name that no file system takes
@@ -448,7 +449,7 @@ def _caption_beside(path: Path, suffix: str) -> str:
         raise _BadEntryError(f"the caption {text.name} is not UTF-8 text") from error
 
 
-def _checked(path: Medium | None, source: str, caption: str, kind: Any, **more: Any) -> Entry:
+def _checked(path: MediaFile | None, source: str, caption: str, kind: Any, **more: Any) -> Entry:
     if not caption.strip():
         raise _BadEntryError("the caption is empty")
     if _encodable(caption) != caption:
@@ -469,7 +470,7 @@ def _source_named(name: str, data_dir: DataDir) -> str:
     """What the cache calls the file that a list calls `name`, usable or not: `./a.mp4` is `a.mp4`,
     whose samples must not pass for unlisted ones."""
     with suppress(ValueError, OSError, RuntimeError):  # no name that a file could have
-        path = medium_named(data_dir, name)
+        path = media_named(data_dir, name)
         return _encodable(_source(path, given_path(data_dir, name), data_dir))
     return _encodable(name)
 
@@ -479,7 +480,7 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _source(path: Medium, given: Path, data_dir: DataDir) -> str:
+def _source(path: MediaFile, given: Path, data_dir: DataDir) -> str:
     """How the file is named in the cache: no absolute path where a relative one will do."""
     if isinstance(path, TarMember):
         tar = next(parent for parent in given.parents if parent.name == path.tar.name)

@@ -20,7 +20,7 @@ PATH_FIELDS = ("file_path", "video_path", "image_path", "file_name")
 """VideoX-Fun's; musubi-tuner's and others'; Hugging Face datasets'."""
 CAPTION_FIELDS = ("text", "caption", "captions")
 CAPTION_ONLY_FIELDS = (*CAPTION_FIELDS, "type", "width", "height", "frames", "tags")
-"""An entry with no others, and no path, may be a caption without a medium."""
+"""An entry with no others, and no path, may be text-only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Form:
     """Names the option that gives the file."""
     columns: dict[str, tuple[str, ...]]
     """What → the names that a CSV column with it may have; one of each must be there."""
-    alone: tuple[str, ...] = ()
+    text_only_columns: tuple[str, ...] = ()
     """A CSV file with no other columns than these needs no path."""
 
 
@@ -46,7 +46,7 @@ MEDIA = Form(
     lines="a caption a line and no media",
     option="--train-data-meta (or DATASET_META_NAME)",
     columns={"path": PATH_FIELDS, "caption": CAPTION_FIELDS},
-    alone=CAPTION_ONLY_FIELDS,
+    text_only_columns=CAPTION_ONLY_FIELDS,
 )
 
 
@@ -165,12 +165,11 @@ def _json(path: Path, text: str, form: Form) -> list[Record]:
 def _json_lines(path: Path, text: str, form: Form) -> list[Record]:
     records = []
     for where, line in _numbered(path, text):
-        value, problem = None, None
         try:
-            value = json.loads(line)
+            records.append(Record(where=where, value=json.loads(line)))
         except (ValueError, RecursionError) as error:
             problem = f"not valid JSON ({error})"
-        records.append(Record(where=where, value=value, problem=problem))
+            records.append(Record(where=where, value=None, problem=problem))
     return records
 
 
@@ -178,37 +177,36 @@ def _csv(path: Path, text: str, form: Form) -> list[Record]:
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     records: list[Record] = []
     header: list[str] | None = None
-    while True:
-        number = rows.line_num + 1
-        where = f"{path.name} line {number}"
-        try:
-            row = next(rows)
-        except StopIteration:
-            return records
-        except csv.Error as error:
-            raise UserError(
-                f"{form.subject}: {path} line {number} is not valid CSV ({error}). Expected fields "
-                'separated by commas, in "double quotes" where they hold commas, quotes or lines.'
-            ) from error
-        if not any(field.strip() for field in row):
-            continue
-        if header is None:
-            header = [field.strip() for field in row]
-            _check_header(path, header, form)
-        elif len(row) != len(header):
-            problem = (
-                f"{len(row)} fields, expected {len(header)} as in the header; put captions with "
-                'commas in "double quotes"'
-            )
-            records.append(Record(where=where, value=None, problem=problem))
-        else:
-            filled = {name: value for name, value in zip(header, row, strict=True) if value.strip()}
-            records.append(Record(where=where, value=filled))
+    number = 1  # of the line at which a row begins
+    try:
+        for row in rows:
+            where, number = f"{path.name} line {number}", rows.line_num + 1
+            if not any(field.strip() for field in row):
+                continue
+            if header is None:
+                header = [field.strip() for field in row]
+                _check_header(path, header, form)
+            elif len(row) != len(header):
+                problem = (
+                    f"{len(row)} fields, expected {len(header)} as in the header; put captions "
+                    'with commas in "double quotes"'
+                )
+                records.append(Record(where=where, value=None, problem=problem))
+            else:
+                fields = zip(header, row, strict=True)
+                filled = {name: value for name, value in fields if value.strip()}
+                records.append(Record(where=where, value=filled))
+    except csv.Error as error:
+        raise UserError(
+            f"{form.subject}: {path} line {number} is not valid CSV ({error}). Expected fields "
+            'separated by commas, in "double quotes" where they hold commas, quotes or lines.'
+        ) from error
+    return records
 
 
 def _check_header(path: Path, header: list[str], form: Form) -> None:
     wanted = dict(form.columns)
-    if set(header) <= set(form.alone):
+    if set(header) <= set(form.text_only_columns):
         del wanted["path"]
     for what, fields in wanted.items():
         if not set(fields) & set(header):

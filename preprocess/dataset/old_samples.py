@@ -5,7 +5,8 @@ For `wanprep verify`, which names them, and `wanprep encode`, which replaces the
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,14 @@ from rich.console import Console
 from preprocess.dataset.recorded_clips import clip_of, same_content
 from preprocess.frames.first_rule import wrong_sample
 from preprocess.frames.media_info import Kind, MediaError, MediaKind
-from preprocess.media.seen import Seen, seen
-from preprocess.media.sources import Medium
+from preprocess.media.probing import Probed, probed
+from preprocess.media.sources import MediaFile
 from preprocess.media.worker_pool import WorkerPool
 from shared.cli.console import bar
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, MemberReader, Sidecar
 from shared.format.fingerprint import has_first_frame_rule
+from shared.format.schema import MEDIA_TYPES
 from shared.io.hashing import FileHasher
 
 # Fields of `KEY.json` by which a sample is judged; its caption may be long.
@@ -40,85 +42,73 @@ class OldSample:
     wrong: str | None = None
     """Why it does not hold what its source shows; None where it does."""
     unseen: str | None = None
-    """Why its source could not be looked at."""
+    """Why its source could not be read."""
 
 
 def rows_of_first_rule(index: CacheIndex, sidecars: list[Sidecar]) -> list[int]:
-    """Rows of live samples with a medium in shards of the first frame rule."""
+    """Rows of live samples with a media file in shards of the first frame rule."""
     old = {sidecar.shard for sidecar in sidecars if has_first_frame_rule(sidecar.fingerprint)}
     numbers = [number for number, shard in enumerate(index.shards) if shard in old]
-    return [int(row) for row in np.flatnonzero(np.isin(index.shard_ids, numbers))]
+    has_source = index.types != MEDIA_TYPES.index("text")
+    return [int(row) for row in np.flatnonzero(np.isin(index.shard_ids, numbers) & has_source)]
 
 
-def looked_at(
+def judged(
     index: CacheIndex,
     rows: list[int],
-    medium_of: Callable[[str], Medium | None],
+    media_of: Callable[[str], MediaFile | None],
     pool: WorkerPool,
     on_progress: Callable[[], None],
 ) -> Iterator[OldSample]:
     """Each of these samples, judged by its source as it is now; in no fixed order.
 
-    `medium_of` gives the medium of a source's name, None where it is to be passed over. Media are
-    opened once, and not at all where they were before.
+    `media_of` gives the media file of a source's name, None if it is to be ignored. Each file is
+    opened once, and not at all if its probe is remembered.
     """
-    if not rows:
-        return
     by_source: dict[tuple[str, MediaKind], list[int]] = {}
     infos: dict[int, dict[str, Any]] = {}
     with closing(MemberReader(index)) as reader:
         for row in rows:
             info = reader.info(row)
-            if info["type"] == "text":  # has no source
-                on_progress()
-                continue
             infos[row] = {name: info[name] for name in _JUDGED_BY if name in info}
             by_source.setdefault((str(info["source"]), info["type"]), []).append(row)
 
-    def judged(rows: list[int], result: Seen | Exception) -> Iterator[OldSample]:
-        for row in rows:
-            on_progress()
-            yield _judged(index, row, infos[row], result)
-
-    media: list[tuple[list[int], Medium, Kind]] = []
+    unreachable: list[tuple[list[int], Exception]] = []
+    media: list[tuple[list[int], MediaFile, Kind]] = []
     for (source, kind), its_rows in by_source.items():
         try:
-            medium = medium_of(source)
+            media_file = media_of(source)
         except (MediaError, UserError, OSError) as error:
-            yield from judged(its_rows, error)
+            unreachable.append((its_rows, error))
             continue
-        if medium is not None:
-            media.append((its_rows, medium, kind))
+        if media_file is not None:
+            media.append((its_rows, media_file, kind))
         else:
             for _ in its_rows:
                 on_progress()
-    for its_rows, result in seen(media, FileHasher(), pool):
-        yield from judged(its_rows, result)
+    for its_rows, result in chain(unreachable, probed(media, FileHasher(), pool)):
+        for row in its_rows:
+            on_progress()
+            yield _judged(index, row, infos[row], result)
 
 
 def _judged(
-    index: CacheIndex, row: int, info: dict[str, Any], result: Seen | Exception
+    index: CacheIndex, row: int, info: dict[str, Any], result: Probed | Exception
 ) -> OldSample:
-    wrong, unseen = None, None
+    shard = index.shards[int(index.shard_ids[row])]
+    sample = OldSample(key=index.key(row), source=str(info["source"]), shard=shard)
     if isinstance(result, Exception):
-        unseen = str(result)
-    elif not same_content({index.key(row)}, clip_of(index, row, info), result[1]):
-        unseen = f"{info['source']}: its content is not what was encoded"
-    else:
-        wrong = wrong_sample(info, result[0], index.fingerprint.get("media", {}))
-    return OldSample(
-        key=index.key(row),
-        source=str(info["source"]),
-        shard=index.shards[int(index.shard_ids[row])],
-        wrong=wrong,
-        unseen=unseen,
-    )
+        return replace(sample, unseen=str(result))
+    probe, sha256 = result
+    if not same_content({sample.key}, clip_of(index, row, info), sha256):
+        return replace(sample, unseen=f"{sample.source}: its content is not what was encoded")
+    return replace(sample, wrong=wrong_sample(info, probe, index.fingerprint.get("media", {})))
 
 
 def superseded(
     index: CacheIndex,
     sidecars: list[Sidecar],
-    media: Mapping[str, Medium],
+    media: Mapping[str, MediaFile],
     live: Collection[str],
     pool: WorkerPool,
     console: Console,
@@ -128,6 +118,6 @@ def superseded(
     `media`: what the dataset has, by source; of others nothing is said.
     """
     rows = [row for row in rows_of_first_rule(index, sidecars) if index.key(row) not in live]
-    with bar(console, "looking at old samples", len(rows)) as advance:
-        judged = looked_at(index, rows, media.get, pool, advance)
-        return {sample.key: sample.source for sample in judged if sample.wrong is not None}
+    with bar(console, "checking old samples", len(rows)) as advance:
+        found = judged(index, rows, media.get, pool, advance)
+        return {sample.key: sample.source for sample in found if sample.wrong is not None}

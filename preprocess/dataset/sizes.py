@@ -37,7 +37,7 @@ RATIO_CROPS: tuple[tuple[tuple[int, int], int], ...] = (
 
 
 def adapted_sizes(kind: "MediaKind", *, image_size: int, video_size: int) -> tuple[int, ...]:
-    """Sizes under random_hw_adapt alone, the medium's own first.
+    """Sizes under random_hw_adapt without a token budget, that of its kind of media first.
 
     Videos: `video_size` down to min(video_size, 512). Images: `image_size` down to the same.
     """

@@ -51,42 +51,42 @@ class EncodeConfig:
     dataset_config: Annotated[Path | None, typer.Option(metavar="FILE", help="Several datasets in one TOML file, as for musubi-tuner or diffusion-pipe, in place of --train-data-dir; each may have its own sizes, frames and num_repeats.", show_default="one dataset", rich_help_panel=INPUT)] = None
 
     size: Annotated[int, typer.Option(metavar="PX", help="Size of images and videos: the side, in pixels, of a square of the same area; 320 is 240P, 480 is 320P, 640 is 480P, 960 is 720P.", rich_help_panel=SAMPLES)] = 640
-    image_sample_size: Annotated[int | None, typer.Option(metavar="PX", help="Size of images alone, in pixels, meant as --size is; the largest where sizes are drawn.", show_default="--size", rich_help_panel=SAMPLES)] = None
-    video_sample_size: Annotated[int | None, typer.Option(metavar="PX", help="Size of videos alone, in pixels, meant as --size is; the smallest, or 512, where sizes are drawn.", show_default="--size", rich_help_panel=SAMPLES)] = None
-    token_sample_size: Annotated[int | None, typer.Option(metavar="PX", help="Size, in pixels, at which a clip of all frames has the most tokens that one may have; counts with the token length option below.", show_default="--size", rich_help_panel=SAMPLES)] = None
+    image_sample_size: Annotated[int | None, typer.Option(metavar="PX", help="Size of images, in pixels, defined as for --size; the upper limit of random sizes.", show_default="--size", rich_help_panel=SAMPLES)] = None
+    video_sample_size: Annotated[int | None, typer.Option(metavar="PX", help="Size of videos, in pixels, defined as for --size; with random sizes the lower limit, or 512.", show_default="--size", rich_help_panel=SAMPLES)] = None
+    token_sample_size: Annotated[int | None, typer.Option(metavar="PX", help="Token budget of a clip: the size, in pixels, at which a clip of all frames just fits it; used by the token length option below.", show_default="--size", rich_help_panel=SAMPLES)] = None
     enable_bucket: Annotated[bool, typer.Option("--enable-bucket/--no-enable-bucket", help="Resize each sample to the nearest of 41 aspect ratios; off: to a square, cropped at the centre.", show_default="on", rich_help_panel=SAMPLES)] = True
-    random_hw_adapt: Annotated[bool, typer.Option("--random-hw-adapt", help="Draw each sample's size: a video's between 512 and the size of videos, an image's between that and the size of images.", show_default="off", rich_help_panel=SAMPLES)] = False
-    training_with_video_token_length: Annotated[bool, typer.Option("--training-with-video-token-length", help="Take fewer frames at larger sizes, so that a clip keeps to the tokens of the token size; sizes that are drawn then go from that of videos to that of images in steps of 128.", show_default="off", rich_help_panel=SAMPLES)] = False
+    random_hw_adapt: Annotated[bool, typer.Option("--random-hw-adapt", help="Draw each sample's size at random: videos from 512 to the size of videos, images from that to the size of images.", show_default="off", rich_help_panel=SAMPLES)] = False
+    training_with_video_token_length: Annotated[bool, typer.Option("--training-with-video-token-length", help="Take fewer frames at larger sizes, so that each clip stays within the token budget; random sizes then go from that of videos to that of images in steps of 128.", show_default="off", rich_help_panel=SAMPLES)] = False
     fix_sample_size: Annotated[tuple[int, int] | None, typer.Option(metavar="H W", help="Height and width of every sample, in pixels, in place of sizes, buckets and the two options above.", show_default="off", rich_help_panel=SAMPLES)] = None
-    random_ratio_crop: Annotated[bool, typer.Option("--random-ratio-crop", help="Draw each sample's aspect ratio, from 1:2.4 to 2.4:1, instead of taking the nearest; what is over is cropped.", show_default="off", rich_help_panel=SAMPLES)] = False
+    random_ratio_crop: Annotated[bool, typer.Option("--random-ratio-crop", help="Draw each sample's aspect ratio at random, from 1:2.4 to 2.4:1, instead of taking the nearest; the rest of the frame is cropped.", show_default="off", rich_help_panel=SAMPLES)] = False
     video_sample_stride: Annotated[int | None, typer.Option(metavar="N", help="Take one of every N frames of a video.", show_default="2", rich_help_panel=SAMPLES), AT_LEAST_1] = None
-    fps: Annotated[float | None, typer.Option("--fps", metavar="F", help="Take F frames of each second of a video, those nearest in time, in place of every N-th; of a slower video some are taken twice.", show_default="--video-sample-stride", rich_help_panel=SAMPLES), POSITIVE] = None
-    video_sample_n_frames: Annotated[int, typer.Option(metavar="N", help="Most frames of a clip after the stride, of the form 4n+1; a shorter video gives its largest 4n+1.", rich_help_panel=SAMPLES)] = 81
-    clips: Annotated[Clips, typer.Option("--clips", help="Where clips are cut out of a video: at its start, where the seed says, spread evenly, or the whole of it in consecutive clips.", rich_help_panel=SAMPLES)] = "random"
-    clips_per_video: Annotated[int, typer.Option(metavar="N", help="How many clips of a video, with --clips random or uniform.", rich_help_panel=SAMPLES), AT_LEAST_1] = 1
+    fps: Annotated[float | None, typer.Option("--fps", metavar="F", help="Take F frames of each second of a video, those nearest in time, in place of every N-th; frames of a slower video are repeated.", show_default="--video-sample-stride", rich_help_panel=SAMPLES), POSITIVE] = None
+    video_sample_n_frames: Annotated[int, typer.Option(metavar="N", help="Maximum number of frames of a clip after the stride, of the form 4n+1; a shorter video gives its largest 4n+1.", rich_help_panel=SAMPLES)] = 81
+    clips: Annotated[Clips, typer.Option("--clips", help="Where clips start in a video: at its first frame, at random, spread evenly, or one after another over the whole video.", rich_help_panel=SAMPLES)] = "random"
+    clips_per_video: Annotated[int, typer.Option(metavar="N", help="Number of clips of each video, with --clips random or uniform.", rich_help_panel=SAMPLES), AT_LEAST_1] = 1
     variants: Annotated[int, typer.Option(metavar="K", help="Encode each file K times with other random sizes, ratios and starts; equal results are stored once.", rich_help_panel=SAMPLES), AT_LEAST_1] = 1
-    video_repeat: Annotated[int, typer.Option(metavar="N", help="How often an epoch of training shows a video while it shows an image once; changed later without any encoding.", rich_help_panel=SAMPLES), AT_LEAST_1] = 1
-    train_mode: Annotated[TrainMode | None, typer.Option("--train-mode", help="What the shards are for; normal with an i2v model leaves the conditions out.", show_default="as the model is", rich_help_panel=SAMPLES)] = None
-    seed: Annotated[int, typer.Option(metavar="N", help="Random seed: where in a video a clip starts, random sizes and ratios.", rich_help_panel=SAMPLES)] = 42
+    video_repeat: Annotated[int, typer.Option(metavar="N", help="How often an epoch of training shows each video (images: once); can be changed later without encoding again.", rich_help_panel=SAMPLES), AT_LEAST_1] = 1
+    train_mode: Annotated[TrainMode | None, typer.Option("--train-mode", help="What the shards are for; normal with an i2v model leaves the conditions out.", show_default="the model's", rich_help_panel=SAMPLES)] = None
+    seed: Annotated[int, typer.Option(metavar="N", help="Random seed of clip starts, sizes and aspect ratios.", rich_help_panel=SAMPLES)] = 42
 
     negative_prompt: Annotated[str, typer.Option(metavar="TEXT", help="Negative prompt of the teacher's CFG; encoded once for the whole cache.", show_default="Wan's published one", rich_help_panel=ENCODERS)] = WAN.negative_prompt
-    validation_prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="List of prompts that a training run samples on its way: .txt with one a line, perhaps ending in --w 832 --h 480 --f 81 --i cat.png, or .json, .jsonl or .csv with prompt and perhaps image, width, height, frames. An i2v model wants a picture of each. It replaces the list of before.", show_default="the list that the shards have", rich_help_panel=ENCODERS)] = None
-    vae_dtype: Annotated[StoredDtype, typer.Option(help="Number format that the VAE computes in.", rich_help_panel=ENCODERS)] = "fp32"
-    text_encoder_dtype: Annotated[StoredDtype, typer.Option(help="Number format that the text encoder computes in.", rich_help_panel=ENCODERS)] = "bf16"
-    vae_mini_batch: Annotated[int, typer.Option(metavar="N", help="Taken for the sake of VideoX-Fun's scripts: clips go through the VAE one at a time, since together they would get other bits.", rich_help_panel=ENCODERS), AT_LEAST_1] = 1
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=ENCODERS)] = "auto"
-    num_workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that decode and resize media while the encoders work; each holds one clip in memory.", show_default="one a core but one, at most 8", rich_help_panel=ENCODERS), AT_LEAST_1] = None
-    decode_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Give up a file, and list it as rejected, when no frame of it was decoded for so long.", rich_help_panel=ENCODERS), POSITIVE] = 120
+    validation_prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Validation prompts, sampled during training: .txt with one a line, optionally ending in --w 832 --h 480 --f 81 --i cat.png, or .json, .jsonl or .csv with prompt and optionally image, width, height, frames. An i2v model needs an image for each. Replaces the list in the shards.", show_default="the list in the shards", rich_help_panel=ENCODERS)] = None
+    vae_dtype: Annotated[StoredDtype, typer.Option(help="Compute dtype of the VAE.", rich_help_panel=ENCODERS)] = "fp32"
+    text_encoder_dtype: Annotated[StoredDtype, typer.Option(help="Compute dtype of the text encoder.", rich_help_panel=ENCODERS)] = "bf16"
+    vae_mini_batch: Annotated[int, typer.Option(metavar="N", help="Accepted for VideoX-Fun's scripts, no effect: clips are encoded one at a time, because batching changes the bits of the latents.", rich_help_panel=ENCODERS), AT_LEAST_1] = 1
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto uses a GPU if available.", rich_help_panel=ENCODERS)] = "auto"
+    num_workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that decode and resize media while the encoders work; each holds one clip in memory.", show_default="cores minus 1, at most 8", rich_help_panel=ENCODERS), AT_LEAST_1] = None
+    decode_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Reject a file if no frame of it was decoded for this long.", rich_help_panel=ENCODERS), POSITIVE] = 120
 
     output: Annotated[str, typer.Option(metavar="DIR|URL", help="Folder of the shards; what is in it already is kept and not encoded again.", rich_help_panel=OUTPUT)] = "shards"
-    dtype: Annotated[StoredDtype, typer.Option(help="Number format of the tensors in the shards.", rich_help_panel=OUTPUT)] = "bf16"
-    shard_size_mb: Annotated[int, typer.Option(metavar="MB", help="Size of a shard, in megabytes, at which the next one is begun.", rich_help_panel=OUTPUT), AT_LEAST_1] = 256
-    prune: Annotated[bool, typer.Option("--prune", help="Remove samples from the shards that are no longer in the dataset: files that were taken out, or whose clips are cut otherwise now.", show_default="off", rich_help_panel=OUTPUT)] = False
-    max_bad: Annotated[int, typer.Option(metavar="N", help="Rejected samples that are accepted; with more the exit code is 1. The others are encoded in any case.", rich_help_panel=OUTPUT), NOT_NEGATIVE] = 0
+    dtype: Annotated[StoredDtype, typer.Option(help="Dtype of the tensors in the shards.", rich_help_panel=OUTPUT)] = "bf16"
+    shard_size_mb: Annotated[int, typer.Option(metavar="MB", help="Size, in megabytes, at which a shard is closed and the next one started.", rich_help_panel=OUTPUT), AT_LEAST_1] = 256
+    prune: Annotated[bool, typer.Option("--prune", help="Remove samples from the shards that are no longer in the dataset: of files that were removed, or whose frames or size changed.", show_default="off", rich_help_panel=OUTPUT)] = False
+    max_bad: Annotated[int, typer.Option(metavar="N", help="Number of rejected samples to accept; with more the exit code is 1. The others are encoded in any case.", rich_help_panel=OUTPUT), NOT_NEGATIVE] = 0
 
     engine: Annotated[Literal["local", "ray"], typer.Option(help="Where the encoders run: local is this process (or one per GPU under torchrun, accelerate, srun); ray is a Ray cluster, whose nodes may come and go.", rich_help_panel=CLUSTER)] = "local"
-    ray_address: Annotated[str | None, typer.Option(metavar="HOST:PORT", envvar="RAY_ADDRESS", help="Head node of the Ray cluster, or auto: the cluster that this machine is part of. Run the command on one of its nodes.", show_default="a cluster of this machine alone", rich_help_panel=CLUSTER)] = None
-    ray_actors: Annotated[int | None, typer.Option(metavar="N", help="Actors at most; each has an encoder, on a GPU of its own if there are any, and decoders (--num-workers).", show_default="as many as there is room for", rich_help_panel=CLUSTER), AT_LEAST_1] = None
+    ray_address: Annotated[str | None, typer.Option(metavar="HOST:PORT", envvar="RAY_ADDRESS", help="Head node of the Ray cluster, or auto: the cluster that this machine belongs to. Run the command on one of its nodes.", show_default="a local cluster", rich_help_panel=CLUSTER)] = None
+    ray_actors: Annotated[int | None, typer.Option(metavar="N", help="Maximum number of actors; each has an encoder, on a GPU of its own if there are any, and decoders (--num-workers).", show_default="as many as fit", rich_help_panel=CLUSTER), AT_LEAST_1] = None
     # fmt: on
 
     @cached_property
@@ -166,8 +166,12 @@ class EncodeConfig:
             )
         if self.engine == "local" and self.ray_actors is not None:
             raise UserError(f"--ray-actors: {self.ray_actors} without --engine ray. Add that.")
+        if self.clips_per_video > 1 and self.clips in ("first", "chunk"):
+            raise UserError(
+                f"--clips-per-video: {self.clips_per_video} has no meaning with --clips "
+                f"{self.clips}; it goes with --clips random or uniform."
+            )
         self._check_shapes()
-        self._check_clips()
 
     def _check_shapes(self) -> None:
         if self.fix_sample_size is not None:
@@ -200,28 +204,21 @@ class EncodeConfig:
                 "one value for a fixed size."
             )
 
-    def _check_clips(self) -> None:
-        if self.clips_per_video > 1 and self.clips in ("first", "chunk"):
-            raise UserError(
-                f"--clips-per-video: {self.clips_per_video} has no meaning with --clips "
-                f"{self.clips}; it goes with --clips random or uniform."
-            )
-
 
 # fmt: off
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(EncodeConfig):
-    """Say what `wanprep encode` would do with the same options.
+    """Show what `wanprep encode` would do with the same options.
 
-    How many samples of which shape there will be, what is in the shards already, what is rejected, shortened or upscaled and why, the disk that it takes and the time. Media are looked into as by encode; no encoder is built (but see --measure), and nothing is written to the output folder. The exit code is 1 where more than --max-bad would be rejected.
+    Prints the samples by shape, how many are in the shards already, what is rejected, shortened or upscaled and why, and the disk space and time needed. Media are probed as by encode; no encoder is loaded (except with --measure), and nothing is written to the output folder. The exit code is 1 where more than --max-bad would be rejected.
 
     Next: wanprep encode, with the same options
     """
 
     PANELS: ClassVar[Sequence[str]] = (*EncodeConfig.PANELS, PLAN)
 
-    measure: Annotated[bool, typer.Option("--measure", help="Encode a few clips and captions first, to know how long the run will take; nothing of it is kept but the speed.", show_default="off", rich_help_panel=PLAN)] = False
-    json: Annotated[bool, typer.Option("--json", help="Print it all as JSON, with every file named.", show_default="off", rich_help_panel=PLAN)] = False
+    measure: Annotated[bool, typer.Option("--measure", help="Encode a few clips and captions first, to estimate the time; only the measured speed is kept.", show_default="off", rich_help_panel=PLAN)] = False
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, with every file named.", show_default="off", rich_help_panel=PLAN)] = False
     # fmt: on
 
 

@@ -45,82 +45,58 @@ _MEASURED = 3  # clips and captions that --measure encodes
 
 @dataclass(frozen=True, kw_only=True)
 class BucketPlan:
-    """Samples of one shape."""
+    """Samples of one shape, by the names that --json prints."""
 
-    bucket: Bucket
+    width: int
+    height: int
+    frames: int
     samples: int
+    in_shards: int
     new: int
     shortened: int
     upscaled: int
-    new_bytes: int
+    bytes: int
     """About what the new ones take in shards."""
 
 
 CHANGES = ("shortened", "upscaled", "slow", "noted")
-"""What may become of a medium, for the reader to see. Slow: videos slower than the frame rate asked
-for, if only in places; noted: what is odd of videos that are taken all the same."""
+"""What may become of a media file. Slow: videos slower than the frame rate asked for, if only in
+places; noted: what is odd about videos that are used all the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Foreseen:
-    """What a run would find and do."""
+    """What a run would find and do, by the names that --json prints."""
 
-    buckets: tuple[BucketPlan, ...]
     samples: int
+    in_shards: int
     new: int
     leftover: int
     """Samples in the shards that the dataset does not give (any more)."""
-    first_rule: bool
-    """Whether shards of the first frame rule are there, of which `encode` may replace samples."""
-    epoch: int
-    """Samples that an epoch shows, repeats counted."""
-    rejected: tuple[Rejected, ...]
-    changes: Mapping[str, Sequence[tuple[str, str]]]
-    """Of the kinds in `CHANGES`: (source, in words), each once."""
+    samples_an_epoch: int
+    """Repeats counted."""
+    bytes: int
+    """About what the new ones take in shards, prompts included."""
+    seconds: float | None
+    """In the encoders; None if their speed is not known."""
     source_frames: int
     """Of all videos."""
     dropped_frames: int
     """Of these, how many lie before, between and after the clips."""
-    new_bytes: int
-    seconds: float | None
-    """In the encoders; None where their speed is not known."""
-
-    @property
-    def there(self) -> int:
-        """Samples that are in the shards already."""
-        return self.samples - self.new
+    buckets: tuple[BucketPlan, ...]
+    rejected: tuple[Rejected, ...]
+    changes: Mapping[str, Sequence[tuple[str, str]]]
+    """Of the kinds in `CHANGES`: (source, in words), each once."""
+    first_rule: bool
+    """Whether there are shards of the first frame rule, of which `encode` may replace samples."""
 
     def to_json(self) -> dict[str, Any]:
-        """For scripts: names as here, buckets with their sides."""
-        return {
-            "samples": self.samples,
-            "in_shards": self.there,
-            "new": self.new,
-            "leftover": self.leftover,
-            "samples_an_epoch": self.epoch,
-            "bytes": self.new_bytes,
-            "seconds": self.seconds,
-            "source_frames": self.source_frames,
-            "dropped_frames": self.dropped_frames,
-            "buckets": [
-                {
-                    "width": plan.bucket.width,
-                    "height": plan.bucket.height,
-                    "frames": plan.bucket.frames,
-                    "samples": plan.samples,
-                    "in_shards": plan.samples - plan.new,
-                    "new": plan.new,
-                    "shortened": plan.shortened,
-                    "upscaled": plan.upscaled,
-                    "bytes": plan.new_bytes,
-                }
-                for plan in self.buckets
-            ],
-            "rejected": [asdict(one) for one in self.rejected],
-            **{
-                kind: [{"source": source, "change": said} for source, said in found]
-                for kind, found in self.changes.items()
-            },
+        """For scripts: each kind of change under its own name."""
+        fields = asdict(self)
+        del fields["first_rule"], fields["changes"]
+        return fields | {
+            kind: [{"source": source, "change": change} for source, change in found]
+            for kind, found in self.changes.items()
         }
 
 
@@ -161,17 +137,18 @@ def foresee(
     megapixels = sum(work.pixels for work in unseen) / 1e6
     units = {MEGAPIXEL: megapixels, CAPTION: len(captions)}
     return Foreseen(
-        buckets=buckets,
         samples=len(plan.live),
+        in_shards=len(plan.live) - len(texts),
         new=len(texts),
         leftover=len(committed.keys() - plan.live),
-        first_rule=any(has_first_frame_rule(sidecar.fingerprint) for sidecar in sidecars),
-        epoch=sum(work.repeats * len(work.samples) for work in plan.works),
+        samples_an_epoch=sum(work.repeats * len(work.samples) for work in plan.works),
+        bytes=sum(bucket.bytes for bucket in buckets) + prompts,
+        seconds=foretold_seconds(config, fingerprint, units),
+        **_frames(plan.works),
+        buckets=buckets,
         rejected=(*job.dataset.rejected, *plan.rejected),
         changes=_changes(plan.works),
-        **_frames(plan.works),
-        new_bytes=sum(bucket.new_bytes for bucket in buckets) + prompts,
-        seconds=foretold_seconds(config, fingerprint, units),
+        first_rule=any(has_first_frame_rule(sidecar.fingerprint) for sidecar in sidecars),
     )
 
 
@@ -250,13 +227,18 @@ def _buckets(
     for work in planned:
         by_bucket.setdefault(work.clip.bucket, []).append(work)
     for bucket, works in sorted(by_bucket.items()):
+        samples = sum(len(work.samples) for work in works)
+        lacking = sum(len(new[work.home]) for work in works)
         yield BucketPlan(
-            bucket=bucket,
-            samples=sum(len(work.samples) for work in works),
-            new=sum(len(new[work.home]) for work in works),
+            width=bucket.width,
+            height=bucket.height,
+            frames=bucket.frames,
+            samples=samples,
+            in_shards=samples - lacking,
+            new=lacking,
             shortened=sum(len(work.samples) for work in works if _is_short(work)),
             upscaled=sum(len(work.samples) for work in works if _upscaling(work) > 1),
-            new_bytes=sum(sizes.samples(work, new[work.home]) for work in works),
+            bytes=sum(sizes.samples(work, new[work.home]) for work in works),
         )
 
 
@@ -273,11 +255,11 @@ def _upscaling(work: Work) -> float:
 
 
 def _changes(planned: Sequence[Work]) -> dict[str, list[tuple[str, str]]]:
-    """By kind. Variants and captions of one medium are often changed alike."""
+    """By kind. Variants and captions of one media file are often changed alike."""
     found: dict[str, dict[tuple[str, str], None]] = {kind: {} for kind in CHANGES}
     for work in planned:
-        for kind, said in _changes_of(work):
-            found[kind][work.entry.source, said] = None
+        for kind, change in _changes_of(work):
+            found[kind][work.entry.source, change] = None
     return {kind: list(changes) for kind, changes in found.items()}
 
 
@@ -287,16 +269,14 @@ def _changes_of(work: Work) -> Iterator[tuple[str, str]]:
     if probe is None:
         return
     if _is_short(work):
-        said = f"{clip.asked} frames asked, {bucket.frames} taken of {probe.frames}"
-        yield "shortened", said
+        yield "shortened", f"{clip.asked} frames asked, {bucket.frames} taken of {probe.frames}"
     if (factor := _upscaling(work)) > 1:
         sizes = f"{probe.width}x{probe.height} to {bucket.width}x{bucket.height}"
         yield "upscaled", f"{sizes}, {factor:.2f} times as large"
     if number := report.repeats(work):
-        said = f"{number} of {bucket.frames} frames are repeated"
-        yield "slow", f"{said} ({probe.fps:g} a second)"
-    for note in probe.notes:
-        yield "noted", note
+        repeated = f"{number} of {bucket.frames} frames are repeated"
+        yield "slow", f"{repeated} ({probe.fps:g} a second)"
+    yield from (("noted", note) for note in probe.notes)
 
 
 def _frames(planned: Sequence[Work]) -> dict[str, int]:

@@ -5,10 +5,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from preprocess.dataset.clips import RESIZE_RULE
 from preprocess.encode.config import EncodeConfig
 from shared.errors import UserError
-from shared.format.cache import Sidecar
+from shared.format.cache import CacheIndex, Sidecar
 from shared.format.fingerprint import (
     FORMAT_VERSION,
     FRAME_RULE,
@@ -30,6 +32,7 @@ from shared.models.weights import check_component
 # Raise when `shared.format.buckets` maps some size to another bucket than before.
 BUCKET_TABLE_VERSION = 1
 OFF = "off"
+DIGESTING = "digesting the encoders' weights (read once, then remembered)"
 BY_DATASET = "by dataset"
 """Stands for settings that each dataset of a --dataset-config has for itself."""
 
@@ -98,6 +101,29 @@ def encoder_fields(spec: ModelSpec, hasher: FileHasher) -> Fingerprint:
     """
 
     return model_fields(spec, hasher, partial(check_component, spec.family, spec.folder))
+
+
+def fields_in_cache(spec: ModelSpec, cache: CacheIndex, console: Console) -> Fingerprint:
+    """`encoder_fields` by the digests that a cache has for the same weights."""
+    hasher = FileHasher()
+    with console.status(DIGESTING):
+        fields = encoder_fields(spec, hasher)
+        return as_in_cache(fields, cache.fingerprint, spec.folder, hasher)
+
+
+def refuse_other_vae(cache: CacheIndex, spec: ModelSpec, fields: Fingerprint, *, cure: str) -> None:
+    """Raise UserError, which ends with `cure`, unless the model has the VAE of the cache.
+
+    `fields` of the model as the cache has them.
+    """
+    latents = {"latents": fields["latents"]}
+    refuse_absent(spec, latents)
+    refuse_differences(
+        {"latents": cache.fingerprint["latents"]},
+        latents,
+        what=f"shards: {cache.store} was encoded by another VAE than {spec.folder} has",
+        cure=cure,
+    )
 
 
 def refuse_absent(spec: ModelSpec, fields: Fingerprint) -> None:

@@ -14,7 +14,7 @@ import torch
 from preprocess.cache.index import check_shards
 from preprocess.cache.text_cache import TextCache
 from preprocess.encode.speed import Times
-from preprocess.encode.work import Captions, Committed, Work
+from preprocess.encode.work import Captions, Work, missing_of
 from preprocess.frames.media_info import MediaError
 from preprocess.media.decode import fitted_frames
 from preprocess.media.worker_pool import WorkerPool
@@ -72,7 +72,7 @@ class Encoded:
     """What the VAE makes of one clip, on the CPU in the dtype of the cache."""
 
     latents: torch.Tensor | None
-    """(C, T, h, w), normalised; None of a caption without a medium."""
+    """(C, T, h, w), normalised; None if text-only."""
     condition: dict[str, torch.Tensor]
     """`cond` (C, T, h, w), normalised, and of Wan 2.1 `clip` (tokens, D); empty but for i2v."""
     frames: Frames | None = None
@@ -122,10 +122,8 @@ def texts_from_cache(
     same = {
         key: caption
         for item in work
-        for key, caption in item.samples
-        if (there := committed.get(key)) is not None
-        and there != Committed(there.caption, item.repeats)
-        and there.caption == caption_digest(caption)
+        for key, caption in missing_of(item, committed)
+        if key in committed and committed[key].caption == caption_digest(caption)
     }
     if not same:
         return
@@ -165,7 +163,7 @@ def encode_decoded(
     busy = pool.busy
     with closing(decoded):
         latent_encoder = encoder()
-        times.begin_media()
+        times.media_began = time.perf_counter()
         while True:
             began = time.perf_counter()
             with times.decoding:

@@ -1,33 +1,44 @@
 """Lines that a run and its plan say of their clips and of where the time went."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from time import perf_counter
 
 from preprocess.encode.speed import Times
 from preprocess.encode.work import Work
 from shared.cli.console import count, named
 
 
-def oddities(work: Sequence[Work]) -> list[str]:
+def oddities(work: Sequence[Work]) -> Iterator[str]:
     """The lines about clips that are not what was asked, or whose videos are odd."""
-    return [line for line in (_short(work), _slow(work), _noted(work)) if line]
+    # Shorter than asked.
+    if short := [one for one in work if one.clip.bucket.frames < one.clip.asked]:
+        asked = sorted({one.clip.asked for one in short})
+        taken: dict[str, set[int]] = {}  # one video may have several clips
+        for one in short:
+            taken.setdefault(one.entry.source, set()).add(one.clip.bucket.frames)
+        fewer = f"{asked[0]}" if len(asked) == 1 else f"{asked[0]} to {asked[-1]}"
+        listed = named([f"{name} ({', '.join(map(str, sorted(n)))})" for name, n in taken.items()])
+        yield (
+            f"short    {count(len(taken), 'video')} with fewer than {fewer} frames at this stride, "
+            f"taken at the largest 4n+1 there is: {listed}"
+        )
 
+    # Slower than --fps, if only in places.
+    if slow := {one.entry.source: one for one in work if repeats(one)}:
+        listed = named(
+            [f"{name} ({repeats(one)} of {one.clip.bucket.frames})" for name, one in slow.items()]
+        )
+        yield (
+            f"slow     {count(len(slow), 'video')} slower than --fps, at least in places: frames "
+            f"are repeated, as a player shows them longer: {listed}"
+        )
 
-def _short(work: Sequence[Work]) -> str | None:
-    """The line about clips that are shorter than asked; None if there are none."""
-    short = [item for item in work if item.clip.bucket.frames < item.clip.asked]
-    if not short:
-        return None
-    taken: dict[str, set[int]] = {}  # of one video there may be several clips
-    for item in short:
-        taken.setdefault(item.entry.source, set()).add(item.clip.bucket.frames)
-    listed = named([f"{name} ({', '.join(map(str, sorted(n)))})" for name, n in taken.items()])
-    asked = sorted({item.clip.asked for item in short})
-    fewer = f"{asked[0]}" if len(asked) == 1 else f"{asked[0]} to {asked[-1]}"
-    return (
-        f"short    {count(len(taken), 'video')} with fewer than {fewer} frames at this stride, "
-        f"taken at the largest 4n+1 there is: {listed}"
-    )
+    # Odd, and taken all the same.
+    noted = {one.entry.source: one.probe.notes for one in work if one.probe and one.probe.notes}
+    if noted:
+        kinds = dict.fromkeys(note for notes in noted.values() for note in notes)
+        yield f"noted    {count(len(noted), 'video')} {'; '.join(kinds)}: {named(list(noted))}"
 
 
 def repeats(work: Work) -> int:
@@ -36,38 +47,18 @@ def repeats(work: Work) -> int:
     return sum(one == other for one, other in pairwise(indices))
 
 
-def _slow(work: Sequence[Work]) -> str | None:
-    """The line about videos slower than --fps, if only in places; None if there are none."""
-    slow = {item.entry.source: item for item in work if repeats(item)}
-    if not slow:
-        return None
-    listed = named(
-        [f"{name} ({repeats(item)} of {item.clip.bucket.frames})" for name, item in slow.items()]
-    )
-    return (
-        f"slow     {count(len(slow), 'video')} slower than --fps, at least in places: frames are "
-        f"repeated, as a player shows them longer: {listed}"
-    )
+def where_time_went(times: Times, *, writing: float) -> str | None:
+    """The line about the media pass, which ends now; None if this process had no clip to encode.
 
-
-def _noted(work: Sequence[Work]) -> str | None:
-    """The line about what is odd of videos that are taken all the same; None if nothing is."""
-    odd = {item.entry.source: item.probe.notes for item in work if item.probe and item.probe.notes}
-    if not odd:
-        return None
-    kinds = dict.fromkeys(note for notes in odd.values() for note in notes)
-    return f"noted    {count(len(odd), 'video')} {'; '.join(kinds)}: {named(list(odd))}"
-
-
-def where_time_went(times: Times) -> str | None:
-    """The line about the media pass; None where this process had no clip to encode."""
+    `writing`: seconds that it has waited for shards to be written.
+    """
     if not times.clips:
         return None
+    media = perf_counter() - times.media_began
     vae, decoding = times.vae.seconds, times.decoding.seconds
-    rest = times.media - vae - decoding - times.writing
     return (
-        f"time     media {times.media:.2f} s: in the encoders {vae:.2f}, waiting for "
-        f"decoders {decoding:.2f}, for the disk {times.writing:.2f}, else {rest:.2f}; "
+        f"time     media {media:.2f} s: in the encoders {vae:.2f}, waiting for decoders "
+        f"{decoding:.2f}, for the disk {writing:.2f}, else {media - vae - decoding - writing:.2f}; "
         f"a clip {vae / times.clips:.2f} s to encode, beside it "
         f"{times.decoders / times.clips:.2f} s to decode"
     )

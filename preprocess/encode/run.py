@@ -3,7 +3,7 @@
     dataset → plan (probe, clip, key) → what is missing → text pass → VAE pass → index
 
 The text encoder and the VAE are never in memory together. Everything that is committed stays,
-however the run ends, and the same command goes on from there.
+however the run ends, and the same command continues from there.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ from preprocess.dataset.toml_config import read_dataset
 from preprocess.encode import report
 from preprocess.encode.config import EncodeConfig, in_train_mode
 from preprocess.encode.engine import COMPONENTS, Elsewhere, Engine, LocalEngine
-from preprocess.encode.fingerprint import encode_fingerprint, settings_for_cache
+from preprocess.encode.fingerprint import DIGESTING, encode_fingerprint, settings_for_cache
 from preprocess.encode.passes import Encoded, latents_from_cache, samples_of, texts_from_cache
 from preprocess.encode.session import (
     KEPT,
@@ -39,6 +39,7 @@ from preprocess.encode.speed import Times, remember_speed
 from preprocess.encode.validation_prompts import (
     MissingPrompts,
     ValidationPrompt,
+    missing_roles,
     missing_validation,
     read_pictures,
     read_validation_prompts,
@@ -103,7 +104,7 @@ def encode(
             missing = session.lacking(lambda index: _missing(mine, committed_of(index)))
             todo = [work for work in mine if missing_of(work, plan.committed)]
             outdated = _outdated(job, plan, session, pool, console)
-            _say_plan(console, config, plan, mine, outcome.left, outdated)
+            _print_plan(console, config, plan, mine, outcome.left, outdated)
 
             # Who encodes, and where it goes.
             engine: Engine = LocalEngine(config, job.spec, pool, outcome.times)
@@ -122,9 +123,8 @@ def encode(
                 # What was written is committed, what is outdated goes.
                 with signals.deferred():
                     writer.close()
-                    outcome.times.end_media(writing=writer.waited)
-                    if went := report.where_time_went(outcome.times):
-                        say(console, went)
+                    if line := report.where_time_went(outcome.times, writing=writer.waited):
+                        say(console, line)
                     _take_out(run, outdated)
                     session.settle()
                     session.texts.delete()
@@ -134,7 +134,7 @@ def encode(
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a configuration comes to before any medium is opened."""
+    """What a configuration comes to before any media file is opened."""
 
     config: EncodeConfig
     output: Store
@@ -153,20 +153,23 @@ def read_job(config: EncodeConfig, output: Store, console: Console) -> Job:
     Raises UserError where the two do not fit, or one cannot be used.
     """
     dataset = read_dataset(config.dataset_config, config.train_data_dir, config.train_data_meta)
-    spec = _encodable_model(config)
+    spec = read_model_spec(resolve_model(config.model, COMPONENTS))
+    spec = in_train_mode(spec, config.train_mode)
+    if config.engine == "local":
+        check_device(config.device)
     _refuse_text_only(dataset, spec)
     say(console, f"dataset  {dataset.origin}: {len(dataset.entries)} usable")
     say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
     validation: Sequence[ValidationPrompt] = ()
     if config.validation_prompts is not None:
         rule = _clip_rule(config, spec)
-        validation, said = read_validation_prompts(config.validation_prompts, spec, rule)
+        validation, note = read_validation_prompts(config.validation_prompts, spec, rule)
         listed = count(len(validation), "prompt")
         say(console, f"prompts  {config.validation_prompts}: {listed} for validation")
-        for line in said:
-            say(console, f"prompts  {line}")
+        if note:
+            say(console, f"prompts  {note}")
     hasher = FileHasher()
-    with console.status("digesting the encoders' weights (read once, then remembered)"):
+    with console.status(DIGESTING):
         fingerprint = encode_fingerprint(config, spec, hasher)
     return Job(
         config=config,
@@ -179,22 +182,13 @@ def read_job(config: EncodeConfig, output: Store, console: Console) -> Job:
     )
 
 
-def _encodable_model(config: EncodeConfig) -> ModelSpec:
-    """The model whose encoders are used. Raises UserError for one that cannot be encoded for."""
-    spec = read_model_spec(resolve_model(config.model, COMPONENTS))
-    spec = in_train_mode(spec, config.train_mode)
-    if config.engine == "local":
-        check_device(config.device)
-    return spec
-
-
 def _refuse_text_only(dataset: Dataset, spec: ModelSpec) -> None:
     """UserError where an i2v model would get samples without a first frame."""
-    alone = sum(entry.path is None for entry in dataset.entries)
-    if alone and spec.mode == "i2v":
+    text_only = sum(entry.path is None for entry in dataset.entries)
+    if text_only and spec.mode == "i2v":
         raise UserError(
-            f"dataset: {dataset.origin} has {count(alone, 'caption')} without a medium, and "
-            f"{spec.folder} is an i2v model, which wants a first frame of each sample. Encode them "
+            f"dataset: {dataset.origin} has {count(text_only, 'text-only caption')}, and "
+            f"{spec.folder} is an i2v model, which needs a first frame for each. Encode them "
             "for text-to-video (--train-mode normal, --output DIR), or leave them out."
         )
 
@@ -255,12 +249,12 @@ def plan_job(
     bank: Sequence[str] | None,
     console: Console,
 ) -> Plan:
-    """Look into the media, with a progress bar.
+    """Probe the media, with a progress bar.
 
     `bank`: the prompts' shards in the output; None where others bring what these lack.
     """
     config, entries = job.config, job.dataset.entries
-    with bar(console, "looking into the media", len(entries)) as advance:
+    with bar(console, "probing media", len(entries)) as advance:
         works, rejected = plan_work(
             entries,
             _clip_rule(config, job.spec),
@@ -271,17 +265,18 @@ def plan_job(
             video_repeat=config.video_repeat,
         )
     there = prompts_by_shard(job.output, tuple(bank or ()))
+    wanted = {EMPTY: "", NEGATIVE: config.negative_prompt}
     return Plan(
         works=works,
         rejected=rejected,
         committed=committed,
-        prompts=() if bank is None else _missing_prompts(config, there),
+        prompts=() if bank is None else missing_roles(wanted, there),
         validation=missing_validation(() if bank is None else job.validation, there),
     )
 
 
 def _plan(job: Job, pool: WorkerPool, session: CacheSession, console: Console) -> Plan:
-    """`plan_job` for this rank; the first one brings the prompts, and what is wrong is said once.
+    """`plan_job` for this rank; the first one brings the prompts, and errors are reported once.
 
     Raises UserError where nothing can be encoded.
     """
@@ -301,13 +296,6 @@ def _plan(job: Job, pool: WorkerPool, session: CacheSession, console: Console) -
 def _missing(works: Sequence[Work], committed: Captions) -> list[tuple[str, str]]:
     """(key, caption) of all samples of these clips that the shards lack."""
     return [sample for work in works for sample in missing_of(work, committed)]
-
-
-def _missing_prompts(config: EncodeConfig, bank: list[list[Prompt]]) -> list[tuple[str, str]]:
-    """(role, prompt) that the bank, by shard, lacks; the last entry of a role counts."""
-    last = {prompt.role: prompt.prompt for shard in bank for prompt in shard}
-    wanted = {EMPTY: "", NEGATIVE: config.negative_prompt}
-    return [(role, text) for role, text in wanted.items() if last.get(role) != text]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,7 +322,7 @@ def _outdated(
     )
 
 
-def _say_plan(
+def _print_plan(
     console: Console,
     config: EncodeConfig,
     plan: Plan,
@@ -357,7 +345,7 @@ def _say_plan(
     if old := len(plan.committed.keys() - plan.live - replaced.keys()):
         say(
             console,
-            f"leftover {old} in the shards are not in this dataset (removed, or cut otherwise): "
+            f"leftover {old} in the shards are not in this dataset (removed or changed): "
             + (
                 "removed from the cache at the end, but for files that were rejected now"
                 if config.prune

@@ -27,7 +27,7 @@ from shared.format.fingerprint import Fingerprint
 from shared.interrupt import Interrupted, Interruption, catch_signals
 from shared.io.store import Store
 
-KEPT = "What was encoded so far is committed; the same command goes on from there."
+KEPT = "What was encoded so far is committed; the same command continues from there."
 
 Missing = TypeVar("Missing", bound=Sized)
 

@@ -51,21 +51,8 @@ class Times:
     """Waiting for a clip to be decoded and resized."""
     decoders: float = 0.0
     """What the clips took the decoders, summed over them; beside the VAE, so mostly hidden."""
-    writing: float = 0.0
-    """Waiting for shards to be written."""
-    media: float = 0.0
-    """Wall time from the VAE's being loaded until the last shard is committed."""
-    _media_began: float | None = None
-
-    def begin_media(self) -> None:
-        """The VAE is loaded."""
-        self._media_began = time.perf_counter()
-
-    def end_media(self, *, writing: float) -> None:
-        """Every shard is committed; the loop has waited for the writer so many seconds."""
-        self.writing = writing
-        if self._media_began is not None:
-            self.media = time.perf_counter() - self._media_began
+    media_began: float = 0.0
+    """When the VAE was loaded, by `time.perf_counter`."""
 
 
 def remember_speed(config: EncodeConfig, fingerprint: Fingerprint, times: Times) -> None:

@@ -38,7 +38,7 @@ LANDSCAPE = (9, 16)
 
 FORM = Form(
     subject=OPTION,
-    entry=f"a prompt ({' | '.join(PROMPT_FIELDS)}), for image-to-video a picture "
+    entry=f"a prompt ({' | '.join(PROMPT_FIELDS)}), for image-to-video an image "
     f"({' | '.join(PICTURE_FIELDS)}), and perhaps height, width and frames",
     lines="a prompt a line",
     option=OPTION,
@@ -78,8 +78,8 @@ class ValidationPrompt:
 
 def read_validation_prompts(
     path: Path, spec: ModelSpec, rule: ClipRule
-) -> tuple[list[ValidationPrompt], list[str]]:
-    """The prompts of a list, each once, and what is to be said of it.
+) -> tuple[list[ValidationPrompt], str]:
+    """The prompts of a list, each once, and a note on what of it is not used; "" if all is.
 
     A prompt without a size gets the bucket of its picture's shape, or of 16:9, and as many frames
     as a clip of the cache. Raises UserError naming the entry and the field.
@@ -96,14 +96,10 @@ def read_validation_prompts(
         found.setdefault(one.key, one)
     if not found:
         raise UserError(f"{OPTION}: {path} has no prompts, only comments. Write one a line.")
-    said = []
-    if unused:
-        options = ", ".join(f"--{name}" for name in sorted(unused))
-        said.append(
-            f"{options} in {path.name} are not used: steps, guidance and seed are those of the "
-            "training"
-        )
-    return list(found.values()), said
+    options = ", ".join(f"--{name}" for name in sorted(unused))
+    why = "steps, guidance and seed are those of the training"
+    note = f"{options} in {path.name} are not used: {why}" if unused else ""
+    return list(found.values()), note
 
 
 def _fields(record: Record, path: Path) -> dict[str, Any]:
@@ -130,7 +126,7 @@ def _split_line(line: str, where: str, unused: set[str]) -> dict[str, Any]:
         else:
             raise UserError(
                 f"{OPTION}: {where}: found --{name}, expected --w, --h, --f or --i (width, height, "
-                "frames, picture) at the end of a line."
+                "frames, image) at the end of a line."
             )
     return item
 
@@ -174,22 +170,22 @@ def _checked(item: _Item, folder: Path, spec: ModelSpec, rule: ClipRule) -> Vali
     if name := item.text(PICTURE_FIELDS):
         if spec.mode == "t2v":
             raise item.refused(
-                f" has a picture, {name!r:.80}, and the shards are for a t2v model, which takes "
+                f" has an image, {name!r:.80}, and the shards are for a t2v model, which takes "
                 "none. Leave it out."
             )
         picture = next((p for p in (folder / name, Path(name)) if p.is_file()), folder / name)
         try:
             seen = probe(picture, "image")
         except MediaError as error:
-            raise item.refused(f": {error}. Name a picture, e.g. a PNG.") from error
+            raise item.refused(f": {error}. Name an image, e.g. a PNG.") from error
         image, shape = sha256_of(picture), (seen.height, seen.width)
     elif spec.mode == "i2v":
         raise item.refused(
-            f" has no picture, and {spec.folder} is an i2v model. Expected a field "
+            f" has no image, and {spec.folder} is an i2v model. Expected a field "
             f"{' | '.join(PICTURE_FIELDS)}, or --i FILE at the end of a line of text."
         )
     size, frames = _shape(item, spec)
-    # As a caption without a medium gets its bucket; what is drawn there is drawn from the prompt.
+    # Its bucket as a text-only sample gets it; what is drawn there is drawn from the prompt.
     rule = replace(rule, variants=1, frames=frames or rule.frames)
     (clip,) = caption_clips(prompt, rule, shape=shape, frames=None)
     height, width = size or (clip.bucket.height, clip.bucket.width)
@@ -236,11 +232,10 @@ class MissingPrompts:
         conditions: Mapping[str, Mapping[str, torch.Tensor]],
     ) -> list[Prompt]:
         """The whole list, with the embeddings that `text` gives; `conditions` by key."""
-        entries = []
-        for one in self.wanted:
-            known = self.known.get(one.key)
-            entries.append(known or one.in_bank(text(one.prompt), conditions.get(one.key)))
-        return entries
+        return [
+            self.known.get(one.key) or one.in_bank(text(one.prompt), conditions.get(one.key))
+            for one in self.wanted
+        ]
 
 
 def missing_validation(
@@ -256,6 +251,18 @@ def missing_validation(
         known={prompt.key: prompt for prompt in every if prompt.role == VALIDATION},
         texts={prompt.prompt: prompt.text for prompt in every},
     )
+
+
+def last_of_roles(bank: list[list[Prompt]]) -> dict[str, str]:
+    """Role → its prompt that counts, the newest, without validation prompts."""
+    every = (prompt for shard in bank for prompt in shard if prompt.role != VALIDATION)
+    return {prompt.role: prompt.prompt for prompt in every}
+
+
+def missing_roles(wanted: Mapping[str, str], bank: list[list[Prompt]]) -> list[tuple[str, str]]:
+    """(role, prompt) that the bank, by shard, lacks of these."""
+    last = last_of_roles(bank)
+    return [(role, text) for role, text in wanted.items() if last.get(role) != text]
 
 
 Conditions = dict[str, dict[str, torch.Tensor]]
@@ -281,6 +288,6 @@ def read_pictures(prompts: Sequence[ValidationPrompt]) -> list[Picture]:
         try:
             first = fit(read_frames(one.picture, "image", [0]), replace(one.bucket, frames=1))
         except MediaError as error:
-            raise UserError(f"{OPTION}: {error}. Name a picture, e.g. a PNG.") from error
+            raise UserError(f"{OPTION}: {error}. Name an image, e.g. a PNG.") from error
         pictures.append(Picture(key=one.key, bucket=one.bucket, first=first))
     return pictures

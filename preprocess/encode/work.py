@@ -11,8 +11,8 @@ import numpy.typing as npt
 from preprocess.dataset.clips import Clip, ClipRule
 from preprocess.dataset.entries import Entry, Rejected
 from preprocess.frames.media_info import Kind, MediaError, Probe, Shortcut
-from preprocess.media.seen import Seen, seen
-from preprocess.media.sources import Medium
+from preprocess.media.probing import Probed, probed
+from preprocess.media.sources import MediaFile
 from preprocess.media.worker_pool import WorkerPool
 from shared.format.cache import CacheIndex
 from shared.format.columns import caption_digest, hex_keys
@@ -20,7 +20,7 @@ from shared.format.schema import MediaType, SampleInfo, sample_key
 from shared.io.hashing import FileHasher
 
 MOST_CAPTIONS = 64
-"""Captions of one clip: all ordinals below are looked through for one that is committed."""
+"""Captions of one clip: all lower ordinals are searched for one that is committed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Work:
     entry: Entry
     """The first entry that brought the clip."""
     probe: Probe | None
-    """None: a caption without a medium. Without what choosing the clip alone needs."""
+    """None: text-only. Without what is needed only to choose the clip."""
     clip: Clip
     shortcut: Shortcut | None
     """Where decoding of the clip may begin, in a long video."""
@@ -117,7 +117,7 @@ def missing_of(work: Work, committed: Captions) -> list[tuple[str, str]]:
 
 
 def split(works: Sequence[Work], committed: Captions) -> tuple[list[Work], list[Work], list[Work]]:
-    """Captions without media; clips whose latents are in the shards under some caption; others."""
+    """Text-only samples; clips whose latents are in the shards under some caption; others."""
     text_only: list[Work] = []
     known: list[Work] = []
     new: list[Work] = []
@@ -128,8 +128,8 @@ def split(works: Sequence[Work], committed: Captions) -> tuple[list[Work], list[
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Looked:
-    """What opening one entry's file told, or the caption where there is none."""
+class _Chosen:
+    """One clip that an entry asks for, before clips of the same content are merged."""
 
     entry: Entry
     sha256: str
@@ -148,13 +148,13 @@ def plan_work(
     on_progress: Callable[[], None],
     video_repeat: int = 1,
 ) -> tuple[list[Work], list[Rejected]]:
-    """Look into every file and decide what is to be encoded, in the dataset's order.
+    """Probe every file and decide what is to be encoded, in the dataset's order.
 
     A caption that is `committed` for its clip keeps its key, whatever stands before it today.
     Videos are shown `video_repeat` times as often as their dataset says.
     """
-    files: dict[tuple[Medium, Kind], list[int]] = {}  # each opened once, however many captions
-    found: dict[int, list[_Looked] | Rejected] = {}
+    files: dict[tuple[MediaFile, Kind], list[int]] = {}  # each opened once, however many captions
+    found: dict[int, list[_Chosen] | Rejected] = {}
     for number, entry in enumerate(entries):
         if entry.path is None:
             found[number] = _of_caption(entry, rule)
@@ -162,20 +162,20 @@ def plan_work(
         else:
             files.setdefault((entry.path, entry.type), []).append(number)
     media = ((numbers, path, kind) for (path, kind), numbers in files.items())
-    for numbers, result in seen(media, hasher, pool):
+    for numbers, result in probed(media, hasher, pool):
         for number in numbers:
-            found[number] = _of_medium(entries[number], result, rule)
+            found[number] = _of_media(entries[number], result, rule)
             on_progress()
 
-    clips: dict[tuple[str, Clip], list[_Looked]] = {}
+    clips: dict[tuple[str, Clip], list[_Chosen]] = {}
     rejected: dict[Rejected, None] = {}  # a file once, however many captions
     for number in range(len(entries)):  # in the dataset's order, not the workers'
         one = found[number]
         if isinstance(one, Rejected):
             rejected[one] = None
         else:
-            for looked_at in one:
-                clips.setdefault((looked_at.sha256, looked_at.clip), []).append(looked_at)
+            for clip in one:
+                clips.setdefault((clip.sha256, clip.clip), []).append(clip)
     there = {sample.caption for sample in committed.values()}
     works: list[Work] = []
     for same in clips.values():
@@ -186,15 +186,15 @@ def plan_work(
     return works, list(rejected)
 
 
-def _of_medium(
-    entry: Entry, result: Seen | MediaError | OSError, rule: ClipRule
-) -> list[_Looked] | Rejected:
+def _of_media(
+    entry: Entry, result: Probed | MediaError | OSError, rule: ClipRule
+) -> list[_Chosen] | Rejected:
     try:
         if isinstance(result, Exception):
             raise result
         probe, sha256 = result
         return [
-            _Looked(
+            _Chosen(
                 entry=entry,
                 sha256=sha256,
                 probe=replace(probe, times=None, key_frames=None),  # a byte a frame or more
@@ -207,15 +207,15 @@ def _of_medium(
         return Rejected(source=entry.source, reason=str(error))
 
 
-def _of_caption(entry: Entry, rule: ClipRule) -> list[_Looked]:
+def _of_caption(entry: Entry, rule: ClipRule) -> list[_Chosen]:
     sha256 = hashlib.sha256(entry.caption.encode()).hexdigest()
     clips = entry.sampling.caption_clips(sha256, rule, shape=entry.shape, frames=entry.frames)
-    return [_Looked(entry=entry, sha256=sha256, probe=None, clip=clip) for clip in clips]
+    return [_Chosen(entry=entry, sha256=sha256, probe=None, clip=clip) for clip in clips]
 
 
-def _work(found: list[_Looked], committed: Captions, there: set[bytes], video_repeat: int) -> Work:
+def _work(found: list[_Chosen], committed: Captions, there: set[bytes], video_repeat: int) -> Work:
     first = found[0]
-    captions = dict.fromkeys(looked.entry.caption for looked in found)  # duplicates once, in order
+    captions = dict.fromkeys(one.entry.caption for one in found)  # duplicates once, in order
     if len(captions) > MOST_CAPTIONS:
         raise MediaError(f"{len(captions)} captions for one clip, expected at most {MOST_CAPTIONS}")
     transform = first.clip.transform()
@@ -240,8 +240,8 @@ def _work(found: list[_Looked], committed: Captions, there: set[bytes], video_re
         clip=first.clip,
         shortcut=first.shortcut,
         samples=tuple((keys[caption], caption) for caption in captions),
-        repeats=max(looked.entry.repeats for looked in found)
+        repeats=max(one.entry.repeats for one in found)
         * (video_repeat if first.probe is not None and first.probe.type == "video" else 1),
-        tags=tuple(dict.fromkeys(tag for looked in found for tag in looked.entry.tags)),
+        tags=tuple(dict.fromkeys(tag for one in found for tag in one.entry.tags)),
         home=key(0),
     )

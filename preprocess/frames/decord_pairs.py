@@ -35,7 +35,7 @@ def reads(container: str, codec: str, pixel_format: str, width: int, height: int
 def frames(path: Path, indices: Sequence[int]) -> Iterator[Frame]:
     """The frames at `indices`, (H, W, 3) uint8 RGB as stored, up to the first that decord fails at.
 
-    In a file that was cut off it fails by chance: it reads ahead, into the part that is missing.
+    In a truncated file it fails by chance: it reads ahead, into the part that is missing.
     """
     import decord
 

@@ -34,6 +34,7 @@ _PIXEL_FORMATS = (
 
 class StoredPacket(NamedTuple):
     pts: int | None
+    dts: int | None
     key: bool
     discarded: bool
     """Decoded but not shown: an edit list cuts it off."""
@@ -55,15 +56,11 @@ class Stored:
     """Container and codec disagree about the shape of a pixel."""
     packets: list[StoredPacket] = field(default_factory=list)
     """In decoding order."""
-    dts: list[int | None] = field(default_factory=list)
-    """Of the packets that are shown."""
-    pixel_format: str = ""
-    width: int = 0
-    height: int = 0
+    layouts: dict[tuple[str, int, int], None] = field(default_factory=dict)
+    """(pixel format, width, height) of the frames that are shown, that of the first one first."""
     orientations: set[Orientation] = field(default_factory=set)
-    all_told: bool = True
-    """Whether each frame came with its orientation: from the container, not from the pictures."""
-    sizes_differ: bool = False
+    each_has_orientation: bool = True
+    """Whether each frame came with its own: from the container, not from the pictures."""
     intra: set[int | None] = field(default_factory=set)
     """pts of frames that need no other."""
 
@@ -72,26 +69,20 @@ class Stored:
         self.packets.append(
             StoredPacket(
                 pts=packet.pts,
+                dts=packet.dts,
                 key=bool(packet.is_keyframe),
                 discarded=bool(packet.is_discard),
                 partial=bool(packet.is_corrupt),
             )
         )
-        if not packet.is_discard:
-            self.dts.append(packet.dts)
 
-    def note_frame(self, frame: VideoFrame, orientation: Orientation, *, told: bool) -> None:
-        """A frame that is shown; `told`: by itself, not by one before."""
-        if not self.pixel_format:
-            self.pixel_format = frame.format.name
-            self.width, self.height = frame.width, frame.height
+    def note_frame(self, frame: VideoFrame, orientation: Orientation, *, own: bool) -> None:
+        """A frame that is shown; `own`: its orientation came with it, not with one before."""
+        self.layouts[frame.format.name, frame.width, frame.height] = None
         if frame.pict_type == PictureType.I:
             self.intra.add(frame.pts)
         self.orientations.add(orientation)
-        self.all_told = self.all_told and told
-        layout = (frame.width, frame.height, frame.format.name)
-        if layout != (self.width, self.height, self.pixel_format):
-            self.sizes_differ = True
+        self.each_has_orientation = self.each_has_orientation and own
 
 
 def misread(stored: Stored, pts: Sequence[int | None]) -> str | None:
@@ -100,36 +91,38 @@ def misread(stored: Stored, pts: Sequence[int | None]) -> str | None:
     `pts` of the frames that are shown, in order.
     """
     times = [packet.pts for packet in stored.packets]
-    keys = [packet.pts for packet in stored.packets if packet.key]
-    if (stored.container, stored.codec) in PAIRS and same_colours(
-        stored.pixel_format, stored.width, stored.height
-    ):
+    keys = {packet.pts for packet in stored.packets if packet.key}
+    pixel_format, width, height = layout = next(iter(stored.layouts))
+    if (stored.container, stored.codec) in PAIRS and same_colours(*layout):
         whole = len(pts) == len(stored.packets)
         return None if whole else "a damaged frame at the end was counted"
     if stored.container not in _CONTAINERS:
         return f"frames of {stored.container} files were taken by seeking, which lands elsewhere"
     if stored.codec not in _CODECS:
         return f"frames of {stored.codec} video were taken by seeking, which may land elsewhere"
-    if not same_colours(stored.pixel_format, stored.width, stored.height):
-        size = f"{stored.width}x{stored.height}"
-        return f"colours of {stored.pixel_format} video of {size} were converted in another way"
+    if not same_colours(*layout):
+        size = f"{width}x{height}"
+        return f"colours of {pixel_format} video of {size} were converted in another way"
     if not all(orientation.turned_only for orientation in stored.orientations):
         return "mirrored video was shown upside down or not mirrored"
     if stored.orientations != {UPRIGHT} and (
-        not stored.all_told or stored.container == "matroska,webm" or len(stored.orientations) > 1
+        not stored.each_has_orientation
+        or stored.container == "matroska,webm"
+        or len(stored.orientations) > 1
     ):
-        return "video that is to be turned by Matroska, or by its pictures, was not turned"
+        return "rotation stored by Matroska, or in the video stream itself, was ignored"
     if stored.rotate_tag and stored.orientations == {UPRIGHT}:
-        return "video with a tag `rotate` was turned, which players do no more"
-    if any(one.transposed for one in stored.orientations) and "422" in stored.pixel_format:
-        return f"colours of turned {stored.pixel_format} video were converted in another way"
-    if stored.streams > 1 or stored.aspects_differ or stored.sizes_differ:
-        return "another stream, pixel shape or picture size of the file may have been taken"
+        return "video with a tag `rotate` was rotated, which players no longer do"
+    if any(one.transposed for one in stored.orientations) and "422" in pixel_format:
+        return f"colours of rotated {pixel_format} video were converted in another way"
+    if stored.streams > 1 or stored.aspects_differ or len(stored.layouts) > 1:
+        return "another stream, pixel shape or frame size of the file may have been taken"
     if any(packet.discarded for packet in stored.packets):
         return "frames that an edit list hides were counted"
-    if None in times or sorted(times, key=_order) != list(pts):
+    known = sorted(time for time in times if time is not None)
+    if len(known) < len(times) or known != list(pts):
         return "frames were counted from packets, which are not what is shown"
-    if not keys or not stored.packets[0].key or not set(keys) <= stored.intra:
+    if not keys or not stored.packets[0].key or not keys <= stored.intra:
         return "seeking landed on frames that need earlier ones (no key frame, intra refresh)"
     if pts[0] is not None and pts[0] < 0:
         return "times below zero: seeking landed elsewhere"
@@ -218,10 +211,6 @@ def _few(numbers: Sequence[int], place: int) -> str:
     first, last = max(0, place - 3), place + 3
     shown = ", ".join(map(str, numbers[first:last]))
     return f"{'… ' if first else ''}{shown}{' …' if last < len(numbers) else ''}"
-
-
-def _order(time: int | None) -> int:
-    return -1 if time is None else time
 
 
 def _open_gop(packets: Sequence[StoredPacket]) -> bool:

@@ -40,7 +40,7 @@ class KeyFrames:
     places: tuple[tuple[int, int], ...]
     """(frame number, pts in the stream's time base) of key frames, ascending."""
     orientation: Orientation
-    """Of all frames: the pictures themselves may tell it at the start of the file alone."""
+    """Of all frames: the video stream itself may have it only at the start of the file."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,6 +58,6 @@ def of_display_matrix(side_data: bytes) -> Orientation:
         return Orientation(transposed=True, mirrored_x=bool(c < 0), mirrored_y=bool(b < 0))
     degrees = -np.degrees(np.arctan2(b, a)) % 360  # counter-clockwise, as ffmpeg counts
     raise ValueError(
-        f"the video is to be shown turned by {degrees:.0f} degrees, expected a multiple of 90. "
-        "Turn its pictures: ffmpeg -i IN OUT.mp4"
+        f"the video is to be shown rotated by {degrees:.0f} degrees, expected a multiple of 90. "
+        "Rotate its frames: ffmpeg -i IN OUT.mp4"
     )

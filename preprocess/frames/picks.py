@@ -61,7 +61,7 @@ def picks_of(probe: Probe, *, stride: int, fps: float | None) -> Picks:
     if fps is None:
         return Picks(frames=probe.frames, step=stride)
     if probe.fps is None or not 0 < probe.fps < math.inf:
-        raise MediaError(f"the file tells no frame rate ({probe.fps}), which --fps goes by")
+        raise MediaError(f"the file has no frame rate ({probe.fps}), which --fps needs")
     return Picks(
         frames=probe.frames,
         step=probe.fps / fps,
@@ -71,10 +71,6 @@ def picks_of(probe: Probe, *, stride: int, fps: float | None) -> Picks:
 
 
 def _nearest(seconds: npt.NDArray[np.float64], time: float) -> int:
-    after = int(np.searchsorted(seconds, time))
-    if after == 0:
-        return 0
-    if after == len(seconds):
-        return after - 1
+    after = int(np.clip(np.searchsorted(seconds, time), 1, len(seconds) - 1))
     later_is_nearer = seconds[after] - time <= time - seconds[after - 1] + _ROUNDING
     return after if later_is_nearer else after - 1

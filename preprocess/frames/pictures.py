@@ -52,7 +52,7 @@ def probe_animation(path: Path) -> Probe:
         delays = []
         for number in numbers:
             image.seek(number)
-            image.load()  # WebP tells a frame's delay only then
+            image.load()  # WebP has a frame's delay only then
             delay = float(image.info.get("duration", 0) or 0)
             delays.append(delay if delay >= _SHORTEST_DELAY_MS else _BROWSER_DELAY_MS)
         image.seek(numbers[0])
@@ -62,9 +62,9 @@ def probe_animation(path: Path) -> Probe:
         turned = image.getexif().get(_ORIENTATION, 1) != 1
         old_reading = None
         if numbers[0] > 0:
-            old_reading = "a picture that is no part of the animation was taken for its first frame"
+            old_reading = "an image that is no part of the animation was taken as its first frame"
         elif turned:
-            old_reading = "the orientation of animations was not looked at"
+            old_reading = "the orientation of animations was ignored"
         return Probe(
             frames=len(numbers),
             height=shown.height,
@@ -102,7 +102,7 @@ def _numbers(image: Image.Image) -> range:
 
 def _shown(image: Image.Image) -> Image.Image:
     """The frame that an image file is at: upright, 8-bit RGB, transparency on white."""
-    image.load()  # TIFFs turn upright here; PNGs may tell their orientation behind the pixels
+    image.load()  # TIFFs turn upright here; PNGs may have their orientation after the pixels
     return _on_white(ImageOps.exif_transpose(image))
 
 

@@ -39,7 +39,7 @@ _SEEK_BEFORE = (0, 2)
 # Frames that a codec may show before one that is stored earlier.
 _MOST_REORDERED = 16
 # Containers without a list of their streams, by FFmpeg's names; bytes and microseconds to look at.
-# (A transport stream tells PyAV of new ones in a way that it bears.)
+# (PyAV can handle new streams of a transport stream.)
 _STREAMS_COME_LATE = ("mpeg",)
 _MOST_PROBED = (1 << 31) - 1
 # Every so many rows enter a frame's digest: at least one of each 4×4 block that a codec knows.
@@ -48,7 +48,7 @@ _DIGEST_ROWS = 4
 _HDR = {16: "smpte2084", 18: "arib-std-b67"}
 
 INTERLACED = (
-    "interlaced, both fields of a frame taken as one picture (combed where it moves; "
+    "interlaced, both fields are taken as one frame (combing artifacts in motion; "
     "to deinterlace: ffmpeg -i IN -vf bwdif=mode=send_frame OUT.mp4)"
 )
 
@@ -66,11 +66,11 @@ class _Video:
     def frames(
         self, *, stored: Stored | None = None, orientation: Orientation = UPRIGHT
     ) -> "Iterator[_Decoded]":
-        """What the decoder shows, in order; `orientation` holds until a frame tells another.
+        """What the decoder shows, in order; `orientation` holds until a frame has another.
 
         What can't be decoded before the first frame (a broadcast that was joined in the middle) or
-        behind the last (a recording that was cut off) shows nothing in a player, too; between them
-        it would be a wrong picture. MediaError there.
+        after the last (a truncated recording) shows nothing in a player, too; between them it would
+        be a wrong frame: MediaError.
         """
         number = 0
         first: Exception | None = None
@@ -86,13 +86,13 @@ class _Video:
                 continue
             if damage is not None and packet.size:  # at the end only what waited comes out
                 raise MediaError(
-                    f"{self.path}: cannot decode the video behind frame {number} ({damage})"
+                    f"{self.path}: cannot decode the video after frame {number} ({damage})"
                 )
             for frame in frames:
-                told = _orientation(self.path, frame)
-                orientation = told or orientation
+                own = _orientation(self.path, frame)
+                orientation = own or orientation
                 self.on_progress()
-                yield _Decoded(frame, orientation, told is not None)
+                yield _Decoded(frame, orientation, own is not None)
                 number += 1
         if number == 0:
             why = f"cannot decode the video ({first})" if first else "the video has no frames"
@@ -104,8 +104,8 @@ class _Decoded(NamedTuple):
 
     frame: VideoFrame
     orientation: Orientation
-    told: bool
-    """Whether the frame itself tells its orientation; else it is that of the frame before."""
+    own: bool
+    """Whether the orientation came with this frame; else it is that of the frame before."""
 
 
 def survey(path: Path, on_progress: Callable[[], None] = lambda: None) -> Probe:
@@ -121,7 +121,7 @@ def survey(path: Path, on_progress: Callable[[], None] = lambda: None) -> Probe:
             codec=stream.codec_context.name,
             streams=len(video.container.streams.video),
             aspects_differ=_aspects_differ(stream),
-            rotate_tag=_rotate_tag(stream),
+            rotate_tag=_tags(stream).get("rotate", "0").strip() not in ("", "0"),
         )
         pts: list[int | None] = []
         digests: list[int] = []
@@ -133,7 +133,7 @@ def survey(path: Path, on_progress: Callable[[], None] = lambda: None) -> Probe:
             if first is None:
                 first = decoded
                 _refuse_hdr(path, frame.color_trc)
-            stored.note_frame(frame, decoded.orientation, told=decoded.told)
+            stored.note_frame(frame, decoded.orientation, own=decoded.own)
             interlaced = interlaced or bool(frame.interlaced_frame)
             if frame.is_corrupt:
                 damaged.append(len(pts))
@@ -147,7 +147,8 @@ def survey(path: Path, on_progress: Callable[[], None] = lambda: None) -> Probe:
         _refuse_lost(path, stored, pts)
         count = _without_damage(path, len(pts), damaged)
         claimed = (stream.average_rate, stream.guessed_rate, stream.base_rate)
-        dts = (time for time in stored.dts if time is not None)
+        shown = (packet for packet in stored.packets if not packet.discarded)
+        dts = (packet.dts for packet in shown if packet.dts is not None)
         fps, times = rate_and_times(pts, dts, stream.time_base, claimed)
         size = first.frame.width, first.frame.height
         width, height = _shown_size(*size, stream, first.orientation)
@@ -172,7 +173,7 @@ def _from_partial(time: int | None, pts: Sequence[int | None]) -> range:
 
 
 def _refuse_lost(path: Path, stored: Stored, pts: Sequence[int | None]) -> None:
-    """MediaError where what is stored for a picture in the middle gave none: it is damaged.
+    """MediaError if a packet in the middle decoded to no frame: it is damaged.
 
     Of H.264 and HEVC each packet between the first and the last that are shown gives one.
     """
@@ -186,15 +187,15 @@ def _refuse_lost(path: Path, stored: Stored, pts: Sequence[int | None]) -> None:
             continue
         number = sum(shown < time for shown in times)
         raise MediaError(
-            f"{path}: the picture behind frame {number - 1} of the video is lost: what is stored "
-            "for it gives none. Cut that part out, or download the file again"
+            f"{path}: the frame after frame {number - 1} of the video is lost: its packet decodes "
+            "to nothing. Cut that part out, or download the file again"
         )
 
 
 def _without_damage(path: Path, count: int, damaged: Sequence[int]) -> int:
     """How many of `count` frames there are, but for damaged ones at the end.
 
-    A file that was cut off ends in one, a broadcast that was joined in the middle may begin with
+    A truncated file ends in one, a broadcast that was joined in the middle may begin with
     some. Between them, frames before and behind lean on a damaged one without being marked:
     MediaError.
     """
@@ -379,8 +380,9 @@ def _orientation(path: Path, frame: VideoFrame) -> Orientation | None:
         matrix = None
         if frame.rotation % 360:
             raise MediaError(
-                f"{path}: the video is to be shown turned by {frame.rotation} degrees or mirrored, "
-                "and which of them cannot be read. Turn its pictures: ffmpeg -i IN OUT.mp4"
+                f"{path}: the video is to be shown rotated by {frame.rotation} degrees or "
+                "mirrored, and which of the two cannot be read. Rotate its frames: ffmpeg -i IN "
+                "OUT.mp4"
             ) from None
     if matrix is None:
         return None
@@ -401,10 +403,6 @@ def _shown_size(
     if aspect >= 1:
         return round(width * aspect), height
     return width, round(height / aspect)
-
-
-def _rotate_tag(stream: VideoStream) -> bool:
-    return _tags(stream).get("rotate", "0").strip() not in ("", "0")
 
 
 def _tags(stream: VideoStream) -> dict[str, str]:

@@ -53,15 +53,11 @@ class Card:
 
 def write_page(path: Path, found: Overview, *, samples: int, seed: int) -> int:
     """Write the page; how many samples it shows."""
-    cards = read_cards(found, drawn_across_buckets(found.index, samples, seed=seed))
+    with closing(MemberReader(found.index)) as reader:
+        rows = drawn_across_buckets(found.index, samples, seed=seed)
+        cards = [_card(found, reader, row) for row in rows]
     write_bytes(path, page(found, cards).encode("utf-8", "replace"))
     return len(cards)
-
-
-def read_cards(found: Overview, rows: Sequence[int]) -> list[Card]:
-    """The samples, with pictures made by the cache's own latent → RGB map."""
-    with closing(MemberReader(found.index)) as reader:
-        return [_card(found, reader, row) for row in rows]
 
 
 def _card(found: Overview, reader: MemberReader, row: int) -> Card:
@@ -69,8 +65,8 @@ def _card(found: Overview, reader: MemberReader, row: int) -> Card:
     tensors = reader.read(row, LATENTS_MEMBER)
     seconds = seconds_of(info)
     picture = None
-    if tensors is not None and found.latent_rgb is not None:
-        picture = thumbnail(latents_to_rgb(tensors["latents"], found.latent_rgb), seconds)
+    if tensors is not None and found.index.latent_rgb is not None:
+        picture = thumbnail(latents_to_rgb(tensors["latents"], found.index.latent_rgb), seconds)
     length = f"{info['frames']} frames" if info["frames"] > 1 else "image"
     if info["type"] == "text":
         length += ", " + KINDS["text"]
@@ -120,12 +116,12 @@ def page(found: Overview, cards: Sequence[Card]) -> str:
         .render(
             folder=str(found.index.store),
             kinds=_kinds(found),
-            mode=found.fingerprint.get("mode"),
+            mode=found.index.fingerprint.get("mode"),
             numbers=_numbers(found),
             buckets=_samples_of_buckets(found),
             bytes=[(name, number, size(number)) for name, number in found.bytes.items()],
             histograms=histograms,
-            rgb=found.latent_rgb,
+            rgb=found.index.latent_rgb,
             r2_floor=R2_FLOOR,
             cards=cards,
             facts=facts(found),
@@ -180,8 +176,8 @@ def _numbers(found: Overview) -> list[tuple[str, str]]:
     ]
     if len(found.seconds):
         hours = float(found.seconds.mean()) * found.seconds_of / 3600
-        told = f"{hours:.1f} h" if hours >= 1 else f"{3600 * hours:.0f} s"
-        numbers.append((told, "of video"))
+        length = f"{hours:.1f} h" if hours >= 1 else f"{3600 * hours:.0f} s"
+        numbers.append((length, "of video"))
     return numbers
 
 

@@ -27,8 +27,6 @@ from shared.format.cache import (
     open_cache,
 )
 from shared.format.columns import caption_digest
-from shared.format.fingerprint import Fingerprint
-from shared.format.latent_rgb import LatentRgb
 from shared.format.overlays import overlays_in, positions
 from shared.format.schema import MEMBERS
 from shared.format.tar import BLOCK, room
@@ -62,8 +60,8 @@ class Captions:
     empty: int
     short: int
     """Of at most `SHORT_TOKENS` tokens, the empty ones included."""
-    cut: int
-    """As long as the text encoder reads, so perhaps cut off there."""
+    at_token_limit: int
+    """As long as the text encoder reads, so perhaps truncated there."""
     longest: int
     """Tokens."""
     most_common: str | None
@@ -110,14 +108,6 @@ class Overview:
     """Keys in lists of removed samples."""
     captions: Captions
     overlays: tuple[OverlayRow, ...]
-
-    @property
-    def fingerprint(self) -> Fingerprint:
-        return self.index.fingerprint
-
-    @property
-    def latent_rgb(self) -> LatentRgb | None:
-        return self.index.latent_rgb
 
 
 def overview(store: Store, *, seed: int) -> Overview:
@@ -166,16 +156,13 @@ def _buckets(index: CacheIndex, repeats: npt.NDArray[np.int64]) -> tuple[BucketR
     )
 
 
-def _padded(index: CacheIndex) -> npt.NDArray[np.int64]:
-    """(N) bytes of each sample in its tar: headers, and members filled up to blocks."""
-    return np.where(index.lengths > 0, room(index.lengths), 0).sum(axis=1)
-
-
 def _dead(index: CacheIndex, sidecars: Sequence[Sidecar]) -> tuple[int, int]:
     """Dead samples, and the bytes that shards with any would lose by being written again."""
     size = len(index.shards)
     alive = np.bincount(index.shard_ids, minlength=size)
-    live = np.bincount(index.shard_ids, weights=_padded(index), minlength=size)
+    # (N) bytes of each sample in its tar: headers, and members filled up to blocks.
+    padded = np.where(index.lengths > 0, room(index.lengths), 0).sum(axis=1)
+    live = np.bincount(index.shard_ids, weights=padded, minlength=size)
     numbers = {name: n for n, name in enumerate(index.shards)}
     dead = freed = 0
     for sidecar in sidecars:
@@ -239,7 +226,7 @@ def _captions(index: CacheIndex) -> Captions:
         distinct=len(times),
         empty=int((index.captions == empty).all(axis=1).sum()),
         short=int((index.tokens <= SHORT_TOKENS).sum()),
-        cut=int((index.tokens >= limit).sum()) if limit else 0,
+        at_token_limit=int((index.tokens >= limit).sum()) if limit else 0,
         longest=int(index.tokens.max(initial=0)),
         most_common=common,
         most_common_samples=common_samples,

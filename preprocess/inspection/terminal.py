@@ -13,7 +13,7 @@ from shared.cli.support import say
 from shared.format.latent_rgb import R2_FLOOR
 from shared.io.names import on_one_line
 
-KINDS = {"video": "video", "image": "image", "text": "caption alone"}
+KINDS = {"video": "video", "image": "image", "text": "text-only"}
 _BAR = 32  # characters of the longest bar
 _DIGEST = 12  # of a digest, so many digits are shown
 
@@ -41,10 +41,10 @@ def facts(found: Overview) -> Iterator[tuple[str, str]]:
         yield "removed", f"{count(found.tombstones, 'key')} in tombstones"
     yield "captions", captions(found)
     if found.captions.most_common is not None:
-        said = on_one_line(found.captions.most_common)
-        said = said if len(said) <= 80 else said[:79] + "…"
+        caption = on_one_line(found.captions.most_common)
+        caption = caption if len(caption) <= 80 else caption[:79] + "…"
         having = count(found.captions.most_common_samples, "sample")
-        yield "most common", f"{having} have “{said}”"
+        yield "most common", f"{having} have “{caption}”"
     for overlay in found.overlays:
         lacks = f", {overlay.lacking} of the cache without" if overlay.lacking else ""
         orphans = f", {overlay.orphans} of samples that are gone" if overlay.orphans else ""
@@ -56,21 +56,21 @@ def facts(found: Overview) -> Iterator[tuple[str, str]]:
 
 def captions(found: Overview) -> str:
     """How many differ, and which ones to look at."""
-    said = found.captions
-    parts = [f"{said.distinct} different"]
-    if said.empty:
-        parts.append(f"{said.empty} empty")
-    if said.short > said.empty:
-        parts.append(f"{said.short - said.empty} of at most {SHORT_TOKENS} tokens")
-    parts.append(f"longest {said.longest} tokens")
-    if said.cut:
-        parts.append(f"{said.cut} as long as is read, perhaps cut off")
+    numbers = found.captions
+    parts = [f"{numbers.distinct} different"]
+    if numbers.empty:
+        parts.append(f"{numbers.empty} empty")
+    if numbers.short > numbers.empty:
+        parts.append(f"{numbers.short - numbers.empty} of at most {SHORT_TOKENS} tokens")
+    parts.append(f"longest {numbers.longest} tokens")
+    if numbers.at_token_limit:
+        parts.append(f"{numbers.at_token_limit} at the token limit, perhaps truncated")
     return ", ".join(parts)
 
 
 def fingerprint(found: Overview) -> Iterator[tuple[str, str]]:
     """The settings that decided the bytes, as far as people ask for them."""
-    settings = found.fingerprint
+    settings = found.index.fingerprint
     yield "mode", str(settings.get("mode"))
     latents, text = settings.get("latents", {}), settings.get("text", {})
     stride = "×".join(map(str, latents.get("stride", ())))
@@ -93,18 +93,13 @@ def fingerprint(found: Overview) -> Iterator[tuple[str, str]]:
     yield "media", ", ".join(f"{name} {value}" for name, value in chosen.items())
 
 
-def no_map(found: Overview) -> str:
-    """Why a cache has no latent → RGB map."""
-    if found.types["text"] == found.samples:
-        return "captions alone have no pictures"
-    return "this cache was encoded before there was one"
-
-
 def preview(found: Overview) -> str:
     """How good the latent → RGB map is."""
-    rgb = found.latent_rgb
+    rgb = found.index.latent_rgb
     if rgb is None:
-        return f"no latent → RGB map: {no_map(found)}"
+        if found.types["text"] == found.samples:
+            return "no latent → RGB map: text-only samples have no images"
+        return "no latent → RGB map: this cache was encoded before there was one"
     fitted = f"latent → RGB map fitted to {count(rgb.samples, 'sample')}"
     if rgb.r2 is None:
         return f"{fitted}, none held out: R² unknown"
@@ -148,7 +143,7 @@ def _buckets(found: Overview) -> Table:
     repeated = ["an epoch"] if found.epoch != found.samples else []
     numbers = ["latents", "samples", *repeated, "text tokens", "bytes"]
     table = _table("Buckets", {"bucket": "left", **dict.fromkeys(numbers, "right")})
-    latents = found.fingerprint.get("latents", {})
+    latents = found.index.fingerprint.get("latents", {})
     for row in found.buckets:
         shape: tuple[int, ...] = ()
         if latents:

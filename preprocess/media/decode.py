@@ -1,4 +1,4 @@
-"""What is done to a medium in a worker process. Imported there, so nothing heavy: no torch."""
+"""What is done to a media file in a worker process. Imported there, so nothing heavy: no torch."""
 
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -9,37 +9,37 @@ from PIL import Image
 
 from preprocess.frames.media_info import Frame, Kind, MediaError, Probe, Shortcut
 from preprocess.media.reader import probe, read_frames
-from preprocess.media.sources import Medium, local_file
+from preprocess.media.sources import MediaFile, local_file
 from preprocess.media.worker_process import alive
 from shared.format.buckets import Bucket
 from shared.format.resize import fit_to
 from shared.io.hashing import sha256_of
 
 
-def look(medium: Medium, kind: Kind, sha256: str | None) -> tuple[Probe, str]:
+def probe_file(media_file: MediaFile, kind: Kind, sha256: str | None) -> tuple[Probe, str]:
     """What a file holds, and its content's digest unless `sha256` is known. Raises MediaError."""
-    with local_file(medium, on_progress=alive) as path:
-        seen = probe(path, kind, on_progress=alive)
-        return seen, sha256 or sha256_of(path, on_progress=alive)
+    with local_file(media_file, on_progress=alive) as path:
+        found = probe(path, kind, on_progress=alive)
+        return found, sha256 or sha256_of(path, on_progress=alive)
 
 
-def digest(medium: Medium, sha256: str | None) -> str:
+def digest(media_file: MediaFile, sha256: str | None) -> str:
     """The digest of a file's content, unless `sha256` is known. Raises MediaError."""
-    with local_file(medium, on_progress=alive) as path:
+    with local_file(media_file, on_progress=alive) as path:
         if not path.exists():
             raise MediaError(f"{path}: there is no such file")
         return sha256 or sha256_of(path, on_progress=alive)
 
 
 def fitted_frames(
-    medium: Medium,
+    media_file: MediaFile,
     kind: Literal["video", "image"],
     indices: Sequence[int],
     bucket: Bucket,
     shortcut: Shortcut | None = None,
 ) -> npt.NDArray[np.uint8]:
     """(F, H, W, 3) uint8 RGB, as every encoder gets them. Raises MediaError."""
-    with local_file(medium, on_progress=alive) as path:
+    with local_file(media_file, on_progress=alive) as path:
         return fit(read_frames(path, kind, indices, shortcut, on_progress=alive), bucket)
 
 

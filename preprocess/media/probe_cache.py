@@ -1,6 +1,6 @@
 """What files were found to hold, so that a rerun need not decode (or download) them to see.
 
-Beside the digests (`shared.io.hashing.FileHasher`), in the same way: a lost line costs one look.
+Beside the digests (`shared.io.hashing.FileHasher`), in the same way: a lost line costs one probe.
 """
 
 import base64
@@ -45,14 +45,16 @@ class ProbeMemo:
 
 
 def _packed(probe: Probe) -> dict[str, Any]:
-    """As JSON: bytes in base 85, nothing of what is as usual."""
-    fields = {name: value for name, value in asdict(probe).items() if value is not None}
-    if probe.times is not None:
-        fields["times"] = base64.b85encode(probe.times).decode()
-    if probe.key_frames is not None:
-        digests = base64.b85encode(probe.key_frames.digests).decode()
-        fields["key_frames"] = {**fields["key_frames"], "digests": digests}
-    return fields
+    """As JSON: bytes in base 85, without what is None."""
+    return asdict(probe, dict_factory=_packed_fields)
+
+
+def _packed_fields(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {
+        name: base64.b85encode(value).decode() if isinstance(value, bytes) else value
+        for name, value in fields
+        if value is not None
+    }
 
 
 def _unpacked(fields: dict[str, Any]) -> Probe:

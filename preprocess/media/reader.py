@@ -67,6 +67,6 @@ def _named_failures(path: Path, what: str) -> Iterator[None]:
     except Exception as error:  # decoders raise FFmpegError, OSError, SyntaxError …
         if path.is_file() and path.stat().st_size == 0:
             raise MediaError(f"{path}: the file is empty (0 bytes)") from error
-        said = getattr(error, "strerror", None) or str(error)  # the path stands in front already
-        reason = (said.strip().splitlines() or [type(error).__name__])[0]
+        message = getattr(error, "strerror", None) or str(error)  # its path is named already
+        reason = (message.strip().splitlines() or [type(error).__name__])[0]
         raise MediaError(f"{path}: cannot decode the {what} ({reason})") from error

@@ -34,7 +34,7 @@ _TARS = (".tar", ".tar.gz", ".tgz")
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteFile:
-    """A medium in an object store (`preprocess.media.sources.Packed`)."""
+    """A media file in an object store."""
 
     url: str
     signature: str | None = None

@@ -1,13 +1,14 @@
 """WebDataset tars of media: which tars there are, and where in them each sample's files lie.
 
 Only headers are read here, and captions, as bytes: nothing is unpacked and nothing unpickled,
-whatever a member is called. Decoders get a medium by its place in the tar
+whatever a member is called. Decoders get a media file by its place in the tar
 (`preprocess.media.sources`).
 """
 
 import re
 import tarfile
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -17,7 +18,7 @@ from webdataset.tariterators import base_plus_ext
 
 from preprocess.frames.media_info import MediaError
 from preprocess.media.remote import DataDir, here, in_home, remote_named
-from preprocess.media.sources import Medium, TarMember
+from preprocess.media.sources import MediaFile, TarMember
 from shared.errors import UserError
 from shared.format.cache import SHARD_NAME
 from shared.io.names import exists, for_glob, has_wildcard, is_folder
@@ -45,15 +46,6 @@ class TarSample:
         if member.length > _MOST_TEXT_BYTES:
             raise MediaError(f"{extension} has {member.length} bytes, too many for a caption")
         return b"".join(member.content())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Listing:
-    """What a tar holds."""
-
-    samples: tuple[TarSample, ...]
-    problem: str | None
-    """Why what follows them can't be read; None where nothing does."""
 
 
 def is_tars(data_dir: Path) -> bool:
@@ -96,7 +88,8 @@ def named_tars(pattern: Path) -> list[Path]:
     for name in names:
         path = base / name
         if has_wildcard(name) and not exists(path):
-            found += _fitting(base, name)
+            with suppress(OSError):  # a part without a wildcard is too long for a name
+                found += sorted(base.glob(for_glob(name)))
         else:
             found.append(path)
     if not found:
@@ -105,13 +98,6 @@ def named_tars(pattern: Path) -> list[Path]:
             "a tar or a pattern such as 'clips/{000..099}.tar'."
         )
     return found
-
-
-def _fitting(base: Path, pattern: str) -> list[Path]:
-    try:
-        return sorted(base.glob(for_glob(pattern)))
-    except OSError:  # a part without a wildcard is too long for a name
-        return []
 
 
 def tars_among(files: Iterable[Path]) -> list[Path]:
@@ -124,13 +110,12 @@ def tars_among(files: Iterable[Path]) -> list[Path]:
     ]
 
 
-def read_tar(tar: Path) -> Listing:
-    """The samples of a tar, in its order. Whatever is wrong with it is in the listing."""
+def read_tar(tar: Path) -> tuple[list[TarSample], str | None]:
+    """The samples of a tar, in its order, and why what follows them can't be read; None: all is."""
     if tar.name.lower().endswith(COMPRESSED):
-        return Listing(
-            samples=(),
-            problem="a compressed tar can only be read from its beginning; unpack it to a plain "
-            "one: gunzip (media hardly get smaller by it)",
+        return [], (
+            "a compressed tar can only be read from its beginning; unpack it to a plain one: "
+            "gunzip (media hardly get smaller by it)"
         )
     members, problem = _members(tar)
     named: dict[str, dict[str, TarMember]] = {}
@@ -143,10 +128,10 @@ def read_tar(tar: Path) -> Listing:
         if extension.lower() in fields:
             twice[key] = member.name
         fields[extension.lower()] = member
-    samples = tuple(
+    samples = [
         TarSample(key=key, members=fields, twice=twice.get(key)) for key, fields in named.items()
-    )
-    return Listing(samples=samples, problem=problem)
+    ]
+    return samples, problem
 
 
 # What tarfile raises on bytes that are no tar, beside its own error.
@@ -177,7 +162,7 @@ def _members(tar: Path) -> tuple[list[TarMember], str | None]:
                 if not header.isreg() or header.issparse():
                     continue
                 if header.offset_data + header.size > size:
-                    return found, f"the tar ends inside of {header.name}: it is cut off"
+                    return found, f"the tar ends inside {header.name}: it is truncated"
                 found.append(
                     TarMember(
                         tar=tar,
@@ -194,12 +179,12 @@ def _members(tar: Path) -> tuple[list[TarMember], str | None]:
     return found, None
 
 
-def medium_named(data_dir: DataDir, name: str) -> Medium:
-    """The medium that a dataset calls `name`: in a store, in a tar or a file of its own."""
+def media_named(data_dir: DataDir, name: str) -> MediaFile:
+    """The media file that a dataset calls `name`: in a store, in a tar or a file of its own."""
     remote = remote_named(data_dir, name)
     if remote is not None:
         return remote
-    return medium_at(here(data_dir) / given_path(data_dir, name))
+    return media_at(here(data_dir) / given_path(data_dir, name))
 
 
 def given_path(data_dir: DataDir, name: str) -> Path:
@@ -207,8 +192,8 @@ def given_path(data_dir: DataDir, name: str) -> Path:
     return Path(name).expanduser() if in_home(here(data_dir), name) else Path(name)
 
 
-def medium_at(path: Path) -> Medium:
-    """The medium of a path that may lead into a tar: `clips/000.tar/KEY.mp4`."""
+def media_at(path: Path) -> MediaFile:
+    """The media file of a path that may lead into a tar: `clips/000.tar/KEY.mp4`."""
     for parent in reversed(path.parents):
         if parent.suffix.lower() == SUFFIX and parent.is_file():
             status = parent.stat()

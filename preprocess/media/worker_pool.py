@@ -69,9 +69,6 @@ class WorkerPool:
         return self
 
     def __exit__(self, *failure: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         """Kill every worker, whatever it is doing."""
         with self._lock:
             self._closed = True
@@ -79,7 +76,7 @@ class WorkerPool:
                 worker.kill()
         self._threads.shutdown(cancel_futures=True)
         for worker in self._all:
-            worker.bury()
+            worker.release()
 
     def submit(
         self, source: object, function: Callable[..., Any], *arguments: Any
@@ -158,7 +155,7 @@ class WorkerPool:
     def _drop(self, worker: "_Worker") -> None:
         self._own.worker = None
         worker.kill()
-        worker.bury()
+        worker.release()
         with self._lock:
             self._all.discard(worker)
 
@@ -172,7 +169,7 @@ class _Worker:
 
     def __init__(self) -> None:
         self._connection, theirs = Pipe()
-        self._last_words = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `bury`
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `release`
         path = [entry for entry in sys.path if isinstance(entry, str)]
         program = (
             f"import sys; sys.path[:] = {json.dumps(path)}\n"
@@ -186,7 +183,7 @@ class _Worker:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=self._last_words,
+                stderr=self._stderr,
                 # Or numpy starts a thread a core, in every worker.
                 env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             )
@@ -216,11 +213,11 @@ class _Worker:
 
     @contextmanager
     def _while_it_lives(self) -> Iterator[None]:
-        """Block that talks to the process. _LostError, with its last words, where that breaks."""
+        """Block that talks to the process. _LostError, with its exit reason, if that breaks."""
         try:
             yield
         except (EOFError, OSError):
-            raise _LostError(self._epitaph()) from None
+            raise _LostError(self._exit_reason()) from None
 
     def _receive(self, timeout: float) -> tuple[Any, ...]:
         if not self._connection.poll(timeout):
@@ -239,7 +236,7 @@ class _Worker:
             os.close(descriptor)
         return np.ndarray(shape, dtype, buffer=memory)  # which frees the map when it goes
 
-    def _epitaph(self) -> str:
+    def _exit_reason(self) -> str:
         """How the process ended, with the last line that it wrote."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=5)
@@ -250,8 +247,8 @@ class _Worker:
         if code == -signal.SIGKILL:
             how += "; the system was perhaps out of memory"
         with suppress(OSError, ValueError):
-            self._last_words.seek(0)
-            lines = self._last_words.read().decode(errors="replace").strip().splitlines()
+            self._stderr.seek(0)
+            lines = self._stderr.read().decode(errors="replace").strip().splitlines()
             how += f"; {lines[-1]}" if lines else ""
         return f"the decoder crashed ({how})"
 
@@ -259,8 +256,8 @@ class _Worker:
         """End the process at once; its thread then sees the line break."""
         self._process.kill()
 
-    def bury(self) -> None:
+    def release(self) -> None:
         """Leave no zombie and no open file."""
         self._process.wait()
         self._connection.close()
-        self._last_words.close()
+        self._stderr.close()

@@ -18,15 +18,15 @@ from preprocess.cache.ranks import Rank
 from preprocess.dataset.clips import Clip
 from preprocess.dataset.recorded_clips import clip_of, same_content
 from preprocess.encode.engine import latent_encoder
-from preprocess.encode.fingerprint import encoder_fields, refuse_absent
+from preprocess.encode.fingerprint import fields_in_cache, refuse_absent, refuse_other_vae
 from preprocess.encode.passes import Frames, all_finite, encode_decoded
 from preprocess.encode.session import Outcome, stoppable
 from preprocess.encode.speed import Times
 from preprocess.frames.media_info import MediaError, MediaKind
 from preprocess.media.decode import digest
 from preprocess.media.remote import DataDir
-from preprocess.media.sources import Medium, stamp
-from preprocess.media.tars import base_folder, medium_named
+from preprocess.media.sources import MediaFile, stamp
+from preprocess.media.tars import base_folder, media_named
 from preprocess.media.worker_pool import WorkerPool
 from preprocess.overlays.base import SHARD_BYTES, base_cache, overlay_session
 from shared.cli.console import bar
@@ -34,15 +34,7 @@ from shared.cli.support import say
 from shared.device import check_device
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, MemberReader
-from shared.format.fingerprint import (
-    FORMAT_VERSION,
-    LACKING,
-    Fingerprint,
-    as_in_cache,
-    cache_mode,
-    group_of,
-    refuse_differences,
-)
+from shared.format.fingerprint import FORMAT_VERSION, LACKING, Fingerprint, cache_mode, group_of
 from shared.format.overlays import CONDITIONS
 from shared.format.schema import (
     CONDITION_MEMBER,
@@ -94,7 +86,7 @@ class _Clip:
     """A clip of the cache, with its samples: one for each caption."""
 
     rows: tuple[int, ...]
-    path: Medium
+    path: MediaFile
     source: str
     type: MediaKind
     clip: Clip
@@ -118,8 +110,7 @@ def add_condition(config: ConditionConfig, console: Console) -> Added:
         _refuse_without_first_frames(config, base, spec)
         check_device(config.device)
         say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
-        hasher = FileHasher()
-        fingerprint = _fingerprint(config, base, spec, hasher, console)
+        fingerprint = _fingerprint(config, base, spec, console)
         cure = (
             f"Delete {outcome.store} and run this command again; the cache itself stays as it is."
         )
@@ -137,8 +128,8 @@ def add_condition(config: ConditionConfig, console: Console) -> Added:
             with session.rescued(writer.rescue), closing(MemberReader(base)) as reader:
                 # Media that are what was encoded.
                 same = []
-                with bar(console, "looking into the media", len(todo)) as advance:
-                    for clip, problem in _checked(base, todo, hasher, pool):
+                with bar(console, "checking media", len(todo)) as advance:
+                    for clip, problem in _checked(base, todo, pool):
                         if problem is None:
                             same.append(clip)
                         else:
@@ -178,8 +169,8 @@ def _refuse_without_first_frames(
         )
     if len(base) and bool((base.types == MEDIA_TYPES.index("text")).all()):
         raise UserError(
-            f"shards: the samples in {config.shards} are captions without media; there is no first "
-            "frame to encode."
+            f"shards: the samples in {config.shards} are text-only; there is no first frame to "
+            "encode."
         )
 
 
@@ -194,34 +185,23 @@ def _i2v_model(config: ConditionConfig) -> ModelSpec:
 
 
 def _fingerprint(
-    config: ConditionConfig,
-    base: CacheIndex,
-    spec: ModelSpec,
-    hasher: FileHasher,
-    console: Console,
+    config: ConditionConfig, base: CacheIndex, spec: ModelSpec, console: Console
 ) -> Fingerprint:
     """Refuses a VAE that is not the cache's."""
-    with console.status("digesting the encoders' weights (read once, then remembered)"):
-        fields = encoder_fields(spec, hasher)
-        fields = as_in_cache(fields, base.fingerprint, spec.folder, hasher)
+    fields = fields_in_cache(spec, base, console)
     made_by: Fingerprint = {
         group: fields[group] for group in ("latents", "image") if group in fields
     }
     refuse_absent(spec, made_by)
-    vae = made_by["latents"]
-    refuse_differences(
-        {"latents": base.fingerprint["latents"]},
-        {"latents": vae},
-        what=f"shards: {config.shards} was encoded by another VAE than {spec.folder} has",
-        cure="Encode for this model into a folder of its own: wanprep encode --output DIR",
-    )
+    cure = "Encode for this model into a folder of its own: wanprep encode --output DIR"
+    refuse_other_vae(base, spec, fields, cure=cure)
     own = base.fingerprint["latents"]
     return {
         "format": FORMAT_VERSION,
         "overlay": CONDITIONS,
         "mode": cache_mode(spec),
         **made_by,
-        "latents": {**vae, "dtype": own["dtype"], "compute": own["compute"]},
+        "latents": {**fields["latents"], "dtype": own["dtype"], "compute": own["compute"]},
     }
 
 
@@ -242,7 +222,7 @@ def _clips(base: CacheIndex, rows: Sequence[int], data_dir: DataDir) -> list[_Cl
     return [
         _Clip(
             rows=tuple(rows),
-            path=medium_named(base_folder(data_dir), source),
+            path=media_named(base_folder(data_dir), source),
             source=source,
             type=kind,
             clip=clip,
@@ -252,15 +232,17 @@ def _clips(base: CacheIndex, rows: Sequence[int], data_dir: DataDir) -> list[_Cl
 
 
 def _checked(
-    base: CacheIndex, clips: Sequence[_Clip], hasher: FileHasher, pool: WorkerPool
+    base: CacheIndex, clips: Sequence[_Clip], pool: WorkerPool
 ) -> Iterator[tuple[_Clip, str | None]]:
     """Clips with None, or with why the file of that name is not the one that was encoded."""
-    tasks = []
+    hasher, tasks = FileHasher(), []
     for clip in clips:
         name = stamp(clip.path, hasher)
         tasks.append(((clip, name), (clip.path, None if name is None else hasher.known(name))))
-    looked = pool.completed(digest, tasks, source=lambda task: task[0].path, ahead=4 * pool.workers)
-    for (clip, name), future in looked:
+    results = pool.completed(
+        digest, tasks, source=lambda task: task[0].path, ahead=4 * pool.workers
+    )
+    for (clip, name), future in results:
         try:
             sha256 = future.result()
         except (MediaError, OSError) as error:

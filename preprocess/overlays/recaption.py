@@ -18,10 +18,11 @@ from preprocess.dataset.rejected import reasons
 from preprocess.dataset.toml_config import read_dataset
 from preprocess.encode.config import StoredDtype
 from preprocess.encode.engine import text_encoder
-from preprocess.encode.fingerprint import encoder_fields, refuse_absent, text_group
+from preprocess.encode.fingerprint import fields_in_cache, refuse_absent, text_group
 from preprocess.encode.passes import text_pass
 from preprocess.encode.session import Outcome, stoppable
 from preprocess.encode.speed import Times
+from preprocess.encode.validation_prompts import last_of_roles, missing_roles
 from preprocess.encode.work import committed_of
 from preprocess.overlays.base import SHARD_BYTES, base_cache, overlay_session
 from shared.cli.console import bar, count, named
@@ -33,19 +34,16 @@ from shared.format.columns import caption_digest
 from shared.format.fingerprint import (
     FORMAT_VERSION,
     Fingerprint,
-    as_in_cache,
     group_of,
 )
 from shared.format.overlays import CAPTIONS, captions_of
 from shared.format.prompts import (
     NEGATIVE,
-    VALIDATION,
     Prompt,
     current_validation,
     prompts_by_shard,
 )
 from shared.format.schema import DTYPES, JSON_MEMBER, TEXT_MEMBER, info_bytes, pack
-from shared.io.hashing import FileHasher
 from shared.io.store import Store
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 
@@ -123,7 +121,7 @@ def recaption(config: RecaptionConfig, console: Console) -> Recaptioned:
             todo = session.lacking(lambda index: _missing(base, mine, index))
             bank = _missing_prompts(config, base, there) if first else []
             gone = _leftover(base, wanted, there, outcome.unusable)
-            _say_plan(console, len(mine), len(todo), len(gone), config.prune)
+            _print_plan(console, len(mine), len(todo), len(gone), config.prune)
 
             # Text pass.
             texts, writer = session.texts, session.writer(SHARD_BYTES)
@@ -160,7 +158,7 @@ def recaption(config: RecaptionConfig, console: Console) -> Recaptioned:
     return outcome
 
 
-def _say_plan(console: Console, samples: int, left: int, gone: int, prune: bool) -> None:
+def _print_plan(console: Console, samples: int, left: int, gone: int, prune: bool) -> None:
     say(console, f"samples  {samples}: {samples - left} done, {left} to encode")
     if gone:
         say(
@@ -209,7 +207,7 @@ def _wanted(base: CacheIndex, dataset: Dataset | None, outcome: Recaptioned) -> 
     )
     if not wanted and not without:
         raise UserError(
-            f"captions: the samples in {base.store} are captions without media, which stay as "
+            f"captions: the samples in {base.store} are text-only: their captions stay as "
             "they are. Edit their list and run `wanprep encode` again; for another text encoder: "
             "--same-captions."
         )
@@ -233,10 +231,7 @@ def _infos(base: CacheIndex, rows: Iterable[int]) -> Iterator[tuple[int, dict[st
 def _fingerprint(
     config: RecaptionConfig, base: CacheIndex, spec: ModelSpec, console: Console
 ) -> Fingerprint:
-    with console.status("digesting the text encoder's weights (read once, then remembered)"):
-        hasher = FileHasher()
-        fields = encoder_fields(spec, hasher)
-        text = as_in_cache(fields, base.fingerprint, spec.folder, hasher)["text"]
+    text = fields_in_cache(spec, base, console)["text"]
     refuse_absent(spec, {"text": text})
     say(console, f"model    {spec.folder} on {config.device}")
     own = group_of(base.fingerprint, "text", base.store)
@@ -281,23 +276,16 @@ def _missing_prompts(
     """
     own = prompts_by_shard(base.store, base.prompt_shards)
     found = [] if there is None else prompts_by_shard(there.store, there.prompt_shards)
-    wanted = _last_of_roles(own)
+    wanted = last_of_roles(own)
     if config.negative_prompt is not None:
         wanted[NEGATIVE] = config.negative_prompt
-    last = _last_of_roles(found)
     unknown = torch.empty(0, 0)
-    single = [
-        Prompt(role, text, unknown) for role, text in wanted.items() if last.get(role) != text
-    ]
+    single = [Prompt(role, text, unknown) for role, text in missing_roles(wanted, found)]
     listed, have = current_validation(own), current_validation(found)
     if [prompt.key for prompt in listed] == [prompt.key for prompt in have]:
         listed = []
     bare = [replace(prompt, text=unknown, cond=None, clip=None) for prompt in listed]
     return [entries for entries in (single, bare) if entries]
-
-
-def _last_of_roles(shards: list[list[Prompt]]) -> dict[str, str]:
-    return {p.role: p.prompt for shard in shards for p in shard if p.role != VALIDATION}
 
 
 def unmatched_captions(done: Recaptioned) -> list[str]:

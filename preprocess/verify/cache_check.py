@@ -127,11 +127,9 @@ def _lock_beside(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 def _writers_at_work(folder: Path) -> bool:
     """Whether some `wanprep` adds to the folder: it holds the lock of its number."""
-    for path in folder.glob(f"{LOCK}-w*"):
-        with _lock_beside(path) as free:
-            if not free:
-                return True
-    return False
+    with ExitStack() as locks:
+        paths = folder.glob(f"{LOCK}-w*")
+        return not all(locks.enter_context(_lock_beside(path)) for path in paths)
 
 
 class _Folder:
@@ -367,8 +365,8 @@ class _Folder:
         if (own, bucket) != (found, sidecar.bucket):
             says, holds = _facts(own, bucket), _facts(found, sidecar.bucket)
             wrong = [name for name in says if says[name] != holds[name]]
-            said = ", ".join(f"{name} {says[name]}" for name in wrong)
-            self._add_row(sidecar, key, said, ", ".join(str(holds[name]) for name in wrong))
+            named = ", ".join(f"{name} {says[name]}" for name in wrong)
+            self._add_row(sidecar, key, named, ", ".join(str(holds[name]) for name in wrong))
 
     def _rows(self, sidecar: Sidecar) -> npt.NDArray[np.intp]:
         """Rows of the index that lie in a shard."""

@@ -17,11 +17,12 @@ from PIL import Image
 from rich.console import Console
 
 from preprocess.dataset.recorded_clips import clip_of, same_content
-from preprocess.encode.fingerprint import encoder_fields
+from preprocess.encode.fingerprint import fields_in_cache, refuse_other_vae
 from preprocess.frames.media_info import ANIMATIONS, MediaError
+from preprocess.inspection.overview import seconds_of
 from preprocess.media.decode import digest, fitted_frames
 from preprocess.media.remote import DataDir
-from preprocess.media.tars import base_folder, medium_named
+from preprocess.media.tars import base_folder, media_named
 from preprocess.media.worker_pool import WorkerPool, default_workers
 from preprocess.verify.findings import Finding
 from preprocess.verify.shown import other_frames, shown_by_ffmpeg
@@ -29,9 +30,7 @@ from shared.cli.console import bar
 from shared.device import check_device
 from shared.errors import UserError
 from shared.format.cache import MEDIA_TYPES, CacheIndex, MemberReader, open_cache
-from shared.format.fingerprint import as_in_cache, refuse_differences
 from shared.format.schema import DTYPES, LATENTS_MEMBER
-from shared.io.hashing import FileHasher
 from shared.io.mp4 import write_mp4
 from shared.io.names import quoted
 from shared.io.store import Store
@@ -92,20 +91,9 @@ def decode_samples(config: DecodeConfig, console: Console) -> list[Decoded]:
     rows = _chosen(config, index)
     spec = read_model_spec(resolve_model(config.model, ("vae",)))
     check_device(config.device)
-    hasher = FileHasher()
-    with console.status("digesting the VAE's weights (read once, then remembered)"):
-        fields = encoder_fields(spec, hasher)
-        vae = as_in_cache(fields, index.fingerprint, spec.folder, hasher)["latents"]
-    if vae["vae"] is None:
-        raise UserError(
-            f"model: {spec.folder / 'vae'} holds no weights. Download the whole vae folder."
-        )
-    refuse_differences(
-        {"latents": index.fingerprint["latents"]},
-        {"latents": vae},
-        what=f"shards: {config.shards} was encoded by another VAE than {spec.folder} has",
-        cure="Decode with that VAE: set --pretrained-model-name-or-path to a model that has it.",
-    )
+    cure = "Decode with that VAE: set --pretrained-model-name-or-path to a model that has it."
+    fields = fields_in_cache(spec, index, console)
+    refuse_other_vae(index, spec, fields, cure=cure)
     config.output.mkdir(parents=True, exist_ok=True)
     with (
         bar(console, "decoding samples", len(rows)) as advance,
@@ -137,12 +125,12 @@ def findings(config: DecodeConfig, done: Sequence[Decoded]) -> list[Finding]:
         cure = f"look at {one.path}; if it is not the source: {again}, then `wanprep encode` again"
         wrong = partial(finding, severity="error", cure=cure)
         if one.other_frames is not None:
-            said = f"{one.source}: {one.other_frames}"
+            frames = f"{one.source}: {one.other_frames}"
             expected = "each frame where players show it"
-            found.append(wrong(code="frames-order", found=said, expected=expected))
+            found.append(wrong(code="frames-order", found=frames, expected=expected))
         if one.psnr is not None and one.psnr < PSNR_FLOOR:
-            said = f"{one.psnr:.1f} dB against {one.source}"
-            found.append(wrong(code="psnr", found=said, expected=f"at least {PSNR_FLOOR:g} dB"))
+            level = f"{one.psnr:.1f} dB against {one.source}"
+            found.append(wrong(code="psnr", found=level, expected=f"at least {PSNR_FLOOR:g} dB"))
     return found
 
 
@@ -193,41 +181,34 @@ def _decode(
     info = reader.info(row)
     tensors = reader.read(row, LATENTS_MEMBER)
     if tensors is None:
-        raise UserError(f"--sample: {index.where(row)} has no latents: it is a caption alone.")
+        raise UserError(f"--sample: {index.where(row)} has no latents: it is text-only.")
     frames = vae.frames(tensors["latents"])
     key, source = index.key(row), str(info["source"])
     path = config.output / f"{key}.{'png' if len(frames) == 1 else 'mp4'}"
     if len(frames) == 1:
         Image.fromarray(frames[0]).save(path)
     else:
-        write_mp4(path, frames, playing_fps(info) or _DEFAULT_FPS)
-    medium = medium_named(base_folder(config.data_dir), source)
+        seconds = seconds_of(info)
+        write_mp4(path, frames, len(frames) / seconds if seconds else _DEFAULT_FPS)
+    media_file = media_named(base_folder(config.data_dir), source)
     clip = clip_of(index, row, info)
 
-    def from_medium(task: Callable[..., Any], *options: object) -> Any:
+    def from_media(task: Callable[..., Any], *options: object) -> Any:
         """Raises MediaError where it can't be read."""
-        return pool.submit(medium, task, medium, *options).result()
+        return pool.submit(media_file, task, media_file, *options).result()
 
     measured, why, others = None, None, None
     try:
-        if not same_content({key}, clip, from_medium(digest, None)):
-            raise MediaError(f"{medium}: its content is not what was encoded")
+        if not same_content({key}, clip, from_media(digest, None)):
+            raise MediaError(f"{media_file}: its content is not what was encoded")
         if info["type"] == "video" and PurePosixPath(source).suffix.lower() not in ANIMATIONS:
-            shown = from_medium(shown_by_ffmpeg, clip.bucket)
+            shown = from_media(shown_by_ffmpeg, clip.bucket)
             others = other_frames(frames, shown, info, index.fingerprint.get("media", {}))
         taken = list(clip.frame_indices)
-        measured = psnr(frames, from_medium(fitted_frames, info["type"], taken, clip.bucket))
+        measured = psnr(frames, from_media(fitted_frames, info["type"], taken, clip.bucket))
     except (MediaError, OSError) as error:
         why = str(error)
     return Decoded(key=key, source=source, path=path, psnr=measured, why=why, other_frames=others)
-
-
-def playing_fps(info: dict[str, Any]) -> float | None:
-    """Frames a second of a sample as it is played; None for an image."""
-    indices, fps = info["frame_indices"], info["fps"]
-    if not fps or len(indices) < 2:
-        return None
-    return float(fps) * (len(indices) - 1) / max(1, indices[-1] - indices[0])
 
 
 def psnr(frames: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8]) -> float:

@@ -1,7 +1,7 @@
 """What `wanprep verify` can find: the codes, and one finding in words and as JSON."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 Severity = Literal["error", "note"]
 
@@ -50,6 +50,3 @@ class Finding:
         if self.key is not None:
             place += f": {self.key}" + (f".{self.member}" if self.member else "")
         return f"{self.severity:<5} {self.code:<16} {place}: {self.found}; expected {self.expected}"
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)

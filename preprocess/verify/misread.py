@@ -2,9 +2,9 @@
 
 from rich.console import Console
 
-from preprocess.dataset.old_samples import OldSample, looked_at, rows_of_first_rule
+from preprocess.dataset.old_samples import OldSample, judged, rows_of_first_rule
 from preprocess.media.remote import DataDir
-from preprocess.media.tars import base_folder, medium_named
+from preprocess.media.tars import base_folder, media_named
 from preprocess.media.worker_pool import WorkerPool, default_workers
 from preprocess.verify.findings import Finding
 from shared.cli.console import bar, count, named
@@ -17,7 +17,7 @@ from shared.io.store import Store
 def findings(store: Store, data_dir: DataDir, console: Console, *, timeout: float) -> list[Finding]:
     """What is wrong with samples of the first frame rule, by their media in `data_dir`.
 
-    Empty where a cache has none, or has no index. `timeout`: seconds a medium may take.
+    Empty where a cache has none, or has no index. `timeout`: seconds a media file may take.
     """
     try:
         index = open_cache(store)
@@ -29,12 +29,10 @@ def findings(store: Store, data_dir: DataDir, console: Console, *, timeout: floa
     base = base_folder(data_dir)
     found, unseen = [], []
     with (
-        bar(console, "looking into sources", len(rows)) as advance,
+        bar(console, "probing sources", len(rows)) as advance,
         WorkerPool(default_workers(), timeout=timeout) as pool,
     ):
-        for sample in looked_at(
-            index, rows, lambda source: medium_named(base, source), pool, advance
-        ):
+        for sample in judged(index, rows, lambda source: media_named(base, source), pool, advance):
             if sample.wrong is not None:
                 found.append(_wrong(sample, store))
             elif sample.unseen is not None:
@@ -63,7 +61,7 @@ def _unseen(samples: list[OldSample], data_dir: DataDir) -> Finding:
         code="source-missing",
         file=samples[0].shard,
         found=f"{count(len(samples), 'sample')} that an older wandistill encoded, whose "
-        f"sources can't be looked at in {data_dir}: {sources} ({samples[0].unseen})",
+        f"sources can't be read in {data_dir}: {sources} ({samples[0].unseen})",
         expected="the media that were encoded, to see whether the right frames were taken",
         cure="set --train-data-dir to the folder of the media; where they lie there, mend what the "
         "reason says",

@@ -1,8 +1,11 @@
-"""What `wanprep verify` tells people, and programs."""
+"""The output of `wanprep verify`, as text and as JSON."""
 
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from itertools import groupby
+from operator import attrgetter
 
 from preprocess.verify.cache_check import Verified
 from preprocess.verify.decode_samples import Decoded
@@ -13,14 +16,10 @@ from shared.io.names import on_one_line
 
 def lines(findings: Iterable[Finding]) -> Iterator[str]:
     """Each finding on a line, the cure below the last one that it mends."""
-    cure = ""
-    for finding in findings:
-        if cure and finding.cure != cure:
+    for cure, alike in groupby(findings, key=attrgetter("cure")):
+        yield from (on_one_line(str(finding)) for finding in alike)
+        if cure:
             yield f"      cure: {cure}"
-        yield on_one_line(str(finding))
-        cure = finding.cure
-    if cure:
-        yield f"      cure: {cure}"
 
 
 def summary(verified: Verified) -> str:
@@ -62,6 +61,6 @@ def as_json(verified: Verified) -> str:
         "beside": verified.beside,
         "bytes": verified.bytes,
         "errors": len(verified.errors),
-        "findings": [finding.to_json() for finding in verified.findings],
+        "findings": [asdict(finding) for finding in verified.findings],
     }
     return json.dumps(value, indent=2, ensure_ascii=False)

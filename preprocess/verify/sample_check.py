@@ -102,10 +102,6 @@ class Expected:
             bucket = replace(bucket, frames=1)  # the picture by itself
         return replace(self, latents=bucket.latent_shape(*self.grid))
 
-    @property
-    def of_images(self) -> bool:
-        return self.bucket is not None and self.bucket.frames == 1
-
     def most_bytes(self, suffix: str) -> int:
         """More than this a member cannot have, so a hostile one never fills the memory."""
         tensor = 0
@@ -217,11 +213,12 @@ def _check_values(
     elif tuple(tensor.shape) != expected.latents:
         yield Problem(f"{name}-shape", f"shape {tuple(tensor.shape)}", f"{expected.latents}")
     elif ranges[name][0] == ranges[name][1]:
-        yield Problem(f"{name}-constant", f"only {ranges[name][0]:g}", "a picture")
+        yield Problem(f"{name}-constant", f"only {ranges[name][0]:g}", "values that vary")
 
 
 def _check_clip(clip: torch.Tensor | None, expected: Expected) -> Iterator[Problem]:
     """CLIP embeddings (tokens, D) are there where the fingerprint says so; zeros for images."""
+    of_images = expected.bucket is not None and expected.bucket.frames == 1
     if (clip is None) != (expected.clip_dim is None):
         has, wanted = ("no clip", "it") if clip is None else ("a clip", "none: no model has one")
         yield Problem("tensor-name", has, wanted)
@@ -229,7 +226,7 @@ def _check_clip(clip: torch.Tensor | None, expected: Expected) -> Iterator[Probl
         yield Problem("clip-shape", f"shape {tuple(clip.shape)}", f"rows of {expected.clip_dim}")
     elif clip is not None and clip.dtype != expected.latents_dtype:
         yield Problem("dtype", f"clip {_dtype(clip.dtype)}", f"{expected.latents_dtype}")
-    elif clip is not None and _range(clip) == (0, 0) and not expected.of_images:
+    elif clip is not None and _range(clip) == (0, 0) and not of_images:
         yield Problem("clip-zero", f"{len(clip)} rows of zeros", "an embedding")
 
 

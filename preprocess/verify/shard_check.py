@@ -112,18 +112,18 @@ def check_shard(
             report.damage = damage
             report.last_key = damage.key or report.last_key
         sha256 = stream.hexdigest()
-    whole = []
+    problems = []
     if stream.offset != sidecar.bytes:
-        said = f"{sidecar.bytes}, as its sidecar says"
-        whole.append(Problem("size", f"{stream.offset} bytes", said))
+        problems.append(("size", f"{stream.offset} bytes", f"{sidecar.bytes}"))
     if sha256 != sidecar.sha256:
-        said = f"{sidecar.sha256[:12]}…, as its sidecar says"
-        whole.append(Problem("checksum", f"SHA-256 {sha256[:12]}…", said))
-    report.sound = not whole
+        problems.append(("checksum", f"SHA-256 {sha256[:12]}…", f"{sidecar.sha256[:12]}…"))
+    report.sound = not problems
     if report.damage is None and len(report.rows) != sidecar.count:
-        said = f"{sidecar.count}, as its sidecar says"
-        whole.append(Problem("count", f"{len(report.rows)} samples", said))
-    report.problems[:0] = [(None, problem) for problem in whole]
+        problems.append(("count", f"{len(report.rows)} samples", f"{sidecar.count}"))
+    report.problems[:0] = [
+        (None, Problem(code, found, f"{expected}, as its sidecar says"))
+        for code, found, expected in problems
+    ]
     return report
 
 
@@ -200,9 +200,9 @@ def _fill(row: Row, info: dict[str, Any]) -> None:
 
 
 def _whole(sample: _Sample, expected: Expected) -> Iterator[Problem]:
-    alone = sample.info.get("type") == "text"  # a caption without a medium
+    text_only = sample.info.get("type") == "text"
     for suffix in expected.required:
-        needless = alone and suffix in (LATENTS_MEMBER, CONDITION_MEMBER)
+        needless = text_only and suffix in (LATENTS_MEMBER, CONDITION_MEMBER)
         if suffix not in sample.seen and not needless:
             yield Problem("member-missing", "no such member", "it", suffix)
         if suffix in sample.seen and needless:

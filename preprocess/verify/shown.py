@@ -1,4 +1,4 @@
-"""What a video shows, told by the ffmpeg program, and whether a decoded sample is of these frames.
+"""What a video shows by the ffmpeg program, and whether a decoded sample is of these frames.
 
 The second opinion of `wanprep verify --decode`: another program decodes the whole file, and each
 frame of the sample is looked up by its picture. Nothing that chose or read the sample's frames
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from preprocess.frames.media_info import MediaError
-from preprocess.media.sources import Medium, local_file
+from preprocess.media.sources import MediaFile, local_file
 from preprocess.media.worker_process import alive
 from shared.format.buckets import Bucket
 
@@ -42,7 +42,7 @@ class Shown:
     """When each is shown, from any zero; NaN where ffmpeg knows no time."""
 
 
-def shown_by_ffmpeg(medium: Medium, bucket: Bucket) -> Shown:
+def shown_by_ffmpeg(media_file: MediaFile, bucket: Bucket) -> Shown:
     """Every frame of a video, covered and cropped to the bucket's shape. Raises MediaError."""
     import imageio_ffmpeg
 
@@ -50,7 +50,7 @@ def shown_by_ffmpeg(medium: Medium, bucket: Bucket) -> Shown:
     square = "scale='if(gte(sar,1),iw*sar,iw)':'if(gte(sar,1),ih,ih/sar)',setsar=1"
     cover = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=area"
     filters = f"showinfo=checksum=0,{square},{cover},crop={width}:{height},format=gray"
-    with local_file(medium, on_progress=alive) as path:
+    with local_file(media_file, on_progress=alive) as path:
         command = [
             *(imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-threads", "1"),
             # Only local files: a playlist that calls itself .mp4 must not reach the network.
@@ -68,9 +68,10 @@ def shown_by_ffmpeg(medium: Medium, bucket: Bucket) -> Shown:
     pictures = np.frombuffer(stdout, np.uint8)
     if running.returncode or not len(pictures):
         why = stderr.decode(errors="replace").strip().splitlines() or ["no frames"]
-        raise MediaError(f"{medium}: ffmpeg cannot decode it ({why[-1]})")
+        raise MediaError(f"{media_file}: ffmpeg cannot decode it ({why[-1]})")
     thumbnails = pictures.reshape(-1, height, width)
-    seconds = [_number(time) for time in _TIME.findall(stderr)][: len(thumbnails)]
+    times = _TIME.findall(stderr)[: len(thumbnails)]
+    seconds = [np.nan if time == b"NOPTS" else float(time) for time in times]
     seconds += [np.nan] * (len(thumbnails) - len(seconds))
     return Shown(thumbnails=thumbnails, seconds=np.asarray(seconds))
 
@@ -141,10 +142,3 @@ def _wanted(info: Mapping[str, Any], shown: Shown, media: Mapping[str, Any]) -> 
             for n, (own, fine) in enumerate(zip(taken, equally, strict=True))
         ]
     return taken
-
-
-def _number(text: bytes) -> float:
-    try:
-        return float(text)
-    except ValueError:  # NOPTS
-        return float("nan")

@@ -99,7 +99,7 @@ def test_what_is_in_the_shards(encoded: Path) -> None:
 def test_no_vae_is_built(
     prompts: Path, tiny_t2v: Path, tmp_path: Path, count_calls: Callable[[], dict[str, int]]
 ) -> None:
-    """And every form of a list gives the same; the text is that of a medium's caption."""
+    """And every form of a list gives the same; the text is that of a media file's caption."""
     listed = [{"text": prompt} for prompt in PROMPTS]
     (tmp_path / "a.json").write_text(json.dumps(listed))
     (tmp_path / "b.jsonl").write_text(
@@ -162,7 +162,7 @@ def test_what_counts_as_a_caption_alone(tmp_path: Path) -> None:
 
 
 def test_a_shape_that_the_entry_asks_for() -> None:
-    """The bucket that a medium of that shape would get; frames floored, never more than asked."""
+    """The bucket that a video of that shape would get; frames floored, never more than asked."""
 
     def bucket(rule: ClipRule = RULE, **asked: Any) -> Bucket:
         (clip,) = caption_clips(sha("x"), rule, **{"shape": None, "frames": None} | asked)
@@ -300,7 +300,7 @@ def test_what_a_cache_of_nothing_else_says(
     assert ran.code == 1 and "there is no first frame to encode" in ran.err
     recaption = ("recaption", "--model", tiny_t2v, "--name", "x", *where)
     ran = wanprep(*recaption, "--train-data-meta", tmp_path / "new.jsonl")
-    assert ran.code == 1 and "captions without media, which stay as they are" in ran.err
+    assert ran.code == 1 and "are text-only: their captions stay as they are" in ran.err
     assert not (shards / "captions").exists() and not (shards / "conditions").exists()
     ran = wanprep(*recaption, "--same-captions")
     assert ran.code == 0 and "3 captions" in ran.out, ran.err
@@ -310,7 +310,7 @@ def test_what_a_cache_of_nothing_else_says(
 
 def test_an_i2v_model_is_refused(prompts: Path, tiny_i2v: Path, tmp_path: Path) -> None:
     ran = encode(tiny_i2v, tmp_path / "s", "--train-data-meta", prompts)
-    assert ran.code == 1 and "has 4 captions without a medium" in ran.err
+    assert ran.code == 1 and "has 4 text-only captions" in ran.err
     assert not list(tmp_path.rglob("*.tar"))
     ran = encode(tiny_i2v, tmp_path / "s", "--train-data-meta", prompts, "--train-mode", "normal")
     assert ran.code == 0, ran.err
@@ -331,7 +331,7 @@ def test_in_a_file_of_datasets(prompts: Path, tiny_t2v: Path, tmp_path: Path) ->
     assert max(info["width"] * info["height"] for info in infos) > 64 * 64 * 1.5
     (tmp_path / "d.toml").write_text(f'[[datasets]]\nvideo_jsonl_file = "{prompts}"\n')
     ran = encode(tiny_t2v, tmp_path / "t", "--dataset-config", tmp_path / "d.toml")
-    assert ran.code == 1 and "a caption without a medium among videos" in ran.err
+    assert ran.code == 1 and "a text-only caption among videos" in ran.err
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def test_frame_rates() -> None:
     assert rate(12.0, 16.0) == [0, 1, 2, 2, 3, 4, 5, 5, 6]  # slower: shown longer, so twice
     assert rate(8.0, 16.0, frames=3) == [0, 1, 1, 2, 2]
     assert rate(24.0, 16.0, frames=8) == [0, 2, 3, 5, 6]
-    with pytest.raises(MediaError, match="tells no frame rate"):
+    with pytest.raises(MediaError, match="has no frame rate"):
         rate(0.0, 16.0)
     assert choose_clips(PHOTO, MEDIA[0], replace(RULE, fps=16.0)) == choose_clips(
         PHOTO, MEDIA[0], RULE

@@ -72,12 +72,12 @@ def write(folder: Path, name: str, text: str) -> Path:
 
 def test_a_line_a_prompt_with_musubi_tuners_options(tmp_path: Path, spec: ModelSpec) -> None:
     lines = "# comment\na cat --w 832 --h 480 --f 21 --s 20 --d 1\n\nno options: a -- dash\n"
-    found, said = read_validation_prompts(write(tmp_path, "p.txt", lines), spec, RULE)
+    found, note = read_validation_prompts(write(tmp_path, "p.txt", lines), spec, RULE)
     assert [(one.prompt, one.bucket) for one in found] == [
         ("a cat", Bucket(480, 832, 21)),
         ("no options: a -- dash", Bucket(480, 832, 81)),  # 16:9 at the size of the cache
     ]
-    assert len(said) == 1 and "--d, --s" in said[0]
+    assert "--d, --s" in note
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_what_is_no_list_is_refused(
 
 def test_an_i2v_prompt_wants_a_picture_that_can_be_read(tmp_path: Path, tiny_i2v: Path) -> None:
     spec = read_model_spec(tiny_i2v)
-    with pytest.raises(UserError, match=r"has no picture, and .* is an i2v model"):
+    with pytest.raises(UserError, match=r"has no image, and .* is an i2v model"):
         read_validation_prompts(write(tmp_path, "p.txt", "a cat\n"), spec, RULE)
     write(tmp_path, "cat.png", "no picture")
     with pytest.raises(UserError, match=r"line 1: .*cat\.png"):

@@ -103,7 +103,7 @@ def test_the_numbers_are_those_of_the_tars(shards: Path) -> None:
 
 def test_captions_are_counted(shards: Path) -> None:
     said = overview(shards, seed=0).captions
-    assert (said.distinct, said.empty, said.cut) == (5, 0, 1)
+    assert (said.distinct, said.empty, said.at_token_limit) == (5, 0, 1)
     assert (said.most_common, said.most_common_samples) == (HOSTILE, 2)
     assert said.longest == 512
 
@@ -268,6 +268,6 @@ def test_captions_alone(tmp_path: Path) -> None:
     ran = wanprep("verify", "--shards", shards, "--decode", 2, "--model", model)
     assert ran.code == 0 and "3 samples in" in ran.out, ran.out + ran.err
     ran = wanprep("inspect", "--shards", shards, "--html", page)
-    assert ran.code == 0 and "3 caption alone" in ran.out
-    assert "captions alone have no pictures" in page.read_text()
+    assert ran.code == 0 and "3 text-only" in ran.out
+    assert "text-only samples have no images" in page.read_text()
     assert page.read_text().count("<article>") == 3

@@ -19,7 +19,7 @@ from preprocess.dataset.entries import load_dataset
 from preprocess.frames.media_info import MediaError
 from preprocess.media.reader import probe
 from preprocess.media.sources import TarMember, local_file
-from preprocess.media.tars import base_folder, medium_at, named_tars
+from preprocess.media.tars import base_folder, media_at, named_tars
 from shared.errors import UserError
 from shared.format.cache import open_cache
 from shared.format.overlays import with_conditions
@@ -166,7 +166,7 @@ def test_a_tar_that_changes(folder: Path, tars: Path, tiny_t2v: Path, tmp_path: 
 
     (data / "00001.tar").write_bytes((data / "00001.tar").read_bytes()[:2000])
     ran = encode(tiny_t2v, data, tmp_path / "s", "--prune", "--max-bad", 1)
-    assert ran.code == 0 and "00001.tar: the tar ends inside of tall.mp4: it is cut off" in ran.err
+    assert ran.code == 0 and "00001.tar: the tar ends inside tall.mp4: it is truncated" in ran.err
     assert Cache.open(tmp_path / "s").contents() == after.contents()
 
 
@@ -257,8 +257,8 @@ def test_which_members_count(tmp_path: Path) -> None:
     ]
     starts = {
         "both": "several media (jpg, mp4), expected one. If",
-        "dots": "no medium (.mp4, .jpg, …) among its members: txt, v2.mp4, v2.txt",
-        "no-caption": "no caption: no txt and no json beside the medium",
+        "dots": "no media file (.mp4, .jpg, …) among its members: txt, v2.mp4, v2.txt",
+        "no-caption": "no caption: no txt and no json beside the media file",
         "null": "caption is null, expected the caption",
         "blank": "the caption is empty",
         "latin": "the caption in txt is not UTF-8 text",
@@ -336,8 +336,8 @@ def test_a_hostile_tar(
     rejected = {line["source"]: line["reason"] for line in map(json.loads, lines)}
     starts = {
         "bad.tar/bomb": "the caption in txt is not UTF-8 text",
-        "bad.tar/link": "no medium",
-        "bad.tar/hard": "no medium",
+        "bad.tar/link": "no media file",
+        "bad.tar/hard": "no media file",
         "bad.tar/twice": "twice.mp4 occurs twice in the tar",
         "bad.tar/text.mp4": f"{data}/bad.tar/text.mp4: cannot decode the video",
         "bad.tar/empty.mp4": f"{data}/bad.tar/empty.mp4: the file is empty (0 bytes)",
@@ -378,7 +378,7 @@ def test_damaged_tars(folder: Path, tmp_path: Path) -> None:
         *("ok.tar/wide.mp4", "ok.tar/tall.mp4"),
     }
     assert rejected.keys() == cuts.keys()
-    assert "cut off" in rejected["cut-data.tar"]
+    assert "truncated" in rejected["cut-data.tar"]
     assert all("damaged" in rejected[name] for name in cuts if name != "cut-data.tar"), rejected
 
 
@@ -402,7 +402,7 @@ def test_a_size_below_zero_does_not_lead_back(kind: bytes, tmp_path: Path) -> No
 
 def test_a_tar_that_shrinks_while_it_is_read(tars: Path, tmp_path: Path) -> None:
     tar = Path(shutil.copy(tars / "00001.tar", tmp_path / "a.tar"))
-    member = medium_at(tar / "tall.mp4")
+    member = media_at(tar / "tall.mp4")
     assert isinstance(member, TarMember)
     with local_file(member) as path:
         assert probe(path, "video").frames == 6
@@ -410,13 +410,13 @@ def test_a_tar_that_shrinks_while_it_is_read(tars: Path, tmp_path: Path) -> None
     reason = r"a\.tar/tall\.mp4: the tar ends \d+ bytes before"
     with pytest.raises(MediaError, match=reason), local_file(member):
         pass
-    assert isinstance(medium_at(tar / "not-there.mp4"), Path)
+    assert isinstance(media_at(tar / "not-there.mp4"), Path)
 
 
 def test_no_copy_is_left(tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even while it is read: the copy has no name."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with local_file(medium_at(tars / "00000.tar/cat.jpg")) as path:
+    with local_file(media_at(tars / "00000.tar/cat.jpg")) as path:
         assert list(tmp_path.iterdir()) == []
         assert np.asarray(Image.open(path)).shape == (80, 120, 3)
     assert not path.exists()
