@@ -14,16 +14,17 @@ from typing import Any
 
 import decord
 import torch
-from rich.console import Console
+import typer
+from typer.core import TyperCommand
 
 from preprocess.encode.encoders import LatentEncoder, TextEncoder
 from preprocess.media.decode import fit
 from train.cli.app import app
-from train.cli.execute import carried_out_by
 from train.data.batches import Batch, pad_text, with_mask
 from train.model.base import load_base
 from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.roles import Roles
+from train.prepare import prepare_distillation
 from train.run import Run
 from train.tracking.step_log import peak_memory
 
@@ -102,11 +103,11 @@ def train(run: Run, clips: Path, vae_dtype: torch.dtype) -> dict[str, Any]:
         transformer = load_base(
             run.spec,
             run.objective.expert,
-            precision=config.memory.mixed_precision,
+            precision=config.mixed_precision,
             device=device,
-            gradient_checkpointing=config.memory.gradient_checkpointing,
+            gradient_checkpointing=config.gradient_checkpointing,
         )
-        targets = select_targets(transformer, config.target_name)
+        targets = select_targets(transformer, config.targets)
         lora = LoraSpec(rank=config.rank, alpha=config.network_alpha, targets=targets)
         names = () if name == "teacher" else (name,)
         models[name] = Roles(transformer, lora, seed=1, names=names)
@@ -153,9 +154,7 @@ def measure(
     options: list[str], clips: Path, result: Path, vae_dtype: torch.dtype = torch.float32
 ) -> None:
     """Train in-loop with options of `wantrain distill`; write what was found as JSON."""
-
-    def carry_out(run: Run, console: Console) -> None:
-        result.write_text(json.dumps(train(run, clips, vae_dtype)))
-
-    with carried_out_by(carry_out):
-        app(["distill", *options], standalone_mode=False)
+    command = typer.main.get_command(app).commands["distill"]  # type: ignore[attr-defined]
+    with command.make_context("distill", options) as context:
+        run = prepare_distillation(TyperCommand.invoke(command, context))
+    result.write_text(json.dumps(train(run, clips, vae_dtype)))

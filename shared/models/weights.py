@@ -318,8 +318,8 @@ def _too_many(
     names: Sequence[str], source: Path, cure: str, missing: Sequence[str] = ()
 ) -> UserError:
     lacks = f"lacks {_lacking(missing)}, and " if missing else ""
-    said = f"{lacks}has {len(names)} weights too many, the first {', '.join(names[:_SHOWN])}"
+    found = f"{lacks}has {len(names)} weights too many, the first {', '.join(names[:_SHOWN])}"
     if known := kind_of(names):
         what, cure = known
-        said += f": {what}"
-    return UserError(f"model: {source} {said}. {cure}")
+        found += f": {what}"
+    return UserError(f"model: {source} {found}. {cure}")

@@ -5,10 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
+from typer.core import TyperCommand
 
 from preprocess.cli.app import app as wanprep
 from shared.io.mp4 import write_mp4
+from train.cli.app import app as wantrain
+from train.prepare import prepare_distillation
+from train.run import Run
 
 FRAMES = 9
 
@@ -66,6 +71,13 @@ def t2v_shards(dataset: Path, tiny_t2v: Path, tmp_path_factory: pytest.TempPathF
 @pytest.fixture(scope="session")
 def i2v_shards(dataset: Path, tiny_i2v: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return encode(dataset, tiny_i2v, tmp_path_factory.mktemp("i2v") / "shards")
+
+
+def prepared_run(*words: str) -> Run:
+    """What `wantrain distill` prepares by these options, before any weight is read."""
+    command = typer.main.get_command(wantrain).commands["distill"]  # type: ignore[attr-defined]
+    with command.make_context("distill", list(words)) as context:
+        return prepare_distillation(TyperCommand.invoke(command, context))
 
 
 def randomise_lora(

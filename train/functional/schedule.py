@@ -122,7 +122,7 @@ class Schedule:
     ) -> tuple[float, float]:
         """(low, high) of u from which score levels are drawn for the expert.
 
-        `floor` matters for the high-noise expert alone: its levels end at the model's boundary,
+        `floor` matters only for the high-noise expert: its levels end at the model's boundary,
         or at the level where the student hands over to the low-noise expert. Without `capped` the
         levels reach pure noise.
         """

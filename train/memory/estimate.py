@@ -103,8 +103,8 @@ def estimate_of(transformer: nn.Module, mode: Mode, tokens: int, settings: Setti
     outside = sum(sizes.values()) - layers * block
     matrices = lora_matrices(transformer, settings)
     one_role = _FP32 * sum(matrices)
-    cut = settings.processes if memory.cuts_base else 1
-    cut_optimizer = settings.processes if memory.cuts_moments else 1
+    cut = settings.processes if memory.shards_base else 1
+    cut_optimizer = settings.processes if memory.shards_moments else 1
     # DeepSpeed steps on a copy of its own.
     states = _ADAM + (_FP32 if memory.strategy == "zero2" else 0)
     moments = sum(moment_bytes(n) if memory.use_8bit_adam else states * n for n in matrices)
@@ -112,7 +112,7 @@ def estimate_of(transformer: nn.Module, mode: Mode, tokens: int, settings: Setti
     buffers = _BUCKETS.get(memory.strategy or "single", 0)
     if is_quantised(memory.base_precision):  # the largest layer's weight, whole for its matmul
         buffers += passes.width * passes.inner * passes.value_bytes
-    if memory.cuts_base:
+    if memory.shards_base:
         whole_block = block + settings.roles * one_role // layers
         buffers += _GATHERED * whole_block + outside
     kept, work = passes.activations_and_work()

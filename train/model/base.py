@@ -21,7 +21,7 @@ from shared.models.spec import ModelSpec, family_of
 from shared.models.weight_files import weight_files
 from shared.models.weights import check_component, load_component
 from train.distributed.load_once import read_once
-from train.distributed.process_group import ALONE, Ranks
+from train.distributed.process_group import SINGLE, Ranks
 from train.model.custom_weights import check_own, empty_transformer, load_own, own_files
 from train.model.lora_files import check_fits_model, read_lora
 from train.options import Expert, Precision
@@ -117,7 +117,7 @@ def load_base(
     device: torch.device,
     gradient_checkpointing: bool,
     base: Base = MODELS_OWN,
-    sharing: Ranks = ALONE,
+    sharing: Ranks = SINGLE,
 ) -> nn.Module:
     """The expert's transformer, frozen: bf16 (norms, time embedding fp32) or fp32.
 

@@ -34,10 +34,10 @@ def _diffusers(lora: LoraWeights) -> tuple[Tensors, dict[str, str]]:
         adapter["rank_pattern"] = ranks
     if alphas := {m: lora.alphas[m] for m in modules if lora.alphas[m] != alpha}:
         adapter["alpha_pattern"] = alphas
-    told = {DIFFUSERS_PREFIX + name: value for name, value in adapter.items()}
+    config = {DIFFUSERS_PREFIX + name: value for name, value in adapter.items()}
     return (
         {DIFFUSERS_PREFIX + name: tensor for name, tensor in lora.weights.items()},
-        {PEFT_METADATA_KEY: json.dumps(told, sort_keys=True)},
+        {PEFT_METADATA_KEY: json.dumps(config, sort_keys=True)},
     )
 
 

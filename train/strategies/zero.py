@@ -95,7 +95,7 @@ class ZeroRole:
     def load(
         self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]
     ) -> None:
-        put = self._put_cut if self.stage == 3 else self._put_whole
+        put = self._put_shard if self.stage == 3 else self._put_whole
         for name, parameter in self.parameters.items():
             put(parameter, None, weights[name].to(self.engine.device))
             for moment in _MOMENTS if moments else ():
@@ -117,7 +117,7 @@ class ZeroRole:
             safe_set_full_fp32_param(parameter, value)
 
     @staticmethod
-    def _put_cut(parameter: Any, moment: str | None, value: torch.Tensor) -> None:
+    def _put_shard(parameter: Any, moment: str | None, value: torch.Tensor) -> None:
         """The same in stage 3. DeepSpeed's own setters of whole values leave out what forward
         passes gather, and can't cut what the processes don't divide."""
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state

@@ -4,10 +4,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.train.conftest import prepared_run
 from tests.train.test_distill import SMALL
 from train.bench import flops
-from train.cli.app import app as wantrain
-from train.cli.execute import carried_out_by
 from train.data.batches import load_prompt_bank
 from train.loop import micro_batches
 from train.methods.distillation import Distillation
@@ -20,13 +19,7 @@ TEXT = 512
 
 
 def prepared(model: Path, shards: Path, *more: str) -> Run:
-    runs: list[Run] = []
-    with carried_out_by(lambda run, console: runs.append(run)):
-        wantrain(
-            ["distill", "--model", str(model), "--shards", str(shards), *SMALL, *more],
-            standalone_mode=False,
-        )
-    return runs[0]
+    return prepared_run("--model", str(model), "--shards", str(shards), *SMALL, *more)
 
 
 def counted(run: Run, updates: Sequence[int]) -> dict[int, int]:

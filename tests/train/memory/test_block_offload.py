@@ -19,19 +19,18 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from shared.errors import UserError
 from tests.models import TEXT_DIM, tiny_model, tiny_transformer
-from tests.train.conftest import randomise_lora
+from tests.train.conftest import prepared_run, randomise_lora
 from tests.train.methods.test_finetune import finetune
 from tests.train.strategies.test_strategies import (
-    ALONE,
     IN_TWO,
     RUN,
+    SINGLE,
     assert_like_alone,
     command,
     typed,
 )
-from tests.train.test_distill import distill, losses
+from tests.train.test_distill import arguments, distill, losses
 from train.cli.app import app as wantrain
-from train.cli.execute import carried_out_by
 from train.memory import activation_offload, block_offload
 from train.memory.activation_offload import ActivationOffloading
 from train.memory.block_offload import (
@@ -41,7 +40,6 @@ from train.memory.block_offload import (
     swapped_blocks,
 )
 from train.memory.copy_stream import Copy, SideStream
-from train.memory.estimate import Estimate
 from train.memory.quantize import quantise
 from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.roles import Roles
@@ -132,7 +130,7 @@ def test_a_plain_lora_is_the_same_to_the_bit(
         ),
         (
             ("--blocks-to-swap", "4", "--strategy", "fsdp"),
-            "--blocks-to-swap: found with --strategy fsdp, which cuts the base among the processes "
+            "--blocks-to-swap: found with --strategy fsdp, which shards the base across ranks "
             "already. Use --strategy ddp or zero2",
         ),
     ],
@@ -149,11 +147,9 @@ def test_the_estimate_knows_what_lives_where(
     deep_i2v: Path, i2v_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What --dry-run says, beside what a run says that it does."""
-    found: list[Estimate | None] = []
     variants = ((), ("--low-vram",), ("--blocks-to-swap", "3"), ("--activation-offloading",))
-    with carried_out_by(lambda run, _: found.append(estimate(run))):
-        for words in variants:
-            distill(deep_i2v, i2v_shards, tmp_path / "out", *words)
+    commands = [arguments(deep_i2v, i2v_shards, tmp_path / "out", *words) for words in variants]
+    found = [estimate(prepared_run(*command[1:])) for command in commands]
     plain, all_blocks, three, offloaded = (one for one in found if one is not None)
     assert plain.host == 0
 
@@ -181,13 +177,13 @@ def test_where_the_base_is_cut_low_vram_has_nothing_to_do(
     words = ("--low_vram", "--strategy", "zero3", "--dry-run")
     distill(deep_i2v, i2v_shards, tmp_path / "out", *words)
     said = capsys.readouterr().out
-    assert "--low-vram does nothing more: zero3 cuts the base already" in said
+    assert "--low-vram has no effect: zero3 shards the base already" in said
 
 
 @pytest.fixture(scope="module")
 def in_one(tiny_t2v: Path, t2v_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of two processes, in one."""
-    return distill(tiny_t2v, t2v_shards, tmp_path_factory.mktemp("one") / "out", *RUN, *ALONE)
+    return distill(tiny_t2v, t2v_shards, tmp_path_factory.mktemp("one") / "out", *RUN, *SINGLE)
 
 
 @pytest.mark.long
