@@ -168,7 +168,7 @@ class LatentRgb:
 
 
 def is_held_out(key: str) -> bool:
-    """Whether the sample judges the map instead of shaping it: a function of its key alone."""
+    """Whether the sample judges the map instead of shaping it: a function of only its key."""
     return int(key[:8], 16) % HOLD_OUT == 0
 
 

@@ -1,4 +1,4 @@
-"""The tars of a cache, read by their headers alone and strictly.
+"""The tars of a cache, read strictly, by their headers only.
 
 A shard is a plain ustar tar of regular files `KEY.suffix`: no folders, links, devices or extension
 headers, nothing before, between or after. So there is nothing to extract and nothing to interpret,

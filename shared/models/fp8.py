@@ -4,7 +4,7 @@ A plain fp8 file holds the rounded weights themselves. A scaled one holds, besid
 `weight`, a number to multiply it by: `scale_weight` in the older files (marked by a tensor called
 `scaled_fp8`), `weight_scale` in the newer ones (which say the format of each layer in
 `comfy_quant`, JSON as bytes). The scales of the activations beside them, `scale_input` and
-`input_scale`, serve fp8 arithmetic alone. (ComfyUI's QUANTIZATION.md and its state dicts.)
+`input_scale`, serve only fp8 arithmetic. (ComfyUI's QUANTIZATION.md and its state dicts.)
 """
 
 import json

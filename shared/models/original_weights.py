@@ -57,7 +57,7 @@ def names_of(component: str, stored: Iterable[str]) -> dict[str, str]:
 
     CLIP's q, k and v are one weight in the original file (`part` cuts it), and its
     `vision_model.`, which transformers' versions don't agree on, is left out. Of two names in the
-    file that are of one weight, one alone is there.
+    file that are of one weight, only one is there.
     """
     return _CONVERSIONS[component]({name: name for name in stored})
 

@@ -1,20 +1,20 @@
 """What a model is, read from its own config files (never from its name): its family among others.
 
 Nothing here builds a network: stage two knows the VAE's normalisation, the text width and the
-experts from JSON alone.
+experts from JSON only.
 """
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import UserError, first_line, json_kind
+from shared.errors import UserError, first_line
 from shared.io.names import in_home_folder, quoted
 from shared.models import original_layout
 from shared.models.family import Family, Mode
+from shared.models.original_layout import read_json
 from shared.models.toy_model import TOY_MODELS, toy_folder
 from shared.models.wan import WAN
 
@@ -115,22 +115,6 @@ def resolve_model(name: str, components: Sequence[str]) -> Path:
             "Set --pretrained-model-name-or-path (or MODEL_NAME) to a local folder, "
             f"or run once online: hf download {quoted(name)}"
         ) from error
-
-
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object from `path`; UserError naming `what` and the file when there is none."""
-    try:
-        value = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(
-            f"{what}: cannot read {path} ({error.strerror or error}). Download the whole folder "
-            "again."
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{what}: {path} is not valid JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{what}: {path} holds {json_kind(value)}, expected an object.")
-    return value
 
 
 def read_model_spec(folder: Path) -> ModelSpec:

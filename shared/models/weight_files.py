@@ -13,8 +13,8 @@ from shared.models.original_layout import (
     expert_folder,
     is_original,
     original_files,
+    read_json,
 )
-from shared.models.spec import read_json
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
 OF_TRANSFORMERS = ("text_encoder", "image_encoder")
@@ -68,7 +68,7 @@ def _chosen(folder: Path, name: str, ending: str, what: str) -> list[Path]:
     if index.is_file():
         files = _indexed(index, what)
         if not there and not any(file.is_file() for file in files):
-            return []  # JSON alone was downloaded, as on a machine that trains
+            return []  # only JSON was downloaded, as on a machine that trains
         if lost := [file for file in files if not file.is_file()]:
             raise UserError(
                 f"{what}: {index} names {lost[0].name}, which is not in its folder. Download the "

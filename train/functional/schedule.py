@@ -96,7 +96,7 @@ class Schedule:
 
     @property
     def timesteps(self) -> tuple[float, ...]:
-        """What the transformer is told at each step, 0..1000, float64."""
+        """The transformer's timestep at each step, 0..1000, float64."""
         return tuple(TIMESTEPS * sigma for sigma in self.sigmas)
 
     def owned_steps(self, expert: Expert) -> range:

@@ -1,4 +1,4 @@
-"""What a run will need of a device's memory, from configs alone: no weight is read.
+"""What a run will need of a device's memory, from configs only: no weight is read.
 
 Weights, LoRAs and optimizer states are counted, from a transformer on torch's meta device.
 Activations and work are formulas: for N tokens of width D, M of text, and an inner width F of the
@@ -30,7 +30,7 @@ _FP32 = 4
 _ROTARY = 8  # bytes for each token and channel of a head: cos and sin
 _LATENTS = 8  # fp32 tensors of latents' size beside a pass: noise, x_t, x̂0, scores …
 _ON_THE_WAY = 3  # blocks' inputs on the device with --activation-offloading
-_GATHERED = 2  # blocks that are whole under a strategy that cuts: one that works, the next
+_GATHERED = 2  # blocks that are whole under a strategy that shards: one that works, the next
 # DeepSpeed's buffers for gradients, `reduce_bucket_size` of launch_configs each, two in stage 2.
 _BUCKETS = {"zero2": 2 * 50_000_000 * _FP32, "zero3": 50_000_000 * _FP32}
 

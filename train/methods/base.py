@@ -51,7 +51,7 @@ class Objective(Protocol):
 
     @property
     def samples_from_latents(self) -> bool:
-        """Whether `sample` begins with a batch's latents (noised), not with noise alone."""
+        """Whether `sample` begins with a batch's latents (noised), not with pure noise."""
 
     def sample(self, roles: Roles, batch: Batch, negative: torch.Tensor) -> torch.Tensor:
         """What the main role makes of a batch now, (B, C, T, H, W) fp32 without a graph.

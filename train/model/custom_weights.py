@@ -14,8 +14,13 @@ import torch
 from shared.errors import UserError, first_line
 from shared.io.names import quoted
 from shared.models.family import Family
-from shared.models.original_layout import expert_folder, is_original, transformer_config
-from shared.models.spec import ModelSpec, read_json
+from shared.models.original_layout import (
+    expert_folder,
+    is_original,
+    read_json,
+    transformer_config,
+)
+from shared.models.spec import ModelSpec
 from shared.models.tensor_names import is_adapter
 from shared.models.wan import ORIGINAL_CLASS
 from shared.models.weight_files import DIFFUSERS, chosen

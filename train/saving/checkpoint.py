@@ -1,7 +1,7 @@
 """A run's state on disk: safetensors and JSON, whole tensors under global names.
 
 Everything that is saved is named in `TrainState`; what is not there is not saved. RNG and data
-position follow from the counter. Nothing depends on how the model is wrapped or spread.
+position follow from the counter. Nothing depends on how the model is wrapped or sharded.
 """
 
 import hashlib

@@ -101,7 +101,8 @@ class Validation:
         """Make every clip with the weights as they are; the folder that they lie in.
 
         `number`: steps of the main role, `step`: of all roles. `stopped` is asked before each
-        clip; if so, nothing is left. Without `writes` clips are made for others' sake alone.
+        clip; if so, nothing is left. Without `writes` clips are made only for the ranks' common
+        passes.
         """
         device = negative.device
         final = self.folder / f"step-{number}"
