@@ -8,6 +8,7 @@ every component, in whatever layout, goes through the same functions.
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,10 +173,6 @@ _UMT5 = [
 ]
 
 
-def _umt5(state: dict[str, str]) -> dict[str, str]:
-    return _renamed(state, _UMT5)
-
-
 def _umt5_config(shapes: Shapes) -> dict[str, Any]:
     vocabulary, width = shapes["shared.weight"]
     first = "encoder.block.0.layer."
@@ -242,6 +239,6 @@ _CONVERSIONS: dict[str, Callable[[dict[str, str]], dict[str, str]]] = {
     "transformer": _transformer,
     "transformer_2": _transformer,
     "vae": _vae,
-    "text_encoder": _umt5,
+    "text_encoder": partial(_renamed, rules=_UMT5),
     "image_encoder": _clip,
 }

@@ -14,7 +14,6 @@ from shared.errors import UserError, first_line
 from shared.io.names import in_home_folder, quoted
 from shared.models import original_layout
 from shared.models.family import Family, Mode
-from shared.models.original_layout import read_json
 from shared.models.toy_model import TOY_MODELS, toy_folder
 from shared.models.wan import WAN
 
@@ -136,9 +135,9 @@ def read_model_spec(folder: Path) -> ModelSpec:
             transformer = original_layout.transformer_config(folder)
             vae = original_layout.vae_config(folder)
         else:
-            index = read_json(folder / "model_index.json", "model")
-            transformer = read_json(folder / "transformer" / "config.json", "model")
-            vae = read_json(folder / "vae" / "config.json", "model")
+            index = original_layout.read_json(folder / "model_index.json", "model")
+            transformer = original_layout.read_json(folder / "transformer" / "config.json", "model")
+            vae = original_layout.read_json(folder / "vae" / "config.json", "model")
         return _spec_from_configs(folder, index, transformer, vae)
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from train.distributed.process_group import SINGLE, Ranks
 from train.model.roles import Roles
 from train.optim.adamw8bit import AdamW8bit
-from train.strategies.base import AdamSettings, Strategy
+from train.strategies.base import AdamSettings
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,3 @@ def adamw_roles(
         )
         made[role] = AdamWRole(parameters, optimizer, ranks)
     return made
-
-
-def replicated(
-    roles: Roles, rates: Mapping[str, float], adam: AdamSettings, *, ranks: Ranks
-) -> Strategy:
-    """The strategies `single` and `ddp`."""
-    return Strategy(trained=adamw_roles(roles, rates, adam, ranks))

@@ -31,9 +31,9 @@ def spread(
     if name not in SHARDED:
         roles.transformer.to(device)
     if name in ("single", "ddp"):
-        from train.strategies.ddp import replicated
+        from train.strategies.ddp import adamw_roles
 
-        return replicated(roles, rates, adam, ranks=ranks)
+        return Strategy(trained=adamw_roles(roles, rates, adam, ranks))
     if name == "fsdp":
         from train.strategies.fsdp import sharded
 

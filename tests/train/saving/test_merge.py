@@ -230,7 +230,7 @@ def test_what_cannot_be_merged_is_said(tiny_t2v: Path, tiny_ti2v: Path, tmp_path
         merge(tiny_t2v, output, "--lora", high, "--lora", full)
     with pytest.raises(UserError, match=r"--boundary-type: found low, but .* is for high"):
         merge(tiny_t2v, output, "--lora", high, "--boundary-type", "low")
-    with pytest.raises(UserError, match=r"for the high-noise expert, but .* has one transformer"):
+    with pytest.raises(UserError, match=r"for the high-noise expert, .* has only one transformer"):
         merge(tiny_ti2v, output, "--lora", high)
     with pytest.raises(UserError, match=r"--max-shard-size: found 'big', expected a size such as"):
         merge(tiny_t2v, output, "--lora", high, "--max-shard-size", "big")
