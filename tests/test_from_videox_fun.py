@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 import preprocess.cli.app
 import train.cli.app
-from shared.cli.videox_fun_command import told
-from shared.cli.videox_fun_flags import ENCODE, SEED_FLAGS, TRAIN
+from shared.cli.videox_fun_command import flag_report
+from shared.cli.videox_fun_flags import ENCODE, TRAIN, VIDEOX_FUN_FLAGS
 from shared.errors import UserError
 from tests.models import tiny_model
 from tests.test_help import options_of
@@ -42,9 +42,10 @@ def own_options(program: str, name: str) -> set[str]:
 
 def test_every_flag_is_where_it_is_said_to_be() -> None:
     own = {ENCODE: own_options("wanprep", "encode"), TRAIN: own_options("wantrain", "distill")}
-    assert len({flag.name for flag in SEED_FLAGS}) == len(SEED_FLAGS) == 92
-    for flag in SEED_FLAGS:
-        assert bool(flag.fate) == (not any(flag.name in options for options in own.values()))
+    assert len({flag.name for flag in VIDEOX_FUN_FLAGS}) == len(VIDEOX_FUN_FLAGS) == 92
+    for flag in VIDEOX_FUN_FLAGS:
+        owners = [command for command in own if flag.name in own[command]]
+        assert flag.owner == (owners[-1] if owners else "") and bool(flag.reason) != bool(owners)
 
 
 def test_the_page_has_every_flag_once_with_its_place() -> None:
@@ -55,26 +56,28 @@ def test_the_page_has_every_flag_once_with_its_place() -> None:
         name: (here, why) for names, here, why in rows for name in re.findall(r"`(\w+)`", names)
     }
     assert len(places) == sum(len(re.findall(r"`(\w+)`", names)) for names, _, _ in rows)
-    assert places.keys() == {flag.name for flag in SEED_FLAGS}
-    for flag in SEED_FLAGS:
+    assert places.keys() == {flag.name for flag in VIDEOX_FUN_FLAGS}
+    for flag in VIDEOX_FUN_FLAGS:
         here, why = (text.strip() for text in places[flag.name])
-        if not flag.fate:
+        if not flag.reason:
             owners = [command for command in own if flag.name in own[command]]
             assert here == ("both" if len(owners) == 2 else f"`{owners[0]}`"), flag.name
         else:
-            assert (here, why) == ("refused" if flag.refused else "not needed", flag.fate)
+            assert (here, why) == ("refused" if flag.refused else "not needed", flag.reason)
 
 
-@pytest.mark.parametrize("flag", [f for f in SEED_FLAGS if f.refused], ids=lambda flag: flag.name)
+@pytest.mark.parametrize(
+    "flag", [f for f in VIDEOX_FUN_FLAGS if f.refused], ids=lambda flag: flag.name
+)
 @pytest.mark.parametrize("program", [ENCODE, TRAIN])
-def test_what_would_change_the_lora_is_refused_not_passed_over(flag, program: str) -> None:  # type: ignore[no-untyped-def]
+def test_what_would_change_the_lora_is_refused_not_ignored(flag, program: str) -> None:  # type: ignore[no-untyped-def]
     app = {ENCODE: preprocess.cli.app.app, TRAIN: train.cli.app.app}[program]
     values = ["x"] * int(flag.values)
     ran = CliRunner().invoke(app, [program.split()[1], f"--{flag.name}", *values])
     assert isinstance(ran.exception, UserError)
-    assert str(ran.exception).startswith(f"{flag.option}: there is none here: {flag.fate}")
+    assert str(ran.exception).startswith(f"{flag.option}: not supported: {flag.reason}")
     if flag.same_as:
-        assert told({flag.name: (flag.same_as,)}, lambda name: TRAIN) == []
+        assert flag_report({flag.name: (flag.same_as,)}) == []
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +90,8 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / DATA / "metadata.json").write_text(json.dumps([entry]))
     said = shell(folder, blocks("setup")[0] + blocks("encode")[0])
     assert "832x480, 5 frames: 1" in said.stdout
-    assert "for wantrain distill, passed over here: --output-dir, " in said.stderr
-    assert "--config-path (what it says stands in the model's own" in said.stderr
+    assert "for wantrain distill, ignored here: --output-dir, " in said.stderr
+    assert "--config-path (read from the model's own" in said.stderr
     return folder
 
 
@@ -114,8 +117,8 @@ def test_the_pages_commands_train_a_lora(user: Path, tmp_path: Path, script: str
     for name in ("models", "datasets", "shards"):
         (tmp_path / name).symlink_to(user / name)
     said = shell(tmp_path, blocks("setup")[0] + script)
-    assert "for wanprep encode, passed over here: --train-data-dir, " in said.stderr
-    assert "--use-peft-lora (the LoRA is peft's, always)" in said.stderr
+    assert "for wanprep encode, ignored here: --train-data-dir, " in said.stderr
+    assert "--use-peft-lora (the LoRA is always peft's)" in said.stderr
     weights = load_file(tmp_path / "output_dir_distill" / "lora-low-diffusers.safetensors")
     rank = 128 if "--rank=128" in script else 64
     assert {t.shape[0] for name, t in weights.items() if "lora_A" in name} == {rank}

@@ -379,8 +379,8 @@ ROWS: dict[str, tuple[str, str]] = {
     ),
     "score floor for low": (
         DISTILL + "--score-floor handover",
-        "error: --score-floor: found handover with --boundary-type low; it is a choice for "
-        "the high-noise expert alone. Leave it out.",
+        "error: --score-floor: found handover with --boundary-type low; it is a choice only "
+        "for the high-noise expert. Leave it out.",
     ),
     "seed recipe from latents": (
         DISTILL + "--recipe seed --start latents",
@@ -408,12 +408,12 @@ ROWS: dict[str, tuple[str, str]] = {
     "sample of nothing": (
         SAMPLE,
         "error: --lora: found neither --lora nor --teacher, expected one: --lora FILE, or "
-        "--teacher for the base model alone.",
+        "--teacher for only the base model.",
     ),
     "sample of both": (
         SAMPLE + "--teacher --lora {nowhere}",
         "error: --lora: found both --lora and --teacher, expected one: --lora FILE, or "
-        "--teacher for the base model alone.",
+        "--teacher for only the base model.",
     ),
     "lora missing": (
         SAMPLE + "--lora {nowhere}",
@@ -429,11 +429,10 @@ ROWS: dict[str, tuple[str, str]] = {
     ),
     "lora of someone else": (
         SAMPLE + "--lora {foreign_safetensors}",
-        "error: LoRA: {foreign_safetensors} does not say how it was trained (no 'wandistill' "
-        "in its metadata), so its steps can't be reproduced. Expected a file that `wantrain "
-        "distill` or `lora` wrote; a style or a motion of others is merged into the base: "
-        "--base-lora FILE (or --base-lora-high), beside --teacher or the LoRA that was trained on "
-        "it.",
+        "error: LoRA: {foreign_safetensors} has no training metadata ('wandistill'), so its steps "
+        "can't be reproduced. Expected a file that `wantrain distill` or `lora` wrote; other LoRAs "
+        "are merged into the base: --base-lora FILE (or --base-lora-high), with --teacher or the "
+        "LoRA that was trained on it.",
     ),
     "frames of a clip": (
         TEACHER + "--num-frames 80",
@@ -463,7 +462,7 @@ ROWS: dict[str, tuple[str, str]] = {
     ),
     "image that is text": (
         TEACHER.replace("{t2v}", "{i2v}") + "--image {file}",
-        "error: --image: cannot read {file} as a picture (it holds none, or half of one). "
+        "error: --image: cannot read {file} as an image (no image, or a truncated one). "
         "Expected e.g. PNG or JPEG.",
     ),
     "steps 0": (
@@ -520,10 +519,10 @@ ROWS: dict[str, tuple[str, str]] = {
         "error: --output: cannot write to /proc/nothing (No such file or directory). Choose "
         "another folder.",
     ),
-    "a prompt bank that is cut off": (
+    "a truncated prompt bank": (
         "wantrain distill --model {t2v} --shards {cut} --output-dir {new} --max-train-steps 1",
         "error: shards: {cut}/prompts-w000-00000.tar is damaged (it ends without the two blocks of "
-        "zeros that close a tar: it is cut off). Restore it, or delete it together with "
+        "zeros that close a tar: it is truncated). Restore it, or delete it together with "
         "prompts-w000-00000.json and run `wanprep encode` again.",
     ),
     "a sidecar of another file": (
@@ -590,7 +589,7 @@ ROWS: dict[str, tuple[str, str]] = {
     ),
     "no such image": (
         TEACHER.replace("{t2v}", "{i2v}") + "--image {nowhere}",
-        "error: --image: cannot read {nowhere} as a picture (No such file or directory). "
+        "error: --image: cannot read {nowhere} as an image (No such file or directory). "
         "Expected e.g. PNG or JPEG.",
     ),
     "fps 0": (

@@ -58,9 +58,9 @@ DMD = "Distillation"
 BENCH = "Bench"
 
 # fmt: off
-Model = Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model to train a LoRA of: a folder of diffusers or Wan, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)]
+Model = Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model to train a LoRA for: a diffusers or Wan folder, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)]
 Rank = Annotated[int, typer.Option(metavar="N", help="LoRA rank.", rich_help_panel=LORA)]
-TargetName = Annotated[str, typer.Option(metavar="LIST", help="Layers of each block that get a LoRA, by Wan's or diffusers' names.", rich_help_panel=LORA)]
+TargetName = Annotated[str, typer.Option(metavar="LIST", help="Layers of each block that get a LoRA, in Wan's or diffusers' names.", rich_help_panel=LORA)]
 LoraSkipName = Annotated[str, typer.Option(metavar="LIST", help="Skip layers whose name contains one of these, e.g. cross_attn.", show_default="none", rich_help_panel=LORA)]
 EmaDecay = Annotated[float, typer.Option(metavar="X", help="EMA decay of the LoRA's weights, e.g. 0.99: the saved LoRA is their moving average; 0: the last weights.", rich_help_panel=LORA), BELOW_1]
 LearningRate = Annotated[float, typer.Option(metavar="X", help="Learning rate of the LoRA (distill: of the generator).", rich_help_panel=OPTIMIZER), POSITIVE]
@@ -77,32 +77,32 @@ class TrainConfig(ProcessOptions, MemoryOptions):
     """
 
     model: Model = DEFAULT_MODEL
-    transformer_path: Annotated[Path | None, typer.Option(metavar="PATH", help="Weights of your own in place of the expert's in MODEL: a .safetensors file (Wan's, ComfyUI's or diffusers' names; fp32, bf16, fp16 or fp8), or a folder. Config, VAE and text encoder stay MODEL's.", show_default="the expert in MODEL", rich_help_panel=INPUT)] = None
-    base_lora: Annotated[list[str] | None, typer.Option(metavar="FILE[:X]", help="LoRA to merge into the base first, at strength X (1 if left out); diffusers', ComfyUI's or kohya's form. Can be given several times.", show_default="none", rich_help_panel=INPUT)] = None
+    transformer_path: Annotated[Path | None, typer.Option(metavar="PATH", help="Custom weights in place of the expert's in MODEL: a .safetensors file (Wan's, ComfyUI's or diffusers' names; fp32, bf16, fp16 or fp8), or a folder. Config, VAE and text encoder stay MODEL's.", show_default="the expert in MODEL", rich_help_panel=INPUT)] = None
+    base_lora: Annotated[list[str] | None, typer.Option(metavar="FILE[:X]", help="LoRA to merge into the base first, at strength X (1 if omitted); diffusers', ComfyUI's or kohya's format. Can be given several times.", show_default="none", rich_help_panel=INPUT)] = None
     shards: Annotated[list[WeightedFolder], typer.Option(parser=shards_option, metavar="DIR|URL", help="Folder of shards that `wanprep encode` made; several, if given several times. DIR@W has a weight: an epoch shows its samples W times, e.g. DIR@3 or DIR@0.5.", rich_help_panel=INPUT)] = DEFAULT_SHARDS
-    where: Annotated[list[str] | None, typer.Option(metavar="COND", help="Train only on samples that fulfil this, e.g. 'frames>=17', 'tag=good', 'caption~=cat' or 'source=clips/*'; if given several times, all of it. Fields: caption, source, tag, type, bucket, height, width, frames, tokens.", show_default="all samples", rich_help_panel=INPUT)] = None
-    shard_cache_gb: Annotated[float, typer.Option(metavar="GB", help="Room on this machine for whole shards of an object store (s3://bucket/shards); what is beyond is read sample by sample.", rich_help_panel=INPUT)] = DEFAULT_SHARD_CACHE_GB
-    captions: Annotated[str | None, typer.Option(metavar="NAME", help="Captions that `wanprep recaption --name NAME` made, in place of the shards' own.", show_default="the shards' own", rich_help_panel=INPUT)] = None
-    boundary_type: Annotated[Expert | None, typer.Option(help="Expert to train: the one for low or for high noise, or full for a model with one transformer (or one LoRA for all steps).", show_default="low where the model has two experts, else full", rich_help_panel=INPUT)] = None
-    train_mode: Annotated[TrainMode | None, typer.Option("--train-mode", help="What the model must be for, or it is refused; normal is t2v, and with a ti2v model shows all clips as text to video.", show_default="as the model is", rich_help_panel=INPUT), REMEMBERED] = None
+    where: Annotated[list[str] | None, typer.Option(metavar="COND", help="Train only on samples that match, e.g. 'frames>=17', 'tag=good', 'caption~=cat' or 'source=clips/*'; if given several times, all must match. Fields: caption, source, tag, type, bucket, height, width, frames, tokens.", show_default="all samples", rich_help_panel=INPUT)] = None
+    shard_cache_gb: Annotated[float, typer.Option(metavar="GB", help="Disk space for whole shards of an object store (s3://bucket/shards); shards beyond this limit are read sample by sample.", rich_help_panel=INPUT)] = DEFAULT_SHARD_CACHE_GB
+    captions: Annotated[str | None, typer.Option(metavar="NAME", help="Captions from `wanprep recaption --name NAME` in place of the shards' own.", show_default="the shards' own", rich_help_panel=INPUT)] = None
+    boundary_type: Annotated[Expert | None, typer.Option(help="Expert to train: low or high noise, or full for a model with one transformer (or one LoRA for all steps).", show_default="low if the model has two experts, else full", rich_help_panel=INPUT)] = None
+    train_mode: Annotated[TrainMode | None, typer.Option("--train-mode", help="Expected type of the model; any other is an error. normal is t2v; with a ti2v model it trains on all clips as text to video.", show_default="the model's", rich_help_panel=INPUT), REMEMBERED] = None
     seed: Annotated[int, typer.Option(metavar="N", help="Random seed of the whole run.", rich_help_panel=INPUT), REMEMBERED] = 42
 
     output_dir: OutputDir
     save_precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="Number format of the final LoRA files (checkpoints are fp32).", rich_help_panel=OUTPUT)] = "bf16"
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration, the plan and an estimate of the memory, then stop.", show_default="off", rich_help_panel=OUTPUT)] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration, the plan and a memory estimate, then stop.", show_default="off", rich_help_panel=OUTPUT)] = False
 
     max_train_steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps of the LoRA (distill: of the generator), in place of epochs.", show_default="as many as the epochs have", rich_help_panel=LENGTH), AT_LEAST_1] = None
     num_train_epochs: Annotated[int, typer.Option(metavar="N", help="Epochs, passes over the shards, in place of --max-train-steps (distill: counting steps of both roles).", rich_help_panel=LENGTH), AT_LEAST_1] = 100
     checkpointing_steps: Annotated[int, typer.Option(metavar="N", help="Save a checkpoint every N optimizer steps of the LoRA (distill: of the generator).", rich_help_panel=LENGTH), AT_LEAST_1] = 50
     checkpoints_total_limit: Annotated[int | None, typer.Option(metavar="N", help="Keep at most N checkpoints; the oldest are deleted.", show_default="all", rich_help_panel=LENGTH), AT_LEAST_1] = None
-    resume_from_checkpoint: Annotated[str | None, typer.Option(metavar="DIR|latest", help="Checkpoint to go on from: its folder, or latest (a new run where there is none yet).", show_default="a new run", rich_help_panel=LENGTH)] = None
+    resume_from_checkpoint: Annotated[str | None, typer.Option(metavar="DIR|latest", help="Checkpoint to resume from: its folder, or latest (a new run if there is none yet).", show_default="a new run", rich_help_panel=LENGTH)] = None
 
-    validation_steps: Annotated[int | None, typer.Option(metavar="N", help="Sample the shards' validation prompts (see `wanprep encode`) every N updates of the LoRA, and once before the first; shown by the latents' colours, without a VAE.", show_default="never", rich_help_panel=WATCH), NOT_NEGATIVE] = None
+    validation_steps: Annotated[int | None, typer.Option(metavar="N", help="Sample the shards' validation prompts (see `wanprep encode`) every N optimizer steps of the LoRA, and once before the first; previews show the latents' colours, without a VAE.", show_default="never", rich_help_panel=WATCH), NOT_NEGATIVE] = None
     report_to: Annotated[str, typer.Option(metavar="LIST", help="Where numbers and validation clips go: tensorboard, csv, wandb, comet_ml, aim, mlflow, clearml, dvclive, swanlab, trackio; several with commas, all that are installed, or none.", rich_help_panel=WATCH)] = "tensorboard"
     logging_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the trackers' files.", show_default="logs in the output folder", rich_help_panel=WATCH)] = None
-    tracker_project_name: Annotated[str, typer.Option(metavar="NAME", help="Project under which wandb and its like file the run.", rich_help_panel=WATCH)] = "wandistill"
+    tracker_project_name: Annotated[str, typer.Option(metavar="NAME", help="Project name in wandb and similar trackers.", rich_help_panel=WATCH)] = "wandistill"
 
-    init_lora: Annotated[Path | None, typer.Option(metavar="FILE", help="Start from this LoRA in place of a zero one (distill: the generator only); diffusers', ComfyUI's or kohya's form, of any alpha and a rank up to --rank.", show_default="none", rich_help_panel=LORA)] = None
+    init_lora: Annotated[Path | None, typer.Option(metavar="FILE", help="Start from this LoRA instead of a new one (distill: the generator only); diffusers', ComfyUI's or kohya's format, any alpha, rank up to --rank.", show_default="none", rich_help_panel=LORA)] = None
     rank: Annotated[Rank, AT_LEAST_1] = 64
     network_alpha: Annotated[float, typer.Option(metavar="X", help="LoRA alpha: the LoRA's output is scaled by alpha / rank.", rich_help_panel=LORA), POSITIVE] = 32
     target_name: TargetName = "q,k,v,ffn.0,ffn.2"
@@ -121,13 +121,13 @@ class TrainConfig(ProcessOptions, MemoryOptions):
 
     train_batch_size: TrainBatchSize = 1
     gradient_accumulation_steps: Annotated[int, typer.Option(metavar="N", help="Forward and backward passes per optimizer step.", rich_help_panel=DATA), AT_LEAST_1, REMEMBERED] = 1
-    video_repeat: Annotated[int | None, typer.Option(metavar="N", help="Times that a video occurs in an epoch, whatever `wanprep encode` said.", show_default="as the shards say", rich_help_panel=DATA), AT_LEAST_1, REMEMBERED] = None
+    video_repeat: Annotated[int | None, typer.Option(metavar="N", help="Times that a video occurs in an epoch; overrides the shards' value.", show_default="the shards' value", rich_help_panel=DATA), AT_LEAST_1, REMEMBERED] = None
     caption_dropout: Annotated[float, typer.Option(metavar="X", help="Share of captions, 0 to 1, that are replaced by the empty prompt.", rich_help_panel=DATA), SHARE, REMEMBERED] = 0.1
-    random_frame_crop: Annotated[bool, typer.Option("--random-frame-crop", help="In one update of ten, show clips up to a random frame only, 4n+1 from 5 on, so that the LoRA knows shorter clips, too.", show_default="off", rich_help_panel=DATA), REMEMBERED] = False
+    random_frame_crop: Annotated[bool, typer.Option("--random-frame-crop", help="In one optimizer step of ten, truncate clips at a random length (4n+1, from 5), so that the LoRA also learns shorter clips.", show_default="off", rich_help_panel=DATA), REMEMBERED] = False
     tail: Annotated[Tail, typer.Option(help="A bucket's last, incomplete batch: pad it with samples of the bucket, or drop it.", rich_help_panel=DATA), REMEMBERED] = "pad"
     dataloader_num_workers: Annotated[int, typer.Option(metavar="N", help="Threads that read batches ahead; 0: read in the training loop.", rich_help_panel=DATA), NOT_NEGATIVE] = 8
 
-    allow_tf32: Annotated[bool, typer.Option("--allow-tf32", help="Let a GPU multiply fp32 matrices in TF32: faster, and rounded to 10 bits.", show_default="off", rich_help_panel=DEVICE), REMEMBERED] = False
+    allow_tf32: Annotated[bool, typer.Option("--allow-tf32", help="Multiply fp32 matrices in TF32 on a GPU: faster, with mantissas rounded to 10 bits.", show_default="off", rich_help_panel=DEVICE), REMEMBERED] = False
     compile: Annotated[bool, typer.Option("--compile", help="Compile the transformer's blocks with torch.compile: minutes at the start, then faster steps; see docs/speed.md.", show_default="off", rich_help_panel=DEVICE), REMEMBERED] = False
     attention_backend: Annotated[str, typer.Option(metavar="NAME", envvar="DIFFUSERS_ATTN_BACKEND", help="Attention backend, by diffusers' names: native (torch SDPA), flash (flash-attn), _flash_3_hub, xformers, _native_cudnn, _native_flash and so on.", rich_help_panel=DEVICE), REMEMBERED] = "native"
     # fmt: on
@@ -140,14 +140,14 @@ class TrainConfig(ProcessOptions, MemoryOptions):
             if (times := places.count(place)) > 1:
                 raise UserError(
                     f"--shards: {folder.path} is given {times} times. Give it once, "
-                    f"with a weight if it shall count more: {folder.path}@{times}"
+                    f"with a weight if it should count more: {folder.path}@{times}"
                 )
-        self._check_rate("learning_rate", self.learning_rate)
+        self._check_learning_rate("learning_rate", self.learning_rate)
         check_option("target_name", "''", bool(self.targets), "names of layers, e.g. q,k,v")
         if self.compile and self.strategy == "zero3":
             raise UserError(
                 "--compile: found with --strategy zero3, where DeepSpeed gathers the weights of "
-                "layers in the midst of a block. Use --strategy fsdp, or leave --compile out."
+                "layers inside a block. Use --strategy fsdp, or leave --compile out."
             )
 
     @property
@@ -160,7 +160,7 @@ class TrainConfig(ProcessOptions, MemoryOptions):
         """Parts of names of layers that get none, though `targets` has them."""
         return names(self.lora_skip_name)
 
-    def _check_rate(self, name: str, rate: float) -> None:
+    def _check_learning_rate(self, name: str, rate: float) -> None:
         if self.lr_scheduler == "polynomial":
             least = LEAST_POLYNOMIAL_RATE
             expected = f"more than {least:g}, where --lr-scheduler polynomial ends"
@@ -180,11 +180,11 @@ class FinetuneConfig(TrainConfig):
     PANELS: ClassVar[Sequence[str]] = (INPUT, OUTPUT, LENGTH, WATCH, LEVELS, LORA, OPTIMIZER, DATA, DEVICE, PROCESSES)
 
     output_dir: OutputDir = Path("output_dir_lora")
-    timestep_sampling: Annotated[TimestepSampling, typer.Option(help="How noise levels are drawn, before the shift and inside the expert's range: evenly, or mostly middle ones (the sigmoid of a normal).", rich_help_panel=LEVELS)] = "uniform"
-    logit_mean: Annotated[float | None, typer.Option(metavar="X", help="Mean of that normal; above 0 is noisier.", show_default="0", rich_help_panel=LEVELS)] = None
-    logit_std: Annotated[float | None, typer.Option(metavar="X", help="Standard deviation of that normal.", show_default="1", rich_help_panel=LEVELS)] = None
-    uniform_sampling: Annotated[bool, typer.Option(help="Spread the levels of an update's samples evenly over that distribution, instead of drawing each by itself; the same with one sample an update.", show_default="on", rich_help_panel=LEVELS)] = True
-    flow_shift: Annotated[float | None, typer.Option(metavar="X", help="Shift s of the noise schedule: what was drawn as u becomes sigma = s*u / (1 + (s-1)*u).", show_default="12 for Wan 2.2 A14B t2v, else 5", rich_help_panel=LEVELS), POSITIVE] = None
+    timestep_sampling: Annotated[TimestepSampling, typer.Option(help="Distribution of noise levels before the shift, inside the expert's range: uniform, or logit-normal (the sigmoid of a normal, mostly middle levels).", rich_help_panel=LEVELS)] = "uniform"
+    logit_mean: Annotated[float | None, typer.Option(metavar="X", help="Mean of logit-normal; above 0 is noisier.", show_default="0", rich_help_panel=LEVELS)] = None
+    logit_std: Annotated[float | None, typer.Option(metavar="X", help="Standard deviation of logit-normal.", show_default="1", rich_help_panel=LEVELS)] = None
+    uniform_sampling: Annotated[bool, typer.Option(help="Spread the levels of a batch's samples evenly over that distribution instead of drawing each independently; no effect with one sample per optimizer step.", show_default="on", rich_help_panel=LEVELS)] = True
+    flow_shift: Annotated[float | None, typer.Option(metavar="X", help="Shift s of the noise schedule: a level u becomes sigma = s*u / (1 + (s-1)*u).", show_default="12 for Wan 2.2 A14B t2v, else 5", rich_help_panel=LEVELS), POSITIVE] = None
     learning_rate: LearningRate = 1e-4
     # fmt: on
 
@@ -196,7 +196,7 @@ class FinetuneConfig(TrainConfig):
             if self.timestep_sampling != "logit-normal":
                 raise UserError(
                     f"--{name.replace('_', '-')}: found {value:g} with --timestep-sampling "
-                    f"{self.timestep_sampling}; it is of logit-normal alone. Leave it out, or add "
+                    f"{self.timestep_sampling}; it is only for logit-normal. Leave it out, or add "
                     "--timestep-sampling logit-normal."
                 )
             fine = isfinite(value) and (name == "logit_mean" or value > 0)
@@ -218,23 +218,23 @@ class DistillConfig(TrainConfig):
     output_dir: OutputDir = Path("output_dir_distill")
     denoising_step_indices_list: Annotated[str, typer.Option(metavar="LIST", help="The student's steps, as timesteps before the shift: 1000 is pure noise, 0 the clip.", rich_help_panel=DMD)] = "1000,750,500,250"
     flow_shift: Annotated[float | None, typer.Option(metavar="X", help="Shift s of the noise schedule: timestep 1000*u becomes sigma = s*u / (1 + (s-1)*u).", show_default="12 for Wan 2.2 A14B t2v, else 5", rich_help_panel=DMD), POSITIVE] = None
-    recipe: Annotated[Maths, typer.Option(help="seed is VideoX-Fun's maths, for comparison: either expert walks all steps, from noise, and score levels have no cap and no floor.", rich_help_panel=DMD)] = "corrected"
+    recipe: Annotated[Maths, typer.Option(help="seed: VideoX-Fun's maths, for comparison; each expert runs all steps, from noise, and score levels have no cap and no floor.", rich_help_panel=DMD)] = "corrected"
     start: Annotated[Start | None, typer.Option(help="Rollouts start from cached latents noised to the expert's first step, or from pure noise at the first of all steps, as in VideoX-Fun.", show_default="latents for low, else noise", rich_help_panel=DMD)] = None
     pairing: Annotated[Pairing, typer.Option(help="How one step leads to the next: with fresh noise (sample with LCM) or along the velocity (sample with Euler).", rich_help_panel=DMD)] = "renoise"
     score_floor: Annotated[ScoreFloor, typer.Option(help="Where the high-noise expert's score levels end: at the model's boundary or at the first step of the low-noise expert.", rich_help_panel=DMD)] = "boundary"
-    uniform_sampling: Annotated[bool, typer.Option(help="Spread the score levels of an update's samples evenly over the expert's interval, instead of drawing each by itself; the same with one sample an update.", show_default="on", rich_help_panel=DMD)] = True
+    uniform_sampling: Annotated[bool, typer.Option(help="Spread the score levels of a batch's samples evenly over the expert's interval instead of drawing each independently; no effect with one sample per optimizer step.", show_default="on", rich_help_panel=DMD)] = True
     real_guidance_scale: Annotated[float, typer.Option(metavar="X", help="CFG scale of the teacher, with the cached negative prompt; 0 or 1 is no guidance.", rich_help_panel=DMD), NOT_NEGATIVE] = 6.0
     fake_guidance_scale: Annotated[float, typer.Option(metavar="X", help="CFG scale of the critic; 0 is no guidance.", rich_help_panel=DMD), NOT_NEGATIVE] = 0.0
     gen_update_interval: Annotated[int, typer.Option(metavar="N", help="Critic updates before each generator update.", rich_help_panel=DMD), AT_LEAST_1] = 5
-    fm_loss_weight: Annotated[float, typer.Option(metavar="X", help="Add flow matching on the cached latents, times this, to the generator's loss; 0 is DMD alone.", rich_help_panel=DMD), NOT_NEGATIVE] = 0.0
+    fm_loss_weight: Annotated[float, typer.Option(metavar="X", help="Add flow matching on the cached latents, times this, to the generator's loss; 0: only DMD.", rich_help_panel=DMD), NOT_NEGATIVE] = 0.0
     learning_rate: LearningRate = 1e-5
     learning_rate_critic: Annotated[float, typer.Option(metavar="X", help="Learning rate of the critic.", rich_help_panel=OPTIMIZER), POSITIVE] = 1e-6
-    batched_guidance: Annotated[bool, typer.Option(help="Compute the guided teacher (and critic) with and without caption in one pass of both: half the communication under fsdp and zero3, for twice the memory of a pass without gradients.", show_default="off", rich_help_panel=DEVICE)] = False
+    batched_guidance: Annotated[bool, typer.Option(help="Compute the guided teacher (and critic) with and without caption in one batched pass: half the communication under fsdp and zero3, for twice the memory of a pass without gradients.", show_default="off", rich_help_panel=DEVICE)] = False
     # fmt: on
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_rate("learning_rate_critic", self.learning_rate_critic)
+        self._check_learning_rate("learning_rate_critic", self.learning_rate_critic)
         if self.recipe == "seed" and (self.start == "latents" or self.score_floor != "boundary"):
             chosen = "--start latents" if self.start == "latents" else "--score-floor handover"
             raise UserError(
@@ -246,24 +246,24 @@ class DistillConfig(TrainConfig):
 # fmt: off
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig(DistillConfig):
-    """Measure how lean a run is on this machine.
+    """Measure the overhead of a run on this machine.
 
-    Says what the loop costs beside the passes of the transformer, how many FLOPs an update has and how fast they are done, what lies in memory, and how fast the shards are read. Takes every option of `wantrain distill`; runs its loop for a few updates in a temporary folder, which is thrown away. Of several processes (--strategy), it tells of the first one.
+    Reports the time that the loop adds to the transformer's passes, FLOPs per update and per second, memory by part, and how fast the shards are read. Takes every option of `wantrain distill`; runs its loop for a few updates in a temporary folder, which is deleted. With several processes (--strategy), it reports the first one.
 
     Next: wantrain distill, with the same options
     """
 
     PANELS: ClassVar[Sequence[str]] = (BENCH, *DistillConfig.PANELS)
 
-    cycles: Annotated[int, typer.Option(metavar="N", min=0, help="Generator updates that are measured, each with its critic updates; one more warms up. 0: the loader alone.", rich_help_panel=BENCH)] = 1
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers here, too.", show_default="nowhere", rich_help_panel=BENCH)] = None
+    cycles: Annotated[int, typer.Option(metavar="N", min=0, help="Generator updates that are measured, each with its critic updates; one more warms up. 0: only the loader.", rich_help_panel=BENCH)] = 1
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the numbers to this file.", show_default="nowhere", rich_help_panel=BENCH)] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(MemoryOptions):
     """Estimate the GPU memory that a run needs.
 
-    And what would make it less. From configs alone: those of the published Wan models are built in, by name (wan2.2-i2v-a14b, wan2.1-t2v-1.3b and so on) or hub id; nothing is downloaded or loaded, and no shards are needed. All is of one process. What is counted are tensors: leave 1 or 2 GiB for CUDA's own.
+    Also lists options that need less. Reads only configs: those of the published Wan models are built in, by name (wan2.2-i2v-a14b, wan2.1-t2v-1.3b and so on) or hub id; nothing is downloaded or loaded, and no shards are needed. All numbers are per process. Only tensors are counted: leave 1 or 2 GiB for CUDA itself.
 
     Next: wantrain distill, with the same options
     """
@@ -271,15 +271,15 @@ class PlanConfig(MemoryOptions):
     PANELS: ClassVar[Sequence[str]] = (INPUT, DATA, OUTPUT, LORA, DEVICE, PROCESSES)
 
     model: Model = DEFAULT_MODEL
-    method: Annotated[Literal["distill", "lora"], typer.Option(help="Which command the plan is of.", rich_help_panel=INPUT)] = "distill"
-    gpu_memory: Annotated[float | None, typer.Option(metavar="GiB", min=0, help="Memory of a GPU, to be told what fits.", show_default="not asked", rich_help_panel=INPUT)] = None
+    method: Annotated[Literal["distill", "lora"], typer.Option(help="Command to plan for.", rich_help_panel=INPUT)] = "distill"
+    gpu_memory: Annotated[float | None, typer.Option(metavar="GiB", min=0, help="GPU memory in GiB; marks the first options that fit.", show_default="none", rich_help_panel=INPUT)] = None
     fix_sample_size: Annotated[tuple[int, int], typer.Option(metavar="H W", help="Height and width of the clips, in pixels.", rich_help_panel=DATA)] = (480, 832)
     video_sample_n_frames: Annotated[int, typer.Option("--video-sample-n-frames", "--frames", metavar="N", min=1, help="Frames of the clips: 1, 5, 9 and so on.", rich_help_panel=DATA)] = 81
     train_batch_size: TrainBatchSize = 1
-    json: Annotated[bool, typer.Option("--json", help="Print it as JSON, in bytes.", show_default="off", rich_help_panel=OUTPUT)] = False
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, in bytes.", show_default="off", rich_help_panel=OUTPUT)] = False
     rank: Rank = 64
     target_name: TargetName = "q,k,v,ffn.0,ffn.2"
     lora_skip_name: LoraSkipName = ""
     ema_decay: EmaDecay = 0.0
     strategy: Annotated[StrategyName | None, typer.Option(help="How processes share the work: ddp keeps the whole model in each; fsdp and zero3 shard it across them, zero2 only the optimizer.", show_default="ddp for several processes, single for one", rich_help_panel=PROCESSES)] = None
-    num_processes: Annotated[int, typer.Option(metavar="N", min=1, help="Processes of the run over all machines, one for a GPU.", rich_help_panel=PROCESSES)] = 1
+    num_processes: Annotated[int, typer.Option(metavar="N", min=1, help="Processes of the run over all machines, one per GPU.", rich_help_panel=PROCESSES)] = 1

@@ -1,4 +1,4 @@
-"""The loop: walk the updates, and leave a checkpoint and LoRA files however it ends."""
+"""The training loop: all updates, and a checkpoint and LoRA files however it ends."""
 
 import math
 import signal
@@ -35,7 +35,7 @@ class NotFiniteError(UserError):
 def train(run: Run, console: Console) -> int | None:
     """Train until the end or a signal. Returns the signal's number, None at the end.
 
-    Every process of the run calls it; the first one writes and speaks.
+    Every process of the run calls it; the first one writes files and prints.
     """
     ranks = run.ranks
     console = console if ranks.first else Console(quiet=True)
@@ -44,13 +44,13 @@ def train(run: Run, console: Console) -> int | None:
         session = open_session(run, partial(support.say, console))
         state, stopped_by = session.state, None
         # One process can save whatever ended it: its state is that of the last whole update. Of
-        # several, one that failed alone is not there to save with the others; and they stop
-        # together, after an update that all know of.
-        alone = all_there = ranks.world_size == 1
+        # several, one that failed can't save together with the others; and they stop together,
+        # after an update that all have agreed on.
+        single = all_there = ranks.world_size == 1
         message = "stopping: saving the updates that are done ..." if ranks.first else None
         with (
             catch_signals(message) as signals,
-            nullcontext() if alone else signals.deferred(raise_after=False),
+            nullcontext() if single else signals.deferred(raise_after=False),
         ):
             try:
                 _walk(session, validation, console, signals)
@@ -95,7 +95,7 @@ def _walk(
             )
             trackers = held.enter_context(opened)
         progress = TrainProgress(
-            run.product_updates,
+            run.steps,
             run.cycle,
             console,
             title=objective.method,
@@ -146,7 +146,7 @@ def _walk(
                     why = f"loss {loss}, gradient norm {norm}"
                     raise _not_finite(run, role, update, keys, why)
                 state.updates = update + 1
-                if config.ema_decay and role == objective.product:
+                if config.ema_decay and role == objective.main_role:
                     weights = trained.weights()
                     if state.ema is not None:
                         state.ema.update(weights, state.updates // run.cycle)
@@ -163,7 +163,7 @@ def _walk(
             if warning := looks.after(role, before, trained.weights, norm):
                 session.say(f"warning  {warning}")
 
-            # What survives a kill -9, and what the product makes now
+            # Checkpoint and validation
             if state.updates % (run.cycle * config.checkpointing_steps) == 0:
                 with signals.deferred():
                     session.save()
@@ -191,7 +191,7 @@ def micro_batches(run: Run, bank: PromptBank) -> MicroBatches:
 
 
 def validation_of(run: Run) -> Validation | None:
-    """What the run samples on its way; UserError where it cannot."""
+    """What the run samples while it trains; UserError where it cannot."""
     config = run.config
     if not config.validation_steps:
         return None
@@ -224,17 +224,17 @@ def _validate(
     if number == 0:
         for line in validation.describe():
             session.say(line)
-    alone = run.ranks.world_size == 1
-    average: AbstractContextManager[None] = nullcontext()
+    single = run.ranks.world_size == 1
+    ema: AbstractContextManager[None] = nullcontext()
     if run.config.ema_decay:
-        averaged = run.ranks.from_first(state.ema.weights if state.ema else {})
-        average = weights_in_place(state.trained[run.objective.product], averaged, run.ranks)
+        weights = run.ranks.from_first(state.ema.weights if state.ema else {})
+        ema = weights_in_place(state.trained[run.objective.main_role], weights, run.ranks)
 
     def stopped() -> bool:
-        return alone and signals.signum is not None
+        return single and signals.signum is not None
 
-    # Several are deferred already, all along; weights are put back before a signal is heeded.
-    with step_log.paused(), signals.deferred() if alone else nullcontext(), average:
+    # Several are deferred already, all along; weights are put back before a signal is handled.
+    with step_log.paused(), signals.deferred() if single else nullcontext(), ema:
         validation.sample(
             run.objective,
             session.roles,
@@ -248,7 +248,7 @@ def _validate(
 
 
 def _backward(session: Session, role: str, batch: Batch, negative: torch.Tensor) -> StepNumbers:
-    """Add one micro-step's gradients; its share of the update's loss, and what else is watched."""
+    """Add one micro-step's gradients; its share of the update's loss, with its metrics."""
     step = session.run.objective.loss(session.roles, role, batch, negative)
     share = step.loss / session.run.config.gradient_accumulation_steps
     with session.roles.role(role):  # checkpointed blocks are recomputed with what is active here
@@ -263,6 +263,6 @@ def _not_finite(
     samples = ", ".join(key for of_one in run.ranks.gathered(keys) for key in of_one)
     return NotFiniteError(
         f"training stopped before update {update + 1} touched the weights: {role} {found}; "
-        f"samples {samples}. Check these samples, lower the learning rate, then go on from the "
+        f"samples {samples}. Check these samples, lower the learning rate, then resume from the "
         "update before: --resume-from-checkpoint latest"
     )

@@ -9,7 +9,7 @@ from typing import Literal
 INPUT = "Input"
 OUTPUT = "Output"
 LENGTH = "Length and checkpoints"
-WATCH = "Watching"
+WATCH = "Monitoring"
 LORA = "LoRA"
 OPTIMIZER = "Optimizer (AdamW)"
 DATA = "Data"

@@ -52,7 +52,7 @@ def prepare_distillation(config: DistillConfig, given_elsewhere: Given = NONE_GI
     if config.score_floor != "boundary" and expert != "high":
         raise UserError(
             f"--score-floor: found {config.score_floor} with --boundary-type {expert}; it is a "
-            "choice for the high-noise expert alone. Leave it out."
+            "choice only for the high-noise expert. Leave it out."
         )
     _refuse_text_only(config, spec, data, recipe)
     objective = Distillation(
@@ -75,20 +75,20 @@ def _numbers(text: str, option: str) -> tuple[float, ...]:
 def _refuse_text_only(
     config: DistillConfig, spec: ModelSpec, data: Dataset, recipe: Recipe
 ) -> None:
-    """Samples that are captions without a medium train only what begins and ends in noise."""
+    """UserError where text-only samples could train nothing: they have no latents."""
     have = text_only(spec, data)
     if have is None:
         return
     if recipe.start == "latents":
         given = "" if config.start else f", the default of the {recipe.expert}-noise expert"
         raise UserError(
-            f"--start: latents{given}, but {have}. Begin from noise: --start noise; or encode the "
-            "media into a folder of their own, or leave them out (--where 'type!=text')."
+            f"--start: latents{given}, but {have}. Start from noise: --start noise; or encode the "
+            "media into another folder, or leave them out (--where 'type!=text')."
         )
     if recipe.fm_loss_weight:
         raise UserError(
-            f"--fm-loss-weight: {recipe.fm_loss_weight:g}, but {have}, which this loss learns "
-            "from. Leave it out, or encode the media into a folder of their own."
+            f"--fm-loss-weight: {recipe.fm_loss_weight:g}, but {have}, which this loss "
+            "needs. Leave it out, or encode the media into another folder."
         )
 
 
@@ -109,7 +109,7 @@ def prepare_finetuning(config: FinetuneConfig, given_elsewhere: Given = NONE_GIV
     )
     if have := text_only(spec, data):
         raise UserError(
-            f"shards: {have}, which is what `wantrain lora` learns from. Leave these out: --where "
+            f"shards: {have}, which `wantrain lora` needs. Leave these out: --where "
             "'type!=text'; or encode the media."
         )
     objective = Finetuning(
@@ -123,20 +123,17 @@ def prepare_finetuning(config: FinetuneConfig, given_elsewhere: Given = NONE_GIV
 
 
 def text_only(spec: ModelSpec, data: Dataset) -> str | None:
-    """Describes text-only samples (captions without a medium); None if there are none.
+    """Describes text-only samples, which have no latents; None if there are none.
 
     UserError for an i2v model, which can't learn from them at all.
     """
-    alone = int(np.count_nonzero(data.types == MEDIA_TYPES.index("text")))
-    if not alone:
+    number = int(np.count_nonzero(data.types == MEDIA_TYPES.index("text")))
+    if not number:
         return None
-    have = (
-        f"{alone} of the {len(data)} samples in {data.folders} are captions without a medium, "
-        "which have no latents"
-    )
+    have = f"{number} of the {len(data)} samples in {data.folders} are text-only, without latents"
     if spec.mode == "i2v":
         raise UserError(
-            f"shards: {have} and no first frame for an i2v model. Encode the media into a folder "
-            "of their own, leave these out (--where 'type!=text'), or train a t2v model on them."
+            f"shards: {have} and no first frame for an i2v model. Encode the media into another "
+            "folder, leave these out (--where 'type!=text'), or train a t2v model on them."
         )
     return have

@@ -1,4 +1,4 @@
-"""What a run is before any weight is read: configuration, model facts, index, plan, length."""
+"""A prepared run: configuration, model spec, dataset, batch plan, length; no weights loaded."""
 
 import json
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ _Config = TypeVar("_Config", bound=TrainConfig)
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What configuration, model configs and index decide before any weight is read."""
+    """A run with everything decided that needs no weights."""
 
     config: TrainConfig
     """Its `strategy` is decided."""
@@ -65,8 +65,8 @@ class Run:
     data: Dataset
     plan: BatchPlan
     objective: Objective
-    product_updates: int
-    """Of the role that the run is for."""
+    steps: int
+    """Optimizer steps of the objective's main role."""
 
     @property
     def ranks(self) -> Ranks:
@@ -83,8 +83,8 @@ class Run:
 
     @property
     def updates(self) -> int:
-        """Of all roles."""
-        return self.product_updates * self.cycle
+        """Optimizer steps of all roles."""
+        return self.steps * self.cycle
 
     def _captions(self) -> str:
         indexes = [part.index for part in self.data.parts]
@@ -109,7 +109,7 @@ class Run:
             "--max-train-steps" if config.max_train_steps else f"{config.num_train_epochs} epochs"
         )
         ema = (
-            f"; the LoRA is their average (decay {config.ema_decay:g}) from update "
+            f"; the LoRA is their EMA (decay {config.ema_decay:g}) from update "
             f"{config.ema_start + 1} on"
             if config.ema_decay
             else ""
@@ -133,11 +133,11 @@ class Run:
             *(line for part in self.data.parts for line in part.index.store.described()),
             *self.objective.describe(),
             *(
-                [f"stream   --low-vram does nothing more: {config.strategy} cuts the base already"]
-                if config.low_vram and config.cuts_base
+                [f"stream   --low-vram has no effect: {config.strategy} shards the base already"]
+                if config.low_vram and config.shards_base
                 else []
             ),
-            f"length   {until}: {self.objective.describe_length(self.product_updates)} "
+            f"length   {until}: {self.objective.describe_length(self.steps)} "
             f"({epochs:.1f} epochs){ema}",
         ]
 
@@ -158,7 +158,7 @@ def place_run(config: _Config) -> tuple[_Config, Placement]:
 
 
 def open_data(config: TrainConfig, given_elsewhere: Given) -> tuple[ModelSpec, Dataset]:
-    """The model's facts and the samples, from configs and index alone (and from the samples'
+    """The model's facts and the samples, from configs and index only (and from the samples'
     KEY.json, where `--where` asks for what stands there).
 
     The shards must be encoded as flags for `wanprep encode` say. Raises UserError where they don't
@@ -220,7 +220,7 @@ def _refuse_other_numbers(caches: Sequence[CacheIndex]) -> None:
 
 
 def _refuse_other_mode(config: TrainConfig, spec: ModelSpec) -> None:
-    """--train-mode says what the model is; a ti2v model may train for text to video alone."""
+    """--train-mode must be the model's; a ti2v model may also train only for text to video."""
     own = {"t2v": ("normal",), "i2v": ("i2v",), "ti2v": ("ti2v", "normal")}[spec.mode]
     if config.train_mode not in (None, *own):
         raise UserError(
@@ -271,7 +271,7 @@ def plan_run(
         data=data,
         plan=plan,
         objective=objective,
-        product_updates=config.max_train_steps or _updates_in_epochs(config, plan, objective),
+        steps=config.max_train_steps or _updates_in_epochs(config, plan, objective),
     )
 
 
@@ -320,24 +320,26 @@ def _updates_in_epochs(config: TrainConfig, plan: BatchPlan, objective: Objectiv
 def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
     """What a checkpoint of this run must match to be resumed, and what it merely remembers."""
     config = run.config
-    average = {"ema_decay": config.ema_decay, "ema_start": config.ema_start}
+    ema = {"ema_decay": config.ema_decay, "ema_start": config.ema_start}
     model: dict[str, Any] = {"base": digest, "mode": run.spec.mode}
-    if merged := run.base.merged:  # in the base's digest too; said apart, for people
+    if merged := run.base.merged:  # in the base's digest too; listed for people
         model["base_lora"] = [f"{x.digest[:12]} x {x.strength:g}" for x in merged]
     fixed: dict[str, Any] = {
         "model": model,
         "lora": {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)},
         "method": run.objective.method,
-        "recipe": run.objective.identity() | average,
+        "recipe": run.objective.identity() | ema,
     }
     loose: dict[str, Any] = remembered(config)
     # bf16 is what it is without the option
     loose["base_precision"] = config.base_precision if is_quantised(config.base_precision) else None
     loose |= run.objective.settings()
     for role, rate in run.objective.learning_rates.items():  # as the options are called
-        loose["learning_rate" if role == run.objective.product else f"learning_rate_{role}"] = rate
+        loose["learning_rate" if role == run.objective.main_role else f"learning_rate_{role}"] = (
+            rate
+        )
     if config.lr_scheduler in DECAYING:
-        loose["max_train_steps"] = run.product_updates
+        loose["max_train_steps"] = run.steps
     loose["num_processes"] = run.placement.machines.num_processes
     loose["strategy"] = config.strategy
     loose["shards"] = run.data.identity()
@@ -362,7 +364,9 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
         updates=0,
         recipe={**fixed["recipe"], **loose},
     )
-    return Identity(fixed, loose, {"role": run.objective.product, "provenance": asdict(provenance)})
+    return Identity(
+        fixed, loose, {"role": run.objective.main_role, "provenance": asdict(provenance)}
+    )
 
 
 def resolved_configuration(run: Run) -> str:
@@ -375,7 +379,7 @@ def resolved_configuration(run: Run) -> str:
 
 
 def estimate(run: Run) -> Estimate | None:
-    """None for models in Wan's original layout, whose configs only their weights tell."""
+    """None for models in Wan's original layout, whose configs follow from their weights."""
     config, spec = run.config, run.spec
     if is_original(spec.folder):
         return None

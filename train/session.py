@@ -1,4 +1,4 @@
-"""A run with its weights: set up from base, adapters and perhaps a checkpoint; and saved."""
+"""A run with its weights: base, adapters, optimizers, perhaps a checkpoint; and saving it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from shared.format.schema import DTYPES
 from shared.models.spec import blocks_of
 from train.config import TrainConfig
 from train.data.batches import PromptBank, load_prompt_bank
-from train.distributed.process_group import ALONE
+from train.distributed.process_group import SINGLE
 from train.memory.activation_offload import ActivationOffloading
 from train.memory.block_offload import streamed_blocks, streaming_line
 from train.memory.quantize import quantise
@@ -27,7 +27,7 @@ from train.model.lora_files import LoraWeights, read_lora
 from train.model.lora_init import start_from
 from train.model.roles import Roles
 from train.optim.ema import Ema
-from train.optim.lr_checks import Weights, warn_of_file, warn_of_rate
+from train.optim.lr_checks import Weights, warn_of_file, warn_of_learning_rate
 from train.run import Run, run_identity
 from train.saving.checkpoint import (
     Files,
@@ -86,39 +86,38 @@ class Session:
         last = run.config.output_dir / checkpoint_name(state.updates, run.cycle)
         if not run.ranks.first_does(last.exists):
             self.say(f"saved    {self.save()}")
-        weights = state.trained[run.objective.product].weights()
+        weights = state.trained[run.objective.main_role].weights()
         for path in run.ranks.first_does(partial(self._write_loras, weights)):
             self.say(f"LoRA     {path}")
 
     def _write_loras(self, weights: Mapping[str, torch.Tensor]) -> list[Path]:
         config = self.run.config
-        told = self.identity.product["provenance"]
-        product_updates = self.state.updates // self.run.cycle
-        provenance = Provenance.of({**told, "updates": product_updates})
-        averaged = self.state.ema.weights if self.state.ema else weights
+        steps = self.state.updates // self.run.cycle
+        provenance = Provenance.of({**self.identity.lora["provenance"], "updates": steps})
+        weights = self.state.ema.weights if self.state.ema else weights
         dtype = DTYPES[config.save_precision]
-        product = LoraWeights.uniform(averaged, self.lora.alpha).to(dtype)
-        if product_updates and (warning := warn_of_file(self.start, product.weights, dtype)):
+        lora = LoraWeights.uniform(weights, self.lora.alpha).to(dtype)
+        if steps and (warning := warn_of_file(self.start, lora.weights, dtype)):
             self.say(f"warning  {warning}")
         with _writing_to(config.output_dir):
-            return write_loras(config.output_dir, product, provenance)
+            return write_loras(config.output_dir, lora, provenance)
 
 
 @contextmanager
 def _writing_to(folder: Path) -> Iterator[None]:
-    """Block whose OSErrors, of a full disk above all, are UserErrors."""
+    """Block whose OSErrors, such as a full disk's, become UserErrors."""
     try:
         yield
     except OSError as error:
         raise UserError(
             f"--output-dir: can't write to {folder} ({error.strerror}); what was saved before is "
-            "whole. Make room there, then go on from the last checkpoint: "
+            "intact. Free some space there, then resume from the last checkpoint: "
             "--resume-from-checkpoint latest"
         ) from error
 
 
 def open_session(run: Run, say: Say) -> Session:
-    """Load the base, add adapters and optimizers, and go on from a checkpoint if one is wanted."""
+    """Load the base, add adapters and optimizers, and resume from a checkpoint if asked for."""
     config, objective, ranks = run.config, run.objective, run.ranks
 
     def look_for_checkpoint() -> Path | None:
@@ -152,7 +151,7 @@ def open_session(run: Run, say: Say) -> Session:
         device=device,
         gradient_checkpointing=config.gradient_checkpointing,
         base=run.base,
-        sharing=ranks if config.cuts_base else ALONE,
+        sharing=ranks if config.shards_base else SINGLE,
     )
     use_attention(transformer, config.attention_backend)
     if config.compile:
@@ -163,8 +162,8 @@ def open_session(run: Run, say: Say) -> Session:
     roles = Roles(transformer, lora, seed=config.seed, names=rates)
     start = _warm_start(roles, run, lora, say)
     for name, rate in rates.items():
-        option = "--learning-rate" if name == objective.product else f"--learning-rate-{name}"
-        if warning := warn_of_rate(name, option, roles.parameters(name), rate):
+        option = "--learning-rate" if name == objective.main_role else f"--learning-rate-{name}"
+        if warning := warn_of_learning_rate(name, option, roles.parameters(name), rate):
             say(f"warning  {warning}")
     quantise(transformer, config.base_precision, device)
     whole_bytes = parameter_bytes(transformer)
@@ -197,19 +196,19 @@ def open_session(run: Run, say: Say) -> Session:
     if ranks.world_size > 1:
         held = device_bytes(transformer)
         say(
-            f"spread   {config.strategy}: each of {ranks.world_size} processes holds "
+            f"spread   {config.strategy}: each of {ranks.world_size} ranks stores "
             f"{held / 1e6:.3f} of {whole_bytes / 1e6:.3f} MB of parameters"
         )
 
-    # The state of a run that begins, or of one that goes on
+    # The state of a new run, or of a resumed one
     state = TrainState(strategy.trained)
     weights: Files = {
         f"{name}_weights.safetensors": role.weights() for name, role in state.trained.items()
     }
     if config.ema_decay and ranks.first:
-        role = objective.product
-        product = weights[f"{role}_weights.safetensors"]
-        state.ema = Ema.of(role, product, decay=config.ema_decay, start=config.ema_start)
+        role = objective.main_role
+        trained = weights[f"{role}_weights.safetensors"]
+        state.ema = Ema.of(role, trained, decay=config.ema_decay, start=config.ema_start)
         weights[ema_file(role)] = state.ema.weights
     identity = run_identity(run, lora, digest)
     if resume_from:
@@ -221,7 +220,7 @@ def open_session(run: Run, say: Say) -> Session:
         for path in ranks.first_does(partial(set_later_aside, resume_from)):
             say(f"resume   set aside the later {path.name}")
         if state.updates >= run.updates:
-            length = f"{run.product_updates} {objective.product} updates"
+            length = f"{run.steps} {objective.main_role} updates"
             say(f"resume   the run of {length} is complete")
     elif config.resume_from_checkpoint:
         say(f"resume   no checkpoint in {config.output_dir} yet: a new run")
@@ -245,15 +244,15 @@ def lora_of(config: TrainConfig, transformer: nn.Module) -> LoraSpec:
 
 
 def _warm_start(roles: Roles, run: Run, lora: LoraSpec, say: Say) -> Weights | None:
-    """Fill the product from --init-lora; its B matrices then, in the dtype of the run's files."""
-    config, product = run.config, roles.parameters(run.objective.product)
+    """Fill the main role from --init-lora; its B matrices then, in the dtype of the run's files."""
+    config, parameters = run.config, roles.parameters(run.objective.main_role)
     if config.init_lora is None:
         return None
     file = read_lora(config.init_lora)
-    start_from(file, product, lora)
+    start_from(file, parameters, lora)
     say(f"start    {config.init_lora}: {len(file.lora.modules)} layers, {file.form} form")
     if file.note:
         say(f"start    {file.note}")
-    ups = {name: weight.detach() for name, weight in product.items() if ".lora_B." in name}
+    ups = {name: weight.detach() for name, weight in parameters.items() if ".lora_B." in name}
     dtype = DTYPES[config.save_precision]
     return {name: weight.to("cpu", dtype, copy=True) for name, weight in ups.items()}

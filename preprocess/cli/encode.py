@@ -4,10 +4,10 @@ from contextlib import ExitStack
 
 import typer
 
-from preprocess.cli.seed_command import PrepCommand
 from preprocess.encode.config import EncodeConfig, for_this_machine
 from shared.cli.config_command import add_config_command
 from shared.cli.support import echo
+from shared.cli.videox_fun_command import VideoXFunCommand
 from shared.errors import UserError
 from shared.interrupt import SIGNAL_EXIT
 from shared.io.mirror import open_store
@@ -83,5 +83,5 @@ def encode(config: EncodeConfig, _: typer.Context) -> None:
 def add_command(app: typer.Typer) -> None:
     """Make it a command of `wanprep`."""
     add_config_command(
-        app, "encode", EncodeConfig, encode, cls=PrepCommand, examples=ENCODE_EXAMPLES
+        app, "encode", EncodeConfig, encode, cls=VideoXFunCommand, examples=ENCODE_EXAMPLES
     )

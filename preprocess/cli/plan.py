@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from preprocess.cli.seed_command import PrepCommand
 from preprocess.encode.config import PlanConfig, for_this_machine
 from shared.cli.config_command import add_config_command
 from shared.cli.support import echo, echo_data
+from shared.cli.videox_fun_command import VideoXFunCommand
 from shared.errors import UserError
 from shared.io.mirror import open_store
 from shared.io.names import on_one_line
@@ -129,4 +129,4 @@ def _time(plan: "Foreseen") -> str:
 
 def add_command(app: typer.Typer) -> None:
     """Make it a command of `wanprep`."""
-    add_config_command(app, "plan", PlanConfig, plan, cls=PrepCommand, examples=PLAN_EXAMPLES)
+    add_config_command(app, "plan", PlanConfig, plan, cls=VideoXFunCommand, examples=PLAN_EXAMPLES)

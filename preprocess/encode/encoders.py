@@ -27,9 +27,9 @@ from transformers import AutoTokenizer
 
 from shared.errors import UserError, first_line
 from shared.models import original_weights, weights
-from shared.models.original_layout import is_original
+from shared.models.original_layout import is_original, read_json
 from shared.models.pixels import latents_to_frames
-from shared.models.spec import ModelSpec, read_json
+from shared.models.spec import ModelSpec
 
 
 class TextEncoder:

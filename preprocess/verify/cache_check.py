@@ -23,7 +23,7 @@ from preprocess.cache.writer import LOCK
 from preprocess.verify.findings import OF_MEMBERS, OF_SHARDS, Finding, Severity
 from preprocess.verify.sample_check import Expected, Problem
 from preprocess.verify.shard_check import ShardReport, check_shard
-from shared.cli.console import byte_bar, count
+from shared.cli.console import bar, count
 from shared.errors import UserError, first_line
 from shared.format.buckets import Bucket
 from shared.format.cache import (
@@ -90,7 +90,7 @@ def verify(store: Store, console: Console) -> Verified:
                 )
         checks = [_Folder(store, one) for one in stores]
         total = sum(check.bytes for check in checks)
-        with byte_bar(console, "reading shards", total) as advance:
+        with bar(console, "reading shards", total, of_bytes=True) as advance:
             for check in checks:
                 check.run(advance)
     findings = [finding for check in checks for finding in check.findings]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from rich.console import Console
 from rich.progress import (
@@ -9,7 +10,6 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -26,47 +26,25 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-class Bar:
-    """One progress bar; calling it advances by one."""
-
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress, self._task = progress, task
-
-    def __call__(self) -> None:
-        self._progress.advance(self._task)
-
-
 @contextmanager
-def bar(console: Console, title: str, total: int) -> Iterator[Bar]:
-    """A progress bar while the block runs; none where there is nothing to do."""
+def bar(
+    console: Console, title: str, total: int, *, of_bytes: bool = False
+) -> Iterator[Callable[..., None]]:
+    """A progress bar while the block runs; none where there is nothing to do.
+
+    What it yields advances it: by one, or by the number that it is given.
+    """
+    counts = (DownloadColumn(), TransferSpeedColumn())
     progress = Progress(
         TextColumn("{task.description:<24}"),
         BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        *(counts if of_bytes else (MofNCompleteColumn(), TimeElapsedColumn())),
         TimeRemainingColumn(),
         console=console,
         disable=total == 0,
     )
     with progress:
-        yield Bar(progress, progress.add_task(title, total=total))
-
-
-@contextmanager
-def byte_bar(console: Console, title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar over bytes while the block runs; what it yields takes how many came."""
-    progress = Progress(
-        TextColumn("{task.description:<24}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=total == 0,
-    )
-    with progress:
-        task = progress.add_task(title, total=total)
-        yield lambda number: progress.advance(task, number)
+        yield partial(progress.advance, progress.add_task(title, total=total))
 
 
 def named(names: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
-"""Commands that take every flag of VideoX-Fun's script, and say what became of those not theirs."""
+"""Commands that take every flag of VideoX-Fun's script, and report those that are not theirs."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from itertools import takewhile
 from typing import Any
@@ -9,32 +9,26 @@ from typing import Any
 import typer
 
 from shared.cli.support import Command, echo
-from shared.cli.videox_fun_flags import ENCODE, SEED_FLAGS, TRAIN, SeedFlag
+from shared.cli.videox_fun_flags import ENCODE, TRAIN, VIDEOX_FUN_FLAGS, VideoXFunFlag
 from shared.errors import UserError
 
 Given = Mapping[str, tuple[str, ...]]
 """Flag of the other stage → its values as they were written."""
-_FLAGS = {flag.option: flag for flag in SEED_FLAGS}
+_FLAGS = {flag.option: flag for flag in VIDEOX_FUN_FLAGS}
 GIVEN = "flags of VideoX-Fun's script that the command has no option for"
-_TOLD = "docs/from-videox-fun.md has all flags"
 
 
 def given_elsewhere(context: typer.Context) -> Given:
     """The flags given to a command that are options of another one."""
     given: Given = context.meta[GIVEN]
-    return {f.name: given[f.name] for f in SEED_FLAGS if f.name in given and not f.fate}
+    return {f.name: given[f.name] for f in VIDEOX_FUN_FLAGS if f.name in given and f.owner}
 
 
-class SeedCommand(Command):
+class VideoXFunCommand(Command):
     """A command that takes lists as argparse does, `--flag a b c`, and flags that are not its own.
 
-    Before it runs, a line says what became of each that was given; one that asks for what there is
-    not is refused.
+    Before it runs, it reports the flags that have no effect here; unsupported ones are refused.
     """
-
-    def owner_of(self, name: str) -> str:
-        """The command that has a flag as an option, where this one has not."""
-        raise NotImplementedError
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Called by click before anything else."""
@@ -75,15 +69,15 @@ class SeedCommand(Command):
             raise
 
     def invoke(self, ctx: Any) -> Any:
-        """Run it, after what became of the other flags."""
-        lines = told(ctx.meta[GIVEN], self.owner_of)
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one process of a machine speaks
+        """Run it, after a report of the other flags."""
+        lines = flag_report(ctx.meta[GIVEN])
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one process of a machine prints
             for line in lines:
                 echo(line, err=True)
         return super().invoke(ctx)
 
 
-def _values(flag: SeedFlag, rest: list[str]) -> tuple[str, ...]:
+def _values(flag: VideoXFunFlag, rest: list[str]) -> tuple[str, ...]:
     """Take what follows a flag off the words behind it."""
     most = len(rest) if flag.values == "+" else flag.values
     values = tuple(takewhile(lambda word: not word.startswith("--"), rest[:most]))
@@ -91,18 +85,23 @@ def _values(flag: SeedFlag, rest: list[str]) -> tuple[str, ...]:
     return values
 
 
-def told(given: Given, owner_of: Callable[[str], str]) -> list[str]:
-    """Lines that say what became of flags that a command does not have. UserError for some."""
-    flags = [flag for flag in SEED_FLAGS if flag.name in given]
+def flag_report(given: Given) -> list[str]:
+    """Lines about flags that a command does not have. UserError for unsupported ones."""
+    flags = [flag for flag in VIDEOX_FUN_FLAGS if flag.name in given]
     for flag in flags:
         if flag.refused and given[flag.name] != (flag.same_as,):
-            raise UserError(f"{flag.option}: there is none here: {flag.fate}. {_TOLD}.")
+            raise UserError(
+                f"{flag.option}: not supported: {flag.reason}. docs/from-videox-fun.md lists all "
+                "flags."
+            )
     lines = []
     for owner in (ENCODE, TRAIN):
-        names = [flag.option for flag in flags if not flag.fate and owner_of(flag.name) == owner]
+        names = [flag.option for flag in flags if flag.owner == owner]
         if names:
-            lines.append(f"flags    for {owner}, passed over here: {', '.join(names)}")
-    needless = [f"{flag.option} ({flag.fate})" for flag in flags if flag.fate and not flag.refused]
-    if needless:
-        lines.append(f"flags    not needed: {'; '.join(needless)}")
+            lines.append(f"flags    for {owner}, ignored here: {', '.join(names)}")
+    unneeded = [
+        f"{flag.option} ({flag.reason})" for flag in flags if flag.reason and not flag.refused
+    ]
+    if unneeded:
+        lines.append(f"flags    not needed: {'; '.join(unneeded)}")
     return lines

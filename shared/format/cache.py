@@ -570,7 +570,7 @@ class MemberReader:
         self._files.move_to_end(shard)
         descriptor, size = self._files[shard]
         if end > size:
-            raise ValueError(f"the shard has {size} bytes, the member is said to end at {end}")
+            raise ValueError(f"the shard has {size} bytes, the member would end at {end}")
         return descriptor
 
     def close(self) -> None:

@@ -58,7 +58,7 @@ def cache_mode(spec: ModelSpec) -> str:
 def model_fields(
     spec: ModelSpec, hasher: FileHasher, check: Callable[[str], None] = lambda component: None
 ) -> Fingerprint:
-    """The part of a fingerprint that the model folder alone decides.
+    """The part of a fingerprint that only the model folder decides.
 
     Stage two computes it without building any encoder. A digest is None where that component's
     weights are absent (a training machine may hold transformers only). Raises UserError for weights

@@ -56,7 +56,7 @@ class ColourSums:
     def of(cls, frames: npt.NDArray[np.uint8], latents: torch.Tensor) -> "ColourSums":
         """Sums of one sample: frames (F, H, W, 3) RGB and its latents (C, T, h, w)."""
         _, *grid = latents.shape
-        y = cell_colours(frames, tuple(grid)).reshape(-1, _COLOURS)
+        y = latent_pixel_colours(frames, tuple(grid)).reshape(-1, _COLOURS)
         x = latents.detach().cpu().double().numpy().reshape(len(latents), -1)
         x = np.concatenate([x, np.ones((1, x.shape[1]))])
         return cls(1, x @ x.T, x @ y, np.square(y).sum(axis=0))
@@ -168,11 +168,11 @@ class LatentRgb:
 
 
 def is_held_out(key: str) -> bool:
-    """Whether the sample judges the map instead of shaping it: a function of its key alone."""
+    """Whether the sample judges the map instead of shaping it: a function of only its key."""
     return int(key[:8], 16) % HOLD_OUT == 0
 
 
-def cell_colours(frames: npt.NDArray[np.uint8], grid: tuple[int, ...]) -> Array:
+def latent_pixel_colours(frames: npt.NDArray[np.uint8], grid: tuple[int, ...]) -> Array:
     """Mean colour of the pixels of each latent cell: (T, h, w, 3) in [−1, 1].
 
     `frames` (F, H, W, 3); `grid` is (T, h, w). The VAE is causal: the first latent frame stands

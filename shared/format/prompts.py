@@ -40,7 +40,7 @@ _MOST_PROMPT_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class Prompt:
-    """An entry of the prompt bank. What follows `text` is a validation prompt's alone."""
+    """An entry of the prompt bank. What follows `text` is only for validation prompts."""
 
     role: str
     prompt: str

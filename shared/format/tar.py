@@ -1,4 +1,4 @@
-"""The tars of a cache, read by their headers alone and strictly.
+"""The tars of a cache, read strictly, by their headers only.
 
 A shard is a plain ustar tar of regular files `KEY.suffix`: no folders, links, devices or extension
 headers, nothing before, between or after. So there is nothing to extract and nothing to interpret,
@@ -19,7 +19,7 @@ BLOCK = 512
 MOST_PADDING = 1 << 20
 """Zeros after the last member: tar programs fill up a record, which is rarely above 10 KiB."""
 
-_CUT_OFF = "it ends without the two blocks of zeros that close a tar: it is cut off"
+_TRUNCATED = "it ends without the two blocks of zeros that close a tar: it is truncated"
 _ZEROS = bytes(BLOCK)
 _REGULAR = b"0"
 _MAGIC = b"ustar\x0000"
@@ -106,17 +106,17 @@ def files(stream: BinaryIO, size: int) -> Iterator[Member]:
         if header == _ZEROS:
             break
         if len(header) < BLOCK:
-            raise TarError(_CUT_OFF, position, truncated=True)
+            raise TarError(_TRUNCATED, position, truncated=True)
         member = _member_at(header, position)
         if position + room(member.size) > size:
             left = max(size - member.offset, 0)
-            why = f"{member.name} is said to have {member.size} bytes, the file has {left} left"
+            why = f"{member.name} claims {member.size} bytes, the file has {left} left"
             raise TarError(why, position, truncated=True, key=member.key)
         yield member
         position += room(member.size)
     rest = size - position
     if size % BLOCK or rest < 2 * BLOCK:
-        raise TarError(_CUT_OFF, position, truncated=True)
+        raise TarError(_TRUNCATED, position, truncated=True)
     if rest > MOST_PADDING:
         why = f"{rest} bytes follow its last member, expected at most {MOST_PADDING}"
         raise TarError(why, position)

@@ -59,7 +59,7 @@ def _header_bytes(head: bytes, total: int) -> int:
     length = int.from_bytes(head[:LENGTH_BYTES], "little")
     if length > min(MOST_HEADER, total - LENGTH_BYTES):
         raise ValueError(
-            f"its header is said to have {length} bytes, expected at most "
+            f"its header claims {length} bytes, expected at most "
             f"{min(MOST_HEADER, total - LENGTH_BYTES)}"
         )
     return LENGTH_BYTES + length

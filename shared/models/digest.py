@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from shared.io.hashing import FileHasher, digest_of
 from shared.models import original_layout, original_weights
-from shared.models.spec import FAMILIES, read_json
+from shared.models.original_layout import read_json
+from shared.models.spec import FAMILIES
 from shared.models.wan import WAN
 from shared.models.weight_files import weight_files
 from shared.models.weights import config_of, model_weights

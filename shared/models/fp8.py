@@ -4,7 +4,7 @@ A plain fp8 file holds the rounded weights themselves. A scaled one holds, besid
 `weight`, a number to multiply it by: `scale_weight` in the older files (marked by a tensor called
 `scaled_fp8`), `weight_scale` in the newer ones (which say the format of each layer in
 `comfy_quant`, JSON as bytes). The scales of the activations beside them, `scale_input` and
-`input_scale`, serve fp8 arithmetic alone. (ComfyUI's QUANTIZATION.md and its state dicts.)
+`input_scale`, serve only fp8 arithmetic. (ComfyUI's QUANTIZATION.md and its state dicts.)
 """
 
 import json
@@ -42,7 +42,7 @@ def split(state: Mapping[str, torch.Tensor], source: Path) -> tuple[State, State
     """
     scales: State = {}
     weights: State = {}
-    said_fp8: dict[str, torch.Tensor] = {}
+    marked_fp8: dict[str, torch.Tensor] = {}
     activations: dict[str, str] = {}
     for name, tensor in state.items():
         layer, _, kind = name.rpartition(".")
@@ -52,13 +52,13 @@ def split(state: Mapping[str, torch.Tensor], source: Path) -> tuple[State, State
                 raise _damaged(f"has two scales for {weight}", source)
             scales[weight] = tensor
         elif kind == _LAYER_FORMAT:
-            said_fp8[weight] = tensor
+            marked_fp8[weight] = tensor
         elif kind in _OF_ACTIVATIONS:
             activations[name] = weight
         elif name != SCALED_MARKER:
             weights[name] = tensor
-    for weight, told in said_fp8.items():
-        _check_format(weight.removesuffix(".weight"), told, source)
+    for weight, described in marked_fp8.items():
+        _check_format(weight.removesuffix(".weight"), described, source)
     if lost := sorted(scales.keys() - weights.keys()):
         raise _damaged(f"has a scale for {lost[0]}, but not that weight", source)
     for name, scale in scales.items():
@@ -71,11 +71,11 @@ def split(state: Mapping[str, torch.Tensor], source: Path) -> tuple[State, State
         number = tensor.dtype.is_floating_point or name.rpartition(".")[2] in _BUFFERS
         if tensor.dtype in _NOT_READ or not number:
             raise _unreadable(f"{name} is {_called(tensor.dtype)}", source)
-    for weight in said_fp8:
+    for weight in marked_fp8:
         if weight not in weights or weights[weight].dtype not in _FP8:
             held = f"it is {_called(weights[weight].dtype)}" if weight in weights else "not there"
-            raise _damaged(f"says that {weight} is fp8, but {held}", source)
-    if scales or said_fp8 or SCALED_MARKER in state:
+            raise _damaged(f"marks {weight} as fp8, but {held}", source)
+    if scales or marked_fp8 or SCALED_MARKER in state:
         # A matrix or kernel that has none has lost it: ComfyUI scales all that it brings to fp8.
         lacking = [
             name
@@ -125,7 +125,7 @@ def _check_scale(name: str, scale: torch.Tensor, weight: torch.Tensor, source: P
     if weight.dtype.is_floating_point and weight.dtype not in _FP8:
         raise UserError(
             f"model: {source} has a scale for {name}, which is {_called(weight.dtype)}, not fp8: "
-            "whether it is multiplied in already, nothing says. Get the file as it was published, "
+            "nothing tells whether it is multiplied in already. Get the file as it was published, "
             "or one without scales."
         )
 
@@ -136,11 +136,11 @@ def _rows(shape: torch.Size) -> tuple[int, ...]:
 
 def _check_format(layer: str, tensor: torch.Tensor, source: Path) -> None:
     try:
-        told = json.loads(bytes(tensor.tolist()))
-        what, more = told["format"], sorted(told.keys() - {"format", FULL_MATRIX_MULT})
+        found = json.loads(bytes(tensor.tolist()))
+        what, more = found["format"], sorted(found.keys() - {"format", FULL_MATRIX_MULT})
     except (ValueError, TypeError, KeyError) as error:
         raise _damaged(
-            f"says of {layer} a format that can't be read ({first_line(error)})", source
+            f"marks {layer} with a format that can't be read ({first_line(error)})", source
         ) from error
     if what not in FORMATS or more:
         raise _unreadable(f"{layer} is {what}{' with ' + ', '.join(more) if more else ''}", source)

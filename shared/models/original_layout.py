@@ -1,4 +1,4 @@
-"""Model folders in Wan's original layout, told in diffusers' terms: which file is which component,
+"""Model folders in Wan's original layout, in diffusers' terms: which file is which component,
 and what diffusers' config files would say.
 
     high_noise_model/ low_noise_model/      two experts (Wan 2.2 A14B), or else in the folder itself
@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from shared.errors import UserError
+from shared.errors import UserError, json_kind
 from shared.models.tensor_names import unwrapped
 from shared.models.wan import (
     BOUNDARIES,
@@ -169,17 +169,23 @@ def _latent_channels(folder: Path) -> int:
 
 
 def _config(folder: Path, component: str) -> dict[str, Any]:
-    path = expert_folder(folder, component) / "config.json"
+    return read_json(expert_folder(folder, component) / "config.json", "model")
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from `path`; UserError naming `what` and the file when there is none."""
     try:
-        config = json.loads(path.read_bytes())
-        if not isinstance(config, dict):
-            raise ValueError("no object")
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text())
+    except OSError as error:
         raise UserError(
-            f"model: cannot read {path} ({getattr(error, 'strerror', None) or error}). Download "
-            "the whole folder again."
+            f"{what}: cannot read {path} ({error.strerror or error}). Download the whole folder "
+            "again."
         ) from error
-    return config
+    except ValueError as error:
+        raise UserError(f"{what}: {path} is not valid JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{what}: {path} holds {json_kind(value)}, expected an object.")
+    return value
 
 
 def _shapes(folder: Path, component: str) -> dict[str, list[int]]:

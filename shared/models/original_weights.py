@@ -8,6 +8,7 @@ every component, in whatever layout, goes through the same functions.
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def names_of(component: str, stored: Iterable[str]) -> dict[str, str]:
 
     CLIP's q, k and v are one weight in the original file (`part` cuts it), and its
     `vision_model.`, which transformers' versions don't agree on, is left out. Of two names in the
-    file that are of one weight, one alone is there.
+    file that are of one weight, only one is there.
     """
     return _CONVERSIONS[component]({name: name for name in stored})
 
@@ -172,10 +173,6 @@ _UMT5 = [
 ]
 
 
-def _umt5(state: dict[str, str]) -> dict[str, str]:
-    return _renamed(state, _UMT5)
-
-
 def _umt5_config(shapes: Shapes) -> dict[str, Any]:
     vocabulary, width = shapes["shared.weight"]
     first = "encoder.block.0.layer."
@@ -242,6 +239,6 @@ _CONVERSIONS: dict[str, Callable[[dict[str, str]], dict[str, str]]] = {
     "transformer": _transformer,
     "transformer_2": _transformer,
     "vae": _vae,
-    "text_encoder": _umt5,
+    "text_encoder": partial(_renamed, rules=_UMT5),
     "image_encoder": _clip,
 }

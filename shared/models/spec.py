@@ -1,17 +1,16 @@
 """What a model is, read from its own config files (never from its name): its family among others.
 
 Nothing here builds a network: stage two knows the VAE's normalisation, the text width and the
-experts from JSON alone.
+experts from JSON only.
 """
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import UserError, first_line, json_kind
+from shared.errors import UserError, first_line
 from shared.io.names import in_home_folder, quoted
 from shared.models import original_layout
 from shared.models.family import Family, Mode
@@ -117,22 +116,6 @@ def resolve_model(name: str, components: Sequence[str]) -> Path:
         ) from error
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object from `path`; UserError naming `what` and the file when there is none."""
-    try:
-        value = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(
-            f"{what}: cannot read {path} ({error.strerror or error}). Download the whole folder "
-            "again."
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{what}: {path} is not valid JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{what}: {path} holds {json_kind(value)}, expected an object.")
-    return value
-
-
 def read_model_spec(folder: Path) -> ModelSpec:
     """Read the model's facts from `model_index.json` and the components' `config.json`.
 
@@ -152,9 +135,9 @@ def read_model_spec(folder: Path) -> ModelSpec:
             transformer = original_layout.transformer_config(folder)
             vae = original_layout.vae_config(folder)
         else:
-            index = read_json(folder / "model_index.json", "model")
-            transformer = read_json(folder / "transformer" / "config.json", "model")
-            vae = read_json(folder / "vae" / "config.json", "model")
+            index = original_layout.read_json(folder / "model_index.json", "model")
+            transformer = original_layout.read_json(folder / "transformer" / "config.json", "model")
+            vae = original_layout.read_json(folder / "vae" / "config.json", "model")
         return _spec_from_configs(folder, index, transformer, vae)
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):

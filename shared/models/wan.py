@@ -273,7 +273,7 @@ def published_model(name: str) -> PublishedModel | None:
 
 
 def write_configs(model: PublishedModel, folder: Path) -> None:
-    """Make `folder` a model in diffusers' layout without weights: configs alone."""
+    """Make `folder` a model in diffusers' layout without weights: configs only."""
     files = {
         "model_index.json": model.model_index(),
         "transformer/config.json": model.transformer_config(),

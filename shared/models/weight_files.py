@@ -13,8 +13,8 @@ from shared.models.original_layout import (
     expert_folder,
     is_original,
     original_files,
+    read_json,
 )
-from shared.models.spec import read_json
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
 OF_TRANSFORMERS = ("text_encoder", "image_encoder")
@@ -68,7 +68,7 @@ def _chosen(folder: Path, name: str, ending: str, what: str) -> list[Path]:
     if index.is_file():
         files = _indexed(index, what)
         if not there and not any(file.is_file() for file in files):
-            return []  # JSON alone was downloaded, as on a machine that trains
+            return []  # only JSON was downloaded, as on a machine that trains
         if lost := [file for file in files if not file.is_file()]:
             raise UserError(
                 f"{what}: {index} names {lost[0].name}, which is not in its folder. Download the "
@@ -81,12 +81,12 @@ def _chosen(folder: Path, name: str, ending: str, what: str) -> list[Path]:
     there = sorted({*there, *folder.glob("adapter_model.*")})  # of peft, in whatever form
     stray = [f for f in there if f not in files and not f.name.startswith(f"{name}.")]
     if stray:
-        told = f"by {index.name}" if index.is_file() else f"beside {whole.name}"
+        weights = (index if index.is_file() else whole).name
         raise UserError(
-            f"{what}: {stray[0]} is none of the weights {told}: nobody would read it"
-            f"{f', nor {len(stray) - 1} more such files' if len(stray) > 1 else ''}. Move it "
+            f"{what}: {stray[0]} does not belong to the weights of {weights}: it would be ignored"
+            f"{f', like {len(stray) - 1} more files' if len(stray) > 1 else ''}. Move it "
             "elsewhere. If it is an adapter (a LoRA), merge it into the weights first."
-            + ("" if what == "model" else f" Or name the file that is meant: {what} FILE.")
+            + ("" if what == "model" else f" Or give the file itself: {what} FILE.")
         )
     return files
 

@@ -13,7 +13,7 @@ Classes are those of the model's family, imported when a network is built.
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,8 +25,7 @@ from safetensors import safe_open
 from shared.errors import UserError, first_line
 from shared.models import fp8, original_weights
 from shared.models.family import Family
-from shared.models.original_layout import is_original, transformer_config
-from shared.models.spec import read_json
+from shared.models.original_layout import is_original, read_json, transformer_config
 from shared.models.tensor_names import is_adapter, kind_of, never_weights, unwrapped
 from shared.models.weight_files import OF_TRANSFORMERS, weight_files
 
@@ -190,7 +189,7 @@ def load_component(family: Family, folder: Path, component: str, *, dtype: torch
 
 
 def check_component(family: Family, folder: Path, component: str) -> None:
-    """UserError where it could not be loaded from the folder, by names and shapes alone.
+    """UserError where it could not be loaded from the folder, judged by names and shapes.
 
     A component whose weights are not there passes.
     """
@@ -211,12 +210,15 @@ def config_of(folder: Path, component: str, weights: Weights) -> dict[str, Any]:
 
 
 def empty_model(kind: Any, config: dict[str, Any]) -> Any:
-    """A `kind` of diffusers that has names and shapes, and no values."""
+    """A `kind` of diffusers or transformers that has names and shapes, and no values."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return kind.from_config(config)
+        if hasattr(kind, "from_config"):
+            return kind.from_config(config)
+        # A whole CLIP's config holds that of its vision half.
+        return kind(kind.config_class.from_dict(config.get("vision_config", config)))
 
 
 def check_fits(model: Any, weights: Weights, cure: str) -> None:
@@ -285,18 +287,9 @@ def _of_transformers(
 
 
 def _empty(kind: Any, config: dict[str, Any], source: Path) -> Any:
-    """A `kind` of diffusers or transformers without values. UserError where no config makes one."""
-    from accelerate import init_empty_weights
-
-    if hasattr(kind, "from_config"):
-        make: Callable[[], Any] = lambda: kind.from_config(config)  # noqa: E731
-    else:
-        # A whole CLIP's config holds that of its vision half.
-        make = lambda: kind(kind.config_class.from_dict(config.get("vision_config", config)))  # noqa: E731
+    """`empty_model`. UserError where the config makes none."""
     try:
-        with init_empty_weights(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return make()
+        return empty_model(kind, config)
     except Exception as error:  # TypeError, ValueError, KeyError: whatever a config may be
         raise UserError(
             f"model: the config of {source} makes no {kind.__name__} ({first_line(error)}). {AGAIN}"
@@ -318,8 +311,8 @@ def _too_many(
     names: Sequence[str], source: Path, cure: str, missing: Sequence[str] = ()
 ) -> UserError:
     lacks = f"lacks {_lacking(missing)}, and " if missing else ""
-    said = f"{lacks}has {len(names)} weights too many, the first {', '.join(names[:_SHOWN])}"
+    found = f"{lacks}has {len(names)} weights too many, the first {', '.join(names[:_SHOWN])}"
     if known := kind_of(names):
         what, cure = known
-        said += f": {what}"
-    return UserError(f"model: {source} {said}. {cure}")
+        found += f": {what}"
+    return UserError(f"model: {source} {found}. {cure}")

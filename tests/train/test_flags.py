@@ -193,7 +193,7 @@ def test_flags_of_stage_one_must_say_what_the_shards_are(
     """The token size counts for nothing where clips keep all their frames."""
     distill(tiny_t2v, t2v_shards, tmp_path, *SAME_AS_SHARDS, "--dry_run")
     said = capsys.readouterr().err
-    assert "for wanprep encode, passed over here: --train-data-dir, --vae-mini-batch, " in said
+    assert "for wanprep encode, ignored here: --train-data-dir, --vae-mini-batch, " in said
     for flag, found in {
         "--video_sample_stride=2": "1",
         "--video_sample_n_frames=81": "9",

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from shared.cli.checks import AT_LEAST_1, REMEMBERED
 from shared.cli.config_command import add_config_command
 from shared.cli.support import new_app
+from shared.cli.videox_fun_command import VideoXFunCommand
 from shared.errors import UserError
 from train.cli.distill import DISTILL_EXAMPLES, distill
-from train.cli.seed_command import TrainCommand
 from train.config import DistillConfig
 from train.data.weighted_folder import WeightedFolder
 from train.model.lora_adapter import LoraSpec
@@ -37,7 +37,7 @@ def app() -> typer.Typer:
     made = new_app("A program.", "# one\nprogram distill")
     made.callback()(lambda: None)
     add_config_command(
-        made, "distill", Config, distill, cls=TrainCommand, examples=DISTILL_EXAMPLES
+        made, "distill", Config, distill, cls=VideoXFunCommand, examples=DISTILL_EXAMPLES
     )
     return made
 

@@ -1,7 +1,7 @@
-"""How lean a run is: its own loop, watched from outside, and its loader beside a plain read.
+"""The overhead of a run: its loop, measured from outside, and its loader against a plain read.
 
-The loop has no code for this. torch tells of every pass of the transformer, forward and backward,
-and of every optimizer step; what lies between them is what a run costs beside its passes.
+The loop has no code for this. torch's hooks report every pass of the transformer, forward and
+backward, and every optimizer step; the time between them is the overhead.
 """
 
 import csv
@@ -84,7 +84,7 @@ class Loop:
 
     @property
     def over_passes(self) -> float:
-        """Step time over the time of the transformer passes alone."""
+        """Step time over the time of only the transformer passes."""
         return self.seconds / sum(self.parts[name] for name in PASSES)
 
 
@@ -93,7 +93,7 @@ class Resident:
     """Bytes of all tensors that this process holds between two updates."""
 
     base: int
-    """Weights without LoRAs; this process's part, where a strategy cuts them."""
+    """Weights without LoRAs; this rank's part, where a strategy shards them."""
     streamed: int
     """Those of them that live in CPU memory, by --low-vram or --blocks-to-swap."""
     stream_buffers: int
@@ -170,7 +170,7 @@ class Report:
     loop: Loop | None
     work: Work | None
     resident: Resident | None
-    """None where the loader alone was measured."""
+    """None where only the loader was measured."""
     loader: Loader
 
     def lines(self) -> list[str]:
@@ -207,7 +207,7 @@ class Report:
             f"{resident.others / gib:.3f}; peak {resident.peak / gib:.3f}{reserved}",
             *work.lines(),
             f"start    {loop.to_first_step:.1f} s from process to the end of the first step",
-            f"step time / passes alone: {loop.over_passes:.4f} "
+            f"step time / only passes: {loop.over_passes:.4f} "
             f"({verdict(loop.over_passes <= LEAN_GOAL, f'≤ {LEAN_GOAL}')})",
             f"resident / one base{its_buffers}, LoRAs, optimizers: {resident.over_needed:.4f} "
             f"({verdict(resident.over_needed <= RESIDENT_GOAL, f'≤ {RESIDENT_GOAL}')})",
@@ -231,7 +231,7 @@ def verdict(reached: bool, goal: str) -> str:
 
 def measure(run: Run, console: Console, *, cycles: int) -> Report | None:
     """Train `cycles` cycles after one to warm up, in a folder that is thrown away, then read.
-    0: read alone. All processes of the run call it; the first one reports, the others give None.
+    0: only read. All processes of the run call it; the first one reports, the others give None.
 
     Raises UserError as training does.
     """
@@ -279,7 +279,7 @@ def _train_watched(run: Run, console: Console, cycles: int) -> "_Watcher":
             checkpoints_total_limit=None,
             checkpointing_steps=cycles + 2,
         )
-        run = replace(run, config=config, product_updates=cycles + 1)
+        run = replace(run, config=config, steps=cycles + 1)
         watcher = _Watcher(run)
         with watcher.watching():
             train(run, console)

@@ -2,7 +2,7 @@
 
 `torch.utils.flop_counter` counts matrix products, convolutions and attention as they are
 dispatched, a multiplication and an addition as two. What autograd does backwards is counted as it
-does it: of a frozen linear layer the gradient of its input alone, of a LoRA also those of its
+does it: of a frozen linear layer only the gradient of its input, of a LoRA also those of its
 weights; of attention four products for the two forward. Nothing is checkpointed here, so what
 checkpointing computes again is not counted, as model FLOPs are defined (PaLM, arXiv:2204.02311,
 appendix B). Norms, activations and optimizers, less than a hundredth, are not counted either.

@@ -19,19 +19,8 @@ app = new_app(
 )
 
 
-@app.callback()
-def _wantrain() -> None:
-    """LoRAs of Wan models, from shards."""
-
-
-distill.add_command(app)
-lora.add_command(app)
-sample.add_command(app)
-decode.add_command(app)
-export.add_command(app)
-merge.add_command(app)
-plan.add_command(app)
-bench.add_command(app)
+for command in (distill, lora, sample, decode, export, merge, plan, bench):
+    command.add_command(app)
 
 
 def main() -> None:

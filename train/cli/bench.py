@@ -4,12 +4,11 @@ import typer
 
 from shared.cli.config_command import add_config_command
 from shared.cli.support import echo
-from shared.cli.videox_fun_command import given_elsewhere
-from train.cli.seed_command import TrainCommand
+from shared.cli.videox_fun_command import VideoXFunCommand, given_elsewhere
 from train.config import BenchConfig
 
 BENCH_EXAMPLES = """
-# how lean a run with these options is; how fast the shards are read
+# the overhead of a run with these options; how fast the shards are read
 wantrain bench --boundary-type high --rank 128
 wantrain bench --cycles 0
 
@@ -30,7 +29,7 @@ def bench(config: BenchConfig, context: typer.Context) -> None:
 
     def measured(run: Run, console: Console) -> None:
         report = measure(run, console, cycles=config.cycles)
-        if report is None:  # the first process speaks for all
+        if report is None:  # not the first process
             return
         for line in report.lines():
             echo(line)
@@ -42,4 +41,6 @@ def bench(config: BenchConfig, context: typer.Context) -> None:
 
 def add_command(app: typer.Typer) -> None:
     """Make it a command of `wantrain`."""
-    add_config_command(app, "bench", BenchConfig, bench, cls=TrainCommand, examples=BENCH_EXAMPLES)
+    add_config_command(
+        app, "bench", BenchConfig, bench, cls=VideoXFunCommand, examples=BENCH_EXAMPLES
+    )

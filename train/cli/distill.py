@@ -3,15 +3,14 @@
 import typer
 
 from shared.cli.config_command import add_config_command
-from shared.cli.videox_fun_command import given_elsewhere
-from train.cli.seed_command import TrainCommand
+from shared.cli.videox_fun_command import VideoXFunCommand, given_elsewhere
 from train.config import DistillConfig
 
 DISTILL_EXAMPLES = """
 # the low-noise expert of Wan2.2-I2V-A14B, from shards/
 wantrain distill
 
-# the high-noise expert: what would be done, 500 generator updates, 500 more
+# the high-noise expert: a dry run, 500 generator updates, 500 more
 wantrain distill --boundary-type high --output-dir output_dir_high --dry-run
 wantrain distill --boundary-type high --output-dir output_dir_high \\
     --max-train-steps 500
@@ -25,7 +24,7 @@ wantrain distill --model toy --shards toy-shards --output-dir toy-lora \\
 
 
 def distill(config: DistillConfig, context: typer.Context) -> None:
-    """Train on the shards, or say what would be done."""
+    """Train on the shards, or print what would be done."""
     from train.cli.execute import carry_out
     from train.prepare import prepare_distillation
 
@@ -35,5 +34,5 @@ def distill(config: DistillConfig, context: typer.Context) -> None:
 def add_command(app: typer.Typer) -> None:
     """Make it a command of `wantrain`."""
     add_config_command(
-        app, "distill", DistillConfig, distill, cls=TrainCommand, examples=DISTILL_EXAMPLES
+        app, "distill", DistillConfig, distill, cls=VideoXFunCommand, examples=DISTILL_EXAMPLES
     )

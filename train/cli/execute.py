@@ -16,8 +16,8 @@ def train_it(run: Run, console: Console) -> None:
     stopped_by = train(run, console)
     if stopped_by is not None:
         if run.ranks.first:
-            go_on = "go on with the same command and --resume-from-checkpoint latest"
-            say(console, f"stopped  by a signal; {go_on}")
+            resume = "resume with the same command and --resume-from-checkpoint latest"
+            say(console, f"stopped  by a signal; {resume}")
         sys.exit(128 + stopped_by)
 
 

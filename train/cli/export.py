@@ -28,15 +28,15 @@ INPUT = "LoRA"
 
 # fmt: off
 def export(
-    to: Annotated[Literal["diffusers", "comfyui", "kohya"], typer.Option(help="Form of the file that is written: names for diffusers, Wan's own names for ComfyUI, or kohya's for musubi-tuner (and ComfyUI).", rich_help_panel=OUTPUT)],
-    output: Annotated[Path, typer.Option(metavar="FILE", help="File that is written, a .safetensors.", rich_help_panel=OUTPUT)],
-    lora: Annotated[Path | None, typer.Option(metavar="FILE", help="LoRA of a Wan model in any form, ours or another trainer's.", show_default="none: give --checkpoint", rich_help_panel=INPUT)] = None,
+    to: Annotated[Literal["diffusers", "comfyui", "kohya"], typer.Option(help="Format of the output: diffusers' names, Wan's own names for ComfyUI, or kohya's for musubi-tuner (and ComfyUI).", rich_help_panel=OUTPUT)],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Output file, a .safetensors.", rich_help_panel=OUTPUT)],
+    lora: Annotated[Path | None, typer.Option(metavar="FILE", help="LoRA of a Wan model in any format, ours or another trainer's.", show_default="none: give --checkpoint", rich_help_panel=INPUT)] = None,
     checkpoint: Annotated[Path | None, typer.Option(metavar="DIR", help="Checkpoint of a run, in place of a LoRA file.", show_default="none: give --lora", rich_help_panel=INPUT)] = None,
     save_precision: Annotated[Literal["bf16", "fp32"] | None, typer.Option(help="Number format of the file.", show_default="as in --lora; bf16 of a --checkpoint", rich_help_panel=OUTPUT)] = None,
 ) -> None:
-    """Write a LoRA in the form that another program loads.
+    """Convert a LoRA to the format that another program loads.
 
-    Strength (alpha and rank) and what the file says about its training go along. A file of a checkpoint equals, to the byte, the one that the run itself would have left there.
+    Strength (alpha and rank) and training metadata are kept. The export of a checkpoint equals, to the byte, the file that the run itself would have written there.
 
     Next: docs/use-your-lora.md
     """

@@ -10,7 +10,7 @@ from train.config import PlanConfig
 from train.options import names
 
 PLAN_EXAMPLES = """
-# what a LoRA of Wan2.2-I2V-A14B needs at 480P, and what fits a card of 24 GiB
+# what a LoRA of Wan2.2-I2V-A14B needs at 480P, and what fits 24 GiB
 wantrain plan --gpu-memory 24
 
 # on eight GPUs that share the base
@@ -25,7 +25,7 @@ wantrain plan --model toy --fix-sample-size 64 96 --frames 17 --rank 8 --json
 
 
 def plan(config: PlanConfig, _: typer.Context) -> None:
-    """Say what a run with these options would need."""
+    """Print what a run with these options would need."""
     from dataclasses import replace
 
     from shared.format.buckets import Bucket

@@ -14,7 +14,7 @@ wantrain sample --lora output_dir_high/lora-high-diffusers.safetensors \\
     --lora output_dir_distill/lora-low-diffusers.safetensors \\
     --image frame.png --prompt "a cat turns its head"
 
-# a LoRA of `wantrain lora`, by the base model's sampler
+# a LoRA of `wantrain lora`, with the base model's sampler
 wantrain sample --lora output_dir_lora/lora-low-diffusers.safetensors \\
     --steps 30 --image frame.png --prompt "a cat turns its head"
 

@@ -1,8 +1,8 @@
 """Which samples make up which batch: a pure function of (samples, seed, epoch).
 
 The unit is the *update batch*: all samples of one optimizer step over all ranks and accumulation
-steps, all of one bucket. How it is cut among ranks, micro-steps and workers does not change it, and
-the position is one integer.
+steps, all of one bucket. How it is split into ranks, micro-steps and workers does not change it,
+and the position is one integer.
 """
 
 import threading

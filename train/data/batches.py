@@ -41,7 +41,7 @@ class Batch:
     """Positions inside the update batch: the global sample numbers of `train.functional.rng`."""
     keys: tuple[str, ...]
     latents: torch.Tensor
-    """(B, C, T, H, W) fp32, normalised; zeros of a caption without a medium."""
+    """(B, C, T, H, W) fp32, normalised; zeros of a text-only sample."""
     text: torch.Tensor
     """(B, tokens, D) in the cache's dtype, as many as the family takes, zeros after each caption's
     true length: the transformer attends to them, as in diffusers' pipelines."""
@@ -277,8 +277,8 @@ class MicroBatches:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _keeps_caption(self, row: int, update: int, position: int) -> bool:
-        """Whether a sample is shown with its own caption this time. Of a caption alone nothing
-        would be left."""
+        """Whether a sample is shown with its own caption this time. Of a text-only sample
+        nothing would be left."""
         draw = counted_rng(self.plan.seed, "caption dropout", update, position).random()
         return bool(draw >= self.caption_dropout) or int(self.dataset.types[row]) == TEXT
 

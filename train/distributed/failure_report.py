@@ -1,4 +1,4 @@
-"""Who is missing: processes that lost one another ask at the store where they met."""
+"""Identifies failed ranks through the rendezvous store."""
 
 import os
 import socket
@@ -29,7 +29,7 @@ class Answer:
     silent: Mapping[int, str] = field(default_factory=dict)
     """Those that did not, and where each was: "pid 12 on host"."""
     ended: tuple[int, str] | None = None
-    """One that said why it ends, and why."""
+    """One that reported why it ends, and why."""
 
 
 class RollCall:
@@ -39,12 +39,12 @@ class RollCall:
         self._store, self._rank, self._world_size = store, rank, world_size
         store.set(_where(rank), f"pid {os.getpid()} on {socket.gethostname()}")
 
-    def say_why(self, why: str) -> None:
-        """Leave word of what ends this process."""
+    def report_end(self, why: str) -> None:
+        """Leave in the store why this process ends."""
         _in_time(lambda: self._store.set(_ENDED, f"{self._rank} {why}"))
 
     def answer(self) -> Answer:
-        """Say that this process found out, and wait some seconds for the others to."""
+        """Report that this process noticed, and wait some seconds for the others to."""
         return _in_time(self._gathered)
 
     def _gathered(self) -> Answer:
@@ -77,7 +77,7 @@ def _where(rank: int) -> str:
 
 
 def _in_time(ask: Callable[[], Answer | None]) -> Answer:
-    """What `ask` gives. In a thread, for a store whose process hangs lets us wait for ever."""
+    """What `ask` gives. In a thread, since a store whose process hangs blocks for ever."""
     answers = [Answer(store="hangs")]
 
     def run() -> None:

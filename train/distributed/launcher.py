@@ -114,9 +114,9 @@ def _wait(
             if failed < 0 and -failed not in handed_on:
                 rank = first_rank + codes.index(failed)
                 echo(
-                    f"error: process {rank} was killed by signal {-failed}; ending the others. Go "
-                    "on from the last checkpoint: the same command with --resume-from-checkpoint "
-                    "latest",
+                    f"error: process {rank} was killed by signal {-failed}; ending the others. "
+                    "Resume from the last checkpoint: the same command with "
+                    "--resume-from-checkpoint latest",
                     err=True,
                 )
             deadline = time.monotonic() + GRACE_AFTER_FAILURE_S

@@ -1,7 +1,7 @@
-"""A module that one process of the run reads, for strategies that cut it among all of them.
+"""A module that one process of the run reads, for strategies that shard it across all ranks.
 
 The others make room for its parameters and never touch it, so it takes no memory: a page of the CPU
-is there from its first use on. What cuts the module fills it, a little at a time.
+is there from its first use on. What shards the module fills it, part by part.
 """
 
 from collections.abc import Callable, Mapping
@@ -54,5 +54,5 @@ def read_once(
         own.append(read())
         return _Form.of(own[0])
 
-    told = ranks.first_does(form)
-    return own[0] if ranks.first else told.given_to(empty())
+    layout = ranks.first_does(form)
+    return own[0] if ranks.first else layout.given_to(empty())

@@ -9,7 +9,7 @@ from shared.errors import UserError
 from train.distributed.launcher import Machines
 from train.distributed.mesh import Mesh
 from train.distributed.options import ProcessOptions
-from train.distributed.process_group import ALONE, Ranks, launched
+from train.distributed.process_group import SINGLE, Ranks, launched
 from train.distributed.zero_file import stage_of_launcher, zero_section
 from train.options import StrategyName
 
@@ -32,7 +32,7 @@ class Placement:
 
 
 def place(strategy: StrategyName | None, options: ProcessOptions) -> tuple[StrategyName, Placement]:
-    """What options and environment say. Raises UserError where they contradict.
+    """Strategy and placement by options and environment. UserError where they contradict.
 
     In a process that a launcher started, its environment says how many there are.
     """
@@ -70,8 +70,8 @@ def place(strategy: StrategyName | None, options: ProcessOptions) -> tuple[Strat
     )
     placed = Placement(
         machines=machines,
-        ranks=ALONE,
-        device=_device(device, ALONE),
+        ranks=SINGLE,
+        device=_device(device, SINGLE),
         to_launch=strategy != "single",
     )
     if placed.to_launch:
@@ -136,7 +136,7 @@ def _check_machines(options: ProcessOptions) -> None:
 
 
 def _strategy_of_accelerate(ranks: Ranks) -> StrategyName:
-    """What `accelerate launch` was told to use; it says so to its processes in the environment."""
+    """What `accelerate launch` was configured for, by the environment of its processes."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
         if stage not in (None, "2", "3"):

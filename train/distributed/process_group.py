@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 # How long the first ones wait at the start, for machines whose command is typed later.
 _MEETING = timedelta(minutes=20)
-_GO_ON = "Go on from the last checkpoint: the same command with --resume-from-checkpoint latest"
+_RESUME = "Resume from the last checkpoint: the same command with --resume-from-checkpoint latest"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,8 @@ class Ranks:
     """Among those of this machine: the number of its GPU."""
     timeout: timedelta = timedelta(minutes=20)
     """How long one waits for another. One that died is noticed at once, by its closed connections;
-    this is for one that hangs, and must be longer than what one may do alone: write a checkpoint to
-    a slow disk, read the base, fetch a shard, compile."""
+    this is for one that hangs, and must be longer than what one may do on its own: write a
+    checkpoint to a slow disk, read the base, fetch a shard, compile."""
 
     @property
     def mesh(self) -> Mesh:
@@ -41,7 +41,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that writes and speaks."""
+        """Whether this process is the one that writes files and prints."""
         return self.rank == 0
 
     def from_first(self, value: T) -> T:
@@ -63,7 +63,7 @@ class Ranks:
     def first_does(self, work: Callable[[], T]) -> T:
         """What `work` gives in the first process, the only one to do it, in every process.
 
-        An error of it ends all of them; the first one raises it, and so is the one to tell.
+        An error of it ends all of them; the first one raises it, and so is the one to print it.
         """
         if self.world_size == 1:
             return work()
@@ -88,7 +88,7 @@ class Ranks:
             dist.distributed_c10d._set_pg_timeout(self.timeout, group)
 
 
-ALONE = Ranks()
+SINGLE = Ranks()
 
 
 def launched() -> Ranks | None:
@@ -132,7 +132,7 @@ def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
         if _is_of_connection(error):
             raise _lost(ranks, error, roll_call) from error
         if roll_call is not None:
-            roll_call.say_why(str(error) if isinstance(error, UserError) else first_line(error))
+            roll_call.report_end(str(error) if isinstance(error, UserError) else first_line(error))
         raise
     finally:
         if dist.is_initialized():
@@ -147,23 +147,23 @@ def _is_of_connection(error: Exception) -> bool:
 
 
 def _lost(ranks: Ranks, error: Exception, roll_call: RollCall | None) -> UserError | SystemExit:
-    """What to raise in a process that can't reach another; one of each machine speaks."""
+    """What to raise in a process that can't reach another; one of each machine prints it."""
     answer = roll_call.answer() if roll_call else Answer(store="is gone")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     beside = range(ranks.rank - ranks.local_rank, ranks.rank - ranks.local_rank + here)
-    speaks = ranks.local_rank == 0
+    prints = ranks.local_rank == 0
     if answer.store == "answers":
-        speaks = ranks.rank == min(rank for rank in answer.present if rank in beside)
+        prints = ranks.rank == min(rank for rank in answer.present if rank in beside)
     elif answer.store == "hangs":
-        speaks |= ranks.rank == 1  # the first process may be the one that holds it
+        prints |= ranks.rank == 1  # the first process may be the one that holds it
     if answer.ended and answer.ended[0] in beside:
-        speaks = False  # it speaks itself
-    return UserError(_what_is_known(ranks, error, answer)) if speaks else SystemExit(1)
+        prints = False  # it prints its own error
+    return UserError(_what_is_known(ranks, error, answer)) if prints else SystemExit(1)
 
 
 def _what_is_known(ranks: Ranks, error: Exception, answer: Answer) -> str:
     if answer.ended:
-        return f"process {answer.ended[0]} ended the run: {answer.ended[1]} {_GO_ON}"
+        return f"process {answer.ended[0]} ended the run: {answer.ended[1]} {_RESUME}"
     missing = ", ".join(f"process {rank} ({where})" for rank, where in answer.silent.items())
     if answer.store == "hangs":
         missing = "process 0, or its machine"
@@ -172,16 +172,16 @@ def _what_is_known(ranks: Ranks, error: Exception, answer: Answer) -> str:
         return (
             f"process {ranks.rank} waited {seconds} s (--ddp-timeout) for {missing}: it hangs, or "
             "its disk, its network or its GPU does. If it was only slow, allow more: "
-            f"--ddp-timeout {3 * seconds}. {_GO_ON}"
+            f"--ddp-timeout {3 * seconds}. {_RESUME}"
         )
     if missing:
         return (
-            f"process {ranks.rank} lost {missing}, which ended without a word: it was killed, "
-            f"perhaps for want of memory, or its machine is gone. {_GO_ON}"
+            f"process {ranks.rank} lost {missing}, which ended without an error message: it was "
+            f"killed, perhaps out of memory, or its machine is gone. {_RESUME}"
         )
     return (
         f"process {ranks.rank} can't reach the others of the run "
-        f"({first_line(error).split('. ')[0]}). Where one of them ended, it has said why; where "
+        f"({first_line(error).split('. ')[0]}). If one of them ended, it printed why; if "
         f"none did, check --main-process-ip, and that --main-process-port is not another run's. "
-        f"{_GO_ON}"
+        f"{_RESUME}"
     )

@@ -1,4 +1,4 @@
-"""DeepSpeed's `zero_optimization`: of the launcher's file or ours, and what is so whatever it says.
+"""DeepSpeed's `zero_optimization`: the launcher's file or ours, and what is fixed here.
 
 The one section of such a file that counts; the rest would change what is computed, see docs/launch.
 Not in `strategies/`: which strategy a launcher wants is read here, too.
@@ -18,7 +18,7 @@ CONFIGURATIONS = Path(__file__).parents[1] / "launch_configs"
 # DeepSpeed's own y = x·Wᵀ + b, put in place of torch's for the whole process, and on by default: in
 # bf16 it rounds before the bias is added and after, where torch rounds once.
 _OWN_LINEAR = "memory_efficient_linear"
-# Fields that round what the processes tell one another, or delay steps → what to do instead.
+# Fields that round what ranks exchange, or delay steps → what to do instead.
 _OTHER_NUMBERS = {
     "zero_quantized_weights": "--strategy ddp --base-precision int8 holds the base in 8 bits",
     "zero_quantized_nontrainable_weights": (
@@ -40,7 +40,7 @@ def stage_of_launcher() -> int | None:
 
 
 def zero_section(stage: Literal[2, 3]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The section for this stage, of the launcher's file or the shipped one; what to tell of it.
+    """The section for this stage, of the launcher's file or the shipped one; notes to print.
 
     Raises UserError where the file can't be read, or asks for what is not done here.
     """
@@ -65,9 +65,9 @@ def zero_section(stage: Literal[2, 3]) -> tuple[dict[str, Any], tuple[str, ...]]
             f"{path}: {_OWN_LINEAR} is true there and false here; in bf16 it would round the "
             "output of every linear layer twice"
         )
-    said = _without_auto(section)
-    said.pop("offload_optimizer", None)  # it asks for nothing, as was checked
-    return said | {"stage": stage, _OWN_LINEAR: False}, tuple(notes)
+    kept = _without_auto(section)
+    kept.pop("offload_optimizer", None)  # it asks for nothing, as was checked
+    return kept | {"stage": stage, _OWN_LINEAR: False}, tuple(notes)
 
 
 def _offloads(value: Any) -> bool:

@@ -37,7 +37,7 @@ def spread(seed: int, purpose: str, step: int, samples: Sequence[int], strata: i
     """(B,) fp32 in [0, 1), each uniform by itself, any `strata` samples in a row spread evenly.
 
     [0, 1) is cut into `strata` equal parts, which a permutation, drawn anew for each step, deals
-    out to the samples; each is uniform within its part. One part: each is drawn by itself.
+    out to the samples; each is uniform within its part. One part: each is drawn independently.
     """
     parts = counted_rng(seed, f"{purpose} part", step).permutation(strata)
     inside = [counted_rng(seed, purpose, step, sample).random() for sample in samples]

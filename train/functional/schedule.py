@@ -96,7 +96,7 @@ class Schedule:
 
     @property
     def timesteps(self) -> tuple[float, ...]:
-        """What the transformer is told at each step, 0..1000, float64."""
+        """The transformer's timestep at each step, 0..1000, float64."""
         return tuple(TIMESTEPS * sigma for sigma in self.sigmas)
 
     def owned_steps(self, expert: Expert) -> range:
@@ -122,7 +122,7 @@ class Schedule:
     ) -> tuple[float, float]:
         """(low, high) of u from which score levels are drawn for the expert.
 
-        `floor` matters for the high-noise expert alone: its levels end at the model's boundary,
+        `floor` matters only for the high-noise expert: its levels end at the model's boundary,
         or at the level where the student hands over to the low-noise expert. Without `capped` the
         levels reach pure noise.
         """

@@ -7,8 +7,8 @@ inputs (text, time) are the same tensors for all blocks and stay where they are.
 
 What makes it free of races, on top of `train.memory.copy_stream`: hidden states on their way out
 are held until the compute stream has been told to wait for that copy, those on their way back
-likewise, even if nobody asks for them in the end. CPU memory goes from one to the next through
-copies alone.
+likewise, even if nobody asks for them in the end. CPU memory goes from one to the next only
+through copies.
 
 Not torch's `save_on_cpu`, which waits for each copy, takes pinned memory in powers of two, and
 moves what blocks share once for each: see docs/decisions.md.

@@ -10,11 +10,11 @@ A block's parameters show its buffer from the beginning of its work until the bu
 another block; otherwise they are empty, so that a use out of turn fails and does not compute with
 another block's weights.
 
-What makes it free of races, on top of `train.memory.copy_stream`: a buffer is written by copies
-alone. It is given to another block when the block after its own begins to work: all kernels that
-read it have been queued by then, and the copy waits for those. That this holds for the backward
-pass of a block, too, follows from the order of a backward pass, and is not relied on: where
-autograd still holds a view of the buffer, it is left to autograd and replaced by a new one.
+What makes it free of races, on top of `train.memory.copy_stream`: a buffer is written only
+by copies. It is given to another block when the block after its own begins to work: all kernels
+that read it have been queued by then, and the copy waits for those. That this holds for the
+backward pass of a block, too, follows from the order of a backward pass, and is not relied on:
+where autograd still holds a view of the buffer, it is left to autograd and replaced by a new one.
 
 Not diffusers' group offloading: see docs/decisions.md.
 """

@@ -1,4 +1,4 @@
-"""What a run will need of a device's memory, from configs alone: no weight is read.
+"""What a run will need of a device's memory, from configs only: no weight is read.
 
 Weights, LoRAs and optimizer states are counted, from a transformer on torch's meta device.
 Activations and work are formulas: for N tokens of width D, M of text, and an inner width F of the
@@ -30,7 +30,7 @@ _FP32 = 4
 _ROTARY = 8  # bytes for each token and channel of a head: cos and sin
 _LATENTS = 8  # fp32 tensors of latents' size beside a pass: noise, x_t, x̂0, scores …
 _ON_THE_WAY = 3  # blocks' inputs on the device with --activation-offloading
-_GATHERED = 2  # blocks that are whole under a strategy that cuts: one that works, the next
+_GATHERED = 2  # blocks that are whole under a strategy that shards: one that works, the next
 # DeepSpeed's buffers for gradients, `reduce_bucket_size` of launch_configs each, two in stage 2.
 _BUCKETS = {"zero2": 2 * 50_000_000 * _FP32, "zero3": 50_000_000 * _FP32}
 
@@ -103,8 +103,8 @@ def estimate_of(transformer: nn.Module, mode: Mode, tokens: int, settings: Setti
     outside = sum(sizes.values()) - layers * block
     matrices = lora_matrices(transformer, settings)
     one_role = _FP32 * sum(matrices)
-    cut = settings.processes if memory.cuts_base else 1
-    cut_optimizer = settings.processes if memory.cuts_moments else 1
+    cut = settings.processes if memory.shards_base else 1
+    cut_optimizer = settings.processes if memory.shards_moments else 1
     # DeepSpeed steps on a copy of its own.
     states = _ADAM + (_FP32 if memory.strategy == "zero2" else 0)
     moments = sum(moment_bytes(n) if memory.use_8bit_adam else states * n for n in matrices)
@@ -112,7 +112,7 @@ def estimate_of(transformer: nn.Module, mode: Mode, tokens: int, settings: Setti
     buffers = _BUCKETS.get(memory.strategy or "single", 0)
     if is_quantised(memory.base_precision):  # the largest layer's weight, whole for its matmul
         buffers += passes.width * passes.inner * passes.value_bytes
-    if memory.cuts_base:
+    if memory.shards_base:
         whole_block = block + settings.roles * one_role // layers
         buffers += _GATHERED * whole_block + outside
     kept, work = passes.activations_and_work()

@@ -15,14 +15,14 @@ class MemoryOptions:
     """Raises UserError for those that exclude one another."""
 
     # fmt: off
-    strategy: Annotated[StrategyName | None, typer.Option(help="How processes share the work: ddp keeps the whole model in each; fsdp and zero3 shard it across them, zero2 only the optimizer (zero2, zero3: DeepSpeed).", show_default="what accelerate launch was told; else ddp for several processes, single for one", rich_help_panel=PROCESSES)] = None
+    strategy: Annotated[StrategyName | None, typer.Option(help="How processes share the work: ddp keeps the whole model in each; fsdp and zero3 shard it across them, zero2 only the optimizer (zero2, zero3: DeepSpeed).", show_default="the launcher's; else ddp for several processes, single for one", rich_help_panel=PROCESSES)] = None
     """None: not decided yet (`placement.place`)."""
     mixed_precision: Annotated[Precision, typer.Option(help="Base and compute in bf16 (LoRA stays fp32), or all in fp32.", rich_help_panel=DEVICE), REMEMBERED] = "bf16"
-    base_precision: Annotated[BasePrecision | None, typer.Option(help="How the linear layers of the base's blocks are kept: int8 and fp8 take half of bf16's memory, nf4 (bitsandbytes) less than a third. Teacher, generator and critic all use them; a matmul is in bf16 or fp32 all the same.", show_default="as --mixed-precision says", rich_help_panel=DEVICE)] = None
+    base_precision: Annotated[BasePrecision | None, typer.Option(help="Storage format of the linear layers in the base's blocks: int8 and fp8 take half of bf16's memory, nf4 (bitsandbytes) less than a third. Teacher, generator and critic share them; matmuls stay in bf16 or fp32.", show_default="as --mixed-precision", rich_help_panel=DEVICE)] = None
     gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute each block in the backward pass: far less memory, a third more time.", show_default="on", rich_help_panel=DEVICE)] = True
-    low_vram: Annotated[bool, typer.Option("--low-vram", help="Keep the base's blocks in CPU memory and copy each to the GPU while the one before it computes. Slower where clips are small.", show_default="off", rich_help_panel=DEVICE)] = False
+    low_vram: Annotated[bool, typer.Option("--low-vram", help="Keep the base's blocks in CPU memory and copy each to the GPU while the one before it computes. Slower for small clips.", show_default="off", rich_help_panel=DEVICE)] = False
     """Does nothing where the strategy shards the base: VideoX-Fun's shell blocks ask for both."""
-    blocks_to_swap: Annotated[int | None, typer.Option(metavar="N", help="The same for N of the blocks, spread evenly; the others stay on the GPU.", show_default="none; with --low-vram all", rich_help_panel=DEVICE)] = None
+    blocks_to_swap: Annotated[int | None, typer.Option(metavar="N", help="Like --low-vram for N of the blocks, spread evenly; the others stay on the GPU.", show_default="none; with --low-vram all", rich_help_panel=DEVICE)] = None
     activation_offloading: Annotated[bool, typer.Option("--activation-offloading", help="Keep the activations that gradient checkpointing stores (each block's input) in CPU memory.", show_default="off", rich_help_panel=DEVICE)] = False
     use_8bit_adam: Annotated[bool, typer.Option("--use-8bit-adam", help="AdamW with 8-bit moments, a quarter of their memory; matrices of fewer than 4096 weights keep fp32. For single and ddp.", show_default="off", rich_help_panel=DEVICE), REMEMBERED] = False
     # fmt: on
@@ -35,13 +35,13 @@ class MemoryOptions:
         for option, given in waiting:
             if given and not self.gradient_checkpointing:
                 raise UserError(
-                    f"{option}: found with --no-gradient-checkpointing, by which the backward pass "
+                    f"{option}: found with --no-gradient-checkpointing, with which the backward pass "
                     "needs all of every block at once. Leave out one of the two."
                 )
-        if self.use_8bit_adam and self.cuts_moments:
+        if self.use_8bit_adam and self.shards_moments:
             raise UserError(
-                f"--use-8bit-adam: found with --strategy {self.strategy}, which cuts the moments "
-                "among the processes already. Use --strategy ddp, or leave it out."
+                f"--use-8bit-adam: found with --strategy {self.strategy}, which shards the moments "
+                "across ranks already. Use --strategy ddp, or leave it out."
             )
 
     def _check_base_precision(self) -> None:
@@ -51,10 +51,10 @@ class MemoryOptions:
                 "--base-precision: found bf16 with --mixed-precision no, which computes in fp32. "
                 "Leave out one of the two; int8, fp8 and nf4 go with either."
             )
-        if found not in (None, "bf16") and self.cuts_base:
+        if found not in (None, "bf16") and self.shards_base:
             raise UserError(
-                f"--base-precision: found {found} with --strategy {self.strategy}, which cuts "
-                "weights among the processes as they are, not codes and their scales. Use "
+                f"--base-precision: found {found} with --strategy {self.strategy}, which shards "
+                "weights across ranks as they are, not codes and their scales. Use "
                 "--strategy ddp or zero2, or leave it out."
             )
 
@@ -69,27 +69,27 @@ class MemoryOptions:
                 f"--blocks-to-swap: found {found}, expected {BUFFERS + 1} or more: {BUFFERS} of "
                 "them are on the device at any time."
             )
-        if self.cuts_base:
+        if self.shards_base:
             raise UserError(
-                f"--blocks-to-swap: found with --strategy {self.strategy}, which cuts the base "
-                "among the processes already. Use --strategy ddp or zero2, or leave it out; with "
+                f"--blocks-to-swap: found with --strategy {self.strategy}, which shards the base "
+                "across ranks already. Use --strategy ddp or zero2, or leave it out; with "
                 "zero3, offload_param in a DeepSpeed file keeps the base in CPU memory, too."
             )
 
     @property
-    def cuts_base(self) -> bool:
-        """Whether a process holds a part of it only."""
+    def shards_base(self) -> bool:
+        """Whether each rank stores only a part of it."""
         return self.strategy in SHARDED
 
     @property
-    def cuts_moments(self) -> bool:
-        """Whether a process holds a part of the optimizers' states only."""
+    def shards_moments(self) -> bool:
+        """Whether each rank stores only a part of the optimizers' states."""
         return self.strategy not in (None, "single", "ddp")
 
     @property
     def streams(self) -> bool:
         """Whether blocks of the base live in CPU memory."""
-        return (self.low_vram or self.blocks_to_swap is not None) and not self.cuts_base
+        return (self.low_vram or self.blocks_to_swap is not None) and not self.shards_base
 
     def streamed(self, layers: int) -> list[int]:
         """Which of the transformer's blocks do. UserError if there are fewer."""

@@ -149,9 +149,9 @@ def _alternatives(settings: Settings) -> list[tuple[tuple[str, ...], MemoryOptio
         (("--gradient-checkpointing",), {}),
         (("--activation-offloading",), offloading),
     ]
-    if not asked.cuts_moments:
+    if not asked.shards_moments:
         found.append((("--use-8bit-adam",), {"use_8bit_adam": True}))
-    if not asked.cuts_base:
+    if not asked.shards_base:
         fsdp = {"strategy": "fsdp", "base_precision": None, "use_8bit_adam": False}
         changes: list[tuple[str, dict[str, Any]]] = [
             *([("--strategy fsdp", fsdp)] if settings.processes > 1 else []),

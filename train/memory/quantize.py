@@ -75,7 +75,7 @@ def quantise(transformer: nn.Module, precision: BasePrecision | None, device: to
 
 
 class QuantisedLinear(nn.Module):
-    """y = x·Wᵀ + b, where W is kept in few bits. Gradients flow to x alone."""
+    """y = x·Wᵀ + b, where W is kept in few bits. Gradients flow only to x."""
 
     def __init__(
         self, linear: nn.Linear, precision: QuantisedPrecision, device: torch.device

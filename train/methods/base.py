@@ -11,7 +11,7 @@ from train.model.roles import Roles
 from train.options import Expert
 
 Method = Literal["distill", "lora"]
-"""`distill`: a student for a few steps without CFG; `lora`: the base model, taught more."""
+"""`distill`: a few-step student without CFG; `lora`: the base model, finetuned."""
 
 
 class Objective(Protocol):
@@ -19,15 +19,15 @@ class Objective(Protocol):
 
     @property
     def method(self) -> Method:
-        """How it learns, by the command's name; said in checkpoints and LoRA files."""
+        """How it learns, by the command's name; stored in checkpoints and LoRA files."""
 
     @property
     def expert(self) -> Expert:
         """Whose transformer is the base."""
 
     @property
-    def product(self) -> str:
-        """The role whose LoRA the run is for; its updates are what options count in."""
+    def main_role(self) -> str:
+        """The role whose LoRA the run saves; options count its optimizer steps."""
 
     @property
     def learning_rates(self) -> Mapping[str, float]:
@@ -35,7 +35,7 @@ class Objective(Protocol):
 
     @property
     def cycle(self) -> int:
-        """Updates from one of the product to the next."""
+        """Updates from one of the main role to the next."""
 
     def role_of(self, update: int) -> str:
         """The role that `update` trains."""
@@ -51,25 +51,25 @@ class Objective(Protocol):
 
     @property
     def samples_from_latents(self) -> bool:
-        """Whether `sample` begins with a batch's latents (noised), not with noise alone."""
+        """Whether `sample` begins with a batch's latents (noised), not with pure noise."""
 
     def sample(self, roles: Roles, batch: Batch, negative: torch.Tensor) -> torch.Tensor:
-        """What the product makes of a batch now, (B, C, T, H, W) fp32 without a graph.
+        """What the main role makes of a batch now, (B, C, T, H, W) fp32 without a graph.
 
         Its noise is of a stream of its own, by `batch.update` and `batch.samples`.
         """
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must match to be gone on from."""
+        """What a checkpoint must match to be resumed."""
 
     def settings(self) -> dict[str, Any]:
-        """What a checkpoint merely remembers: it changes rounding alone."""
+        """What a checkpoint only remembers: it changes nothing but rounding."""
 
     def sampling(self) -> dict[str, Any]:
-        """Fields of `train.saving.provenance.Provenance`: how to sample with the product."""
+        """Fields of `train.saving.provenance.Provenance`: how to sample with the LoRA."""
 
     def describe(self) -> list[str]:
         """Lines for people, printed at the start and by --dry-run."""
 
-    def describe_length(self, product_updates: int) -> str:
-        """`product_updates` in words, with what else is updated for them."""
+    def describe_length(self, steps: int) -> str:
+        """`steps` of the main role in words, with the updates of other roles."""

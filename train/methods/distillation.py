@@ -23,7 +23,7 @@ class Distillation:
     """Critic updates before each generator update."""
     uniform_sampling: bool
     learning_rates: Mapping[str, float]
-    product: str = GENERATOR
+    main_role: str = GENERATOR
     method: Method = "distill"
 
     @property
@@ -88,8 +88,8 @@ class Distillation:
             f"{self.recipe.start}; score levels u in [{low:.3f}, {high:.3f}]"
         ]
 
-    def describe_length(self, product_updates: int) -> str:
+    def describe_length(self, steps: int) -> str:
         return (
-            f"{product_updates} generator updates, each after {self.gen_update_interval} critic "
-            f"updates = {product_updates * self.cycle} updates"
+            f"{steps} generator updates, each after {self.gen_update_interval} critic "
+            f"updates = {steps * self.cycle} updates"
         )

@@ -31,19 +31,19 @@ class Recipe:
     schedule: Schedule
     start: Start
     """`latents`: walk the expert's own steps, from cached real latents noised to its first one.
-    `noise`: walk from pure noise at step 0 to the expert's last step, with this expert alone."""
+    `noise`: walk from pure noise at step 0 to the expert's last step, with only this expert."""
     pairing: Pairing
     """How a step leads to the next: fresh noise on x̂0 (LCM sampling) or along v (Euler)."""
     score_floor: ScoreFloor
     real_guidance_scale: float
     fake_guidance_scale: float
-    """0 is no guidance here, the conditional prediction alone; not the formula at w = 0."""
+    """0 is no guidance here, only the conditional prediction; not the formula at w = 0."""
     maths: Maths
     fm_loss_weight: float
     """Of flow matching on the cached latents in the generator's loss; 0: none."""
     score_strata: int
     """Samples of an update that share out the score interval evenly: all of it, however ranks and
-    micro-steps cut it. 1: each is drawn by itself."""
+    micro-steps split it. 1: each is drawn independently."""
     batched_guidance: bool
     """Conditional and unconditional prediction in one pass of both; the same but for rounding."""
     seed: int

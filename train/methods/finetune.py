@@ -29,7 +29,7 @@ class Finetuning:
     """Samples in a row whose levels are spread evenly: those of an update, or 1."""
     learning_rates: Mapping[str, float]
     seed: int
-    product: str = LORA
+    main_role: str = LORA
     method: Method = "lora"
     cycle: int = 1
 
@@ -111,5 +111,5 @@ class Finetuning:
             f"{levels.shift:g}"
         ]
 
-    def describe_length(self, product_updates: int) -> str:
-        return f"{product_updates} updates"
+    def describe_length(self, steps: int) -> str:
+        return f"{steps} updates"

@@ -83,7 +83,7 @@ class NoiseLevels:
         u = below + (above - below) * quantile.double()
         if self.sampling == "logit-normal":
             u = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
-        # The inverse comes back to the ends by rounding alone.
+        # The inverse returns to the ends only up to rounding.
         return shift_sigma(u.clamp(*self.interval), self.shift).float()
 
 
@@ -143,7 +143,7 @@ def flow_matching_step(
     """One micro-step on the cached latents.
 
     The levels of `strata` samples in a row are spread evenly over the distribution; 1: each is
-    drawn by itself. Call `backward` inside the role.
+    drawn independently. Call `backward` inside the role.
     """
     device = batch.latents.device
     quantiles = spread(seed, "level", batch.update, batch.samples, strata)
@@ -166,7 +166,7 @@ def guided_velocity(
 ) -> torch.Tensor:
     """v̂ of the active role with classifier-free guidance, (B, C, T, H, W) fp32.
 
-    A scale of 0 or 1 is no guidance, the conditional prediction alone. `timestep` (B,) or (B, T),
+    A scale of 0 or 1 is no guidance, only the conditional prediction. `timestep` (B,) or (B, T),
     `negative` (tokens, D). `batched`: one pass of 2B samples, the conditional ones first, in place
     of two passes of B; equal but for rounding.
     """

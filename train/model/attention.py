@@ -17,14 +17,14 @@ NATIVE = "native"
 """torch's scaled_dot_product_attention, which chooses a kernel by itself."""
 # SageAttention quantises and has no gradient; FlashAttention 3's own package is called by diffusers
 # through an operator without one (its build on the Hub, `_flash_3_hub`, is not).
-_INFERENCE_ALONE = ("sage", "_sage")
+_INFERENCE_ONLY = ("sage", "_sage")
 _WITHOUT_GRADIENT = ("_flash_3",)
 _FETCHED = "_hub"
 """In the names of kernels that diffusers downloads when they are first used."""
 
 
 def check_name(name: str) -> None:
-    """UserError unless it is a backend of diffusers, and one that is not for inference alone."""
+    """UserError unless it is a backend of diffusers, and one that is not only for inference."""
     names = [backend.value for backend in AttentionBackendName]
     trains = [one for one in names if _may_train(one)]
     if name not in names or not _may_train(name):
@@ -40,7 +40,7 @@ def check_name(name: str) -> None:
 
 
 def _may_train(name: str) -> bool:
-    return not name.startswith(_INFERENCE_ALONE) and name not in _WITHOUT_GRADIENT
+    return not name.startswith(_INFERENCE_ONLY) and name not in _WITHOUT_GRADIENT
 
 
 def check_attention(name: str, device: str, precision: Precision) -> None:

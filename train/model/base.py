@@ -2,18 +2,17 @@
 with other LoRAs merged into it."""
 
 import hashlib
-import json
 import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from shared.errors import UserError
+from shared.errors import UserError, first_line
 from shared.io.hashing import FileHasher, digest_of
 from shared.models.original_layout import expert_folder, is_original
 from shared.models.original_weights import converted
@@ -21,7 +20,7 @@ from shared.models.spec import ModelSpec, family_of
 from shared.models.weight_files import weight_files
 from shared.models.weights import check_component, load_component
 from train.distributed.load_once import read_once
-from train.distributed.process_group import ALONE, Ranks
+from train.distributed.process_group import SINGLE, Ranks
 from train.model.custom_weights import check_own, empty_transformer, load_own, own_files
 from train.model.lora_files import check_fits_model, read_lora
 from train.options import Expert, Precision
@@ -94,7 +93,7 @@ class Base:
         return [note for lora in self.merged if (note := read_lora(lora.path).note)]
 
     def check(self, spec: ModelSpec, component: str) -> None:
-        """UserError unless weights and LoRAs fit the model, by configs, names and shapes alone.
+        """UserError unless weights and LoRAs fit the model by configs, names and shapes.
 
         The model's own weights need not be there yet.
         """
@@ -117,13 +116,13 @@ def load_base(
     device: torch.device,
     gradient_checkpointing: bool,
     base: Base = MODELS_OWN,
-    sharing: Ranks = ALONE,
+    sharing: Ranks = SINGLE,
 ) -> nn.Module:
     """The expert's transformer, frozen: bf16 (norms, time embedding fp32) or fp32.
 
     It lies on the CPU: whole it need not fit on `device`, where LoRAs that are merged are computed.
-    Of processes that will cut it among themselves (`sharing`) the first alone reads it, and holds
-    its values. Raises UserError naming the folder when the weights are missing or damaged.
+    Of ranks that will shard it (`sharing`) only the first reads it and holds its values. Raises
+    UserError naming the folder when the weights are missing or damaged.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     component = component_of(expert)
@@ -203,18 +202,14 @@ def _probes(file: Path) -> dict[str, list[object]]:
     """Tensor → dtype, shape and digest of its first bytes."""
     probes: dict[str, list[object]] = {}
     try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-            for name, tensor in header.items():
-                if name != "__metadata__":
-                    begin, end = tensor["data_offsets"]
-                    stream.seek(8 + length + begin)
-                    start = stream.read(min(end - begin, _PROBE_BYTES))
-                    digest = hashlib.sha256(start).hexdigest()
-                    probes[name] = [tensor["dtype"], tensor["shape"], digest]
-    except (OSError, struct.error, ValueError, KeyError, MemoryError) as error:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - it is no dictionary
+                stored, tensor = tensors.get_slice(name), tensors.get_tensor(name)  # mapped
+                start = tensor.flatten()[: _PROBE_BYTES // tensor.itemsize].view(torch.uint8)
+                digest = hashlib.sha256(start.numpy()).hexdigest()
+                probes[name] = [stored.get_dtype(), stored.get_shape(), digest]
+    except (OSError, SafetensorError) as error:
         raise UserError(
-            f"model: {file} is damaged ({type(error).__name__}: {error}). Download it again."
+            f"model: {file} is damaged ({first_line(error)}). Download it again."
         ) from error
     return probes

@@ -1,4 +1,4 @@
-"""A transformer of the user's own in place of a model's expert: `--transformer-path`.
+"""Custom weights in place of a model's expert: `--transformer-path`.
 
 It may be a file (Wan's names, ComfyUI's with their prefix, or diffusers') or a folder: a whole
 model, a transformer's folder in either layout, or what a trainer left (`transformer/` inside). Its
@@ -14,8 +14,13 @@ import torch
 from shared.errors import UserError, first_line
 from shared.io.names import quoted
 from shared.models.family import Family
-from shared.models.original_layout import expert_folder, is_original, transformer_config
-from shared.models.spec import ModelSpec, read_json
+from shared.models.original_layout import (
+    expert_folder,
+    is_original,
+    read_json,
+    transformer_config,
+)
+from shared.models.spec import ModelSpec
 from shared.models.tensor_names import is_adapter
 from shared.models.wan import ORIGINAL_CLASS
 from shared.models.weight_files import DIFFUSERS, chosen
@@ -100,7 +105,7 @@ def _check_config(path: Path, spec: ModelSpec, component: str) -> None:
             raise
         raise UserError(
             f"{OPTION}: {folder}/config.json is no config of a Wan transformer "
-            f"({first_line(error)}). Get it again, or name the weights' file alone."
+            f"({first_line(error)}). Download it again, or give only the weights' file."
         ) from error
     expected = _whole(component_config(spec, component), spec.family)
     for name in sorted(found.keys() & expected.keys()):
@@ -144,7 +149,7 @@ def _own_weights(path: Path, component: str) -> Weights:
             f"{OPTION}: {path} is a LoRA. Merge it into the base: --base-lora {quoted(path)}; or "
             f"start the training from it: --init-lora {quoted(path)}"
         )
-    one = f"Name the one to take: {OPTION} {files[-1]}"
+    one = f"Give the right one: {OPTION} {files[-1]}"
     return weights_of(component, files, path, cure_twice=one)
 
 

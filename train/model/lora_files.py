@@ -53,7 +53,7 @@ _PARTS = {
 }
 # What else is found in files that are called LoRAs.
 _OTHER_KINDS = (
-    (re.compile(r"\.diff(_b|_m)?$"), "whole weights (.diff, .diff_b), not a LoRA alone"),
+    (re.compile(r"\.diff(_b|_m)?$"), "whole weights (.diff, .diff_b), not only a LoRA"),
     (re.compile(r"dora_scale|lora_magnitude_vector"), "a DoRA"),
     (re.compile(r"\.(lokr|hada|oft|boft)_"), "a LoKr, LoHa or OFT"),
     (re.compile(r"lora_(B|up)(\.default)?\.bias$"), "a LoRA with biases"),
@@ -121,18 +121,18 @@ class LoraFile:
     metadata: Mapping[str, str]
     """As it stands in the file."""
     alpha_assumed: bool
-    """The file says no alpha; the rank was taken, which is a strength of 1."""
+    """The file has no alpha; the rank was assumed, which is a strength of 1."""
     for_transformer_2: bool
     """Its names begin with `transformer_2.`: a LoRA of the low-noise expert."""
 
     @property
     def note(self) -> str | None:
-        """What a user should be told of it, if anything."""
+        """What to print about it, if anything."""
         if not self.alpha_assumed:
             return None
         return (
-            f"{self.path} does not say its alpha; alpha = rank is taken (strength 1), as diffusers "
-            "and ComfyUI do"
+            f"{self.path} has no alpha; alpha = rank is assumed (strength 1), as in diffusers "
+            "and ComfyUI"
         )
 
 
@@ -178,8 +178,10 @@ def read_lora(path: Path) -> LoraFile:
     for module, held in parts.items():
         _check_pair(path, module, held)
     alphas = {module: _alpha(path, module, held) for module, held in parts.items()}
-    told = _peft_alphas(path, metadata, {m: held["lora_A"].shape[0] for m, held in parts.items()})
-    assumed = [module for module, alpha in alphas.items() if alpha is None and not told]
+    by_config = _peft_alphas(
+        path, metadata, {m: held["lora_A"].shape[0] for m, held in parts.items()}
+    )
+    assumed = [module for module, alpha in alphas.items() if alpha is None and not by_config]
     return LoraFile(
         path=path,
         form=next(iter(forms)),  # type: ignore[arg-type]
@@ -192,7 +194,7 @@ def read_lora(path: Path) -> LoraFile:
             alphas={
                 module: alpha
                 if alpha is not None
-                else told.get(module, float(parts[module]["lora_A"].shape[0]))
+                else by_config.get(module, float(parts[module]["lora_A"].shape[0]))
                 for module, alpha in alphas.items()
             },
         ),

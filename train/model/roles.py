@@ -73,7 +73,7 @@ class Roles:
             self._apply(before)
 
     def teacher(self) -> AbstractContextManager[None]:
-        """Context: the frozen base alone (the real score)."""
+        """Context: only the frozen base (the real score)."""
         return self.role(None)
 
     def generator(self) -> AbstractContextManager[None]:
@@ -98,7 +98,7 @@ class Roles:
         Args:
             x_t: (B, C, T, H, W) fp32 noisy latents.
             timestep: (B,) fp32 in 0..1000, never rounded; or (B, T), one for each latent frame
-                (ti2v), which the transformer is told for each of the frame's tokens.
+                (ti2v), which the transformer gets for each of the frame's tokens.
             text: (B, tokens, D).
             condition: (B, 4+C, T, H, W) for i2v, concatenated to the channels; else None.
             image: (B, tokens, D) of CLIP for Wan 2.1 i2v; else None.

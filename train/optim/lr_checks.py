@@ -1,8 +1,8 @@
-"""A learning rate that changes nothing is told of: before the run, at its first step, at its end.
+"""Warns of a learning rate that changes nothing: before the run, at its first step, at its end.
 
 AdamW moves a weight by about the rate, whatever the gradient's size, so a step is lost where the
 rate is less than half the distance from the weight to its neighbours in fp32. B begins at zero,
-where any step counts; A (about 1/√in) and the B of a LoRA that training goes on from are what can
+where any step counts; A (about 1/√in) and the B of a LoRA that training starts from are what can
 stand still. And what moved in fp32 can be the old value again in a bf16 file.
 """
 
@@ -31,7 +31,7 @@ def unchanged(before: Weights, after: Weights, dtype: torch.dtype) -> float:
     return same / sum(weight.numel() for weight in before.values())
 
 
-def warn_of_rate(role: str, option: str, weights: Weights, rate: float) -> str | None:
+def warn_of_learning_rate(role: str, option: str, weights: Weights, rate: float) -> str | None:
     """What to say before the run, if most steps of a role would be rounded away."""
     share = lost_steps(weights, rate)
     if share <= _MOST:
@@ -72,13 +72,13 @@ class FirstSteps:
         )
 
 
-def warn_of_file(start: Weights | None, product: Weights, dtype: torch.dtype) -> str | None:
+def warn_of_file(start: Weights | None, trained: Weights, dtype: torch.dtype) -> str | None:
     """What to say at the end, if the LoRA's file is the one that the run began with.
 
     `start`: the B matrices of --init-lora; None: B began at zero. Only B tells: A alone, with B at
     zero, adds nothing.
     """
-    ups = {name: weight for name, weight in product.items() if ".lora_B." in name}
+    ups = {name: weight for name, weight in trained.items() if ".lora_B." in name}
     share = unchanged(start or {n: torch.zeros_like(w) for n, w in ups.items()}, ups, dtype)
     if share < 1:
         return None

@@ -20,41 +20,41 @@ SHOWN, MODEL, CLIP, TEACHER = "What to show", "Model", "Clip", "Many steps"
 class SampleConfig:
     """Make clips with LoRAs, or with the base model.
 
-    A student, a LoRA of `wantrain distill`, takes exactly the timesteps that it was trained on. A plain one, of `wantrain lora`, takes the base model's many steps with CFG. Two experts need two LoRAs of the same command.
+    A student, a LoRA of `wantrain distill`, uses exactly the timesteps that it was trained on. A plain one, of `wantrain lora`, uses the base model's many steps with CFG. Two experts need two LoRAs of the same command.
 
     Next: the same files in diffusers or ComfyUI, see docs/use-your-lora.md
     """
 
     PANELS: ClassVar[Sequence[str]] = (SHOWN, MODEL, CLIP, TEACHER, DEVICE)
 
-    prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="What to show; one clip for each --prompt given.", rich_help_panel=SHOWN)]
+    prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="Prompt; one clip for each --prompt given.", rich_help_panel=SHOWN)]
     image: Annotated[Path | None, typer.Option(metavar="FILE", help="First frame, for i2v models; resized to cover the clip and cropped at the centre.", show_default="none", rich_help_panel=SHOWN)] = None
 
-    lora: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="LoRA of `wantrain distill` or `wantrain lora`, in any of its forms; give it twice for a high and a low one, in any order.", show_default="none: give --teacher", rich_help_panel=MODEL)] = None
-    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that the LoRAs are of: a folder of diffusers or Wan, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=MODEL)] = DEFAULT_MODEL
-    transformer_path: Annotated[Path | None, typer.Option(metavar="PATH", help="Weights of your own for the low-noise expert, or for MODEL's only transformer, as `wantrain distill` takes them.", show_default="MODEL's", rich_help_panel=MODEL)] = None
+    lora: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="LoRA of `wantrain distill` or `wantrain lora`, in any of its formats; give it twice for a high and a low one, in any order.", show_default="none: give --teacher", rich_help_panel=MODEL)] = None
+    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that the LoRAs are for: a diffusers or Wan folder, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=MODEL)] = DEFAULT_MODEL
+    transformer_path: Annotated[Path | None, typer.Option(metavar="PATH", help="Custom weights for the low-noise expert, or for MODEL's only transformer, as in `wantrain distill`.", show_default="MODEL's", rich_help_panel=MODEL)] = None
     transformer_high_path: Annotated[Path | None, typer.Option(metavar="PATH", help="The same for the high-noise expert.", show_default="MODEL's", rich_help_panel=MODEL)] = None
-    base_lora: Annotated[list[str] | None, typer.Option(metavar="FILE[:X]", help="LoRA that was merged into the low-noise expert, or into the only transformer, for the training; at strength X (1 if left out). Can be given several times.", show_default="none", rich_help_panel=MODEL)] = None
+    base_lora: Annotated[list[str] | None, typer.Option(metavar="FILE[:X]", help="LoRA that was merged into the low-noise expert, or the only transformer, for training; at strength X (1 if omitted). Can be given several times.", show_default="none", rich_help_panel=MODEL)] = None
     base_lora_high: Annotated[list[str] | None, typer.Option(metavar="FILE[:X]", help="The same for the high-noise expert.", show_default="none", rich_help_panel=MODEL)] = None
 
     height: Annotated[int, typer.Option(metavar="PX", help="Height in pixels, a multiple of 16.", rich_help_panel=CLIP)] = 480
     width: Annotated[int, typer.Option(metavar="PX", help="Width in pixels, a multiple of 16.", rich_help_panel=CLIP)] = 832
     num_frames: Annotated[int, typer.Option(metavar="N", help="Length in frames, of the form 4n+1.", rich_help_panel=CLIP)] = 81
     fps: Annotated[int, typer.Option(metavar="N", help="Frames per second of the mp4; Wan is trained at 16.", rich_help_panel=CLIP), AT_LEAST_1] = 16
-    seed: Annotated[int, typer.Option(metavar="N", help="Decides the noise that each clip starts from.", rich_help_panel=CLIP)] = 42
+    seed: Annotated[int, typer.Option(metavar="N", help="Random seed of each clip's noise.", rich_help_panel=CLIP)] = 42
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the clips (mp4) and the contact sheet (png).", rich_help_panel=CLIP)] = Path("samples")
 
     teacher: Annotated[bool, typer.Option("--teacher", help="Sample the base model itself, with many steps, CFG and no LoRA.", show_default="off", rich_help_panel=TEACHER)] = False
-    steps: Annotated[int | None, typer.Option(metavar="N", help="Steps of --teacher and of plain LoRAs; a student takes those it was trained on.", show_default="40", rich_help_panel=TEACHER), AT_LEAST_1] = None
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Steps of --teacher and of plain LoRAs; a student uses the trained steps.", show_default="40", rich_help_panel=TEACHER), AT_LEAST_1] = None
     guidance_scale: Annotated[float | None, typer.Option(metavar="X", help="CFG scale of --teacher and of plain LoRAs; a student needs none.", show_default="5", rich_help_panel=TEACHER), NOT_NEGATIVE] = None
-    negative_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What that CFG leads away from.", show_default="Wan's published one", rich_help_panel=TEACHER)] = None
+    negative_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Negative prompt of that CFG.", show_default="Wan's published one", rich_help_panel=TEACHER)] = None
     flow_shift: Annotated[float | None, typer.Option(metavar="X", help="Shift of the noise schedule of --teacher and of plain LoRAs.", show_default="the LoRA's; 12 for Wan 2.2 A14B t2v, else 5", rich_help_panel=TEACHER), POSITIVE] = None
 
     dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Number format of transformers and text encoder (the VAE is fp32).", rich_help_panel=DEVICE)] = "bf16"
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=DEVICE)] = "auto"
-    base_precision: Annotated[QuantisedPrecision | None, typer.Option(help="Keep the linear layers of the transformers' blocks in 8 or 4 bits, as `wantrain distill` does: int8 and fp8 take half of bf16's memory, nf4 (bitsandbytes) less than a third.", show_default="as --dtype says", rich_help_panel=DEVICE)] = None
-    offload: Annotated[bool, typer.Option("--offload", help="Keep in GPU memory only the component that works, as diffusers' model offloading does.", show_default="off", rich_help_panel=DEVICE)] = False
-    low_vram: Annotated[bool, typer.Option("--low-vram", help="The same, and keep the blocks of transformers and text encoder in CPU memory; each is copied to the GPU while the one before it works.", show_default="off", rich_help_panel=DEVICE)] = False
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto uses a GPU if available.", rich_help_panel=DEVICE)] = "auto"
+    base_precision: Annotated[QuantisedPrecision | None, typer.Option(help="Store the linear layers of the transformers' blocks in 8 or 4 bits, as in `wantrain distill`: int8 and fp8 take half of bf16's memory, nf4 (bitsandbytes) less than a third.", show_default="as --dtype", rich_help_panel=DEVICE)] = None
+    offload: Annotated[bool, typer.Option("--offload", help="Keep only the running component in GPU memory, as in diffusers' model offloading.", show_default="off", rich_help_panel=DEVICE)] = False
+    low_vram: Annotated[bool, typer.Option("--low-vram", help="Like --offload, and keep the blocks of transformers and text encoder in CPU memory; each is copied to the GPU while the one before it computes.", show_default="off", rich_help_panel=DEVICE)] = False
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class SampleConfig:
             raise UserError(
                 "--lora: found "
                 + ("both --lora and --teacher" if self.teacher else "neither --lora nor --teacher")
-                + ", expected one: --lora FILE, or --teacher for the base model alone."
+                + ", expected one: --lora FILE, or --teacher for only the base model."
             )
         if any(not prompt.strip() for prompt in self.prompt):
             raise UserError("--prompt: found an empty prompt, expected text.")
@@ -73,8 +73,8 @@ class SampleConfig:
         for name in ("steps", "guidance_scale", "negative_prompt", "flow_shift"):
             if getattr(self, name) is not None:
                 raise UserError(
-                    f"--{name.replace('_', '-')}: found beside --lora of a student, which takes "
-                    "the steps it was trained on, without guidance. It is an option of --teacher "
+                    f"--{name.replace('_', '-')}: found with --lora of a student, which uses "
+                    "the trained steps, without guidance. It is an option of --teacher "
                     "and of LoRAs of `wantrain lora`."
                 )
 
@@ -103,23 +103,23 @@ class SampleConfig:
 # fmt: off
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
-    """Show validation clips as the VAE decodes them.
+    """Decode validation clips with the VAE.
 
-    Training has no VAE and shows the colours of latents; this makes the clips themselves, afterwards or beside it, of every clip that a run has sampled.
+    Training runs no VAE, so its previews show the latents' colours; this decodes every clip that a run has sampled, during training or afterwards.
 
-    Next: wantrain sample --lora FILE --prompt TEXT, for the student alone
+    Next: wantrain sample --lora FILE --prompt TEXT
     """
 
     PANELS: ClassVar[Sequence[str]] = (INPUT, OUTPUT, DEVICE)
 
-    latents: Annotated[list[Path], typer.Option(metavar="FILE|DIR", help="Latents that --validation-steps left, or a folder of them with all that is below; may be given several times.", rich_help_panel=INPUT)]
-    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model whose VAE decodes: a folder of diffusers or Wan, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)] = DEFAULT_MODEL
+    latents: Annotated[list[Path], typer.Option(metavar="FILE|DIR", help="Latents from --validation-steps: a file, or a folder and its subfolders. Can be given several times.", rich_help_panel=INPUT)]
+    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model whose VAE decodes: a diffusers or Wan folder, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)] = DEFAULT_MODEL
 
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the clips (mp4) and the contact sheet (png).", rich_help_panel=OUTPUT)] = Path("decoded")
     fps: Annotated[int, typer.Option(metavar="N", help="Frames per second of the mp4; Wan is trained at 16.", rich_help_panel=OUTPUT), AT_LEAST_1] = 16
 
     dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Number format that the VAE computes in.", rich_help_panel=DEVICE)] = "fp32"
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.", rich_help_panel=DEVICE)] = "auto"
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto uses a GPU if available.", rich_help_panel=DEVICE)] = "auto"
     # fmt: on
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Contact sheets: clips as one picture."""
+"""Contact sheets: clips as one image."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""`wantrain sample`: a pipeline of its own, LoRAs, and exactly the steps that they were trained on.
+"""`wantrain sample`: a pipeline of its own, LoRAs, and exactly the trained steps.
 
 The only module of this stage that builds a VAE and a text encoder, in a process of its own.
 """
@@ -77,12 +77,11 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
     if student is not None:
         config.check_few_steps()
     shift = many_steps_shift(config, loras, spec)
-    alone = any(lora.provenance.expert == "full" for lora in loras)
-    bases = _bases(config, spec, alone=alone)
+    single = any(lora.provenance.expert == "full" for lora in loras)
+    bases = _bases(config, spec, single=single)
     for component, base in bases.items():
-        for told in (base.describe(), *base.notes()):
-            if told:
-                say(f"base     {component}: {told}")
+        for line in filter(None, (base.describe(), *base.notes())):
+            say(f"base     {component}: {line}")
     for lora in loras:
         found = base_digest(spec.folder, lora.component, bases[lora.component])
         wrong = wrong_base(lora.path, lora.provenance, found, str(spec.folder))
@@ -91,8 +90,8 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
     experts = [lora.provenance.expert for lora in loras]
     if spec.two_experts and len(experts) == 1 and experts != ["full"]:
         say(
-            f"warning  only the {experts[0]}-noise expert has a LoRA; the other takes its steps "
-            f"{'undistilled' if student else 'without'}. Give both with --lora … --lora …",
+            f"warning  only the {experts[0]}-noise expert has a LoRA; the other runs "
+            f"{'undistilled' if student else 'without one'}. Give both with --lora … --lora …",
             style="yellow",
         )
 
@@ -162,19 +161,19 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
     return paths
 
 
-def _bases(config: SampleConfig, spec: ModelSpec, *, alone: bool) -> dict[str, Base]:
-    """Component → its weights. `alone`: the first takes every step (a `full` LoRA).
+def _bases(config: SampleConfig, spec: ModelSpec, *, single: bool) -> dict[str, Base]:
+    """Component → its weights. `single`: the first runs every step (a `full` LoRA).
 
     Raises UserError for weights of an expert that takes no part, or that don't fit.
     """
     base = Base.parse(config.transformer_path, config.base_lora)
     base_high = Base.parse(config.transformer_high_path, config.base_lora_high)
-    if spec.two_experts and not alone:
+    if spec.two_experts and not single:
         bases = {"transformer": base_high, "transformer_2": base}
     elif found := base_high.describe():
         raise UserError(
             f"--transformer-high-path, --base-lora-high: found {found}, but one transformer "
-            "takes every step here. Leave out -high."
+            "runs every step here. Leave out -high."
         )
     else:
         bases = {"transformer": base}
@@ -203,8 +202,8 @@ class TrainedLora:
 def read_loras(paths: Sequence[Path], spec: ModelSpec) -> list[TrainedLora]:
     """Read the files, in any form; UserError when they don't fit the model or one another."""
     # Provenance first: the tensors may be large
-    told = [(path, read_provenance(path)) for path in paths]
-    loras = [TrainedLora(read_lora(path), provenance) for path, provenance in told]
+    trained = [(path, read_provenance(path)) for path in paths]
+    loras = [TrainedLora(read_lora(path), provenance) for path, provenance in trained]
     experts = [lora.provenance.expert for lora in loras]
     if len(set(experts)) != len(experts) or ("full" in experts and len(experts) > 1):
         raise UserError(
@@ -243,7 +242,7 @@ def many_steps_shift(config: SampleConfig, loras: Sequence[TrainedLora], spec: M
     if len(set(trained)) > 1:
         raise UserError(
             f"--flow-shift: {loras[0].path} was trained at shift {trained[0]:g} and "
-            f"{loras[1].path} at {trained[1]:g}. Say at which to sample, e.g. --flow-shift "
+            f"{loras[1].path} at {trained[1]:g}. Choose the one to sample with, e.g. --flow-shift "
             f"{spec.flow_shift:g}."
         )
     return trained[0]
@@ -262,11 +261,11 @@ def build_pipeline(
 
     `bases`: what each transformer that takes part is made of; LoRAs are merged into it on `device`.
 
-    A `full` LoRA works alone at every step, so the second expert is left out.
+    A `full` LoRA is for every step, so the second expert is left out.
     """
     kind = spec.family.load_class("image_pipeline" if from_image else "pipeline")
-    alone = spec.two_experts and len(bases) == 1
-    left_out = {"transformer_2": None, "boundary_ratio": None} if alone else {}
+    single = spec.two_experts and len(bases) == 1
+    left_out = {"transformer_2": None, "boundary_ratio": None} if single else {}
     transformers.utils.logging.disable_progress_bar()  # ours follows; two would tear each other
     parts = _weighty_parts(spec, dtype, bases)
     if is_original(spec.folder):
@@ -432,9 +431,9 @@ def fit_image(path: Path, height: int, width: int) -> Image.Image:
     try:
         image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or "it holds none, or half of one"
+        why = getattr(error, "strerror", None) or "no image, or a truncated one"
         raise UserError(
-            f"--image: cannot read {path} as a picture ({why}). Expected e.g. PNG or JPEG."
+            f"--image: cannot read {path} as an image ({why}). Expected e.g. PNG or JPEG."
         ) from error
     return fit_to(image, height, width)
 

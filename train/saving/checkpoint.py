@@ -1,7 +1,7 @@
 """A run's state on disk: safetensors and JSON, whole tensors under global names.
 
 Everything that is saved is named in `TrainState`; what is not there is not saved. RNG and data
-position follow from the counter. Nothing depends on how the model is wrapped or spread.
+position follow from the counter. Nothing depends on how the model is wrapped or sharded.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ _NAME = re.compile(r"checkpoint-(\d+)(?:\+(\d+))?")
 
 
 def ema_file(role: str) -> str:
-    """A checkpoint's file of a role's averaged weights."""
+    """A checkpoint's file with the EMA of a role's weights."""
     return f"{role}_ema.safetensors"
 
 
@@ -49,7 +49,7 @@ class TrainState:
     updates: int = 0
     """Optimizer steps of all roles so far: the one counter."""
     ema: Ema | None = None
-    """Average of one role's weights, where the run keeps one; in the first process alone."""
+    """EMA of one role's weights, where the run keeps one; only in the first process."""
 
     def files(self) -> Files:
         """Everything to be saved, whole. All processes call it together."""
@@ -75,18 +75,18 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Identity:
-    """What a run is. `fixed` must match on resume; a change of `loose` is only told."""
+    """What a run is. `fixed` must match on resume; a change of `loose` is only reported."""
 
     fixed: dict[str, Any]
     loose: dict[str, Any]
-    product: dict[str, Any] = field(default_factory=dict)
-    """What the run is for: its `role`, and the `provenance` that its LoRA files get."""
+    lora: dict[str, Any] = field(default_factory=dict)
+    """The LoRA that the run saves: its `role`, and the `provenance` of its files."""
 
 
 def checkpoint_name(updates: int, cycle: int) -> str:
-    """checkpoint-N after N updates of the product; "+k" where k of the other role followed."""
-    product, other = divmod(updates, cycle)
-    return f"checkpoint-{product}" + (f"+{other}" if other else "")
+    """checkpoint-N after N steps of the main role; "+k" where k of the other role followed."""
+    steps, other = divmod(updates, cycle)
+    return f"checkpoint-{steps}" + (f"+{other}" if other else "")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -129,7 +129,7 @@ def remove_oldest(folder: Path, keep: int) -> None:
 
 
 def _write_checkpoint(
-    building: Path, files: Files, updates: int, identity: Identity, product_updates: int
+    building: Path, files: Files, updates: int, identity: Identity, steps: int
 ) -> None:
     """Every file of a checkpoint, on disk when this returns."""
     digests = {}
@@ -146,7 +146,7 @@ def _write_checkpoint(
         "updates": updates,
         "identity": identity.fixed,
         "settings": identity.loose,
-        "product": {**identity.product, "updates": product_updates},
+        "product": {**identity.lora, "updates": steps},
         "sha256": digests,
     }
     content["digest"] = digest_of(content)
@@ -174,7 +174,7 @@ def find_checkpoint(
         if existing:
             raise UserError(
                 f"--output-dir: {output_dir} already holds {existing[-1].name} of an earlier run. "
-                "Go on with it: --resume-from-checkpoint latest; or choose another --output-dir."
+                "Resume it: --resume-from-checkpoint latest; or choose another --output-dir."
             )
         return None
     if wanted == "latest":
@@ -215,7 +215,7 @@ def _restore_replaced(folder: Path) -> None:
 def set_later_aside(checkpoint: Path) -> list[Path]:
     """Rename the checkpoints that an earlier run made after `checkpoint`; their new paths.
 
-    A run that goes on from `checkpoint` makes its own; were the old ones left, "latest" could mean
+    A run that resumes from `checkpoint` makes its own; if the old ones stayed, "latest" could mean
     the abandoned branch.
     """
     siblings = list_checkpoints(checkpoint.parent)
@@ -262,10 +262,10 @@ def load_checkpoint(path: Path, expected: Files, identity: Identity) -> Loaded:
     return Loaded(loaded, content["updates"], changes)
 
 
-def read_product(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The LoRA that a checkpoint's run is for: weights by global names, and what is told of it.
+def read_lora_of_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The LoRA that a checkpoint's run saves: weights by global names, and `Identity.lora`.
 
-    The average where the run keeps one, as the run's own LoRA files. UserError when there is no
+    The EMA where the run keeps one, as in the run's own LoRA files. UserError when there is no
     checkpoint, or a damaged one.
     """
     if not (path / STATE).is_file():
@@ -274,15 +274,15 @@ def read_product(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             "as output_dir_distill/checkpoint-50."
         )
     content = _read_state(path)
-    told = content.get("product", {})
-    if "role" not in told:
+    lora = content.get("product", {})
+    if "role" not in lora:
         raise UserError(
-            f"--checkpoint: {path} does not say how its LoRA was trained; an earlier wandistill "
-            "wrote it. Go on with its run (--resume-from-checkpoint) to have the LoRA files."
+            f"--checkpoint: {path} has no metadata of its LoRA; an earlier wandistill "
+            "wrote it. Resume its run (--resume-from-checkpoint) to get the LoRA files."
         )
-    average = ema_file(told["role"])
-    file = average if average in content["sha256"] else f"{told['role']}_weights.safetensors"
-    return _read_tensors(path / file, content["sha256"][file]), told
+    ema = ema_file(lora["role"])
+    file = ema if ema in content["sha256"] else f"{lora['role']}_weights.safetensors"
+    return _read_tensors(path / file, content["sha256"][file]), lora
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -312,7 +312,7 @@ def _refuse_other_identity(path: Path, found: dict[str, Any], expected: dict[str
     if differing:
         raise UserError(
             f"checkpoint: {path} belongs to another run:\n{''.join(differing)}"
-            "Resume with the same settings, or start anew with another --output-dir."
+            "Resume with the same settings, or start a new run with another --output-dir."
         )
 
 
@@ -346,6 +346,6 @@ def _damaged(path: Path, why: str) -> DamagedCheckpointError:
     cure = (
         f"Resume from an earlier one: --resume-from-checkpoint {quoted(others[-1])}"
         if others
-        else "There is no other checkpoint beside it; start anew with another --output-dir."
+        else "There is no other checkpoint there; start a new run with another --output-dir."
     )
     return DamagedCheckpointError(f"checkpoint: {path} is damaged: {why}. {cure}")

@@ -19,19 +19,19 @@ from train.options import INPUT, OUTPUT, Expert
 class MergeConfig:
     """Add LoRAs to a model's weights and write the whole model.
 
-    The folder has the layout and the number formats of the model, in safetensors; sums are computed in fp32. Weights that no LoRA changes, such as the text encoder's, are hard links: they take no room, as long as both folders are on one disk. In diffusers: WanPipeline.from_pretrained(DIR)
+    The folder has the layout and the number formats of the model, in safetensors; sums are computed in fp32. Weights that no LoRA changes, such as the text encoder's, are hard links, which take no space if both folders are on one disk. In diffusers: WanPipeline.from_pretrained(DIR)
 
     Next: docs/use-your-lora.md
     """
 
     PANELS: ClassVar[Sequence[str]] = (INPUT, OUTPUT)
 
-    lora: Annotated[list[Path], typer.Option(metavar="FILE", help="LoRA in any form, ours or another trainer's; several times for both experts, or to add several to one.", rich_help_panel=INPUT)]
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder that is made for the merged model.", rich_help_panel=OUTPUT)]
-    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that the LoRAs are of: a folder of diffusers or Wan, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)] = DEFAULT_MODEL
-    boundary_type: Annotated[Expert | None, typer.Option(help="Expert of LoRAs that don't say which they are for; full works alone at all steps.", show_default="what the LoRA says", rich_help_panel=INPUT)] = None
+    lora: Annotated[list[Path], typer.Option(metavar="FILE", help="LoRA in any format, ours or another trainer's; give several for both experts, or to add several to one.", rich_help_panel=INPUT)]
+    output: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the merged model.", rich_help_panel=OUTPUT)]
+    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that the LoRAs are for: a diffusers or Wan folder, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)] = DEFAULT_MODEL
+    boundary_type: Annotated[Expert | None, typer.Option(help="Expert of LoRAs whose metadata doesn't name one; full: one LoRA for all steps.", show_default="the LoRA's", rich_help_panel=INPUT)] = None
     lora_scale: Annotated[float, typer.Option(metavar="X", help="Strength with which the LoRAs are added; 1 is what they were trained with.", rich_help_panel=INPUT)] = 1.0
-    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Size at which a file of weights is closed and the next begun, such as 500MB or 80GB.", rich_help_panel=OUTPUT)] = "5GB"
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Maximum size of a weight file, such as 500MB or 80GB.", rich_help_panel=OUTPUT)] = "5GB"
     # fmt: on
 
     def __post_init__(self) -> None:

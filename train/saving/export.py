@@ -10,7 +10,7 @@ from shared.errors import UserError
 from shared.io.durable import write_bytes
 from train.model.lora_files import PEFT_METADATA_KEY, Form, LoraWeights, read_lora
 from train.options import Expert
-from train.saving.checkpoint import read_product
+from train.saving.checkpoint import read_lora_of_checkpoint
 from train.saving.lora_formats import FORMS, to_form
 from train.saving.provenance import Provenance
 from train.saving.safetensors_io import safetensors_parts
@@ -30,10 +30,10 @@ def write_loras(folder: Path, lora: LoraWeights, provenance: Provenance) -> list
     return paths
 
 
-def write_lora(path: Path, lora: LoraWeights, form: Form, told: Mapping[str, str]) -> None:
-    """Write one file. `told`: the metadata that does not depend on the form."""
+def write_lora(path: Path, lora: LoraWeights, form: Form, metadata: Mapping[str, str]) -> None:
+    """Write one file. `metadata`: what does not depend on the form."""
     tensors, needed = to_form(lora, form)
-    write_bytes(path, *safetensors_parts(tensors, {"format": "pt", **told, **needed}))
+    write_bytes(path, *safetensors_parts(tensors, {"format": "pt", **metadata, **needed}))
 
 
 @dataclass(frozen=True)
@@ -41,27 +41,27 @@ class Source:
     """An adapter to be written in another form."""
 
     lora: LoraWeights
-    told: Mapping[str, str]
-    """Metadata that does not depend on the form."""
+    metadata: Mapping[str, str]
+    """What does not depend on the form."""
     note: str | None = None
-    """What a user should hear of it."""
+    """What to print about it."""
 
 
 def from_file(path: Path) -> Source:
     """A LoRA file of any form, with what it says about its training. UserError as `read_lora`."""
     read = read_lora(path)
     of_form = ("format", PEFT_METADATA_KEY)
-    told = {name: text for name, text in read.metadata.items() if name not in of_form}
-    return Source(read.lora, told, read.note)
+    metadata = {name: text for name, text in read.metadata.items() if name not in of_form}
+    return Source(read.lora, metadata, read.note)
 
 
 def from_checkpoint(path: Path) -> Source:
-    """The LoRA that a checkpoint's run is for, in fp32, told as the run's own files tell it.
+    """The LoRA that a checkpoint's run is for, in fp32, with the metadata of the run's own files.
 
     UserError when there is no checkpoint, or a damaged one.
     """
-    weights, told = read_product(path)
-    provenance = Provenance.of({**told["provenance"], "updates": told["updates"]})
+    weights, lora = read_lora_of_checkpoint(path)
+    provenance = Provenance.of({**lora["provenance"], "updates": lora["updates"]})
     return Source(LoraWeights.uniform(weights, provenance.alpha), provenance.metadata())
 
 
@@ -74,7 +74,7 @@ def export(source: Source, form: Form, output: Path, dtype: torch.dtype | None) 
         )
     try:
         write_lora(
-            output, source.lora if dtype is None else source.lora.to(dtype), form, source.told
+            output, source.lora if dtype is None else source.lora.to(dtype), form, source.metadata
         )
     except OSError as error:
         raise UserError(

@@ -1,13 +1,13 @@
 """An adapter as tensors and metadata of the forms that others load.
 
-Each form has a trap (brief, section 5): diffusers takes rank and alpha from the metadata alone and
+Each form has a trap (brief, section 5): diffusers takes rank and alpha only from the metadata and
 rejects `.alpha` keys; ComfyUI and kohya's tools take alpha from a tensor and without it apply the
 LoRA at the strength of alpha = rank.
 """
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from typing import get_args
 
 import torch
 
@@ -16,12 +16,30 @@ from shared.models.spec import family_of_layers
 from train.model.lora_files import PEFT_METADATA_KEY, Form, LoraWeights
 
 Tensors = dict[str, torch.Tensor]
+FORMS: tuple[Form, ...] = get_args(Form)
 DIFFUSERS_PREFIX = "transformer."  # for both experts: diffusers ignores "transformer_2." keys
 
 
 def to_form(lora: LoraWeights, form: Form) -> tuple[Tensors, dict[str, str]]:
-    """The adapter's tensors by the form's names, and the metadata without which they mislead."""
-    return _FORMS[form](lora)
+    """The adapter's tensors by the form's names, and the metadata without which they mislead.
+
+    comfyui: the original names (`blocks.0.self_attn.q`) below `diffusion_model.`; diffusers reads
+    them, too. kohya: these with underscores, for musubi-tuner and ComfyUI; diffusers reads them
+    only where all six layers are adapted.
+    """
+    if form == "diffusers":
+        return _diffusers(lora)
+    tensors: Tensors = {}
+    family = family_of_layers(lora.modules)
+    for module in lora.modules:
+        _, block, inside = split_layer(module)
+        name = f"{family.original_blocks}.{block}.{family.original_layers[inside]}"
+        kohya = f"lora_unet_{name.replace('.', '_')}"
+        name = kohya if form == "kohya" else f"diffusion_model.{name}"
+        tensors[f"{name}.lora_down.weight"] = lora.down(module)
+        tensors[f"{name}.lora_up.weight"] = lora.up(module)
+        tensors[f"{name}.alpha"] = torch.tensor(lora.alphas[module])
+    return tensors, {}
 
 
 def _diffusers(lora: LoraWeights) -> tuple[Tensors, dict[str, str]]:
@@ -34,47 +52,11 @@ def _diffusers(lora: LoraWeights) -> tuple[Tensors, dict[str, str]]:
         adapter["rank_pattern"] = ranks
     if alphas := {m: lora.alphas[m] for m in modules if lora.alphas[m] != alpha}:
         adapter["alpha_pattern"] = alphas
-    told = {DIFFUSERS_PREFIX + name: value for name, value in adapter.items()}
+    config = {DIFFUSERS_PREFIX + name: value for name, value in adapter.items()}
     return (
         {DIFFUSERS_PREFIX + name: tensor for name, tensor in lora.weights.items()},
-        {PEFT_METADATA_KEY: json.dumps(told, sort_keys=True)},
+        {PEFT_METADATA_KEY: json.dumps(config, sort_keys=True)},
     )
-
-
-def _original_names(
-    lora: LoraWeights, name: Callable[[str, str], str]
-) -> tuple[Tensors, dict[str, str]]:
-    """Down, up and alpha of each module under what `name` makes of block and layer, which have
-    their original names (`blocks.0`, `self_attn.q`)."""
-    tensors: Tensors = {}
-    family = family_of_layers(lora.modules)
-    for module in lora.modules:
-        _, block, inside = split_layer(module)
-        theirs = name(f"{family.original_blocks}.{block}", family.original_layers[inside])
-        tensors[f"{theirs}.lora_down.weight"] = lora.down(module)
-        tensors[f"{theirs}.lora_up.weight"] = lora.up(module)
-        tensors[f"{theirs}.alpha"] = torch.tensor(lora.alphas[module])
-    return tensors, {}
-
-
-def _comfyui(lora: LoraWeights) -> tuple[Tensors, dict[str, str]]:
-    """The original names; diffusers reads them too."""
-    return _original_names(lora, lambda block, layer: f"diffusion_model.{block}.{layer}")
-
-
-def _kohya(lora: LoraWeights) -> tuple[Tensors, dict[str, str]]:
-    """For musubi-tuner and ComfyUI; diffusers reads it only where all six layers are adapted."""
-    return _original_names(
-        lora, lambda block, layer: f"lora_unet_{block}_{layer}".replace(".", "_")
-    )
-
-
-_FORMS: Mapping[Form, Callable[[LoraWeights], tuple[Tensors, dict[str, str]]]] = {
-    "diffusers": _diffusers,
-    "comfyui": _comfyui,
-    "kohya": _kohya,
-}
-FORMS = tuple(_FORMS)
 
 
 def _usual(values: list[float]) -> float:

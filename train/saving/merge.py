@@ -53,8 +53,8 @@ def merge(config: MergeConfig, console: Console) -> None:
     say = partial(support.say, console)
     spec = read_model_spec(resolve_model(config.model, ["*"]))
     additions = [_addition(path, spec, config.boundary_type) for path in config.lora]
-    alone = any(addition.expert == "full" for addition in additions) and spec.two_experts
-    _refuse_mixed(additions, spec, alone=alone)
+    single = any(addition.expert == "full" for addition in additions) and spec.two_experts
+    _refuse_mixed(additions, spec, single=single)
     transformers: dict[str, _Transformer] = {}
     for addition in additions:
         component = component_of(addition.expert)
@@ -68,17 +68,17 @@ def merge(config: MergeConfig, console: Console) -> None:
 
     if config.output.resolve().is_relative_to(spec.folder.resolve()):
         raise UserError(
-            f"--output: {config.output} lies inside the model's folder. Choose one beside it."
+            f"--output: {config.output} lies inside the model's folder. Choose one outside of it."
         )
-    left_out = [spec.folder / "transformer_2"] if alone else []
-    told = [_told(addition, config.lora_scale) for addition in additions]
+    left_out = [spec.folder / "transformer_2"] if single else []
+    sources = [_metadata(addition, config.lora_scale) for addition in additions]
     try:
         with building_folder(config.output.absolute()) as building:
             _take_along(spec.folder, building, left_out, [t.folder for t in transformers.values()])
-            if alone:
-                _write_alone(building)
+            if single:
+                _write_single_expert(building)
             for component, transformer in transformers.items():
-                transformer.write(building, config.lora_scale, told, console)
+                transformer.write(building, config.lora_scale, sources, console)
                 say(f"merged   {component}: {transformer.merged} layers, {transformer.size:.3g} GB")
             fsync_folder(building)
             if config.output.is_dir():
@@ -87,8 +87,8 @@ def merge(config: MergeConfig, console: Console) -> None:
             fsync_folder(building.parent)
     except OSError as error:
         raise UserError(
-            f"--output: can't write {config.output} ({error.strerror or error}). Nothing is left "
-            "of it; free some room or choose another folder."
+            f"--output: can't write {config.output} ({error.strerror or error}). Nothing was "
+            "kept; free some space or choose another folder."
         ) from error
     say(f"model    {config.output}")
 
@@ -106,28 +106,28 @@ def _addition(path: Path, spec: ModelSpec, wanted: Expert | None) -> _Addition:
         return _Addition(lora, wanted)
     else:
         raise UserError(
-            f"--lora: {path} does not say which expert it is for, and {spec.folder} has two. Say "
-            "it: --boundary-type high, low, or full for one LoRA that works alone at all steps."
+            f"--lora: {path} does not name its expert, and {spec.folder} has two. Name "
+            "it: --boundary-type high, low, or full for one LoRA for all steps."
         )
     if wanted is not None and wanted != expert:
         raise UserError(
             f"--boundary-type: found {wanted}, but {path} is for {expert}. Leave it out, or merge "
-            "the LoRAs one after the other."
+            "the LoRAs in two runs."
         )
     check_expert(path, expert, spec)
     return _Addition(lora, expert)
 
 
-def _refuse_mixed(additions: Sequence[_Addition], spec: ModelSpec, *, alone: bool) -> None:
+def _refuse_mixed(additions: Sequence[_Addition], spec: ModelSpec, *, single: bool) -> None:
     experts = sorted({addition.expert for addition in additions})
-    if alone and experts != ["full"]:
+    if single and experts != ["full"]:
         raise UserError(
-            f"--lora: found LoRAs for {', '.join(experts)}; one for full works without the "
-            "low-noise expert. Give high and low ones, or full ones."
+            f"--lora: found LoRAs for {', '.join(experts)}; a full one replaces the "
+            "low-noise expert. Give high and low ones, or only full ones."
         )
-    if alone and is_original(spec.folder):
+    if single and is_original(spec.folder):
         raise UserError(
-            f"--lora: {additions[0].lora.path} works alone at all steps, and a folder in Wan's "
+            f"--lora: {additions[0].lora.path} is one LoRA for all steps, and a folder in Wan's "
             "original layout can't leave the low-noise expert out. Use the model in diffusers' "
             "layout."
         )
@@ -143,14 +143,14 @@ def _warnings(addition: _Addition, spec: ModelSpec) -> Iterable[str]:
             yield warning
 
 
-def _told(addition: _Addition, scale: float) -> dict[str, Any]:
-    """What the merged files say of a LoRA in them."""
-    told = addition.lora.metadata.get(METADATA_KEY)
+def _metadata(addition: _Addition, scale: float) -> dict[str, Any]:
+    """Metadata of the merged files about one LoRA."""
+    provenance = addition.lora.metadata.get(METADATA_KEY)
     return {
         "file": addition.lora.path.name,
         "expert": addition.expert,
         "lora_scale": scale,
-        "provenance": json.loads(told) if told else None,
+        "provenance": json.loads(provenance) if provenance else None,
     }
 
 
@@ -234,11 +234,11 @@ class _Transformer:
             ) from error
 
     def write(
-        self, model: Path, scale: float, told: Sequence[Mapping[str, Any]], console: Console
+        self, model: Path, scale: float, sources: Sequence[Mapping[str, Any]], console: Console
     ) -> None:
         """Write its weights below the new folder `model`; one tensor is in memory at a time."""
         folder = model / self._inside
-        metadata = {"format": "pt", METADATA_KEY: json.dumps({"merged": told}, sort_keys=True)}
+        metadata = {"format": "pt", METADATA_KEY: json.dumps({"merged": sources}, sort_keys=True)}
         own = {new: old for old, new in self._written.items()}
         named = str(self._inside) if self._inside.name else "transformer"
         files = self._split.filename_to_tensors
@@ -294,8 +294,8 @@ def _link(file: Path, target: Path) -> None:
         shutil.copyfile(file, target)
 
 
-def _write_alone(folder: Path) -> None:
-    """Tell diffusers that one transformer takes all steps."""
+def _write_single_expert(folder: Path) -> None:
+    """Tell diffusers that one transformer runs all steps."""
     path = folder / "model_index.json"
     index = json.loads(path.read_text())
     write_json(path, index | {"transformer_2": [None, None], "boundary_ratio": None})

@@ -1,4 +1,4 @@
-"""What a LoRA file says about its training: for `wantrain sample`, and for other people's tools.
+"""A LoRA file's metadata about its training: for `wantrain sample`, and for other tools.
 
 Three dialects in a file's metadata, all of strings: ours, one JSON object with everything; kohya's
 `ss_…`, which ComfyUI's and web UIs' LoRA lists show; and `modelspec.…`, the standard of model hubs.
@@ -36,7 +36,7 @@ _SS_RECIPE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """What a LoRA file says about its training, and what sampling needs to reproduce it."""
+    """How a LoRA was trained, and what sampling needs to reproduce it."""
 
     method: Method
     expert: Expert
@@ -74,15 +74,15 @@ class Provenance:
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
-    def of(cls, told: dict[str, Any]) -> "Provenance":
+    def of(cls, stored: dict[str, Any]) -> "Provenance":
         """From what `asdict` or JSON gave. KeyError or TypeError when it is something else."""
         # Fields that a later version adds are not ours to understand.
-        known = {name: told[name] for name in cls.__dataclass_fields__}
+        known = {name: stored[name] for name in cls.__dataclass_fields__}
         known["denoising_step_indices_list"] = tuple(known["denoising_step_indices_list"])
         return cls(**known)
 
     def metadata(self) -> dict[str, str]:
-        """All that a file says about its training, in whatever form its tensors are."""
+        """All metadata about training, whatever the form of the tensors."""
         return {METADATA_KEY: self.to_json()} | dict(self._kohya()) | dict(self._model_spec())
 
     def _kohya(self) -> Iterator[tuple[str, str]]:
@@ -146,7 +146,7 @@ def check_expert(path: Path, expert: Expert, spec: ModelSpec) -> None:
     """UserError where a LoRA is for one of two experts and the model has but one transformer."""
     if expert != "full" and not spec.two_experts:
         raise UserError(
-            f"--lora: {path} is for the {expert}-noise expert, but {spec.folder} has one "
+            f"--lora: {path} is for the {expert}-noise expert, but {spec.folder} has only one "
             "transformer. Use the model that it was trained on."
         )
 
@@ -156,10 +156,10 @@ def read_provenance(path: Path) -> Provenance:
     metadata = read_metadata(path)
     if METADATA_KEY not in metadata:
         raise UserError(
-            f"LoRA: {path} does not say how it was trained (no {METADATA_KEY!r} in its metadata), "
+            f"LoRA: {path} has no training metadata ({METADATA_KEY!r}), "
             "so its steps can't be reproduced. Expected a file that `wantrain distill` or `lora` "
-            "wrote; a style or a motion of others is merged into the base: --base-lora FILE (or "
-            "--base-lora-high), beside --teacher or the LoRA that was trained on it."
+            "wrote; other LoRAs are merged into the base: --base-lora FILE (or "
+            "--base-lora-high), with --teacher or the LoRA that was trained on it."
         )
     try:
         return Provenance.of(json.loads(metadata[METADATA_KEY]))

@@ -55,4 +55,4 @@ class Strategy:
     backward: Callable[[torch.Tensor], None] = torch.Tensor.backward
     """Adds the gradients of one micro-step's loss. Call it inside the role."""
     notes: tuple[str, ...] = ()
-    """What to tell the user of how it came about."""
+    """Lines about its set-up, to print."""

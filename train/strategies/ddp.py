@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from train.distributed.process_group import ALONE, Ranks
+from train.distributed.process_group import SINGLE, Ranks
 from train.model.roles import Roles
 from train.optim.adamw8bit import AdamW8bit
-from train.strategies.base import AdamSettings, Strategy
+from train.strategies.base import AdamSettings
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class AdamWRole:
     parameters: Mapping[str, nn.Parameter]
     """Under global names; DTensors where each process holds a part."""
     optimizer: torch.optim.AdamW
-    ranks: Ranks = ALONE
+    ranks: Ranks = SINGLE
     """Processes whose gradients are yet to be averaged; FSDP2 does it in the backward pass."""
 
     def update(self, rate: float, max_norm: float) -> float:
@@ -96,7 +96,7 @@ def _placed_as(like: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 def adamw_roles(
-    roles: Roles, rates: Mapping[str, float], adam: AdamSettings, ranks: Ranks = ALONE
+    roles: Roles, rates: Mapping[str, float], adam: AdamSettings, ranks: Ranks = SINGLE
 ) -> dict[str, AdamWRole]:
     """Each role with an optimizer on its parameters as they are now."""
     kind = AdamW8bit if adam.eight_bit else torch.optim.AdamW
@@ -108,10 +108,3 @@ def adamw_roles(
         )
         made[role] = AdamWRole(parameters, optimizer, ranks)
     return made
-
-
-def replicated(
-    roles: Roles, rates: Mapping[str, float], adam: AdamSettings, *, ranks: Ranks
-) -> Strategy:
-    """The strategies `single` and `ddp`."""
-    return Strategy(trained=adamw_roles(roles, rates, adam, ranks))

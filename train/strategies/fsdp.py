@@ -1,4 +1,4 @@
-"""FSDP2: every parameter is cut among the processes, and whole only while its block works.
+"""FSDP2: every parameter is sharded across ranks, and whole only while its block works.
 
 torch's `fully_shard` itself and not accelerate's plugin, which does nothing on a CPU.
 """

@@ -1,4 +1,4 @@
-"""The strategy of a name, put to work; and the bytes that it leaves with this process."""
+"""The strategy of a name, put to work; and the bytes that this rank stores then."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, cast
@@ -21,7 +21,7 @@ def spread(
 ) -> Strategy:  # fmt: skip
     """Spread the transformer and the LoRAs in it over the processes, each on its `device`.
 
-    This changes the transformer in place. Strategies that cut it take it from the CPU, block by
+    This changes the transformer in place. Strategies that shard it take it from the CPU, block by
     block, since it need not fit on a device whole, and its values from the first process, which
     may be the only one to have them; with the others, the blocks of these numbers are streamed.
     """
@@ -31,9 +31,9 @@ def spread(
     if name not in SHARDED:
         roles.transformer.to(device)
     if name in ("single", "ddp"):
-        from train.strategies.ddp import replicated
+        from train.strategies.ddp import adamw_roles
 
-        return replicated(roles, rates, adam, ranks=ranks)
+        return Strategy(trained=adamw_roles(roles, rates, adam, ranks))
     if name == "fsdp":
         from train.strategies.fsdp import sharded
 
@@ -53,7 +53,7 @@ def parameter_bytes(transformer: nn.Module) -> int:
 
 
 def held_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """What this process holds of them between passes, whichever strategy cut them."""
+    """What this rank stores of them between passes, whichever strategy sharded them."""
 
     def held(tensor: torch.Tensor) -> torch.Tensor:
         if isinstance(tensor, DTensor):
@@ -64,7 +64,7 @@ def held_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def device_bytes(transformer: nn.Module) -> int:
-    """What this process holds of the parameters on the device, and of the buffers that streamed
+    """What this rank stores of the parameters on the device, and of the buffers that streamed
     ones visit there."""
     streamed = streamed_blocks(transformer)
     if streamed is None:

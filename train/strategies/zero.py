@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO: gradients and moments are cut among the processes (2), and the base, too (3).
+"""DeepSpeed ZeRO: gradients and moments are sharded across ranks (2), and the base, too (3).
 
 One engine over the transformer, with a parameter group for each role. Without DeepSpeed's own bf16
 and fp16, which would cast the LoRAs; compute is under our autocast. Without its linear layer, too
@@ -26,7 +26,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class RoleAdamW(torch.optim.AdamW):
-    """AdamW that leaves alone the groups of all roles but the active one.
+    """AdamW that steps only the active role's groups.
 
     DeepSpeed hands a role without gradients zeros, with which AdamW would still decay its weights
     and moments.
@@ -95,7 +95,7 @@ class ZeroRole:
     def load(
         self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]
     ) -> None:
-        put = self._put_cut if self.stage == 3 else self._put_whole
+        put = self._put_shard if self.stage == 3 else self._put_whole
         for name, parameter in self.parameters.items():
             put(parameter, None, weights[name].to(self.engine.device))
             for moment in _MOMENTS if moments else ():
@@ -117,9 +117,9 @@ class ZeroRole:
             safe_set_full_fp32_param(parameter, value)
 
     @staticmethod
-    def _put_cut(parameter: Any, moment: str | None, value: torch.Tensor) -> None:
+    def _put_shard(parameter: Any, moment: str | None, value: torch.Tensor) -> None:
         """The same in stage 3. DeepSpeed's own setters of whole values leave out what forward
-        passes gather, and can't cut what the processes don't divide."""
+        passes gather, and can't shard what the number of ranks doesn't divide."""
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         size, rank = parameter.ds_tensor.numel(), dist.get_rank()

@@ -19,11 +19,11 @@ _RECENT = 0.1
 
 
 class TrainProgress(Progress):
-    """Updates of the product, losses, speed, peak memory, elapsed time and what is left of it."""
+    """Steps of the main role, losses, speed, peak memory, elapsed time and what is left of it."""
 
     def __init__(
         self,
-        product_updates: int,
+        steps: int,
         cycle: int,
         console: Console,
         *,
@@ -45,7 +45,7 @@ class TrainProgress(Progress):
         self._memory = "GPU" if device.type == "cuda" else "RAM"
         self._losses: dict[str, float] = {}
         self._seconds: float | None = None
-        self._task = self.add_task(title, total=product_updates, completed=start // cycle)
+        self._task = self.add_task(title, total=steps, completed=start // cycle)
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """Bar and times, and the figures below, which would squeeze them out of a line."""

@@ -1,4 +1,4 @@
-"""Where a run's numbers and pictures go: TensorBoard, CSV, and every tracker that accelerate has.
+"""Where a run's numbers and images go: TensorBoard, CSV, and every tracker that accelerate has.
 
 A resumed run repeats the updates after its checkpoint. TensorBoard and the CSV file cut what was
 written of them, so no point is there twice; wandb keeps the first, which is the same.
@@ -69,7 +69,7 @@ def chosen(report_to: Sequence[str]) -> tuple[str, ...]:
             raise UserError(f"--report-to: found {name!r}, expected one of {', '.join(NAMES)}.")
     if NONE in report_to:
         if len(report_to) > 1:
-            raise UserError(f"--report-to: found {NONE} beside others, expected it alone.")
+            raise UserError(f"--report-to: found {NONE} with others, expected only {NONE}.")
         return ()
     if ALL in report_to:
         return (*filter(_is_installed, MODULES), CSV)
@@ -229,7 +229,7 @@ class OfAccelerate(Tracker):
         except Exception as error:  # of eight libraries, each with its own
             offline = " Without a network: WANDB_MODE=offline." if name == WANDB else ""
             raise UserError(
-                f"--report-to: {name} cannot be opened ({first_line(error)}). Mend its settings, "
+                f"--report-to: {name} cannot be opened ({first_line(error)}). Fix its settings, "
                 f"or choose another: {TENSORBOARD}, {CSV}.{offline}"
             ) from error
 

@@ -1,4 +1,4 @@
-"""Validation: what the product makes of fixed inputs while it trains.
+"""Validation: what the trained LoRA makes of fixed inputs during training.
 
 Latents are sampled with the roles as they are in training, at the trained steps, and shown by their
 colours (`shared.format.latent_rgb`): no VAE is there. They are kept, so that `wantrain decode` can
@@ -61,7 +61,7 @@ class Validation:
 
     inputs: Sequence[ValidationInput]
     every: int
-    """Updates of the product."""
+    """Steps of the main role."""
     folder: Path
     rgb: LatentRgb | None
     vae: str
@@ -75,12 +75,14 @@ class Validation:
         """Lines for people."""
         lines = [f"validate {len(self.inputs)} clips every {self.every} updates in {self.folder}"]
         if self.rgb is None:
-            lines.append("validate no pictures: these shards have no latent → RGB map; see them by "
-                         f"wantrain decode --latents {quoted(self.folder)}")  # fmt: skip
+            lines.append(
+                "validate no previews: these shards have no latent → RGB map; decode with wantrain "
+                f"decode --latents {quoted(self.folder)}"
+            )
         elif self.rgb.r2 is not None and self.rgb.r2 < R2_FLOOR:
             lines.append(
                 f"validate the colours of latents are a poor guide here (R² {self.rgb.r2:.2f}); "
-                f"judge by wantrain decode --latents {quoted(self.folder)}"
+                f"decode with wantrain decode --latents {quoted(self.folder)}"
             )
         return lines
 
@@ -98,8 +100,9 @@ class Validation:
     ) -> Path | None:
         """Make every clip with the weights as they are; the folder that they lie in.
 
-        `number`: updates of the product, `step`: of all roles. `stopped` is asked before each
-        clip; if so, nothing is left. Without `writes` clips are made for others' sake alone.
+        `number`: steps of the main role, `step`: of all roles. `stopped` is asked before each
+        clip; if so, nothing is left. Without `writes` clips are made only for the ranks' common
+        passes.
         """
         device = negative.device
         final = self.folder / f"step-{number}"
@@ -187,7 +190,7 @@ def prepare_validation(
         if not prompts:
             raise UserError(
                 f"--validation-steps: {index.store} has no validation prompts. Encode some: "
-                "wanprep encode with its options of before and --validation-prompts FILE; only the "
+                "wanprep encode with the same options and --validation-prompts FILE; only the "
                 "prompts are encoded. Or leave --validation-steps out."
             )
         inputs = [
@@ -213,11 +216,11 @@ def validation_prompts(index: CacheIndex) -> list[Prompt]:
         return current_validation(own)
     beside = overlay.index
     listed = current_validation(prompts_by_shard(beside.store, beside.prompt_shards))
-    pictures = {prompt.key: prompt for shard in own for prompt in shard}
+    images = {prompt.key: prompt for shard in own for prompt in shard}
     found = []
     for prompt in listed:
-        picture = pictures.get(prompt.key, prompt)
-        both = {"cond": picture.cond, "clip": picture.clip}
+        image = images.get(prompt.key, prompt)
+        both = {"cond": image.cond, "clip": image.clip}
         found.append(Prompt(**(prompt.__dict__ | both)))
     return found
 
@@ -262,7 +265,7 @@ def _batch(prompt: Prompt, number: int, spec: ModelSpec, index: CacheIndex) -> S
         noised = torch.ones(1, 1, shape[1], 1, 1)
         if prompt.cond is not None:
             one = (shape[0], 1, *shape[2:])
-            refuse_if(found != one, f"shape {found}, expected {one}", "the picture of")
+            refuse_if(found != one, f"shape {found}, expected {one}", "the image of")
             latents[0, :, :1] = prompt.cond
             noised[:, :, 0] = 0
     width = prompt.text.shape[1]

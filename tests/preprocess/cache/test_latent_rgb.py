@@ -17,8 +17,8 @@ from shared.format.latent_rgb import (
     ColourFit,
     ColourSums,
     LatentRgb,
-    cell_colours,
     is_held_out,
+    latent_pixel_colours,
     latents_to_rgb,
     solve,
 )
@@ -170,7 +170,7 @@ def random_sample(key: str, seed: int) -> ColourFit:
     """5 frames of 16×24 pixels whose colours are a linear function of 4 latents, without noise."""
     random = np.random.default_rng(seed)
     frames = random.integers(0, 256, (5, 16, 24, 3), dtype=np.uint8)
-    colours = torch.from_numpy(cell_colours(frames, (2, 2, 3))).permute(3, 0, 1, 2)
+    colours = torch.from_numpy(latent_pixel_colours(frames, (2, 2, 3))).permute(3, 0, 1, 2)
     latents = torch.cat([2 * colours + 0.5, colours[:1] - colours[2:]])
     return ColourFit.of(key, ColourSums.of(frames, latents))
 
@@ -182,7 +182,7 @@ def test_a_perfect_relation_is_found_and_shown() -> None:
     rgb = solve([random_sample(KEPT, 0), random_sample(HELD_OUT, 1)])
     assert rgb is not None and rgb.r2 == pytest.approx(1.0)
     frames = np.full((1, 16, 24, 3), (250, 10, 100), dtype=np.uint8)
-    colours = torch.from_numpy(cell_colours(frames, (1, 2, 3))).permute(3, 0, 1, 2)
+    colours = torch.from_numpy(latent_pixel_colours(frames, (1, 2, 3))).permute(3, 0, 1, 2)
     latents = torch.cat([2 * colours + 0.5, colours[:1] - colours[2:]])
     assert np.array_equal(latents_to_rgb(latents, rgb), frames[:, :2, :3])
     with pytest.raises(ValueError, match=r"\(4, T, h, w\)"):

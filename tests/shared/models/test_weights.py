@@ -394,7 +394,7 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     ),
     "no fp8 though it says so": (
         lambda s: s | {f"{_first_layer(s)}.comfy_quant": _told_fp8()},
-        r"says that .* is fp8, but it is float32",
+        r"marks .* as fp8, but it is float32",
     ),
     "a scale of fp8 arithmetic without a layer": (
         lambda s: s | {"no.such.layer.input_scale": torch.ones(1)},
@@ -533,13 +533,13 @@ def _whole_too(place: Cell, state: State) -> None:
 
 FilesSpoil = Callable[[Cell, State], None]
 IN_FOLDERS: dict[str, tuple[FilesSpoil, str]] = {
-    "stray": (_stray, r"pytorch_lora_weights\.safetensors is none of the weights"),
-    "adapter": (_adapter_file, r"adapter_model\.bin is none of the weights [^,]*\."),
+    "stray": (_stray, r"pytorch_lora_weights\.safetensors does not belong to the weights"),
+    "adapter": (_adapter_file, r"adapter_model\.bin does not belong to the weights [^,]*\."),
 }
 IN_SHARDS: dict[str, tuple[FilesSpoil, str]] = {
     "index names fewer": (
         _unnamed,
-        r"-00002-of-00002\.safetensors is none of the weights by .*index\.json: nobody would read",
+        r"-00002-of-00002\.safetensors does not belong to the weights of .*index\.json",
     ),
     "index names more": (_names_more, r"names lost\.safetensors, which is not in its folder"),
     "index of nothing": (

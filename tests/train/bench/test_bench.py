@@ -82,7 +82,7 @@ def test_it_watches_the_loop_itself(
 
     said = capsys.readouterr().out
     for line in (
-        "step time / passes alone: ", "resident / one base", "loader / sequential read: ",
+        "step time / only passes: ", "resident / one base", "loader / sequential read: ",
         "TFLOP/s inside the passes", "work     critic: ",
     ):  # fmt: skip
         assert line in said

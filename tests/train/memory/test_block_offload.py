@@ -23,9 +23,9 @@ from tests.models import TEXT_DIM, tiny_model, tiny_transformer
 from tests.train.conftest import randomise_lora
 from tests.train.methods.test_finetune import finetune
 from tests.train.strategies.test_strategies import (
-    ALONE,
     IN_TWO,
     RUN,
+    SINGLE,
     assert_like_alone,
     command,
     typed,
@@ -132,7 +132,7 @@ def test_a_plain_lora_is_the_same_to_the_bit(
         ),
         (
             ("--blocks-to-swap", "4", "--strategy", "fsdp"),
-            "--blocks-to-swap: found with --strategy fsdp, which cuts the base among the processes "
+            "--blocks-to-swap: found with --strategy fsdp, which shards the base across ranks "
             "already. Use --strategy ddp or zero2",
         ),
     ],
@@ -181,13 +181,13 @@ def test_where_the_base_is_cut_low_vram_has_nothing_to_do(
     words = ("--low_vram", "--strategy", "zero3", "--dry-run")
     distill(deep_i2v, i2v_shards, tmp_path / "out", *words)
     said = capsys.readouterr().out
-    assert "--low-vram does nothing more: zero3 cuts the base already" in said
+    assert "--low-vram has no effect: zero3 shards the base already" in said
 
 
 @pytest.fixture(scope="module")
 def in_one(tiny_t2v: Path, t2v_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of two processes, in one."""
-    return distill(tiny_t2v, t2v_shards, tmp_path_factory.mktemp("one") / "out", *RUN, *ALONE)
+    return distill(tiny_t2v, t2v_shards, tmp_path_factory.mktemp("one") / "out", *RUN, *SINGLE)
 
 
 @pytest.mark.long

@@ -13,9 +13,9 @@ from shared.models.spec import read_model_spec
 from shared.models.toy_model import toy_folder
 from tests.train.methods.test_finetune import finetune
 from tests.train.strategies.test_strategies import (
-    ALONE,
     IN_TWO,
     RUN,
+    SINGLE,
     apart,
     command,
     lora_of,
@@ -259,11 +259,11 @@ def test_bf16_is_what_it_is_without_the_option(
         ),
         (
             ("--base-precision", "nf4", "--strategy", "fsdp"),
-            "--base-precision: found nf4 with --strategy fsdp, which cuts weights",
+            "--base-precision: found nf4 with --strategy fsdp, which shards weights",
         ),
         (
             ("--base-precision", "int8", "--strategy", "zero3"),
-            "--base-precision: found int8 with --strategy zero3, which cuts weights",
+            "--base-precision: found int8 with --strategy zero3, which shards weights",
         ),
     ],
 )
@@ -300,7 +300,7 @@ def test_processes_that_hold_the_base_whole_train_on_it_quantised(
     tiny_t2v: Path, t2v_shards: Path, tmp_path: Path
 ) -> None:
     chosen = ("--base-precision", "fp8")
-    alone = lora_of(distill(tiny_t2v, t2v_shards, tmp_path / "alone", *RUN, *ALONE, *chosen))
+    alone = lora_of(distill(tiny_t2v, t2v_shards, tmp_path / "alone", *RUN, *SINGLE, *chosen))
     out = tmp_path / "out"
     typed(*command(tiny_t2v, t2v_shards, out, *IN_TWO, *chosen, "--strategy", "zero2"))
     assert apart(alone, lora_of(out)) <= 1e-4

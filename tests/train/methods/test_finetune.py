@@ -222,7 +222,7 @@ def test_shards_of_another_model_are_refused(
 def test_captions_alone_are_refused(tiny_t2v: Path, tmp_path: Path) -> None:
     entry = {"text": "waves of kind 0, moving", "width": 96, "height": 54}
     shards = encode_list(tiny_t2v, tmp_path / "shards", [entry])
-    with pytest.raises(UserError, match=r"1 of the 1 samples in .*which is what `wantrain lora`"):
+    with pytest.raises(UserError, match=r"1 of the 1 samples in .*which `wantrain lora` needs"):
         finetune(tiny_t2v, shards, tmp_path / "out", "--boundary-type", "high")
     assert not (tmp_path / "out").exists()
 

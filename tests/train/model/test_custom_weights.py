@@ -359,7 +359,7 @@ def test_the_student_is_sampled_on_its_base(
 def test_high_weights_of_a_model_with_one_transformer(tiny_ti2v: Path, tmp_path: Path) -> None:
     own = str(tiny_ti2v / "transformer")
     size = ("--height", "64", "--width", "96", "--teacher", "--steps", "2")
-    with pytest.raises(UserError, match=r"one transformer takes every step here\. Leave out"):
+    with pytest.raises(UserError, match=r"one transformer runs every step here\. Leave out"):
         sample(tiny_ti2v, tmp_path, *size, "--transformer-high-path", own)
     one = sample(tiny_ti2v, tmp_path / "1", *size, "--transformer-path", own)
     two = sample(tiny_ti2v, tmp_path / "2", *size)

@@ -114,7 +114,7 @@ def test_every_form_is_read_with_its_alphas(
     assert read.for_transformer_2 == name("blocks.0.ffn.0", "up").startswith("transformer_2.")
 
     bare = read_lora(written(tmp_path / "y.safetensors", tensors_of(name)))
-    assert bare.alpha_assumed and "y.safetensors does not say its alpha" in (bare.note or "")
+    assert bare.alpha_assumed and "y.safetensors has no alpha" in (bare.note or "")
     assert_holds(bare, lambda module: float(RANK))
 
 

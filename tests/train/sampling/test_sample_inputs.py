@@ -82,7 +82,7 @@ def test_options_of_the_teacher_are_refused_beside_a_lora(
 ) -> None:
     trained(tiny_t2v, "high", ALL, tmp_path)
     lora = str(lora_path(tmp_path, "high", "diffusers"))
-    with pytest.raises(UserError, match=rf"{option[0]}: found beside --lora.*option of --teacher"):
+    with pytest.raises(UserError, match=rf"{option[0]}: found with --lora.*option of --teacher"):
         sample(tiny_t2v, tmp_path / "out", "--lora", lora, *option)
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="found both --lora and --teacher"):

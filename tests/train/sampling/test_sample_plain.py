@@ -57,7 +57,7 @@ def test_forty_steps_with_cfg_by_default(
     assert [t for _, t in visited[::2]] == pytest.approx(timesteps(12.0, 40))
     assert {expert for expert, _ in visited} == {"high", "low"}
     said = " ".join(capfd.readouterr().err.split())
-    assert "only the high-noise expert has a LoRA; the other takes its steps without" in said
+    assert "only the high-noise expert has a LoRA; the other runs without one" in said
 
 
 def test_the_options_of_many_steps_count(

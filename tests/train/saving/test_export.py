@@ -111,7 +111,7 @@ def test_an_alpha_that_nobody_told_is_said(
 ) -> None:
     source = written(tmp_path / "a.safetensors", tensors_of(original()))
     export("--lora", source, "--to", "kohya", "--output", tmp_path / "b.safetensors")
-    assert "a.safetensors does not say its alpha" in capsys.readouterr().out
+    assert "a.safetensors has no alpha" in capsys.readouterr().out
     assert set(read_lora(tmp_path / "b.safetensors").lora.alphas.values()) == {4.0}
 
 

@@ -149,7 +149,7 @@ def test_a_kohya_file_of_others_in_every_command(
     a, b = (load_file(run / "lora-low-diffusers.safetensors") for run in runs)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
-    with pytest.raises(UserError, match=r"does not say how it was trained.*--base-lora FILE"):
+    with pytest.raises(UserError, match=r"has no training metadata.*--base-lora FILE"):
         sample(tiny_t2v, tmp_path / "refused", "--lora", str(theirs))
 
 

@@ -24,7 +24,7 @@ RUN = (
     "--rank", "4", "--network-alpha", "3", "--max-grad-norm", "0.002", "--save-precision", "fp32",
     "--real-guidance-scale", "3", "--seed", "5", "--device", "cpu",
 )  # fmt: skip
-ALONE = ("--train-batch-size", "4")
+SINGLE = ("--train-batch-size", "4")
 IN_TWO = ("--train-batch-size", "2", "--num-processes", "2")
 
 
@@ -68,7 +68,7 @@ def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float
 def alone(tiny_t2v: Path, t2v_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run in one process."""
     out = tmp_path_factory.mktemp("alone") / "out"
-    return distill(tiny_t2v, t2v_shards, out, *RUN, *ALONE)
+    return distill(tiny_t2v, t2v_shards, out, *RUN, *SINGLE)
 
 
 def assert_like_alone(alone: Path, out: Path) -> None:
@@ -175,7 +175,7 @@ def test_moments_in_8_bits_in_two_processes(
     """Of matrices that are large enough for it; gone on from the middle."""
     one, whole, out = (tmp_path / name for name in ("one", "whole", "out"))
     eight = ("--use-8bit-adam", "--rank", "128", "--checkpointing-steps", "3")
-    distill(tiny_t2v, t2v_shards, one, *RUN, *ALONE, *eight)
+    distill(tiny_t2v, t2v_shards, one, *RUN, *SINGLE, *eight)
     typed(*command(tiny_t2v, t2v_shards, whole, *IN_TWO, *eight))
     assert_like_alone(one, whole)
     gone_on(whole, out, command(tiny_t2v, t2v_shards, out, *IN_TWO, *eight))
@@ -186,7 +186,7 @@ def test_one_run_may_go_through_all_strategies(
     alone: Path, tiny_t2v: Path, t2v_shards: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    chain = [("single", ALONE)] + [(s, IN_TWO) for s in ("ddp", "zero2", "zero3", "fsdp")]
+    chain = [("single", SINGLE)] + [(s, IN_TWO) for s in ("ddp", "zero2", "zero3", "fsdp")]
     for steps, (strategy, cut) in enumerate(chain, start=1):
         # The last --max-train-steps counts; each leg is one update of either role.
         leg = ("--strategy", strategy, "--max-train-steps", str(steps))
