@@ -19,6 +19,7 @@ import torch
 
 from shared.errors import UserError
 from tests.train.test_distill import WANTRAIN, arguments
+from train.distributed.options import ProcessOptions
 from train.distributed.placement import Placement, place
 
 LAUNCH = """
@@ -169,7 +170,7 @@ def test_what_fails_on_another_machine_is_told(tmp_path: Path) -> None:
         )  # fmt: skip
     said = [launcher.communicate(timeout=120)[1] for launcher in launchers]
     assert said[1] == "error: shards: one.tar is damaged.\n"
-    assert said[0].startswith("error: process 1 ended the run: shards: one.tar is damaged. Go on")
+    assert said[0].startswith("error: process 1 ended the run: shards: one.tar is damaged. Resume")
     assert said[0].count("\n") == 1
 
 
@@ -231,16 +232,8 @@ def test_a_full_disk_is_one_message(tiny_t2v: Path, t2v_shards: Path, tmp_path: 
 
 
 def _placed(device: str, processes: int, ddp_timeout: int = 60) -> Placement:
-    _, placement = place(
-        "ddp",
-        num_processes=processes,
-        num_machines=1,
-        machine_rank=0,
-        main_process_ip="127.0.0.1",
-        main_process_port=None,
-        ddp_timeout=ddp_timeout,
-        device=device,
-    )
+    options = ProcessOptions(num_processes=processes, ddp_timeout=ddp_timeout, device=device)
+    _, placement = place("ddp", options)
     return placement
 
 
