@@ -170,7 +170,7 @@ def test_what_fails_on_another_machine_is_told(tmp_path: Path) -> None:
         )  # fmt: skip
     said = [launcher.communicate(timeout=120)[1] for launcher in launchers]
     assert said[1] == "error: shards: one.tar is damaged.\n"
-    assert said[0].startswith("error: process 1 ended the run: shards: one.tar is damaged. Go on")
+    assert said[0].startswith("error: process 1 ended the run: shards: one.tar is damaged. Resume")
     assert said[0].count("\n") == 1
 
 

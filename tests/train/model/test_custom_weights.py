@@ -210,7 +210,7 @@ def _as_bytes(value: object) -> torch.Tensor:
         ),
         (
             {f"{LAYER}.comfy_quant": torch.ones(3, dtype=torch.uint8)},
-            r"says of .*self_attn\.q a format that can't be read",
+            r"marks .*self_attn\.q with a format that can't be read",
         ),
         (
             {f"{LAYER}.scale_weight": torch.ones(32, 4, 1)},

@@ -98,7 +98,7 @@ def test_a_pair_at_two_shifts_needs_to_be_told(
     tiny_t2v: Path, tmp_path: Path, visited: list[tuple[str, float]]
 ) -> None:
     pair = plain(tiny_t2v, "high", tmp_path) + plain(tiny_t2v, "low", tmp_path, flow_shift=3.0)
-    with pytest.raises(UserError, match=r"--flow-shift: .* at shift 12 and .* at 3\. Say"):
+    with pytest.raises(UserError, match=r"--flow-shift: .* at shift 12 and .* at 3\. Choose"):
         sample(tiny_t2v, tmp_path / "out", *pair, *FEW)
     sample(tiny_t2v, tmp_path / "out", *pair, *FEW, "--flow-shift", "8")
     assert [t for _, t in visited] == pytest.approx(timesteps(8.0, 3))
