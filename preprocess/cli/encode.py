@@ -1,6 +1,7 @@
 """`wanprep encode` on the command line."""
 
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -12,6 +13,9 @@ from shared.errors import UserError
 from shared.interrupt import SIGNAL_EXIT
 from shared.io.mirror import open_store
 from shared.io.names import quoted
+
+if TYPE_CHECKING:
+    from preprocess.encode.session import Outcome
 
 ENCODE_EXAMPLES = """
 # datasets/ for Wan2.2-I2V-A14B: 480P, 81 frames, every second frame
@@ -27,6 +31,16 @@ python scripts/render_clips.py --count 4 --output toy-clips
 wanprep encode --model toy --train-data-dir toy-clips --size 64 \\
     --video-sample-n-frames 17 --video-sample-stride 1 --output toy-shards
 """
+
+
+def leave_if_interrupted(outcome: "Outcome", noun: str) -> None:
+    """Say what is left of a run that a signal ended, and exit with its code."""
+    from shared.cli.console import count
+
+    if outcome.signum is not None:
+        left = count(outcome.left, noun)
+        echo(f"interrupted, {left} to go. To continue, run the same command again.", err=True)
+        raise typer.Exit(SIGNAL_EXIT + outcome.signum)
 
 
 def encode(config: EncodeConfig, _: typer.Context) -> None:
@@ -51,13 +65,7 @@ def encode(config: EncodeConfig, _: typer.Context) -> None:
         echo(contents(outcome.index))
         if line := preview(outcome.index):
             echo(line)
-    if outcome.signum is not None:
-        echo(
-            f"interrupted, {count(outcome.left, 'sample')} to go. To continue, run the same command "
-            "again.",
-            err=True,
-        )
-        raise typer.Exit(SIGNAL_EXIT + outcome.signum)
+    leave_if_interrupted(outcome, "sample")
     rejected = rejections(outcome.rejected, output, config.rank.number)
     if len(outcome.rejected) > config.max_bad:
         raise UserError(

@@ -231,9 +231,14 @@ def for_this_machine(config: _Config) -> _Config:
     The device stays open with Ray: a cluster's nodes may have what this machine lacks.
     """
     device = config.device
-    if (device, config.engine) == ("auto", "local"):
-        device = config.rank.device(default_device())
+    if config.engine == "local":
+        device = device_here(device, config.rank)
     return replace(config, device=device, num_workers=config.workers)
+
+
+def device_here(device: str, rank: Rank) -> str:
+    """What --device means in this process: auto is a GPU where there is one, of its own number."""
+    return rank.device(default_device()) if device == "auto" else device
 
 
 def in_train_mode(

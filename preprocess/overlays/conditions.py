@@ -6,7 +6,7 @@ cache: no size, stride or seed. The latents are neither read nor written.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from preprocess.cache.ranks import Rank
 from preprocess.dataset.clips import Clip
 from preprocess.dataset.recorded_clips import clip_of, same_content
+from preprocess.encode.config import device_here
 from preprocess.encode.engine import latent_encoder
 from preprocess.encode.fingerprint import fields_in_cache, refuse_absent, refuse_other_vae
 from preprocess.encode.passes import Frames, all_finite, encode_decoded
@@ -24,11 +24,12 @@ from preprocess.encode.session import Outcome, stoppable
 from preprocess.encode.speed import Times
 from preprocess.frames.media_info import MediaError, MediaKind
 from preprocess.media.decode import digest
-from preprocess.media.remote import DataDir
+from preprocess.media.remote import DataDir, open_folder
 from preprocess.media.sources import MediaFile, stamp
 from preprocess.media.tars import base_folder, media_named
-from preprocess.media.worker_pool import WorkerPool
+from preprocess.media.worker_pool import WorkerPool, default_workers
 from preprocess.overlays.base import SHARD_BYTES, base_cache, overlay_session
+from preprocess.overlays.config import ConditionConfig
 from shared.cli.console import bar
 from shared.cli.support import say
 from shared.device import check_device
@@ -51,29 +52,6 @@ if TYPE_CHECKING:
     from preprocess.encode.encoders import LatentEncoder
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConditionConfig:
-    """One `wanprep add-condition`."""
-
-    shards: Store
-    model: str
-    """An i2v model with the VAE that encoded the cache."""
-    data_dir: DataDir
-    """What the names in the cache are relative to."""
-    device: str
-    workers: int
-    decode_timeout: float
-    rank: Rank = field(default_factory=Rank)
-
-    def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise UserError(f"--num-workers: {self.workers} is too small; expected at least 1.")
-        if not self.decode_timeout > 0:
-            raise UserError(
-                f"--decode-timeout: {self.decode_timeout:g} is no time; expected seconds above 0."
-            )
-
-
 @dataclass(kw_only=True)
 class Added(Outcome):
     """How a run ended. `left` counts samples of the cache that have no condition yet."""
@@ -92,17 +70,19 @@ class _Clip:
     clip: Clip
 
 
-def add_condition(config: ConditionConfig, console: Console) -> Added:
+def add_condition(config: ConditionConfig, store: Store, console: Console) -> Added:
     """Give every sample of a text-to-video cache that has none the condition of its first frame.
 
     Raises UserError for what the user can mend; files that are missing, changed or damaged are in
     the outcome.
     """
-    outcome = Added(store=config.shards.below(CONDITIONS))
+    config = replace(config, device=device_here(config.device, config.rank))
+    workers = config.num_workers or default_workers(config.rank.local_world)
+    outcome = Added(store=store.below(CONDITIONS))
     with (
         stoppable(outcome) as signals,
-        WorkerPool(config.workers, timeout=config.decode_timeout) as pool,
-        base_cache(config.shards) as base,
+        WorkerPool(workers, timeout=config.decode_timeout) as pool,
+        base_cache(store) as base,
     ):
         # What there is: a cache that lacks what the model wants.
         own = group_of(base.fingerprint, "latents", base.store)
@@ -120,7 +100,11 @@ def add_condition(config: ConditionConfig, console: Console) -> Added:
             # What the overlay lacks of it. (A caption has no frame.)
             media = np.flatnonzero(base.types != MEDIA_TYPES.index("text"))
             mine = [int(row) for row in media if config.rank.owns(base.key(int(row)))]
-            todo = _clips(base, session.lacking(partial(_missing, base, mine)), config.data_dir)
+            todo = _clips(
+                base,
+                session.lacking(partial(_missing, base, mine)),
+                open_folder(config.train_data_dir),
+            )
             done = len(mine) - outcome.left
             say(console, f"samples  {len(mine)}: {done} have a condition, {outcome.left} to encode")
 
@@ -163,14 +147,13 @@ def _refuse_without_first_frames(
     mode = base.fingerprint.get("mode")
     if mode not in LACKING[cache_mode(spec)]:
         raise UserError(
-            f"shards: {config.shards} was encoded for {mode}; only a "
+            f"shards: {base.store} was encoded for {mode}; only a "
             f"{' or '.join(LACKING[cache_mode(spec)])} cache can get the conditions of "
             f"{spec.folder}. There is nothing to add."
         )
     if len(base) and bool((base.types == MEDIA_TYPES.index("text")).all()):
         raise UserError(
-            f"shards: the samples in {config.shards} are text-only; there is no first frame to "
-            "encode."
+            f"shards: the samples in {base.store} are text-only; there is no first frame to encode."
         )
 
 

@@ -3,20 +3,18 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from preprocess.cache.ranks import Rank
 from preprocess.cache.remove import is_unusable, sources
 from preprocess.dataset.entries import Dataset, Rejected
 from preprocess.dataset.rejected import reasons
 from preprocess.dataset.toml_config import read_dataset
-from preprocess.encode.config import StoredDtype
+from preprocess.encode.config import device_here
 from preprocess.encode.engine import text_encoder
 from preprocess.encode.fingerprint import fields_in_cache, refuse_absent, text_group
 from preprocess.encode.passes import text_pass
@@ -25,6 +23,7 @@ from preprocess.encode.speed import Times
 from preprocess.encode.validation_prompts import last_of_roles, missing_roles
 from preprocess.encode.work import committed_of
 from preprocess.overlays.base import SHARD_BYTES, base_cache, overlay_session
+from preprocess.overlays.config import RecaptionConfig
 from shared.cli.console import bar, count, named
 from shared.cli.support import say
 from shared.device import check_device
@@ -48,32 +47,6 @@ from shared.io.store import Store
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 
 
-@dataclass(frozen=True, kw_only=True)
-class RecaptionConfig:
-    """One `wanprep recaption`."""
-
-    name: str
-    """Of the captions, as in `wantrain distill --captions NAME`."""
-    shards: Store
-    model: str
-    """Its text encoder and tokenizer are used."""
-    data_dir: str
-    metadata: str | None
-    """As `EncodeConfig` has them; the media themselves are not opened."""
-    dataset_config: Path | None
-    """Several datasets in place of one."""
-    same_captions: bool
-    """The cache's own captions instead of a dataset's."""
-    negative_prompt: str | None
-    """None: the one that the cache has."""
-    text_encoder_dtype: StoredDtype | None
-    """None: what the cache's own text was computed in."""
-    prune: bool
-    """Remove captions that the dataset does not give any more."""
-    device: str
-    rank: Rank = field(default_factory=Rank)
-
-
 @dataclass(kw_only=True)
 class Recaptioned(Outcome):
     """How a run ended. `written`, `removed` and `left` count captions."""
@@ -90,19 +63,22 @@ class Recaptioned(Outcome):
     """Of the dataset's list."""
 
 
-def recaption(config: RecaptionConfig, console: Console) -> Recaptioned:
+def recaption(config: RecaptionConfig, store: Store, console: Console) -> Recaptioned:
     """Bring the captions `config.name` of a cache up to date with a dataset's.
 
     Raises UserError for what the user can mend. Latents are neither read nor written.
     """
-    outcome = Recaptioned(store=captions_of(config.shards, config.name))
-    with stoppable(outcome) as signals, base_cache(config.shards) as base:
+    config = replace(config, device=device_here(config.device, config.rank))
+    outcome = Recaptioned(store=captions_of(store, config.name))
+    with stoppable(outcome) as signals, base_cache(store) as base:
         # Which caption each sample of the cache gets.
         dataset = None
         if config.same_captions:
-            say(console, f"captions the {len(base)} of {config.shards}")
+            say(console, f"captions the {len(base)} of {store}")
         else:
-            dataset = read_dataset(config.dataset_config, config.data_dir, config.metadata)
+            dataset = read_dataset(
+                config.dataset_config, config.train_data_dir, config.train_data_meta
+            )
             say(console, f"dataset  {dataset.origin}: {len(dataset.entries)} usable")
         check_device(config.device)
         wanted = _wanted(base, dataset, outcome)
