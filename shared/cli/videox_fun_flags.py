@@ -50,7 +50,8 @@ def _refused(
 
 VIDEOX_FUN_FLAGS: tuple[VideoXFunFlag, ...] = (
     *_options(
-        TRAIN, "pretrained_model_name_or_path", "seed", "video_repeat", "train_mode", "output_dir", "train_batch_size",
+        TRAIN, "pretrained_model_name_or_path", "seed", "video_repeat", "train_mode",
+        "output_dir", "train_batch_size",
         "num_train_epochs", "max_train_steps", "gradient_accumulation_steps", "learning_rate",
         "learning_rate_critic", "lr_scheduler", "lr_warmup_steps", "dataloader_num_workers",
         "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
