@@ -16,6 +16,7 @@ from safetensors.torch import load
 
 from preprocess.inspection.html import HistogramChart, templates
 from preprocess.inspection.overview import Histogram, drawn_across_buckets, histogram, overview
+from shared.io.store import Store
 from tests.html_page import Parsed
 from tests.models import tiny_model
 from tests.preprocess.conftest import Cache, render_clip, wanprep
@@ -69,7 +70,7 @@ def from_tars(shards: Path) -> dict[str, dict[str, bytes]]:
 
 
 def test_the_numbers_are_those_of_the_tars(shards: Path) -> None:
-    found, samples = overview(shards, seed=0), from_tars(shards)
+    found, samples = overview(Store(shards), seed=0), from_tars(shards)
     infos = [json.loads(sample["json"]) for sample in samples.values()]
     tokens = [len(load(sample["text.safetensors"])["text"]) for sample in samples.values()]
     assert found.samples == 6 and found.types == {"video": 3, "image": 3, "text": 0}
@@ -102,7 +103,7 @@ def test_the_numbers_are_those_of_the_tars(shards: Path) -> None:
 
 
 def test_captions_are_counted(shards: Path) -> None:
-    said = overview(shards, seed=0).captions
+    said = overview(Store(shards), seed=0).captions
     assert (said.distinct, said.empty, said.at_token_limit) == (5, 0, 1)
     assert (said.most_common, said.most_common_samples) == (HOSTILE, 2)
     assert said.longest == 512
@@ -113,7 +114,7 @@ def test_dead_bytes_are_what_compact_frees(shards: Path, tmp_path: Path) -> None
     cache = Cache.open(copy)
     key = cache.index.key(cache.row(source=cache.info(0)["source"]))
     assert wanprep("remove", "--sample", key, "--shards", copy).code == 0
-    found = overview(copy, seed=0)
+    found = overview(Store(copy), seed=0)
     assert found.dead == 2 and found.tombstones == 1  # the edited caption's old sample, this one
     overlay = found.overlays[0]
     assert (overlay.name, overlay.samples, overlay.lacking) == ("captions/again", 6, 0)
@@ -123,12 +124,12 @@ def test_dead_bytes_are_what_compact_frees(shards: Path, tmp_path: Path) -> None
     assert "2 samples" in said and "wanprep compact" in said
     assert wanprep("compact", "--shards", copy).code == 0
     assert before - sum(path.stat().st_size for path in copy.glob("*.tar")) == found.dead_bytes > 0
-    assert overview(copy, seed=0).dead == 0
+    assert overview(Store(copy), seed=0).dead == 0
 
 
 def test_many_videos_are_drawn_from(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("preprocess.inspection.overview.MOST_READ", 2)
-    found = overview(shards, seed=0)
+    found = overview(Store(shards), seed=0)
     assert (len(found.seconds), found.seconds_of) == (2, 3)
     assert "2 drawn of 3 videos" in wanprep("inspect", "--shards", shards).out
 

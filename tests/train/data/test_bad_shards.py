@@ -65,7 +65,7 @@ def test_a_whole_copy_trains(
 
 
 def test_a_cache_whose_samples_are_all_removed(shards: Path, refusal: Refusal) -> None:
-    remove(shards, ["*"], dry_run=False)
+    remove(Store(shards), ["*"], dry_run=False)
     said = refusal()
     assert f"{shards} has no samples" in said and f"wanprep encode --output {shards}" in said
 
