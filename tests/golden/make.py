@@ -38,6 +38,7 @@ FAMILIES: tuple[Mode, ...] = ("t2v", "i2v", "ti2v")
 PRECISIONS = {"fp32": "no", "bf16": "bf16"}
 PROGRAMS = ("wanprep", "wantrain")
 HEX = re.compile(r"\b[0-9a-f]{32,64}\b")
+FEW_SECONDS = re.compile(r"about \d+ s\b")  # on a busy machine
 LONG_NUMBER = re.compile(r"-?\d+\.\d{6,}(e-?\d+)?")
 
 
@@ -124,7 +125,7 @@ def family(mode: Mode, precision: str, output: Path) -> None:
             "--gen-update-interval 1 --learning-rate 1e-3 --ema-decay 0.5 --ema-start 1 "
             "--checkpointing-steps 1 --dataloader-num-workers 0"
         )
-        said = [command(f"wanprep plan {encode}", folder)]
+        said = [FEW_SECONDS.sub("about a second", command(f"wanprep plan {encode}", folder))]
         command(f"wanprep encode {encode}", folder)
         said.append(command(f"{distill} --dry-run", folder))
         command(distill, folder)
