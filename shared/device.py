@@ -24,3 +24,8 @@ def default_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def chosen_device(option: str) -> str:
+    """What --device means: auto is a GPU where there is one."""
+    return default_device() if option == "auto" else option

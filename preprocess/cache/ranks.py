@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 
 from shared.errors import UserError
 
@@ -53,3 +54,12 @@ def this_rank() -> Rank:
         )
         return Rank(number=number, world=world, local=local, local_world=max(1, local_world))
     return Rank()
+
+
+class WithRank:
+    """A configuration of a command that several processes run together."""
+
+    @cached_property
+    def rank(self) -> Rank:
+        """This process's share of the work."""
+        return this_rank()

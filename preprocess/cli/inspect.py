@@ -9,7 +9,7 @@ import typer
 
 from preprocess.cache.ranks import this_rank
 from shared.cli.support import Command, echo, echo_data
-from shared.device import default_device
+from shared.device import chosen_device
 from shared.errors import UserError
 from shared.io.mirror import open_store
 from shared.models.spec import DEFAULT_MODEL
@@ -111,7 +111,7 @@ def verify(
             count=decode,
             keys=tuple(sample or ()),
             seed=seed,
-            device=default_device() if device == "auto" else device,
+            device=chosen_device(device),
             decode_timeout=decode_timeout,
         )
         verified = run_verify(store, console)

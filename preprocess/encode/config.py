@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, TypeVar
 
 import typer
 
-from preprocess.cache.ranks import Rank, this_rank
+from preprocess.cache.ranks import Rank, WithRank
 from preprocess.dataset.sizes import LARGEST_SIZE, SMALLEST_SIZE, Clips
 from shared.cli.checks import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, check_options
 from shared.device import default_device
@@ -35,7 +34,7 @@ INPUT, SAMPLES, ENCODERS, OUTPUT, CLUSTER, PLAN = (
 
 # fmt: off
 @dataclass(frozen=True, kw_only=True)
-class EncodeConfig:
+class EncodeConfig(WithRank):
     """Encode videos, images and captions into shards, once.
 
     The model's VAE and text encoder turn a sample into latents, text embeddings and, for i2v models, the first frame's condition. Interrupted and run again, it continues; with nothing to do, it ends at once.
@@ -88,11 +87,6 @@ class EncodeConfig:
     ray_address: Annotated[str | None, typer.Option(metavar="HOST:PORT", envvar="RAY_ADDRESS", help="Head node of the Ray cluster, or auto: the cluster that this machine belongs to. Run the command on one of its nodes.", show_default="a local cluster", rich_help_panel=CLUSTER)] = None
     ray_actors: Annotated[int | None, typer.Option(metavar="N", help="Maximum number of actors; each has an encoder, on a GPU of its own if there are any, and decoders (--num-workers).", show_default="as many as fit", rich_help_panel=CLUSTER), AT_LEAST_1] = None
     # fmt: on
-
-    @cached_property
-    def rank(self) -> Rank:
-        """This process's share of the work."""
-        return this_rank()
 
     @property
     def workers(self) -> int:

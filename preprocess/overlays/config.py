@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 import typer
 
-from preprocess.cache.ranks import Rank, this_rank
+from preprocess.cache.ranks import WithRank
 from preprocess.encode.config import ENCODERS, INPUT, StoredDtype
 from shared.cli.checks import AT_LEAST_1, POSITIVE, check_options
 from shared.models.spec import DEFAULT_MODEL
@@ -18,7 +17,7 @@ CAPTIONS = "Captions"
 
 # fmt: off
 @dataclass(frozen=True, kw_only=True)
-class RecaptionConfig:
+class RecaptionConfig(WithRank):
     """Encode other captions for existing shards.
 
     Only the text encoder runs. The embeddings are stored in shards of their own, in captions/NAME; nothing else is changed, and there may be several caption sets. Files are matched by their names in the dataset. Samples without a new caption keep their old one. Run again, it encodes what is new or edited.
@@ -42,15 +41,10 @@ class RecaptionConfig:
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto uses a GPU if available.", rich_help_panel=ENCODERS)] = "auto"
     # fmt: on
 
-    @cached_property
-    def rank(self) -> Rank:
-        """This process's share of the work."""
-        return this_rank()
-
 
 # fmt: off
 @dataclass(frozen=True, kw_only=True)
-class ConditionConfig:
+class ConditionConfig(WithRank):
     """Add the i2v condition to shards of a t2v model.
 
     The VAE encodes the first frame of every clip; the conditions are stored in shards of their own, in conditions. Latents and text stay unchanged, and t2v models train on them as before. Each media file must be the same as when it was encoded. Run again, it encodes what is missing.
@@ -71,8 +65,3 @@ class ConditionConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-
-    @cached_property
-    def rank(self) -> Rank:
-        """This process's share of the work."""
-        return this_rank()

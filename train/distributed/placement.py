@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
-from shared.device import check_device, default_device
+from shared.device import check_device, chosen_device
 from shared.errors import UserError
 from train.distributed.launcher import Machines
 from train.distributed.mesh import Mesh
@@ -159,5 +159,5 @@ def _gpus() -> int:
 
 
 def _device(wanted: str, ranks: Ranks) -> str:
-    device = default_device() if wanted == "auto" else wanted
+    device = chosen_device(wanted)
     return f"cuda:{ranks.local_rank}" if device == "cuda" else device

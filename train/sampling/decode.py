@@ -11,7 +11,7 @@ from rich.progress import track
 
 from shared.cli import support
 from shared.cli.checks import check_writable
-from shared.device import check_device, default_device
+from shared.device import check_device, chosen_device
 from shared.errors import UserError
 from shared.format.schema import DTYPES
 from shared.io.hashing import FileHasher
@@ -37,7 +37,7 @@ def decode_clips(config: DecodeConfig, console: Console) -> list[Path]:
                 f"--latents: {path} has {len(clip.latents)} channels, the VAE of {spec.folder} "
                 f"{spec.latent_channels}. Use the model that was trained: --model MODEL."
             )
-    device = default_device() if config.device == "auto" else config.device
+    device = chosen_device(config.device)
     check_device(device)
     check_writable("--output", config.output)
     _refuse_other_vae(spec, clips)

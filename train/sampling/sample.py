@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 
 from shared.cli import support
 from shared.cli.checks import check_writable
-from shared.device import check_device, default_device
+from shared.device import check_device, chosen_device
 from shared.errors import UserError, first_line
 from shared.format.resize import fit_to
 from shared.format.schema import DTYPES
@@ -97,7 +97,7 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
 
     image = fit_image(config.image, config.height, config.width) if config.image else None
     check_installed(config.base_precision)
-    device_name = default_device() if config.device == "auto" else config.device
+    device_name = chosen_device(config.device)
     check_device(device_name)
     check_writable("--output", config.output)
     device = torch.device(device_name)
