@@ -32,7 +32,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from shared.cli.support import quiet_libraries, run  # noqa: E402
+from shared.cli.library_log import quiet_libraries  # noqa: E402
+from shared.cli.support import run  # noqa: E402
 
 quiet_libraries()  # or DeepSpeed, which the encoders' packages import, writes where our JSON goes
 

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from shared.cli import support
+from shared.cli.library_log import library_log
 from shared.errors import UserError
 from shared.interrupt import Interrupted, Interruption, catch_signals
 from train.data.batches import Batch, MicroBatches, PromptBank, load_prompt_bank
@@ -21,6 +22,7 @@ from train.optim.lr_checks import FirstSteps
 from train.optim.lr_schedule import learning_rate
 from train.options import names
 from train.run import Run
+from train.saving.output_lock import hold_folder
 from train.session import Session, open_session
 from train.tracking.progress import TrainProgress
 from train.tracking.step_log import StepLog
@@ -39,7 +41,8 @@ def train(run: Run, console: Console) -> int | None:
     """
     ranks = run.ranks
     console = console if ranks.first else Console(quiet=True)
-    with joined(ranks, torch.device(run.device)):
+    with joined(ranks, torch.device(run.device)), ExitStack() as held:
+        ranks.first_does(partial(_hold_folders, held, run, console))
         validation = validation_of(run)  # refuses before weights are read
         session = open_session(run, partial(support.say, console))
         state, stopped_by = session.state, None
@@ -65,6 +68,16 @@ def train(run: Run, console: Console) -> int | None:
                     if all_there and state.updates > 0:
                         session.leave_behind()
     return stopped_by if state.updates < run.updates else None
+
+
+def _hold_folders(held: ExitStack, run: Run, console: Console) -> None:
+    """Output and logs are this run's, and libraries log to the output, until `held` ends."""
+    config, say = run.config, partial(support.say, console)
+    hold_folder(held, "--output-dir", config.output_dir, say)
+    logs = config.logging_dir
+    if logs is not None and not logs.resolve().is_relative_to(config.output_dir.resolve()):
+        hold_folder(held, "--logging-dir", logs, say)
+    held.enter_context(library_log(config.output_dir))
 
 
 def _walk(

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from shared.cli.checks import check_writable
 from shared.errors import UserError
 from shared.format.schema import DTYPES
 from shared.models.spec import blocks_of
@@ -120,16 +119,13 @@ def open_session(run: Run, say: Say) -> Session:
     """Load the base, add adapters and optimizers, and resume from a checkpoint if asked for."""
     config, objective, ranks = run.config, run.objective, run.ranks
 
-    def look_for_checkpoint() -> Path | None:
-        found = find_checkpoint(
+    resume_from = ranks.first_does(
+        lambda: find_checkpoint(
             config.output_dir,
             config.resume_from_checkpoint,
             on_damaged=lambda why: say(f"resume   {why}; an earlier one is taken"),
         )
-        check_writable("--output-dir", config.output_dir)
-        return found
-
-    resume_from = ranks.first_does(look_for_checkpoint)
+    )
     for line in run.describe():
         say(line)
 

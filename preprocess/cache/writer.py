@@ -5,11 +5,8 @@ Whatever a killed run left without one is removed by the next.
 """
 
 import errno
-import fcntl
 import hashlib
-import os
 import re
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from itertools import chain
@@ -20,6 +17,7 @@ import numpy.typing as npt
 import webdataset
 
 from preprocess.cache.shard_rows import pack_rows, scan_shard
+from shared.cli.support import echo
 from shared.errors import UserError
 from shared.format.buckets import Bucket
 from shared.format.cache import SHARD_NAME, TOMBSTONES, Sidecar, Tombstones, age
@@ -37,6 +35,7 @@ from shared.io.durable import (
     write_bytes,
     write_json,
 )
+from shared.io.locks import file_lock, without_locks
 from shared.io.mirror import ROWS_SUFFIX
 from shared.io.store import Store
 
@@ -242,7 +241,7 @@ def output_lock(folder: Path) -> AbstractContextManager[None]:
 
     The system drops the lock when the process ends, however it ends.
     """
-    return _locked(folder, LOCK, fcntl.LOCK_EX, patience=0)
+    return _locked(folder, LOCK, patience=0)
 
 
 def reader_lock(folder: Path) -> AbstractContextManager[None]:
@@ -250,7 +249,7 @@ def reader_lock(folder: Path) -> AbstractContextManager[None]:
 
     Raises UserError where somebody has.
     """
-    return _locked(folder, LOCK, fcntl.LOCK_SH, patience=_PATIENCE)
+    return _locked(folder, LOCK, shared=True, patience=_PATIENCE)
 
 
 @contextmanager
@@ -279,7 +278,7 @@ def free_writer_lock(folder: Path, first: int) -> Iterator[int]:
 
 def index_lock(folder: Path) -> AbstractContextManager[None]:
     """For the moment in which index and manifest are derived; waits for its turn."""
-    return _locked(folder, f"{LOCK}-index", fcntl.LOCK_EX, patience=None)
+    return _locked(folder, f"{LOCK}-index", patience=None)
 
 
 def remove_abandoned(store: Store, world: int) -> None:
@@ -316,32 +315,27 @@ def _taken(folder: Path) -> UserError:
 
 
 def _own_number(folder: Path, writer: int, *, patience: float) -> AbstractContextManager[None]:
-    return _locked(folder, f"{LOCK}-w{writer:03d}", fcntl.LOCK_EX, patience=patience)
+    return _locked(folder, f"{LOCK}-w{writer:03d}", patience=patience)
 
 
 @contextmanager
-def _locked(folder: Path, name: str, how: int, *, patience: float | None) -> Iterator[None]:
+def _locked(
+    folder: Path, name: str, *, shared: bool = False, patience: float | None
+) -> Iterator[None]:
     """A lock file held; UserError where it is not to be had within `patience` seconds."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / name, os.O_CREAT | os.O_RDWR)
-    except OSError as error:
-        raise UserError(
-            f"--output: cannot write to {folder} ({error.strerror}). Choose another folder."
-        ) from error
-    try:
-        deadline = time.monotonic() + (patience or 0)
-        while True:
-            try:
-                fcntl.flock(descriptor, how if patience is None else how | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() >= deadline:
-                    raise _taken(folder) from error
-                time.sleep(0.05)
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            locks = held.enter_context(file_lock(folder / name, shared=shared, patience=patience))
+        except BlockingIOError as error:
+            raise _taken(folder) from error
+        except OSError as error:
+            raise UserError(
+                f"--output: cannot write to {folder} ({error.strerror}). Choose another folder."
+            ) from error
+        if locks is None and name == LOCK:
+            echo(f"note     {without_locks(folder)}", err=True)
         yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

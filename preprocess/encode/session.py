@@ -22,6 +22,7 @@ from preprocess.cache.text_cache import TextCache
 from preprocess.cache.writer import ShardWriter, refusals_explained, remove_abandoned, writer_lock
 from preprocess.dataset.entries import Rejected
 from preprocess.dataset.rejected import write_rejected
+from shared.cli.library_log import library_log
 from shared.format.cache import CacheIndex, Sidecar, committed_shards
 from shared.format.fingerprint import Fingerprint
 from shared.interrupt import Interrupted, Interruption, catch_signals
@@ -81,7 +82,11 @@ def cache_session(
     `settings` gives the run's fingerprint as what is committed has it, and raises UserError where
     that was made with other settings. A write that fails becomes a UserError.
     """
-    with writer_lock(store.folder, rank.number), refusals_explained(store.folder, KEPT):
+    with (
+        writer_lock(store.folder, rank.number),
+        library_log(store.folder),
+        refusals_explained(store.folder, KEPT),
+    ):
         remove_abandoned(store, rank.world)
         sidecars = committed_shards(store.folder)
         fingerprint = settings(sidecars)

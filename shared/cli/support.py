@@ -1,6 +1,5 @@
 """What both command lines do alike: underscores for dashes, one message for a user's error."""
 
-import logging
 import sys
 import textwrap
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from shared.cli.help_page import HelpPage
+from shared.cli.library_log import quiet_libraries
 from shared.errors import UserError
 from shared.io.names import on_lines
 
@@ -62,20 +62,6 @@ def run(app: Callable[[], Any]) -> None:
     except UserError as error:
         typer.secho(f"error: {on_lines(str(error))}", fg="red", err=True)
         sys.exit(1)
-
-
-def quiet_libraries() -> None:
-    """Leave out what libraries say between our lines, some of them on stdout, where our JSON is.
-
-    accelerate imports DeepSpeed wherever it is installed, and that tells which accelerator it
-    found. peft imports bitsandbytes, which warns of a matmul for CPUs that nothing here uses.
-    """
-    logging.getLogger("DeepSpeed").addFilter(_is_error)
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
 
 
 def new_app(help_text: str, examples: str) -> typer.Typer:

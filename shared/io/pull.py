@@ -1,16 +1,15 @@
 """A folder of this machine made like what lies below a URL."""
 
-import fcntl
 import json
-import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError
 from shared.io.durable import write_bytes
+from shared.io.locks import file_lock
 from shared.io.object_store import explained, filesystem, signature_of
 
 _AT_ONCE = 16  # small files that are asked for together
@@ -31,7 +30,8 @@ def pull_folder(
     wanted, but gone there, goes. Raises UserError where the store can't be read.
     """
     state = folder.with_suffix(".json")
-    with flock(folder.with_suffix(".lock")), explained(url):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(folder.with_suffix(".lock")), explained(url):
         files, root = filesystem(url)
         prefix = root.rstrip("/") + "/"
         found = {name: info for name, info in _found(files, prefix).items() if is_wanted(name)}
@@ -102,15 +102,3 @@ def _last(state: Path) -> dict[str, str]:
         if isinstance(found, dict):
             return found
     return {}
-
-
-@contextmanager
-def flock(path: Path) -> Iterator[None]:
-    """A lock file, held by one process or thread at a time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.io.durable import TEMPORARY_SUFFIX, temporary
+from shared.io.locks import file_lock
 from shared.io.object_store import shard_cache
-from shared.io.pull import flock
 
 DEFAULT_SHARD_CACHE_GB = 100
 _ABANDONED_SECONDS = 24 * 3600
@@ -42,7 +42,7 @@ class ShardCache:
         kept = self.path(sha256)
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
-            with flock(kept.with_name(f".lock-{sha256[:2]}")):  # one fetches, the others wait
+            with file_lock(kept.with_name(f".lock-{sha256[:2]}")):  # one fetches, the others wait
                 if not kept.exists():
                     self._fill(kept, fetch)
         now = time.time_ns()  # finer than the kernel's own idea of now

@@ -39,6 +39,8 @@ class Recipe:
     fake_guidance_scale: float
     """0 is no guidance here, only the conditional prediction; not the formula at w = 0."""
     maths: Maths
+    """`seed`: VideoX-Fun's, but not for ti2v with a first frame, which its losses cover, and some
+    details (docs/decisions.md, "--recipe seed")."""
     fm_loss_weight: float
     """Of flow matching on the cached latents in the generator's loss; 0: none."""
     score_strata: int

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 import transformers
@@ -266,7 +267,8 @@ def build_pipeline(
     kind = spec.family.load_class("image_pipeline" if from_image else "pipeline")
     single = spec.two_experts and len(bases) == 1
     left_out = {"transformer_2": None, "boundary_ratio": None} if single else {}
-    transformers.utils.logging.disable_progress_bar()  # ours follows; two would tear each other
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()  # ours follows; two would tear each other
     parts = _weighty_parts(spec, dtype, bases)
     if is_original(spec.folder):
         pipeline = _original_pipeline(kind, spec, parts, from_image=from_image)
