@@ -4,6 +4,7 @@ On NFS (Linux clients), Lustre mounted with `flock`, GPFS and CephFS they hold b
 Lustre's `localflock` holds within one machine; a file system without locks says so.
 """
 
+import errno
 import fcntl
 import os
 import time
@@ -22,30 +23,41 @@ def without_locks(folder: Path) -> str:
 
 @contextmanager
 def file_lock(
-    path: Path, *, shared: bool = False, patience: float | None = None
+    path: Path, *, shared: bool = False, patience: float | None = None, keep: bool = True
 ) -> Iterator[int | None]:
     """`path`, made if need be, held by this process alone, or by all who want it `shared`.
 
     Gives the open file, or None where the file system has no locks: then nobody holds anything.
-    Raises BlockingIOError where another has it for `patience` seconds (None: waits for its turn),
-    OSError where the file can't be made.
+    Without `keep` the file goes with the lock. Raises BlockingIOError where another has it for
+    `patience` seconds (None: waits for its turn), OSError where the file can't be made.
     """
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
     how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    if patience is not None:
+        how |= fcntl.LOCK_NB
     deadline = time.monotonic() + (patience or 0)
+    while (found := _locked(path, how)) is None:
+        if time.monotonic() >= deadline and patience is not None:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path))
+        time.sleep(0.05)
+    descriptor, held = found
     try:
-        while True:
-            try:
-                fcntl.flock(descriptor, how if patience is None else how | fcntl.LOCK_NB)
-                held: int | None = descriptor
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(0.05)
-            except OSError:  # ENOLCK, ENOSYS, EOPNOTSUPP
-                held = None
-                break
-        yield held
+        yield descriptor if held else None
     finally:
+        if not keep:
+            path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def _locked(path: Path, how: int) -> tuple[int, bool] | None:
+    """The open file and whether locks exist; None: another has it, or has just removed it."""
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, how)
+        if os.path.samestat(os.fstat(descriptor), path.stat()):
+            return descriptor, True
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:  # ENOLCK, ENOSYS, EOPNOTSUPP
+        return descriptor, False
+    os.close(descriptor)
+    return None

@@ -24,10 +24,10 @@ def hold_folder(held: ExitStack, option: str, folder: Path, say: Callable[[str],
     check_writable(option, folder)
     path = folder / LOCK
     try:
-        descriptor = held.enter_context(file_lock(path, patience=_PATIENCE))
+        descriptor = held.enter_context(file_lock(path, patience=_PATIENCE, keep=False))
     except BlockingIOError as error:
         raise UserError(
-            f"{option}: another run is writing to {folder} ({path.read_text().strip()}). Wait for "
+            f"{option}: another run is writing to {folder} ({_holder(path)}). Wait for "
             f"it to end, or give this run a folder of its own ({option})."
         ) from error
     if descriptor is None:
@@ -36,3 +36,10 @@ def hold_folder(held: ExitStack, option: str, folder: Path, say: Callable[[str],
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} of {socket.gethostname()}, {started}\n".encode())
+
+
+def _holder(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return "which ended just now"
