@@ -21,6 +21,7 @@ from train.methods.step_output import StepNumbers, together
 from train.optim.lr_checks import FirstSteps
 from train.optim.lr_schedule import learning_rate
 from train.options import names
+from train.out_of_memory import explained
 from train.run import Run
 from train.saving.output_lock import hold_folder
 from train.session import Session, open_session
@@ -41,14 +42,14 @@ def train(run: Run, console: Console) -> int | None:
     """
     ranks = run.ranks
     console = console if ranks.first else Console(quiet=True)
-    with joined(ranks, torch.device(run.device)), ExitStack() as held:
+    with joined(ranks, torch.device(run.device)) as noticed, ExitStack() as held:
         ranks.first_does(partial(_hold_folders, held, run, console))
         validation = validation_of(run)  # refuses before weights are read
-        session = open_session(run, partial(support.say, console))
+        with explained(run):
+            session = open_session(run, partial(support.say, console))
         state, stopped_by = session.state, None
-        # One process can save whatever ended it: its state is that of the last whole update. Of
-        # several, one that failed can't save together with the others; and they stop together,
-        # after an update that all have agreed on.
+        # Several stop together, after an update that all have agreed on. When one fails, they can't
+        # save together; a process that holds all can alone: its state is of the last whole update.
         single = all_there = ranks.world_size == 1
         message = "stopping: saving the updates that are done ..." if ranks.first else None
         with (
@@ -56,7 +57,8 @@ def train(run: Run, console: Console) -> int | None:
             nullcontext() if single else signals.deferred(raise_after=False),
         ):
             try:
-                _walk(session, validation, console, signals)
+                with explained(run):
+                    _walk(session, validation, console, signals)
                 all_there = True
             except Interrupted as stopped:
                 all_there, stopped_by = True, stopped.signum
@@ -65,6 +67,9 @@ def train(run: Run, console: Console) -> int | None:
                 raise error if ranks.first else SystemExit(1) from error
             finally:
                 with signals.deferred(raise_after=False):
+                    if not all_there and ranks.first and not run.config.shards_moments:
+                        noticed()
+                        all_there, session = True, session.alone()
                     if all_there and state.updates > 0:
                         session.leave_behind()
     return stopped_by if state.updates < run.updates else None

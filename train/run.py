@@ -6,6 +6,8 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
+from torch import nn
+
 from shared.cli.checks import remembered
 from shared.cli.videox_fun_command import Given
 from shared.device import check_device
@@ -26,6 +28,7 @@ from shared.io.hashing import FileHasher
 from shared.io.mirror import open_store
 from shared.io.names import quoted
 from shared.io.store import Store
+from shared.models.family import Mode
 from shared.models.original_layout import is_original
 from shared.models.spec import ModelSpec, blocks_of, read_model_spec, resolve_model
 from train.config import TrainConfig
@@ -380,6 +383,12 @@ def resolved_configuration(run: Run) -> str:
 
 def estimate(run: Run) -> Estimate | None:
     """None for models in Wan's original layout, whose configs follow from their weights."""
+    found = memory_settings(run)
+    return None if found is None else estimate_of(*found)
+
+
+def memory_settings(run: Run) -> tuple[nn.Module, Mode, int, Settings] | None:
+    """What `estimate_of` takes, of the largest bucket; None as `estimate`."""
     config, spec = run.config, run.spec
     if is_original(spec.folder):
         return None
@@ -399,4 +408,4 @@ def estimate(run: Run) -> Estimate | None:
         for bucket in run.data.filled_buckets()
     ]
     tokens = max(tokens_of(grid, spec) for grid in grids)
-    return estimate_of(transformer, spec.mode, tokens, settings)
+    return transformer, spec.mode, tokens, settings

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -78,6 +78,11 @@ class Session:
             return saved
 
         return self.run.ranks.first_does(write)
+
+    def alone(self) -> "Session":
+        """The same without the other processes, for one that holds all."""
+        placement = replace(self.run.placement, ranks=SINGLE)
+        return replace(self, run=replace(self.run, placement=placement))
 
     def leave_behind(self) -> None:
         """A checkpoint of the last update, unless there is one, and the LoRA files."""

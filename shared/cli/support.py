@@ -1,8 +1,10 @@
 """What both command lines do alike: underscores for dashes, one message for a user's error."""
 
+import os
 import sys
 import textwrap
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import typer
@@ -57,11 +59,25 @@ def _indented(text: str) -> str:
 
 def run(app: Callable[[], Any]) -> None:
     """Run a typer app; print a UserError as one message on stderr and exit with code 1."""
+    choose_allocator()
     try:
         app()
     except UserError as error:
         typer.secho(f"error: {on_lines(str(error))}", fg="red", err=True)
         sys.exit(1)
+
+
+def choose_allocator() -> None:
+    """torch's allocator of CUDA with segments that grow, unless the user chose; before its import.
+
+    Buckets of several sizes leave fragments without: reserved over allocated 1.08, with 1.03
+    (simulated).
+    """
+    new, old = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+    if new not in os.environ and old not in os.environ:
+        major, minor, *_ = version("torch").split(".")
+        name = new if (int(major), int(minor)) >= (2, 10) else old
+        os.environ[name] = "expandable_segments:True"
 
 
 def new_app(help_text: str, examples: str) -> typer.Typer:

@@ -4,7 +4,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,6 +16,9 @@ _GATHERING_S = 5.0
 _FIRST_STAYS_S = 3.0  # longer: it may hold the store
 _ANSWER_S = 12.0  # after which the store's process hangs itself
 _POLL_S = 0.2
+_WATCH_S = 2.0
+# Between the end of a process and that of one that has not noticed it.
+NOTICES_BY_ITSELF_S = 15.0
 _ENDED = "ended"
 
 
@@ -40,8 +44,39 @@ class RollCall:
         store.set(_where(rank), f"pid {os.getpid()} on {socket.gethostname()}")
 
     def report_end(self, why: str) -> None:
-        """Leave in the store why this process ends."""
-        _in_time(lambda: self._store.set(_ENDED, f"{self._rank} {why}"))
+        """Leave in the store why this process ends, unless another has ended before."""
+
+        def report() -> None:
+            self._store.compare_set(_ENDED, "", f"{self._rank} {why}")
+
+        _in_time(report)
+
+    @contextmanager
+    def watched(self, end: Callable[[int, str], None]) -> Iterator[Callable[[], None]]:
+        """A block in which `end` is called, in a thread, when another process has ended.
+
+        It gets the rank and the reason, some seconds later, so that this process can notice by
+        itself, and call what the block is given. With NCCL it would not: it waits in a collective
+        until the time-out, or for ever.
+        """
+        over = threading.Event()
+
+        def wait() -> None:
+            while not over.wait(_WATCH_S):
+                try:
+                    ended = self._ended()
+                except RuntimeError:  # the store is gone, and so is its process
+                    ended = (0, "it was killed, or its machine is gone.")
+                if ended and ended[0] != self._rank:
+                    if not over.wait(NOTICES_BY_ITSELF_S):
+                        end(*ended)
+                    return
+
+        threading.Thread(target=wait, name="watch the others", daemon=True).start()
+        try:
+            yield over.set
+        finally:
+            over.set()
 
     def answer(self) -> Answer:
         """Report that this process noticed, and wait some seconds for the others to."""

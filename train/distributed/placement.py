@@ -160,4 +160,15 @@ def _gpus() -> int:
 
 def _device(wanted: str, ranks: Ranks) -> str:
     device = chosen_device(wanted)
-    return f"cuda:{ranks.local_rank}" if device == "cuda" else device
+    if device != "cuda":
+        return device
+    gpus = _gpus()
+    if gpus <= 1:  # some launchers show each process only its own (Slurm: --gpus-per-task=1)
+        return "cuda:0"
+    if ranks.local_rank >= gpus:
+        raise UserError(
+            f"--device: process {ranks.rank} is number {ranks.local_rank} of its machine, which "
+            f"shows it {gpus} GPUs; each process takes one. Start {gpus} processes a machine, or "
+            "show it all GPUs (CUDA_VISIBLE_DEVICES)."
+        )
+    return f"cuda:{ranks.local_rank}"

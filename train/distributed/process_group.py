@@ -1,15 +1,19 @@
 """The processes of a run: which one this is, and the few things that all of them do together."""
 
+import atexit
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from shared.cli.support import echo
 from shared.errors import UserError, first_line
 from train.distributed.failure_report import Answer, RollCall
 from train.distributed.mesh import Mesh
@@ -43,6 +47,12 @@ class Ranks:
     def first(self) -> bool:
         """Whether this process is the one that writes files and prints."""
         return self.rank == 0
+
+    @property
+    def of_machine(self) -> range:
+        """Those on this one's machine."""
+        first = self.rank - self.local_rank
+        return range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
     def from_first(self, value: T) -> T:
         """What the first process has, in every process; the others' own is not looked at."""
@@ -104,13 +114,15 @@ def launched() -> Ranks | None:
 
 
 @contextmanager
-def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
+def joined(ranks: Ranks, device: torch.device) -> Iterator[Callable[[], None]]:
     """Block in which the processes can reach one another.
 
-    One that loses another raises UserError in place of torch's error, with what is known of it.
+    One that loses another raises UserError in place of torch's error, with what is known of it;
+    one that does not notice is ended. A process that has noticed, and has something left to do,
+    calls what the block is given.
     """
     if launched() is None:
-        yield
+        yield lambda: None
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -127,16 +139,37 @@ def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
             world_size=world_size,
             timeout=ranks.timeout,
         )
-        yield
-    except Exception as error:
+        with roll_call.watched(partial(_leave_after, ranks)) as noticed:
+            yield noticed
+    except BaseException as error:
+        # Not destroyed here: NCCL would wait for the others, which wait for this process.
+        atexit.register(_leave)
+        if not isinstance(error, Exception):
+            raise
         if _is_of_connection(error):
             raise _lost(ranks, error, roll_call) from error
         if roll_call is not None:
             roll_call.report_end(str(error) if isinstance(error, UserError) else first_line(error))
+        if ranks.rank and isinstance(error, UserError):
+            raise UserError(f"process {ranks.rank}: {error}") from error
+        if not isinstance(error, UserError):
+            echo(f"error: process {ranks.rank} failed:", err=True)
         raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    dist.destroy_process_group()
+
+
+def _leave() -> None:
+    """End this process before torch takes its groups apart, which can wait for ever."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(1)
+
+
+def _leave_after(ranks: Ranks, ended: int, why: str) -> None:
+    """End a process that waits for one that has ended; one of each other machine says why."""
+    if ranks.local_rank == 0 and ended not in ranks.of_machine:
+        echo(f"error: process {ended} ended the run: {why} {_RESUME}", err=True)
+    _leave()
 
 
 def _is_of_connection(error: Exception) -> bool:
@@ -149,8 +182,7 @@ def _is_of_connection(error: Exception) -> bool:
 def _lost(ranks: Ranks, error: Exception, roll_call: RollCall | None) -> UserError | SystemExit:
     """What to raise in a process that can't reach another; one of each machine prints it."""
     answer = roll_call.answer() if roll_call else Answer(store="is gone")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    beside = range(ranks.rank - ranks.local_rank, ranks.rank - ranks.local_rank + here)
+    beside = ranks.of_machine
     prints = ranks.local_rank == 0
     if answer.store == "answers":
         prints = ranks.rank == min(rank for rank in answer.present if rank in beside)

@@ -1,13 +1,17 @@
 """What `wantrain plan` answers: the memory of one set of options, and of those that need less."""
 
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from shared.cli.checks import WHOLE, check_option
 from shared.errors import UserError
 from shared.format.buckets import Bucket
+from shared.models.family import Mode
 from shared.models.original_layout import is_original
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 from shared.models.wan import PUBLISHED, published_model, write_configs
@@ -16,7 +20,9 @@ from train.memory.options import MemoryOptions
 from train.model.custom_weights import empty_transformer
 
 _GIB = 2**30
-LEFT_FREE = 1.5  # GiB of a GPU for what is no tensor: CUDA's context, libraries, fragments
+# What is no tensor: CUDA's context and libraries; and what torch reserves over what it allocates,
+# with `expandable_segments` (simulated: 1.03; 1.08 without).
+CONTEXT, FRAGMENTS = int(0.7 * _GIB), 1.03
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +36,11 @@ class Choice:
     @property
     def name(self) -> str:
         return " ".join(self.options) or "as asked"
+
+    @property
+    def of_card(self) -> float:
+        """Bytes that a card must have for it."""
+        return self.estimate.total * FRAGMENTS + CONTEXT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +56,7 @@ class MemoryPlan:
 
     def fitting(self, gpu_memory: float) -> Choice | None:
         """The first that fits a GPU of so many GiB; None: none does."""
-        room = (gpu_memory - LEFT_FREE) * _GIB
-        return next((one for one in self.choices if one.estimate.total <= room), None)
+        return first_that_fits(self.choices, gpu_memory * _GIB)
 
     def to_json(self, gpu_memory: float | None) -> dict[str, Any]:
         """In bytes."""
@@ -84,8 +94,8 @@ class MemoryPlan:
             )
         if gpu_memory is not None and self.fitting(gpu_memory) is None:
             lines.append(
-                f"none fits {gpu_memory:g} GiB with {LEFT_FREE:g} GiB left free: fewer frames or "
-                "smaller clips would"
+                f"none fits {gpu_memory:g} GiB, with {FRAGMENTS - 1:.0%} for fragments and "
+                f"{CONTEXT / _GIB:.1f} GiB for CUDA itself: fewer frames or smaller clips would"
             )
         return lines
 
@@ -121,16 +131,28 @@ def _planned(model: str, spec: ModelSpec, bucket: Bucket, settings: Settings) ->
     check_option("fix_sample_size", f"{height} {width}", fine, expected)
     transformer = empty_transformer(spec, spec.expert_folders[-1])
     tokens = tokens_of(bucket.latent_shape(spec.latent_channels, spec.stride)[1:], spec)
-    choices = tuple(
-        Choice(
-            options=options,
-            estimate=estimate_of(transformer, spec.mode, tokens, replace(settings, memory=memory)),
-        )
-        for options, memory in _alternatives(settings)
-    )
+    choices = choices_of(transformer, spec.mode, tokens, settings)
     return MemoryPlan(
         model=model, bucket=bucket, settings=settings, spec=spec, tokens=tokens, choices=choices
     )
+
+
+def choices_of(
+    transformer: nn.Module, mode: Mode, tokens: int, settings: Settings
+) -> tuple[Choice, ...]:
+    """As asked, then what may be changed, the least costly in speed first."""
+    return tuple(
+        Choice(
+            options=options,
+            estimate=estimate_of(transformer, mode, tokens, replace(settings, memory=memory)),
+        )
+        for options, memory in _alternatives(settings)
+    )
+
+
+def first_that_fits(choices: Iterable[Choice], room: float) -> Choice | None:
+    """The first that fits a card of `room` bytes."""
+    return next((one for one in choices if one.of_card <= room), None)
 
 
 def _alternatives(settings: Settings) -> list[tuple[tuple[str, ...], MemoryOptions]]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -141,7 +142,70 @@ run(work)
 def test_what_fails_in_one_process_is_said_once(tmp_path: Path) -> None:
     launcher, _ = _launched(tmp_path, FAILS, "second")
     _, said = launcher.communicate(timeout=60)
-    assert (launcher.returncode, said) == (1, "error: shards: one.tar is damaged.\n")
+    assert (launcher.returncode, said) == (1, "error: process 1: shards: one.tar is damaged.\n")
+
+
+# The first process waits as in a collective of NCCL: it can't notice.
+DEAF = FAILS.replace(
+    "        ranks.gathered(1.0)\n", "        __import__('time').sleep(1000)\n"
+).replace("def first", "import train.distributed.failure_report as report\n"
+          "report.NOTICES_BY_ITSELF_S = 1\ndef first", 1)  # fmt: skip
+
+
+def test_one_that_can_not_notice_the_end_of_another_ends_too(tmp_path: Path) -> None:
+    long = LAUNCH.replace("import sys\n", "import sys, train.distributed.launcher as it\n")
+    long = long.replace("sys.exit", "it.GRACE_AFTER_FAILURE_S = 1000\nsys.exit")
+    launcher, processes = _launched(tmp_path, DEAF, "second", launch=long)
+    _, said = launcher.communicate(timeout=60)
+    assert (launcher.returncode, said) == (1, "error: process 1: shards: one.tar is damaged.\n")
+    assert not any(map(_alive, processes))
+
+
+# `wantrain`, whose second process fails in its second update, while the first waits for it.
+FAULT = """
+import os, sys
+import train.methods.flow_matching as it
+real, calls = it.flow_matching_loss, []
+def struck(*arguments):
+    calls.append(1)
+    if os.environ.get("RANK") == "1" and len(calls) == 2:
+        raise RuntimeError("injected")
+    return real(*arguments)
+it.flow_matching_loss = struck
+from train.cli.app import main
+main()
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp"])
+def test_a_fault_in_the_middle_of_a_run_ends_all_within_a_minute(
+    tiny_t2v: Path, t2v_shards: Path, tmp_path: Path, strategy: str
+) -> None:
+    (tmp_path / "program.py").write_text(FAULT)
+    out = tmp_path / "out"
+    words = arguments(tiny_t2v, t2v_shards, out, "--max-train-steps", "9",
+                      "--checkpointing-steps", "1", "--strategy", strategy)  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, tmp_path / "program.py", *words, "--num-processes", "2"],
+        env=_environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert ran.returncode == 1
+    assert "error: process 1 failed" in ran.stderr and "RuntimeError: injected" in ran.stderr
+    assert not _children_of(str(tmp_path / "program.py"))
+    checkpoints = sorted(path.name for path in out.glob("checkpoint-*"))
+    # One update was whole. Where the first process has all, it saves it.
+    assert checkpoints == (["checkpoint-0+1"] if strategy == "ddp" else [])
+
+
+def _children_of(script: str) -> list[str]:
+    """Command lines of processes that run it."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = path.read_bytes().decode(errors="replace").split("\0")
+            found += [" ".join(words)] if script in words else []
+    return found
 
 
 def test_what_fails_in_the_first_process_ends_the_others_silently(tmp_path: Path) -> None:
@@ -169,7 +233,7 @@ def test_what_fails_on_another_machine_is_told(tmp_path: Path) -> None:
             )
         )  # fmt: skip
     said = [launcher.communicate(timeout=120)[1] for launcher in launchers]
-    assert said[1] == "error: shards: one.tar is damaged.\n"
+    assert said[1] == "error: process 1: shards: one.tar is damaged.\n"
     assert said[0].startswith("error: process 1 ended the run: shards: one.tar is damaged. Resume")
     assert said[0].count("\n") == 1
 
@@ -234,6 +298,20 @@ def test_a_full_disk_is_one_message(tiny_t2v: Path, t2v_shards: Path, tmp_path: 
 def _placed(device: str, processes: int, ddp_timeout: int = 60) -> Placement:
     options = ProcessOptions(num_processes=processes, ddp_timeout=ddp_timeout, device=device)
     return place("ddp", options)[1]
+
+
+def test_each_process_takes_its_gpu_or_the_only_one_it_sees(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Slurm's --gpus-per-task=1 shows each task one GPU, number 0 whatever its local rank."""
+    for name, value in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    for gpus, device in ((1, "cuda:0"), (2, "cuda:1"), (4, "cuda:1")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert _placed("cuda", 8).device == device
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(UserError, match="process 5 is number 4 of its machine.*4 GPUs"):
+        _placed("cuda", 8)
 
 
 def test_a_gpu_for_each_process_or_none_starts(monkeypatch: pytest.MonkeyPatch) -> None:
