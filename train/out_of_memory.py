@@ -24,7 +24,7 @@ def explained(run: Run) -> Iterator[None]:
             raise
         raise UserError(
             f"--device: {run.device} is out of memory{_used(run.device)} "
-            f"({first_line(error)}). {_cure(run)}"
+            f"({first_line(error).removesuffix('.')}). {_cure(run)}"
         ) from error
 
 
