@@ -128,6 +128,7 @@ class TrainConfig(ProcessOptions, MemoryOptions):
     dataloader_num_workers: Annotated[int, typer.Option(metavar="N", help="Threads that read batches ahead; 0: read in the training loop.", rich_help_panel=DATA), NOT_NEGATIVE] = 8
 
     allow_tf32: Annotated[bool, typer.Option("--allow-tf32", help="Multiply fp32 matrices in TF32 on a GPU: faster, with mantissas rounded to 10 bits.", show_default="off", rich_help_panel=DEVICE), REMEMBERED] = False
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="On a GPU: only kernels that give the same bits every time, so that a resumed run equals an uninterrupted one to the byte. Slower; a CPU does so anyway.", show_default="off", rich_help_panel=DEVICE), REMEMBERED] = False
     compile: Annotated[bool, typer.Option("--compile", help="Compile the transformer's blocks with torch.compile: minutes at the start, then faster steps; see docs/speed.md.", show_default="off", rich_help_panel=DEVICE), REMEMBERED] = False
     attention_backend: Annotated[str, typer.Option(metavar="NAME", envvar="DIFFUSERS_ATTN_BACKEND", help="Attention backend, by diffusers' names: native (torch SDPA), flash (flash-attn), _flash_3_hub, xformers, _native_cudnn, _native_flash and so on.", rich_help_panel=DEVICE), REMEMBERED] = "native"
     # fmt: on

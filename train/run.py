@@ -42,7 +42,7 @@ from train.distributed.process_group import Ranks
 from train.memory.estimate import Estimate, Settings, estimate_of, tokens_of
 from train.memory.quantize import check_installed, is_quantised
 from train.methods.base import Objective
-from train.model.attention import check_attention, check_name
+from train.model.attention import check_attention, check_deterministic, check_name
 from train.model.base import Base, component_of
 from train.model.custom_weights import empty_transformer
 from train.model.lora_adapter import LoraSpec
@@ -154,6 +154,8 @@ def place_run(config: _Config) -> tuple[_Config, Placement]:
     config = replace(config, strategy=strategy)
     chosen(names(config.report_to))
     check_name(config.attention_backend)
+    if config.deterministic:
+        check_deterministic(config.attention_backend)
     if not placement.to_launch:  # else a GPU's memory would be taken here for nothing
         check_device(placement.device)
         check_attention(config.attention_backend, placement.device, config.mixed_precision)

@@ -1,5 +1,6 @@
 """A run with its weights: base, adapters, optimizers, perhaps a checkpoint; and saving it."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -140,7 +141,7 @@ def open_session(run: Run, say: Say) -> Session:
     # Base, adapters, optimizers
     bank = load_prompt_bank(run.data.first, run.spec.family)
     device = torch.device(run.device)
-    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    _settle_rounding(config)
     if config.compile:
         check_compile(run.device)
     component = component_of(objective.expert)
@@ -236,6 +237,17 @@ def open_session(run: Run, say: Say) -> Session:
         start=start,
         say=say,
     )
+
+
+def _settle_rounding(config: TrainConfig) -> None:
+    """How CUDA's matmuls round, and whether its kernels add up in one order."""
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    # A LoRA's gradient is a sum over all tokens, 32,760 at 480p: partial sums stay fp32.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by its first matmul
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(config.deterministic)
 
 
 def lora_of(config: TrainConfig, transformer: nn.Module) -> LoraSpec:

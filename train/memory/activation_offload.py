@@ -86,7 +86,13 @@ class ActivationOffloading:
         # checkpoint() saves its arguments under these hooks, and what the block saves under its own
         place = (hidden_states.data_ptr(), hidden_states.shape)  # the hook must not hold the values
         with saved_tensors_hooks(partial(self._put_away, place), self._fetched):
-            return checkpoint(block.__call__, hidden_states, *others, use_reentrant=False)
+            return checkpoint(
+                block.__call__,
+                hidden_states,
+                *others,
+                use_reentrant=False,
+                preserve_rng_state=False,  # nothing inside of a block is random
+            )
 
     def _put_away(self, place: tuple[int, torch.Size], saved: torch.Tensor) -> Any:
         if (saved.data_ptr(), saved.shape) != place:

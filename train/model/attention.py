@@ -19,6 +19,9 @@ NATIVE = "native"
 # through an operator without one (its build on the Hub, `_flash_3_hub`, is not).
 _INFERENCE_ONLY = ("sage", "_sage")
 _WITHOUT_GRADIENT = ("_flash_3",)
+# Whose backward pass follows `torch.use_deterministic_algorithms`: torch's own but for cuDNN's,
+# which it then leaves out of its choice.
+_DETERMINISTIC = (NATIVE, "_native_math", "_native_flash", "_native_efficient")
 _FETCHED = "_hub"
 """In the names of kernels that diffusers downloads when they are first used."""
 
@@ -36,6 +39,15 @@ def check_name(name: str) -> None:
         raise UserError(
             f"--attention-backend: {why}. Expected one of {', '.join(trains)}; some need "
             "packages, a GPU or bf16, which is checked before weights are read."
+        )
+
+
+def check_deterministic(name: str) -> None:
+    """UserError unless the gradients of a backend can be the same bits every time."""
+    if name not in _DETERMINISTIC:
+        raise UserError(
+            f"--deterministic: found with --attention-backend {name}, whose backward pass adds up in "
+            f"any order. Use one of {', '.join(_DETERMINISTIC)}, or leave out --deterministic."
         )
 
 

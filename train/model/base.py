@@ -5,12 +5,14 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from shared.errors import UserError, first_line
 from shared.io.hashing import FileHasher, digest_of
@@ -135,9 +137,13 @@ def load_base(
     transformer: Any = read_once(sharing, read, lambda: empty_transformer(spec, component))
     transformer.requires_grad_(False)
     if gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        transformer.enable_gradient_checkpointing(_recompute)
     keep_from_autocast(transformer, device)
     return transformer
+
+
+# Nothing inside of a block is random; to keep the generators' states would wait for the GPU.
+_recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def keep_from_autocast(transformer: nn.Module, device: torch.device) -> None:

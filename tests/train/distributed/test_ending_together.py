@@ -310,7 +310,7 @@ def test_each_process_takes_its_gpu_or_the_only_one_it_sees(
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
         assert _placed("cuda", 8).device == device
     monkeypatch.setenv("LOCAL_RANK", "4")
-    with pytest.raises(UserError, match="process 5 is number 4 of its machine.*4 GPUs"):
+    with pytest.raises(UserError, match=r"process 5 is number 4 of its machine.*4 GPUs"):
         _placed("cuda", 8)
 
 
