@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import typer
 
+from shared.cli.left_out import unasked_left_out
 from shared.cli.support import Command
 
 _Config = TypeVar("_Config")
@@ -35,7 +36,8 @@ def add_config_command(
             return super().invoke(ctx)
 
         def invoke(self, ctx: Any) -> Any:
-            do(self.configuration(ctx), ctx)
+            with unasked_left_out():
+                do(self.configuration(ctx), ctx)
 
     app.command(name, cls=ConfigCommand, epilog=examples)(config)
 

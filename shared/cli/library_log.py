@@ -17,7 +17,7 @@ def quiet_libraries() -> None:
     """Only errors reach the terminal. Called before the libraries are imported.
 
     accelerate imports DeepSpeed wherever it is installed, and that tells which accelerator it
-    found. peft imports bitsandbytes, which warns of a matmul for CPUs that nothing here uses.
+    found.
     """
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # the variables by which users choose more
         os.environ.setdefault(f"{library}_VERBOSITY", "error")

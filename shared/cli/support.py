@@ -12,6 +12,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from shared.cli.help_page import HelpPage
+from shared.cli.left_out import unasked_left_out
 from shared.cli.library_log import quiet_libraries
 from shared.errors import UserError
 from shared.io.names import on_lines
@@ -30,7 +31,8 @@ class Command(HelpPage):
     def invoke(self, ctx: Any) -> Any:
         """Run it, with libraries quiet."""
         quiet_libraries()
-        return super().invoke(ctx)
+        with unasked_left_out():
+            return super().invoke(ctx)
 
     def get_usage(self, ctx: Any) -> str:
         """What click prints above an error."""

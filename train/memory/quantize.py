@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from shared.cli.left_out import ask_for
 from shared.errors import UserError
 from shared.models.spec import blocks_of, family_of
 from train.options import BasePrecision, QuantisedPrecision
@@ -34,7 +35,10 @@ def is_quantised(precision: BasePrecision | None) -> TypeGuard[QuantisedPrecisio
 
 def check_installed(precision: BasePrecision | None) -> None:
     """UserError where nf4 is asked for and bitsandbytes, whose it is, is not here."""
-    if precision == "nf4" and find_spec("bitsandbytes") is None:
+    if precision != "nf4":
+        return
+    ask_for("bitsandbytes")
+    if find_spec("bitsandbytes") is None:
         raise UserError(
             "--base-precision: found nf4, which needs bitsandbytes. Install it: pip install "
             "'wandistill[quant]', or use int8 or fp8, which need nothing more."
@@ -172,6 +176,7 @@ def _decoded(
 
 def _bitsandbytes() -> Any:
     """bitsandbytes' functions, imported on first use: it takes seconds."""
+    ask_for("bitsandbytes")
     from bitsandbytes import functional
 
     return functional

@@ -46,8 +46,8 @@ def check_deterministic(name: str) -> None:
     """UserError unless the gradients of a backend can be the same bits every time."""
     if name not in _DETERMINISTIC:
         raise UserError(
-            f"--deterministic: found with --attention-backend {name}, whose backward pass adds up in "
-            f"any order. Use one of {', '.join(_DETERMINISTIC)}, or leave out --deterministic."
+            f"--deterministic: found with --attention-backend {name}, whose backward pass adds up "
+            f"in any order. Use one of {', '.join(_DETERMINISTIC)}, or leave out --deterministic."
         )
 
 

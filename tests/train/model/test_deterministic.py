@@ -31,6 +31,8 @@ def test_it_is_the_same_run_and_switches_torch(
 def test_backends_that_add_up_in_any_order_are_refused(
     backend: str, tiny_t2v: Path, t2v_shards: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=f"--deterministic: found with --attention-backend {backend}"):
+    with pytest.raises(
+        UserError, match=f"--deterministic: found with --attention-backend {backend}"
+    ):
         distill(tiny_t2v, t2v_shards, tmp_path / "out", "--deterministic",
                 "--attention-backend", backend)  # fmt: skip
