@@ -66,7 +66,7 @@ def _chosen(folder: Path, name: str, ending: str, what: str) -> list[Path]:
             f"{index.name}. Leave one of the two in the folder."
         )
     if index.is_file():
-        files = _indexed(index, what)
+        files = indexed(index, what)
         if not there and not any(file.is_file() for file in files):
             return []  # only JSON was downloaded, as on a machine that trains
         if lost := [file for file in files if not file.is_file()]:
@@ -91,8 +91,8 @@ def _chosen(folder: Path, name: str, ending: str, what: str) -> list[Path]:
     return files
 
 
-def _indexed(index: Path, what: str) -> list[Path]:
-    """The files that an index names, there or not."""
+def indexed(index: Path, what: str) -> list[Path]:
+    """The files that an index names, there or not. UserError, begun with `what`."""
     try:
         names = {str(name) for name in read_json(index, what)["weight_map"].values()}
     except (KeyError, AttributeError, TypeError) as error:

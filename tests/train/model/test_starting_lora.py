@@ -13,8 +13,9 @@ from tests.train.model.test_roles import CPU, build_batch
 from tests.train.test_distill import distill
 from train.model.base import load_base
 from train.model.lora_adapter import LoraSpec, select_targets
-from train.model.lora_files import Form, read_lora
+from train.model.lora_files import read_lora
 from train.model.lora_init import start_from
+from train.model.lora_names import Form
 from train.model.roles import CRITIC, GENERATOR, Roles
 from train.optim.lr_checks import FirstSteps, lost_steps, warn_of_file
 from train.saving.export import lora_path

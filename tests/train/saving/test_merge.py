@@ -20,7 +20,8 @@ from tests.train.model.test_lora_adapter import ALL, EXPERTS, applied, outputs, 
 from tests.train.model.test_lora_files import diffusers, tensors_of, written
 from train.cli.app import app as wantrain
 from train.model.base import load_base
-from train.model.lora_files import Form, read_lora
+from train.model.lora_files import read_lora
+from train.model.lora_names import Form
 from train.options import Expert
 from train.saving.export import lora_path
 
