@@ -13,12 +13,11 @@ from safetensors import SafetensorError, safe_open
 
 from shared.errors import UserError, first_line
 from shared.io.hashing import FileHasher, digest_of
-from shared.models.weight_files import indexed
+from shared.models.weight_files import INDEX, indexed
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_NAME = "adapter_model"
 _NAMES = (PEFT_NAME, "pytorch_lora_weights")  # of peft and of diffusers
-_INDEX = ".safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _PART = re.compile(r"(.+)-\d+-of-0*([2-9]|[1-9]\d+)\.safetensors")
 
@@ -77,13 +76,8 @@ def lora_files(path: Path) -> list[Path]:
     Raises UserError where they are not there, pickled, or but a part of a LoRA.
     """
     file = _in_folder(path) if path.is_dir() else path
-    if file.name.endswith(_INDEX):
-        files = indexed(file, "LoRA")
-        if lost := [one.name for one in files if not one.is_file()]:
-            raise UserError(
-                f"LoRA: {file} names {', '.join(lost)}, not in its folder. Get the folder again."
-            )
-        return files
+    if file.name.endswith(INDEX):
+        return indexed(file, "LoRA")
     if file.suffix in _PICKLED:
         raise UserError(
             f"LoRA: {file} is pickled, and wandistill runs no code of a file. Expected a "
@@ -92,7 +86,7 @@ def lora_files(path: Path) -> list[Path]:
     if (match := _PART.fullmatch(file.name)) is not None and file.is_file():
         raise UserError(
             f"LoRA: {file} is one of the {match[2]} files of a LoRA. Give their index, "
-            f"{file.parent / match[1]}{_INDEX}"
+            f"{file.parent / match[1]}{INDEX}"
         )
     return [file]
 
@@ -100,7 +94,7 @@ def lora_files(path: Path) -> list[Path]:
 def _in_folder(folder: Path) -> Path:
     """The one file in it that is a LoRA, or the index of one. Raises UserError."""
     there = sorted(folder.glob("*.safetensors"))
-    listed = sorted(folder.glob(f"*{_INDEX}"))
+    listed = sorted(folder.glob(f"*{INDEX}"))
     known = [folder / f"{name}.safetensors" for name in _NAMES]
     found = [file for file in known if file in there] + listed or there
     if len(found) == 1:
