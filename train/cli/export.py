@@ -16,7 +16,7 @@ EXPORT_EXAMPLES = """
 wantrain export --lora downloaded.safetensors --to kohya \\
     --output lora-kohya.safetensors
 
-# VideoX-Fun's LoRA of --rank 64 --network_alpha 32 --use_peft_lora, which says no alpha
+# VideoX-Fun's LoRA of --network_alpha 32 --use_peft_lora, which holds none
 wantrain export --lora checkpoint-500.safetensors --alpha 32 --to comfyui \\
     --output lora-comfyui.safetensors
 
