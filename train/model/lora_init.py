@@ -68,7 +68,7 @@ def start_from(
     """Fill a new adapter (B zero) so that it adds what the checked file adds at this strength.
 
     `parameters` under `train.model.lora_adapter`'s names, (rank, in) and (out, rank). Modules that
-    the file does not have stay as they are.
+    the file does not have stay as they are. UserError where the strength is too great for fp32.
     """
     for module in file.lora.modules:
         rank = file.lora.rank(module)
@@ -77,3 +77,8 @@ def start_from(
         down[:rank].copy_(file.lora.down(module))
         factor = strength * file.lora.scale(module) / (spec.alpha / spec.rank)
         up[:, :rank].copy_(file.lora.up(module).float() * factor)
+        if not up.isfinite().all():
+            raise UserError(
+                f"--init-lora: {file.path} at strength {strength:g} makes {module} infinite. Take "
+                "a smaller strength, or check its alpha."
+            )

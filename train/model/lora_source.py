@@ -3,6 +3,7 @@ command line says of it."""
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from shared.errors import UserError, first_line
 from shared.io.hashing import FileHasher, digest_of
+from shared.models.original_layout import read_json
 from shared.models.weight_files import INDEX, indexed
 
 PEFT_CONFIG = "adapter_config.json"
@@ -77,7 +79,9 @@ def lora_files(path: Path) -> list[Path]:
     """
     file = _in_folder(path) if path.is_dir() else path
     if file.name.endswith(INDEX):
-        return indexed(file, "LoRA")
+        files = indexed(file, "LoRA")
+        _check_whole(file, files)
+        return files
     if file.suffix in _PICKLED:
         raise UserError(
             f"LoRA: {file} is pickled, and wandistill runs no code of a file. Expected a "
@@ -89,6 +93,21 @@ def lora_files(path: Path) -> list[Path]:
             f"{file.parent / match[1]}{INDEX}"
         )
     return [file]
+
+
+def _check_whole(index: Path, files: list[Path]) -> None:
+    """UserError unless the files hold what their index lists, each once: a model would miss it."""
+    held: Counter[str] = Counter()
+    for file in files:
+        with opened(file) as tensors:
+            held.update(tensors.keys())
+    listed = read_json(index, "LoRA")["weight_map"].keys()
+    if wrong := sorted({key for key, times in held.items() if times > 1} | (listed - held.keys())):
+        found = f"{held[wrong[0]]} times" if held[wrong[0]] else "nowhere"
+        raise UserError(
+            f"LoRA: {index} lists {wrong[0]}, which is in its files {found}. They are not of one "
+            "save: get the folder again."
+        )
 
 
 def _in_folder(folder: Path) -> Path:
@@ -107,7 +126,7 @@ def _in_folder(folder: Path) -> Path:
     if pickled := [file for file in sorted(folder.iterdir()) if file.suffix in _PICKLED]:
         return pickled[0]
     raise UserError(
-        f"LoRA: {folder} is a folder without one. Expected a .safetensors file, or a folder of "
+        f"LoRA: {folder} is a folder without a LoRA. Expected a .safetensors file, or a folder of "
         f"peft or diffusers ({', '.join(f'{name}.safetensors' for name in _NAMES)})."
     )
 

@@ -249,7 +249,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for path, why in (
         ("x.safetensors", "Error"),
-        ("empty", "is a folder without one"),
+        ("empty", "is a folder without a LoRA"),
         ("y", "no such file"),
     ):
         with pytest.raises(UserError, match=why):

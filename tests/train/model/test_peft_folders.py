@@ -195,6 +195,16 @@ def test_several_files_by_their_index(tiny_t2v: Path, tmp_path: Path) -> None:
     assert ScaledLora(path=folder).digest == ScaledLora(path=index).digest
     with pytest.raises(UserError, match=r"00001-of-00002\S+ is one of the 2 files.*index\.json"):
         read_lora(folder / names[0])
+    second = load_file(folder / names[1])
+    lost = sorted(second)[-1]
+    save_file({key: second[key] for key in second if key != lost}, folder / names[1])
+    with pytest.raises(UserError, match=rf"lists {lost}, which is in its files nowhere"):
+        read_lora(folder)
+    save_file(second | {sorted(state)[0]: torch.ones(1)}, folder / names[1])
+    with pytest.raises(
+        UserError, match=rf"lists {sorted(state)[0]}, which is in its files 2 times"
+    ):
+        read_lora(folder)
     (folder / names[1]).unlink()
     with pytest.raises(UserError, match=rf"index\.json names {names[1]}, which is not in its"):
         read_lora(folder)

@@ -103,6 +103,15 @@ def test_a_lora_that_does_not_fit_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_strength_beyond_fp32_is_refused(
+    tiny_t2v: Path, t2v_shards: Path, tmp_path: Path
+) -> None:
+    trained(tiny_t2v, "low", ("q",), tmp_path)
+    init = ("--init-lora", f"{lora_path(tmp_path, 'low', 'comfyui')}:1e39")
+    with pytest.raises(UserError, match=r"at strength 1e\+39 makes blocks\.0\.\S+ infinite"):
+        distill(tiny_t2v, t2v_shards, tmp_path / "out", *RUN, *init)
+
+
 def test_steps_that_fp32_rounds_away() -> None:
     """fp32 has 24 bits: at 1 the neighbours are 2^-23 above and 2^-24 below."""
     weights = {"a": torch.tensor([1.0, -1.0, 0.0, 1e-3])}
