@@ -584,7 +584,8 @@ ROWS: dict[str, tuple[str, str]] = {
     "lora is a folder": (
         SAMPLE + "--lora {empty}",
         "error: LoRA: {empty} is a folder without a LoRA. Expected a .safetensors file, or a "
-        "folder of peft or diffusers (adapter_model.safetensors, pytorch_lora_weights.safetensors).",
+        "folder of peft or diffusers (adapter_model.safetensors, "
+        "pytorch_lora_weights.safetensors).",
     ),
     "no such image": (
         TEACHER.replace("{t2v}", "{i2v}") + "--image {nowhere}",

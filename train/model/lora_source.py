@@ -21,7 +21,7 @@ PEFT_CONFIG = "adapter_config.json"
 PEFT_NAME = "adapter_model"
 _NAMES = (PEFT_NAME, "pytorch_lora_weights")  # of peft and of diffusers
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-_PART = re.compile(r"(.+)-\d+-of-0*([2-9]|[1-9]\d+)\.safetensors")
+_PART = re.compile(r"(.+)-\d{5}-of-(?!00001)(\d{5})\.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ def lora_files(path: Path) -> list[Path]:
         )
     if (match := _PART.fullmatch(file.name)) is not None and file.is_file():
         raise UserError(
-            f"LoRA: {file} is one of the {match[2]} files of a LoRA. Give their index, "
+            f"LoRA: {file} is one of the {int(match[2])} files of a LoRA. Give their index, "
             f"{file.parent / match[1]}{INDEX}"
         )
     return [file]
