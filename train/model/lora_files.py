@@ -342,7 +342,8 @@ def _check_finite(
         count = int((~tensors[bad[0]].float().isfinite()).sum())
         more = f", like {len(bad) - 1} more of its {len(weights)} tensors" if len(bad) > 1 else ""
         raise UserError(
-            f"LoRA: {path}: {bad[0]} has {count} values that are NaN or infinite{more}. Its "
+            f"LoRA: {path}: {bad[0]} holds NaN or infinite values ({count} of "
+            f"{tensors[bad[0]].numel()}){more}. Its "
             "training diverged: take an earlier save of it, or train again at a lower rate."
         )
 
