@@ -583,9 +583,9 @@ ROWS: dict[str, tuple[str, str]] = {
     ),
     "lora is a folder": (
         SAMPLE + "--lora {empty}",
-        "error: LoRA: cannot read {empty} as safetensors (it is a folder). Expected a file "
-        "that `wantrain distill` wrote, such as "
-        "output_dir_distill/lora-low-diffusers.safetensors.",
+        "error: LoRA: {empty} is a folder without a LoRA. Expected a .safetensors file, or a "
+        "folder of peft or diffusers (adapter_model.safetensors, "
+        "pytorch_lora_weights.safetensors).",
     ),
     "no such image": (
         TEACHER.replace("{t2v}", "{i2v}") + "--image {nowhere}",

@@ -102,7 +102,7 @@ class TrainConfig(ProcessOptions, MemoryOptions):
     logging_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the trackers' files.", show_default="logs in the output folder", rich_help_panel=WATCH)] = None
     tracker_project_name: Annotated[str, typer.Option(metavar="NAME", help="Project name in wandb and similar trackers.", rich_help_panel=WATCH)] = "wandistill"
 
-    init_lora: Annotated[Path | None, typer.Option(metavar="FILE", help="Start from this LoRA instead of a new one (distill: the generator only); diffusers', ComfyUI's or kohya's format, any alpha, rank up to --rank.", show_default="none", rich_help_panel=LORA)] = None
+    init_lora: Annotated[str | None, typer.Option(metavar="FILE[:X]", help="Start from this LoRA, at strength X (1 if omitted), instead of a new one (distill: the generator only); diffusers', ComfyUI's or kohya's format, any alpha, rank up to --rank.", show_default="none", rich_help_panel=LORA)] = None
     rank: Annotated[Rank, AT_LEAST_1] = 64
     network_alpha: Annotated[float, typer.Option(metavar="X", help="LoRA alpha: the LoRA's output is scaled by alpha / rank.", rich_help_panel=LORA), POSITIVE] = 32
     target_name: TargetName = "q,k,v,ffn.0,ffn.2"

@@ -47,6 +47,7 @@ from train.model.base import Base, component_of
 from train.model.custom_weights import empty_transformer
 from train.model.lora_adapter import LoraSpec
 from train.model.lora_init import check_init
+from train.model.lora_source import ScaledLora
 from train.optim.lr_schedule import DECAYING
 from train.options import names
 from train.saving.checkpoint import Identity
@@ -253,11 +254,12 @@ def plan_run(
         config.streamed(len(blocks_of(empty_transformer(spec, component))))
     if config.init_lora is not None:
         check_init(
-            config.init_lora,
+            ScaledLora.parse(config.init_lora, "--init-lora").path,
             spec,
             component,
             rank=config.rank,
             target_name=config.targets,
+            skipped=config.skipped,
         )
     repeats, epochs = data.shown(config.video_repeat)
     plan = BatchPlan(
@@ -351,7 +353,7 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
     captions = run.data.captions_identity()
     loose["captions"] = captions and f"{config.captions} {captions}"
     loose["where"] = ", ".join(str(condition(one)) for one in config.where or ()) or None
-    loose["init_lora"] = config.init_lora and str(config.init_lora)
+    loose["init_lora"] = config.init_lora
     loose["base"] = run.base.describe() or None
     provenance = Provenance(
         expert=run.objective.expert,

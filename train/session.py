@@ -25,6 +25,7 @@ from train.model.compile import check_compile, compile_blocks
 from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.lora_files import LoraWeights, read_lora
 from train.model.lora_init import start_from
+from train.model.lora_source import ScaledLora
 from train.model.roles import Roles
 from train.optim.ema import Ema
 from train.optim.lr_checks import Weights, warn_of_file, warn_of_learning_rate
@@ -261,9 +262,10 @@ def _warm_start(roles: Roles, run: Run, lora: LoraSpec, say: Say) -> Weights | N
     config, parameters = run.config, roles.parameters(run.objective.main_role)
     if config.init_lora is None:
         return None
-    file = read_lora(config.init_lora)
-    start_from(file, parameters, lora)
-    say(f"start    {config.init_lora}: {len(file.lora.modules)} layers, {file.form} form")
+    init = ScaledLora.parse(config.init_lora, "--init-lora")
+    file = read_lora(init.path)
+    start_from(file, parameters, lora, init.strength)
+    say(f"start    {init}: {len(file.lora.modules)} layers, {file.form} form")
     if file.note:
         say(f"start    {file.note}")
     ups = {name: weight.detach() for name, weight in parameters.items() if ".lora_B." in name}

@@ -156,7 +156,8 @@ def commit(written: Path, final: Path) -> None:
 
 
 def write_bytes(path: Path, *parts: bytes | memoryview, commit: Commit = commit) -> None:
-    """Write `path` so that a reader sees the old content or the new one, never a part.
+    """Write `path` so that a reader sees the old content or the new one, never a part, and nothing
+    is left beside it where that fails.
 
     `commit`: of the store that the file is part of (`shared.io.store`).
     """
@@ -167,10 +168,12 @@ def write_bytes(path: Path, *parts: bytes | memoryview, commit: Commit = commit)
         for part in parts:
             stream.write(part)
         stream.close()
+        commit(beside, path)
     except BaseException:
         stream.discard()
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise
-    commit(beside, path)
 
 
 def write_json(path: Path, value: Any, commit: Commit = commit) -> None:

@@ -7,7 +7,7 @@ and `encoder_hidden_states`.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from typing import Any, Literal
@@ -76,6 +76,29 @@ class Family:
     lora_layers: Mapping[str, str]
     """Linear layers of a block: original name → the class's name."""
     memory: BlockMemory
+    other_names: Mapping[str, str] = field(default_factory=dict)
+    """What else weights belong to: original name → the class's; `*` is the number of a block."""
+    bare_weights: frozenset[str] = frozenset()
+    """Those of `other_names`, by the class, that are weights themselves and no layers."""
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """All that has weights: original name → the class's; `*` is the number of a block."""
+        layers = self.lora_layers.items()
+        return {
+            **{f"{self.original_blocks}.*.{old}": f"{self.blocks}.*.{own}" for old, own in layers},
+            **self.other_names,
+        }
+
+    @cached_property
+    def original_names(self) -> dict[str, str]:
+        """`names` the other way round."""
+        return {own: original for original, own in self.names.items()}
+
+    def original(self, name: str) -> str:
+        """The original name of what the class calls so. KeyError where it has nothing so called."""
+        starred, number = star_block(name, self.blocks)
+        return self.original_names[starred].replace("*", number)
 
     @cached_property
     def original_layers(self) -> dict[str, str]:
@@ -84,8 +107,12 @@ class Family:
 
     def has_layer(self, module: str) -> bool:
         """Whether this is the whole name of a linear layer in a block."""
-        blocks, _, inside = split_layer(module)
+        blocks, _, inside = star_block(module, self.blocks)[0].partition(".*.")
         return blocks == self.blocks and inside in self.original_layers
+
+    def has(self, module: str) -> bool:
+        """Whether something with weights has this whole name."""
+        return star_block(module, self.blocks)[0] in self.original_names
 
     def load_class(self, part: str) -> Any:
         """One of `classes`, imported now: for the stage that builds it."""
@@ -101,3 +128,9 @@ def split_layer(module: str) -> tuple[str, int, str]:
     """`blocks.0.attn1.to_q` → (`blocks`, 0, `attn1.to_q`), of whatever family."""
     blocks, number, inside = re.split(r"\.(\d+)\.", module, maxsplit=1)
     return blocks, int(number), inside
+
+
+def star_block(name: str, blocks: str) -> tuple[str, str]:
+    """`blocks.0.attn1.to_q` → (`blocks.*.attn1.to_q`, "0"); outside of blocks the name and ""."""
+    match = re.fullmatch(rf"{re.escape(blocks)}\.(\d+)((?:\..+)?)", name)
+    return (f"{blocks}.*{match[2]}", match[1]) if match else (name, "")

@@ -72,7 +72,7 @@ def family_of(transformer: Any) -> Family:
 
 def family_of_layers(modules: Iterable[str]) -> Family:
     """The first that has all these layers, by their whole names."""
-    return next(family for family in FAMILIES if all(map(family.has_layer, modules)))
+    return next(family for family in FAMILIES if all(map(family.has, modules)))
 
 
 def blocks_of(transformer: Any) -> Any:

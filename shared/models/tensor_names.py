@@ -2,7 +2,9 @@
 own names, what has no part in it, and what the rest is. No file is read here."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TypeVar
 
 Value = TypeVar("Value")
@@ -16,6 +18,7 @@ WRAPPERS = (
     "_orig_mod.",
     "module.",
     "model.",
+    "net.",
     "transformer.",
     "transformer_2.",
     "text_encoder.",
@@ -24,6 +27,8 @@ WRAPPERS = (
     "vae.",
 )
 COMFYUI = WRAPPERS[:2]
+# torch's, which may stand anywhere in a name: compiled, sharded and checkpointed blocks.
+_INSIDE = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Those that say which component it is.
 _PLACES: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys((*COMFYUI, "transformer."), ("transformer", "transformer_2")),
@@ -80,9 +85,9 @@ _KINDS = (
 def unwrapped(component: str, tensors: Mapping[str, Value]) -> dict[str, Value]:
     """A component's tensors by their own names, without what has no part in it.
 
-    A wrapper is taken off where it stands before all of them.
+    A wrapper is taken off where it stands before all of them; torch's own wherever they stand.
     """
-    state = dict(tensors)
+    state = _renamed(tensors, without_torch)
     if component in ("transformer", "transformer_2"):
         state = _of_transformer(state)
     while wrapper := _wrapper(component, state):
@@ -104,18 +109,30 @@ def _of_transformer(state: dict[str, Value]) -> dict[str, Value]:
                 for name, value in state.items()
                 if not _REST_OF_ALL_IN_ONE.fullmatch(name)
             }
-            # A name that is there without it, too, keeps it, and is found to be too many.
-            return {
-                name if (bare := name.removeprefix(prefix)) in own else bare: value
-                for name, value in own.items()
-            }
+            return _renamed(own, partial(re.sub, f"^{re.escape(prefix)}", ""))
     return state
+
+
+def without_torch(name: str) -> str:
+    """A name without what torch's wrappers of modules put into it."""
+    return _INSIDE.sub("", name)
+
+
+def _renamed(state: Mapping[str, Value], bare: Callable[[str], str]) -> dict[str, Value]:
+    """Under other names; those that would be one keep theirs, and are found to be too many."""
+    same = Counter(map(bare, state))
+    return {bare(name) if same[bare(name)] == 1 else name: state[name] for name in state}
+
+
+def wrappers_of(component: str) -> list[str]:
+    """What may stand before its names."""
+    return [w for w in WRAPPERS if component in _PLACES.get(w, (component,))]
 
 
 def _wrapper(component: str, names: Iterable[str]) -> str | None:
     own = [name for name in names if name != SCALED_MARKER]
-    fit = [w for w in WRAPPERS if component in _PLACES.get(w, (component,))]
-    return next((w for w in fit if own and all(name.startswith(w) for name in own)), None)
+    fit = wrappers_of(component) if own else []
+    return next((w for w in fit if all(name.startswith(w) for name in own)), None)
 
 
 def is_adapter(name: str) -> bool:

@@ -76,6 +76,35 @@ WAN = Family(
         forward={"bf16": ((20, 0), (8.6, 5.8)), "no": ((40, 0), (16.4, 11.8))},
         forward_with_time={"bf16": ((55.7, 3.8),), "no": ((88, 7.5),)},
     ),
+    other_names={
+        "blocks.*.norm3": "blocks.*.norm2",
+        "blocks.*.self_attn.norm_q": "blocks.*.attn1.norm_q",
+        "blocks.*.self_attn.norm_k": "blocks.*.attn1.norm_k",
+        "blocks.*.cross_attn.norm_q": "blocks.*.attn2.norm_q",
+        "blocks.*.cross_attn.norm_k": "blocks.*.attn2.norm_k",
+        "blocks.*.cross_attn.norm_k_img": "blocks.*.attn2.norm_added_k",
+        "blocks.*.modulation": "blocks.*.scale_shift_table",
+        "patch_embedding": "patch_embedding",
+        "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+        "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+        "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+        "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+        "time_projection.1": "condition_embedder.time_proj",
+        "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+        "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+        "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+        "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+        "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
+        "head.head": "proj_out",
+        "head.modulation": "scale_shift_table",
+    },
+    bare_weights=frozenset(
+        {
+            "blocks.*.scale_shift_table",
+            "scale_shift_table",
+            "condition_embedder.image_embedder.pos_embed",
+        }
+    ),
 )
 ORIGINAL_CLASS = "WanModel"
 """Of the transformer in the original code, as its config names it."""

@@ -16,6 +16,7 @@ from shared.models.original_layout import (
     read_json,
 )
 
+INDEX = ".safetensors.index.json"
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
 OF_TRANSFORMERS = ("text_encoder", "image_encoder")
 _PICKLED_NAME = {DIFFUSERS: DIFFUSERS, TRANSFORMERS: "pytorch_model"}
@@ -66,14 +67,9 @@ def _chosen(folder: Path, name: str, ending: str, what: str) -> list[Path]:
             f"{index.name}. Leave one of the two in the folder."
         )
     if index.is_file():
-        files = _indexed(index, what)
-        if not there and not any(file.is_file() for file in files):
+        if not there and not any(file.is_file() for file in _indexed(index, what)):
             return []  # only JSON was downloaded, as on a machine that trains
-        if lost := [file for file in files if not file.is_file()]:
-            raise UserError(
-                f"{what}: {index} names {lost[0].name}, which is not in its folder. Download the "
-                "folder again."
-            )
+        files = indexed(index, what)
     elif whole in there:
         files = [whole]
     else:
@@ -87,6 +83,17 @@ def _chosen(folder: Path, name: str, ending: str, what: str) -> list[Path]:
             f"{f', like {len(stray) - 1} more files' if len(stray) > 1 else ''}. Move it "
             "elsewhere. If it is an adapter (a LoRA), merge it into the weights first."
             + ("" if what == "model" else f" Or give the file itself: {what} FILE.")
+        )
+    return files
+
+
+def indexed(index: Path, what: str) -> list[Path]:
+    """The files that an index names. UserError, begun with `what`, where one is missing."""
+    files = _indexed(index, what)
+    if lost := [file.name for file in files if not file.is_file()]:
+        raise UserError(
+            f"{what}: {index} names {', '.join(lost)}, which is not in its folder. Download the "
+            "folder again."
         )
     return files
 

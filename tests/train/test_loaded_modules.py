@@ -27,7 +27,7 @@ TRAIN = ("--boundary-type", "low", "--max-train-steps", "1", "--rank", "4", "--r
         (("train", "lora", *TRAIN, "--base-precision", "nf4"), {"bitsandbytes"}),
         (("train", "distill", *TRAIN, "--dry-run"), set()),
         (("preprocess", "inspect"), set()),
-        (("preprocess", "verify"), set()),
+        (("preprocess", "verify"), {"av"}),  # for --decode
     ],
     ids=lambda value: " ".join(value[1:2] + value[8:]) if isinstance(value, tuple) else None,
 )

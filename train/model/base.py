@@ -2,7 +2,6 @@
 with other LoRAs merged into it."""
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from shared.errors import UserError, first_line
-from shared.io.hashing import FileHasher, digest_of
+from shared.io.hashing import digest_of
 from shared.models.original_layout import expert_folder, is_original
 from shared.models.original_weights import converted
 from shared.models.spec import ModelSpec, family_of
@@ -25,6 +24,7 @@ from train.distributed.load_once import read_once
 from train.distributed.process_group import SINGLE, Ranks
 from train.model.custom_weights import check_own, empty_transformer, load_own, own_files
 from train.model.lora_files import check_fits_model, read_lora
+from train.model.lora_source import ScaledLora
 from train.options import Expert, Precision
 
 _PROBE_BYTES = 4096
@@ -36,54 +36,19 @@ def component_of(expert: Expert) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergedLora:
-    """A LoRA that becomes part of the base."""
-
-    path: Path
-    strength: float = 1.0
-
-    def __str__(self) -> str:
-        return f"{self.path} x {self.strength:g}"
-
-    @classmethod
-    def parse(cls, text: str) -> "MergedLora":
-        """ "FILE" or "FILE:0.8". Raises UserError."""
-        name, colon, number = text.rpartition(":")
-        if not colon or Path(text).exists():
-            return cls(path=Path(text))
-        try:
-            strength = float(number)
-        except ValueError:
-            strength = math.nan
-        if not math.isfinite(strength) or strength == 0:
-            raise UserError(
-                f"--base-lora: found {text!r}, expected FILE or FILE:X, where X is the strength, a "
-                "number other than 0."
-            )
-        return cls(path=Path(name), strength=strength)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the file, wherever it lies. UserError where it can't be read."""
-        try:
-            return FileHasher().sha256(self.path)
-        except OSError as error:
-            raise UserError(f"--base-lora: cannot read {self.path} ({error.strerror}).") from error
-
-
-@dataclass(frozen=True, kw_only=True)
 class Base:
     """Weights of one transformer where they are not simply the model's."""
 
     own: Path | None = None
     """In place of the model's, in any form that `train.model.custom_weights` reads."""
-    merged: tuple[MergedLora, ...] = ()
+    merged: tuple[ScaledLora, ...] = ()
     """Added to them, in this order."""
 
     @classmethod
     def parse(cls, own: Path | None, merged: Sequence[str] | None) -> "Base":
         """From --transformer-path and the --base-lora options. Raises UserError."""
-        return cls(own=own, merged=tuple(map(MergedLora.parse, merged or ())))
+        scaled = (ScaledLora.parse(text, "--base-lora") for text in merged or ())
+        return cls(own=own, merged=tuple(scaled))
 
     def describe(self) -> str:
         """In words; empty where there is nothing to say."""
@@ -168,17 +133,18 @@ def load_weights(spec: ModelSpec, component: str, *, dtype: torch.dtype, own: Pa
 
 
 @torch.no_grad()
-def merge(transformer: nn.Module, merged: Sequence[MergedLora], device: torch.device) -> None:
+def merge(transformer: nn.Module, merged: Sequence[ScaledLora], device: torch.device) -> None:
     """Add LoRAs that fit to the weights: in fp32, in their order, each result in its dtype.
 
     Computed on `device`, wherever the weights are.
     """
     for chosen in merged:
-        lora = read_lora(chosen.path).lora
-        for module in lora.modules:
-            weight = transformer.get_parameter(f"{module}.weight")
-            delta = lora.delta(module, chosen.strength, device)
-            weight.copy_(delta.add_(weight.to(device)))
+        file = read_lora(chosen.path)
+        for name in file.lora.changed:
+            weight = transformer.get_parameter(name)
+            weight.copy_(
+                file.added_to(name, weight, chosen.strength, dtype=weight.dtype, device=device)
+            )
 
 
 def base_digest(model: Path, component: str, base: Base = MODELS_OWN) -> str:

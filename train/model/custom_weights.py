@@ -23,7 +23,7 @@ from shared.models.original_layout import (
 from shared.models.spec import ModelSpec
 from shared.models.tensor_names import is_adapter
 from shared.models.wan import ORIGINAL_CLASS
-from shared.models.weight_files import DIFFUSERS, chosen
+from shared.models.weight_files import DIFFUSERS, INDEX, chosen, indexed
 from shared.models.weights import (
     Weights,
     check_fits,
@@ -45,6 +45,8 @@ def own_files(path: Path, component: str) -> list[Path]:
     Raises UserError when there are none.
     """
     if path.is_file():
+        if path.name.endswith(INDEX):
+            return indexed(path, OPTION)
         if path.suffix == ".safetensors":
             return [path]
         why = (
@@ -52,7 +54,9 @@ def own_files(path: Path, component: str) -> list[Path]:
             if path.suffix in _PICKLED
             else f"a {path.suffix or 'file without an ending'} is not read"
         )
-        raise UserError(f"{OPTION}: {path}: {why}. Expected a .safetensors file, or a folder.")
+        raise UserError(
+            f"{OPTION}: {path}: {why}. Expected a .safetensors file, a folder or an index."
+        )
     folder = _folder(path, component)
     files = chosen(folder, DIFFUSERS, what=OPTION)
     if not files:

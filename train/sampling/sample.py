@@ -49,7 +49,8 @@ from train.functional.schedule import Schedule
 from train.memory.block_offload import StreamedBlocks, streaming_line
 from train.memory.quantize import check_installed, quantise
 from train.model.base import Base, base_digest, component_of, load_weights, merge
-from train.model.lora_files import PEFT_METADATA_KEY, LoraFile, check_fits_model, read_lora
+from train.model.lora_files import LoraFile, check_fits_model, read_lora
+from train.model.peft_config import PEFT_METADATA_KEY
 from train.options import Pairing
 from train.sampling.config import SampleConfig
 from train.sampling.contact_sheet import contact_sheet
@@ -229,6 +230,12 @@ def read_loras(paths: Sequence[Path], spec: ModelSpec) -> list[TrainedLora]:
     check_expert(first.path, first.provenance.expert, spec)
     for lora in loras:
         check_fits_model(lora.file, spec, lora.component)
+        if lora.file.lora.diffs:
+            raise UserError(
+                f"--lora: {lora.path} changes whole weights ({next(iter(lora.file.lora.diffs))}), "
+                "which no adapter can. Merge it (wantrain merge), or leave them out: wantrain "
+                "export --drop-extras"
+            )
     return loras
 
 

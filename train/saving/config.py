@@ -26,7 +26,7 @@ class MergeConfig:
 
     PANELS: ClassVar[Sequence[str]] = (INPUT, OUTPUT)
 
-    lora: Annotated[list[Path], typer.Option(metavar="FILE", help="LoRA in any format, ours or another trainer's; give several for both experts, or to add several to one.", rich_help_panel=INPUT)]
+    lora: Annotated[list[Path], typer.Option(metavar="FILE|DIR", help="LoRA in any format, ours or another trainer's: a file, or a folder of peft or diffusers; weights beside its pairs (.diff, .diff_b, .diff_m) are added, too. Give several for both experts, or to add several to one.", rich_help_panel=INPUT)]
     output: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the merged model.", rich_help_panel=OUTPUT)]
     model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that the LoRAs are for: a diffusers or Wan folder, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)] = DEFAULT_MODEL
     boundary_type: Annotated[Expert | None, typer.Option(help="Expert of LoRAs whose metadata doesn't name one; full: one LoRA for all steps.", show_default="the LoRA's", rich_help_panel=INPUT)] = None
@@ -36,7 +36,8 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         scale = self.lora_scale
-        check_option("lora_scale", scale, math.isfinite(scale), "a number, such as 1")
+        fine = math.isfinite(scale) and scale != 0
+        check_option("lora_scale", scale, fine, "a number other than 0, such as 1")
         if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
             raise UserError(
                 f"--output: {self.output} is there already. Name a folder that is not, or delete "

@@ -11,9 +11,9 @@ from typing import get_args
 
 import torch
 
-from shared.models.family import split_layer
-from shared.models.spec import family_of_layers
-from train.model.lora_files import PEFT_METADATA_KEY, Form, LoraWeights
+from train.model.lora_files import LoraWeights
+from train.model.lora_names import Form, written
+from train.model.peft_config import PEFT_METADATA_KEY
 
 Tensors = dict[str, torch.Tensor]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -25,20 +25,26 @@ def to_form(lora: LoraWeights, form: Form) -> tuple[Tensors, dict[str, str]]:
 
     comfyui: the original names (`blocks.0.self_attn.q`) below `diffusion_model.`; diffusers reads
     them, too. kohya: these with underscores, for musubi-tuner and ComfyUI; diffusers reads them
-    only where all six layers are adapted.
+    only where all six layers are adapted. Differences of whole weights are ComfyUI's alone.
     """
+    assert form == "comfyui" or not lora.diffs
     if form == "diffusers":
         return _diffusers(lora)
     tensors: Tensors = {}
-    family = family_of_layers(lora.modules)
+    family = lora.family
     for module in lora.modules:
-        _, block, inside = split_layer(module)
-        name = f"{family.original_blocks}.{block}.{family.original_layers[inside]}"
-        kohya = f"lora_unet_{name.replace('.', '_')}"
-        name = kohya if form == "kohya" else f"diffusion_model.{name}"
+        name = written(module, family, form)
         tensors[f"{name}.lora_down.weight"] = lora.down(module)
         tensors[f"{name}.lora_up.weight"] = lora.up(module)
         tensors[f"{name}.alpha"] = torch.tensor(lora.alphas[module])
+    for weight, diff in lora.diffs.items():
+        module, _, kind = weight.rpartition(".")
+        if kind in ("weight", "bias"):
+            tensors[f"{written(module, family, form)}.diff{'_b' * (kind == 'bias')}"] = diff
+        else:
+            name = written(weight, family, form)
+            part = ".diff_m" if name.endswith(".modulation") else ".diff"
+            tensors[name.removesuffix(".modulation") + part] = diff
     return tensors, {}
 
 

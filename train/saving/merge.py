@@ -28,7 +28,7 @@ from shared.models.tensor_names import COMFYUI, unwrapped
 from shared.models.weight_files import weight_files
 from shared.models.weights import check_component, model_weights, read_tensors
 from train.model.base import base_digest, component_of
-from train.model.lora_files import LoraFile, LoraWeights, check_fits, read_lora
+from train.model.lora_files import LoraFile, check_fits, read_lora
 from train.options import Expert
 from train.saving.config import MergeConfig
 from train.saving.provenance import METADATA_KEY, check_expert, read_provenance, wrong_base
@@ -79,7 +79,8 @@ def merge(config: MergeConfig, console: Console) -> None:
                 _write_single_expert(building)
             for component, transformer in transformers.items():
                 transformer.write(building, config.lora_scale, sources, console)
-                say(f"merged   {component}: {transformer.merged} layers, {transformer.size:.3g} GB")
+                changed = f"{transformer.merged} weights changed"
+                say(f"merged   {component}: {changed}, {transformer.size:.3g} GB")
             fsync_folder(building)
             if config.output.is_dir():
                 config.output.rmdir()  # empty, as was checked
@@ -189,7 +190,8 @@ class _Transformer:
         # Mapped, not read
         self._stored = {old: stored[old] for old in self._written}
         self._source = weights.source
-        self._loras: dict[str, list[tuple[LoraWeights, str]]] = {}
+        # The name in the files → its LoRAs, and what these call it
+        self._loras: dict[str, list[tuple[LoraFile, str]]] = {}
 
     @property
     def merged(self) -> int:
@@ -209,15 +211,15 @@ class _Transformer:
             if own in self._stored
         }
         check_fits(lora, shapes, str(self.folder))
-        for module in lora.lora.modules:
-            own = self._names[f"{module}.weight"]
+        for name in lora.lora.changed:
+            own = self._names[name]
             dtype = dtype_name(self._stored[own].dtype)
             if dtype not in FLOATS:
                 raise UserError(
                     f"model: {self._source} holds {own} as {dtype}, to which nothing can be added. "
                     "Use the model in bf16 or fp32."
                 )
-            self._loras.setdefault(own, []).append((lora.lora, module))
+            self._loras.setdefault(own, []).append((lora, name))
 
     def plan(self, max_shard_size: str) -> None:
         """Decide what lies in which file."""
@@ -257,9 +259,9 @@ class _Transformer:
         weight = self._stored[name]
         if name not in self._loras:
             return weight
-        total = weight.float()
-        for lora, module in self._loras[name]:
-            total = total + lora.delta(module, scale)
+        total = weight
+        for lora, changed in self._loras[name]:
+            total = lora.added_to(changed, total, scale, dtype=weight.dtype)
         return total.to(weight.dtype)
 
 

@@ -16,7 +16,7 @@ from shared.models.spec import Mode, ModelSpec
 from shared.version import VERSION
 from train.functional.schedule import Schedule
 from train.methods.base import Method
-from train.model.lora_files import read_metadata
+from train.model.lora_source import read_metadata
 from train.options import Expert, Pairing
 
 METADATA_KEY = "wandistill"

@@ -252,6 +252,13 @@ def other_halves(state: State) -> tuple[State, State]:
     return state | more, state
 
 
+def of_fsdp(state: State) -> tuple[State, State]:
+    """Its wrapper stands before all names, and again behind the number of each block."""
+    inside = "_fsdp_wrapped_module."
+    held = {re.sub(r"^(.+?\.\d+\.)", rf"\1{inside}", name): t for name, t in state.items()}
+    return {inside + name: tensor for name, tensor in held.items()}, state
+
+
 UNDERSTOOD: dict[str, Callable[[State], tuple[State, State]]] = {
     "clean": lambda state: (state, state),
     "scaled fp8, old": lambda state: scaled(state, "old"),
@@ -265,6 +272,8 @@ UNDERSTOOD: dict[str, Callable[[State], tuple[State, State]]] = {
     "of DDP": wrapped("module."),
     "of torch.compile": wrapped("_orig_mod."),
     "of both": wrapped("module._orig_mod."),
+    "of FSDP, in every block too": of_fsdp,
+    "of three trainers": wrapped("net.module.model."),
     "the other halves": other_halves,
 }
 

@@ -15,7 +15,8 @@ from tests.original_layout import write_original
 from tests.train.model.test_lora_adapter import ALL, trained
 from tests.train.sampling.test_sample import frames, sample
 from tests.train.test_distill import distill, final_bytes
-from train.model.base import Base, MergedLora, base_digest, load_base
+from train.model.base import Base, base_digest, load_base
+from train.model.lora_source import ScaledLora
 from train.saving.export import lora_path
 from train.saving.provenance import read_provenance
 
@@ -48,7 +49,7 @@ def style(tiny_t2v: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return files | {"kohya": _kohya(weights, folder / "kohya.safetensors")}
 
 
-def based(model: Path, precision: str, *merged: MergedLora) -> torch.nn.Module:
+def based(model: Path, precision: str, *merged: ScaledLora) -> torch.nn.Module:
     return load_base(
         read_model_spec(model), "low", precision=precision, device=CPU,  # type: ignore[arg-type]
         gradient_checkpointing=False, base=Base(merged=merged),
@@ -66,7 +67,7 @@ def test_weights_are_those_of_float64(
     ab = {n.removeprefix("transformer."): t for n, t in load_file(style["diffusers"]).items()}
     for precision, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
         plain = based(tiny_t2v, precision).state_dict()
-        found = based(model, precision, MergedLora(path=style[form], strength=-0.7)).state_dict()
+        found = based(model, precision, ScaledLora(path=style[form], strength=-0.7)).state_dict()
         changed = 0
         for name, tensor in plain.items():
             module = name.removesuffix(".weight")
@@ -89,7 +90,7 @@ def test_two_in_a_row_are_what_diffusers_applies(
     trained(tiny_t2v, "high", ("q", "ffn.2"), tmp_path)  # other weights, fewer layers
     second = lora_path(tmp_path, "high", "comfyui")
     base = based(
-        tiny_t2v, "no", MergedLora(path=style["kohya"], strength=0.5), MergedLora(path=second)
+        tiny_t2v, "no", ScaledLora(path=style["kohya"], strength=0.5), ScaledLora(path=second)
     )
     pipeline = WanPipeline.from_pretrained(tiny_t2v)
     for name, path in (("one", style["diffusers"]), ("two", second)):
@@ -109,15 +110,15 @@ def test_two_in_a_row_are_what_diffusers_applies(
 def test_the_digest_knows_file_strength_and_order(
     style: dict[str, Path], tiny_t2v: Path, tmp_path: Path
 ) -> None:
-    def digest(*merged: MergedLora) -> str:
+    def digest(*merged: ScaledLora) -> str:
         return base_digest(tiny_t2v, "transformer_2", Base(merged=merged))
 
-    one = MergedLora(path=style["diffusers"])
-    two = MergedLora(path=style["kohya"], strength=0.5)
+    one = ScaledLora(path=style["diffusers"])
+    two = ScaledLora(path=style["kohya"], strength=0.5)
     shutil.copy(style["diffusers"], tmp_path / "renamed.safetensors")
-    assert digest(one) == digest(MergedLora(path=tmp_path / "renamed.safetensors"))
+    assert digest(one) == digest(ScaledLora(path=tmp_path / "renamed.safetensors"))
     different = [
-        digest(), digest(one), digest(MergedLora(path=one.path, strength=0.9)), digest(two),
+        digest(), digest(one), digest(ScaledLora(path=one.path, strength=0.9)), digest(two),
         digest(one, two), digest(two, one),
     ]  # fmt: skip
     assert len(set(different)) == len(different)
@@ -127,7 +128,7 @@ def test_the_digest_knows_file_strength_and_order(
 def _merged_model(style: Path, strength: float, model: Path, folder: Path) -> Path:
     """The model with the merged weights in place of its low expert's."""
     shutil.copytree(model, folder)
-    state = based(model, "no", MergedLora(path=style, strength=strength)).state_dict()
+    state = based(model, "no", ScaledLora(path=style, strength=strength)).state_dict()
     weights = folder / "transformer_2" / "diffusion_pytorch_model.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights)
     return folder

@@ -70,7 +70,11 @@ FORMS: dict[str, Callable[[Path, Path], Path]] = {
     "model": lambda other, folder: other,
     "transformer": lambda other, folder: other / "transformer_2",
     "shards": lambda other, folder: _sharded(other, folder),
+    "index": lambda other, folder: _sharded(other, folder) / f"{FILE}.index.json",
     "trainer": _trainers_output,
+    "wrappers": lambda other, folder: _file(
+        original_names(other, "net.module._orig_mod."), folder / "x.safetensors"
+    ),
     "original model": lambda other, folder: write_original(other, folder / "original"),
     "original expert": lambda other, folder: (
         write_original(other, folder / "original", prefix="model.diffusion_model.")
@@ -257,6 +261,12 @@ def test_paths_that_hold_no_transformer(
     lora = {"blocks.0.self_attn.q.lora_down.weight": torch.ones(4, 32)}
     _file(lora, tmp_path / "lora.safetensors")
     refused(tmp_path / "lora.safetensors", "is a LoRA.*--base-lora .*--init-lora")
+    shards = _sharded(other, tmp_path / "shards")
+    second = sorted(shards.glob("*-of-*"))[1]
+    second.unlink()
+    for path in (shards, shards / f"{FILE}.index.json"):
+        refused(path, rf"index\.json names {second.name}, which is not in its folder")
+
     (tmp_path / "two").mkdir()
     for name in ("a", "b"):
         _file(original_names(other), tmp_path / "two" / f"{name}.safetensors")

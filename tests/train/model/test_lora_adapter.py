@@ -16,7 +16,8 @@ from tests.train.conftest import randomise_lora
 from tests.train.model.test_roles import CPU, build_batch
 from train.model.base import load_base
 from train.model.lora_adapter import LoraSpec, select_targets
-from train.model.lora_files import Form, LoraWeights, read_lora
+from train.model.lora_files import LoraWeights, read_lora
+from train.model.lora_names import Form
 from train.model.roles import GENERATOR, Roles
 from train.options import Expert
 from train.saving.export import lora_path, write_loras

@@ -13,8 +13,9 @@ from tests.train.model.test_roles import CPU, build_batch
 from tests.train.test_distill import distill
 from train.model.base import load_base
 from train.model.lora_adapter import LoraSpec, select_targets
-from train.model.lora_files import Form, read_lora
+from train.model.lora_files import read_lora
 from train.model.lora_init import start_from
+from train.model.lora_names import Form
 from train.model.roles import CRITIC, GENERATOR, Roles
 from train.optim.lr_checks import FirstSteps, lost_steps, warn_of_file
 from train.saving.export import lora_path
@@ -23,9 +24,10 @@ SEED = ("q", "k", "v", "ffn.0", "ffn.2")  # the default of --target-name
 RUN = ("--max-train-steps", "1", "--mixed-precision", "no", "--save-precision", "fp32")
 
 
+@pytest.mark.parametrize("strength", [1.0, -0.4])
 @pytest.mark.parametrize("form", ["diffusers", "comfyui", "kohya"])
 def test_it_begins_as_the_file_and_all_of_it_learns(
-    form: Form, tiny_t2v: Path, tmp_path: Path
+    form: Form, strength: float, tiny_t2v: Path, tmp_path: Path
 ) -> None:
     """Rank 4, alpha 1 into rank 7, alpha 5: the same velocity as the LoRA's own roles."""
     source = trained(tiny_t2v, "low", ("q", "k", "ffn.2"), tmp_path)
@@ -34,7 +36,11 @@ def test_it_begins_as_the_file_and_all_of_it_learns(
     )
     spec = LoraSpec(rank=7, alpha=5, targets=select_targets(base, SEED))
     roles = Roles(base, spec, seed=1)
-    start_from(read_lora(lora_path(tmp_path, "low", form)), roles.parameters(GENERATOR), spec)
+    file = read_lora(lora_path(tmp_path, "low", form))
+    start_from(file, roles.parameters(GENERATOR), spec, strength)
+    for name, weight in source.parameters(GENERATOR).items():
+        if ".lora_B." in name:
+            weight.data *= strength
     batch, t = build_batch("t2v"), torch.tensor([937.5, 300.0])
     with torch.no_grad(), source.generator():
         expected = source.velocity(batch.latents, t, batch.text, batch.condition)
@@ -57,15 +63,16 @@ def test_a_run_begins_there_and_resumes(
 ) -> None:
     trained(tiny_t2v, "low", ("q", "ffn.2"), tmp_path)
     file = lora_path(tmp_path, "low", "kohya")
-    more = ("--init-lora", str(file), "--learning-rate", "1e-12", "--adam-weight-decay", "0")
+    more = ("--init-lora", f"{file}:0.5", "--learning-rate", "1e-12", "--adam-weight-decay", "0")
     out = distill(tiny_t2v, t2v_shards, tmp_path / "out", *RUN, *more)
     held = read_lora(file).lora
     weights = load_file(out / "checkpoint-1" / "generator_weights.safetensors")
     for module in held.modules:
         up, down = (weights[f"{module}.lora_{part}.weight"].double() for part in "BA")
-        exact = held.delta(module).double()  # rank 4, alpha 3 in this run
+        exact = 0.5 * held.delta(module).double()  # rank 4, alpha 3 in this run
         torch.testing.assert_close(0.75 * (up @ down), exact, rtol=1e-5, atol=1e-6)
     said = " ".join(capsys.readouterr().err.split())
+    assert f"start {file} x 0.5: 6 layers, kohya form" in said
     assert "--learning-rate: a step of 1e-12 is rounded away in fp32 at" in said
     assert "--learning-rate-critic" not in said
     more = (*more[:2], "--resume-from-checkpoint", "latest")
@@ -78,7 +85,12 @@ def test_a_run_begins_there_and_resumes(
     ("more", "message"),
     [
         (("--rank", "3"), r"has rank 4 at blocks\.0\.\S+, --rank is 3\..*--rank 4 or more"),
-        (("--target-name", "q,k"), r"adapts \S+ \(ffn\.2\).*--target-name q,k,ffn\.2"),
+        (
+            ("--target-name", "k"),
+            r"adapts (self|cross)_attn\.q, .*attn\.q, ffn\.2, which --target-name k leaves "
+            r"out\. Add them: --target-name k,\w+\.q,\w+\.q,ffn\.2$",
+        ),
+        (("--lora-skip-name", "ffn"), r"adapts ffn\.2, which --lora-skip-name ffn leaves out"),
     ],
 )
 def test_a_lora_that_does_not_fit_is_refused(
@@ -89,6 +101,15 @@ def test_a_lora_that_does_not_fit_is_refused(
     with pytest.raises(UserError, match=message):
         distill(tiny_t2v, t2v_shards, tmp_path / "out", *RUN, *init, *more)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_strength_beyond_fp32_is_refused(
+    tiny_t2v: Path, t2v_shards: Path, tmp_path: Path
+) -> None:
+    trained(tiny_t2v, "low", ("q",), tmp_path)
+    init = ("--init-lora", f"{lora_path(tmp_path, 'low', 'comfyui')}:1e39")
+    with pytest.raises(UserError, match=r"at strength 1e\+39 makes blocks\.0\.\S+ infinite"):
+        distill(tiny_t2v, t2v_shards, tmp_path / "out", *RUN, *init)
 
 
 def test_steps_that_fp32_rounds_away() -> None:

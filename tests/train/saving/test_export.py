@@ -1,15 +1,19 @@
 """`wantrain export`: other forms of LoRA files and of checkpoints."""
 
+import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from shared.errors import UserError
+from shared.io.hashing import digest_of
 from tests.train.methods.test_finetune import finetune
 from tests.train.model.test_lora_files import (
     diffusers,
@@ -113,6 +117,78 @@ def test_an_alpha_that_nobody_told_is_said(
     export("--lora", source, "--to", "kohya", "--output", tmp_path / "b.safetensors")
     assert "a.safetensors has no alpha" in capsys.readouterr().out
     assert set(read_lora(tmp_path / "b.safetensors").lora.alphas.values()) == {4.0}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_alpha_is_set_and_with_it_the_strength(
+    form: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The matrices stay; VideoX-Fun's files of --use_peft_lora have no alpha in either form."""
+    output = tmp_path / "b.safetensors"
+    for name in (diffusers("base_model.model."), kohya("lora_unet__")):
+        source = written(tmp_path / "a.safetensors", tensors_of(name), format="pt")
+        export("--lora", source, "--alpha", 2, "--to", form, "--output", output)
+        said = capsys.readouterr().out
+        assert "strength 0.5 (alpha 2 / rank)" in said and "has no alpha" not in said
+        before, after = read_lora(source).lora, read_lora(output).lora
+        for module in before.modules:
+            assert torch.equal(after.up(module), before.up(module))
+            assert torch.equal(after.down(module), before.down(module))
+            assert torch.equal(after.delta(module), before.delta(module) * 0.5)
+    for source in (
+        ("--lora", run / "lora-low-kohya.safetensors"),
+        ("--checkpoint", run / "checkpoint-2"),
+    ):
+        export(*source, "--alpha", 6, "--to", form, "--output", output)
+        metadata = read_lora(output).metadata
+        assert set(read_lora(output).lora.alphas.values()) == {6.0}
+        assert metadata["ss_network_alpha"] == "6"
+        assert json.loads(metadata["wandistill"])["alpha"] == 6
+    for alpha in ("nan", "inf", "0"):
+        with pytest.raises(UserError, match=r"--alpha: found .*expected a number other than 0"):
+            export("--lora", source[1], "--alpha", alpha, "--to", form, "--output", output)
+
+
+def test_an_alpha_of_the_metadata_may_be_in_the_matrices_already(tmp_path: Path) -> None:
+    """musubi-tuner's converter multiplies it in, leaves its tensors out and keeps the metadata."""
+    told = {"ss_network_alpha": "1", "ss_network_dim": "4"}
+    read = read_lora(written(tmp_path / "a.safetensors", tensors_of(original()), **told))
+    assert read.lora.scale("blocks.0.attn1.to_q") == 1
+    assert "has alpha 1 of rank 4, which converters multiply into" in (read.note or "")
+
+
+@pytest.mark.parametrize("fault", ["size", "enospc@2", "enospc@3"])
+def test_a_full_disk_leaves_nothing(fault: str, run: Path, tmp_path: Path) -> None:
+    """A limit of the system on a file's size, and a disk that is full from some write on."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999)); "
+        if fault == "size"
+        else f"import os; os.environ['WANDISTILL_FAULT'] = {fault!r}; "
+    ) + "from train.cli.app import main; main()"
+    ran = subprocess.run(
+        [sys.executable, "-c", code, "export", "--lora", run / "lora-low-kohya.safetensors",
+         "--to", "comfyui", "--output", folder / "x.safetensors"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 1 and "--output: can't write" in ran.stderr, ran.stderr
+    assert list(folder.iterdir()) == []
+
+
+def test_a_run_that_diverged_is_not_exported(run: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(run / "checkpoint-2", tmp_path / "checkpoint-2")
+    file = damaged / "generator_ema.safetensors"
+    weights = load_file(file)
+    name = next(iter(weights))
+    weights[name][0, 0] = float("nan")
+    save_file(weights, file)
+    state = json.loads((damaged / "state.json").read_text())
+    state.pop("digest")
+    state["sha256"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (damaged / "state.json").write_text(json.dumps(state | {"digest": digest_of(state)}))
+    with pytest.raises(UserError, match=rf"NaN or infinite in {name}: the run diverged"):
+        export("--checkpoint", damaged, "--to", "kohya", "--output", tmp_path / "x.safetensors")
 
 
 def test_what_cannot_be_exported_is_said(run: Path, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from tests.train.test_distill import distill
 from train.cli.app import app as wantrain
 from train.model.base import load_base
 from train.model.lora_adapter import LoraSpec, select_targets
-from train.model.lora_files import Form, LoraWeights
+from train.model.lora_files import LoraWeights
+from train.model.lora_names import Form
 from train.model.roles import GENERATOR, Roles
 from train.options import Expert
 from train.saving.export import lora_path, write_loras

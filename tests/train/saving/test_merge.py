@@ -20,7 +20,8 @@ from tests.train.model.test_lora_adapter import ALL, EXPERTS, applied, outputs, 
 from tests.train.model.test_lora_files import diffusers, tensors_of, written
 from train.cli.app import app as wantrain
 from train.model.base import load_base
-from train.model.lora_files import Form, read_lora
+from train.model.lora_files import read_lora
+from train.model.lora_names import Form
 from train.options import Expert
 from train.saving.export import lora_path
 
@@ -255,7 +256,9 @@ def test_what_cannot_be_merged_is_said(tiny_t2v: Path, tiny_ti2v: Path, tmp_path
     assert not output.exists() and not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.diffusion_model."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "model.diffusion_model.", "net._fsdp_wrapped_module."]
+)
 def test_the_merged_names_are_diffusers_own(tmp_path: Path, prefix: str) -> None:
     model = tiny_model(tmp_path / "model", "t2v")
     trained(model, "high", ("q",), tmp_path)
