@@ -188,8 +188,8 @@ def _read_samples(
 ) -> None:
     """The samples of a tar, an entry for each of their captions.
 
-    Of a sample's members the media file and the caption count, the others (cls, npy, …) are never
-    read. So are those with more dots in their names, as `KEY.cond.json` and `KEY.mask.png` of
+    Of a sample's members the media file and the caption count; the others (cls, npy, …) are never
+    read, nor those with more dots in their names, as `KEY.cond.json` and `KEY.mask.png` of
     `KEY.jpg`: for WebDataset they are members of KEY.
     """
     text = caption_suffix.removeprefix(".").lower()
@@ -206,10 +206,13 @@ def _read_samples(
     for sample in content.samples:
         key, media = sample.key, media_of[sample.key]
         if not media:
-            if _is_of_another(key, with_media):
+            is_of_another = _is_of_another(key, with_media)
+            if is_of_another and text not in sample.members:
                 continue
             reading.found += 1
-            if key in captioned:
+            if is_of_another:
+                reading.leave(f"{tar}/{key}", STRAY_CAPTION)
+            elif key in captioned:
                 members = ", ".join(sample.members)
                 reading.reject(
                     f"{tar}/{key}",

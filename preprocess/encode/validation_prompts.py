@@ -173,7 +173,9 @@ def _checked(item: _Item, folder: Path, spec: ModelSpec, rule: ClipRule) -> Vali
                 f" has an image, {name!r:.80}, and the shards are for a t2v model, which takes "
                 "none. Leave it out."
             )
-        picture = next((p for p in (folder / name, Path(name)) if p.is_file()), folder / name)
+        names = (name, name.replace("\\", "/"))  # the second: as Windows writes it
+        places = [place for one in names for place in (folder / one, Path(one))]
+        picture = next((place for place in places if place.is_file()), folder / name)
         try:
             seen = probe(picture, "image")
         except MediaError as error:

@@ -66,6 +66,7 @@ def thing(rng: random.Random, number: int, in_tar: bool) -> tuple[Files, Counts]
         kinds += [
             (sample | {f"{stem}.cls": b"7", f"{stem}.cond.json": b"{}"}, Counts(used=1)),
             (sample | {f"{stem}.mask.png": b"x"}, Counts({"used": 1, "left out": 1})),
+            (sample | {f"{stem}.2.txt": b"whose?"}, Counts({"used": 1, "left out": 1})),
         ]
     return rng.choice(kinds)
 
