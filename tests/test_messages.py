@@ -169,11 +169,12 @@ ROWS: dict[str, tuple[str, str]] = {
         ENCODE + "--dataset-config {bad_toml}",
         "error: dataset: {bad_toml}: dataset 1: unknown key 'target_frame'. Expected: batch_size, "
         "bucket_no_upscale, cache_directory, caption_extension, clips, clips_per_video, "
-        "enable_ar_bucket, enable_bucket, fix_sample_size, fps, frame_buckets, image_directory, "
-        "image_jsonl_file, image_sample_size, metadata, multiple_target, num_repeats, path, "
-        "random_hw_adapt, random_ratio_crop, resolution, resolutions, skip_empty_caption, "
-        "target_frames, token_sample_size, training_with_video_token_length, variants, "
-        "video_directory, video_jsonl_file, video_sample_n_frames, video_sample_size, "
+        "enable_ar_bucket, enable_bucket, fix_sample_size, fps, frame_buckets, frame_extraction, "
+        "frame_sample, frame_stride, image_directory, image_jsonl_file, image_sample_size, "
+        "max_frames, metadata, multiple_target, num_repeats, path, random_hw_adapt, "
+        "random_ratio_crop, resolution, resolutions, skip_empty_caption, target_frames, "
+        "token_sample_size, training_with_video_token_length, variants, video_directory, "
+        "video_jsonl_file, video_sample_n_frames, video_sample_size, "
         "video_sample_stride.",
     ),
     "a list and a file of datasets": (

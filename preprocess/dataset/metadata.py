@@ -6,6 +6,7 @@ JSON, JSON lines, CSV; and plain text with a caption a line, which stands for no
 import csv
 import io
 import json
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,8 +111,26 @@ def read_metadata(path: Path, form: Form = MEDIA) -> list[Record]:
 
 
 def is_blank(value: Any) -> bool:
-    """Whether a field says nothing: tables leave blanks, JSON may say null."""
-    return value is None or (isinstance(value, str) and not value.strip())
+    """Whether a field says nothing: tables leave blanks, JSON may say null, and copied text may
+    hold characters that nobody sees (zero-width spaces, byte order marks, soft hyphens)."""
+    return value is None or (isinstance(value, str) and all(map(_is_invisible, value)))
+
+
+def _is_invisible(character: str) -> bool:
+    return unicodedata.category(character) in _INVISIBLE_KINDS or ord(character) in _INVISIBLE
+
+
+_INVISIBLE_KINDS = frozenset(("Cc", "Cf", "Zs", "Zl", "Zp"))
+# Characters that Unicode counts as letters, marks or symbols: fillers, joiners, an empty Braille
+# cell, variation selectors.
+_INVISIBLE = frozenset(
+    (
+        *(0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0),
+        *range(0x180B, 0x1810),
+        *range(0xFE00, 0xFE10),
+        *range(0xE0100, 0xE01F0),
+    )
+)
 
 
 def as_number(value: Any) -> Any:
@@ -134,14 +153,20 @@ def _numbered(path: Path, text: str) -> Iterator[tuple[str, str]]:
     Not splitlines(): a caption may hold U+2028, which JSON does not escape.
     """
     for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
+        if not is_blank(line):
             yield f"{path.name} line {number}", line
 
 
 def _json(path: Path, text: str, form: Form) -> list[Record]:
     expected = f"a JSON list of objects with {form.entry}"
+    pairs: list[tuple[str, Any]] = []
+
+    def kept(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        pairs[:] = found  # the outermost object's come last; dict() would lose what is there twice
+        return dict(found)
+
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=kept)
     except (ValueError, RecursionError) as error:
         lines = _json_lines(path, text, form)[:2]
         cure = ""
@@ -150,6 +175,8 @@ def _json(path: Path, text: str, form: Form) -> list[Record]:
         raise UserError(
             f"{form.subject}: {path} is not valid JSON ({error}). Expected {expected}.{cure}"
         ) from error
+    if isinstance(value, dict) and form is MEDIA and _is_by_path(pairs):
+        return [_by_path(path, name, said) for name, said in pairs]
     if not isinstance(value, list):
         cure = "Put it in [brackets]"
         if isinstance(value, dict) and "\n" not in text.strip():
@@ -160,6 +187,24 @@ def _json(path: Path, text: str, form: Form) -> list[Record]:
             f"{form.subject}: {path} holds {json_kind(value)}. Expected {expected}. {cure}."
         )
     return [Record(where=f"{path.name}[{n}]", value=item) for n, item in enumerate(value)]
+
+
+def _is_by_path(pairs: list[tuple[str, Any]]) -> bool:
+    """Whether an object is path → caption, as kohya's metadata: no entry, and no list in a box."""
+    names = {name for name, _ in pairs}
+    lists = (value for _, value in pairs if isinstance(value, list))
+    in_a_box = any(not isinstance(item, str) for items in lists for item in items)
+    return bool(pairs) and not names & {*PATH_FIELDS, *CAPTION_ONLY_FIELDS} and not in_a_box
+
+
+def _by_path(path: Path, name: str, said: Any) -> Record:
+    """`said`: the caption, several, or an object with it; that may have a path of its own, where
+    `name` is but a number."""
+    if not isinstance(said, dict):
+        said = {"file_path": name, "caption": said}
+    elif not any(field in said for field in PATH_FIELDS):
+        said = {"file_path": name, **said}
+    return Record(where=f"{path.name}[{json.dumps(name)}]", value=said)
 
 
 def _json_lines(path: Path, text: str, form: Form) -> list[Record]:
@@ -181,7 +226,7 @@ def _csv(path: Path, text: str, form: Form) -> list[Record]:
     try:
         for row in rows:
             where, number = f"{path.name} line {number}", rows.line_num + 1
-            if not any(field.strip() for field in row):
+            if all(map(is_blank, row)):
                 continue
             if header is None:
                 header = [field.strip() for field in row]
@@ -194,7 +239,7 @@ def _csv(path: Path, text: str, form: Form) -> list[Record]:
                 records.append(Record(where=where, value=None, problem=problem))
             else:
                 fields = zip(header, row, strict=True)
-                filled = {name: value for name, value in fields if value.strip()}
+                filled = {name: value for name, value in fields if not is_blank(value)}
                 records.append(Record(where=where, value=filled))
     except csv.Error as error:
         raise UserError(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from preprocess.dataset.entries import Rejected
+from preprocess.dataset.entry import Rejected
 from shared.cli.console import MOST_NAMED
 from shared.io.durable import write_bytes
 from shared.io.names import on_one_line

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from preprocess.dataset.clip_overrides import Resolution, Sampling
-from preprocess.dataset.entries import Dataset, Entry, load_dataset
+from preprocess.dataset.entries import load_dataset
+from preprocess.dataset.entry import Dataset, Entry
 from preprocess.dataset.sizes import LARGEST_SIZE, SMALLEST_SIZE, Clips
 from preprocess.frames.media_info import MediaKind
 from preprocess.media.remote import DataDir, MediaList, here, open_folder, open_list
@@ -52,17 +53,32 @@ FIXED: dict[str, Any] = {
     "skip_empty_caption": True,
     "multiple_target": False,
 }
-# Keys that people may well bring, and why there is nothing to set.
+# Keys that people may well bring: why there is nothing to set, and what to write instead.
 REFUSED = {
     **dict.fromkeys(
         ("min_ar", "max_ar", "num_ar_buckets", "ar_buckets", "size_buckets"),
-        "aspect buckets are Wan's fixed table (shards/README.md)",
+        "aspect buckets are Wan's fixed table (shards/README.md). Delete the line.",
     ),
     **dict.fromkeys(
-        ("control_directory", "control_path", "control_resolution", "no_resize_control"),
-        "there are no control images",
+        (
+            *("control_directory", "control_path", "control_resolution", "no_resize_control"),
+            *("flux_kontext_no_resize_control", "qwen_image_edit_no_resize_control"),
+            "qwen_image_edit_control_resolution",
+        ),
+        "there are no control images. Delete the line.",
     ),
-    "mask_path": "there are no masks",
+    **dict.fromkeys(("mask_path", "mask_directory"), "there are no masks. Delete the line."),
+    **dict.fromkeys(
+        ("fp_latent_window_size", "fp_1f_clean_indices", "fp_1f_target_index", "fp_1f_no_post"),
+        "it is FramePack's. Delete the line.",
+    ),
+    **dict.fromkeys(
+        ("source_fps", "target_fps"),
+        "rates are read from the videos. To take 16 frames a second, musubi-tuner's rate for Wan, "
+        "write fps = 16.0 in its place.",
+    ),
+    "subsets": "a dataset has one folder. Write a [[datasets]] table for each subset, with "
+    "video_directory or image_directory and its num_repeats.",
 }
 
 
@@ -119,6 +135,12 @@ _RESOLUTION = _Value(
     lambda value: value if isinstance(value, int) else Resolution(width=value[0], height=value[1]),
 )
 _CLIPS = _Value(f"one of {', '.join(get_args(Clips))}", (str,), get_args(Clips).__contains__)
+_EXTRACTION = _Value(
+    'one of head, chunk, uniform, full; for slide, windows that overlap, write clips = "uniform" '
+    'with clips_per_video, or clips = "chunk"',
+    (str,),
+    ("head", "chunk", "uniform", "full").__contains__,
+)
 _SUFFIX = _Value(
     'an ending such as ".txt"', (str,), lambda value: value.startswith(".") and len(value) > 1
 )
@@ -148,8 +170,14 @@ VALUES = {
     "resolutions": _RESOLUTION.several("a list, as [512] or [[832, 480], [480, 832]]"),
     "target_frames": _LENGTHS,
     "frame_buckets": _LENGTHS,
+    "frame_extraction": _EXTRACTION,
+    "frame_stride": _COUNT,
+    "frame_sample": _COUNT,
+    "max_frames": _COUNT,
     **{name: value for name, (_, value) in OWN.items()},
 }
+MOST_FRAMES = 129
+"""musubi-tuner's `max_frames` where it is not given."""
 # Of these only one may be given.
 CLASHES = (
     ("resolution", "resolutions"),
@@ -157,6 +185,10 @@ CLASHES = (
     ("video_sample_n_frames", "target_frames"),
     ("video_sample_n_frames", "frame_buckets"),
     ("fps", "video_sample_stride"),
+    ("frame_extraction", "clips"),
+    ("frame_extraction", "clips_per_video"),
+    ("frame_extraction", "frame_buckets"),
+    ("frame_extraction", "video_sample_n_frames"),
     ("enable_bucket", "enable_ar_bucket"),
     ("fix_sample_size", "random_ratio_crop"),
     ("fix_sample_size", "resolution"),
@@ -188,6 +220,8 @@ def load_dataset_config(file: Path) -> Dataset:
         origin=str(file),
         entries=tuple(entry for part in parts for entry in part.entries),
         rejected=tuple(one for part in parts for one in part.rejected),
+        left_out=tuple(one for part in parts for one in part.left_out),
+        tallies=tuple(one for part in parts for one in part.tallies),
     )
 
 
@@ -195,7 +229,7 @@ def _tables(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What is said for all datasets, and the datasets."""
     example = '[[datasets]]\nvideo_directory = "clips"'
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        content = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(
             f"--dataset-config: cannot read {file} ({error.strerror}). Expected a TOML file such "
@@ -248,10 +282,11 @@ def _load(file: Path, where: str, table: Mapping[str, Any]) -> Dataset:
         source = "" if entry.path is None else named(entry.source)
         return replace(entry, source=source, sampling=sampling, repeats=repeats)
 
-    return Dataset(
-        origin=loaded.origin,
+    return replace(
+        loaded,
         entries=tuple(map(own, loaded.entries)),
         rejected=tuple(replace(one, source=named(one.source)) for one in loaded.rejected),
+        left_out=tuple(replace(one, source=named(one.source)) for one in loaded.left_out),
     )
 
 
@@ -259,7 +294,7 @@ def _refuse_unknown(table: Mapping[str, Any]) -> None:
     known = {*FOLDERS, *LISTS, *IGNORED, *FIXED, *VALUES}
     for name, value in table.items():
         if name in REFUSED:
-            raise _BadValueError(f"{name} has no meaning here: {REFUSED[name]}. Delete the line.")
+            raise _BadValueError(f"{name} has no meaning here: {REFUSED[name]}")
         if name not in known:
             raise _BadValueError(f"unknown key {name!r}. Expected: {', '.join(sorted(known))}.")
         if name in FIXED and value is not FIXED[name]:
@@ -315,9 +350,11 @@ def _location(file: Path, name: str, value: Any) -> str | Path:
         raise _BadValueError(f"{name} is {value!r}, expected a path.")
     if is_url(value):
         return value
-    for path in (Path(value), file.parent / value):
-        if exists(path):
-            return path
+    # The second: as Windows writes it.
+    for here_value in (value, value.replace("\\", "/")):
+        for path in (Path(here_value), file.parent / here_value):
+            if exists(path):
+                return path
     return in_home_folder(value)
 
 
@@ -326,14 +363,50 @@ def _sampling(values: Mapping[str, Any]) -> Sampling:
     for one, other in CLASHES:
         if one in values and other in values:
             raise _BadValueError(f"{one} and {other} are both given, expected one of them.")
+    if values.get("enable_bucket") is False and (sides := _oblong(values)):
+        raise _BadValueError(
+            f"enable_bucket is false and resolution [{sides.width}, {sides.height}]: without "
+            "buckets there are squares. To fit every sample to this one size write "
+            f"fix_sample_size = [{sides.height}, {sides.width}] in place of both."
+        )
     single = values.get("resolution")
     resolutions = values.get("resolutions", () if single is None else (single,))
     lengths = tuple(sorted(values.get("target_frames", values.get("frame_buckets", ()))))
     if "frame_buckets" in values:  # 1 is for images there: a video is never cut down to a still
         lengths = tuple(n for n in lengths if n > 1) or lengths
+    extraction = values.get("frame_extraction")
     return Sampling(
-        own={field: values[name] for name, (field, _) in OWN.items() if name in values},
+        own={field: values[name] for name, (field, _) in OWN.items() if name in values}
+        | _extracted(values),
         resolutions=resolutions,
-        lengths=lengths,
+        lengths=() if extraction == "full" else lengths,
         every_length="target_frames" in values,
     )
+
+
+def _extracted(values: Mapping[str, Any]) -> dict[str, Any]:
+    """musubi-tuner's `frame_extraction` as fields of `ClipRule`.
+
+    As there, the keys of the other ways count for nothing: `frame_sample` is of uniform, where one
+    sample is the head; `max_frames` of full, which has no `target_frames`.
+    """
+    match values.get("frame_extraction"):
+        case "head":
+            return {"clips": "first"}
+        case "chunk":
+            return {"clips": "chunk"}
+        case "uniform" if (number := values.get("frame_sample", 1)) > 1:
+            return {"clips": "uniform", "clips_per_video": number}
+        case "uniform":
+            return {"clips": "first"}
+        case "full":
+            most = values.get("max_frames", MOST_FRAMES)
+            return {"clips": "first", "frames": (most - 1) // 4 * 4 + 1}
+    return {}
+
+
+def _oblong(values: Mapping[str, Any]) -> Resolution | None:
+    """A resolution that is no square."""
+    found = (values.get("resolution"), *values.get("resolutions", ()))
+    sides = (one for one in found if isinstance(one, Resolution))
+    return next((one for one in sides if one.width != one.height), None)

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from preprocess.cache.index import live_columns
 from preprocess.cache.text_cache import TextCache
-from preprocess.dataset.entries import Rejected
+from preprocess.dataset.entry import Rejected
 from preprocess.encode import report
 from preprocess.encode.config import EncodeConfig
 from preprocess.encode.engine import LocalEngine

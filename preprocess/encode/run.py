@@ -18,7 +18,8 @@ from rich.console import Console
 from preprocess.cache.background_writer import BackgroundWriter
 from preprocess.cache.remove import unlisted
 from preprocess.dataset.clips import ClipRule
-from preprocess.dataset.entries import Dataset, Rejected
+from preprocess.dataset.entry import Dataset, Rejected
+from preprocess.dataset.left_out import account
 from preprocess.dataset.old_samples import superseded
 from preprocess.dataset.rejected import rejections, write_rejected
 from preprocess.dataset.toml_config import read_dataset
@@ -159,6 +160,8 @@ def read_job(config: EncodeConfig, output: Store, console: Console) -> Job:
         check_device(config.device)
     _refuse_text_only(dataset, spec)
     say(console, f"dataset  {dataset.origin}: {len(dataset.entries)} usable")
+    for line in account(dataset.tallies, dataset.left_out):
+        say(console, line)
     say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
     validation: Sequence[ValidationPrompt] = ()
     if config.validation_prompts is not None:

@@ -20,7 +20,7 @@ from preprocess.cache.index import settled_index
 from preprocess.cache.ranks import Rank
 from preprocess.cache.text_cache import TextCache
 from preprocess.cache.writer import ShardWriter, refusals_explained, remove_abandoned, writer_lock
-from preprocess.dataset.entries import Rejected
+from preprocess.dataset.entry import Rejected
 from preprocess.dataset.rejected import write_rejected
 from shared.cli.library_log import library_log
 from shared.format.cache import CacheIndex, Sidecar, committed_shards

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from preprocess.dataset.clips import ClipRule, caption_clips
-from preprocess.dataset.metadata import Form, Record, as_number, read_metadata
+from preprocess.dataset.metadata import Form, Record, as_number, is_blank, read_metadata
 from preprocess.frames.media_info import MediaError
 from preprocess.media.decode import fit
 from preprocess.media.reader import probe, read_frames
@@ -143,7 +143,7 @@ class _Item:
 
     def text(self, names: Sequence[str]) -> str:
         """The one of these fields that is filled; "" without any."""
-        filled = {n: self.fields[n] for n in names if self.fields.get(n) not in (None, "")}
+        filled = {n: self.fields[n] for n in names if not is_blank(self.fields.get(n))}
         for name, value in filled.items():
             if not isinstance(value, str):
                 raise self.refused(f": {name} is {json_kind(value)}, expected text.")
@@ -173,7 +173,9 @@ def _checked(item: _Item, folder: Path, spec: ModelSpec, rule: ClipRule) -> Vali
                 f" has an image, {name!r:.80}, and the shards are for a t2v model, which takes "
                 "none. Leave it out."
             )
-        picture = next((p for p in (folder / name, Path(name)) if p.is_file()), folder / name)
+        names = (name, name.replace("\\", "/"))  # the second: as Windows writes it
+        places = [place for one in names for place in (folder / one, Path(one))]
+        picture = next((place for place in places if place.is_file()), folder / name)
         try:
             seen = probe(picture, "image")
         except MediaError as error:

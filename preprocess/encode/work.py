@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from preprocess.dataset.clips import Clip, ClipRule
-from preprocess.dataset.entries import Entry, Rejected
+from preprocess.dataset.entry import Entry, Rejected
 from preprocess.frames.media_info import Kind, MediaError, Probe, Shortcut
 from preprocess.media.probing import Probed, probed
 from preprocess.media.sources import MediaFile

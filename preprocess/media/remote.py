@@ -29,7 +29,6 @@ _BLOCK_BYTES = 1 << 23
 _AT_ONCE = 16  # small files that are asked for together
 _MOST_TEXT_BYTES = 4 << 20
 _LISTS = (".json", ".jsonl", ".csv")
-_TARS = (".tar", ".tar.gz", ".tgz")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +125,9 @@ def _path_of(url: str) -> str:
 
 
 def _is_name(name: str) -> bool:
-    """Whether it may be a file here; tars of media are not read in stores."""
+    """Whether it may be a file here."""
     plain = all(part not in ("", ".", "..") for part in name.split("/"))
-    return plain and "\0" not in name and not name.lower().endswith(_TARS)
+    return plain and "\0" not in name
 
 
 class RemoteList(Remote):

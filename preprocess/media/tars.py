@@ -7,14 +7,13 @@ whatever a member is called. Decoders get a media file by its place in the tar
 
 import re
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from braceexpand import braceexpand
-from webdataset.tariterators import base_plus_ext
 
 from preprocess.frames.media_info import MediaError
 from preprocess.media.remote import DataDir, here, in_home, remote_named
@@ -32,7 +31,7 @@ _MOST_TEXT_BYTES = 4 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class TarSample:
-    """Members of one tar that share their name up to the first dot."""
+    """Members of one tar that share their name up to the last dot."""
 
     key: str
     members: dict[str, TarMember]
@@ -110,28 +109,63 @@ def tars_among(files: Iterable[Path]) -> list[Path]:
     ]
 
 
-def read_tar(tar: Path) -> tuple[list[TarSample], str | None]:
-    """The samples of a tar, in its order, and why what follows them can't be read; None: all is."""
+@dataclass(frozen=True, kw_only=True)
+class TarContent:
+    """What lies in a tar, in its order."""
+
+    samples: tuple[TarSample, ...]
+    special: tuple[str, ...] = ()
+    """Links, devices, sparse files: what does not lie in it in one piece."""
+    hidden: tuple[str, ...] = ()
+    """For each hidden member what hides it."""
+    problem: str | None = None
+    """Why what follows can't be read; None: all is."""
+
+
+def read_tar(
+    tar: Path, *, caption_suffix: str, hidden_part: Callable[[str], str | None]
+) -> TarContent:
+    """The members of a tar by what they belong to.
+
+    `caption_suffix`, as ".txt", may have several dots.
+    """
     if tar.name.lower().endswith(COMPRESSED):
-        return [], (
-            "a compressed tar can only be read from its beginning; unpack it to a plain one: "
-            "gunzip (media hardly get smaller by it)"
+        return TarContent(
+            samples=(),
+            problem="a compressed tar can only be read from its beginning; unpack it to a plain "
+            "one: gunzip (media hardly get smaller by it)",
         )
-    members, problem = _members(tar)
+    members, special, problem = _members(tar)
     named: dict[str, dict[str, TarMember]] = {}
     twice: dict[str, str] = {}
+    hidden: list[str] = []
     for member in members:
-        key, extension = base_plus_ext(member.name)
-        if key is None or extension is None:  # hidden, or without an ending
+        if hides := hidden_part(member.name):
+            hidden.append(hides)
             continue
+        key, ending = _split(member.name, caption_suffix.lower())
         fields = named.setdefault(key, {})
-        if extension.lower() in fields:
+        if ending in fields:
             twice[key] = member.name
-        fields[extension.lower()] = member
-    samples = [
-        TarSample(key=key, members=fields, twice=twice.get(key)) for key, fields in named.items()
-    ]
-    return samples, problem
+        fields[ending] = member
+    return TarContent(
+        samples=tuple(
+            TarSample(key=key, members=fields, twice=twice.get(key))
+            for key, fields in named.items()
+        ),
+        special=tuple(special),
+        hidden=tuple(hidden),
+        problem=problem,
+    )
+
+
+def _split(name: str, caption_suffix: str) -> tuple[str, str]:
+    """(key, ending in lower case) of a member's name; the latter "" where it has no dot."""
+    lower = name.lower()
+    if lower.endswith(caption_suffix) and not lower.endswith(f"/{caption_suffix}"):
+        return name[: -len(caption_suffix)], caption_suffix.removeprefix(".")
+    ending = PurePosixPath(name).suffix
+    return name.removesuffix(ending), ending.removeprefix(".").lower()
 
 
 # What tarfile raises on bytes that are no tar, beside its own error.
@@ -148,9 +182,10 @@ class _Header(tarfile.TarInfo):
         return -(-count // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
-def _members(tar: Path) -> tuple[list[TarMember], str | None]:
-    """Files of a tar that lie in it in one piece, and why there are no more."""
+def _members(tar: Path) -> tuple[list[TarMember], list[str], str | None]:
+    """Files of a tar that lie in it in one piece, names of others, and why there are no more."""
     found: list[TarMember] = []
+    special: list[str] = []
     try:
         size = tar.stat().st_size
         with (
@@ -160,9 +195,11 @@ def _members(tar: Path) -> tuple[list[TarMember], str | None]:
             for header in archive:
                 archive.members = []  # type: ignore[attr-defined]  # or it keeps every header
                 if not header.isreg() or header.issparse():
+                    if not header.isdir():
+                        special.append(header.name)
                     continue
                 if header.offset_data + header.size > size:
-                    return found, f"the tar ends inside {header.name}: it is truncated"
+                    return found, special, f"the tar ends inside {header.name}: it is truncated"
                 found.append(
                     TarMember(
                         tar=tar,
@@ -172,11 +209,11 @@ def _members(tar: Path) -> tuple[list[TarMember], str | None]:
                     )
                 )
     except FileNotFoundError:
-        return found, "there is no such file"
+        return found, special, "there is no such file"
     except _TAR_ERRORS as error:
         whole = f" after {len(found)} files" if found else ""
-        return found, f"the tar is damaged{whole} ({error})"
-    return found, None
+        return found, special, f"the tar is damaged{whole} ({error})"
+    return found, special, None
 
 
 def media_named(data_dir: DataDir, name: str) -> MediaFile:

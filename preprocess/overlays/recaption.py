@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 
 from preprocess.cache.remove import is_unusable, sources
-from preprocess.dataset.entries import Dataset, Rejected
+from preprocess.dataset.entry import Dataset, Rejected
+from preprocess.dataset.left_out import account
 from preprocess.dataset.rejected import reasons
 from preprocess.dataset.toml_config import read_dataset
 from preprocess.encode.config import device_here
@@ -80,6 +81,8 @@ def recaption(config: RecaptionConfig, store: Store, console: Console) -> Recapt
                 config.dataset_config, config.train_data_dir, config.train_data_meta
             )
             say(console, f"dataset  {dataset.origin}: {len(dataset.entries)} usable")
+            for line in account(dataset.tallies, dataset.left_out):
+                say(console, line)
         check_device(config.device)
         wanted = _wanted(base, dataset, outcome)
         spec = read_model_spec(resolve_model(config.model, ("text_encoder", "tokenizer")))

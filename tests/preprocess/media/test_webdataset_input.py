@@ -254,10 +254,11 @@ def test_which_members_count(tmp_path: Path) -> None:
         ("a.tar/deep/er/UPPER.MP4", "upper"),
         ("a.tar/several.png", "one"),
         ("a.tar/several.png", "two"),
+        ("a.tar/both.mp4", "t"),
+        ("a.tar/dots.v2.mp4", "t"),
     ]
     starts = {
-        "both": "several media (jpg, mp4), expected one. If",
-        "dots": "no media file (.mp4, .jpg, …) among its members: txt, v2.mp4, v2.txt",
+        "dots": "no media file (.mp4, .jpg, …) among its members: txt. Links",
         "no-caption": "no caption: no txt and no json beside the media file",
         "null": "caption is null, expected the caption",
         "blank": "the caption is empty",
