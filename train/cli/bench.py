@@ -8,9 +8,8 @@ from shared.cli.videox_fun_command import VideoXFunCommand, given_elsewhere
 from train.config import BenchConfig
 
 BENCH_EXAMPLES = """
-# the overhead of a run with these options; how fast the shards are read
+# the overhead of a run with these options
 wantrain bench --boundary-type high --rank 128
-wantrain bench --cycles 0
 
 # the bundled toy model on its shards of `wanprep encode`, seconds on a CPU
 wantrain bench --model toy --shards toy-shards --boundary-type full \\
