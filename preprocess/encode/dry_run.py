@@ -20,13 +20,7 @@ from preprocess.encode.config import EncodeConfig
 from preprocess.encode.engine import LocalEngine
 from preprocess.encode.fingerprint import settings_for_cache
 from preprocess.encode.run import Job, plan_job, read_job
-from preprocess.encode.speed import (
-    CAPTION,
-    MEGAPIXEL,
-    Times,
-    foretold_seconds,
-    remember_speed,
-)
+from preprocess.encode.speed import CAPTION, MEGAPIXEL, Times, foretold_seconds, remember_speed
 from preprocess.encode.work import Captions, Work, committed_samples, missing_of, split
 from preprocess.media.worker_pool import WorkerPool
 from shared.errors import UserError

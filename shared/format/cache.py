@@ -43,14 +43,7 @@ from shared.format.schema import (
     unpack,
     unpack_info,
 )
-from shared.format.strict_json import (
-    Fields,
-    Fits,
-    is_count,
-    is_list,
-    read_object,
-    require,
-)
+from shared.format.strict_json import Fields, Fits, is_count, is_list, read_object, require
 from shared.format.tensor_header import TensorHeader, read_head
 from shared.io.names import quoted
 from shared.io.store import Store

@@ -36,13 +36,7 @@ from shared.io.mp4 import Clip, write_mp4
 from shared.models import original_weights, weights
 from shared.models.family import Family
 from shared.models.original_layout import is_original
-from shared.models.spec import (
-    TIMESTEPS,
-    ModelSpec,
-    blocks_of,
-    read_model_spec,
-    resolve_model,
-)
+from shared.models.spec import TIMESTEPS, ModelSpec, blocks_of, read_model_spec, resolve_model
 from train.functional.rng import counted_rng
 from train.functional.schedule import Schedule
 from train.memory.block_offload import StreamedBlocks, streaming_line
