@@ -61,8 +61,8 @@ def encode(config: EncodeConfig, _: typer.Context) -> None:
         outcome = encode_run.encode(config, output, Console(stderr=True), elsewhere)
     if outcome.index is not None:
         echo(contents(outcome.index))
-        if line := preview(outcome.index):
-            echo(line)
+        if (rgb := outcome.index.latent_rgb) is not None and rgb.r2 is not None:
+            echo(f"preview  {preview(rgb)}")
     leave_if_interrupted(outcome, "sample")
     rejected = rejections(outcome.rejected, output, config.rank.number)
     if len(outcome.rejected) > config.max_bad:
