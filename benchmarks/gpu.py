@@ -360,12 +360,12 @@ ROLES = ("critic", "generator")
 
 
 def _row(name: str, report: Mapping[str, Any]) -> str:
-    loop, resident, work = report["loop"], report["resident"], report["work"]
-    reserved = f" ({resident['reserved'] / GIB:.1f})" if resident["reserved"] else ""
+    loop, work = report["loop"], report["work"]
+    reserved = f" ({report['reserved'] / GIB:.1f})" if report["reserved"] else ""
     seconds = ", ".join(f"{loop['by_role'][role]:.2f} s" for role in ROLES)
     mfu = report["ratios"]["utilisation"]
     return (
-        f"| {name} | {resident['peak'] / GIB:.1f}{reserved} | {seconds} "
+        f"| {name} | {report['peak'] / GIB:.1f}{reserved} | {seconds} "
         f"| {1 / report['ratios']['over_passes']:.1%} | {work['in_passes'] / 1e12:.3g} "
         f"| {'' if mfu is None else f'{mfu:.1%}'} | {loop['to_first_step']:.0f} s |"
     )

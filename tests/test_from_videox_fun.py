@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 import preprocess.cli.app
 import train.cli.app
-from shared.cli.videox_fun_command import flag_report
-from shared.cli.videox_fun_flags import ENCODE, TRAIN, VIDEOX_FUN_FLAGS
+from shared.cli.videox_fun_command import ENCODE, TRAIN, flag_report
+from shared.cli.videox_fun_flags import VIDEOX_FUN_FLAGS
 from shared.errors import UserError
 from tests.models import tiny_model
-from tests.test_help import options_of
+from tests.test_help import group_of, options_of
 from tests.train.conftest import write_dataset
 
 PAGE = (Path(__file__).parents[1] / "docs" / "from-videox-fun.md").read_text()
@@ -45,7 +45,31 @@ def test_every_flag_is_where_it_is_said_to_be() -> None:
     assert len({flag.name for flag in VIDEOX_FUN_FLAGS}) == len(VIDEOX_FUN_FLAGS) == 92
     for flag in VIDEOX_FUN_FLAGS:
         owners = [command for command in own if flag.name in own[command]]
-        assert flag.owner == (owners[-1] if owners else "") and bool(flag.reason) != bool(owners)
+        assert bool(flag.reason) != bool(owners)
+
+
+@pytest.mark.parametrize(
+    ("words", "elsewhere"),
+    [
+        (["wanprep", "encode"], {"rank": TRAIN}),
+        (["wanprep", "plan"], {"gen_update_interval": TRAIN}),
+        (["wantrain", "distill"], {"fix_sample_size": ENCODE, "video_sample_stride": ENCODE}),
+        (["wantrain", "lora"], {"train_data_dir": ENCODE, "fake_guidance_scale": TRAIN}),
+    ],
+)
+def test_a_flag_is_said_to_be_of_the_command_that_has_it(
+    words: list[str], elsewhere: dict[str, str]
+) -> None:
+    program = group_of(words[0])
+    said = flag_report({name: ("1",) for name in elsewhere}, program)
+    expected: dict[str, list[str]] = {}
+    for flag in VIDEOX_FUN_FLAGS:
+        if flag.name in elsewhere:
+            expected.setdefault(elsewhere[flag.name], []).append(flag.option)
+    assert sorted(said) == sorted(
+        f"flags    for {owner}, ignored here: {', '.join(names)}"
+        for owner, names in expected.items()
+    )
 
 
 def test_the_page_has_every_flag_once_with_its_place() -> None:
@@ -77,7 +101,7 @@ def test_what_would_change_the_lora_is_refused_not_ignored(flag, program: str) -
     assert isinstance(ran.exception, UserError)
     assert str(ran.exception).startswith(f"{flag.option}: not supported: {flag.reason}")
     if flag.same_as:
-        assert flag_report({flag.name: (flag.same_as,)}) == []
+        assert flag_report({flag.name: (flag.same_as,)}, group_of(program.split()[0])) == []
 
 
 @pytest.fixture(scope="module")

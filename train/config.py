@@ -249,14 +249,14 @@ class DistillConfig(TrainConfig):
 class BenchConfig(DistillConfig):
     """Measure the overhead of a run on this machine.
 
-    Reports the time that the loop adds to the transformer's passes, FLOPs per update and per second, memory by part, and how fast the shards are read. Takes every option of `wantrain distill`; runs its loop for a few updates in a temporary folder, which is deleted. With several processes (--strategy), it reports the first one.
+    Reports the time that the loop adds to the transformer's passes, FLOPs per update and per second, and the peak of memory beside what --dry-run plans. Takes every option of `wantrain distill`; runs its loop for a few updates in a temporary folder, which is deleted. With several processes (--strategy), it reports the first one.
 
     Next: wantrain distill, with the same options
     """
 
     PANELS: ClassVar[Sequence[str]] = (BENCH, *DistillConfig.PANELS)
 
-    cycles: Annotated[int, typer.Option(metavar="N", min=0, help="Generator updates that are measured, each with its critic updates; one more warms up. 0: only the loader.", rich_help_panel=BENCH)] = 1
+    cycles: Annotated[int, typer.Option(metavar="N", min=1, help="Generator updates that are measured, each with its critic updates; one more warms up.", rich_help_panel=BENCH)] = 1
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the numbers to this file.", show_default="nowhere", rich_help_panel=BENCH)] = None
 
 

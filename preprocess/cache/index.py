@@ -36,9 +36,7 @@ from shared.format.cache import (
 from shared.format.columns import COLUMNS, Columns, column_digest
 from shared.format.fingerprint import FORMAT_VERSION, of_cache, refuse_differences
 from shared.format.latent_rgb import ColourFit, LatentRgb, solve
-from shared.format.schema import (
-    KEY_BYTES,
-)
+from shared.format.schema import KEY_BYTES
 from shared.format.strict_json import parse
 from shared.io.durable import (
     fault_point,

@@ -14,13 +14,7 @@ from preprocess.cache.index import fresh_index
 from preprocess.cache.writer import ShardWriter, output_lock, refusals_explained
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, MemberReader, committed_shards
-from shared.format.schema import (
-    JSON_MEMBER,
-    MEDIA_TYPES,
-    MEMBERS,
-    MOST_INFO_BYTES,
-    unpack_info,
-)
+from shared.format.schema import JSON_MEMBER, MEDIA_TYPES, MEMBERS, MOST_INFO_BYTES, unpack_info
 from shared.format.tar import members
 from shared.io.names import has_wildcard, matcher, quoted
 from shared.io.store import Store

@@ -4,7 +4,7 @@ import numpy as np
 
 from shared.cli.console import count
 from shared.format.cache import CacheIndex
-from shared.format.latent_rgb import R2_FLOOR
+from shared.format.latent_rgb import R2_FLOOR, LatentRgb
 from shared.format.schema import MEDIA_TYPES
 
 
@@ -21,15 +21,10 @@ def contents(index: CacheIndex) -> str:
     return "\n".join(lines)
 
 
-def preview(index: CacheIndex) -> str | None:
-    """The line about the latent → RGB map; None where its quality could not be measured."""
-    rgb = index.latent_rgb
-    if rgb is None or rgb.r2 is None:
-        return None
-    line = (
-        f"preview  latent → RGB map fitted to {count(rgb.samples, 'sample')}, "
-        f"R² {rgb.r2:.2f} on {rgb.held_out} held out"
-    )
-    if rgb.r2 < R2_FLOOR:
-        line += f"; below {R2_FLOOR}, so previews without a VAE mislead"
-    return line
+def preview(rgb: LatentRgb) -> str:
+    """How good the latent → RGB map is."""
+    fitted = f"latent → RGB map fitted to {count(rgb.samples, 'sample')}"
+    if rgb.r2 is None:
+        return f"{fitted}, none held out: R² unknown"
+    line = f"{fitted}, R² {rgb.r2:.2f} on {rgb.held_out} held out"
+    return line if rgb.r2 >= R2_FLOOR else f"{line}; WARNING: below {R2_FLOOR}, previews mislead"

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from shared.format.fingerprint import Fingerprint
 from shared.format.schema import TEXT_MEMBER, pack, unpack
-from shared.io.durable import DurableFile, remove_tree, rename, temporary
+from shared.io.durable import remove_tree, rename, write_bytes
 from shared.io.hashing import digest_of
 
 PREFIX = ".text-"
@@ -44,17 +44,7 @@ class TextCache:
         Renamed into place but not fsynced: a file torn by a power cut is noticed and made
         again, which is cheaper than a flush per caption.
         """
-        path = self._path(caption)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = temporary(path)
-        stream = DurableFile(beside)
-        try:
-            stream.write(pack(text=text))
-            stream.close()
-        except BaseException:
-            stream.discard()
-            raise
-        rename(beside, path)
+        write_bytes(self._path(caption), pack(text=text), commit=rename)
 
     def delete(self) -> None:
         """Remove this folder, and those that this writer left under other settings."""

@@ -5,40 +5,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from preprocess.cache.ranks import this_rank
-from shared.cli.support import Command, echo
+from shared.cli.support import echo
 from shared.io.mirror import open_store
 from shared.io.names import on_one_line, quoted
 
 if TYPE_CHECKING:
     from preprocess.cache.remove import Chosen
 
-INDEX_EXAMPLES = """
-# the shards in shards/
-wanprep index
-
-# shards for Wan2.2-I2V-A14B that were copied from another machine
-wanprep index --shards shards-720p
-
-# the shards of the bundled toy model
-wanprep index --shards toy-shards
-"""
-REMOVE_EXAMPLES = """
-# a clip and a whole folder, as the dataset names them: what would go
-wanprep remove --sample clips/a.mp4 --sample 'drafts/*' --dry-run
-
-# one sample by its key
-wanprep remove --sample 0123456789abcdef0123456789abcdef --shards shards-720p
-
-# the shards of the bundled toy model
-wanprep remove --sample '00003*' --shards toy-shards
-"""
-COMPACT_EXAMPLES = """
-# the shards in shards/
-wanprep compact
-
-# the shards of the bundled toy model
-wanprep compact --shards toy-shards
-"""
 
 INPUT, OUTPUT = "Input", "Output"
 
@@ -52,6 +25,16 @@ def index(
     For shards that were copied from elsewhere, or an index that is lost. Reads every tar once and checks it against its sidecar; also those of caption sets and conditions.
 
     Next: wantrain distill --shards DIR
+
+    Examples:
+        # the shards in shards/
+        wanprep index
+
+        # shards for Wan2.2-I2V-A14B that were copied from another machine
+        wanprep index --shards shards-720p
+
+        # the shards of the bundled toy model
+        wanprep index --shards toy-shards
     """
     from preprocess.cache.index import build_index, check_shards
     from preprocess.cache.remove import require_shards
@@ -79,6 +62,16 @@ def remove(
     Prints which ones and how many before it removes them; if one name matches nothing, none is removed. Removed samples leave the index at once and are not trained on any more; their bytes stay in the shards until `wanprep compact`. A file that the dataset still lists comes back with the next `wanprep encode`. To remove all that a dataset does not list any more: wanprep encode --prune
 
     Next: wanprep compact --shards DIR
+
+    Examples:
+        # a clip and a whole folder, as the dataset names them: what would go
+        wanprep remove --sample clips/a.mp4 --sample 'drafts/*' --dry-run
+
+        # one sample by its key
+        wanprep remove --sample 0123456789abcdef0123456789abcdef --shards shards-720p
+
+        # the shards of the bundled toy model
+        wanprep remove --sample '00003*' --shards toy-shards
     """
     from preprocess.cache.remove import remove as remove_samples
     from shared.cli.console import count
@@ -108,6 +101,13 @@ def compact(
     Shards that contain any are rewritten without them; the other samples keep their bytes and keys. Caption sets and conditions lose what belongs to no sample any more. While it runs it needs disk space for one bucket of those shards. If it is interrupted, nothing is lost: run it again. Do not run it while `wantrain` reads the same shards.
 
     Next: wantrain distill --shards DIR
+
+    Examples:
+        # the shards in shards/
+        wanprep compact
+
+        # the shards of the bundled toy model
+        wanprep compact --shards toy-shards
     """
     from preprocess.cache.compact import compact_with_overlays
     from preprocess.cache.report import contents
@@ -121,8 +121,3 @@ def compact(
 
 
 # fmt: on
-def add_commands(app: typer.Typer) -> None:
-    """Make them commands of `wanprep`."""
-    app.command(cls=Command, epilog=INDEX_EXAMPLES)(index)
-    app.command(cls=Command, epilog=REMOVE_EXAMPLES)(remove)
-    app.command(cls=Command, epilog=COMPACT_EXAMPLES)(compact)

@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from preprocess.encode.config import EncodeConfig, for_this_machine
-from shared.cli.config_command import add_config_command
 from shared.cli.support import echo
-from shared.cli.videox_fun_command import VideoXFunCommand
 from shared.errors import UserError
 from shared.interrupt import SIGNAL_EXIT
 from shared.io.mirror import open_store
@@ -16,21 +14,6 @@ from shared.io.names import quoted
 
 if TYPE_CHECKING:
     from preprocess.encode.session import Outcome
-
-ENCODE_EXAMPLES = """
-# datasets/ for Wan2.2-I2V-A14B: 480P, 81 frames, every second frame
-wanprep encode
-
-# the same at 720P, frames as they come, captions from a list
-wanprep encode --model Wan-AI/Wan2.2-I2V-A14B-Diffusers --size 960 \\
-    --train-data-dir my/clips --train-data-meta my/captions.csv \\
-    --video-sample-stride 1 --output shards-720p
-
-# the bundled toy model on rendered clips, seconds on a CPU
-python scripts/render_clips.py --count 4 --output toy-clips
-wanprep encode --model toy --train-data-dir toy-clips --size 64 \\
-    --video-sample-n-frames 17 --video-sample-stride 1 --output toy-shards
-"""
 
 
 def leave_if_interrupted(outcome: "Outcome", noun: str) -> None:
@@ -44,7 +27,22 @@ def leave_if_interrupted(outcome: "Outcome", noun: str) -> None:
 
 
 def encode(config: EncodeConfig, _: typer.Context) -> None:
-    """Encode, and say what the cache holds and what comes next."""
+    r"""Encode, and say what the cache holds and what comes next.
+
+    Examples:
+        # datasets/ for Wan2.2-I2V-A14B: 480P, 81 frames, every second frame
+        wanprep encode
+
+        # the same at 720P, frames as they come, captions from a list
+        wanprep encode --model Wan-AI/Wan2.2-I2V-A14B-Diffusers --size 960 \
+            --train-data-dir my/clips --train-data-meta my/captions.csv \
+            --video-sample-stride 1 --output shards-720p
+
+        # the bundled toy model on rendered clips, seconds on a CPU
+        python scripts/render_clips.py --count 4 --output toy-clips
+        wanprep encode --model toy --train-data-dir toy-clips --size 64 \
+            --video-sample-n-frames 17 --video-sample-stride 1 --output toy-shards
+    """
     from rich.console import Console
 
     from preprocess.cache.report import contents, preview
@@ -63,8 +61,8 @@ def encode(config: EncodeConfig, _: typer.Context) -> None:
         outcome = encode_run.encode(config, output, Console(stderr=True), elsewhere)
     if outcome.index is not None:
         echo(contents(outcome.index))
-        if line := preview(outcome.index):
-            echo(line)
+        if (rgb := outcome.index.latent_rgb) is not None and rgb.r2 is not None:
+            echo(f"preview  {preview(rgb)}")
     leave_if_interrupted(outcome, "sample")
     rejected = rejections(outcome.rejected, output, config.rank.number)
     if len(outcome.rejected) > config.max_bad:
@@ -86,10 +84,3 @@ def encode(config: EncodeConfig, _: typer.Context) -> None:
     elif outcome.written == 0 and outcome.removed == 0:
         echo("nothing to do: every usable sample of the dataset is in the shards")
     echo(f"next: wantrain distill --shards {quoted(output)}")
-
-
-def add_command(app: typer.Typer) -> None:
-    """Make it a command of `wanprep`."""
-    add_config_command(
-        app, "encode", EncodeConfig, encode, cls=VideoXFunCommand, examples=ENCODE_EXAMPLES
-    )

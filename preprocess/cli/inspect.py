@@ -8,33 +8,11 @@ from typing import Annotated
 import typer
 
 from preprocess.cache.ranks import this_rank
-from shared.cli.support import Command, echo, echo_data
+from shared.cli.support import echo, echo_data
 from shared.device import chosen_device
 from shared.errors import UserError
 from shared.io.mirror import open_store
 from shared.models.spec import DEFAULT_MODEL
-
-INSPECT_EXAMPLES = """
-# what is in shards/
-wanprep inspect
-
-# and a page with images, captions and charts
-wanprep inspect --html shards.html --samples 48
-
-# the shards of the bundled toy model
-wanprep inspect --shards toy-shards --html toy-shards.html
-"""
-VERIFY_EXAMPLES = """
-# read every shard in shards/ and list what is wrong
-wanprep verify
-
-# and five samples through the VAE, compared with their files
-wanprep verify --decode 5 --train-data-dir my/clips --output decoded
-
-# the shards of the bundled toy model
-wanprep verify --shards toy-shards --decode 2 --model toy \\
-    --train-data-dir toy-clips --output toy-decoded
-"""
 
 INPUT, DECODE, OUTPUT = "Input", "Decoding", "Output"
 
@@ -52,6 +30,16 @@ def inspect(
     Buckets, lengths, captions, bytes, settings, caption sets and conditions, and how good previews are: images on the page are made from latents by a linear map that was fitted while encoding, so no VAE is needed. Reads the index, which is quick for any number of samples; for the lengths of videos it reads at most 2000 of them.
 
     Next: wanprep verify --shards DIR
+
+    Examples:
+        # what is in shards/
+        wanprep inspect
+
+        # and a page with images, captions and charts
+        wanprep inspect --html shards.html --samples 48
+
+        # the shards of the bundled toy model
+        wanprep inspect --shards toy-shards --html toy-shards.html
     """
     from rich.console import Console
 
@@ -85,11 +73,22 @@ def verify(
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the decoded samples, an mp4 each (images: PNG).", rich_help_panel=OUTPUT)] = Path("decoded"),
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the findings to a file, as JSON; - is stdout.", show_default="none", rich_help_panel=OUTPUT)] = None,
 ) -> None:
-    """Check every shard; list what is wrong, by file and sample.
+    r"""Check every shard; list what is wrong, by file and sample.
 
     Reads everything once: checksums, members, shapes, NaN, empty text, the index against the tars; caption sets and conditions too. Samples of an older wandistill, which took wrong frames of some files, are checked against their media (in --train-data-dir). Changes nothing, and may run while another wanprep encodes. The exit code is 1 if something is wrong. Each finding comes with its meaning and its cure.
 
     Next: wantrain distill --shards DIR
+
+    Examples:
+        # read every shard in shards/ and list what is wrong
+        wanprep verify
+
+        # and five samples through the VAE, compared with their files
+        wanprep verify --decode 5 --train-data-dir my/clips --output decoded
+
+        # the shards of the bundled toy model
+        wanprep verify --shards toy-shards --decode 2 --model toy \
+            --train-data-dir toy-clips --output toy-decoded
     """
     from rich.console import Console
 
@@ -157,9 +156,3 @@ def _saving(option: str, file: Path) -> Iterator[None]:
         raise UserError(
             f"{option}: cannot write {file} ({error.strerror}). Choose another place."
         ) from error
-
-
-def add_commands(app: typer.Typer) -> None:
-    """Make them commands of `wanprep`."""
-    app.command(cls=Command, epilog=INSPECT_EXAMPLES)(inspect)
-    app.command(cls=Command, epilog=VERIFY_EXAMPLES)(verify)

@@ -4,36 +4,26 @@ import typer
 
 from preprocess.cli.encode import leave_if_interrupted
 from preprocess.overlays.config import ConditionConfig, RecaptionConfig
-from shared.cli.config_command import add_config_command
 from shared.cli.support import echo
 from shared.errors import UserError
 from shared.io.mirror import open_store
 from shared.io.names import quoted
 
-RECAPTION_EXAMPLES = """
-# the captions of a list, called short; then train with them
-wanprep recaption --name short --train-data-meta captions-short.jsonl
-wantrain distill --captions short
-
-# the captions that the shards have, by another text encoder
-wanprep recaption --name other-encoder --same-captions --model my/wan
-
-# the shards of the bundled toy model
-wanprep recaption --name again --same-captions --model toy --shards toy-shards
-"""
-CONDITION_EXAMPLES = """
-# a t2v cache in shards/ and its media in datasets/: train i2v on it too
-wanprep add-condition --model Wan-AI/Wan2.2-I2V-A14B-Diffusers
-wantrain distill --model Wan-AI/Wan2.2-I2V-A14B-Diffusers
-
-# the shards of the bundled toy model
-wanprep add-condition --model toy-i2v --train-data-dir toy-clips \\
-    --shards toy-shards
-"""
-
 
 def recaption(config: RecaptionConfig, _: typer.Context) -> None:
-    """Encode the captions, and say what the cache has of them."""
+    """Encode the captions, and say what the cache has of them.
+
+    Examples:
+        # the captions of a list, called short; then train with them
+        wanprep recaption --name short --train-data-meta captions-short.jsonl
+        wantrain distill --captions short
+
+        # the captions that the shards have, by another text encoder
+        wanprep recaption --name other-encoder --same-captions --model my/wan
+
+        # the shards of the bundled toy model
+        wanprep recaption --name again --same-captions --model toy --shards toy-shards
+    """
     from rich.console import Console
 
     from preprocess.overlays import recaption as recaptioning
@@ -54,7 +44,17 @@ def recaption(config: RecaptionConfig, _: typer.Context) -> None:
 
 
 def add_condition(config: ConditionConfig, _: typer.Context) -> None:
-    """Encode the conditions, and say what the cache has of them."""
+    r"""Encode the conditions, and say what the cache has of them.
+
+    Examples:
+        # a t2v cache in shards/ and its media in datasets/: train i2v on it too
+        wanprep add-condition --model Wan-AI/Wan2.2-I2V-A14B-Diffusers
+        wantrain distill --model Wan-AI/Wan2.2-I2V-A14B-Diffusers
+
+        # the shards of the bundled toy model
+        wanprep add-condition --model toy-i2v --train-data-dir toy-clips \
+            --shards toy-shards
+    """
     from rich.console import Console
 
     from preprocess.dataset.rejected import rejections
@@ -75,11 +75,3 @@ def add_condition(config: ConditionConfig, _: typer.Context) -> None:
         )
     options = f"--pretrained-model-name-or-path {quoted(config.model)} --shards {quoted(store)}"
     echo(f"next: wantrain distill {options}")
-
-
-def add_commands(app: typer.Typer) -> None:
-    """Make them commands of `wanprep`."""
-    add_config_command(app, "recaption", RecaptionConfig, recaption, examples=RECAPTION_EXAMPLES)
-    add_config_command(
-        app, "add-condition", ConditionConfig, add_condition, examples=CONDITION_EXAMPLES
-    )

@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from preprocess.encode.config import PlanConfig, for_this_machine
-from shared.cli.config_command import add_config_command
 from shared.cli.support import echo, echo_data
-from shared.cli.videox_fun_command import VideoXFunCommand
 from shared.errors import UserError
 from shared.io.mirror import open_store
 from shared.io.names import on_one_line
@@ -17,22 +15,23 @@ from shared.io.store import Store
 if TYPE_CHECKING:
     from preprocess.encode.dry_run import Foreseen
 
-PLAN_EXAMPLES = """
-# what `wanprep encode` would do with datasets/
-wanprep plan
-
-# at 720P, with a time estimate from a few clips that are encoded now
-wanprep plan --size 960 --train-data-dir my/clips --measure
-
-# the toy clips
-wanprep plan --model toy --train-data-dir toy-clips --size 64 \\
-    --video-sample-n-frames 17 --video-sample-stride 1 --output toy-shards
-"""
 _NAMED = 5  # of a list, so many are printed
 
 
 def plan(config: PlanConfig, _: typer.Context) -> None:
-    """Print what an encode run with these options would do."""
+    r"""Print what an encode run with these options would do.
+
+    Examples:
+        # what `wanprep encode` would do with datasets/
+        wanprep plan
+
+        # at 720P, with a time estimate from a few clips that are encoded now
+        wanprep plan --size 960 --train-data-dir my/clips --measure
+
+        # the toy clips
+        wanprep plan --model toy --train-data-dir toy-clips --size 64 \
+            --video-sample-n-frames 17 --video-sample-stride 1 --output toy-shards
+    """
     from rich.console import Console
 
     from preprocess.encode.dry_run import foresee
@@ -125,8 +124,3 @@ def _time(plan: "Foreseen") -> str:
     return (
         f"about {about} in one process, as fast as measured here before (without loading weights)"
     )
-
-
-def add_command(app: typer.Typer) -> None:
-    """Make it a command of `wanprep`."""
-    add_config_command(app, "plan", PlanConfig, plan, cls=VideoXFunCommand, examples=PLAN_EXAMPLES)

@@ -5,7 +5,7 @@ Nothing is written to the output folder. An encoder is built only to measure its
 
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,7 @@ from preprocess.encode.config import EncodeConfig
 from preprocess.encode.engine import LocalEngine
 from preprocess.encode.fingerprint import settings_for_cache
 from preprocess.encode.run import Job, plan_job, read_job
-from preprocess.encode.speed import (
-    CAPTION,
-    MEGAPIXEL,
-    Times,
-    foretold_seconds,
-    remember_speed,
-)
+from preprocess.encode.speed import CAPTION, MEGAPIXEL, Times, foretold_seconds, remember_speed
 from preprocess.encode.work import Captions, Work, committed_samples, missing_of, split
 from preprocess.media.worker_pool import WorkerPool
 from shared.errors import UserError
@@ -59,11 +53,6 @@ class BucketPlan:
     """About what the new ones take in shards."""
 
 
-CHANGES = ("shortened", "upscaled", "slow", "noted")
-"""What may become of a media file. Slow: videos slower than the frame rate asked for, if only in
-places; noted: what is odd about videos that are used all the same."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Foreseen:
     """What a run would find and do, by the names that --json prints."""
@@ -86,7 +75,7 @@ class Foreseen:
     buckets: tuple[BucketPlan, ...]
     rejected: tuple[Rejected, ...]
     changes: Mapping[str, Sequence[tuple[str, str]]]
-    """Of the kinds in `CHANGES`: (source, in words), each once."""
+    """Of the kinds in `report.CHANGES`: (source, in words), each once."""
     first_rule: bool
     """Whether there are shards of the first frame rule, of which `encode` may replace samples."""
 
@@ -147,7 +136,7 @@ def foresee(
         **_frames(plan.works),
         buckets=buckets,
         rejected=(*job.dataset.rejected, *plan.rejected),
-        changes=_changes(plan.works),
+        changes=report.changes(plan.works),
         first_rule=any(has_first_frame_rule(sidecar.fingerprint) for sidecar in sidecars),
     )
 
@@ -236,47 +225,10 @@ def _buckets(
             samples=samples,
             in_shards=samples - lacking,
             new=lacking,
-            shortened=sum(len(work.samples) for work in works if _is_short(work)),
-            upscaled=sum(len(work.samples) for work in works if _upscaling(work) > 1),
+            shortened=sum(len(work.samples) for work in works if report.is_short(work)),
+            upscaled=sum(len(work.samples) for work in works if report.upscaling(work) > 1),
             bytes=sum(sizes.samples(work, new[work.home]) for work in works),
         )
-
-
-def _is_short(work: Work) -> bool:
-    return work.type == "video" and work.clip.bucket.frames < work.clip.asked
-
-
-def _upscaling(work: Work) -> float:
-    """How much larger than the source a sample is shown; 1 or less: no pixel is made up."""
-    bucket, probe = work.clip.bucket, work.probe
-    if probe is None:
-        return 0
-    return max(bucket.height / probe.height, bucket.width / probe.width)
-
-
-def _changes(planned: Sequence[Work]) -> dict[str, list[tuple[str, str]]]:
-    """By kind. Variants and captions of one media file are often changed alike."""
-    found: dict[str, dict[tuple[str, str], None]] = {kind: {} for kind in CHANGES}
-    for work in planned:
-        for kind, change in _changes_of(work):
-            found[kind][work.entry.source, change] = None
-    return {kind: list(changes) for kind, changes in found.items()}
-
-
-def _changes_of(work: Work) -> Iterator[tuple[str, str]]:
-    """(kind, in words)."""
-    probe, clip, bucket = work.probe, work.clip, work.clip.bucket
-    if probe is None:
-        return
-    if _is_short(work):
-        yield "shortened", f"{clip.asked} frames asked, {bucket.frames} taken of {probe.frames}"
-    if (factor := _upscaling(work)) > 1:
-        sizes = f"{probe.width}x{probe.height} to {bucket.width}x{bucket.height}"
-        yield "upscaled", f"{sizes}, {factor:.2f} times as large"
-    if number := report.repeats(work):
-        repeated = f"{number} of {bucket.frames} frames are repeated"
-        yield "slow", f"{repeated} ({probe.fps:g} a second)"
-    yield from (("noted", note) for note in probe.notes)
 
 
 def _frames(planned: Sequence[Work]) -> dict[str, int]:

@@ -14,8 +14,6 @@ What comes out is to the bit what diffusers' Wan pipelines compute for the same 
 """
 
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +21,11 @@ import torch
 import transformers
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from PIL import Image
-from transformers import AutoTokenizer
 
-from shared.errors import UserError, first_line
-from shared.models import original_weights, weights
-from shared.models.original_layout import is_original, read_json
+from shared.errors import UserError
+from shared.models import weights
 from shared.models.pixels import latents_to_frames
+from shared.models.processors import load_image_processor, load_tokenizer
 from shared.models.spec import ModelSpec
 
 
@@ -38,10 +35,7 @@ class TextEncoder:
     def __init__(self, spec: ModelSpec, *, dtype: torch.dtype, device: str) -> None:
         """Load `tokenizer` and `text_encoder` of a model folder; UserError if they are damaged."""
         transformers.utils.logging.disable_progress_bar()  # would tear our own bars apart
-        if is_original(spec.folder):
-            self._tokenizer = original_weights.load_tokenizer(AutoTokenizer, spec.folder)
-        else:
-            self._tokenizer = _load_tokenizer(spec.folder)
+        self._tokenizer = load_tokenizer(spec.folder)
         self._most = spec.family.text_tokens
         model = weights.load_component(spec.family, spec.folder, "text_encoder", dtype=dtype)
         self._model = model.to(device).eval().requires_grad_(False)
@@ -91,11 +85,7 @@ class ImageEncoder:
         model = weights.load_component(
             spec.family, spec.folder, "image_encoder", dtype=torch.float32
         )
-        if is_original(spec.folder):
-            settings = original_weights.processor_config(model.config.image_size)
-            self._processor = processor(**settings)
-        else:
-            self._processor = _load(processor, spec.folder / "image_processor")
+        self._processor = load_image_processor(processor, spec.folder, model.config.image_size)
         if model.config.hidden_size != spec.image_dim:
             raise UserError(
                 f"model: {folder} gives embeddings of width {model.config.hidden_size}, the "
@@ -179,27 +169,3 @@ def to_pixels(frames: npt.NDArray[np.uint8], device: torch.device) -> torch.Tens
     levels = torch.from_numpy(frames).to(device).permute(3, 0, 1, 2).unsqueeze(0).contiguous()
     # By a tensor: a Python number CUDA would divide by through its reciprocal, one bit off.
     return 2.0 * (levels.float() / torch.tensor(255.0, device=device)) - 1.0
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    """The tokenizer by the class that `model_index.json` names, as the pipeline loads it."""
-    named = read_json(folder / "model_index.json", "model").get("tokenizer")
-    name = named[1] if isinstance(named, list) and len(named) > 1 else None
-    tokenizer = getattr(transformers, str(name), None)
-    if tokenizer is None:
-        raise UserError(
-            f"model: {folder / 'model_index.json'} names the tokenizer {name!r}, which "
-            f"transformers {transformers.__version__} does not have; expected T5TokenizerFast."
-        )
-    return _load(tokenizer, folder / "tokenizer")
-
-
-def _load(loader: Any, folder: Path) -> Any:
-    """`loader.from_pretrained(folder)`; every way in which that fails becomes a UserError."""
-    try:
-        return loader.from_pretrained(folder)
-    except Exception as error:  # OSError, ValueError, KeyError, RuntimeError …
-        raise UserError(
-            f"model: cannot load {folder.name} from {folder} ({first_line(error)}). "
-            "Its files are damaged or incomplete: download them again."
-        ) from error

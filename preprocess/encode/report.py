@@ -8,40 +8,59 @@ from preprocess.encode.speed import Times
 from preprocess.encode.work import Work
 from shared.cli.console import count, named
 
-
-def oddities(work: Sequence[Work]) -> Iterator[str]:
-    """The lines about clips that are not what was asked, or whose videos are odd."""
-    # Shorter than asked.
-    if short := [one for one in work if one.clip.bucket.frames < one.clip.asked]:
-        asked = sorted({one.clip.asked for one in short})
-        taken: dict[str, set[int]] = {}  # one video may have several clips
-        for one in short:
-            taken.setdefault(one.entry.source, set()).add(one.clip.bucket.frames)
-        fewer = f"{asked[0]}" if len(asked) == 1 else f"{asked[0]} to {asked[-1]}"
-        listed = named([f"{name} ({', '.join(map(str, sorted(n)))})" for name, n in taken.items()])
-        yield (
-            f"short    {count(len(taken), 'video')} with fewer than {fewer} frames at this stride, "
-            f"taken at the largest 4n+1 there is: {listed}"
-        )
-
-    # Slower than --fps, if only in places.
-    if slow := {one.entry.source: one for one in work if repeats(one)}:
-        listed = named(
-            [f"{name} ({repeats(one)} of {one.clip.bucket.frames})" for name, one in slow.items()]
-        )
-        yield (
-            f"slow     {count(len(slow), 'video')} slower than --fps, at least in places: frames "
-            f"are repeated, as a player shows them longer: {listed}"
-        )
-
-    # Odd, and taken all the same.
-    noted = {one.entry.source: one.probe.notes for one in work if one.probe and one.probe.notes}
-    if noted:
-        kinds = dict.fromkeys(note for notes in noted.values() for note in notes)
-        yield f"noted    {count(len(noted), 'video')} {'; '.join(kinds)}: {named(list(noted))}"
+CHANGES = ("shortened", "upscaled", "slow", "noted")
+"""What may become of a media file. Slow: videos slower than the frame rate asked for, if only in
+places; noted: what is odd about videos that are used all the same."""
 
 
-def repeats(work: Work) -> int:
+def oddities(works: Sequence[Work]) -> Iterator[str]:
+    """A run's lines about clips that are not what was asked, or whose videos are odd."""
+    for kind, found in changes(works).items():
+        if found and kind != "upscaled":
+            videos = count(len({source for source, _ in found}), "video")
+            listed = named([f"{source} ({change})" for source, change in found])
+            yield f"{kind:<8} {videos}: {listed}"
+
+
+def is_short(work: Work) -> bool:
+    """Whether a video gives fewer frames than were asked."""
+    return work.type == "video" and work.clip.bucket.frames < work.clip.asked
+
+
+def upscaling(work: Work) -> float:
+    """How much larger than the source a sample is shown; 1 or less: no pixel is made up."""
+    bucket, probe = work.clip.bucket, work.probe
+    if probe is None:
+        return 0
+    return max(bucket.height / probe.height, bucket.width / probe.width)
+
+
+def changes(planned: Sequence[Work]) -> dict[str, list[tuple[str, str]]]:
+    """By kind. Variants and captions of one media file are often changed alike."""
+    found: dict[str, dict[tuple[str, str], None]] = {kind: {} for kind in CHANGES}
+    for work in planned:
+        for kind, change in _changes_of(work):
+            found[kind][work.entry.source, change] = None
+    return {kind: list(changes) for kind, changes in found.items()}
+
+
+def _changes_of(work: Work) -> Iterator[tuple[str, str]]:
+    """(kind, in words)."""
+    probe, clip, bucket = work.probe, work.clip, work.clip.bucket
+    if probe is None:
+        return
+    if is_short(work):
+        yield "shortened", f"{clip.asked} frames asked, {bucket.frames} taken of {probe.frames}"
+    if (factor := upscaling(work)) > 1:
+        sizes = f"{probe.width}x{probe.height} to {bucket.width}x{bucket.height}"
+        yield "upscaled", f"{sizes}, {factor:.2f} times as large"
+    if number := _repeats(work):
+        repeated = f"{number} of {bucket.frames} frames are repeated"
+        yield "slow", f"{repeated} ({probe.fps:g} a second)"
+    yield from (("noted", note) for note in probe.notes)
+
+
+def _repeats(work: Work) -> int:
     """How many frames of a clip are the frame before once more."""
     indices = work.clip.frame_indices
     return sum(one == other for one, other in pairwise(indices))

@@ -7,10 +7,10 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
+from preprocess.cache import report
 from preprocess.inspection.overview import SHORT_TOKENS, Histogram, Overview, histogram
 from shared.cli.console import count
 from shared.cli.support import say
-from shared.format.latent_rgb import R2_FLOOR
 from shared.io.names import on_one_line
 
 KINDS = {"video": "video", "image": "image", "text": "text-only"}
@@ -100,11 +100,7 @@ def preview(found: Overview) -> str:
         if found.types["text"] == found.samples:
             return "no latent → RGB map: text-only samples have no images"
         return "no latent → RGB map: this cache was encoded before there was one"
-    fitted = f"latent → RGB map fitted to {count(rgb.samples, 'sample')}"
-    if rgb.r2 is None:
-        return f"{fitted}, none held out: R² unknown"
-    line = f"{fitted}, R² {rgb.r2:.2f} on {rgb.held_out} held out"
-    return line if rgb.r2 >= R2_FLOOR else f"{line}; WARNING: below {R2_FLOOR}, previews mislead"
+    return report.preview(rgb)
 
 
 def durations_note(found: Overview) -> str:

@@ -37,13 +37,7 @@ from shared.errors import UserError
 from shared.format.cache import CacheIndex, MemberReader
 from shared.format.fingerprint import FORMAT_VERSION, LACKING, Fingerprint, cache_mode, group_of
 from shared.format.overlays import CONDITIONS
-from shared.format.schema import (
-    CONDITION_MEMBER,
-    DTYPES,
-    JSON_MEMBER,
-    MEDIA_TYPES,
-    pack,
-)
+from shared.format.schema import CONDITION_MEMBER, DTYPES, JSON_MEMBER, MEDIA_TYPES, pack
 from shared.io.hashing import FileHasher
 from shared.io.store import Store
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model

@@ -31,18 +31,9 @@ from shared.device import check_device
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, MemberReader
 from shared.format.columns import caption_digest
-from shared.format.fingerprint import (
-    FORMAT_VERSION,
-    Fingerprint,
-    group_of,
-)
+from shared.format.fingerprint import FORMAT_VERSION, Fingerprint, group_of
 from shared.format.overlays import CAPTIONS, captions_of
-from shared.format.prompts import (
-    NEGATIVE,
-    Prompt,
-    current_validation,
-    prompts_by_shard,
-)
+from shared.format.prompts import NEGATIVE, Prompt, current_validation, prompts_by_shard
 from shared.format.schema import DTYPES, JSON_MEMBER, TEXT_MEMBER, info_bytes, pack
 from shared.io.store import Store
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model

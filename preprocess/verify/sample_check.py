@@ -1,7 +1,7 @@
 """What a sample must be, from its shard's fingerprint and bucket; and whether it is. No I/O."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,14 +15,15 @@ from shared.format.prompts import VALIDATION
 from shared.format.schema import (
     CONDITION_MEMBER,
     DTYPES,
+    INFO_FIELDS,
     JSON_MEMBER,
     LATENTS_MEMBER,
-    MEDIA_TYPES,
+    LATER_FIELDS,
     MOST_INFO_BYTES,
     TEXT_MEMBER,
     unpack,
 )
-from shared.format.strict_json import parse
+from shared.format.strict_json import Fields, misfits, parse
 from shared.format.tensor_header import read_header
 
 # Bytes of a member beyond its tensors, or of a whole JSON, that nobody needs.
@@ -112,13 +113,8 @@ class Expected:
         return _MOST_OVERHEAD + tensor
 
 
-_KINDS: dict[str, type] = {
-    **dict.fromkeys(("caption", "type", "source"), str),
-    **dict.fromkeys(("width", "height", "frames"), int),
-    "frame_indices": list,
-}
-"""Of the fields of a sample's `KEY.json`."""
-_KIND_NAMES = {str: "a string", int: "a number", list: "a list"}
+_PROMPT_FIELDS: Fields = {"role": str, "prompt": str, "image": str}
+_FORMAT = "what shards/README.md says"
 
 
 def check_info(data: bytes, expected: Expected) -> tuple[list[Problem], dict[str, Any]]:
@@ -129,25 +125,22 @@ def check_info(data: bytes, expected: Expected) -> tuple[list[Problem], dict[str
         return [Problem("json-damaged", f"no JSON ({error})", "a JSON object")], {}
     if not isinstance(info, dict):
         return [Problem("json-damaged", json_kind(info), "an object")], {}
-    kinds = _KINDS
     if expected.bucket is None:
-        kinds = {"role": str, "prompt": str}
-        if info.get("role") == VALIDATION:
-            kinds |= dict.fromkeys(SIDES, int) | ({"image": str} if "image" in info else {})
-    problems, wrong = [], set()
-    for name, kind in kinds.items():
-        if not isinstance(info.get(name), kind) or isinstance(info[name], bool):
-            wrong.add(name)
-            has = f"{name} is {json_kind(info[name])}" if name in info else f"no {name}"
-            problems.append(Problem("json-field", has, _KIND_NAMES[kind]))
+        wrong = misfits(info, _PROMPT_FIELDS, optional=("image",))
+        if info.get("role") == VALIDATION and not is_bucket(info):
+            sides = ", ".join(f"{side} {info.get(side)!r:.20}" for side in SIDES)
+            wrong["bucket"] = f"a shape of {sides}"
+    else:
+        wrong = misfits(info, INFO_FIELDS, optional=LATER_FIELDS)
+    problems = [Problem("json-field", found, _FORMAT) for found in wrong.values()]
     if expected.bucket is not None:
         problems += _check_bucket(info, expected.bucket, wrong)
     return problems, info
 
 
-def _check_bucket(info: dict[str, Any], bucket: Bucket, wrong: set[str]) -> Iterator[Problem]:
-    if "type" not in wrong and info["type"] not in MEDIA_TYPES:
-        yield Problem("json-field", f"type is {info['type']!r}", " or ".join(MEDIA_TYPES))
+def _check_bucket(
+    info: dict[str, Any], bucket: Bucket, wrong: Collection[str]
+) -> Iterator[Problem]:
     for name in ("width", "height", "frames"):
         if name not in wrong and info[name] != getattr(bucket, name):
             yield Problem(
@@ -158,7 +151,7 @@ def _check_bucket(info: dict[str, Any], bucket: Bucket, wrong: set[str]) -> Iter
     indices = info["frame_indices"]
     if len(indices) != bucket.frames:
         yield Problem("json-bucket", f"{len(indices)} frame_indices", f"{bucket.frames} of them")
-    if not all(isinstance(i, int) and i >= 0 for i in indices) or indices != sorted(indices):
+    if indices != sorted(indices):
         yield Problem("json-field", "frame_indices that do not ascend", "numbers of frames")
 
 

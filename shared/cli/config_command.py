@@ -10,23 +10,21 @@ from typing import Any, TypeVar
 import typer
 
 from shared.cli.left_out import unasked_left_out
-from shared.cli.support import Command
+from shared.cli.support import Command, text_and_examples
 
 _Config = TypeVar("_Config")
 
 
 def add_config_command(
     app: typer.Typer,
-    name: str,
     config: type[_Config],
     do: Callable[[_Config, typer.Context], None],
     *,
-    examples: str,
     cls: type[Command] = Command,
 ) -> None:
-    """Make `name` a command of `app` that builds a `config` from its options and `do`es it.
+    """Make `do` a command of `app`, which builds a `config` from its options and does it.
 
-    `config.PANELS` is the order of the groups on the help page.
+    `config.PANELS` is the order of the groups on the help page, its docstring the text there.
     """
 
     class ConfigCommand(cls):  # type: ignore[misc, valid-type]
@@ -39,6 +37,7 @@ def add_config_command(
             with unasked_left_out():
                 do(self.configuration(ctx), ctx)
 
+    name, (_, examples) = do.__name__.replace("_", "-"), text_and_examples(do)
     app.command(name, cls=ConfigCommand, epilog=examples)(config)
 
 

@@ -1,5 +1,6 @@
 """What both command lines do alike: underscores for dashes, one message for a user's error."""
 
+import inspect
 import os
 import sys
 import textwrap
@@ -94,6 +95,18 @@ def new_app(help_text: str, examples: str) -> typer.Typer:
         rich_markup_mode=None,  # help pages are our own, errors plain lines that logs can keep
         add_completion=False,
     )
+
+
+def text_and_examples(do: Callable[..., Any]) -> tuple[str, str]:
+    """A docstring in two: what stands above its "Examples:", and those."""
+    text, _, examples = inspect.cleandoc(do.__doc__ or "").partition("\n\nExamples:\n")
+    return text, textwrap.dedent(examples)
+
+
+def add_command(app: typer.Typer, do: Callable[..., None]) -> None:
+    """Make `do` a command of `app`, whose options are its parameters."""
+    text, examples = text_and_examples(do)
+    app.command(cls=Command, help=text, epilog=examples)(do)
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:

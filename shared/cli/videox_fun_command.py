@@ -9,11 +9,12 @@ from typing import Any
 import typer
 
 from shared.cli.support import Command, echo
-from shared.cli.videox_fun_flags import ENCODE, TRAIN, VIDEOX_FUN_FLAGS, VideoXFunFlag
+from shared.cli.videox_fun_flags import VIDEOX_FUN_FLAGS, VideoXFunFlag
 from shared.errors import UserError
 
 Given = Mapping[str, tuple[str, ...]]
 """Flag of the other stage → its values as they were written."""
+ENCODE, TRAIN = "wanprep encode", "wantrain distill"
 _FLAGS = {flag.option: flag for flag in VIDEOX_FUN_FLAGS}
 GIVEN = "flags of VideoX-Fun's script that the command has no option for"
 
@@ -21,7 +22,7 @@ GIVEN = "flags of VideoX-Fun's script that the command has no option for"
 def given_elsewhere(context: typer.Context) -> Given:
     """The flags given to a command that are options of another one."""
     given: Given = context.meta[GIVEN]
-    return {f.name: given[f.name] for f in VIDEOX_FUN_FLAGS if f.name in given and f.owner}
+    return {f.name: given[f.name] for f in VIDEOX_FUN_FLAGS if f.name in given and not f.reason}
 
 
 class VideoXFunCommand(Command):
@@ -70,7 +71,7 @@ class VideoXFunCommand(Command):
 
     def invoke(self, ctx: Any) -> Any:
         """Run it, after a report of the other flags."""
-        lines = flag_report(ctx.meta[GIVEN])
+        lines = flag_report(ctx.meta[GIVEN], ctx.parent.command)
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one process of a machine prints
             for line in lines:
                 echo(line, err=True)
@@ -85,8 +86,9 @@ def _values(flag: VideoXFunFlag, rest: list[str]) -> tuple[str, ...]:
     return values
 
 
-def flag_report(given: Given) -> list[str]:
-    """Lines about flags that a command does not have. UserError for unsupported ones."""
+def flag_report(given: Given, program: Any) -> list[str]:
+    """Lines about flags that a command of `program`, the group, does not have. UserError for
+    unsupported ones."""
     flags = [flag for flag in VIDEOX_FUN_FLAGS if flag.name in given]
     for flag in flags:
         if flag.refused and given[flag.name] != (flag.same_as,):
@@ -96,7 +98,7 @@ def flag_report(given: Given) -> list[str]:
             )
     lines = []
     for owner in (ENCODE, TRAIN):
-        names = [flag.option for flag in flags if flag.owner == owner]
+        names = [f.option for f in flags if not f.reason and _owner(f, program) == owner]
         if names:
             lines.append(f"flags    for {owner}, ignored here: {', '.join(names)}")
     unneeded = [
@@ -105,3 +107,10 @@ def flag_report(given: Given) -> list[str]:
     if unneeded:
         lines.append(f"flags    not needed: {'; '.join(unneeded)}")
     return lines
+
+
+def _owner(flag: VideoXFunFlag, program: Any) -> str:
+    """The program's own main command, if that has the flag as an option, else the other's."""
+    own, other = (TRAIN, ENCODE) if "distill" in program.commands else (ENCODE, TRAIN)
+    options = program.commands[own.split()[1]].params
+    return own if any(flag.option in option.opts for option in options) else other

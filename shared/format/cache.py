@@ -43,14 +43,7 @@ from shared.format.schema import (
     unpack,
     unpack_info,
 )
-from shared.format.strict_json import (
-    Fields,
-    Fits,
-    is_count,
-    is_list,
-    read_object,
-    require,
-)
+from shared.format.strict_json import Fields, Fits, is_count, is_list, read_object, require
 from shared.format.tensor_header import TensorHeader, read_head
 from shared.io.names import quoted
 from shared.io.store import Store
@@ -58,13 +51,12 @@ from shared.models.spec import MAX_TEXT_TOKENS
 
 # h480-w832-f81-w000-00012.tar: bucket, writer, number. The number is higher than all that were
 # there when the writer began, so it tells which of two shards that hold the same key is newer.
+# Tombstones (tombstones-w000-00013.json) count on.
 SHARD_NAME = re.compile(
-    r"(?:h\d+-w\d+-f\d+|prompts|tombstones)-w(?P<writer>\d{3})-(?P<number>\d{5,})\.tar"
+    r"(?:(?P<samples>h\d+-w\d+-f\d+)|(?P<prompts>prompts)|tombstones)"
+    r"-w(?P<writer>\d{3})-(?P<number>\d{5,})\.tar"
 )
-
-# h480-w832-f81-w000-00012.tar: bucket, writer, number; tombstones-w000-00013.json counts on.
 _KEY = re.compile(r"[0-9a-f]{32}")
-_SHARD = re.compile(r"(?:h\d+-w\d+-f\d+|(?P<prompts>prompts))-w\d{3,}-\d{5,}\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _AGE = re.compile(r"-w(?P<writer>\d+)-(?P<number>\d+)\.(?:tar|json)$")
 
@@ -159,8 +151,8 @@ _SIDECAR_FIELDS: Fields = {
 
 def is_shard_name(name: object, kind: str) -> bool:
     """Whether it names a file of this kind in a cache's own folder: no path, nothing else."""
-    found = _SHARD.fullmatch(name) if isinstance(name, str) else None
-    return found is not None and (found["prompts"] is not None) == (kind == _PROMPTS)
+    found = SHARD_NAME.fullmatch(name) if isinstance(name, str) else None
+    return found is not None and found[kind] is not None
 
 
 def check_format(value: dict[str, Any], path: Path) -> None:

@@ -166,7 +166,9 @@ INFO_FIELDS: Fields = {
     "repeats": lambda value: is_count(value, least=1, most=MOST_REPEATS),
     "frame_rule": _is_positive,
 }
-"""Of `KEY.json`; the last two, which older shards do not have, are 1 where they are missing."""
+"""Of `KEY.json`."""
+LATER_FIELDS = ("repeats", "frame_rule")
+"""Of these, which older shards do not have: 1 where they are missing."""
 
 
 def unpack_info(data: bytes) -> dict[str, Any]:
@@ -174,5 +176,5 @@ def unpack_info(data: bytes) -> dict[str, Any]:
     info = parse(data, most=MOST_INFO_BYTES)
     if not isinstance(info, dict):
         raise ValueError("no JSON object")
-    require(info, INFO_FIELDS, optional=("repeats", "frame_rule"))
+    require(info, INFO_FIELDS, optional=LATER_FIELDS)
     return info

@@ -47,15 +47,23 @@ def read_object(path: Path, what: str, *, most: int, cure: str) -> dict[str, Any
 
 
 def require(value: Mapping[str, Any], fields: Fields, optional: Collection[str] = ()) -> None:
-    """Raise ValueError naming the first of `fields` that is missing or does not fit.
+    """Raise ValueError for the first of `misfits`."""
+    for wrong in misfits(value, fields, optional).values():
+        raise ValueError(wrong)
+
+
+def misfits(
+    value: Mapping[str, Any], fields: Fields, optional: Collection[str] = ()
+) -> dict[str, str]:
+    """Those of `fields` that are missing or do not fit, each with what is found.
 
     Those in `optional` may be missing. An object may have more than these.
     """
-    for name, fits in fields.items():
-        if name not in value and name not in optional:
-            raise ValueError(f"{name} is missing")
-        if name in value and not is_fit(value[name], fits):
-            raise ValueError(f"{name} is {value[name]!r:.60}")
+    return {
+        name: f"{name} is {value[name]!r:.60}" if name in value else f"{name} is missing"
+        for name, fits in fields.items()
+        if not (is_fit(value[name], fits) if name in value else name in optional)
+    }
 
 
 def is_fit(value: object, fits: Fits) -> bool:

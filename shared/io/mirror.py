@@ -24,12 +24,7 @@ from shared.errors import UserError
 from shared.io.durable import TEMPORARY_SUFFIX, fault_point
 from shared.io.hashing import cache_folder, sha256_of
 from shared.io.names import quoted
-from shared.io.object_store import (
-    filesystem,
-    local_path,
-    patiently,
-    shard_cache,
-)
+from shared.io.object_store import filesystem, local_path, patiently, shard_cache
 from shared.io.pull import pull_folder
 from shared.io.shard_cache import DEFAULT_SHARD_CACHE_GB, ShardCache
 from shared.io.store import Store

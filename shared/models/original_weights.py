@@ -15,23 +15,12 @@ from typing import Any
 import torch
 
 from shared.errors import UserError, first_line
-from shared.models.original_layout import TOKENIZER, vae_config
+from shared.models.original_layout import vae_config
 from shared.models.spec import FAMILIES
 from shared.models.tensor_names import unwrapped
 
 Shapes = Mapping[str, Sequence[int]]
 CLIP_HEADS = 16  # of ViT-H/14, in the original code; no shape tells
-
-
-def load_tokenizer(kind: Any, folder: Path) -> Any:
-    """The tokenizer in `google/umt5-xxl`, by `kind`, AutoTokenizer. Raises UserError."""
-    try:
-        return kind.from_pretrained(folder / TOKENIZER)
-    except Exception as error:  # OSError, ValueError, KeyError …
-        raise UserError(
-            f"model: cannot load the tokenizer from {folder / TOKENIZER} ({first_line(error)}). "
-            "Its files are damaged or incomplete: download them again."
-        ) from error
 
 
 def processor_config(image_size: int) -> dict[str, Any]:

@@ -90,8 +90,8 @@ def test_short_videos_are_mentioned(data: Path, tiny_t2v: Path, tmp_path: Path) 
         *("--output", tmp_path / "shards"),
     )
     assert ran.code == 0, ran.err
-    assert "1 video with fewer than 81 frames at this stride" in ran.err
-    assert "clip.mp4 (5)" in ran.err  # 12 frames at stride 2 give 6, of which 5 are 4n+1
+    # 12 frames at stride 2 give 6, of which 5 are 4n+1
+    assert "shortened 1 video: clip.mp4 (81 frames asked, 5 taken of 12)" in ran.err
     assert ran.out.splitlines() == [
         f"{tmp_path / 'shards'}: 1 sample in 1 shard",
         "  80x48, 5 frames: 1",
@@ -106,7 +106,7 @@ def test_short_videos_count_once_however_many_clips(
         *("encode", "--model", tiny_t2v, "--train-data-dir", data, "--size", 64),
         *("--clips", "uniform", "--clips-per-video", 4, "--output", tmp_path / "shards"),
     )
-    assert "4n+1 there is: clip.mp4 (5)\n" in ran.err
+    assert "shortened 1 video: clip.mp4 (81 frames asked, 5 taken of 12)\n" in ran.err
     assert "samples  4: " in ran.err
 
 

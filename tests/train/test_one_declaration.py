@@ -14,7 +14,7 @@ from shared.cli.config_command import add_config_command
 from shared.cli.support import new_app
 from shared.cli.videox_fun_command import VideoXFunCommand
 from shared.errors import UserError
-from train.cli.distill import DISTILL_EXAMPLES, distill
+from train.cli.distill import distill
 from train.config import DistillConfig
 from train.data.weighted_folder import WeightedFolder
 from train.model.lora_adapter import LoraSpec
@@ -36,9 +36,7 @@ class Config(DistillConfig):
 def app() -> typer.Typer:
     made = new_app("A program.", "# one\nprogram distill")
     made.callback()(lambda: None)
-    add_config_command(
-        made, "distill", Config, distill, cls=VideoXFunCommand, examples=DISTILL_EXAMPLES
-    )
+    add_config_command(made, Config, distill, cls=VideoXFunCommand)
     return made
 
 

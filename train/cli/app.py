@@ -1,7 +1,19 @@
 """`wantrain`: the command line of stage two. Heavy imports wait until a command runs."""
 
+from shared.cli.config_command import add_config_command
 from shared.cli.support import new_app, run
-from train.cli import bench, decode, distill, export, lora, merge, plan, sample
+from shared.cli.videox_fun_command import VideoXFunCommand
+from train.cli import export
+from train.cli.bench import bench
+from train.cli.decode import decode
+from train.cli.distill import distill
+from train.cli.lora import lora
+from train.cli.merge import merge
+from train.cli.plan import plan
+from train.cli.sample import sample
+from train.config import BenchConfig, DistillConfig, FinetuneConfig, PlanConfig
+from train.sampling.config import DecodeConfig, SampleConfig
+from train.saving.config import MergeConfig
 
 PROGRAM_EXAMPLES = """
 # a LoRA of Wan2.2-I2V-A14B's low-noise expert, then a clip with it
@@ -18,9 +30,14 @@ app = new_app(
     PROGRAM_EXAMPLES,
 )
 
-
-for command in (distill, lora, sample, decode, export, merge, plan, bench):
-    command.add_command(app)
+add_config_command(app, DistillConfig, distill, cls=VideoXFunCommand)
+add_config_command(app, FinetuneConfig, lora, cls=VideoXFunCommand)
+add_config_command(app, SampleConfig, sample)
+add_config_command(app, DecodeConfig, decode)
+export.add_command(app)
+add_config_command(app, MergeConfig, merge)
+add_config_command(app, PlanConfig, plan)
+add_config_command(app, BenchConfig, bench, cls=VideoXFunCommand)
 
 
 def main() -> None:

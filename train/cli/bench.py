@@ -2,24 +2,22 @@
 
 import typer
 
-from shared.cli.config_command import add_config_command
 from shared.cli.support import echo
-from shared.cli.videox_fun_command import VideoXFunCommand, given_elsewhere
+from shared.cli.videox_fun_command import given_elsewhere
 from train.config import BenchConfig
-
-BENCH_EXAMPLES = """
-# the overhead of a run with these options; how fast the shards are read
-wantrain bench --boundary-type high --rank 128
-wantrain bench --cycles 0
-
-# the bundled toy model on its shards of `wanprep encode`, seconds on a CPU
-wantrain bench --model toy --shards toy-shards --boundary-type full \\
-    --train-batch-size 2 --rank 8
-"""
 
 
 def bench(config: BenchConfig, context: typer.Context) -> None:
-    """Measure a run that is prepared as `distill` prepares it."""
+    r"""Measure a run that is prepared as `distill` prepares it.
+
+    Examples:
+        # the overhead of a run with these options
+        wantrain bench --boundary-type high --rank 128
+
+        # the bundled toy model on its shards of `wanprep encode`, seconds on a CPU
+        wantrain bench --model toy --shards toy-shards --boundary-type full \
+            --train-batch-size 2 --rank 8
+    """
     from rich.console import Console
 
     from train.bench.bench import measure
@@ -37,10 +35,3 @@ def bench(config: BenchConfig, context: typer.Context) -> None:
             config.json_file.write_text(report.to_text() + "\n")
 
     carry_out(prepare_distillation(config, given_elsewhere(context)), measured)
-
-
-def add_command(app: typer.Typer) -> None:
-    """Make it a command of `wantrain`."""
-    add_config_command(
-        app, "bench", BenchConfig, bench, cls=VideoXFunCommand, examples=BENCH_EXAMPLES
-    )

@@ -2,39 +2,31 @@
 
 import typer
 
-from shared.cli.config_command import add_config_command
-from shared.cli.videox_fun_command import VideoXFunCommand, given_elsewhere
+from shared.cli.videox_fun_command import given_elsewhere
 from train.config import FinetuneConfig
-
-LORA_EXAMPLES = """
-# the low-noise expert of Wan2.2-I2V-A14B, from shards/, 20 epochs
-wantrain lora --num-train-epochs 20
-
-# the high-noise expert, 1000 updates: a dry run, then the run
-wantrain lora --boundary-type high --output-dir output_dir_lora_high \\
-    --max-train-steps 1000 --dry-run
-wantrain lora --boundary-type high --output-dir output_dir_lora_high \\
-    --max-train-steps 1000
-
-# more middle levels, as in musubi-tuner and diffusion-pipe
-wantrain lora --timestep-sampling logit-normal
-
-# the bundled toy model on its shards of `wanprep encode`, seconds on a CPU
-wantrain lora --model toy --shards toy-shards --output-dir toy-plain-lora \\
-    --boundary-type full --max-train-steps 2 --train-batch-size 2 --rank 8
-"""
 
 
 def lora(config: FinetuneConfig, context: typer.Context) -> None:
-    """Train on the shards, or print what would be done."""
+    r"""Train on the shards, or print what would be done.
+
+    Examples:
+        # the low-noise expert of Wan2.2-I2V-A14B, from shards/, 20 epochs
+        wantrain lora --num-train-epochs 20
+
+        # the high-noise expert, 1000 updates: a dry run, then the run
+        wantrain lora --boundary-type high --output-dir output_dir_lora_high \
+            --max-train-steps 1000 --dry-run
+        wantrain lora --boundary-type high --output-dir output_dir_lora_high \
+            --max-train-steps 1000
+
+        # more middle levels, as in musubi-tuner and diffusion-pipe
+        wantrain lora --timestep-sampling logit-normal
+
+        # the bundled toy model on its shards of `wanprep encode`, seconds on a CPU
+        wantrain lora --model toy --shards toy-shards --output-dir toy-plain-lora \
+            --boundary-type full --max-train-steps 2 --train-batch-size 2 --rank 8
+    """
     from train.cli.execute import carry_out
     from train.prepare import prepare_finetuning
 
     carry_out(prepare_finetuning(config, given_elsewhere(context)))
-
-
-def add_command(app: typer.Typer) -> None:
-    """Make it a command of `wantrain`."""
-    add_config_command(
-        app, "lora", FinetuneConfig, lora, cls=VideoXFunCommand, examples=LORA_EXAMPLES
-    )

@@ -4,28 +4,27 @@ import json
 
 import typer
 
-from shared.cli.config_command import add_config_command
-from shared.cli.support import Command, echo, echo_data
+from shared.cli.support import echo, echo_data
 from train.config import PlanConfig
 from train.options import names
 
-PLAN_EXAMPLES = """
-# what a LoRA of Wan2.2-I2V-A14B needs at 480P, and what fits 24 GiB
-wantrain plan --gpu-memory 24
-
-# on eight GPUs that share the base
-wantrain plan --model wan2.2-t2v-a14b --strategy fsdp --num-processes 8
-
-# a smaller model with larger clips
-wantrain plan --model wan2.1-t2v-1.3b --fix-sample-size 720 1280
-
-# the bundled toy model, and all in bytes
-wantrain plan --model toy --fix-sample-size 64 96 --frames 17 --rank 8 --json
-"""
-
 
 def plan(config: PlanConfig, _: typer.Context) -> None:
-    """Print what a run with these options would need."""
+    """Print what a run with these options would need.
+
+    Examples:
+        # what a LoRA of Wan2.2-I2V-A14B needs at 480P, and what fits 24 GiB
+        wantrain plan --gpu-memory 24
+
+        # on eight GPUs that share the base
+        wantrain plan --model wan2.2-t2v-a14b --strategy fsdp --num-processes 8
+
+        # a smaller model with larger clips
+        wantrain plan --model wan2.1-t2v-1.3b --fix-sample-size 720 1280
+
+        # the bundled toy model, and all in bytes
+        wantrain plan --model toy --fix-sample-size 64 96 --frames 17 --rank 8 --json
+    """
     from dataclasses import replace
 
     from shared.format.buckets import Bucket
@@ -50,8 +49,3 @@ def plan(config: PlanConfig, _: typer.Context) -> None:
         return
     for line in planned.lines(config.gpu_memory):
         echo(line)
-
-
-def add_command(app: typer.Typer) -> None:
-    """Make it a command of `wantrain`."""
-    add_config_command(app, "plan", PlanConfig, plan, cls=Command, examples=PLAN_EXAMPLES)

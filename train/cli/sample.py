@@ -2,38 +2,32 @@
 
 import typer
 
-from shared.cli.config_command import add_config_command
 from train.sampling.config import SampleConfig
-
-SAMPLE_EXAMPLES = """
-# Wan2.2-I2V-A14B itself, for comparison: 40 steps with CFG
-wantrain sample --teacher --image frame.png --prompt "a cat turns its head"
-
-# Wan2.2-I2V-A14B with the LoRAs of both experts, in 4 steps
-wantrain sample --lora output_dir_high/lora-high-diffusers.safetensors \\
-    --lora output_dir_distill/lora-low-diffusers.safetensors \\
-    --image frame.png --prompt "a cat turns its head"
-
-# a LoRA of `wantrain lora`, with the base model's sampler
-wantrain sample --lora output_dir_lora/lora-low-diffusers.safetensors \\
-    --steps 30 --image frame.png --prompt "a cat turns its head"
-
-# the bundled toy model with its LoRA of `wantrain distill`, seconds on a CPU
-wantrain sample --model toy --lora toy-lora/lora-full-diffusers.safetensors \\
-    --height 64 --width 64 --num-frames 17 --output toy-samples \\
-    --prompt "a red circle moving left"
-"""
 
 
 def sample(config: SampleConfig, _: typer.Context) -> None:
-    """Make the clips."""
+    r"""Make the clips.
+
+    Examples:
+        # Wan2.2-I2V-A14B itself, for comparison: 40 steps with CFG
+        wantrain sample --teacher --image frame.png --prompt "a cat turns its head"
+
+        # Wan2.2-I2V-A14B with the LoRAs of both experts, in 4 steps
+        wantrain sample --lora output_dir_high/lora-high-diffusers.safetensors \
+            --lora output_dir_distill/lora-low-diffusers.safetensors \
+            --image frame.png --prompt "a cat turns its head"
+
+        # a LoRA of `wantrain lora`, with the base model's sampler
+        wantrain sample --lora output_dir_lora/lora-low-diffusers.safetensors \
+            --steps 30 --image frame.png --prompt "a cat turns its head"
+
+        # the bundled toy model with its LoRA of `wantrain distill`, seconds on a CPU
+        wantrain sample --model toy --lora toy-lora/lora-full-diffusers.safetensors \
+            --height 64 --width 64 --num-frames 17 --output toy-samples \
+            --prompt "a red circle moving left"
+    """
     from rich.console import Console
 
     from train.sampling.sample import sample_clips
 
     sample_clips(config, Console(stderr=True))
-
-
-def add_command(app: typer.Typer) -> None:
-    """Make it a command of `wantrain`."""
-    add_config_command(app, "sample", SampleConfig, sample, examples=SAMPLE_EXAMPLES)

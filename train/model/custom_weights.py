@@ -14,24 +14,12 @@ import torch
 from shared.errors import UserError, first_line
 from shared.io.names import quoted
 from shared.models.family import Family
-from shared.models.original_layout import (
-    expert_folder,
-    is_original,
-    read_json,
-    transformer_config,
-)
+from shared.models.original_layout import expert_folder, is_original, read_json, transformer_config
 from shared.models.spec import ModelSpec
 from shared.models.tensor_names import is_adapter
 from shared.models.wan import ORIGINAL_CLASS
 from shared.models.weight_files import DIFFUSERS, INDEX, chosen, indexed
-from shared.models.weights import (
-    Weights,
-    check_fits,
-    empty_model,
-    filled,
-    read_tensors,
-    weights_of,
-)
+from shared.models.weights import Weights, check_fits, empty_model, filled, read_tensors, weights_of
 
 OPTION = "--transformer-path"
 _PICKLED = (".pth", ".pt", ".ckpt", ".bin")

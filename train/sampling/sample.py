@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 import transformers
@@ -23,27 +22,19 @@ from diffusers import (
 from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import track
-from safetensors import SafetensorError
-from transformers import AutoTokenizer
 
 from shared.cli import support
 from shared.cli.checks import check_writable
 from shared.device import check_device, chosen_device
-from shared.errors import UserError, first_line
+from shared.errors import UserError
 from shared.format.resize import fit_to
 from shared.format.schema import DTYPES
 from shared.io.durable import write_json
 from shared.io.mp4 import Clip, write_mp4
-from shared.models import original_weights, weights
+from shared.models import weights
 from shared.models.family import Family
-from shared.models.original_layout import is_original
-from shared.models.spec import (
-    TIMESTEPS,
-    ModelSpec,
-    blocks_of,
-    read_model_spec,
-    resolve_model,
-)
+from shared.models.processors import load_image_processor, load_tokenizer
+from shared.models.spec import TIMESTEPS, ModelSpec, blocks_of, read_model_spec, resolve_model
 from train.functional.rng import counted_rng
 from train.functional.schedule import Schedule
 from train.memory.block_offload import StreamedBlocks, streaming_line
@@ -272,21 +263,9 @@ def build_pipeline(
     A `full` LoRA is for every step, so the second expert is left out.
     """
     kind = spec.family.load_class("image_pipeline" if from_image else "pipeline")
-    single = spec.two_experts and len(bases) == 1
-    left_out = {"transformer_2": None, "boundary_ratio": None} if single else {}
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()  # ours follows; two would tear each other
+    transformers.utils.logging.disable_progress_bar()  # ours follows; two would tear each other
     parts = _weighty_parts(spec, dtype, bases)
-    if is_original(spec.folder):
-        pipeline = _original_pipeline(kind, spec, parts, from_image=from_image)
-    else:
-        try:
-            pipeline = kind.from_pretrained(spec.folder, **left_out, **parts)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(
-                f"model: cannot load {spec.folder}: {first_line(error)}. Expected a whole "
-                "diffusers folder (tokenizer and scheduler too); download it again."
-            ) from error
+    pipeline = kind(**parts, **_light_parts(spec, parts, from_image=from_image))
     for component, base in bases.items():
         merge(getattr(pipeline, component), base.merged, device)
     for lora in loras:
@@ -350,27 +329,26 @@ def _weighty_parts(
     return parts
 
 
-def _original_pipeline(
-    kind: Any, spec: ModelSpec, weighty: Mapping[str, Any], *, from_image: bool
-) -> Any:
-    """The pipeline of a folder in Wan's original layout.
-
-    The second expert is left out where it is none of the parts.
-    """
+def _light_parts(
+    spec: ModelSpec, weighty: Mapping[str, Any], *, from_image: bool
+) -> dict[str, Any]:
+    """The rest of a pipeline, by name. The second expert is left out where it is none of the parts.
+    Raises UserError."""
+    two_experts = "transformer_2" in weighty
     parts: dict[str, Any] = {
-        "tokenizer": original_weights.load_tokenizer(AutoTokenizer, spec.folder),
-        "transformer_2": None,
-        **weighty,
+        "tokenizer": load_tokenizer(spec.folder),
         "scheduler": teacher_scheduler(spec.flow_shift),
-        "boundary_ratio": spec.boundary if "transformer_2" in weighty else None,
+        "boundary_ratio": spec.boundary if two_experts else None,
         "expand_timesteps": spec.mode == "ti2v",
+        **({} if two_experts else {"transformer_2": None}),
     }
-    if from_image:
-        parts = {"image_encoder": None, "image_processor": None} | parts
-    if spec.image_dim is not None:
-        settings = original_weights.processor_config(parts["image_encoder"].config.image_size)
-        parts["image_processor"] = transformers.CLIPImageProcessor(**settings)
-    return kind(**parts)
+    if from_image and spec.image_dim is None:
+        parts |= {"image_encoder": None, "image_processor": None}
+    elif from_image:
+        size = weighty["image_encoder"].config.image_size
+        kind = transformers.CLIPImageProcessor
+        parts["image_processor"] = load_image_processor(kind, spec.folder, size)
+    return parts
 
 
 def student_scheduler(schedule: Schedule, pairing: Pairing, generator: torch.Generator) -> Any:

@@ -173,7 +173,7 @@ def changed(kind: str, members: Members, draw: random.Random) -> tuple[Members, 
         members[place] = full, edit_tensor(data, lambda tensor: change(tensor, draw))
     else:
         place = draw.randrange(len(members))
-        if kind in ("no JSON", "JSON of another bucket", "JSON without caption", "no object"):
+        if "JSON" in kind or kind == "no object":
             place -= place % 4
         elif kind == "safetensors header" or kind == "tensor renamed":
             place = 4 * (place // 4) + draw.randint(1, 3)
@@ -200,6 +200,9 @@ def changed(kind: str, members: Members, draw: random.Random) -> tuple[Members, 
             info = json.loads(data)
             del info["caption"]
             members[place] = full, json.dumps(info).encode()
+        elif kind in WRONG_NUMBERS:
+            info = json.loads(data) | {WRONG_NUMBERS[kind]: 0}
+            members[place] = full, json.dumps(info).encode()
         elif kind == "safetensors header":
             members[place] = full, struct.pack("<Q", 1 << 40) + data[8:]
         elif kind == "tensor renamed":
@@ -210,6 +213,8 @@ def changed(kind: str, members: Members, draw: random.Random) -> tuple[Members, 
     return members, key, suffix
 
 
+WRONG_NUMBERS = {"JSON of no repeats": "repeats", "JSON of no frame rule": "frame_rule"}
+"""Of what the index refuses, too."""
 EDITS = {
     **{kind: code for kind, (code, _, _) in TENSORS.items()},
     "member lost": "member-missing",
@@ -220,6 +225,7 @@ EDITS = {
     "no object": "json-damaged",
     "JSON of another bucket": "json-bucket",
     "JSON without caption": "json-field",
+    **dict.fromkeys(WRONG_NUMBERS, "json-field"),
     "safetensors header": "tensor-damaged",
     "tensor renamed": "tensor-name",
 }

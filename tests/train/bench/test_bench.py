@@ -29,18 +29,6 @@ def bench(model: Path, shards: Path, *more: str) -> None:
     )
 
 
-def bench_apart(model: Path, shards: Path, found: Path, *more: str) -> tuple[dict[str, Any], str]:
-    """In a process of its own, in fp32: the report, and what it says."""
-    ended = subprocess.run(
-        [
-            WANTRAIN, "bench", "--model", model, "--shards", shards, *SMALL,
-            "--mixed_precision", "no", "--json", found, *more,
-        ],
-        check=True, timeout=300, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    return json.loads(found.read_text()), ended.stdout
-
-
 @pytest.mark.parametrize("accumulation", ["1", "2"])
 def test_it_watches_the_loop_itself(
     tiny_t2v: Path,
@@ -57,7 +45,7 @@ def test_it_watches_the_loop_itself(
     )  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]  # no --output-dir
     found: dict[str, Any] = json.loads((tmp_path / "found.json").read_text())
-    loop, resident = found["loop"], found["resident"]
+    loop = found["loop"]
     assert loop["updates"] == 6 and set(loop["by_role"]) == {"generator", "critic"}
     assert sum(loop["parts"].values()) == pytest.approx(loop["seconds"])
     assert all(seconds > 0 for seconds in loop["parts"].values())
@@ -73,60 +61,41 @@ def test_it_watches_the_loop_itself(
     assert work["in_passes"] == pytest.approx(done / passes)
     assert work["overall"] == pytest.approx(done / loop["seconds"])
 
-    assert resident["base"] == base_bytes(tiny_t2v)
-    assert resident["loras"] == LORAS
-    steps = resident["optimizers"] - 2 * resident["loras"]
-    assert steps == 2 * 2 * 8 * 2 * 4  # one fp32 counter for each matrix
-    assert resident["others"] > 0 and resident["peak"] > 1e8
-    assert resident["reserved"] is None  # there is no GPU
+    assert found["peak"] > 1e8 and found["planned"] > base_bytes(tiny_t2v) + LORAS
+    assert found["reserved"] is None  # there is no GPU
 
     said = capsys.readouterr().out
     for line in (
-        "step time / only passes: ", "resident / one base", "loader / sequential read: ",
+        "step time / only passes: ", "memory   peak ", "GiB; planned 0.00",
         "TFLOP/s inside the passes", "work     critic: ",
     ):  # fmt: skip
         assert line in said
 
 
-def test_a_run_holds_little_else(tiny_t2v: Path, t2v_shards: Path, tmp_path: Path) -> None:
-    """In a process of its own, as users run it: the tests' has tensors of other tests."""
-    report, _ = bench_apart(tiny_t2v, t2v_shards, tmp_path / "found.json")
-    assert 0 < report["resident"]["others"] < 30e6
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3"])  # DeepSpeed makes steps in parts
 def test_two_processes(tiny_t2v: Path, t2v_shards: Path, tmp_path: Path, strategy: str) -> None:
-    """The first one's part of everything, and its updates."""
-    report, said = bench_apart(
-        tiny_t2v, t2v_shards, tmp_path / "found.json", "--device", "cpu",
-        "--gen-update-interval", "2", "--strategy", strategy, "--num-processes", "2",
+    """The first one's updates."""
+    ended = subprocess.run(
+        [
+            WANTRAIN, "bench", "--model", tiny_t2v, "--shards", t2v_shards, *SMALL,
+            "--json", tmp_path / "found.json", "--device", "cpu",
+            "--gen-update-interval", "2", "--strategy", strategy, "--num-processes", "2",
+        ],
+        check=True, timeout=300, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    resident, loop = report["resident"], report["loop"]
-    assert report["processes"] == 2 and ", process 0 of 2\n" in said
+    report = json.loads((tmp_path / "found.json").read_text())
+    loop = report["loop"]
+    assert report["processes"] == 2 and ", process 0 of 2\n" in ended.stdout
     assert loop["updates"] == 3 and set(loop["by_role"]) == {"generator", "critic"}
     assert sum(loop["parts"].values()) == pytest.approx(loop["seconds"])
-    whole = base_bytes(tiny_t2v)
-    assert whole / 2 <= resident["base"] < 0.6 * whole
-    assert LORAS / 2 <= resident["loras"] < 0.6 * LORAS
-    assert resident["optimizers"] < 2 * 0.6 * LORAS
-    assert resident["others"] > 0
-
-
-def test_the_loader_alone(
-    tiny_i2v: Path, i2v_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    bench(tiny_i2v, i2v_shards, "--cycles", "0", "--json", str(tmp_path / "found.json"))
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["loop"] is None and found["loader"]["raw"] > found["loader"]["loaded"] > 0
-    assert "passes" not in capsys.readouterr().out
 
 
 def test_a_dry_run_measures_nothing(
     tiny_t2v: Path, t2v_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bench(tiny_t2v, t2v_shards, "--dry-run")
-    assert "loader" not in capsys.readouterr().out.replace("dataloader", "")
+    assert "update   critic" not in capsys.readouterr().out
 
 
 def test_two_passes_before_one_backward(tiny_t2v: Path, t2v_shards: Path, tmp_path: Path) -> None:

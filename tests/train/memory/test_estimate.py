@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import lean_run
 from benchmarks.plan_peaks import batch_of, peak_of_updates, recipe_of
 from shared.models.spec import read_model_spec
 from tests.models import Mode, tiny_model, tiny_transformer
@@ -64,11 +65,11 @@ def test_a_block_keeps_what_the_formula_says(precision: Precision, width: int, r
 def test_weights_and_states_are_those_of_a_run(
     tiny_t2v: Path, t2v_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By `wantrain bench`, which counts them while it trains."""
+    """By `benchmarks/lean_run.py`, which counts them while it trains."""
     common = ["--model", str(tiny_t2v), "--shards", str(t2v_shards), *SMALL]
     found = tmp_path / "found.json"
-    wantrain(["bench", *common, "--json", str(found)], standalone_mode=False)
-    resident = json.loads(found.read_text())["resident"]
+    lean_run.measure("held", common, found)
+    resident = json.loads(found.read_text())
     folder = tiny_t2v / "transformer_2" / "config.json"
     transformer = type(tiny_transformer("t2v")).from_config(json.loads(folder.read_text()))
     assert sum(base_sizes(transformer, "bf16").values()) == resident["base"]

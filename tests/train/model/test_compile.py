@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
+from benchmarks import lean_run
 from shared.errors import UserError
 from tests.models import tiny_model
-from tests.train.bench.test_bench import bench
 from tests.train.memory.test_block_offload import LateStream
 from tests.train.methods.test_finetune import SMALL as FINETUNE
 from tests.train.methods.test_finetune import finetune, loss_curve
 from tests.train.model.test_roles import build_roles
 from tests.train.strategies.test_strategies import apart, lora_of, typed
-from tests.train.test_distill import WANTRAIN, distill, losses
+from tests.train.test_distill import SMALL, WANTRAIN, distill, losses
 from train.memory import activation_offload, block_offload
 from train.model.compile import RECOMPILE_LIMIT, compile_blocks
 
@@ -94,15 +94,16 @@ def test_a_compiled_run_has_the_numbers_of_an_eager_one(
 
 
 @pytest.mark.long
-def test_bench_counts_no_tensors_that_stand_for_others(
+def test_no_tensors_are_counted_that_stand_for_others(
     tiny_t2v: Path, t2v_shards: Path, tmp_path: Path, traced: None
 ) -> None:
     """While it compiles, torch makes tensors without memory, and keeps some."""
     resident, file = [], tmp_path / "found.json"
-    few = (*RUN, "--train-batch-size", "1", "--gen-update-interval", "1", "--json", str(file))
+    few = ["--model", str(tiny_t2v), "--shards", str(t2v_shards), *SMALL, *RUN]
+    few += ["--train-batch-size", "1", "--gen-update-interval", "1"]
     for more in ((), ("--compile",)):
-        bench(tiny_t2v, t2v_shards, *few, *more)
-        resident.append(json.loads(file.read_text())["resident"])
+        lean_run.measure("held", [*few, *more], file)
+        resident.append(json.loads(file.read_text()))
     assert counters["stats"]["unique_graphs"] > 0
     for part in ("base", "loras", "optimizers"):
         assert resident[0][part] == resident[1][part] > 0
