@@ -1,12 +1,12 @@
 """`wantrain`: the command line of stage two. Heavy imports wait until a command runs."""
 
 from shared.cli.config_command import add_config_command
-from shared.cli.support import new_app, run
+from shared.cli.support import add_command, new_app, run
 from shared.cli.videox_fun_command import VideoXFunCommand
-from train.cli import export
 from train.cli.bench import bench
 from train.cli.decode import decode
 from train.cli.distill import distill
+from train.cli.export import export
 from train.cli.lora import lora
 from train.cli.merge import merge
 from train.cli.plan import plan
@@ -34,7 +34,7 @@ add_config_command(app, DistillConfig, distill, cls=VideoXFunCommand)
 add_config_command(app, FinetuneConfig, lora, cls=VideoXFunCommand)
 add_config_command(app, SampleConfig, sample)
 add_config_command(app, DecodeConfig, decode)
-export.add_command(app)
+add_command(app, export)
 add_config_command(app, MergeConfig, merge)
 add_config_command(app, PlanConfig, plan)
 add_config_command(app, BenchConfig, bench, cls=VideoXFunCommand)

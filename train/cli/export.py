@@ -7,27 +7,9 @@ from typing import Annotated, Literal
 import typer
 
 from shared.cli.checks import check_option
-from shared.cli.support import Command, echo
+from shared.cli.support import echo
 from shared.errors import UserError
 from train.options import OUTPUT
-
-EXPORT_EXAMPLES = """
-# a LoRA from anywhere, for musubi-tuner or ComfyUI
-wantrain export --lora downloaded.safetensors --to kohya \\
-    --output lora-kohya.safetensors
-
-# VideoX-Fun's LoRA of --network_alpha 32 --use_peft_lora, which holds none
-wantrain export --lora checkpoint-500.safetensors --alpha 32 --to comfyui \\
-    --output lora-comfyui.safetensors
-
-# the LoRA as it was after 50 generator updates, for diffusers
-wantrain export --checkpoint output_dir_distill/checkpoint-50 --to diffusers \\
-    --output lora-low-50.safetensors
-
-# the LoRA of the bundled toy model
-wantrain export --lora toy-lora/lora-full-diffusers.safetensors --to comfyui \\
-    --output toy-lora/other.safetensors
-"""
 
 INPUT = "LoRA"
 
@@ -42,11 +24,28 @@ def export(
     drop_extras: Annotated[bool, typer.Option("--drop-extras", help="Leave out all but the pairs on the blocks' linear layers: whole weights (.diff, .diff_b, .diff_m), which only comfyui can hold, and pairs on embeddings and head.", show_default="off", rich_help_panel=OUTPUT)] = False,
     save_precision: Annotated[Literal["bf16", "fp32"] | None, typer.Option(help="Number format of the file.", show_default="as in --lora; bf16 of a --checkpoint", rich_help_panel=OUTPUT)] = None,
 ) -> None:
-    """Convert a LoRA to the format that another program loads.
+    r"""Convert a LoRA to the format that another program loads.
 
     Strength (alpha and rank), unless --alpha changes it, and training metadata are kept. The export of a checkpoint equals, to the byte, the file that the run itself would have written there.
 
     Next: docs/use-your-lora.md
+
+    Examples:
+        # a LoRA from anywhere, for musubi-tuner or ComfyUI
+        wantrain export --lora downloaded.safetensors --to kohya \
+            --output lora-kohya.safetensors
+
+        # VideoX-Fun's LoRA of --network_alpha 32 --use_peft_lora, which holds none
+        wantrain export --lora checkpoint-500.safetensors --alpha 32 --to comfyui \
+            --output lora-comfyui.safetensors
+
+        # the LoRA as it was after 50 generator updates, for diffusers
+        wantrain export --checkpoint output_dir_distill/checkpoint-50 --to diffusers \
+            --output lora-low-50.safetensors
+
+        # the LoRA of the bundled toy model
+        wantrain export --lora toy-lora/lora-full-diffusers.safetensors --to comfyui \
+            --output toy-lora/other.safetensors
     """
     from shared.format.schema import DTYPES
     from train.saving import export as exported
@@ -75,9 +74,4 @@ def export(
         did = "left out" if drop_extras else "kept"
         echo(f"extras   {did} {len(extras)}: {', '.join(extras[:3])}{', …' * (len(extras) > 3)}")
     echo(f"LoRA     {output}")
-
-
 # fmt: on
-def add_command(app: typer.Typer) -> None:
-    """Make it a command of `wantrain`."""
-    app.command(cls=Command, epilog=EXPORT_EXAMPLES)(export)
