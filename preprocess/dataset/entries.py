@@ -40,7 +40,7 @@ from preprocess.media.tars import (
 )
 from shared.errors import UserError, json_kind
 from shared.format.strict_json import is_count
-from shared.io.names import is_folder, quoted
+from shared.io.names import as_text, is_folder, quoted
 from shared.io.store import errors_named
 
 EXTENSIONS: dict[str, MediaKind] = {
@@ -249,7 +249,7 @@ def _tags(item: dict[str, Any]) -> tuple[str, ...]:
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         found = json.dumps(value)
         raise _BadEntryError(f"tags is {found:.80}, expected a list of texts, or 'one,other'")
-    stripped = (_encodable(tag.strip()) for tag in tags)
+    stripped = (as_text(tag.strip()) for tag in tags)
     return tuple(dict.fromkeys(tag for tag in stripped if tag))
 
 
@@ -346,10 +346,10 @@ def _from_tars(
             try:
                 entries += _tar_entries(sample, source, caption_suffix, kind)
             except (_BadEntryError, MediaError, OSError) as error:
-                name = _encodable(f"{source}/{sample.key}")
+                name = as_text(f"{source}/{sample.key}")
                 rejected.append(Rejected(source=name, reason=str(error)))
         if problem is not None:
-            rejected.append(Rejected(source=_encodable(source), reason=problem))
+            rejected.append(Rejected(source=as_text(source), reason=problem))
     if not entries and not rejected:
         raise UserError(
             f"dataset: the tars of {named} hold no media with captions. Expected WebDataset "
@@ -452,14 +452,14 @@ def _caption_beside(path: Path, suffix: str) -> str:
 def _checked(path: MediaFile | None, source: str, caption: str, kind: Any, **more: Any) -> Entry:
     if not caption.strip():
         raise _BadEntryError("the caption is empty")
-    if _encodable(caption) != caption:
+    if as_text(caption) != caption:
         raise _BadEntryError("the caption holds lone surrogates, which are no characters")
     if kind is None:
         suffix = "" if path is None else path.suffix
         raise _BadEntryError(f"unknown extension {suffix!r}; give the entry a type, video or image")
     return Entry(
         path=path,
-        source=_encodable(source),
+        source=as_text(source),
         caption=caption.strip(),
         type=kind,
         **more,
@@ -471,13 +471,8 @@ def _source_named(name: str, data_dir: DataDir) -> str:
     whose samples must not pass for unlisted ones."""
     with suppress(ValueError, OSError, RuntimeError):  # no name that a file could have
         path = media_named(data_dir, name)
-        return _encodable(_source(path, given_path(data_dir, name), data_dir))
-    return _encodable(name)
-
-
-def _encodable(text: str) -> str:
-    """`text` with escapes where UTF-8 cannot say it (file names that are bytes of another code)."""
-    return text.encode("utf-8", "backslashreplace").decode()
+        return as_text(_source(path, given_path(data_dir, name), data_dir))
+    return as_text(name)
 
 
 def _source(path: MediaFile, given: Path, data_dir: DataDir) -> str:

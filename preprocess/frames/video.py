@@ -311,14 +311,16 @@ def _from_key_frame(video: _Video, shortcut: Shortcut) -> Iterator[_Decoded]:
 @contextmanager
 def _opened(path: Path, on_progress: Callable[[], None]) -> Iterator[_Video]:
     """A local file and its video stream, for one thread: several files are decoded side by side."""
-    # Only local files: a playlist that calls itself .mp4 must not reach the network.
-    options = {"protocol_whitelist": "file"}
+    # Only local files: a playlist that calls itself .mp4 must not reach the network. Only this one:
+    # 1%03d.jpg is a name, no pattern of others.
+    options = {"protocol_whitelist": "file", "pattern_type": "none"}
+    url = f"file:{path}"  # or a colon in the name ends a protocol's
     with ExitStack() as held:
-        container = held.enter_context(av.open(str(path), options=options))
+        container = held.enter_context(av.open(url, options=options))
         if container.format.name in _STREAMS_COME_LATE:
             # PyAV fails where a stream begins that it has not seen: it is to look at all of it.
             options |= {"probesize": str(_MOST_PROBED), "analyzeduration": str(_MOST_PROBED)}
-            container = held.enter_context(av.open(str(path), options=options))
+            container = held.enter_context(av.open(url, options=options))
         stream = container.streams.best("video")
         attached = av.stream.Disposition.attached_pic  # the cover of an album
         if not isinstance(stream, VideoStream) or stream.disposition & attached:

@@ -21,7 +21,7 @@ from preprocess.media.remote import DataDir, here, in_home, remote_named
 from preprocess.media.sources import MediaFile, TarMember
 from shared.errors import UserError
 from shared.format.cache import SHARD_NAME
-from shared.io.names import exists, for_glob, has_wildcard, is_folder
+from shared.io.names import as_name, exists, for_glob, has_wildcard, is_folder
 
 SUFFIX = ".tar"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
@@ -180,11 +180,15 @@ def _members(tar: Path) -> tuple[list[TarMember], str | None]:
 
 
 def media_named(data_dir: DataDir, name: str) -> MediaFile:
-    """The media file that a dataset calls `name`: in a store, in a tar or a file of its own."""
+    """The media file that a dataset, or a cache, calls `name`: in a store, in a tar or a file of its
+    own."""
     remote = remote_named(data_dir, name)
     if remote is not None:
         return remote
-    return media_at(here(data_dir) / given_path(data_dir, name))
+    found = media_at(here(data_dir) / given_path(data_dir, name))
+    if as_name(name) == name or not isinstance(found, Path) or exists(found):
+        return found
+    return media_at(here(data_dir) / given_path(data_dir, as_name(name)))
 
 
 def given_path(data_dir: DataDir, name: str) -> Path:

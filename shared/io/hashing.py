@@ -77,4 +77,5 @@ class FileHasher:
 def digest_of(value: Any) -> str:
     """SHA-256 (hex) of a JSON value in canonical form."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    # A path may hold bytes that are no UTF-8.
+    return hashlib.sha256(canonical.encode(errors="backslashreplace")).hexdigest()
