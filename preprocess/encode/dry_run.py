@@ -61,7 +61,7 @@ class BucketPlan:
 
 CHANGES = ("shortened", "upscaled", "slow", "noted")
 """What may become of a media file. Slow: videos slower than the frame rate asked for, if only in
-places; noted: what is odd about videos that are used all the same."""
+places; noted: what is odd about files that are used all the same."""
 
 
 @dataclass(frozen=True, kw_only=True)

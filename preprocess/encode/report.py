@@ -35,10 +35,12 @@ def oddities(work: Sequence[Work]) -> Iterator[str]:
         )
 
     # Odd, and taken all the same.
-    noted = {one.entry.source: one.probe.notes for one in work if one.probe and one.probe.notes}
-    if noted:
-        kinds = dict.fromkeys(note for notes in noted.values() for note in notes)
-        yield f"noted    {count(len(noted), 'video')} {'; '.join(kinds)}: {named(list(noted))}"
+    noted: dict[str, dict[str, None]] = {}
+    for one in work:
+        for note in one.probe.notes if one.probe else ():
+            noted.setdefault(note, {})[one.entry.source] = None
+    for note, sources in noted.items():
+        yield f"noted    {count(len(sources), 'file')} {note}: {named(list(sources))}"
 
 
 def repeats(work: Work) -> int:
