@@ -21,6 +21,7 @@ from preprocess.media.remote import DataDir, here, in_home, remote_named
 from preprocess.media.sources import MediaFile, TarMember
 from shared.errors import UserError
 from shared.format.cache import SHARD_NAME
+from shared.io.hashing import stamp_of
 from shared.io.names import as_name, exists, for_glob, has_wildcard, is_folder
 
 SUFFIX = ".tar"
@@ -200,8 +201,7 @@ def media_at(path: Path) -> MediaFile:
     """The media file of a path that may lead into a tar: `clips/000.tar/KEY.mp4`."""
     for parent in reversed(path.parents):
         if parent.suffix.lower() == SUFFIX and parent.is_file():
-            status = parent.stat()
-            members = _by_name(parent, status.st_size, status.st_mtime_ns)
+            members = _by_name(parent, stamp_of(parent))
             return members.get(path.relative_to(parent).as_posix(), path)
     return path
 
@@ -212,6 +212,6 @@ def member_name(member: TarMember) -> str:
 
 
 @lru_cache(maxsize=16)
-def _by_name(tar: Path, size: int, changed: int) -> dict[str, TarMember]:
-    """Remembered for as long as the tar has this size and time."""
+def _by_name(tar: Path, stamp: str) -> dict[str, TarMember]:
+    """Remembered for as long as the tar has this stamp."""
     return {member_name(member): member for member in _members(tar)[0]}

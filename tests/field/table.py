@@ -74,6 +74,7 @@ READ = {
 REFUSED = {
     "alpha": "what lies beneath alpha is not meant to be seen; the message has a command",
     "HDR": "8-bit RGB would show it washed out; the message has a command",
+    "Dolby Vision": "without a picture for others its colours would be wrong",
     "cut off": "nothing can be opened without the index, which lies at the end",
     "sound only": "no video stream; a cover is none",
     "no frames": "there is nothing to see",
