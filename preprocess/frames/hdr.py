@@ -1,6 +1,6 @@
 """Pictures of more brightness than 8-bit RGB shows, by what files say of their transfer curve.
 
-They are refused: how bright a scene is to be is a choice, and taken as they are they are washed out.
+They are refused: how bright a scene is to be is a choice, and as they are they look washed out.
 """
 
 import struct

@@ -99,7 +99,11 @@ class _Video:
                 yield _Decoded(frame, orientation, own is not None)
                 number += 1
         if number == 0:
-            why = f"cannot decode the video ({first.strerror})" if first else "the video has no frames"
+            why = (
+                f"cannot decode the video ({first.strerror})"
+                if first
+                else "the video has no frames"
+            )
             raise MediaError(f"{self.path}: {why}")
 
 
@@ -325,8 +329,8 @@ def _from_key_frame(video: _Video, shortcut: Shortcut) -> Iterator[_Decoded]:
 @contextmanager
 def _opened(path: Path, on_progress: Callable[[], None]) -> Iterator[_Video]:
     """A local file and its video stream, for one thread: several files are decoded side by side."""
-    # Only local files: a playlist that calls itself .mp4 must not reach the network. Only this one:
-    # 1%03d.jpg is a name, no pattern of others.
+    # Only local files: a playlist that calls itself .mp4 must not reach the network. And only this
+    # one: 1%03d.jpg is a name, no pattern of others.
     options = {"protocol_whitelist": "file", "pattern_type": "none"}
     url = f"file:{path}"  # or a colon in the name ends a protocol's
     with ExitStack() as held:
@@ -341,8 +345,8 @@ def _opened(path: Path, on_progress: Callable[[], None]) -> Iterator[_Video]:
             raise MediaError(f"{path}: the file has no video stream")
         if stream.codec_context is None:
             raise MediaError(
-                f"{path}: this FFmpeg has no decoder for its video. Convert the file with a program "
-                "that plays it"
+                f"{path}: this FFmpeg has no decoder for its video. Convert the file with a "
+                "program that plays it"
             )
         stream.codec_context.thread_count = 1
         yield _Video(path, container, stream, on_progress)
@@ -440,8 +444,8 @@ def _refuse_choices(path: Path, stream: VideoStream) -> None:
     context = stream.codec_context
     if context.codec_tag in _DOLBY_TAGS and context.color_trc not in hdr.CURVES:
         raise MediaError(
-            f"{path}: the video is Dolby Vision ({context.codec_tag}) without a picture that others "
-            "can show: its colours would be wrong. Export it as SDR (BT.709) from its editor"
+            f"{path}: the video is Dolby Vision ({context.codec_tag}) without a picture for "
+            "others: its colours would be wrong. Export it as SDR (BT.709) from its editor"
         )
     _refuse_hdr(path, context)
     has_alpha = context.format is not None and any(

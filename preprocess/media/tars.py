@@ -181,8 +181,7 @@ def _members(tar: Path) -> tuple[list[TarMember], str | None]:
 
 
 def media_named(data_dir: DataDir, name: str) -> MediaFile:
-    """The media file that a dataset, or a cache, calls `name`: in a store, in a tar or a file of its
-    own."""
+    """The media file that a dataset or a cache calls `name`: in a store, a tar or of its own."""
     remote = remote_named(data_dir, name)
     if remote is not None:
         return remote

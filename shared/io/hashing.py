@@ -32,8 +32,8 @@ def sha256_of(path: Path, on_progress: Callable[[], None] = lambda: None) -> str
 def stamp_of(path: Path) -> str:
     """Another string once a file's content is another, as far as a look without reading tells.
 
-    `cp -p`, `mv`, `touch -r` and rsync give a file of equal size another's time of modification; its
-    inode, or when that was changed, they can't. Raises OSError.
+    `cp -p`, `mv` and `touch -r` may give a file of equal size another's time of modification, but
+    not its inode and the time when that was changed. Raises OSError.
     """
     path = path.resolve()
     found = path.stat()

@@ -1,4 +1,4 @@
-"""Image files through PIL, as viewers show them: upright, on white, 8-bit RGB. Sole user of PIL.open.
+"""Image files through PIL, as viewers show them: upright, on white, 8-bit RGB. Alone opens them.
 
 PIL's own limits refuse sound files; those here are what a worker can hold. They are PIL's globals,
 so they are set where files are opened, and nowhere else.
@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
 MOST_PIXELS = 1 << 29
-"""32768 × 16384; as RGB 1.6 GB, some times over while it is resized. PIL refuses a third of it."""
+"""32768 × 16384; as RGB 1.6 GB, more while it is resized. PIL takes a third of it."""
 _MOST_TEXT_BYTES = 1 << 28
-"""Of a PNG's texts, unpacked: a workflow of ComfyUI with pictures in it has more than PIL's 1 MB."""
+"""Of a PNG's texts, unpacked: ComfyUI's workflow may have more than PIL's 1 MB."""
 
 # What 8-bit RGB can hold without a choice that we should not make for the user.
 _EIGHT_BIT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr"}

@@ -62,7 +62,7 @@ READ = {
     "time code": "the video",
     "one frame": "a video of one frame; of an animation an image",
     "name of another container": "by its content",
-    "cut off": "what is whole, if the file can be opened",
+    "cut off": "what is whole, if the file can be opened; the last B-frames as players show them",
     "starts without a key frame": "from the first key frame on",
     "delays vary": "every frame; `--fps` goes by their times",
     "delays too short": "as browsers: those of 10 ms and less count as 100 ms",

@@ -1,4 +1,4 @@
-"""The ffmpeg command in a rejection repairs what it was given for: it is run, and its output encoded."""
+"""The ffmpeg command in a rejection repairs the file: it is run, and its output encoded."""
 
 import json
 import re

@@ -34,7 +34,9 @@ def test_a_panorama_is_read_and_a_bomb_is_not(tmp_path: Path) -> None:
     Image.new("1", (20000, 10000)).save(path)  # 200 megapixels
     assert (probe(path, "image").width, probe(path, "image").height) == (20000, 10000)
     Image.new("1", (stills.MOST_PIXELS // 64 + 1, 64)).save(path)
-    with pytest.raises(MediaError, match=r"8388609x64 pixels are too many, expected at most 512 Mi"):
+    with pytest.raises(
+        MediaError, match=r"8388609x64 pixels are too many, expected at most 512 Mi"
+    ):
         probe(path, "image")
 
 

@@ -1,4 +1,4 @@
-"""Names that FFmpeg, decord, shells or UTF-8 take for something else: each file is read by its name."""
+"""Names that FFmpeg, decord, shells or UTF-8 take for something else reach their files."""
 
 import json
 import os
@@ -55,7 +55,9 @@ def test_from_within_the_folder(inside: Path) -> None:
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_what_decord_reads(stem: str, inside: Path) -> None:
-    path = ffmpeg.encode(Path("made.avi"), "-c:v", "utvideo", numbers=range(9)).rename(f"{stem}.avi")
+    path = ffmpeg.encode(Path("made.avi"), "-c:v", "utvideo", numbers=range(9)).rename(
+        f"{stem}.avi"
+    )
     assert probe(path, "video").frames == 9
     assert [number_of(frame) for frame in read_frames(path, "video", [0, 8])] == [0, 8]
 
