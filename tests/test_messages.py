@@ -204,15 +204,15 @@ ROWS: dict[str, tuple[str, str]] = {
         ENCODE + "--train-data-dir {with-text_mp4}",
         "error: dataset: {with-text_mp4} has nothing that can be encoded.\n"
         "1 rejected, listed in {new}/rejected.jsonl:\n"
-        "  text.mp4: {with-text_mp4}/text.mp4: cannot decode the video (Invalid "
-        "data found when processing input)",
+        "  text.mp4: {with-text_mp4}/text.mp4: cannot decode the video (it is a "
+        "text that begins 'text'. Fetch the file itself)",
     ),
     "an image that is text": (
         ENCODE + "--train-data-dir {with-text_png}",
         "error: dataset: {with-text_png} has nothing that can be encoded.\n"
         "1 rejected, listed in {new}/rejected.jsonl:\n"
-        "  text.png: {with-text_png}/text.png: cannot decode the image (cannot identify image"
-        " file '{with-text_png}/text.png')",
+        "  text.png: {with-text_png}/text.png: cannot decode the image (it is a text "
+        "that begins 'text'. Fetch the file itself)",
     ),
     "size 0": (
         ENCODE + "--train-data-dir {data} --size 0",

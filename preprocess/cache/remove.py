@@ -16,7 +16,7 @@ from shared.errors import UserError
 from shared.format.cache import CacheIndex, MemberReader, committed_shards
 from shared.format.schema import JSON_MEMBER, MEDIA_TYPES, MEMBERS, MOST_INFO_BYTES, unpack_info
 from shared.format.tar import members
-from shared.io.names import has_wildcard, matcher, quoted
+from shared.io.names import as_text, has_wildcard, matcher, quoted
 from shared.io.store import Store
 
 
@@ -112,6 +112,7 @@ def choose(index: CacheIndex, wanted: Sequence[str]) -> Chosen:
     `*` or `?` and no file was ever called so, a pattern. Captions without a medium have no name:
     only keys stand for them. Raises UserError for a name that fits no sample.
     """
+    wanted = [as_text(name) for name in wanted]
     rows = {key: row for row, key in enumerate(index.hex_keys())}
     if all(name in rows for name in wanted):
         names = sources(index, [rows[name] for name in wanted])

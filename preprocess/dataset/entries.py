@@ -18,7 +18,6 @@ from preprocess.dataset.entry import (
     Reading,
     captions_of,
     checked,
-    encodable,
     filled,
     kind_of,
     source_of,
@@ -46,7 +45,7 @@ from preprocess.media.tars import (
 )
 from shared.errors import UserError, json_kind
 from shared.format.strict_json import is_count
-from shared.io.names import is_folder
+from shared.io.names import as_text, is_folder
 from shared.io.store import errors_named
 
 
@@ -223,7 +222,7 @@ def _tags(item: dict[str, Any]) -> tuple[str, ...]:
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         found = json.dumps(value)
         raise BadEntryError(f"tags is {found:.80}, expected a list of texts, or 'one,other'")
-    stripped = (encodable(tag.strip()) for tag in tags)
+    stripped = (as_text(tag.strip()) for tag in tags)
     return tuple(dict.fromkeys(tag for tag in stripped if tag))
 
 
@@ -241,5 +240,5 @@ def _source_named(name: str, data_dir: DataDir) -> str:
         if "\\" in name and not _exists(media_named(data_dir, name)):
             name = name.replace("\\", "/")
         path = media_named(data_dir, name)
-        return encodable(source_of(path, given_path(data_dir, name), data_dir))
-    return encodable(name)
+        return as_text(source_of(path, given_path(data_dir, name), data_dir))
+    return as_text(name)

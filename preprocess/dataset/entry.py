@@ -16,6 +16,7 @@ from preprocess.frames.media_info import ANIMATIONS, Kind, MediaKind
 from preprocess.media.remote import DataDir, RemoteFile, here
 from preprocess.media.sources import MediaFile, TarMember
 from preprocess.media.tars import member_name
+from shared.io.names import as_text
 
 EXTENSIONS: dict[str, MediaKind] = {
     **dict.fromkeys((".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg"), "video"),
@@ -93,10 +94,10 @@ class Reading:
         self.entries += entries
 
     def reject(self, source: str, reason: object) -> None:
-        self.rejected.append(Rejected(source=encodable(source), reason=str(reason)))
+        self.rejected.append(Rejected(source=as_text(source), reason=str(reason)))
 
     def leave(self, source: str, reason: str) -> None:
-        self.left_out.append(LeftOut(source=encodable(source), reason=reason))
+        self.left_out.append(LeftOut(source=as_text(source), reason=reason))
 
     def dataset(self, origin: str, noun: str) -> Dataset:
         tally = Tally(
@@ -115,11 +116,6 @@ class Reading:
         )
 
 
-def encodable(text: str) -> str:
-    """`text` with escapes where UTF-8 cannot say it (file names that are bytes of another code)."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def kind_of(path: MediaFile) -> Kind | None:
     """By its name. Whether one of those that may move does is seen where it is opened."""
     suffix = path.suffix.lower()
@@ -129,14 +125,14 @@ def kind_of(path: MediaFile) -> Kind | None:
 def checked(path: MediaFile | None, source: str, caption: str, kind: Any, **more: Any) -> Entry:
     if is_blank(caption):
         raise BadEntryError("the caption is empty")
-    if encodable(caption) != caption:
+    if as_text(caption) != caption:
         raise BadEntryError("the caption holds lone surrogates, which are no characters")
     if kind is None:
         suffix = "" if path is None else path.suffix
         raise BadEntryError(f"unknown extension {suffix!r}; give the entry a type, video or image")
     return Entry(
         path=path,
-        source=encodable(source),
+        source=as_text(source),
         caption=caption.strip(),
         type=kind,
         **more,

@@ -10,13 +10,17 @@ from shared.cli.console import count, named
 
 CHANGES = ("shortened", "upscaled", "slow", "noted")
 """What may become of a media file. Slow: videos slower than the frame rate asked for, if only in
-places; noted: what is odd about videos that are used all the same."""
+places; noted: what is odd about files that are used all the same."""
 
 
 def oddities(works: Sequence[Work]) -> Iterator[str]:
     """A run's lines about clips that are not what was asked, or whose videos are odd."""
     for kind, found in changes(works).items():
-        if found and kind != "upscaled":
+        if kind == "noted":
+            for note in dict.fromkeys(note for _, note in found):
+                sources = [source for source, its in found if its == note]
+                yield f"noted    {count(len(sources), 'file')} {note}: {named(sources)}"
+        elif found and kind != "upscaled":
             videos = count(len({source for source, _ in found}), "video")
             listed = named([f"{source} ({change})" for source, change in found])
             yield f"{kind:<8} {videos}: {listed}"

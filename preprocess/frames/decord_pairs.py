@@ -40,8 +40,9 @@ def frames(path: Path, indices: Sequence[int]) -> Iterator[Frame]:
     import decord
 
     try:
-        video = decord.VideoReader(str(path), num_threads=1)
+        # Absolute: a colon in a relative name ends a protocol's.
+        video = decord.VideoReader(str(path.absolute()), num_threads=1)
         for index in indices:
             yield video[index].asnumpy()
-    except (decord.DECORDError, IndexError):
+    except (decord.DECORDError, IndexError, RuntimeError, UnicodeEncodeError):  # of the name
         return

@@ -1,7 +1,7 @@
-"""Image files through PIL: stills and animations as viewers show them. Sole user of PIL.open.
+"""Image files: stills and animations as viewers show them.
 
-Upright, on white, every frame of an animation composed. Size and pixels come from `_shown` alone,
-so they cannot disagree about which way is up.
+Upright, on white, every frame of an animation composed. Size and pixels come from `stills.shown`
+alone, so they cannot disagree about which way is up.
 """
 
 import re
@@ -10,13 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from preprocess.frames.hdr import refusal_of_image
 from preprocess.frames.media_info import Frame, MediaError, Probe
-
-# What 8-bit RGB can hold without a choice that we should not make for the user.
-_EIGHT_BIT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr"}
-_SIXTEEN_BIT_MODES = {"I;16", "I;16L", "I;16B", "I;16N"}
+from shared.io import stills
 
 # The formats of `media_info.ANIMATIONS`. PIL reads them when they move, too: FFmpeg does not
 # compose a GIF's frames on white.
@@ -24,6 +22,8 @@ _ANIMATION = re.compile(rb"GIF8|\x89PNG\r\n\x1a\n|RIFF.{4}WEBP|.{4}ftypavi[fs]",
 _ORIENTATION = 0x0112  # of EXIF; PIL looks for it in XMP, too
 _BROWSER_DELAY_MS = 100  # what browsers show where a frame's delay is missing or too short
 _SHORTEST_DELAY_MS = 11
+
+TRANSPARENT = "transparent in part, taken on white"
 
 
 def is_animation(path: Path) -> bool:
@@ -41,8 +41,9 @@ def moves(path: Path) -> bool:
 def probe_still(path: Path) -> Probe:
     """The first frame of an image file. Raises MediaError, and what PIL raises."""
     with _opened(path) as image:
-        shown = _shown(image)
-        return Probe(frames=1, height=shown.height, width=shown.width, fps=None)
+        shown = stills.shown(image)
+        notes = (TRANSPARENT,) if stills.is_transparent(image) else ()
+        return Probe(frames=1, height=shown.height, width=shown.width, fps=None, notes=notes)
 
 
 def probe_animation(path: Path) -> Probe:
@@ -50,13 +51,15 @@ def probe_animation(path: Path) -> Probe:
     with _opened(path) as image:
         numbers = _numbers(image)
         delays = []
+        transparent = False
         for number in numbers:
             image.seek(number)
             image.load()  # WebP has a frame's delay only then
+            transparent = transparent or stills.is_transparent(image)
             delay = float(image.info.get("duration", 0) or 0)
             delays.append(delay if delay >= _SHORTEST_DELAY_MS else _BROWSER_DELAY_MS)
         image.seek(numbers[0])
-        shown = _shown(image)
+        shown = stills.shown(image)
         even = len(set(delays)) == 1
         starts = np.concatenate([[0.0], np.cumsum(delays[:-1])]) / 1000
         turned = image.getexif().get(_ORIENTATION, 1) != 1
@@ -72,13 +75,14 @@ def probe_animation(path: Path) -> Probe:
             fps=1000 * len(numbers) / sum(delays),
             times=None if even else starts.tobytes(),
             old_reading=old_reading,
+            notes=(TRANSPARENT,) if transparent else (),
         )
 
 
 def still(path: Path) -> Frame:
     """(H, W, 3) uint8 RGB. Raises MediaError, and what PIL raises."""
     with _opened(path) as image:
-        return np.asarray(_shown(image))
+        return np.asarray(stills.shown(image))
 
 
 def animation_frames(path: Path, indices: Sequence[int]) -> Iterator[Frame]:
@@ -89,7 +93,7 @@ def animation_frames(path: Path, indices: Sequence[int]) -> Iterator[Frame]:
             if index >= len(numbers):
                 raise MediaError(f"{path}: the animation ends before frame {index}")
             image.seek(numbers[index])
-            yield np.asarray(_shown(image))
+            yield np.asarray(stills.shown(image))
 
 
 def _numbers(image: Image.Image) -> range:
@@ -100,29 +104,9 @@ def _numbers(image: Image.Image) -> range:
     return range(int(bool(image.info.get("default_image"))), getattr(image, "n_frames", 1))
 
 
-def _shown(image: Image.Image) -> Image.Image:
-    """The frame that an image file is at: upright, 8-bit RGB, transparency on white."""
-    image.load()  # TIFFs turn upright here; PNGs may have their orientation after the pixels
-    return _on_white(ImageOps.exif_transpose(image))
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    """8-bit RGB. What is transparent shows white, not the colour that happens to lie beneath."""
-    if image.mode in _SIXTEEN_BIT_MODES:  # the high byte, as PIL reads 16-bit RGB
-        grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    layer = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    with Image.open(path) as image:
-        if image.mode not in _EIGHT_BIT_MODES | _SIXTEEN_BIT_MODES:
-            raise MediaError(
-                f"{path}: pixels of mode {image.mode} (32 bits or floats) have no fixed range; "
-                "convert the image to 8 bits"
-            )
+    if (hdr := refusal_of_image(path)) is not None:
+        raise MediaError(f"{path}: {hdr}")
+    with stills.opened(path) as image:
         yield image

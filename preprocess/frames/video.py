@@ -19,11 +19,12 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.filter import Graph
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image
 
-from preprocess.frames import decord_pairs
+from preprocess.frames import decord_pairs, hdr
 from preprocess.frames.first_rule import Stored, misread
 from preprocess.frames.media_info import Frame, KeyFrames, MediaError, Probe, Shortcut
 from preprocess.frames.orientation import UPRIGHT, Orientation, of_display_matrix
@@ -44,8 +45,10 @@ _STREAMS_COME_LATE = ("mpeg",)
 _MOST_PROBED = (1 << 31) - 1
 # Every so many rows enter a frame's digest: at least one of each 4×4 block that a codec knows.
 _DIGEST_ROWS = 4
-# H.273: SMPTE ST 2084 (PQ), ARIB STD-B67 (HLG).
-_HDR = {16: "smpte2084", 18: "arib-std-b67"}
+# FFmpeg's own decoders of these leave the alpha out.
+_ALPHA_DECODERS = {"vp8": "-c:v libvpx ", "vp9": "-c:v libvpx-vp9 "}
+# Dolby Vision without a picture that others can show.
+_DOLBY_TAGS = ("dvhe", "dvh1", "dva1", "dvav", "dav1")
 
 INTERLACED = (
     "interlaced, both fields are taken as one frame (combing artifacts in motion; "
@@ -73,8 +76,8 @@ class _Video:
         be a wrong frame: MediaError.
         """
         number = 0
-        first: Exception | None = None
-        damage: Exception | None = None
+        first: av.error.InvalidDataError | None = None
+        damage: av.error.InvalidDataError | None = None
         for packet in self.container.demux(self.stream):
             if stored is not None and packet.size:
                 stored.note_packet(packet)
@@ -86,7 +89,8 @@ class _Video:
                 continue
             if damage is not None and packet.size:  # at the end only what waited comes out
                 raise MediaError(
-                    f"{self.path}: cannot decode the video after frame {number} ({damage})"
+                    f"{self.path}: cannot decode the video after frame {number - 1} "
+                    f"({damage.strerror}). {_what_helps(number)}"
                 )
             for frame in frames:
                 own = _orientation(self.path, frame)
@@ -95,7 +99,11 @@ class _Video:
                 yield _Decoded(frame, orientation, own is not None)
                 number += 1
         if number == 0:
-            why = f"cannot decode the video ({first})" if first else "the video has no frames"
+            why = (
+                f"cannot decode the video ({first.strerror})"
+                if first
+                else "the video has no frames"
+            )
             raise MediaError(f"{self.path}: {why}")
 
 
@@ -132,7 +140,7 @@ def survey(path: Path, on_progress: Callable[[], None] = lambda: None) -> Probe:
             frame = decoded.frame
             if first is None:
                 first = decoded
-                _refuse_hdr(path, frame.color_trc)
+                _refuse_hdr(path, frame)
             stored.note_frame(frame, decoded.orientation, own=decoded.own)
             interlaced = interlaced or bool(frame.interlaced_frame)
             if frame.is_corrupt:
@@ -188,7 +196,7 @@ def _refuse_lost(path: Path, stored: Stored, pts: Sequence[int | None]) -> None:
         number = sum(shown < time for shown in times)
         raise MediaError(
             f"{path}: the frame after frame {number - 1} of the video is lost: its packet decodes "
-            "to nothing. Cut that part out, or download the file again"
+            f"to nothing. {_what_helps(number)}"
         )
 
 
@@ -206,10 +214,20 @@ def _without_damage(path: Path, count: int, damaged: Sequence[int]) -> int:
     inside = [number for number in damaged if intact[0] < number < intact[-1]]
     if inside:
         raise MediaError(
-            f"{path}: frame {inside[0]} of the video is damaged, and others are made of it. Cut "
-            "that part out, or download the file again"
+            f"{path}: frame {inside[0]} of the video is damaged, and others are made of it. "
+            f"{_what_helps(inside[0])}"
         )
     return intact[-1] + 1
+
+
+def _what_helps(number: int) -> str:
+    """With a video that is damaged at the frame of that number: those before may lean on it."""
+    intact = number - _MOST_REORDERED
+    if intact <= 0:
+        return "Fetch the file again"
+    return (
+        f"Fetch the file again, or keep what lies before: ffmpeg -i IN -frames:v {intact} OUT.mp4"
+    )
 
 
 def frames_at(
@@ -311,20 +329,25 @@ def _from_key_frame(video: _Video, shortcut: Shortcut) -> Iterator[_Decoded]:
 @contextmanager
 def _opened(path: Path, on_progress: Callable[[], None]) -> Iterator[_Video]:
     """A local file and its video stream, for one thread: several files are decoded side by side."""
-    # Only local files: a playlist that calls itself .mp4 must not reach the network.
-    options = {"protocol_whitelist": "file"}
+    # Only local files: a playlist that calls itself .mp4 must not reach the network. And only this
+    # one: 1%03d.jpg is a name, no pattern of others.
+    options = {"protocol_whitelist": "file", "pattern_type": "none"}
+    url = f"file:{path}"  # or a colon in the name ends a protocol's
     with ExitStack() as held:
-        container = held.enter_context(av.open(str(path), options=options))
+        container = held.enter_context(av.open(url, options=options))
         if container.format.name in _STREAMS_COME_LATE:
             # PyAV fails where a stream begins that it has not seen: it is to look at all of it.
             options |= {"probesize": str(_MOST_PROBED), "analyzeduration": str(_MOST_PROBED)}
-            container = held.enter_context(av.open(str(path), options=options))
+            container = held.enter_context(av.open(url, options=options))
         stream = container.streams.best("video")
         attached = av.stream.Disposition.attached_pic  # the cover of an album
         if not isinstance(stream, VideoStream) or stream.disposition & attached:
             raise MediaError(f"{path}: the file has no video stream")
         if stream.codec_context is None:
-            raise MediaError(f"{path}: this FFmpeg has no decoder for its video")
+            raise MediaError(
+                f"{path}: this FFmpeg has no decoder for its video. Convert the file with a "
+                "program that plays it"
+            )
         stream.codec_context.thread_count = 1
         yield _Video(path, container, stream, on_progress)
 
@@ -419,25 +442,31 @@ def _aspects_differ(stream: VideoStream) -> bool:
 def _refuse_choices(path: Path, stream: VideoStream) -> None:
     """MediaError for video that 8-bit RGB can't hold without a choice of the user."""
     context = stream.codec_context
-    _refuse_hdr(path, context.color_trc)
+    if context.codec_tag in _DOLBY_TAGS and context.color_trc not in hdr.CURVES:
+        raise MediaError(
+            f"{path}: the video is Dolby Vision ({context.codec_tag}) without a picture for "
+            "others: its colours would be wrong. Export it as SDR (BT.709) from its editor"
+        )
+    _refuse_hdr(path, context)
     has_alpha = context.format is not None and any(
         part.is_alpha for part in context.format.components
     )
     if has_alpha or _tags(stream).get("alpha_mode") == "1":
+        decoder = _ALPHA_DECODERS.get(context.name, "")
         raise MediaError(
             f"{path}: the video has an alpha channel, and what lies beneath it is not meant to be "
-            "seen. Put it on a background: ffmpeg -i IN -filter_complex "
+            f"seen. Put it on a background: ffmpeg {decoder}-i IN -filter_complex "
             '"[0]split[a][b];[a]drawbox=c=white:t=fill:replace=1[w];[w][b]overlay" OUT.mp4'
         )
 
 
-def _refuse_hdr(path: Path, transfer: Any) -> None:
-    if (hdr := _HDR.get(int(transfer or 0))) is not None:
-        raise MediaError(
-            f"{path}: the video is HDR ({hdr}), which 8-bit RGB would show washed out. Convert "
-            "it: ffmpeg -i IN -vf zscale=t=linear:npl=100,tonemap=hable,zscale=t=bt709:m=bt709:"
-            "p=bt709:r=tv,format=yuv420p OUT.mp4"
-        )
+def _refuse_hdr(path: Path, shown: VideoFrame | VideoCodecContext) -> None:
+    transfer, primaries, matrix = (
+        int(number or 0) for number in (shown.color_trc, shown.color_primaries, shown.colorspace)
+    )
+    why = hdr.refusal("video", transfer, primaries, matrix, "OUT.mp4")
+    if why is not None:
+        raise MediaError(f"{path}: {why}")
 
 
 def _digest(frame: VideoFrame) -> int:

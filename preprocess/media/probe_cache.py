@@ -15,7 +15,7 @@ from shared.io.hashing import cache_folder
 from shared.io.memo import note, recall
 
 # Raised when media are read another way: what was found before does not count then.
-_VERSION = 2
+_VERSION = 3
 
 
 class ProbeMemo:

@@ -9,11 +9,12 @@ Whatever is wrong with a file ends as a MediaError whose text names the file.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from errno import EIO
 from pathlib import Path
 from typing import Literal
 
-from preprocess.frames import pictures, video
+from preprocess.frames import broken, pictures, video
 from preprocess.frames.media_info import Frame, Kind, MediaError, Probe, Shortcut
 from shared.errors import UserError
 
@@ -67,6 +68,12 @@ def _named_failures(path: Path, what: str) -> Iterator[None]:
     except Exception as error:  # decoders raise FFmpegError, OSError, SyntaxError …
         if path.is_file() and path.stat().st_size == 0:
             raise MediaError(f"{path}: the file is empty (0 bytes)") from error
+        if isinstance(error, EOFError) or getattr(error, "errno", None) == EIO:
+            raise MediaError(
+                f"{path}: the {what} has no frames, or the file ends within the first"
+            ) from error
         message = getattr(error, "strerror", None) or str(error)  # its path is named already
         reason = (message.strip().splitlines() or [type(error).__name__])[0]
+        with suppress(OSError):
+            reason = broken.seen(path) or reason
         raise MediaError(f"{path}: cannot decode the {what} ({reason})") from error

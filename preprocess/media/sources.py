@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from preprocess.frames.media_info import MediaError
 from preprocess.media.remote import RemoteFile
-from shared.io.hashing import FileHasher
+from shared.io.hashing import FileHasher, stamp_of
 
 _BLOCK_BYTES = 1 << 22
 
@@ -45,10 +45,7 @@ class TarMember:
 
         Raises OSError if the tar is not there.
         """
-        path = self.tar.resolve()
-        status = path.stat()
-        place = f"{self.name}|{self.offset}|{self.length}"
-        return f"{path}|{status.st_size}|{status.st_mtime_ns}|{place}"
+        return f"{stamp_of(self.tar)}|{self.name}|{self.offset}|{self.length}"
 
     def content(self) -> Iterator[bytes]:
         """Its bytes. Raises OSError, or MediaError where they can't be had."""

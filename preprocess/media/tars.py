@@ -20,7 +20,8 @@ from preprocess.media.remote import DataDir, here, in_home, remote_named
 from preprocess.media.sources import MediaFile, TarMember
 from shared.errors import UserError
 from shared.format.cache import SHARD_NAME
-from shared.io.names import exists, for_glob, has_wildcard, is_folder
+from shared.io.hashing import stamp_of
+from shared.io.names import as_name, exists, for_glob, has_wildcard, is_folder
 
 SUFFIX = ".tar"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
@@ -217,11 +218,14 @@ def _members(tar: Path) -> tuple[list[TarMember], list[str], str | None]:
 
 
 def media_named(data_dir: DataDir, name: str) -> MediaFile:
-    """The media file that a dataset calls `name`: in a store, in a tar or a file of its own."""
+    """The media file that a dataset or a cache calls `name`: in a store, a tar or of its own."""
     remote = remote_named(data_dir, name)
     if remote is not None:
         return remote
-    return media_at(here(data_dir) / given_path(data_dir, name))
+    found = media_at(here(data_dir) / given_path(data_dir, name))
+    if as_name(name) == name or not isinstance(found, Path) or exists(found):
+        return found
+    return media_at(here(data_dir) / given_path(data_dir, as_name(name)))
 
 
 def given_path(data_dir: DataDir, name: str) -> Path:
@@ -233,8 +237,7 @@ def media_at(path: Path) -> MediaFile:
     """The media file of a path that may lead into a tar: `clips/000.tar/KEY.mp4`."""
     for parent in reversed(path.parents):
         if parent.suffix.lower() == SUFFIX and parent.is_file():
-            status = parent.stat()
-            members = _by_name(parent, status.st_size, status.st_mtime_ns)
+            members = _by_name(parent, stamp_of(parent))
             return members.get(path.relative_to(parent).as_posix(), path)
     return path
 
@@ -245,6 +248,6 @@ def member_name(member: TarMember) -> str:
 
 
 @lru_cache(maxsize=16)
-def _by_name(tar: Path, size: int, changed: int) -> dict[str, TarMember]:
-    """Remembered for as long as the tar has this size and time."""
+def _by_name(tar: Path, stamp: str) -> dict[str, TarMember]:
+    """Remembered for as long as the tar has this stamp."""
     return {member_name(member): member for member in _members(tar)[0]}

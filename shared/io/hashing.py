@@ -1,4 +1,4 @@
-"""Content hashes of large files, remembered by (path, size, mtime) so that each is read once."""
+"""Content hashes of large files, remembered by what `stamp_of` sees so that each is read once."""
 
 import hashlib
 import json
@@ -29,6 +29,17 @@ def sha256_of(path: Path, on_progress: Callable[[], None] = lambda: None) -> str
     return running.hexdigest()
 
 
+def stamp_of(path: Path) -> str:
+    """Another string once a file's content is another, as far as a look without reading tells.
+
+    `cp -p`, `mv` and `touch -r` may give a file of equal size another's time of modification, but
+    not its inode and the time when that was changed. Raises OSError.
+    """
+    path = path.resolve()
+    found = path.stat()
+    return f"{path}|{found.st_size}|{found.st_mtime_ns}|{found.st_ctime_ns}|{found.st_ino}"
+
+
 class FileHasher:
     """SHA-256 of files, memoised in one append-only JSON-lines file.
 
@@ -53,9 +64,7 @@ class FileHasher:
 
     def name(self, path: Path) -> str:
         """What a file is remembered by: taken before it is read. Raises OSError."""
-        path = path.resolve()
-        status = path.stat()
-        return f"{path}|{status.st_size}|{status.st_mtime_ns}"
+        return stamp_of(path)
 
     def known(self, name: str) -> str | None:
         """The digest of the file with this name, if it was read before."""
@@ -77,4 +86,5 @@ class FileHasher:
 def digest_of(value: Any) -> str:
     """SHA-256 (hex) of a JSON value in canonical form."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    # A path may hold bytes that are no UTF-8.
+    return hashlib.sha256(canonical.encode(errors="backslashreplace")).hexdigest()

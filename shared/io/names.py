@@ -13,6 +13,7 @@ from pathlib import Path
 # What a terminal obeys or that breaks a line: control characters, line and paragraph separators,
 # changes of direction, halves of characters.
 _OBEYED = "\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
+_BYTE = re.compile(r"\\u(dc[89a-f][0-9a-f])")
 _IN_TEXT = re.compile(f"[{_OBEYED}]")
 _IN_LINE = re.compile(f"[{_OBEYED}\t\n]")
 
@@ -62,6 +63,16 @@ def on_one_line(text: str) -> str:
 def on_lines(text: str) -> str:
     """The same for text that has lines of its own."""
     return _IN_TEXT.sub("�", text)
+
+
+def as_text(name: str) -> str:
+    """A name with `\\udce9` for each byte that is no UTF-8 (zips of other systems have such)."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def as_name(text: str) -> str:
+    """The inverse of `as_text`: the name that the operating system knows."""
+    return _BYTE.sub(lambda found: chr(int(found[1], 16)), text)
 
 
 def quoted(name: object) -> str:

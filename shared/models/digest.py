@@ -76,7 +76,7 @@ def component_digest(
     """Digest of a component of the model in a folder; None where its weights are not there.
 
     Of the values that it is loaded with: scales of fp8 are multiplied in. Remembered by the files'
-    sizes and times of change; `check` is called with the component before weights are read that
+    stamps; `check` is called with the component before weights are read that
     are not remembered. Raises UserError for weights that can't be read or understood.
     """
     original = original_layout.is_original(model)

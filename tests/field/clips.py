@@ -338,12 +338,16 @@ def _refused() -> Iterator[Cell]:
         ("mov", "ProRes", ("-c:v", "prores_ks", "-pix_fmt", "yuva444p10le")),
         ("mov", "QuickTime RLE", ("-c:v", "qtrle", "-pix_fmt", "argb")),
         ("webm", "VP9", ("-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p", "-cpu-used", "8")),
+        ("webm", "VP8", ("-c:v", "libvpx", "-pix_fmt", "yuva420p", "-auto-alt-ref", "0")),
     ):
         yield Cell(container=container, codec=codec, oddity="alpha", options=(*alpha, *options))
     for curve in ("smpte2084", "arib-std-b67"):
         params = f"transfer={curve}:colorprim=bt2020:range=limited"
         yield Cell(container="mp4", codec="HEVC", oddity="HDR", detail=curve,
                    options=hevc("-pix_fmt", "yuv420p10le", extra=params))  # fmt: skip
+    # Marked as one whose colours only Dolby's decoders know.
+    yield Cell(container="mp4", codec="HEVC", oddity="Dolby Vision", options=hevc(),
+               edits=(lambda path: boxes.replace_all(path, b"hev1", b"dvh1"),))  # fmt: skip
     for container in ("mp4", "mov"):
         yield Cell(container=container, codec="H.264", oddity="cut off", options=h264(),
                    edits=(lambda path: boxes.cut(path, 0.7),))  # fmt: skip

@@ -62,7 +62,7 @@ READ = {
     "time code": "the video",
     "one frame": "a video of one frame; of an animation an image",
     "name of another container": "by its content",
-    "cut off": "what is whole, if the file can be opened",
+    "cut off": "what is whole, if the file can be opened; the last B-frames as players show them",
     "starts without a key frame": "from the first key frame on",
     "delays vary": "every frame; `--fps` goes by their times",
     "delays too short": "as browsers: those of 10 ms and less count as 100 ms",
@@ -74,6 +74,7 @@ READ = {
 REFUSED = {
     "alpha": "what lies beneath alpha is not meant to be seen; the message has a command",
     "HDR": "8-bit RGB would show it washed out; the message has a command",
+    "Dolby Vision": "without a picture for others its colours would be wrong",
     "cut off": "nothing can be opened without the index, which lies at the end",
     "sound only": "no video stream; a cover is none",
     "no frames": "there is nothing to see",

@@ -22,6 +22,7 @@ NAMES = (
     "mkv-h-264-times-below-0.mkv",
     "webm-vp9-size-changes.webm",
     "webm-vp8-no-duration.webm",
+    "mp4-av1-hidden-frames.mp4",
     "apng-apng-default-image-apart.apng",
 )
 REFUSED = ("mp4-hevc-hdr-smpte2084.mp4", "mp4-h-264-cut-off.mp4")
@@ -103,3 +104,21 @@ def test_what_is_refused_is_listed(caches: tuple[Cache, Cache]) -> None:
     assert {Path(str(line["source"])).name for line in rejected} == set(REFUSED)
     for line in rejected:
         assert re.search(REJECTED[Path(str(line["source"])).name], str(line["reason"]))
+
+
+def test_a_plan_counts_the_clips_of_a_recording_without_a_duration(tmp_path: Path) -> None:
+    media = tmp_path / "media"
+    media.mkdir()
+    for cell in CELLS:
+        if cell.oddity == "no duration" and cell.codec in ("VP8", "H.264"):
+            cell.make(media).with_suffix(".txt").write_text(cell.name)
+    options = ("--model", "toy", "--size", 64, "--video-sample-n-frames", 9, "--clips", "chunk",
+               "--video-sample-stride", 1, "--train-data-dir", media)  # fmt: skip
+    shards = tmp_path / "shards"
+    planned = wanprep("plan", *options, "--output", shards)
+    assert planned.code == 0, planned.err
+    assert re.search(r"^in all +12 +0 +12 ", planned.out, re.MULTILINE)  # 2 × 60 // 9
+    assert wanprep("encode", *options, "--output", shards).code == 0
+    cache = Cache.open(shards)
+    starts = sorted(cache.info(row)["frame_indices"][0] for row in range(len(cache.index)))
+    assert starts == sorted(2 * list(range(0, 54, 9)))

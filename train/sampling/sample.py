@@ -19,7 +19,7 @@ from diffusers import (
     FlowMatchLCMScheduler,
     UniPCMultistepScheduler,
 )
-from PIL import Image, ImageOps
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
@@ -29,6 +29,7 @@ from shared.device import check_device, chosen_device
 from shared.errors import UserError
 from shared.format.resize import fit_to
 from shared.format.schema import DTYPES
+from shared.io import stills
 from shared.io.durable import write_json
 from shared.io.mp4 import Clip, write_mp4
 from shared.models import weights
@@ -416,7 +417,8 @@ class VisitedSteps:
 def fit_image(path: Path, height: int, width: int) -> Image.Image:
     """The first frame for i2v: covered and centre-cropped as `wanprep encode` does it."""
     try:
-        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        with stills.opened(path) as opened:
+            image = stills.shown(opened)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "no image, or a truncated one"
         raise UserError(

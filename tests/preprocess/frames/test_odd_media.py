@@ -140,7 +140,7 @@ def test_video_with_a_choice_to_make_is_refused(
     with pytest.raises(MediaError) as caught:
         probe(path, "video")
     assert str(path) in str(caught.value) and reason in str(caught.value)
-    assert "ffmpeg -i IN" in str(caught.value)
+    assert "-i IN" in str(caught.value)
 
 
 def test_files_that_are_no_video(clip: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,15 +11,30 @@ import pytest
 from shared.io.hashing import FileHasher, digest_of
 
 
-def test_the_memo_saves_the_second_read_and_notices_changes(tmp_path: Path) -> None:
+def test_the_memo_saves_the_second_read(tmp_path: Path) -> None:
     memo, file = tmp_path / "memo" / "sha256.jsonl", tmp_path / "file"
     file.write_bytes(b"one")
+    digest = FileHasher(memo).sha256(file)
+    assert digest == hashlib.sha256(b"one").hexdigest()
+    again = FileHasher(memo)
+    assert again.known(again.name(file)) == digest
+
+
+@pytest.mark.parametrize("how", ["touch -r", "mv", "cp -p"])
+def test_other_content_of_equal_size_and_time_is_read_again(how: str, tmp_path: Path) -> None:
+    memo, file, other = tmp_path / "memo", tmp_path / "file", tmp_path / "other"
+    file.write_bytes(b"one")
+    other.write_bytes(b"two")
+    shutil.copystat(file, other)
     assert FileHasher(memo).sha256(file) == hashlib.sha256(b"one").hexdigest()
-    times = file.stat()
-    file.write_bytes(b"two")  # same size; with the old time it would be taken for the same
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert FileHasher(memo).sha256(file) == hashlib.sha256(b"one").hexdigest()
-    os.utime(file, ns=(0, 0))
+    before = file.stat()
+    if how == "touch -r":
+        file.write_bytes(b"two")
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    else:
+        subprocess.run([*how.split(), other, file], check=True)
+    after = file.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     assert FileHasher(memo).sha256(file) == hashlib.sha256(b"two").hexdigest()
 
 
