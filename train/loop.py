@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import get_type_hints
 
 import torch
 from rich.console import Console
 
 from shared.cli import support
 from shared.cli.library_log import library_log
+from shared.cli.run_file import RUN_FILE, run_file
 from shared.errors import UserError
 from shared.interrupt import Interrupted, Interruption, catch_signals
+from shared.io.durable import write_bytes
 from train.data.batches import Batch, MicroBatches, PromptBank, load_prompt_bank
 from train.data.tail_log import TailLog
 from train.distributed.process_group import joined
@@ -76,13 +79,21 @@ def train(run: Run, console: Console) -> int | None:
 
 
 def _hold_folders(held: ExitStack, run: Run, console: Console) -> None:
-    """Output and logs are this run's, and libraries log to the output, until `held` ends."""
+    """Output and logs are this run's, and libraries log to the output, until `held` ends.
+
+    Its options lie there as a run file.
+    """
     config, say = run.config, partial(support.say, console)
     hold_folder(held, "--output-dir", config.output_dir, say)
     logs = config.logging_dir
     if logs is not None and not logs.resolve().is_relative_to(config.output_dir.resolve()):
         hold_folder(held, "--logging-dir", logs, say)
     held.enter_context(library_log(config.output_dir))
+    settled = vars(config) | {"num_processes": run.placement.machines.num_processes}
+    hints = get_type_hints(type(config), include_extras=True)
+    write_bytes(
+        config.output_dir / RUN_FILE, run_file(run.objective.method, hints, settled).encode()
+    )
 
 
 def _walk(

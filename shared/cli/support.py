@@ -6,7 +6,8 @@ import sys
 import textwrap
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import Any, get_type_hints
 
 import typer
 from rich.console import Console
@@ -15,6 +16,7 @@ from typer.core import TyperGroup
 from shared.cli.help_page import HelpPage
 from shared.cli.left_out import unasked_left_out
 from shared.cli.library_log import quiet_libraries
+from shared.cli.run_file import CONFIG, WRITE_CONFIG, file_options, words_of_file, write_run_file
 from shared.errors import UserError
 from shared.io.names import on_lines
 
@@ -27,11 +29,33 @@ CONTEXT = {
 
 
 class Command(HelpPage):
-    """A command with a help page; what it can't do without is shown by an example in its errors."""
+    """A command with a help page; what it can't do without is shown by an example in its errors.
+
+    Its options can come from a file, and be written to one.
+    """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.params = [*self.params, *file_options()]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Called by click: the words of a run file come before those that were typed."""
+        typed, _, order = self.make_parser(ctx).parse_args(list(args))
+        ctx.meta[WRITE_CONFIG] = typed.get(WRITE_CONFIG)
+        if file := typed.get(CONFIG):
+            given = {option.name for option in order}
+            args = [*words_of_file(Path(file), str(self.name), self.params, given), *args]
+        return list(super().parse_args(ctx, args))
 
     def invoke(self, ctx: Any) -> Any:
-        """Run it, with libraries quiet."""
+        """Run it, with libraries quiet; or write its options and do nothing else."""
         quiet_libraries()
+        if file := ctx.meta[WRITE_CONFIG]:
+            declared: Any = self.callback
+            hints = get_type_hints(inspect.unwrap(declared), include_extras=True)  # typer wraps it
+            values = {option.name: ctx.params.get(option.name) for option in self.params}
+            write_run_file(Path(file), str(self.name), hints, values)
+            raise typer.Exit
         with unasked_left_out():
             return super().invoke(ctx)
 

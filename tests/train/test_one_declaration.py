@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from shared.cli.checks import AT_LEAST_1, REMEMBERED
-from shared.cli.config_command import add_config_command
+from shared.cli.config_command import add_config_command, configuration
 from shared.cli.support import new_app
 from shared.cli.videox_fun_command import VideoXFunCommand
 from shared.errors import UserError
@@ -65,6 +65,13 @@ def test_a_field_is_checked_and_said_by_dry_run(
     assert ran.exit_code == 0, ran.output
     shown: dict[str, Any] = json.JSONDecoder().raw_decode(ran.stdout)[0]
     assert shown["max_train_samples"] == 5
+
+
+def test_a_field_is_in_run_files(app: typer.Typer, tmp_path: Path) -> None:
+    path = str(tmp_path / "run.toml")
+    CliRunner().invoke(app, ["distill", "--max-train-samples", "6", "--write-config", path])
+    assert "\n# A number of ours.\nmax_train_samples = 6\n" in Path(path).read_text()
+    assert configuration(app, ["distill", "--config", path]).max_train_samples == 6
 
 
 def test_a_field_of_a_name_of_videox_funs_is_no_flag_that_is_passed_over(
