@@ -20,6 +20,7 @@ else:
     import tomli as tomllib
 
 CONFIG, WRITE_CONFIG = "config", "write_config"
+PANEL = "Run file"
 RUN_FILE = "run.toml"
 _SECRET = re.compile(r"(?<=://)[^/@\s]+@")
 _WIDTH = 98
@@ -32,8 +33,8 @@ def file_options() -> list[Any]:
     # fmt: off
     @app.command()
     def _(
-        config: Annotated[Path | None, typer.Option(metavar="FILE", help="Take options from a TOML file: a table a command, option names as keys, paths as on the command line. Options given here win.", show_default=False)] = None,
-        write_config: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all options to a TOML file, with what they mean, and stop.", show_default=False)] = None,
+        config: Annotated[Path | None, typer.Option(metavar="FILE", help="Take options from a TOML file: a table a command, option names as keys, paths as on the command line. Options given here win.", show_default="none", rich_help_panel=PANEL)] = None,
+        write_config: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all options to a TOML file, with what they mean, and stop.", show_default="off", rich_help_panel=PANEL)] = None,
     ) -> None: ...
     # fmt: on
 
