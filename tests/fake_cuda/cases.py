@@ -2,9 +2,9 @@
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.plan_peaks import TARGETS, recipe_of
 from shared.models.spec import ModelSpec, blocks_of, read_model_spec
-from shared.models.wan import CLIP_DIM, PUBLISHED, UMT5_DIM, write_configs
+from shared.models.wan import CLIP_DIM, PUBLISHED, UMT5_DIM, PublishedModel, write_configs
 from tests.fake_cuda.machine import CUDA, fake_gpu
 from tests.fake_cuda.watch import Watch
 from train.data.batches import StoredBatch
@@ -31,6 +31,7 @@ from train.model.attention import NATIVE, use_attention
 from train.model.base import keep_from_autocast
 from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.roles import CRITIC, GENERATOR, Roles
+from train.optim import adamw8bit
 from train.optim.ema import Ema
 from train.strategies.base import AdamSettings
 from train.strategies.spread import spread
@@ -40,6 +41,8 @@ MODELS = (
     "wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "wan2.1-i2v-14b-480p", "wan2.2-t2v-a14b",
     "wan2.2-i2v-a14b", "wan2.2-ti2v-5b",
 )  # fmt: skip
+EVERY_OPTION = "wan2.2-i2v-a14b"
+"""The model whose options are in the short suite, but for one that is like `low vram`."""
 RANK = 64
 ADAM = AdamSettings(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
 
@@ -58,7 +61,7 @@ def _memory(**options: Any) -> Option:
     return Option(memory=MemoryOptions(**options))
 
 
-PLAIN, PLAIN_LORA = "distill", "lora"
+PLAIN, PLAIN_LORA, SLOWEST = "distill", "lora", "blocks to swap"
 OPTIONS: Mapping[str, Option] = {
     PLAIN: Option(),
     PLAIN_LORA: Option(method="lora"),
@@ -66,15 +69,13 @@ OPTIONS: Mapping[str, Option] = {
     "activation offloading": replace(_memory(activation_offloading=True), blocks=2),
     # More than there are buffers, so that blocks take one another's place.
     "low vram": replace(_memory(low_vram=True), blocks=3),
-    "blocks to swap": replace(_memory(blocks_to_swap=3), blocks=4),
+    SLOWEST: replace(_memory(blocks_to_swap=3), blocks=4),
     "int8": _memory(base_precision="int8"),
     "fp8": _memory(base_precision="fp8"),
     "nf4": _memory(base_precision="nf4"),
     "8-bit Adam": _memory(use_8bit_adam=True),
     "all for memory": replace(
-        _memory(
-            base_precision="int8", low_vram=True, activation_offloading=True, use_8bit_adam=True
-        ),
+        _memory(base_precision="int8", low_vram=True, activation_offloading=True),
         blocks=3,
     ),
     "batched guidance": Option(recipe={"batched_guidance": True, "fake_guidance_scale": 2.0}),
@@ -86,16 +87,22 @@ OPTIONS: Mapping[str, Option] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Numbers:
-    """Of one step: FLOPs of a block, GB of new tensors in a block, most GB alive on the device."""
+    """Of one step of one role."""
 
     tflop: float
+    """Of a block, forward, computed again and backward."""
     written_gb: float
+    """Bytes of all new tensors of a block."""
     peak_gb: float
+    """Most bytes alive on the device, all in all."""
+    copies_in: int
+    """From the CPU to the device, without waiting."""
+    copies_out: int
 
 
 @dataclass(kw_only=True)
 class Found:
-    """What a case shows."""
+    """What a case shows; see `Watch` and `fake_gpu` for what is counted."""
 
     steps: dict[str, Numbers] = field(default_factory=dict)
     waits: Counter[str] = field(default_factory=Counter)
@@ -103,41 +110,55 @@ class Found:
     operands: Counter[str] = field(default_factory=Counter)
     error: str | None = None
 
-    def plain(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return {
-            "steps": {name: asdict(numbers) for name, numbers in self.steps.items()},
-            "waits": dict(self.waits),
-            "wide": dict(self.wide),
-            "operands": dict(self.operands),
-            "error": self.error,
-        }
+
+@dataclass(frozen=True)
+class Case:
+    """A model with an option."""
+
+    model: str
+    option: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}: {self.option}"
 
 
-def cases(models: tuple[str, ...] = MODELS) -> Iterator[tuple[str, str]]:
-    """(model, option) of all that there are."""
-    for model in models:
-        for name, option in OPTIONS.items():
-            if option.recipe.get("expert") != "high" or PUBLISHED[model].two_experts:
-                yield model, name
+def cases(models: Sequence[str]) -> list[Case]:
+    """Every option of these models."""
+    return [
+        Case(model, name)
+        for model in models
+        for name, option in OPTIONS.items()
+        if option.recipe.get("expert") != "high" or PUBLISHED[model].two_experts
+    ]
 
 
-def run_case(model: str, option: str) -> Found:
-    """All steps of a case, each measured on its second time, when optimizers have moments.
+def short_cases() -> list[Case]:
+    """Defaults of all models, and nearly every option of one."""
+    return [
+        case
+        for case in cases(MODELS)
+        if case.option in (PLAIN, PLAIN_LORA)
+        or (case.model == EVERY_OPTION and case.option != SLOWEST)
+    ]
+
+
+def run_case(case: Case) -> Found:
+    """All steps of a case, each measured by itself.
 
     What torch raises of mixed devices and of values that fakes don't have becomes `error`.
     """
-    found, chosen = Found(), OPTIONS[option]
-    spec = _spec(model)
-    objective = _objective(spec, chosen)  # computes with values
+    found, option = Found(), OPTIONS[case.option]
+    published = PUBLISHED[case.model]
+    spec = _spec(published)
+    objective = _objective(spec, option)  # computes with values
     with ExitStack() as held:
         held.enter_context(mock.patch.object(finetune, "VALIDATION_STEPS", 2))
+        adamw8bit._map.cache_clear()  # of another case's fakes
         found.operands = held.enter_context(fake_gpu())
         try:
-            _steps(_Setup.of(model, spec, objective, chosen), found)
+            _steps(_Setup.of(published, spec, objective, option), found)
         except (RuntimeError, NotImplementedError, AssertionError) as error:
-            import os, traceback
-            if os.environ.get("TB"): traceback.print_exc()
             found.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return found
 
@@ -150,11 +171,13 @@ class _Setup:
     objective: Objective
     watch: Watch
     blocks: int
+    validates: bool
 
     @classmethod
-    def of(cls, model: str, spec: ModelSpec, objective: Objective, option: Option) -> "_Setup":
+    def of(
+        cls, published: PublishedModel, spec: ModelSpec, objective: Objective, option: Option
+    ) -> "_Setup":
         """As `train.session.open_session` has it, but for weights that are read."""
-        published = PUBLISHED[model]
         config = published.transformer_config() | {"num_layers": option.blocks}
         transformer = spec.family.load_class("transformer").from_config(config)
         kept = set(transformer._keep_in_fp32_modules)
@@ -189,12 +212,13 @@ class _Setup:
             objective=objective,
             watch=watch,
             blocks=option.blocks,
+            validates=option in (OPTIONS[PLAIN], OPTIONS[PLAIN_LORA]),
         )
 
 
-def _spec(model: str) -> ModelSpec:
+def _spec(published: PublishedModel) -> ModelSpec:
     with tempfile.TemporaryDirectory() as folder:
-        write_configs(PUBLISHED[model], Path(folder))
+        write_configs(published, Path(folder))
         return read_model_spec(Path(folder))
 
 
@@ -251,37 +275,45 @@ def _update_of_two_passes(objective: Objective) -> int:
 
 
 def _steps(setup: _Setup, found: Found) -> None:
-    """An update of each role, as in `train.loop`, and a validation clip; twice."""
-    objective, roles, watch = setup.objective, setup.roles, setup.watch
+    """An update of each role, as in `train.loop`, and of plain runs a validation clip."""
+    objective, roles, watch, trained = setup.objective, setup.roles, setup.watch, setup.trained
     found.waits, found.wide = watch.waits, watch.wide
     negative = torch.zeros(setup.spec.family.text_tokens, UMT5_DIM, dtype=torch.bfloat16).to(CUDA)
-    watch.see(negative)
     stored = _batch(setup.spec, _update_of_two_passes(objective))
     main = objective.main_role
-    ema = Ema.of(main, setup.trained[main].weights(), decay=0.99, start=0)
 
     def update(role: str) -> None:
         step = objective.loss(roles, role, stored.to(CUDA), negative)
         with roles.role(role):
             step.loss.backward()
         step.numbers()
-        setup.trained[role].update(1e-5, 1.0)
+        trained[role].update(1e-5, 1.0)
         if role == main:
-            ema.update(setup.trained[role].weights(), 1)
+            ema.update(trained[role].weights(), 1)
 
     def validate(_: str) -> None:
         objective.sample(roles, stored.to(CUDA), negative)
 
     steps: dict[str, Callable[[str], None]] = dict.fromkeys(objective.learning_rates, update)
-    steps["validation"] = validate
+    if setup.validates:
+        steps["validation"] = validate
     with watch:
-        for _ in range(2):
-            for name, step in steps.items():
-                watch.flops = watch.written = 0
-                watch.peak = watch.now
-                step(name)
-                found.steps[name] = Numbers(
-                    tflop=round(watch.flops / setup.blocks / 1e12, 3),
-                    written_gb=round(watch.written / setup.blocks / 1e9, 3),
-                    peak_gb=round(watch.peak / 1e9, 3),
-                )
+        watch.see(negative)
+        for role in trained:  # moments are there from the second update on
+            for parameter in roles.parameters(role).values():
+                parameter.grad = torch.zeros_like(parameter)
+            trained[role].update(1e-5, 1.0)
+        ema = Ema.of(main, trained[main].weights(), decay=0.99, start=0)
+        watch.waits.clear()
+        for name, step in steps.items():
+            watch.flops = watch.written = 0
+            watch.peak = watch.now
+            watch.moved.clear()
+            step(name)
+            found.steps[name] = Numbers(
+                tflop=round(watch.flops / setup.blocks / 1e12, 3),
+                written_gb=round(watch.written / setup.blocks / 1e9, 3),
+                peak_gb=round(watch.peak / 1e9, 3),
+                copies_in=watch.moved["to the device"],
+                copies_out=watch.moved["to the CPU"],
+            )

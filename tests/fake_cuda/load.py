@@ -1,7 +1,7 @@
 """FakeTensors on device `cuda` in a CPU build of torch: a stub of CUDA's hooks and device guard.
 
 Nothing computes on a device: under FakeTensorMode every operator checks devices and dtypes and
-gives shapes. Streams and events are empty shells. A build of torch with CUDA needs no stub.
+gives shapes. Streams and events are empty shells.
 """
 
 import ctypes
@@ -42,8 +42,6 @@ def built() -> Path:
 
 def load() -> None:
     """Register the stub. Call it before torch is imported; there is no way back."""
-    if (_LIBRARIES / "libtorch_cuda.so").exists():
-        return
     for library in (_LIBRARIES / "libc10.so", _LIBRARIES / "libtorch_cpu.so", built()):
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     import torch

@@ -7,8 +7,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 
 from train.memory.copy_stream import HostMemory, SideStream
@@ -53,6 +53,23 @@ def _apply(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
     return module
 
 
+class _Generator:
+    """Of CUDA's random numbers, which torch has no kernels for here."""
+
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def manual_seed(self, seed: int) -> "_Generator":
+        return self
+
+
+_RAND = torch.rand
+
+
+def _rand(*size: Any, generator: Any = None, **options: Any) -> torch.Tensor:
+    return _RAND(*size, **options)
+
+
 def _host_memory(_: SideStream, size: int) -> HostMemory:
     return HostMemory(torch.empty(size, dtype=torch.uint8))
 
@@ -84,6 +101,8 @@ def fake_gpu() -> Iterator[Counter[str]]:
         mock.patch.object(F, "scaled_dot_product_attention", flash),
         mock.patch.object(torch.Tensor, "data", property(_DATA.__get__, _set_data)),
         mock.patch.object(torch.Tensor, "pin_memory", torch.Tensor.clone),
+        mock.patch.object(torch, "Generator", _Generator),
+        mock.patch.object(torch, "rand", _rand),
         mock.patch.object(nn.Module, "_apply", _apply),
         mock.patch.object(SideStream, "host_memory", _host_memory),
     )

@@ -18,7 +18,10 @@ from benchmarks.plan_peaks import LiveBytes
 aten = torch.ops.aten
 ROOT = Path(__file__).parents[2]
 _OURS = tuple(str(ROOT / package) + "/" for package in ("train", "shared"))
-_THEIRS = ("/diffusers/", "/peft/", "/torch/optim/", "/torch/nn/utils/", "/bitsandbytes/")
+_THEIRS = (
+    "/diffusers/", "/peft/", "/torch/optim/", "/torch/nn/utils/",
+    "/torch/nn/modules/normalization.py", "/bitsandbytes/",
+)  # fmt: skip
 # Their results' shapes depend on values, for which the CPU waits.
 _SHAPED_BY_VALUES = {
     aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim, aten.unique_consecutive,
@@ -35,7 +38,7 @@ def _stem(code: CodeType) -> str | None:
 
 
 def _site(frame: FrameType | None) -> str:
-    """"file:Class.function" of the innermost known frame."""
+    """ "file:Class.function" of the innermost known frame."""
     while frame is not None:
         if (stem := _stem(frame.f_code)) is not None:
             owner = frame.f_locals.get("self")
@@ -54,6 +57,8 @@ class Watch(LiveBytes):
         """Elements of a tensor as large as the hidden states."""
         self.waits: Counter[str] = Counter()
         """What the CPU waits for: "kind at site" → times."""
+        self.moved: Counter[str] = Counter()
+        """Copies that it doesn't wait for: "to the CPU", "to the device" → times."""
         self.wide: Counter[str] = Counter()
         """Tensors of fp32 as large as half of the hidden states: "operator at site" → times."""
         self.flops = self.written = 0
@@ -104,9 +109,12 @@ class Watch(LiveBytes):
         if packet is aten.equal:
             return False
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        crossing = _crossing(packet, args, kwargs, out)
-        if crossing:
-            self.waits[f"{crossing} at {site}"] += 1
+        if (crossing := _crossing(packet, args, kwargs, out)) is not None:
+            where, waits = crossing
+            if waits:
+                self.waits[f"copy {where} at {site}"] += 1
+            else:
+                self.moved[where] += 1
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         if not func.is_view and not packet.__name__.endswith("_"):
             for tensor in made:
@@ -133,8 +141,10 @@ def _masked(packet: Any, args: Any) -> bool:
     return by_mask and not (value.numel() == 1 and value.device.type == "cpu")
 
 
-def _crossing(packet: Any, args: Any, kwargs: Mapping[str, Any], out: Any) -> str | None:
-    """A copy between CPU and device that the CPU waits for; None of others."""
+def _crossing(
+    packet: Any, args: Any, kwargs: Mapping[str, Any], out: Any
+) -> tuple[str, bool] | None:
+    """Where a copy between CPU and device goes, and whether the CPU waits for it."""
     if packet is aten._to_copy:
         source, target, free = args[0], out, kwargs.get("non_blocking", False)
     elif packet is aten.copy_:
@@ -142,12 +152,9 @@ def _crossing(packet: Any, args: Any, kwargs: Mapping[str, Any], out: Any) -> st
         free = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
     else:
         return None
-    ends = source.device.type, target.device.type
-    if ends == ("cpu", "cuda") and not free:
-        return "copy to the device"
-    if ends == ("cuda", "cpu") and not free:
-        return "copy to the CPU"
-    return None
+    if source.device.type == target.device.type:
+        return None
+    return "to the device" if target.device.type == "cuda" else "to the CPU", not free
 
 
 def _some_number(tensor: torch.Tensor) -> bool | int | float:
