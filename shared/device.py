@@ -1,6 +1,11 @@
 """The device that a stage computes on. torch is imported when a command runs, not for --help."""
 
+from typing import TYPE_CHECKING
+
 from shared.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check_device(device: str) -> None:
@@ -29,3 +34,10 @@ def default_device() -> str:
 def chosen_device(option: str) -> str:
     """What --device means: auto is a GPU where there is one."""
     return default_device() if option == "auto" else option
+
+
+def to_device(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
+    """A CPU tensor on `device`. From page-locked memory: any other copy to a GPU waits until all
+    that was queued there is done, and the GPU then for the CPU."""
+    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)

@@ -9,6 +9,7 @@ from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 
+from shared.device import to_device
 from shared.errors import UserError
 from shared.format.cache import MEDIA_TYPES, REENCODE_SHARD, CacheIndex, MemberHeader, MemberReader
 from shared.format.overlays import made_by
@@ -75,28 +76,23 @@ class StoredBatch:
     def to(self, device: torch.device) -> Batch:
         """What the loop computes with. Padding and mask are made where they are needed: reading
         is so a copy of the shards' bytes, and nothing else goes through the memory."""
-
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            pinned = tensor.pin_memory() if device.type == "cuda" else tensor
-            return pinned.to(device, non_blocking=True)
-
         first = self.texts[0]
         padded = (len(self.texts), self.family.text_tokens, first.shape[1])
         text = torch.zeros(padded, dtype=first.dtype, device=device)
         for row, own in zip(text, self.texts, strict=True):
-            row[: len(own)] = move(own)
+            row[: len(own)] = to_device(own, device)
         condition = self.condition
         if condition is not None:
-            condition = with_mask(move(condition).float(), self.family.mask_channels)
+            condition = with_mask(to_device(condition, device).float(), self.family.mask_channels)
         return Batch(
             update=self.update,
             samples=self.samples,
             keys=self.keys,
-            latents=move(self.latents).float(),
+            latents=to_device(self.latents, device).float(),
             text=text,
             condition=condition,
-            image=None if self.image is None else move(self.image),
-            noised=None if self.noised is None else move(self.noised).float(),
+            image=None if self.image is None else to_device(self.image, device),
+            noised=None if self.noised is None else to_device(self.noised, device).float(),
         )
 
 

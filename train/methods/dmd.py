@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from shared.device import to_device
 from shared.models.spec import TIMESTEPS
 from train.data.batches import Batch
 from train.functional.losses import dmd_gradient, dmd_loss, mean_gap
@@ -134,12 +135,14 @@ def draw_level(recipe: Recipe, batch: Batch, purpose: str = "score") -> ScoreLev
     share = spread(
         recipe.seed, f"{purpose} level", batch.update, batch.samples, recipe.score_strata
     )
-    u = (low + (high - low) * share).to(batch.latents.device)
+    device = batch.latents.device
+    u = to_device(low + (high - low) * share, device)
     sigma = recipe.schedule.score_sigma(u, floored=recipe.maths == "corrected")
     drawn = noise(
         batch.latents.shape[1:], recipe.seed, f"{purpose} noise", batch.update, batch.samples
-    ).to(batch.latents.device)
-    return ScoreLevel(*over_frames(batch, sigma, TIMESTEPS * sigma), drawn, u)
+    )
+    at = over_frames(batch, sigma, TIMESTEPS * sigma)
+    return ScoreLevel(*at, to_device(drawn, device), u)
 
 
 def generator_step(

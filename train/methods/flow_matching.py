@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 
+from shared.device import to_device
 from shared.errors import UserError
 from shared.models.spec import TIMESTEPS
 from train.data.batches import Batch
@@ -111,7 +112,9 @@ def over_frames(
     """
     device, samples = batch.latents.device, len(batch.samples)
     spread = [
-        torch.as_tensor(value, dtype=torch.float32, device=device).expand(samples)
+        value.expand(samples)
+        if isinstance(value, torch.Tensor)
+        else torch.full((samples,), value, dtype=torch.float32, device=device)
         for value in (sigma, timestep)
     ]
     if batch.noised is None:
@@ -147,9 +150,9 @@ def flow_matching_step(
     """
     device = batch.latents.device
     quantiles = spread(seed, "level", batch.update, batch.samples, strata)
-    sigma = levels.sigma(quantiles).to(device)
-    eps = noise(batch.latents.shape[1:], seed, "noise", batch.update, batch.samples).to(device)
-    level = Level(*over_frames(batch, sigma, TIMESTEPS * sigma), eps)
+    sigma = to_device(levels.sigma(quantiles), device)
+    eps = noise(batch.latents.shape[1:], seed, "noise", batch.update, batch.samples)
+    level = Level(*over_frames(batch, sigma, TIMESTEPS * sigma), to_device(eps, device))
     loss = velocity_loss(roles, role, batch, batch.latents, level)
     return StepOutput(loss=loss, u=sigma / (levels.shift - (levels.shift - 1) * sigma), sigma=sigma)
 
@@ -206,7 +209,7 @@ def walk(
     """
     device = batch.latents.device
     levels = [over_frames(batch, sigma, TIMESTEPS * sigma) for sigma in sigmas]
-    x_t = fresh_noise(0).to(device)
+    x_t = to_device(fresh_noise(0), device)
     if from_latents:
         x_t = add_noise(batch.latents, x_t, levels[0][0])
     elif batch.noised is not None:  # a frame that is kept clean enters as it is cached
@@ -218,7 +221,7 @@ def walk(
             break
         following, _ = levels[place + 1]
         if renoise:
-            x_t = add_noise(x0, fresh_noise(place + 1).to(device), following)
+            x_t = add_noise(x0, to_device(fresh_noise(place + 1), device), following)
         else:
             x_t = x_t + (following - sigma) * v
     return x0

@@ -5,6 +5,7 @@ backward pass, and here each update leaves the other role's LoRA without; nor wo
 communication with the backward pass gain anything for gradients that are a hundredth of the base.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -32,12 +33,13 @@ class AdamWRole:
     def update(self, rate: float, max_norm: float) -> float:
         self._average_gradients()
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), max_norm))
-        if bool(norm.isfinite()):
+        found = norm.item()  # the one wait for the device in an update, beside the loss's
+        if math.isfinite(found):
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm.item()
+        return found
 
     def _average_gradients(self) -> None:
         if self.ranks.world_size == 1:
