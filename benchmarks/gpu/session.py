@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,18 +35,18 @@ class Step:
 
 
 def _training(options: tuple[str, ...] = (), **others: Any) -> Callable[[Place], None]:
-    return lambda place: large.bench(place, Training(options=options, **others))
+    return partial(large.bench, training=Training(options=options, **others))
 
 
 FIRST: Mapping[str, Step] = {
     "machine": Step(work=machine.machine, seconds={None: 25}, cap=60),
     "toy": Step(work=toy.toy, seconds={None: 50}, cap=90),
     "toy-deterministic": Step(
-        work=lambda place: toy.toy(place, toy.DETERMINISTIC), seconds={None: 20}, cap=45
+        work=partial(toy.toy, runs=toy.DETERMINISTIC), seconds={None: 20}, cap=45
     ),
     "a14b": Step(work=_training(), seconds={None: 130, 20: 80, 8: 45}, cap=240),
     "a14b-block": Step(
-        work=lambda place: large.profile_block(place, Training()), seconds={None: 25}, cap=60
+        work=partial(large.profile_block, training=Training()), seconds={None: 25}, cap=60
     ),
     "a14b-low-vram": Step(
         work=_training(("--low-vram", "--activation-offloading")),
@@ -80,7 +81,7 @@ OTHERS: Mapping[str, Step] = {
     },
     "1.3b": Step(work=_training(published=SMALL), seconds={None: 60}, cap=180),
     "1.3b-in-loop": Step(
-        work=lambda place: large.in_loop(place, Training(published=SMALL)),
+        work=partial(large.in_loop, training=Training(published=SMALL)),
         seconds={None: 110},
         cap=300,
         needs="decord",
