@@ -53,7 +53,7 @@ def main() -> None:
         help="the numbers, written after each step; $OUT/found.json where OUT is set",
     )  # fmt: skip
     parser.add_argument(
-        "--folder", type=Path, help="for 10 GB (in-loop 25); temporary, e.g. /dev/shm"
+        "--folder", type=Path, help="for 10 GB (in-loop 25); what is made is removed at the end"
     )
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--layers", type=int, help=argparse.SUPPRESS)
