@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,6 +17,7 @@ from random_model import add_encoders, random_weights
 from gpu.place import Place
 from shared.format.buckets import Bucket
 from shared.models.wan import PUBLISHED, PublishedModel, write_configs
+from train.tracking.step_log import peak_memory
 
 A14B, SMALL = "wan2.2-i2v-a14b", "wan2.1-t2v-1.3b"
 _TOP = 15
@@ -71,7 +72,7 @@ def bench(place: Place, training: Training) -> None:
     options = make(place, training)
     report = place.folder / "report.json"
     made_on = torch.device("cpu" if training.on_cpu else place.device)
-    with random_weights(made_on) as seconds, _pinning(place, seconds):
+    with random_weights(made_on) as seconds, _pinning(place, seconds), _kept_early(place):
         app(["bench", *options, "--json", str(report)], standalone_mode=False)
     layers = published(place, training.published).layers
     found = {**json.loads(report.read_text()), "layers": layers, "seconds": seconds}
@@ -79,6 +80,22 @@ def bench(place: Place, training: Training) -> None:
         free, total = torch.cuda.mem_get_info()
         found["beside_torch"] = total - free - torch.cuda.memory_reserved()
     place.keep(found)
+
+
+@contextmanager
+def _kept_early(place: Place) -> Iterator[None]:
+    """Keeps what was measured before FLOPs are counted, which takes the CPU many seconds."""
+    from train.bench import bench
+
+    def loop(watcher: Any, waits: Any) -> Any:
+        found = measured(watcher, waits)
+        peak = peak_memory(torch.device(place.device))
+        place.keep({"measured": asdict(found), "peak": peak})
+        return found
+
+    measured = bench._Watcher.loop
+    with patch.object(bench._Watcher, "loop", loop):
+        yield
 
 
 @contextmanager
