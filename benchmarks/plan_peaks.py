@@ -1,6 +1,7 @@
 """Peaks of whole updates at true sizes, without the memory, beside what `wantrain plan` says.
 
     python benchmarks/plan_peaks.py [--model wan2.1-t2v-1.3b] [--layers 4] [--no-checkpointing]
+    python benchmarks/plan_peaks.py --vae     # encoding and decoding by its VAE, at 480p and 720p
 
 The real transformer, LoRAs, losses and optimizers run on torch's fake tensors, which have shapes
 and no data; the bytes of all storages that are alive are counted. So this is what the tensors need,
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -147,6 +148,30 @@ def with_fake_weights(transformer: nn.Module) -> None:
     keep_from_autocast(transformer, torch.device("cpu"))
 
 
+@torch.inference_mode()
+def print_vae_peaks(vae: Mapping[str, Any], frames: int) -> None:
+    """GB of all tensors while a clip is encoded, or decoded, by number format and size."""
+    stride = vae.get("scale_factor_spatial", 8)
+    for dtype in (torch.float32, torch.bfloat16):
+        for height, width in ((480, 832), (720, 1280)):
+            with FakeTensorMode():
+                torch.set_default_dtype(dtype)
+                model = AutoencoderKLWan.from_config(dict(vae))
+                grid = (frames + 3) // 4, height // stride, width // stride
+                given = {
+                    "encode": torch.zeros(1, 3, frames, height, width),
+                    "decode": torch.zeros(1, vae["z_dim"], *grid),
+                }
+                torch.set_default_dtype(torch.float32)
+                for direction, tensor in given.items():
+                    live = LiveBytes()
+                    for one in [*model.parameters(), tensor]:
+                        live.see(one)
+                    with live:
+                        getattr(model, direction)(tensor)
+                    print(f"{dtype} {width}x{height} {direction}: {live.peak / 1e9:.2f} GB")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=PUBLISHED, default="wan2.1-t2v-1.3b")
@@ -155,7 +180,11 @@ def main() -> None:
     parser.add_argument("--size", default="480x832")
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--no-checkpointing", action="store_true")
+    parser.add_argument("--vae", action="store_true", help="the peaks of its VAE in their place")
     given = parser.parse_args()
+    if given.vae:
+        print_vae_peaks(PUBLISHED[given.model].vae, given.frames)
+        return
     with tempfile.TemporaryDirectory() as folder:
         write_configs(PUBLISHED[given.model], Path(folder))
         spec = read_model_spec(Path(folder))

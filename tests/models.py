@@ -180,3 +180,14 @@ def tiny_model(
         }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     return folder
+
+
+def full_once(monkeypatch: Any) -> None:
+    """The next decode of a VAE runs out of memory, as on a small card."""
+    whole = AutoencoderKLWan._decode
+
+    def decode(self: Any, *given: Any, **options: Any) -> Any:
+        monkeypatch.setattr(AutoencoderKLWan, "_decode", whole)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(AutoencoderKLWan, "_decode", decode)

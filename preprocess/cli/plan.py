@@ -44,6 +44,12 @@ def plan(config: PlanConfig, _: typer.Context) -> None:
     else:
         for line in page(foreseen, output, prune=config.prune):
             echo(line)
+        # Not for a cache that has begun: its latents are all of one dtype.
+        if config.vae_dtype == "fp32" and foreseen.new and not foreseen.in_shards:
+            echo(
+                "faster   --vae-dtype bf16: half the VAE's memory, about a third of its time on a "
+                "CPU; latents differ by 0.3% (relative L2)"
+            )
     if not foreseen.samples:
         raise UserError(
             f"dataset: nothing in it can be encoded, {len(foreseen.rejected)} are rejected. Mend "

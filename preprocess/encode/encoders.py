@@ -13,6 +13,7 @@ Representations, each made in one place:
 What comes out is to the bit what diffusers' Wan pipelines compute for the same frames and prompt.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -24,7 +25,7 @@ from PIL import Image
 
 from shared.errors import UserError
 from shared.models import weights
-from shared.models.pixels import latents_to_frames
+from shared.models.pixels import latents_to_frames, tile_if_full
 from shared.models.processors import load_image_processor, load_tokenizer
 from shared.models.spec import ModelSpec
 
@@ -144,6 +145,10 @@ class LatentEncoder:
             zeros = first.new_zeros(1, 3, len(frames) - 1, *first.shape[-2:])
             cond = self._normalised(self._raw(torch.cat([first, zeros], dim=2)))
         return {"cond": cond} if clip is None else {"cond": cond, "clip": clip}
+
+    def tile_if_full(self, say: Callable[[str], None]) -> None:
+        """Let `frames` decode in tiles what doesn't fit whole; encoding never does."""
+        tile_if_full(self._vae, say)
 
     def frames(self, latents: torch.Tensor) -> npt.NDArray[np.uint8]:
         """Latents (C, T, h, w) as a cache holds them → frames (F, H, W, 3) uint8 RGB."""

@@ -27,6 +27,7 @@ from preprocess.media.worker_pool import WorkerPool, default_workers
 from preprocess.verify.findings import Finding
 from preprocess.verify.shown import other_frames, shown_by_ffmpeg
 from shared.cli.console import bar
+from shared.cli.support import say
 from shared.device import check_device
 from shared.errors import UserError
 from shared.format.cache import MEDIA_TYPES, CacheIndex, MemberReader, open_cache
@@ -100,7 +101,7 @@ def decode_samples(config: DecodeConfig, console: Console) -> list[Decoded]:
         WorkerPool(default_workers(), timeout=config.decode_timeout) as pool,
     ):
         done = []
-        for one in _decoded(config, index, rows, spec, pool):
+        for one in _decoded(config, index, rows, spec, pool, partial(say, console)):
             advance()
             done.append(one)
         return done
@@ -158,6 +159,7 @@ def _decoded(
     rows: Sequence[int],
     spec: ModelSpec,
     pool: WorkerPool,
+    tell: Callable[[str], None],
 ) -> Iterator[Decoded]:
     if not rows:
         return
@@ -165,6 +167,7 @@ def _decoded(
 
     dtype = DTYPES[index.fingerprint["latents"]["compute"]]
     vae = LatentEncoder(spec, dtype=dtype, device=config.device)
+    vae.tile_if_full(tell)
     with closing(MemberReader(index)) as reader:
         for row in rows:
             yield _decode(config, index, row, reader, vae, pool)

@@ -1,5 +1,7 @@
 """Latents as shards hold them → frames, with a VAE that the caller has loaded."""
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -24,3 +26,30 @@ def latents_to_frames(vae: Any, latents: torch.Tensor, spec: ModelSpec) -> npt.N
     levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     frames: npt.NDArray[np.uint8] = levels.permute(1, 2, 3, 0).cpu().numpy()
     return frames
+
+
+def tile_if_full(vae: Any, say: Callable[[str], None]) -> None:
+    """Have a VAE decode a clip in overlapping tiles if its memory does not hold it whole.
+
+    `say` is told each time: tiles are blended, so pixels differ slightly from a whole decode.
+    Encoding stays whole: shards are equal to the bit. Raises torch.OutOfMemoryError if tiles don't
+    fit either.
+    """
+    whole = vae.decode
+
+    @wraps(whole)
+    def decode(*given: Any, **options: Any) -> Any:
+        try:
+            return whole(*given, **options)
+        except torch.OutOfMemoryError:
+            pass  # handled below, where the error no longer holds the failed attempt's tensors
+        say(f"decode   a clip does not fit the memory of {vae.device}: decoded in tiles")
+        vae.clear_cache()
+        torch.cuda.empty_cache()
+        vae.enable_tiling()
+        try:
+            return whole(*given, **options)
+        finally:
+            vae.disable_tiling()
+
+    vae.decode = decode

@@ -18,7 +18,7 @@ from shared.io.hashing import FileHasher
 from shared.io.mp4 import Clip, write_mp4
 from shared.models import weights
 from shared.models.digest import component_digest
-from shared.models.pixels import latents_to_frames
+from shared.models.pixels import latents_to_frames, tile_if_full
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
 from train.sampling.config import DecodeConfig
 from train.sampling.contact_sheet import contact_sheet
@@ -42,6 +42,7 @@ def decode_clips(config: DecodeConfig, console: Console) -> list[Path]:
     check_writable("--output", config.output)
     _refuse_other_vae(spec, clips)
     vae = load_vae(spec, DTYPES[config.dtype]).to(device)
+    tile_if_full(vae, say)
     rows: list[tuple[str, Clip]] = []
     paths = []
     for (name, _), clip in track(list(zip(files, clips, strict=True)), "decode", console=console):

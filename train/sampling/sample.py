@@ -34,6 +34,7 @@ from shared.io.durable import write_json
 from shared.io.mp4 import Clip, write_mp4
 from shared.models import weights
 from shared.models.family import Family
+from shared.models.pixels import tile_if_full
 from shared.models.processors import load_image_processor, load_tokenizer
 from shared.models.spec import TIMESTEPS, ModelSpec, blocks_of, read_model_spec, resolve_model
 from train.functional.rng import counted_rng
@@ -104,6 +105,7 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
         device=device,
     )
     place(pipeline, config, device, say)
+    tile_if_full(pipeline.vae, say)
     kind = "teacher" if config.teacher else "student" if student else "lora"
     rows, paths, records = [], [], []
     for number, prompt in enumerate(track(config.prompt, "sample", console=console)):

@@ -123,6 +123,9 @@ def test_the_time_comes_from_what_was_measured(media: Path, tiny_t2v: Path, tmp_
     assert plan(tiny_t2v, media, output)["seconds"] is None
     ran = wanprep(*command("plan", tiny_t2v, media, output))
     assert "time     unknown" in ran.out and "--measure" in ran.out
+    assert "faster   --vae-dtype bf16" in ran.out
+    ran = wanprep(*command("plan", tiny_t2v, media, output), "--vae-dtype", "bf16")
+    assert "faster" not in ran.out
     measured = plan(tiny_t2v, media, output, "--measure")["seconds"]
     assert measured > 0 and not output.exists()
     assert plan(tiny_t2v, media, output)["seconds"] == measured  # remembered
@@ -134,6 +137,7 @@ def test_the_time_comes_from_what_was_measured(media: Path, tiny_t2v: Path, tmp_
     assert wanprep(*command("encode", tiny_t2v, media, output)).code == 0
     assert plan(tiny_t2v, media, tmp_path / "elsewhere")["seconds"] > 0
     assert plan(tiny_t2v, media, output)["seconds"] == 0
+    assert "faster" not in wanprep(*command("plan", tiny_t2v, media, output)).out
     # A damaged memo is no reason to fail.
     (tmp_path / "memo/speed.jsonl").write_text('{"by": 1}\n[]\n{"what"\n')
     assert plan(tiny_t2v, media, tmp_path / "elsewhere")["seconds"] is None

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from preprocess.verify.decode_samples import PSNR_FLOOR
 from shared.models.toy_model import toy_folder
-from tests.models import tiny_model
+from tests.models import full_once, tiny_model
 from tests.preprocess.conftest import Cache, Ran, render_clip, wanprep, write_metadata
 
 
@@ -116,6 +116,15 @@ def test_a_source_that_changed_is_a_note_and_no_number(
     assert ran.out.count("source-missing") == 2
     assert "its content is not what was encoded" in ran.out and "no such file" in ran.out
     assert len(list((tmp_path / "out").iterdir())) == 2  # to be looked at all the same
+
+
+def test_what_does_not_fit_the_card_is_decoded_in_tiles(
+    toy: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_once(monkeypatch)
+    ran = decode(toy, tmp_path / "out", "--decode", 2)
+    assert ran.err.count("decoded in tiles") == 1
+    assert len(said_db(ran)) == 2
 
 
 def test_pictures_far_from_their_source_are_an_error(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from shared.errors import UserError
-from tests.models import tiny_model
+from tests.models import full_once, tiny_model
 from tests.train.memory.test_block_offload import LateStream
 from tests.train.model.test_lora_adapter import ALL, trained
 from tests.train.sampling.test_sample import frames, sample
@@ -119,3 +119,14 @@ def test_nf4_without_bitsandbytes_says_what_to_install(
     monkeypatch.setattr("train.memory.quantize.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'wandistill\[quant\]'"):
         sample(tiny_t2v, tmp_path / "out", "--teacher", "--base-precision", "nf4")
+
+
+def test_a_clip_that_does_not_fit_is_decoded_in_tiles(
+    deep: Callable[[str], tuple[Path, list[str]]], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    model, options = deep("i2v")
+    full_once(monkeypatch)
+    sample(model, tmp_path / "out", *options, "--offload")
+    assert capsys.readouterr().err.count("decoded in tiles") == 1
+    assert len(clips(tmp_path / "out")) == 1

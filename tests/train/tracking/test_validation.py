@@ -26,7 +26,7 @@ from shared.format.schema import CONDITION_MEMBER, LATENTS_MEMBER, TEXT_MEMBER
 from shared.io.store import Store
 from shared.models.pixels import latents_to_frames
 from shared.models.spec import read_model_spec
-from tests.models import tiny_model
+from tests.models import full_once, tiny_model
 from tests.train.conftest import encode
 from train.cli.app import app as wantrain
 from train.data.batches import pad_text
@@ -335,8 +335,9 @@ def _decode(*words: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_decoded_clips_are_the_pipelines(
-    tiny_t2v: Path, tiny_ti2v: Path, t2v_prompts: Path, tmp_path: Path
-) -> None:
+    tiny_t2v: Path, tiny_ti2v: Path, t2v_prompts: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     out = distill(
         tiny_t2v, t2v_prompts, tmp_path / "out", 1, "--boundary-type", "full",
         "--validation-steps", "1",
@@ -359,6 +360,14 @@ def test_decoded_clips_are_the_pipelines(
     found = latents_to_frames(load_vae(spec, torch.float32), latents, spec)
     assert found.shape == (9, 64, 32, 3)
     assert np.array_equal(found, (video * 255).round().astype(np.uint8))
+
+    full_once(monkeypatch)
+    clip = out / "validation" / "step-1" / "001.safetensors"
+    config = DecodeConfig(
+        latents=[clip], model=str(tiny_t2v), output=tmp_path / "tiles", device="cpu"
+    )
+    assert len(decode_clips(config, Console(stderr=True))) == 1
+    assert capsys.readouterr().err.count("decoded in tiles") == 1
 
     def refused(path: Path, model: Path) -> str:
         config = DecodeConfig(
