@@ -23,7 +23,7 @@ MAY_BUILD = {
     "train/model/base.py",
     "train/model/custom_weights.py",
     "preprocess/encode/encoders.py",
-    "train/sampling/sample.py",
+    "train/sampling/pipeline.py",
     "train/sampling/decode.py",
 }
 
