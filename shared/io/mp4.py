@@ -41,7 +41,7 @@ def read_mp4(path: Path) -> Clip:
         frames = imageio_ffmpeg.read_frames(str(path.absolute()))
         width, height = next(frames)["size"]
         shown = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in frames]
-    except (RuntimeError, StopIteration) as error:  # what ffmpeg says, in lines
+    except (OSError, RuntimeError, StopIteration) as error:  # with ffmpeg's many lines
         raise OSError(f"{path} is no video that ffmpeg can read") from error
     if not shown:
         raise OSError(f"{path} has no frames")

@@ -42,7 +42,7 @@ class Measures:
     contrast: float
     """Standard deviation of luma in a frame, mean over frames; 0 to 127.5."""
     saturation: float
-    """Mean of HSV's saturation; 0 to 1."""
+    """Mean of (max − min of R, G, B) / 255; 0 to 1."""
     sharpness: float
     """Variance of luma's Laplacian in a frame, mean over frames."""
 
@@ -50,7 +50,7 @@ class Measures:
 def measure(clip: Clip) -> Measures:
     """All measures of a clip of at least 2 frames, frame by frame."""
     assert len(clip) > 1, "motion is between frames"
-    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    flow: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     before: Any = None
     speeds, fastest, contrasts, saturations, sharpnesses = [], [], [], [], []
     for frame in clip:
@@ -64,8 +64,7 @@ def measure(clip: Clip) -> Measures:
         luma = frame @ _LUMA
         contrasts.append(luma.std())
         sharpnesses.append(cv2.Laplacian(luma, cv2.CV_32F).var())
-        most, least = frame.max(axis=-1).astype(np.float32), frame.min(axis=-1)
-        saturations.append(((most - least) / np.maximum(most, 1)).mean())
+        saturations.append(np.ptp(frame, axis=-1).mean() / 255)
     return Measures(
         motion=float(np.mean(speeds)),
         dynamic=float(np.mean(fastest) > DYNAMIC_ABOVE),
