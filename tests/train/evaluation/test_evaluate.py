@@ -204,7 +204,9 @@ def clip_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vision = CLIPVisionConfig(image_size=32, patch_size=16, num_attention_heads=2, **width)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = CLIPConfig(text.to_dict(), vision.to_dict(), projection_dim=16)
+        config = CLIPConfig(
+            text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16
+        )
         CLIPModel(config).save_pretrained(folder)
     return folder
 
