@@ -33,9 +33,10 @@ class EvaluateConfig(PipelineConfig):
     seeds: Annotated[int, typer.Option(metavar="N", help="Clips of each prompt, with the seeds --seed, --seed + 1 …; variety needs at least 2.", rich_help_panel=SHOWN), AT_LEAST_1] = 2
     clip_model: Annotated[Path | None, typer.Option(metavar="DIR", help="CLIP model (a folder for transformers' CLIPModel and CLIPProcessor), to measure how well clips agree with their prompts. It runs on the CPU.", show_default="none: not measured", rich_help_panel=SHOWN)] = None
 
-    teacher_clips: Annotated[Path | None, typer.Option(metavar="DIR", help="Measure the mp4 files of this folder, and make none. PROMPT-seedN.mp4 are clips of one prompt.", show_default="none", rich_help_panel=EXISTING)] = None
+    teacher_clips: Annotated[Path | None, typer.Option(metavar="DIR", help="Measure the mp4 files of this folder, and make none. Files whose names differ only in a number after -seed are clips of one prompt.", show_default="none", rich_help_panel=EXISTING)] = None
     student_clips: Annotated[Path | None, typer.Option(metavar="DIR", help="The student's, with the same file names.", show_default="none", rich_help_panel=EXISTING)] = None
 
+    lora: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="LoRA of `wantrain distill`, in any of its formats; give it twice for a high and a low one, in any order.", show_default="none: give clips that exist", rich_help_panel=MODEL)] = None
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for evaluation.json, evaluation.html, and the clips in teacher/ and student/.", rich_help_panel=CLIP)] = Path("evaluation")
 
     steps: Annotated[int, typer.Option(metavar="N", help="Steps of the teacher.", rich_help_panel=TEACHER), AT_LEAST_1] = TEACHER_STEPS
