@@ -20,7 +20,8 @@ def evaluate(config: EvaluateConfig, _: typer.Context) -> None:
             --student-clips evaluation/student --output again
 
         # the bundled toy model with its LoRA of `wantrain distill`
-        wantrain evaluate --model toy --lora toy-lora/lora-full-diffusers.safetensors \
+        wantrain evaluate --model toy \
+            --lora toy-lora/lora-full-diffusers.safetensors \
             --height 64 --width 64 --num-frames 17 --output toy-evaluation \
             --guidance-scale 2 --prompt "a red circle moving left" \
             --prompt "a blue square moving up"
