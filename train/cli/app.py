@@ -6,12 +6,14 @@ from shared.cli.videox_fun_command import VideoXFunCommand
 from train.cli.bench import bench
 from train.cli.decode import decode
 from train.cli.distill import distill
+from train.cli.evaluate import evaluate
 from train.cli.export import export
 from train.cli.lora import lora
 from train.cli.merge import merge
 from train.cli.plan import plan
 from train.cli.sample import sample
 from train.config import BenchConfig, DistillConfig, FinetuneConfig, PlanConfig
+from train.evaluation.config import EvaluateConfig
 from train.sampling.config import DecodeConfig, SampleConfig
 from train.saving.config import MergeConfig
 
@@ -34,6 +36,7 @@ add_config_command(app, DistillConfig, distill, cls=VideoXFunCommand)
 add_config_command(app, FinetuneConfig, lora, cls=VideoXFunCommand)
 add_config_command(app, SampleConfig, sample)
 add_config_command(app, DecodeConfig, decode)
+add_config_command(app, EvaluateConfig, evaluate)
 add_command(app, export)
 add_config_command(app, MergeConfig, merge)
 add_config_command(app, PlanConfig, plan)

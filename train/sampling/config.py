@@ -13,22 +13,13 @@ from shared.models.spec import DEFAULT_MODEL, ModelSpec
 from train.options import DEVICE, INPUT, OUTPUT, QuantisedPrecision
 
 SHOWN, MODEL, CLIP, TEACHER = "What to show", "Model", "Clip", "Many steps"
+TEACHER_STEPS, TEACHER_GUIDANCE = 40, 5.0
 
 
 # fmt: off
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """Make clips with LoRAs, or with the base model.
-
-    A student, a LoRA of `wantrain distill`, uses exactly the timesteps that it was trained on. A plain one, of `wantrain lora`, uses the base model's many steps with CFG. Two experts need two LoRAs of the same command.
-
-    Next: the same files in diffusers or ComfyUI, see docs/use-your-lora.md
-    """
-
-    PANELS: ClassVar[Sequence[str]] = (SHOWN, MODEL, CLIP, TEACHER, DEVICE)
-
-    prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="Prompt; one clip for each --prompt given.", rich_help_panel=SHOWN)]
-    image: Annotated[Path | None, typer.Option(metavar="FILE", help="First frame, for i2v models; resized to cover the clip and cropped at the centre.", show_default="none", rich_help_panel=SHOWN)] = None
+class PipelineConfig:
+    """What every command takes that makes clips: weights, shape of a clip, device."""
 
     lora: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="LoRA of `wantrain distill` or `wantrain lora`, in any of its formats; give it twice for a high and a low one, in any order.", show_default="none: give --teacher", rich_help_panel=MODEL)] = None
     model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that the LoRAs are for: a diffusers or Wan folder, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=MODEL)] = DEFAULT_MODEL
@@ -42,6 +33,51 @@ class SampleConfig:
     num_frames: Annotated[int, typer.Option(metavar="N", help="Length in frames, of the form 4n+1.", rich_help_panel=CLIP)] = 81
     fps: Annotated[int, typer.Option(metavar="N", help="Frames per second of the mp4; Wan is trained at 16.", rich_help_panel=CLIP), AT_LEAST_1] = 16
     seed: Annotated[int, typer.Option(metavar="N", help="Random seed of each clip's noise.", rich_help_panel=CLIP)] = 42
+
+    dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Number format of transformers and text encoder (the VAE is fp32).", rich_help_panel=DEVICE)] = "bf16"
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto uses a GPU if available.", rich_help_panel=DEVICE)] = "auto"
+    base_precision: Annotated[QuantisedPrecision | None, typer.Option(help="Store the linear layers of the transformers' blocks in 8 or 4 bits, as in `wantrain distill`: int8 and fp8 take half of bf16's memory, nf4 (bitsandbytes) less than a third.", show_default="as --dtype", rich_help_panel=DEVICE)] = None
+    offload: Annotated[bool, typer.Option("--offload", help="Keep only the running component in GPU memory, as in diffusers' model offloading.", show_default="off", rich_help_panel=DEVICE)] = False
+    low_vram: Annotated[bool, typer.Option("--low-vram", help="Like --offload, and keep the blocks of transformers and text encoder in CPU memory; each is copied to the GPU while the one before it computes.", show_default="off", rich_help_panel=DEVICE)] = False
+    # fmt: on
+
+    def check_against(self, spec: ModelSpec, *, from_image: bool) -> None:
+        """UserError unless the model can make clips of this shape from these inputs."""
+        multiple, time = spec.side_multiple, spec.stride[0]
+        for name, side in (("height", self.height), ("width", self.width)):
+            fine = side >= multiple and side % multiple == 0
+            check_option(name, side, fine, f"a multiple of {multiple}")
+        if self.num_frames < 1 or (self.num_frames - 1) % time:
+            below = max(1, (self.num_frames - 1) // time * time + 1)
+            raise UserError(
+                f"--num-frames: found {self.num_frames}, expected {time}n+1, e.g. {below} or "
+                f"{below + time}."
+            )
+        if spec.mode == "i2v" and not from_image:
+            raise UserError(
+                f"--image: {self.model} is an i2v model and needs a first frame: --image FILE."
+            )
+        if spec.mode == "t2v" and from_image:
+            raise UserError(
+                f"--image: {self.model} is a t2v model and takes no image. Leave it out."
+            )
+
+
+# fmt: off
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(PipelineConfig):
+    """Make clips with LoRAs, or with the base model.
+
+    A student, a LoRA of `wantrain distill`, uses exactly the timesteps that it was trained on. A plain one, of `wantrain lora`, uses the base model's many steps with CFG. Two experts need two LoRAs of the same command.
+
+    Next: the same files in diffusers or ComfyUI, see docs/use-your-lora.md
+    """
+
+    PANELS: ClassVar[Sequence[str]] = (SHOWN, MODEL, CLIP, TEACHER, DEVICE)
+
+    prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="Prompt; one clip for each --prompt given.", rich_help_panel=SHOWN)]
+    image: Annotated[Path | None, typer.Option(metavar="FILE", help="First frame, for i2v models; resized to cover the clip and cropped at the centre.", show_default="none", rich_help_panel=SHOWN)] = None
+
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the clips (mp4) and the contact sheet (png).", rich_help_panel=CLIP)] = Path("samples")
 
     teacher: Annotated[bool, typer.Option("--teacher", help="Sample the base model itself, with many steps, CFG and no LoRA.", show_default="off", rich_help_panel=TEACHER)] = False
@@ -49,12 +85,6 @@ class SampleConfig:
     guidance_scale: Annotated[float | None, typer.Option(metavar="X", help="CFG scale of --teacher and of plain LoRAs; a student needs none.", show_default="5", rich_help_panel=TEACHER), NOT_NEGATIVE] = None
     negative_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Negative prompt of that CFG.", show_default="Wan's published one", rich_help_panel=TEACHER)] = None
     flow_shift: Annotated[float | None, typer.Option(metavar="X", help="Shift of the noise schedule of --teacher and of plain LoRAs.", show_default="the LoRA's; 12 for Wan 2.2 A14B t2v, else 5", rich_help_panel=TEACHER), POSITIVE] = None
-
-    dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Number format of transformers and text encoder (the VAE is fp32).", rich_help_panel=DEVICE)] = "bf16"
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto uses a GPU if available.", rich_help_panel=DEVICE)] = "auto"
-    base_precision: Annotated[QuantisedPrecision | None, typer.Option(help="Store the linear layers of the transformers' blocks in 8 or 4 bits, as in `wantrain distill`: int8 and fp8 take half of bf16's memory, nf4 (bitsandbytes) less than a third.", show_default="as --dtype", rich_help_panel=DEVICE)] = None
-    offload: Annotated[bool, typer.Option("--offload", help="Keep only the running component in GPU memory, as in diffusers' model offloading.", show_default="off", rich_help_panel=DEVICE)] = False
-    low_vram: Annotated[bool, typer.Option("--low-vram", help="Like --offload, and keep the blocks of transformers and text encoder in CPU memory; each is copied to the GPU while the one before it computes.", show_default="off", rich_help_panel=DEVICE)] = False
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -77,27 +107,6 @@ class SampleConfig:
                     "the trained steps, without guidance. It is an option of --teacher "
                     "and of LoRAs of `wantrain lora`."
                 )
-
-    def check_against(self, spec: ModelSpec) -> None:
-        """UserError unless the model can make clips of this shape from these inputs."""
-        multiple, time = spec.side_multiple, spec.stride[0]
-        for name, side in (("height", self.height), ("width", self.width)):
-            fine = side >= multiple and side % multiple == 0
-            check_option(name, side, fine, f"a multiple of {multiple}")
-        if self.num_frames < 1 or (self.num_frames - 1) % time:
-            below = max(1, (self.num_frames - 1) // time * time + 1)
-            raise UserError(
-                f"--num-frames: found {self.num_frames}, expected {time}n+1, e.g. {below} or "
-                f"{below + time}."
-            )
-        if spec.mode == "i2v" and self.image is None:
-            raise UserError(
-                f"--image: {self.model} is an i2v model and needs a first frame: --image FILE."
-            )
-        if spec.mode == "t2v" and self.image is not None:
-            raise UserError(
-                f"--image: {self.model} is a t2v model and takes no image. Leave it out."
-            )
 
 
 # fmt: off
