@@ -25,7 +25,7 @@ from rich.progress import track
 
 from shared.cli import support
 from shared.cli.checks import check_writable
-from shared.device import check_device, chosen_device
+from shared.device import chosen_device, take_device
 from shared.errors import UserError
 from shared.format.resize import fit_to
 from shared.format.schema import DTYPES
@@ -91,7 +91,7 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
     image = fit_image(config.image, config.height, config.width) if config.image else None
     check_installed(config.base_precision)
     device_name = chosen_device(config.device)
-    check_device(device_name)
+    take_device(device_name)
     check_writable("--output", config.output)
     device = torch.device(device_name)
     pipeline = build_pipeline(
