@@ -124,7 +124,7 @@ def held(run: Run, console: Console) -> dict[str, Any]:
             register_optimizer_step_post_hook(resident.after_step),
         )
         try:
-            train(run, console)
+            train(run, console, keep=False)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -135,7 +135,8 @@ def loader(run: Run, console: Console) -> dict[str, Any]:
     """Bytes a second of one thread that makes the run's batches (`loaded`), and of a sequential
     read of the same shards (`raw`); `ratio`: the median over rounds of both."""
     run = replace(run, config=replace(run.config, caption_dropout=0.0))
-    dataset = micro_batches(run, load_prompt_bank(run.data.first, run.spec.family))
+    bank = load_prompt_bank(run.data.first, run.spec.family)
+    dataset = replace(micro_batches(run, bank), first_noise=None)  # reading alone
 
     def load(updates: int) -> int:
         done = 0

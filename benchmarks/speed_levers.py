@@ -29,6 +29,7 @@ from shared.models.spec import read_model_spec
 from tests.models import TEXT_DIM, tiny_model
 from train.data.batches import Batch
 from train.functional.schedule import Schedule
+from train.memory.keep_attention import keep_attention
 from train.methods.dmd import Recipe, critic_step, generator_step
 from train.model.attention import NATIVE, trainable, use_attention
 from train.model.base import load_base
@@ -87,16 +88,18 @@ class Lever:
 
 def _wait(batch: Batch) -> None:
     if batch.latents.is_cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(batch.latents.device)
 
 
-def make_roles(model: Path, device: torch.device, precision: Precision) -> Roles:
+def make_roles(
+    model: Path, device: torch.device, precision: Precision, *, fused: bool = False
+) -> Roles:
     transformer = load_base(
         read_model_spec(model), "full", precision=precision, device=device,
         gradient_checkpointing=True,
     ).to(device)  # fmt: skip
     targets = select_targets(transformer, ("q", "k", "v", "ffn.0", "ffn.2"))
-    roles = Roles(transformer, LoraSpec(rank=8, alpha=4, targets=targets), seed=1)
+    roles = Roles(transformer, LoraSpec(rank=8, alpha=4, targets=targets), seed=1, fused=fused)
     roles.transformer.to(device)
     return roles
 
@@ -177,6 +180,9 @@ def main() -> None:
             attention_head_dim=64, ffn_dim=256 * heads, num_layers=layers, dtype=torch.bfloat16,
         )  # fmt: skip
         eager = make_roles(model, device, args.precision)
+        fused = make_roles(model, device, args.precision, fused=True)
+        kept = make_roles(model, device, args.precision)
+        kept.transformer.enable_gradient_checkpointing(keep_attention)
         compiled = None
         if not (args.quick or args.no_compile or args.profile):
             compiled = make_roles(model, device, args.precision)
@@ -192,6 +198,8 @@ def main() -> None:
         levers = [
             Lever("plain", eager),
             Lever("--batched-guidance", eager, replace(RECIPE, batched_guidance=True)),
+            Lever("--keep-attention", kept),
+            Lever("--fused-lora", fused),
         ]
         if compiled is not None:
             levers.append(Lever("--compile", compiled))

@@ -8,12 +8,18 @@ if TYPE_CHECKING:
     import torch
 
 
-def check_device(device: str) -> None:
-    """UserError unless torch can compute on `device`."""
+def take_device(device: str) -> None:
+    """Have this thread compute on `device` from now on. UserError unless torch can.
+
+    CUDA calls that name no device go there, then. By themselves they go to card 0, where each of
+    several processes would take a context's memory.
+    """
     import torch
 
     try:
         torch.empty(0, device=device)
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         # A name that is no device makes torch list all that it was ever built for.
         why = str(error).strip().partition("\n")[0].removesuffix(".")

@@ -130,6 +130,7 @@ class TrainConfig(ProcessOptions, MemoryOptions):
     allow_tf32: Annotated[bool, typer.Option("--allow-tf32", help="Multiply fp32 matrices in TF32 on a GPU: faster, with mantissas rounded to 10 bits.", show_default="off", rich_help_panel=DEVICE), REMEMBERED] = False
     deterministic: Annotated[bool, typer.Option("--deterministic", help="On a GPU: only kernels that give the same bits every time, so that a resumed run equals an uninterrupted one to the byte. Slower; a CPU does so anyway.", show_default="off", rich_help_panel=DEVICE), REMEMBERED] = False
     compile: Annotated[bool, typer.Option("--compile", help="Compile the transformer's blocks with torch.compile: minutes at the start, then faster steps; see docs/speed.md.", show_default="off", rich_help_panel=DEVICE), REMEMBERED] = False
+    fused_lora: Annotated[bool, typer.Option("--fused-lora", help="Add the LoRA to a layer's output inside its last matmul: three passes over memory less for each layer, and other rounding; see docs/speed.md.", show_default="off", rich_help_panel=DEVICE), REMEMBERED] = False
     attention_backend: Annotated[str, typer.Option(metavar="NAME", envvar="DIFFUSERS_ATTN_BACKEND", help="Attention backend, by diffusers' names: native (torch SDPA), flash (flash-attn), _flash_3_hub, xformers, _native_cudnn, _native_flash and so on.", rich_help_panel=DEVICE), REMEMBERED] = "native"
     # fmt: on
 
@@ -145,11 +146,17 @@ class TrainConfig(ProcessOptions, MemoryOptions):
                 )
         self._check_learning_rate("learning_rate", self.learning_rate)
         check_option("target_name", "''", bool(self.targets), "names of layers, e.g. q,k,v")
-        if self.compile and self.strategy == "zero3":
+        if self.compile and self.keep_attention:
             raise UserError(
-                "--compile: found with --strategy zero3, where DeepSpeed gathers the weights of "
-                "layers inside a block. Use --strategy fsdp, or leave --compile out."
+                "--keep-attention: found with --compile, whose blocks are one piece to torch. Leave "
+                "out one of the two."
             )
+        for option, given in (("--compile", self.compile), ("--fused-lora", self.fused_lora)):
+            if given and self.strategy == "zero3":
+                raise UserError(
+                    f"{option}: found with --strategy zero3, where DeepSpeed gathers the weights "
+                    f"of layers inside a block. Use --strategy fsdp, or leave {option} out."
+                )
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from shared.io.durable import write_bytes
 from train.data.batches import Batch, MicroBatches, PromptBank, load_prompt_bank
 from train.data.tail_log import TailLog
 from train.distributed.process_group import joined
-from train.methods.step_output import StepNumbers, together
+from train.methods.step_output import StepOutput, together
 from train.optim.lr_checks import FirstSteps
 from train.optim.lr_schedule import learning_rate
 from train.options import names
@@ -38,10 +38,11 @@ class NotFiniteError(UserError):
     """A loss or gradient that must not reach the weights; all processes see it together."""
 
 
-def train(run: Run, console: Console) -> int | None:
+def train(run: Run, console: Console, *, keep: bool = True) -> int | None:
     """Train until the end or a signal. Returns the signal's number, None at the end.
 
-    Every process of the run calls it; the first one writes files and prints.
+    Every process of the run calls it; the first one writes files and prints. `keep`: leave a
+    checkpoint and LoRA files, however it ends.
     """
     ranks = run.ranks
     console = console if ranks.first else Console(quiet=True)
@@ -73,7 +74,7 @@ def train(run: Run, console: Console) -> int | None:
                     if not all_there and ranks.first and not run.config.shards_moments:
                         noticed()
                         all_there, session = True, session.alone()
-                    if all_there and state.updates > 0:
+                    if all_there and state.updates > 0 and keep:
                         session.leave_behind()
     return stopped_by if state.updates < run.updates else None
 
@@ -105,7 +106,10 @@ def _walk(
     device = torch.device(run.device)
     negative = session.bank.negative.to(device)
     batches = micro_batches(run, session.bank).ahead(
-        start=state.updates, stop=run.updates, workers=config.dataloader_num_workers
+        start=state.updates,
+        stop=run.updates,
+        workers=config.dataloader_num_workers,
+        device=run.device,
     )
     tails = (
         TailLog(config.output_dir, run.data, run.plan, start=state.updates) if ranks.first else None
@@ -143,14 +147,15 @@ def _walk(
             trained = state.trained[role]
 
             # Gradients of one update batch
-            steps: list[StepNumbers] = []
+            outputs: list[StepOutput] = []
             keys: tuple[str, ...] = ()
             for _ in range(config.gradient_accumulation_steps):
                 with step_log.waiting():
                     batch = next(batches)
-                steps.append(_backward(session, role, batch.to(device), negative))
+                outputs.append(_backward(session, role, batch.to(device), negative))
                 keys += batch.keys
-            everyone = ranks.gathered((together(steps), signals.signum or 0))
+            steps = together([output.numbers() for output in outputs])  # waits for the device
+            everyone = ranks.gathered((steps, signals.signum or 0))
             stopping = any(signum for _, signum in everyone)
             numbers = together(
                 [replace(of_one, loss=of_one.loss / len(everyone)) for of_one, _ in everyone]
@@ -213,6 +218,7 @@ def micro_batches(run: Run, bank: PromptBank) -> MicroBatches:
         caption_dropout=config.caption_dropout,
         frame_crop=config.random_frame_crop,
         text_only=config.train_mode == "normal",
+        first_noise=run.objective.first_noise,
         accumulation=config.gradient_accumulation_steps,
         data_rank=run.ranks.mesh.data_rank(run.ranks.rank),
         data_size=run.ranks.mesh.data,
@@ -276,13 +282,13 @@ def _validate(
         )
 
 
-def _backward(session: Session, role: str, batch: Batch, negative: torch.Tensor) -> StepNumbers:
+def _backward(session: Session, role: str, batch: Batch, negative: torch.Tensor) -> StepOutput:
     """Add one micro-step's gradients; its share of the update's loss, with its metrics."""
     step = session.run.objective.loss(session.roles, role, batch, negative)
     share = step.loss / session.run.config.gradient_accumulation_steps
     with session.roles.role(role):  # checkpointed blocks are recomputed with what is active here
         session.strategy.backward(share)
-    return replace(step, loss=share).numbers()
+    return replace(step, loss=share.detach())
 
 
 def _not_finite(

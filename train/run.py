@@ -10,7 +10,7 @@ from torch import nn
 
 from shared.cli.checks import remembered
 from shared.cli.videox_fun_command import Given
-from shared.device import check_device
+from shared.device import take_device
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, open_cache
 from shared.format.fingerprint import (
@@ -40,6 +40,7 @@ from train.data.tail_log import TAIL_LOG
 from train.distributed.placement import Placement, place
 from train.distributed.process_group import Ranks
 from train.memory.estimate import Estimate, Settings, estimate_of, tokens_of
+from train.memory.keep_attention import check_keeps
 from train.memory.quantize import check_installed, is_quantised
 from train.methods.base import Objective
 from train.model.attention import check_attention, check_deterministic, check_name
@@ -89,6 +90,16 @@ class Run:
     def updates(self) -> int:
         """Optimizer steps of all roles."""
         return self.steps * self.cycle
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a sample of the largest bucket."""
+        spec = self.spec
+        shapes = (
+            bucket.latent_shape(spec.latent_channels, spec.stride)
+            for bucket in self.data.filled_buckets()
+        )
+        return max(tokens_of(shape[1:], spec) for shape in shapes)
 
     def _captions(self) -> str:
         indexes = [part.index for part in self.data.parts]
@@ -158,8 +169,11 @@ def place_run(config: _Config) -> tuple[_Config, Placement]:
     if config.deterministic:
         check_deterministic(config.attention_backend)
     if not placement.to_launch:  # else a GPU's memory would be taken here for nothing
-        check_device(placement.device)
-        check_attention(config.attention_backend, placement.device, config.mixed_precision)
+        take_device(placement.device)
+        asked = (config.attention_backend, placement.device, config.mixed_precision)
+        check_attention(*asked)
+        if config.keep_attention:
+            check_keeps(*asked)
     return config, placement
 
 
@@ -407,9 +421,4 @@ def memory_settings(run: Run) -> tuple[nn.Module, Mode, int, Settings] | None:
         processes=run.placement.machines.num_processes,
         memory=config,
     )
-    grids = [
-        bucket.latent_shape(spec.latent_channels, spec.stride)[1:]
-        for bucket in run.data.filled_buckets()
-    ]
-    tokens = max(tokens_of(grid, spec) for grid in grids)
-    return transformer, spec.mode, tokens, settings
+    return transformer, spec.mode, run.most_tokens, settings

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,8 +19,9 @@ from train.data.batches import PromptBank, load_prompt_bank
 from train.distributed.process_group import SINGLE
 from train.memory.activation_offload import ActivationOffloading
 from train.memory.block_offload import streamed_blocks, streaming_line
+from train.memory.keep_attention import keep_attention
 from train.memory.quantize import quantise
-from train.model.attention import use_attention
+from train.model.attention import chosen_kernel, use_attention
 from train.model.base import base_digest, component_of, load_base
 from train.model.compile import check_compile, compile_blocks
 from train.model.lora_adapter import LoraSpec, select_targets
@@ -157,12 +159,23 @@ def open_session(run: Run, say: Say) -> Session:
         sharing=ranks if config.shards_base else SINGLE,
     )
     use_attention(transformer, config.attention_backend)
+    facts: Any = transformer.config
+    kernel, slow = chosen_kernel(
+        config.attention_backend,
+        device,
+        config.mixed_precision,
+        (facts.num_attention_heads, facts.attention_head_dim),
+        run.most_tokens,
+    )
+    say(f"kernel   {kernel}")
+    if slow:
+        say(f"warning  {slow}")
     if config.compile:
         several = len(run.data.filled_buckets()) > 1 or config.random_frame_crop
         compile_blocks(transformer, several_shapes=several)
     lora = lora_of(config, transformer)
     rates = objective.learning_rates
-    roles = Roles(transformer, lora, seed=config.seed, names=rates)
+    roles = Roles(transformer, lora, seed=config.seed, names=rates, fused=config.fused_lora)
     start = _warm_start(roles, run, lora, say)
     for name, rate in rates.items():
         option = "--learning-rate" if name == objective.main_role else f"--learning-rate-{name}"
@@ -194,8 +207,10 @@ def open_session(run: Run, say: Say) -> Session:
     if (blocks := streamed_blocks(transformer)) is not None:
         say(streaming_line([blocks]))
     if config.activation_offloading:
-        offloading = ActivationOffloading(device)
+        offloading = ActivationOffloading(device, keep_attention=config.keep_attention)
         transformer.enable_gradient_checkpointing(offloading.checkpoint)  # type: ignore[operator]
+    elif config.keep_attention:
+        transformer.enable_gradient_checkpointing(keep_attention)  # type: ignore[operator]
     if ranks.world_size > 1:
         held = device_bytes(transformer)
         say(

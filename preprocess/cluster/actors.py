@@ -29,7 +29,7 @@ from preprocess.encode.work import Work
 from preprocess.frames.media_info import MediaError
 from preprocess.media.sources import MediaFile
 from preprocess.media.worker_pool import WorkerPool
-from shared.device import check_device
+from shared.device import take_device
 from shared.errors import UserError
 from shared.format.fingerprint import Fingerprint, as_in_cache, refuse_differences
 from shared.format.schema import DTYPES
@@ -184,7 +184,7 @@ def _checked_node(orders: Orders) -> ModelSpec:
     try:
         _check_folders(orders)
         spec = replace(orders.spec, folder=resolve_model(orders.config.model, COMPONENTS))
-        check_device(orders.config.device)
+        take_device(orders.config.device)
         hasher = FileHasher()
         own = encode_fingerprint(orders.config, spec, hasher)
         refuse_differences(

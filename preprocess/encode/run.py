@@ -50,7 +50,7 @@ from preprocess.frames.media_info import MediaError
 from preprocess.media.worker_pool import WorkerPool
 from shared.cli.console import bar, count
 from shared.cli.support import say
-from shared.device import check_device
+from shared.device import take_device
 from shared.errors import UserError
 from shared.format.fingerprint import Fingerprint
 from shared.format.prompts import EMPTY, NEGATIVE, Prompt, prompts_by_shard
@@ -157,7 +157,7 @@ def read_job(config: EncodeConfig, output: Store, console: Console) -> Job:
     spec = read_model_spec(resolve_model(config.model, COMPONENTS))
     spec = in_train_mode(spec, config.train_mode)
     if config.engine == "local":
-        check_device(config.device)
+        take_device(config.device)
     _refuse_text_only(dataset, spec)
     say(console, f"dataset  {dataset.origin}: {len(dataset.entries)} usable")
     for line in account(dataset.tallies, dataset.left_out):

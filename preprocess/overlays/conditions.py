@@ -32,7 +32,7 @@ from preprocess.overlays.base import SHARD_BYTES, base_cache, overlay_session
 from preprocess.overlays.config import ConditionConfig
 from shared.cli.console import bar
 from shared.cli.support import say
-from shared.device import check_device
+from shared.device import take_device
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, MemberReader
 from shared.format.fingerprint import FORMAT_VERSION, LACKING, Fingerprint, cache_mode, group_of
@@ -82,7 +82,7 @@ def add_condition(config: ConditionConfig, store: Store, console: Console) -> Ad
         own = group_of(base.fingerprint, "latents", base.store)
         spec = _i2v_model(config)
         _refuse_without_first_frames(config, base, spec)
-        check_device(config.device)
+        take_device(config.device)
         say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
         fingerprint = _fingerprint(config, base, spec, console)
         cure = (

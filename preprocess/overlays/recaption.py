@@ -27,7 +27,7 @@ from preprocess.overlays.base import SHARD_BYTES, base_cache, overlay_session
 from preprocess.overlays.config import RecaptionConfig
 from shared.cli.console import bar, count, named
 from shared.cli.support import say
-from shared.device import check_device
+from shared.device import take_device
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, MemberReader
 from shared.format.columns import caption_digest
@@ -74,7 +74,7 @@ def recaption(config: RecaptionConfig, store: Store, console: Console) -> Recapt
             say(console, f"dataset  {dataset.origin}: {len(dataset.entries)} usable")
             for line in account(dataset.tallies, dataset.left_out):
                 say(console, line)
-        check_device(config.device)
+        take_device(config.device)
         wanted = _wanted(base, dataset, outcome)
         spec = read_model_spec(resolve_model(config.model, ("text_encoder", "tokenizer")))
         fingerprint = _fingerprint(config, base, spec, console)

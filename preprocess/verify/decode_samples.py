@@ -28,7 +28,7 @@ from preprocess.verify.findings import Finding
 from preprocess.verify.shown import other_frames, shown_by_ffmpeg
 from shared.cli.console import bar
 from shared.cli.support import say
-from shared.device import check_device
+from shared.device import take_device
 from shared.errors import UserError
 from shared.format.cache import MEDIA_TYPES, CacheIndex, MemberReader, open_cache
 from shared.format.schema import DTYPES, LATENTS_MEMBER
@@ -91,7 +91,7 @@ def decode_samples(config: DecodeConfig, console: Console) -> list[Decoded]:
     index = open_cache(config.shards)
     rows = _chosen(config, index)
     spec = read_model_spec(resolve_model(config.model, ("vae",)))
-    check_device(config.device)
+    take_device(config.device)
     cure = "Decode with that VAE: set --pretrained-model-name-or-path to a model that has it."
     fields = fields_in_cache(spec, index, console)
     refuse_other_vae(index, spec, fields, cure=cure)

@@ -19,7 +19,10 @@ def test_all_of_it_runs() -> None:
         ran = subprocess.run(command, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stdout + ran.stderr
         found[mode] = ran.stdout
-    levers = ("--batched-guidance", "--attention-backend _native_math")
+    levers = (
+        *("--batched-guidance", "--keep-attention", "--fused-lora"),
+        "--attention-backend _native_math",
+    )
     for lever in levers:
         row = rf"(?m)^{re.escape(lever)} / plain +critic +\d\.\d+  generator +\d\.\d+ "
         assert len(re.findall(row, found[()])) == 2, lever

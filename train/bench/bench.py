@@ -149,7 +149,7 @@ def measure(run: Run, console: Console, *, cycles: int) -> Report | None:
     with briefly(run, cycles) as run:
         watcher = _Watcher(run)
         with watcher.watching():
-            train(run, console)
+            train(run, console, keep=False)  # gigabytes that nobody wants
         if not run.ranks.first:
             return None
         with (run.config.output_dir / "logs" / CSV_FILE).open(newline="") as stream:
@@ -229,11 +229,12 @@ class _Watcher:
             yield
 
     def _mark(self, kind: Kind) -> None:
-        if torch.device(self.run.device).type != "cuda":
+        device = torch.device(self.run.device)
+        if device.type != "cuda":
             self.marks.append((kind, time.perf_counter()))
             return
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(device))  # autograd's threads have their own device
         self.marks.append((kind, event))
 
     def _seconds(self, one: Any, other: Any) -> float:
@@ -271,7 +272,7 @@ class _Watcher:
         """The time after the first cycle. `waits`: seconds of each update in which the run, as it
         reported, waited for data."""
         if self.marks and not isinstance(self.marks[-1][1], float):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.run.device)
         steps = [place for place, (kind, _) in enumerate(self.marks) if kind == "step"]
         assert len(steps) == self.run.updates and self.first_step_at is not None
         warm = self.marks[steps[self.run.cycle - 1] : steps[-1] + 1]

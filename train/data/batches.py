@@ -3,13 +3,13 @@
 import itertools
 import threading
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 import torch
 
-from shared.device import to_device
+from shared.device import take_device, to_device
 from shared.errors import UserError
 from shared.format.cache import MEDIA_TYPES, REENCODE_SHARD, CacheIndex, MemberHeader, MemberReader
 from shared.format.overlays import made_by
@@ -22,7 +22,7 @@ from shared.models.spec import ModelSpec
 from train.data.batch_plan import BatchPlan, micro_batch
 from train.data.buffer_pool import Buffers
 from train.data.dataset import Dataset
-from train.functional.rng import counted_rng
+from train.functional.rng import counted_rng, noise
 
 VIDEO, TEXT = (MEDIA_TYPES.index(name) for name in ("video", "text"))
 TEXT_ONLY_SHARE = 0.5  # of a ti2v model's clips: it must go on to serve text to video, too
@@ -30,6 +30,9 @@ READ_AHEAD = 2  # batches a thread
 OPEN_FILES = 32  # of all caches, a thread
 
 _NO_TENSOR = TensorHeader("none", (0, 0), 0)
+
+Drawn = Mapping[tuple[int, str], torch.Tensor]
+"""(seed, stream) → noise (B, C, T, H, W) fp32 that was drawn ahead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,15 @@ class Batch:
     noised: torch.Tensor | None = None
     """ti2v: (B, 1, T, 1, 1), 0 on a latent frame that is the condition and so kept clean (the
     first, or none of a sample that is text to video this time), 1 elsewhere; else None."""
+    drawn: Drawn = field(default_factory=dict)
+
+    def noise(self, seed: int, stream: str) -> torch.Tensor:
+        """(B, C, T, H, W) fp32 standard normal: `train.functional.rng.noise` of these samples."""
+        ahead = self.drawn.get((seed, stream))
+        if ahead is not None:
+            return ahead
+        now = noise(self.latents.shape[1:], seed, stream, self.update, self.samples)
+        return to_device(now, self.latents.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +84,23 @@ class StoredBatch:
     """(B, C, T, H, W), without the mask."""
     image: torch.Tensor | None
     noised: torch.Tensor | None
+    drawn: Drawn = field(default_factory=dict)
+
+    def page_locked(self) -> "StoredBatch":
+        """The same in memory that a GPU copies from by itself; for the threads that read ahead."""
+
+        def locked(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.contiguous().pin_memory()
+
+        return replace(
+            self,
+            latents=locked(self.latents),
+            texts=tuple(map(locked, self.texts)),
+            condition=None if self.condition is None else locked(self.condition),
+            image=None if self.image is None else locked(self.image),
+            noised=None if self.noised is None else locked(self.noised),
+            drawn={stream: locked(drawn) for stream, drawn in self.drawn.items()},
+        )
 
     def to(self, device: torch.device) -> Batch:
         """What the loop computes with. Padding and mask are made where they are needed: reading
@@ -93,6 +122,7 @@ class StoredBatch:
             condition=condition,
             image=None if self.image is None else to_device(self.image, device),
             noised=None if self.noised is None else to_device(self.noised, device).float(),
+            drawn={stream: to_device(drawn, device) for stream, drawn in self.drawn.items()},
         )
 
 
@@ -167,6 +197,9 @@ class MicroBatches:
     """Now and then show the beginning of clips only (`cropped_frames`)."""
     text_only: bool = False
     """Show all clips of a ti2v model as text to video."""
+    first_noise: str | None = None
+    """Stream of the noise that an update begins with: drawn with its batch, for else the device
+    would wait for it. What comes later is drawn while the device works."""
     accumulation: int
     data_rank: int
     data_size: int
@@ -192,7 +225,7 @@ class MicroBatches:
         rows = [int(update_batch[position]) for position in positions]
         drawn = list(zip(rows, positions, strict=True))
         frames = self._latent_shape(rows[0])[1]
-        return self._read_batch(
+        batch = self._read_batch(
             update,
             tuple(positions),
             rows,
@@ -200,6 +233,10 @@ class MicroBatches:
             conditioned=[self._keeps_first_frame(row, update, position) for row, position in drawn],
             frames=cropped_frames(frames, self.plan.seed, update) if self.frame_crop else frames,
         )
+        if self.first_noise is None:
+            return batch
+        shape, stream = batch.latents.shape[1:], (self.plan.seed, self.first_noise)
+        return replace(batch, drawn={stream: noise(shape, *stream, update, batch.samples)})
 
     def whole_sample(self, row: int, number: int) -> tuple[StoredBatch, str]:
         """Sample `row` as it was encoded, with its caption, and that caption: nothing is drawn.
@@ -252,23 +289,32 @@ class MicroBatches:
             image=image,
         )
 
-    def ahead(self, *, start: int, stop: int, workers: int) -> Generator[StoredBatch, None, None]:
-        """Batches of updates start..stop−1 in order, read ahead by `workers` threads (0: none).
+    def ahead(
+        self, *, start: int, stop: int, workers: int, device: str = "cpu"
+    ) -> Generator[StoredBatch, None, None]:
+        """Batches of updates start..stop−1 in order, read ahead by `workers` threads (0: none); for
+        a GPU as `device` in page-locked memory.
 
         Threads, not processes: reading releases the GIL, and there is nothing to fork, to pickle
         or to shut down. An error is raised where its batch would have come.
         """
+
+        def load(update: int, micro_step: int) -> StoredBatch:
+            batch = self.load(update, micro_step)
+            return batch.page_locked() if device.startswith("cuda") else batch
+
         wanted = itertools.product(range(start, stop), range(self.accumulation))
         if workers == 0:
-            yield from itertools.starmap(self.load, wanted)
+            yield from itertools.starmap(load, wanted)
             return
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
+        # Memory is locked by way of the thread's device, which at first is card 0.
+        pool = ThreadPoolExecutor(workers, "loader", initializer=take_device, initargs=(device,))
         try:
             first = itertools.islice(wanted, READ_AHEAD * workers)
-            queue = deque(pool.submit(self.load, *item) for item in first)
+            queue = deque(pool.submit(load, *item) for item in first)
             while queue:
                 yield queue.popleft().result()
-                queue.extend(pool.submit(self.load, *item) for item in itertools.islice(wanted, 1))
+                queue.extend(pool.submit(load, *item) for item in itertools.islice(wanted, 1))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
-from shared.device import check_device, chosen_device
+from shared.device import chosen_device, take_device
 from shared.errors import UserError
 from train.distributed.launcher import Machines
 from train.distributed.mesh import Mesh
@@ -102,7 +102,7 @@ def _check_device_of_each(wanted: str, device: str, processes: int) -> None:
     GPUs are only counted: a context would take memory of one as long as the launcher lives.
     """
     if not device.startswith("cuda"):
-        check_device(device)
+        take_device(device)
     elif wanted.startswith("cuda:") and processes > 1:
         raise UserError(
             f"--device: found {wanted} with {processes} processes on this machine, which can't "

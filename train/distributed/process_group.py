@@ -124,8 +124,6 @@ def joined(ranks: Ranks, device: torch.device) -> Iterator[Callable[[], None]]:
     if launched() is None:
         yield lambda: None
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     # Small numbers and whole checkpoints travel as CPU tensors, gradients where they are.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     roll_call: RollCall | None = None

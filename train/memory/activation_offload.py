@@ -3,7 +3,9 @@
 Of each block that is its first input, the hidden states: (B, tokens, width), as much again for
 every block. While the block works they are copied out. In the backward pass, when a block begins to
 be computed again, those of the block that comes next, the one before it, are copied back. The other
-inputs (text, time) are the same tensors for all blocks and stay where they are.
+inputs (text, time) are the same tensors for all blocks and stay where they are. With
+`train.memory.keep_attention` the outputs of self-attention go the same ways, each beside the hidden
+states of its block.
 
 What makes it free of races, on top of `train.memory.copy_stream`: hidden states on their way out
 are held until the compute stream has been told to wait for that copy, those on their way back
@@ -22,9 +24,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from train.memory.copy_stream import Copy, HostMemory, SideStream
+from train.memory.keep_attention import keeping
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class _Moving:
 
 
 class _Kept:
-    """What autograd holds in place of hidden states."""
+    """What is held in place of hidden states, or of an output of self-attention."""
 
     def __init__(
         self,
@@ -55,7 +58,9 @@ class _Kept:
         """Shape, strides and dtype, on the meta device; as they were, so that a copy is one stretch
         of bytes, and the block is computed again from the same layout."""
         self.before = before
-        """What was put away before this, and is needed after it."""
+        """Hidden states that were put away before this, and are needed after it."""
+        self.of_block: list[_Kept] = []
+        """Of hidden states: what their block put away, and needs with them."""
         self.coming: _Moving | None = None
         self._free = free
 
@@ -74,7 +79,10 @@ class _Kept:
 class ActivationOffloading:
     """Gradient checkpointing for one transformer, by which hidden states wait in CPU memory."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, keep_attention: bool = False) -> None:
+        self._contexts = (
+            partial(keeping, self._put_beside, self._fetched) if keep_attention else noop_context_fn
+        )
         self._side = SideStream(device)
         self._device = device
         self._free: list[HostMemory] = []
@@ -92,28 +100,44 @@ class ActivationOffloading:
                 *others,
                 use_reentrant=False,
                 preserve_rng_state=False,  # nothing inside of a block is random
+                context_fn=self._contexts,
             )
 
     def _put_away(self, place: tuple[int, torch.Size], saved: torch.Tensor) -> Any:
         if (saved.data_ptr(), saved.shape) != place:
             return saved
-        self._settle()
-        like = torch.empty_like(saved, device="meta")
-        kept = _Kept(self._memory(saved.nbytes), like, self._last, self._free)
-        self._leaving = _Moving(saved, self._side.copy(kept.values, saved))
+        kept = self._put(saved, self._last)
         self._last = weakref.ref(kept)
+        return kept
+
+    def _put_beside(self, output: torch.Tensor) -> _Kept:
+        """What the block whose hidden states were put away last needs again."""
+        kept = self._put(output, None)
+        hidden_states = None if self._last is None else self._last()
+        if hidden_states is not None:
+            hidden_states.of_block.append(kept)
+        return kept
+
+    def _put(self, tensor: torch.Tensor, before: "weakref.ref[_Kept] | None") -> _Kept:
+        self._settle()
+        like = torch.empty_like(tensor, device="meta")
+        kept = _Kept(self._memory(tensor.nbytes), like, before, self._free)
+        self._leaving = _Moving(tensor, self._side.copy(kept.values, tensor))
         return kept
 
     def _fetched(self, saved: Any) -> Any:
         if not isinstance(saved, _Kept):
             return saved
         self._settle()
-        hidden_states = self._coming(saved).settle()
+        tensor = self._coming(saved).settle()
         saved.coming = None
         following = None if saved.before is None else saved.before()
+        soon = [*saved.of_block]
         if following is not None:
-            following.coming = self._coming(following)
-        return hidden_states
+            soon += [following, *following.of_block]
+        for kept in soon:
+            kept.coming = self._coming(kept)
+        return tensor
 
     def _coming(self, kept: _Kept) -> _Moving:
         if kept.coming is not None:

@@ -126,7 +126,8 @@ def estimate_of(transformer: nn.Module, mode: Mode, tokens: int, settings: Setti
             "work of a block": work,
             "buffers": buffers,
         },
-        host=swapped * block + (layers * passes.block_input if memory.activation_offloading else 0),
+        host=swapped * block
+        + (layers * passes.kept_of_block if memory.activation_offloading else 0),
     )
 
 
@@ -197,6 +198,12 @@ class Passes:
         """Bytes of a block's hidden states."""
         return self.settings.samples * self.tokens * self.width * self.value_bytes
 
+    @property
+    def kept_of_block(self) -> int:
+        """Bytes that wait for a checkpointed block's backward pass, on the device or not. An
+        output of self-attention is as large as hidden states."""
+        return self.block_input * (2 if self.settings.memory.keep_attention else 1)
+
     def block_bytes(self) -> float:
         """What autograd keeps of one block that is not checkpointed, for all samples of a pass."""
         factors = self.family.memory
@@ -226,7 +233,9 @@ class Passes:
         beside = self.tokens * facts.attention_head_dim * _ROTARY + samples * _LATENTS * latents
         if memory.gradient_checkpointing:
             on_the_way = _ON_THE_WAY if memory.activation_offloading else self.layers
-            kept = min(self.layers, on_the_way) * self.block_input
+            kept = min(self.layers, on_the_way) * self.kept_of_block
+            if memory.keep_attention:  # sums of its softmax, one for each query
+                kept += self.layers * samples * self.tokens * facts.num_attention_heads * _FP32
             time = factors.backward_of_time[precision] if self.of_time else 0
             work = self._most(factors.backward[precision], time)
             work += samples * factors.kept[precision][2] * self.family.text_tokens * self.width

@@ -24,6 +24,7 @@ class MemoryOptions:
     """Does nothing where the strategy shards the base: VideoX-Fun's shell blocks ask for both."""
     blocks_to_swap: Annotated[int | None, typer.Option(metavar="N", help="Like --low-vram for N of the blocks, spread evenly; the others stay on the GPU.", show_default="none; with --low-vram all", rich_help_panel=DEVICE)] = None
     activation_offloading: Annotated[bool, typer.Option("--activation-offloading", help="Keep the activations that gradient checkpointing stores (each block's input) in CPU memory.", show_default="off", rich_help_panel=DEVICE)] = False
+    keep_attention: Annotated[bool, typer.Option("--keep-attention", help="Do not recompute self-attention in checkpointed blocks: its outputs are kept, as much memory again as the blocks' inputs, and offloaded like these.", show_default="off", rich_help_panel=DEVICE)] = False
     use_8bit_adam: Annotated[bool, typer.Option("--use-8bit-adam", help="AdamW with 8-bit moments, a quarter of their memory; matrices of fewer than 4096 weights keep fp32. For single and ddp.", show_default="off", rich_help_panel=DEVICE), REMEMBERED] = False
     # fmt: on
 
@@ -31,7 +32,11 @@ class MemoryOptions:
         self._check_base_precision()
         self._check_blocks_to_swap()
         option = "--low-vram" if self.low_vram else "--blocks-to-swap"
-        waiting = ((option, self.streams), ("--activation-offloading", self.activation_offloading))
+        waiting = (
+            (option, self.streams),
+            ("--activation-offloading", self.activation_offloading),
+            ("--keep-attention", self.keep_attention),
+        )
         for option, given in waiting:
             if given and not self.gradient_checkpointing:
                 raise UserError(

@@ -164,6 +164,7 @@ def _alternatives(settings: Settings) -> list[tuple[tuple[str, ...], MemoryOptio
         low_vram=False,
         blocks_to_swap=None,
         activation_offloading=False,
+        keep_attention=False,
     )
     offloading: dict[str, Any] = {"activation_offloading": True}
     found: list[tuple[tuple[str, ...], dict[str, Any]]] = [

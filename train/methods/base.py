@@ -30,6 +30,10 @@ class Objective(Protocol):
         """The role whose LoRA the run saves; options count its optimizer steps."""
 
     @property
+    def first_noise(self) -> str:
+        """Stream of the noise that every update begins with, whichever role it trains."""
+
+    @property
     def learning_rates(self) -> Mapping[str, float]:
         """Role → its rate after the warm-up. These roles exist, in this order."""
 

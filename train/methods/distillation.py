@@ -8,7 +8,7 @@ import torch
 
 from train.data.batches import Batch
 from train.methods.base import Method
-from train.methods.dmd import Recipe, critic_step, generator_step, rollout
+from train.methods.dmd import Recipe, critic_step, generator_step, rollout, rollout_noise
 from train.methods.step_output import StepOutput
 from train.model.roles import CRITIC, GENERATOR, Roles
 from train.options import Expert
@@ -29,6 +29,10 @@ class Distillation:
     @property
     def expert(self) -> Expert:
         return self.recipe.expert
+
+    @property
+    def first_noise(self) -> str:
+        return rollout_noise(self.recipe.walk[0])
 
     @property
     def cycle(self) -> int:

@@ -13,7 +13,7 @@ from shared.device import to_device
 from shared.models.spec import TIMESTEPS
 from train.data.batches import Batch
 from train.functional.losses import dmd_gradient, dmd_loss, mean_gap
-from train.functional.rng import choice, noise, spread
+from train.functional.rng import choice, spread
 from train.functional.schedule import Schedule, add_noise, x0_from_velocity
 from train.methods.flow_matching import Level, guided_velocity, over_frames, velocity_loss, walk
 from train.methods.step_output import StepOutput
@@ -94,6 +94,11 @@ def exit_step(recipe: Recipe, update: int) -> int:
     return choice(recipe.walk, recipe.seed, "exit step", update)
 
 
+def rollout_noise(step: int, purpose: str = "rollout") -> str:
+    """Stream of the noise with which a rollout comes to a step."""
+    return f"{purpose} {step}"
+
+
 def rollout(
     roles: Roles,
     recipe: Recipe,
@@ -116,8 +121,7 @@ def rollout(
             return roles.velocity(x_t, timestep, batch.text, batch.condition, batch.image)
 
     def fresh_noise(place: int) -> torch.Tensor:
-        stream = f"{purpose} {steps[place]}"
-        return noise(batch.latents.shape[1:], recipe.seed, stream, batch.update, batch.samples)
+        return batch.noise(recipe.seed, rollout_noise(steps[place], purpose))
 
     return walk(
         batch,
@@ -135,14 +139,10 @@ def draw_level(recipe: Recipe, batch: Batch, purpose: str = "score") -> ScoreLev
     share = spread(
         recipe.seed, f"{purpose} level", batch.update, batch.samples, recipe.score_strata
     )
-    device = batch.latents.device
-    u = to_device(low + (high - low) * share, device)
+    u = to_device(low + (high - low) * share, batch.latents.device)
     sigma = recipe.schedule.score_sigma(u, floored=recipe.maths == "corrected")
-    drawn = noise(
-        batch.latents.shape[1:], recipe.seed, f"{purpose} noise", batch.update, batch.samples
-    )
-    at = over_frames(batch, sigma, TIMESTEPS * sigma)
-    return ScoreLevel(*at, to_device(drawn, device), u)
+    drawn = batch.noise(recipe.seed, f"{purpose} noise")
+    return ScoreLevel(*over_frames(batch, sigma, TIMESTEPS * sigma), drawn, u)
 
 
 def generator_step(

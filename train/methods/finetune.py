@@ -7,10 +7,15 @@ from typing import Any
 import torch
 
 from train.data.batches import Batch
-from train.functional.rng import noise
 from train.functional.schedule import shift_sigma
 from train.methods.base import Method
-from train.methods.flow_matching import NoiseLevels, flow_matching_step, guided_velocity, walk
+from train.methods.flow_matching import (
+    FIRST_NOISE,
+    NoiseLevels,
+    flow_matching_step,
+    guided_velocity,
+    walk,
+)
 from train.methods.step_output import StepOutput
 from train.model.roles import Roles
 from train.options import Expert
@@ -31,6 +36,7 @@ class Finetuning:
     seed: int
     main_role: str = LORA
     method: Method = "lora"
+    first_noise: str = FIRST_NOISE
     cycle: int = 1
 
     @property
@@ -61,7 +67,6 @@ class Finetuning:
         """
         low, high = self.levels.interval
         even = [1 - step / VALIDATION_STEPS for step in range(VALIDATION_STEPS)]
-        shape, count = batch.latents.shape[1:], (batch.update, batch.samples)
 
         def predict(x_t: torch.Tensor, timestep: torch.Tensor, place: int) -> torch.Tensor:
             return guided_velocity(roles, x_t, timestep, batch, negative, VALIDATION_GUIDANCE)
@@ -71,7 +76,7 @@ class Finetuning:
                 batch,
                 [shift_sigma(u, self.levels.shift) for u in even if low <= u <= high],
                 predict,
-                lambda _: noise(shape, self.seed, "validation", *count),
+                lambda _: batch.noise(self.seed, "validation"),
                 from_latents=self.samples_from_latents,
                 renoise=False,
             )

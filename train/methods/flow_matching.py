@@ -14,7 +14,7 @@ from shared.errors import UserError
 from shared.models.spec import TIMESTEPS
 from train.data.batches import Batch
 from train.functional.losses import flow_matching_loss
-from train.functional.rng import noise, spread
+from train.functional.rng import spread
 from train.functional.schedule import (
     add_noise,
     expert_interval,
@@ -30,6 +30,8 @@ from train.options import Expert, TimestepSampling
 # Of a distribution that lies elsewhere, so little is left in an expert's interval that float64
 # no longer tells its levels apart.
 LEAST_SHARE = 1e-6
+FIRST_NOISE = "noise"
+"""Stream of the noise of `flow_matching_step`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +114,7 @@ def over_frames(
     """
     device, samples = batch.latents.device, len(batch.samples)
     spread = [
-        value.expand(samples)
+        value.float().expand(samples)
         if isinstance(value, torch.Tensor)
         else torch.full((samples,), value, dtype=torch.float32, device=device)
         for value in (sigma, timestep)
@@ -148,11 +150,10 @@ def flow_matching_step(
     The levels of `strata` samples in a row are spread evenly over the distribution; 1: each is
     drawn independently. Call `backward` inside the role.
     """
-    device = batch.latents.device
     quantiles = spread(seed, "level", batch.update, batch.samples, strata)
-    sigma = to_device(levels.sigma(quantiles), device)
-    eps = noise(batch.latents.shape[1:], seed, "noise", batch.update, batch.samples)
-    level = Level(*over_frames(batch, sigma, TIMESTEPS * sigma), to_device(eps, device))
+    sigma = to_device(levels.sigma(quantiles), batch.latents.device)
+    eps = batch.noise(seed, FIRST_NOISE)
+    level = Level(*over_frames(batch, sigma, TIMESTEPS * sigma), eps)
     loss = velocity_loss(roles, role, batch, batch.latents, level)
     return StepOutput(loss=loss, u=sigma / (levels.shift - (levels.shift - 1) * sigma), sigma=sigma)
 
@@ -207,9 +208,8 @@ def walk(
     v̂ of (x_t, timestep, place in `sigmas`), `fresh_noise` noise (B, C, T, H, W) for a place. A step
     leads to the next with that on x̂0 (`renoise`, LCM sampling), or along v̂ (Euler).
     """
-    device = batch.latents.device
     levels = [over_frames(batch, sigma, TIMESTEPS * sigma) for sigma in sigmas]
-    x_t = to_device(fresh_noise(0), device)
+    x_t = fresh_noise(0)
     if from_latents:
         x_t = add_noise(batch.latents, x_t, levels[0][0])
     elif batch.noised is not None:  # a frame that is kept clean enters as it is cached
@@ -221,7 +221,7 @@ def walk(
             break
         following, _ = levels[place + 1]
         if renoise:
-            x_t = add_noise(x0, to_device(fresh_noise(place + 1), device), following)
+            x_t = add_noise(x0, fresh_noise(place + 1), following)
         else:
             x_t = x_t + (following - sigma) * v
     return x0

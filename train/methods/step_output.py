@@ -14,7 +14,7 @@ class StepOutput:
     """
 
     loss: torch.Tensor
-    """Scalar with a graph."""
+    """Scalar, with a graph until its backward pass."""
     u: torch.Tensor
     """(B,) noise levels before the shift, in [0, 1]."""
     sigma: torch.Tensor

@@ -9,6 +9,7 @@ from diffusers.models.attention_dispatch import (
     dispatch_attention_fn,
 )
 from diffusers.utils import logging
+from torch.nn.attention import SDPBackend
 
 from shared.errors import UserError, first_line
 from train.options import Precision
@@ -22,6 +23,8 @@ _WITHOUT_GRADIENT = ("_flash_3",)
 # Whose backward pass follows `torch.use_deterministic_algorithms`: torch's own but for cuDNN's,
 # which it then leaves out of its choice.
 _DETERMINISTIC = (NATIVE, "_native_math", "_native_flash", "_native_efficient")
+_HOPPER = (9, 0)
+_SLOW, _SEE = "this attention kernel is slow", "see docs/speed.md, --attention-backend"
 _FETCHED = "_hub"
 """In the names of kernels that diffusers downloads when they are first used."""
 
@@ -82,19 +85,62 @@ def trainable(device: str, precision: Precision) -> list[str]:
 
 def _failure(name: str, device: str, precision: Precision) -> str | None:
     """Why a backend can't train; None if it can."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    query, key, value = (  # (samples, tokens, heads, channels), as Wan has 128 of these
-        torch.ones(1, 32, 2, 128, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
-    )
     try:
-        with attention_backend(name):
-            out = dispatch_attention_fn(query, key, value)
+        out = small_attention(name, device, precision)
         if not out.requires_grad:
             return "it has no gradient"
         out.sum().backward()
     except Exception as error:  # of other people's kernels, which raise all kinds
         return first_line(error).rstrip(".")
     return None
+
+
+def chosen_kernel(
+    name: str, device: torch.device, precision: Precision, heads: tuple[int, int], tokens: int
+) -> tuple[str, str | None]:
+    """Two lines for people: what computes the self-attention of a sample, and where it is slow.
+
+    `heads`: (number, channels). torch chooses by device, dtype and shape; on a CPU it isn't asked.
+    """
+    if device.type != "cuda":
+        return f"attention by {name}", None
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    kernel, line = name.removeprefix("_native_"), f"attention by {name}"
+    if name == NATIVE:
+        one = torch.empty(1, tokens, *heads, device=device, dtype=dtype, requires_grad=True)
+        kernel = choice_of_torch(one.transpose(1, 2))
+        line += f": of torch's kernels {kernel}, for {tokens} tokens of {heads[0]} x {heads[1]}"
+        old = kernel == "flash" and torch.cuda.get_device_capability(device) == _HOPPER
+        if old and not torch.are_deterministic_algorithms_enabled():  # which rule cuDNN out
+            return line, f"{_SLOW} on this card: FlashAttention 2, with cuDNN below 9.15.1; {_SEE}"
+    if kernel == "math":
+        return line, f"{_SLOW}, and takes memory for tokens x tokens; {_SEE}"
+    if kernel == "efficient":
+        return line, f"{_SLOW} beside flash and cuDNN's, which need bf16; {_SEE}"
+    return line, None
+
+
+def choice_of_torch(one: torch.Tensor) -> str:
+    """For queries, keys and values like (samples, heads, tokens, channels): what
+    scaled_dot_product_attention itself asks."""
+    chosen: Any = torch._fused_sdp_choice(one, one, one)
+    return {
+        SDPBackend.MATH.value: "math",
+        SDPBackend.FLASH_ATTENTION.value: "flash",
+        SDPBackend.EFFICIENT_ATTENTION.value: "efficient",
+        SDPBackend.CUDNN_ATTENTION.value: "cuDNN",
+    }.get(chosen, f"number {chosen}")
+
+
+def small_attention(name: str, device: str, precision: Precision) -> torch.Tensor:
+    """The output of an attention backend, with its graph. Raises what the backend raises."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    query, key, value = (  # (samples, tokens, heads, channels), as Wan has 128 of these
+        torch.ones(1, 32, 2, 128, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
+    )
+    with attention_backend(name):
+        out: torch.Tensor = dispatch_attention_fn(query, key, value)
+    return out
 
 
 def use_attention(transformer: Any, name: str) -> None:

@@ -5,6 +5,8 @@ import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -99,6 +101,25 @@ def add_adapter(transformer: nn.Module, spec: LoraSpec, name: str, *, seed: int)
             parameter.data.copy_(torch.from_numpy(values))
         else:
             parameter.data.zero_()
+
+
+def fuse(layer: Any) -> None:
+    """Have a layer add its LoRA inside the matmul by B, and scale where there are `rank` columns.
+
+    peft scales B·A·x and then adds it, and scales the gradient on its way back: three passes over
+    tokens x width that compute next to nothing. In bf16 here one rounding is left, of the sum.
+    """
+    layer.forward = partial(_sum, layer)
+
+
+def _sum(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    rows = x.flatten(0, -2)  # autograd would copy a gradient to change a view in place
+    total: torch.Tensor = layer.base_layer(rows)
+    if not layer.disable_adapters:
+        (name,) = layer.active_adapters
+        inner = layer.lora_A[name](rows) * layer.scaling[name]
+        total.addmm_(inner, layer.lora_B[name].weight.to(total.dtype).t())
+    return total.unflatten(0, x.shape[:-1])
 
 
 def adapter_parameters(transformer: nn.Module, name: str) -> dict[str, nn.Parameter]:

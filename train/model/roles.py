@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from shared.models.spec import family_of
-from train.model.lora_adapter import LoraSpec, adapter_parameters, add_adapter
+from train.model.lora_adapter import LoraSpec, adapter_parameters, add_adapter, fuse
 
 GENERATOR = "generator"
 CRITIC = "critic"
@@ -28,7 +28,9 @@ class Roles:
         *,
         seed: int,
         names: Iterable[str] = (GENERATOR, CRITIC),
+        fused: bool = False,
     ) -> None:
+        """`fused`: see `train.model.lora_adapter.fuse`."""
         names = tuple(names)
         transformer.requires_grad_(False)
         for name in names:
@@ -40,6 +42,8 @@ class Roles:
         for layer in self._layers:
             # peft would cast every input to the LoRA's fp32, and autocast back to bf16.
             layer.cast_input_dtype_enabled = False
+            if fused:
+                fuse(layer)
         # bf16 base: autocast runs the fp32 LoRA's matmuls in bf16 too. fp32 base: nothing to cast.
         self._dtype: torch.dtype = transformer.get_parameter(
             f"{family_of(transformer).patch_embedding}.weight"

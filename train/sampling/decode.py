@@ -11,7 +11,7 @@ from rich.progress import track
 
 from shared.cli import support
 from shared.cli.checks import check_writable
-from shared.device import check_device, chosen_device
+from shared.device import chosen_device, take_device
 from shared.errors import UserError
 from shared.format.schema import DTYPES
 from shared.io.hashing import FileHasher
@@ -38,7 +38,7 @@ def decode_clips(config: DecodeConfig, console: Console) -> list[Path]:
                 f"{spec.latent_channels}. Use the model that was trained: --model MODEL."
             )
     device = chosen_device(config.device)
-    check_device(device)
+    take_device(device)
     check_writable("--output", config.output)
     _refuse_other_vae(spec, clips)
     vae = load_vae(spec, DTYPES[config.dtype]).to(device)

@@ -15,7 +15,7 @@ import torch
 import transformers
 from diffusers import UniPCMultistepScheduler
 
-from shared.device import check_device, chosen_device
+from shared.device import chosen_device, take_device
 from shared.errors import UserError
 from shared.format.schema import DTYPES
 from shared.models import weights
@@ -122,7 +122,7 @@ def open_pipeline(
         )
     check_installed(config.base_precision)
     device_name = chosen_device(config.device)
-    check_device(device_name)
+    take_device(device_name)
     device = torch.device(device_name)
     pipeline = build_pipeline(
         spec,

@@ -1,5 +1,6 @@
 """Batches against the shards as plain webdataset reads them."""
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.train.conftest import encode
 from train.data.batch_plan import BatchPlan
 from train.data.batches import Batch, MicroBatches, load_prompt_bank
 from train.data.dataset import dataset_of
+from train.functional.rng import noise
 
 CPU = torch.device("cpu")
 
@@ -171,3 +173,15 @@ def test_captions_are_dropped_sample_by_sample(t2v_shards: Path, tiny_t2v: Path)
     ]
     for pattern in ((True, True), (True, False), (False, True), (False, False)):
         assert 10 <= patterns.count(pattern) <= 45, pattern
+
+
+def test_the_first_noise_comes_with_the_batch(t2v_shards: Path, tiny_t2v: Path) -> None:
+    """Drawn by the threads that read ahead; other streams on demand. Both as the function says."""
+    plain = _dataset(t2v_shards, tiny_t2v, frame_crop=True)
+    for batch in _epoch(replace(plain, first_noise="rollout 0"), workers=2):
+        assert list(batch.drawn) == [(4, "rollout 0")]
+        for stream in ("rollout 0", "score noise"):
+            expected = noise(batch.latents.shape[1:], 4, stream, batch.update, batch.samples)
+            assert torch.equal(batch.noise(4, stream), expected)
+        assert batch.noise(4, "rollout 0") is batch.drawn[4, "rollout 0"]
+        assert not torch.equal(batch.noise(5, "rollout 0"), batch.noise(4, "rollout 0"))

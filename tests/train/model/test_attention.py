@@ -5,10 +5,11 @@ from pathlib import Path
 import diffusers.models.transformers.transformer_wan as wan
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shared.errors import UserError
 from tests.train.test_distill import distill, losses
-from train.model.attention import check_attention
+from train.model.attention import check_attention, choice_of_torch, chosen_kernel
 
 RUN = ("--max-train-steps", "1", "--mixed-precision", "no")
 
@@ -78,3 +79,29 @@ def test_what_cannot_train_is_refused_before_weights_are_read(
 
 def test_native_is_always_there() -> None:
     check_attention("native", "cpu", "bf16")
+
+
+def test_the_kernel_is_told_at_the_start(
+    tiny_i2v: Path, i2v_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    distill(tiny_i2v, i2v_shards, tmp_path / "out", *RUN, "--attention-backend", "_native_math")
+    said = capsys.readouterr().err
+    assert "kernel   attention by _native_math\n" in said and "slow" not in said  # on a CPU
+
+
+def test_torch_is_asked_what_it_chooses() -> None:
+    """On a CPU it has two kernels."""
+    one = torch.ones(1, 8, 2, 16, requires_grad=True).transpose(1, 2)
+    assert choice_of_torch(one) == "flash"
+    with sdpa_kernel(SDPBackend.MATH):
+        assert choice_of_torch(one) == "math"
+
+
+@pytest.mark.parametrize(
+    ("name", "slow"), [("_native_math", True), ("_native_efficient", True), ("flash", False)]
+)
+def test_a_slow_kernel_is_warned_of_on_a_gpu(name: str, slow: bool) -> None:
+    """That was asked for by name: torch's own choice needs a GPU."""
+    line, warning = chosen_kernel(name, torch.device("cuda:1"), "bf16", (40, 128), 32760)
+    assert line == f"attention by {name}" and bool(warning) == slow
+    assert not slow or str(warning).startswith("this attention kernel is slow")

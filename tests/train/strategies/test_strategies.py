@@ -122,6 +122,25 @@ def test_two_processes_give_the_numbers_of_one(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+    ("strategy", "more"),
+    [
+        ("fsdp", ("--keep-attention", "--fused-lora")),
+        ("fsdp", ("--keep-attention", "--activation-offloading")),
+        ("zero2", ("--fused-lora",)),
+        ("zero3", ("--keep-attention",)),
+    ],
+)
+def test_what_saves_time_in_two_processes(
+    alone: Path, tiny_t2v: Path, t2v_shards: Path, tmp_path: Path, strategy: str,
+    more: tuple[str, ...],
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    typed(*command(tiny_t2v, t2v_shards, out, *IN_TWO, "--strategy", strategy, *more))
+    assert_like_alone(alone, out)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
 def test_i2v_micro_steps_and_an_average_in_two_processes(
     tiny_i2v: Path, i2v_shards: Path, tmp_path: Path, strategy: str
