@@ -13,10 +13,9 @@ from rich.console import Console
 
 from shared.cli import support
 from shared.cli.library_log import library_log
-from shared.cli.run_file import RUN_FILE, run_file
+from shared.cli.run_file import RUN_FILE, write_run_file
 from shared.errors import UserError
 from shared.interrupt import Interrupted, Interruption, catch_signals
-from shared.io.durable import write_bytes
 from train.data.batches import Batch, MicroBatches, PromptBank, load_prompt_bank
 from train.data.tail_log import TailLog
 from train.distributed.process_group import joined
@@ -51,6 +50,7 @@ def train(run: Run, console: Console, *, keep: bool = True) -> int | None:
         validation = validation_of(run)  # refuses before weights are read
         with explained(run):
             session = open_session(run, partial(support.say, console))
+        ranks.first_does(partial(_write_run_file, run))
         state, stopped_by = session.state, None
         # Several stop together, after an update that all have agreed on. When one fails, they can't
         # save together; a process that holds all can alone: its state is of the last whole update.
@@ -80,21 +80,21 @@ def train(run: Run, console: Console, *, keep: bool = True) -> int | None:
 
 
 def _hold_folders(held: ExitStack, run: Run, console: Console) -> None:
-    """Output and logs are this run's, and libraries log to the output, until `held` ends.
-
-    Its options lie there as a run file.
-    """
+    """Output and logs are this run's, and libraries log to the output, until `held` ends."""
     config, say = run.config, partial(support.say, console)
     hold_folder(held, "--output-dir", config.output_dir, say)
     logs = config.logging_dir
     if logs is not None and not logs.resolve().is_relative_to(config.output_dir.resolve()):
         hold_folder(held, "--logging-dir", logs, say)
     held.enter_context(library_log(config.output_dir))
+
+
+def _write_run_file(run: Run) -> None:
+    """Leave the options in the output folder, so that the run can be done again."""
+    config = run.config
     settled = vars(config) | {"num_processes": run.placement.machines.num_processes}
     hints = get_type_hints(type(config), include_extras=True)
-    write_bytes(
-        config.output_dir / RUN_FILE, run_file(run.objective.method, hints, settled).encode()
-    )
+    write_run_file(config.output_dir / RUN_FILE, run.objective.method, hints, settled)
 
 
 def _walk(

@@ -105,7 +105,7 @@ def write_run_file(
     try:
         write_bytes(path, run_file(command, hints, values).encode())
     except OSError as error:
-        raise UserError(f"--write-config: can't write {path} ({error.strerror}).") from error
+        raise UserError(f"run file: can't write {path} ({error.strerror}).") from error
 
 
 def run_file(command: str, hints: Mapping[str, Any], values: Mapping[str, Any]) -> str:
