@@ -18,9 +18,9 @@ SHOWN, EXISTING, TEACHER = "What to compare", "Clips that exist already", "Teach
 # fmt: off
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(PipelineConfig):
-    """Compare a few-step LoRA with its teacher: motion, contrast, saturation, sharpness, variety.
+    """Compare a few-step LoRA with its teacher, in numbers.
 
-    Makes clips of the same prompts and seeds with the base model (many steps, CFG) and with the LoRAs of `wantrain distill`, and measures both. Writes evaluation.json and a page, evaluation.html. Needs OpenCV: pip install 'wandistill[evaluate]'
+    Makes clips of the same prompts and seeds with the base model (many steps, CFG) and with the LoRAs of `wantrain distill`, and measures both: motion, contrast, saturation, sharpness, variety. Writes evaluation.json and a page, evaluation.html. Needs OpenCV: pip install 'wandistill[evaluate]'
 
     Next: what the numbers mean, see docs/evaluate.md
     """

@@ -120,7 +120,9 @@ def _made(
         guidance_scale=config.guidance_scale,
         negative_prompt=config.negative_prompt,
     )
-    pipeline = open_pipeline(config, spec, loras, from_image=from_image, say=say)
+    pipeline = open_pipeline(
+        config, spec, loras, from_image=from_image, output=config.output, say=say
+    )
 
     def clip_of(side: str, how: Any, name: str, prompt: Prompt, seed: int) -> MeasuredClip:
         image = None if prompt.image is None else images[prompt.image]

@@ -15,6 +15,7 @@ import torch
 import transformers
 from diffusers import UniPCMultistepScheduler
 
+from shared.cli.checks import check_writable
 from shared.device import chosen_device, take_device
 from shared.errors import UserError
 from shared.format.schema import DTYPES
@@ -97,11 +98,13 @@ def open_pipeline(
     loras: Sequence[TrainedLora],
     *,
     from_image: bool,
+    output: Path,
     say: Callable[..., None],
 ) -> Any:
     """The pipeline with the LoRAs, on its device, as the options ask for it.
 
-    UserError, before weights are loaded, for what does not fit; warns of what may be a mistake.
+    UserError, before weights are loaded, for what does not fit, or if nothing can be written to
+    `output`; warns of what may be a mistake.
     """
     experts = [lora.provenance.expert for lora in loras]
     bases = _bases(config, spec, single="full" in experts)
@@ -123,6 +126,7 @@ def open_pipeline(
     check_installed(config.base_precision)
     device_name = chosen_device(config.device)
     take_device(device_name)
+    check_writable("--output", output)
     device = torch.device(device_name)
     pipeline = build_pipeline(
         spec,

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import track
 
 from shared.cli import support
-from shared.cli.checks import check_writable
 from shared.errors import UserError
 from shared.format.resize import fit_to
 from shared.io import stills
@@ -58,8 +57,9 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
             negative_prompt=config.negative_prompt,
         )
     image = fit_image(config.image, config.height, config.width) if config.image else None
-    check_writable("--output", config.output)
-    pipeline = open_pipeline(config, spec, loras, from_image=image is not None, say=say)
+    pipeline = open_pipeline(
+        config, spec, loras, from_image=image is not None, output=config.output, say=say
+    )
     kind = "teacher" if config.teacher else "student" if isinstance(how, Provenance) else "lora"
     rows, paths, records = [], [], []
     for number, prompt in enumerate(track(config.prompt, "sample", console=console)):

@@ -15,6 +15,8 @@ from shared.errors import UserError
 from tests.train.test_distill import WANTRAIN, arguments, distill
 from train.saving.output_lock import LOCK
 
+ENDLESS = ("--max-train-steps", "50000", "--checkpointing-steps", "50000")
+
 
 def start(*argv: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
@@ -33,7 +35,7 @@ def test_a_second_run_is_refused_while_the_first_lives(
     tiny_t2v: Path, t2v_shards: Path, tmp_path: Path
 ) -> None:
     out, other = tmp_path / "out", tmp_path / "other"
-    long = arguments(tiny_t2v, t2v_shards, out, "--max-train-steps", "5000", "--report-to", "csv",
+    long = arguments(tiny_t2v, t2v_shards, out, *ENDLESS, "--report-to", "csv",
                      "--logging-dir", str(tmp_path / "logs"))  # fmt: skip
     first = start(*long)
     try:
@@ -61,7 +63,17 @@ def test_all_processes_of_a_second_run_end(
     tiny_t2v: Path, t2v_shards: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    first = start(*arguments(tiny_t2v, t2v_shards, out, "--max-train-steps", "5000"))
+    first = start(
+        *arguments(
+            tiny_t2v,
+            t2v_shards,
+            out,
+            "--max-train-steps",
+            "50000",
+            "--checkpointing-steps",
+            "50000",
+        )
+    )
     try:
         wait_for_lock(out, first)
         second = subprocess.run(
