@@ -29,6 +29,7 @@ import zarr
 from safetensors.torch import load
 from typer.core import TyperGroup, TyperOption
 
+from shared.cli.run_file import RUN_FILE
 from tests.models import Mode, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -142,8 +143,8 @@ def listing(folder: Path) -> Iterator[str]:
     Digests are bytes of this machine: another CPU rounds otherwise. The rest is the same anywhere.
     """
     for file in sorted(f for f in folder.rglob("*") if f.is_file()):
-        if file.suffix == ".txt" or "index.zarr/" in file.as_posix():
-            continue
+        if file.suffix == ".txt" or "index.zarr/" in file.as_posix() or file.name == RUN_FILE:
+            continue  # a run file has the paths of this machine
         for line in _inside(file.name, file.read_bytes()):
             yield f"{file.relative_to(folder)} | {line}"
     index = zarr.open_group(folder / "shards" / "index.zarr", mode="r")

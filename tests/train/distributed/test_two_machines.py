@@ -120,7 +120,7 @@ def test_a_shard_that_one_machine_cannot_read(machines: Machines) -> None:
     (_, first), (_, second) = machines.ended()
     assert second.count("error: ") == first.count("error: ") == 1, first + second
     assert "damaged (" in second.partition("error: ")[2] and str(machines.others_shards) in second
-    of_second = second.partition("error: ")[2].strip()
+    of_second = second.partition("error: process 1: ")[2].strip()
     assert first.partition("error: process 1 ended the run: ")[2].startswith(of_second)
     assert "--resume-from-checkpoint latest" in first
 
