@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-# peft, diffusers and transformers take seconds to import it, and on a GPU that makes a context on
-# card 0 in every process.
-_LEFT_OUT = ("bitsandbytes",)
+# peft, diffusers and transformers import them. bitsandbytes takes seconds, and on a GPU makes a
+# context on card 0 in every process; of scipy transformers wants a loss for detectors.
+_LEFT_OUT = ("bitsandbytes", "scipy")
 _MODULES: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
 
 
