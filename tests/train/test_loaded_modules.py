@@ -16,7 +16,17 @@ try:
 finally:
     open(out, "w").write("\\n".join(name for name, one in sys.modules.items() if one is not None))
 """
-HEAVY = ("bitsandbytes", "scipy", "deepspeed", "ray", "tensorboard", "wandb", "torchao", "av", "cv2")
+HEAVY = (
+    "bitsandbytes",
+    "scipy",
+    "deepspeed",
+    "ray",
+    "tensorboard",
+    "wandb",
+    "torchao",
+    "av",
+    "cv2",
+)
 TRAIN = ("--boundary-type", "low", "--max-train-steps", "1", "--rank", "4", "--report-to", "csv")
 
 
