@@ -8,7 +8,6 @@ make other samples than its author believes.
 """
 
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,11 +23,7 @@ from preprocess.media.tars import base_folder, is_tars
 from shared.errors import UserError
 from shared.io.names import exists, in_home_folder, is_folder
 from shared.io.object_store import is_url
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from shared.io.toml_file import read_toml
 
 TABLES = ("datasets", "directory")
 GENERAL = "general"
@@ -229,13 +224,13 @@ def _tables(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What is said for all datasets, and the datasets."""
     example = '[[datasets]]\nvideo_directory = "clips"'
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8-sig"))
+        content = read_toml(file)
     except OSError as error:
         raise UserError(
             f"--dataset-config: cannot read {file} ({error.strerror}). Expected a TOML file such "
             f"as:\n{example}"
         ) from error
-    except ValueError as error:  # tomllib's and UnicodeDecodeError
+    except ValueError as error:  # no TOML, or no UTF-8
         raise UserError(f"--dataset-config: {file} is no TOML ({error}).") from error
     found = [name for name in TABLES if name in content]
     if len(found) != 1 or not isinstance(content[found[0]], list) or not content[found[0]]:

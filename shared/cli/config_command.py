@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import typer
 
-from shared.cli.left_out import unasked_left_out
 from shared.cli.support import Command, text_and_examples
 
 _Config = TypeVar("_Config")
@@ -34,8 +33,7 @@ def add_config_command(
             return super().invoke(ctx)
 
         def invoke(self, ctx: Any) -> Any:
-            with unasked_left_out():
-                do(self.configuration(ctx), ctx)
+            do(self.configuration(ctx), ctx)
 
     name, (_, examples) = do.__name__.replace("_", "-"), text_and_examples(do)
     app.command(name, cls=ConfigCommand, epilog=examples)(config)

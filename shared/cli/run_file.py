@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,11 +12,7 @@ import typer
 
 from shared.errors import UserError
 from shared.io.durable import write_bytes
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from shared.io.toml_file import read_toml
 
 CONFIG, WRITE_CONFIG = "config", "write_config"
 PANEL = "Run file"
@@ -69,8 +64,7 @@ def words_of_file(path: Path, command: str, options: Sequence[Any], given: set[s
 
 def _table(path: Path, command: str) -> dict[str, Any]:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-        found = tomllib.loads(text)
+        found = read_toml(path)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise UserError(f"--config: can't read {path} as TOML ({why}).") from error

@@ -48,16 +48,14 @@ class Command(HelpPage):
         return list(super().parse_args(ctx, args))
 
     def invoke(self, ctx: Any) -> Any:
-        """Run it, with libraries quiet; or write its options and do nothing else."""
-        quiet_libraries()
+        """Run it; or write its options and do nothing else."""
         if file := ctx.meta[WRITE_CONFIG]:
             declared: Any = self.callback
             hints = get_type_hints(inspect.unwrap(declared), include_extras=True)  # typer wraps it
             values = {option.name: ctx.params.get(option.name) for option in self.params}
             write_run_file(Path(file), str(self.name), hints, values)
             raise typer.Exit
-        with unasked_left_out():
-            return super().invoke(ctx)
+        return super().invoke(ctx)
 
     def get_usage(self, ctx: Any) -> str:
         """What click prints above an error."""
@@ -69,6 +67,12 @@ class Command(HelpPage):
 
 class _Group(TyperGroup):
     """A program whose epilog holds examples, printed as they are."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command, with libraries quiet and those that nobody asks for left out."""
+        quiet_libraries()
+        with unasked_left_out():
+            return super().invoke(ctx)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Write the examples; called by click for --help."""

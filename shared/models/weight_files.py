@@ -19,6 +19,8 @@ from shared.models.original_layout import (
 INDEX = ".safetensors.index.json"
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
 OF_TRANSFORMERS = ("text_encoder", "image_encoder")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+"""Endings of files that run code when they are read."""
 _PICKLED_NAME = {DIFFUSERS: DIFFUSERS, TRANSFORMERS: "pytorch_model"}
 
 

@@ -18,11 +18,10 @@ from shared.models.original_layout import expert_folder, is_original, read_json,
 from shared.models.spec import ModelSpec
 from shared.models.tensor_names import is_adapter
 from shared.models.wan import ORIGINAL_CLASS
-from shared.models.weight_files import DIFFUSERS, INDEX, chosen, indexed
+from shared.models.weight_files import DIFFUSERS, INDEX, PICKLED, chosen, indexed
 from shared.models.weights import Weights, check_fits, empty_model, filled, read_tensors, weights_of
 
 OPTION = "--transformer-path"
-_PICKLED = (".pth", ".pt", ".ckpt", ".bin")
 # Fields of a config that don't say what the weights are.
 _FREE = ("rope_max_seq_len",)
 
@@ -39,7 +38,7 @@ def own_files(path: Path, component: str) -> list[Path]:
             return [path]
         why = (
             "it is pickled, and wandistill runs no code of a file"
-            if path.suffix in _PICKLED
+            if path.suffix in PICKLED
             else f"a {path.suffix or 'file without an ending'} is not read"
         )
         raise UserError(

@@ -15,12 +15,11 @@ from safetensors import SafetensorError, safe_open
 from shared.errors import UserError, first_line
 from shared.io.hashing import FileHasher, digest_of
 from shared.models.original_layout import read_json
-from shared.models.weight_files import INDEX, indexed
+from shared.models.weight_files import INDEX, PICKLED, indexed
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_NAME = "adapter_model"
 _NAMES = (PEFT_NAME, "pytorch_lora_weights")  # of peft and of diffusers
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _PART = re.compile(r"(.+)-\d{5}-of-(?!00001)(\d{5})\.safetensors")
 
 
@@ -82,7 +81,7 @@ def lora_files(path: Path) -> list[Path]:
         files = indexed(file, "LoRA")
         _check_whole(file, files)
         return files
-    if file.suffix in _PICKLED:
+    if file.suffix in PICKLED:
         raise UserError(
             f"LoRA: {file} is pickled, and wandistill runs no code of a file. Expected a "
             ".safetensors file."
@@ -123,7 +122,7 @@ def _in_folder(folder: Path) -> Path:
             f"LoRA: {folder} holds {len(found)} of them: {', '.join(f.name for f in found)}. Give "
             "the file of one."
         )
-    if pickled := [file for file in sorted(folder.iterdir()) if file.suffix in _PICKLED]:
+    if pickled := [file for file in sorted(folder.iterdir()) if file.suffix in PICKLED]:
         return pickled[0]
     raise UserError(
         f"LoRA: {folder} is a folder without a LoRA. Expected a .safetensors file, or a folder of "
