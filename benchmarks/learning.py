@@ -1,24 +1,25 @@
-"""Does distillation work? The toy distilled through `wantrain`, measured against its teacher.
+"""Does distillation work? A toy distilled through `wantrain`, measured against its teacher.
 
-    python benchmarks/learning.py full             # t2v, one LoRA for all steps: the main table
+    python benchmarks/learning.py recipes          # the harder toy, t2v: both experts, all recipes
+    python benchmarks/learning.py recipes-i2v
+    python benchmarks/learning.py recipes --seeds 1 --students DMD "w* + levels + decay"
+    python benchmarks/learning.py full             # the plain toy, one LoRA for all steps
     python benchmarks/learning.py renoise          # the same with re-noised steps, longer
-    python benchmarks/learning.py experts          # t2v, high and low apart, sampled together
-    python benchmarks/learning.py i2v
-    python benchmarks/learning.py recipes          # the seed's maths and other choices, per expert
     python benchmarks/learning.py ema              # the average over the path beside its last point
     python benchmarks/learning.py fm               # flow matching on real latents beside DMD
-    python benchmarks/learning.py full --quick     # a minute: does it run at all?
+    python benchmarks/learning.py recipes --quick  # a few minutes: does it run at all?
 
 Everything is kept under --work and done once: run it again, after an interruption or with more
---updates or --seeds, and it does what is missing. The rows are
+--updates, --seeds or --students, and it does what is missing. The rows are
 
-    a  teacher, 40 steps, CFG, with other noise than the reference: the floor of the distance
+    a  teacher, many steps, CFG, with other noise than the reference: the floor of the distance
     b  teacher, 4 steps, CFG
     c  teacher, 4 steps, no CFG: the student before its first update
     d  student, 4 steps, no CFG, after so many generator updates
 
 each with mean and standard error over the seeds. Seed s trains and samples with numbers of its own;
-rows of one seed share their noise, so differences are taken seed by seed.
+rows of one seed share their noise. Contrast, variety (spread of clips of one caption), between
+(spread of captions) and motion (way of the objects that go fast) are ratios to the reference.
 """
 
 from __future__ import annotations
@@ -46,34 +47,48 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from safetensors.torch import load_file, save_file
 from toy_students import (
-    ROOT,
+    WORLDS,
     Sampler,
     ToyBench,
-    TwoExperts,
+    deviations,
     even_steps,
     mean_and_error,
+    render_clips,
     sliced_wasserstein,
 )
 
 FEW_STEPS = (1000.0, 750.0, 500.0, 250.0)
 RANK, ALPHA = 32, 32
-# The toy's own recipe: it is small, so it takes large steps on large batches. Score levels
-# are drawn one by one, as when the tables of docs/results.md were measured.
+# The toy's own recipe: it is small, so it takes large steps on large batches.
 RECIPE = (
     "--mixed-precision no --no-gradient-checkpointing --dataloader-num-workers 0 "
-    f"--rank {RANK} --network-alpha {ALPHA} --train-batch-size 32 --learning-rate %s "
-    "--learning-rate-critic 2e-3 --adam-beta1 0 --max-grad-norm 1 --no-uniform-sampling"
+    f"--rank {RANK} --network-alpha {ALPHA} --adam-beta1 0 --max-grad-norm 1 "
+    "--learning-rate-critic 2e-3"
 )
+REGRESSION = (
+    "--method", "regression", "--shards", "{teacher}", "--adam-beta1", "0.9",
+    "--learning-rate", "1e-3", "--train-batch-size", "32",
+)  # fmt: skip
+TEACHER_CLIPS = 120
 REFERENCE_SEED = 1000
 MANY_SHIFT = 5.0  # of the teacher at many steps, where the shift matters little
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One way to train one expert: `wantrain distill` with these flags beside RECIPE."""
+    """One way to train one expert: `wantrain distill` with these flags beside RECIPE.
+
+    In flags, "{teacher}" stands for shards of the teacher's own clips with their states, "{guidance}"
+    for the guidance that was calibrated on them; both are made when an arm asks for them.
+    """
 
     expert: str
     flags: tuple[str, ...] = ()
+
+    @property
+    def decays(self) -> bool:
+        """Whether the length of the run changes its every update."""
+        return "--lr-scheduler" in self.flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +107,9 @@ class Experiment:
     """CFG scale of the teacher in the DMD loss, where it is not `guidance`."""
     learning_rate: str = "5e-4"
     """Of the generator. Twice the rate reaches the same in half the updates, then overshoots."""
+    batch: int = 32
+    uniform_sampling: bool = False
+    """As when the tables of the plain toy in docs/results.md were measured."""
     averaged: bool = False
     """Measure the average (--ema-decay in the arm's flags) of each student, too."""
     captions: int = 512
@@ -101,77 +119,57 @@ class Experiment:
 
 
 FULL, HIGH, LOW = Arm(expert="full"), Arm(expert="high"), Arm(expert="low")
-HIGH_SEED = replace(HIGH, flags=("--recipe", "seed"))
-LOW_SEED = replace(LOW, flags=("--recipe", "seed"))
 EULER = ("--pairing", "euler")
+CALIBRATED = ("--guidance", "{guidance}")
+LEVELS = ("--score-levels", "exit")
+DECAY = ("--lr-scheduler", "warmup_stable_decay")
+
+
+def _both(*flags: str) -> tuple[Arm, ...]:
+    return tuple(replace(arm, flags=flags) for arm in (HIGH, LOW))
+
+
+RECIPES = {
+    "DMD": _both(),
+    "DMD, Euler": _both(*EULER),
+    "seed": _both("--recipe", "seed"),
+    "levels": _both(*LEVELS),
+    "w*": _both(*CALIBRATED),
+    "w* + levels": _both(*CALIBRATED, *LEVELS),
+    "w* + levels + decay": _both(*CALIBRATED, *LEVELS, *DECAY),
+    "w* + levels + decay, Euler": _both(*CALIBRATED, *LEVELS, *DECAY, *EULER),
+    "regression": _both(*REGRESSION),
+}
+PLAIN = Experiment(
+    model="toy", guidance=2, shift=12, students={"d": (FULL,)}, updates=(10, 20, 30),
+    learning_rate="2e-4",
+)  # fmt: skip
 EXPERIMENTS = {
-    "full": Experiment(
-        model="toy",
-        guidance=2,
-        loss_guidance=1.25,
-        shift=12,
-        students={"d": (replace(FULL, flags=EULER),)},
-        updates=(10, 20, 30),
-        learning_rate="2e-4",
+    "recipes": Experiment(
+        model="toy-experts", guidance=4, shift=12, students=RECIPES,
+        updates=(10, 20, 40, 80, 160), batch=16, uniform_sampling=True, captions=540, clips=540,
     ),
-    "renoise": Experiment(
-        model="toy",
-        guidance=2,
-        shift=12,
-        students={"d": (FULL,)},
-        updates=(10, 20, 30, 40),
-        learning_rate="2e-4",
+    "recipes-i2v": Experiment(
+        model="toy-experts-i2v", guidance=4, shift=5, students=RECIPES,
+        updates=(10, 20, 40, 80, 160), batch=16, uniform_sampling=True, captions=540, clips=540,
     ),
-    "experts": Experiment(
-        model="toy", guidance=2, shift=12, students={"d": (HIGH, LOW)}, updates=(5, 10)
+    "full": replace(
+        PLAIN, loss_guidance=1.25, students={"d": (replace(FULL, flags=EULER),)}
     ),
-    "ema": Experiment(
-        model="toy",
-        guidance=2,
-        loss_guidance=1.25,
-        shift=12,
+    "renoise": replace(PLAIN, updates=(10, 20, 30, 40)),
+    "ema": replace(
+        PLAIN, loss_guidance=1.25, learning_rate="5e-4", averaged=True,
         students={"d": (replace(FULL, flags=(*EULER, "--ema-decay", "0.8", "--ema-start", "5")),)},
-        updates=(10, 20, 30),
-        averaged=True,
     ),
-    "fm": Experiment(
-        model="toy",
-        guidance=2,
-        loss_guidance=1.25,
-        shift=12,
+    "fm": replace(
+        PLAIN, loss_guidance=1.25, updates=(10, 20),
         students={
             "DMD alone": (replace(FULL, flags=EULER),),  # the very runs of `full`
             "+ 0.1 flow matching": (replace(FULL, flags=(*EULER, "--fm-loss-weight", "0.1")),),
             "+ 0.5 flow matching": (replace(FULL, flags=(*EULER, "--fm-loss-weight", "0.5")),),
         },
-        updates=(10, 20),
-        learning_rate="2e-4",
     ),
-    "i2v": Experiment(
-        model="toy-i2v",
-        guidance=2,
-        loss_guidance=1.25,
-        shift=5,
-        students={"d": (FULL,)},
-        updates=(10, 20),
-        learning_rate="2e-4",
-    ),
-    "recipes": Experiment(
-        model="toy",
-        guidance=2,
-        shift=12,
-        students={
-            "both corrected": (HIGH, LOW),
-            "both seed": (HIGH_SEED, LOW_SEED),
-            "high seed": (HIGH_SEED, LOW),
-            "low seed": (HIGH, LOW_SEED),
-            "high to the hand-over": (replace(HIGH, flags=("--score-floor", "handover")), LOW),
-            "low from noise": (HIGH, replace(LOW, flags=("--start", "noise"))),
-            "both Euler": (replace(HIGH, flags=EULER), replace(LOW, flags=EULER)),
-        },
-        updates=(10,),
-    ),
-}
+}  # fmt: skip
 
 
 def quick(experiment: Experiment) -> Experiment:
@@ -190,7 +188,7 @@ class Draw:
     loras: tuple[tuple[str, str, float], ...] = ()
     """(expert, checkpoint's weight file, alpha / rank); none for the teacher."""
     file: str
-    """Where the latents go; the accuracy stands in the metadata of a file beside it."""
+    """Where the latents go; a JSON file beside it has what was measured on them."""
 
 
 @cache
@@ -206,39 +204,41 @@ def make_draw(draw: Draw) -> None:
         return
     bench = _bench(draw.model, draw.captions)
     loras = {expert: (Path(path), scale) for expert, path, scale in draw.loras}
-    transformer: Any
-    if "full" in loras or not loras:
-        transformer = bench.transformer(loras.get("full"))
-    else:
-        high, low = (bench.transformer(loras[expert]) for expert in ("high", "low"))
-        transformer = TwoExperts(high, low, bench.boundary)
-    latents = bench.draw(transformer, draw.sampler, draw.seed)
+    latents = bench.draw(bench.both(loras), draw.sampler, draw.seed)
     save_file({"latents": latents}, file)
     # Written last and renamed: where it is, both are whole.
-    measured = json.dumps({"accuracy": bench.accuracy(latents)})
+    seen = bench.seen(latents) | deviations(latents, bench.captions)
+    measured = json.dumps(seen)
     file.with_suffix(".tmp").write_text(measured)
     file.with_suffix(".tmp").rename(file.with_suffix(".json"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One `wantrain distill` run."""
+    """One `wantrain distill` run, resumed where it was interrupted."""
 
     command: tuple[str, ...]
     folder: str
     updates: int
 
+    @property
+    def weights(self) -> Path:
+        """Folder of the last checkpoint."""
+        return Path(self.folder) / f"checkpoint-{self.updates}"
+
 
 def make_training(training: Training) -> None:
-    """Run or resume it; done once."""
+    """Run or resume it; done once. Its seconds are noted beside it."""
     folder = Path(training.folder)
-    if (folder / f"checkpoint-{training.updates}").exists():
+    if training.weights.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with (folder / "run.log").open("a") as log:
         subprocess.run(training.command, check=True, stdout=log, stderr=log)
-    print(f"trained {folder.name} in {time.monotonic() - started:.0f} s", flush=True)
+    seconds = time.monotonic() - started
+    (folder / "seconds.json").write_text(json.dumps(seconds))
+    print(f"trained {folder.name} in {seconds:.0f} s", flush=True)
 
 
 def make(job: Training | Draw) -> None:
@@ -264,15 +264,10 @@ def make_shards(model: str, clips: int, work: Path, *, new: bool = False) -> Pat
     kind = "-new" if new else ""
     shards = work / f"shards-{model}-{clips}{kind}"
     if not (shards / "index.zarr").exists():
-        media = work / f"media-{clips}{kind}"
-        render = [sys.executable, str(ROOT / "scripts" / "render_clips.py")]
-        subprocess.run(
-            [
-                *render, "--output", str(media), "--count", str(clips), "--seed", "5000",
-                *(["--new"] if new else []),
-            ],
-            check=True,
-        )  # fmt: skip
+        world = WORLDS[model]
+        media = work / f"media-{model}-{clips}{kind}"
+        captions = render_clips.NEW_CAPTIONS if new else world.captions
+        render_clips.write_dataset(media, clips, 5000, 17, 64, 64, 16, captions, world.render)
         encode = (
             f"encode --model {model} --train-data-dir {media} --output {shards} --size 64 "
             "--video-sample-n-frames 17 --video-sample-stride 1"
@@ -291,24 +286,78 @@ class Bench:
         self.shards = make_shards(experiment.model, experiment.clips, work)
         self.weights = ToyBench(experiment.model, 1).folder.name  # carries a digest
 
-    def training(self, arm: Arm, seed: int) -> Training:
+    @property
+    def teacher_shards(self) -> Path:
+        """The teacher's own clips with their states at the student's timesteps."""
         one = self.experiment
-        flags = (
-            "--model", one.model, "--shards", str(self.shards), "--boundary-type", arm.expert,
-            "--seed", str(seed), "--flow-shift", str(one.shift),
-            "--real-guidance-scale", str(one.loss_guidance or one.guidance),
-            *(RECIPE % one.learning_rate).split(),
-            *arm.flags,
+        told = (self.weights, one.guidance, one.shift, one.teacher_steps, TEACHER_CLIPS)
+        return self.work / f"teacher-{one.model}-{short_digest(told)}"
+
+    @property
+    def guidance_file(self) -> Path:
+        """w*(σ) of both experts."""
+        return self.teacher_shards.with_suffix(".json")
+
+    def preparations(self) -> list[tuple[Path, tuple[str, ...]]]:
+        """(what it leaves, command) of what the arms ask for, in order."""
+        one, wantrain = self.experiment, console_script("wantrain")
+        asked = {flag for arms in one.students.values() for arm in arms for flag in arm.flags}
+        found: list[tuple[Path, tuple[str, ...]]] = []
+        if asked & {"{teacher}", "{guidance}"}:
+            synthesize = (
+                wantrain, "synthesize", "--model", one.model, "--shards", str(self.shards),
+                "--output", str(self.teacher_shards), "--count", str(TEACHER_CLIPS),
+                "--steps", str(one.teacher_steps), "--guidance", str(one.guidance),
+                "--flow-shift", str(MANY_SHIFT), "--states", " ".join(map(str, FEW_STEPS)),
+                "--student-shift", str(one.shift), "--mixed-precision", "no",
+                "--train-batch-size", "24",
+            )  # fmt: skip
+            found.append((self.teacher_shards / "index.zarr", synthesize))
+        if "{guidance}" in asked:
+            calibrate = (
+                wantrain, "calibrate", "--model", one.model, "--shards", str(self.teacher_shards),
+                "--output", str(self.guidance_file), "--flow-shift", str(one.shift),
+                "--clips", "48", "--mixed-precision", "no",
+            )  # fmt: skip
+            for expert in ("high", "low"):
+                mark = self.guidance_file.with_suffix(f".{expert}")
+                found.append((mark, (*calibrate, "--boundary-type", expert)))
+        return found
+
+    def prepare(self) -> None:
+        """Make what the arms ask for, once."""
+        for left, command in self.preparations():
+            if not left.exists():
+                subprocess.run(command, check=True)
+                left.touch()
+
+    def training(self, arm: Arm, seed: int, updates: int | None = None) -> Training:
+        """The run of an arm that gives its weights after `updates` (all: the last)."""
+        one = self.experiment
+        length = updates if updates and arm.decays else max(one.updates)
+        places = {"{teacher}": str(self.teacher_shards), "{guidance}": str(self.guidance_file)}
+        chosen = tuple(places.get(flag, flag) for flag in arm.flags)
+        flags: tuple[str, ...] = ("--model", one.model, "--boundary-type", arm.expert)
+        if "--shards" not in chosen:
+            flags += ("--shards", str(self.shards))
+        if "--guidance" not in chosen and "regression" not in chosen:
+            flags += ("--real-guidance-scale", str(one.loss_guidance or one.guidance))
+        if not one.uniform_sampling:
+            flags += ("--no-uniform-sampling",)
+        flags += (
+            "--seed", str(seed), "--flow-shift", str(one.shift), *RECIPE.split(),
+            "--learning-rate", one.learning_rate, "--train-batch-size", str(one.batch),
+            *chosen,
         )  # fmt: skip
-        name = "-".join([arm.expert, *(flag.lstrip("-") for flag in arm.flags)])
-        folder = self.work / "runs" / f"{name}-{short_digest((self.weights, flags))}"
-        every = math.gcd(*one.updates)
+        digest = short_digest((self.weights, flags, length if arm.decays else 0))
+        folder = self.work / "runs" / f"{arm.expert}-{digest}"
+        every = length if arm.decays else math.gcd(*one.updates)
         command = (
             console_script("wantrain"), "distill", *flags, "--output-dir", str(folder),
-            "--max-train-steps", str(max(one.updates)), "--checkpointing-steps", str(every),
+            "--max-train-steps", str(length), "--checkpointing-steps", str(every),
             "--resume-from-checkpoint", "latest",
         )  # fmt: skip
-        return Training(command=command, folder=str(folder), updates=max(one.updates))
+        return Training(command=command, folder=str(folder), updates=length)
 
     def _draw(self, sampler: Sampler, seed: int, loras: tuple[Any, ...] = ()) -> Draw:
         one = self.experiment
@@ -337,7 +386,8 @@ class Bench:
         loras = tuple(
             (
                 arm.expert,
-                f"{self.training(arm, seed).folder}/checkpoint-{updates}/{weights}.safetensors",
+                f"{self.training(arm, seed, updates).folder}/checkpoint-{updates}/"
+                f"{weights}.safetensors",
                 ALPHA / RANK,
             )
             for arm in arms
@@ -373,8 +423,15 @@ class Bench:
         return rows
 
     def trainings(self) -> list[Training]:
-        arms = dict.fromkeys(arm for arms in self.experiment.students.values() for arm in arms)
-        return [self.training(arm, seed) for seed in self.seeds for arm in arms]
+        one = self.experiment
+        arms = dict.fromkeys(arm for arms in one.students.values() for arm in arms)
+        runs = [
+            self.training(arm, seed, updates)
+            for seed in self.seeds
+            for arm in arms
+            for updates in one.updates
+        ]
+        return list(dict.fromkeys(runs))
 
 
 def run_all(jobs: Iterable[Training | Draw], processes: int) -> None:
@@ -385,48 +442,52 @@ def run_all(jobs: Iterable[Training | Draw], processes: int) -> None:
             pass
 
 
+METRICS = ("accuracy", "distance", "contrast", "variety", "between", "motion")
+# Of the reference's own number, which is what its ratio is taken of.
+RATIOS = {"contrast": "contrast", "variety": "within", "between": "between", "motion": "travel"}
+
+
 def measure(bench: Bench) -> dict[str, dict[str, list[float]]]:
-    """Row → accuracy and distance of each seed."""
-    reference = load_file(bench.many_steps(REFERENCE_SEED).file)["latents"]
+    """Row → metric → the value of each seed."""
+    reference = bench.many_steps(REFERENCE_SEED)
+    latents = load_file(reference.file)["latents"]
     table: dict[str, dict[str, list[float]]] = {}
     for label, draw_of in bench.rows().items():
-        draws = [draw_of(seed) for seed in bench.seeds]
-        table[label] = {
-            "accuracy": [
-                json.loads(Path(d.file).with_suffix(".json").read_text())["accuracy"] for d in draws
-            ],
-            "distance": [
-                sliced_wasserstein(load_file(d.file)["latents"], reference) for d in draws
-            ],
-        }
+        row: dict[str, list[float]] = {metric: [] for metric in METRICS}
+        for draw in map(draw_of, bench.seeds):
+            seen = _measured(draw)
+            row["accuracy"].append(seen["accuracy"])
+            row["distance"].append(sliced_wasserstein(load_file(draw.file)["latents"], latents))
+            for metric, key in RATIOS.items():
+                row[metric].append(seen[key] / _measured(reference)[key])
+        table[label] = row
     return table
 
 
+def _measured(draw: Draw) -> dict[str, float]:
+    found: dict[str, float] = json.loads(Path(draw.file).with_suffix(".json").read_text())
+    return found
+
+
 def markdown(table: dict[str, dict[str, list[float]]]) -> str:
-    """The table for people, students with their distance from row c in standard errors."""
-    lines = [
-        "| | caption accuracy | distance to the teacher | against c: accuracy | distance |",
-        "|---|---|---|---|---|",
-    ]
+    """The table for people: mean ± standard error over the seeds."""
+    lines = [f"| | {' | '.join(METRICS)} |", "|---" * (len(METRICS) + 1) + "|"]
     for label, row in table.items():
         cells = []
-        for metric in ("accuracy", "distance"):
+        for metric in METRICS:
             mean, error = mean_and_error(row[metric])
-            cells.append(f"{mean:.3f} ± {error:.3f}")
-        if not label.startswith("d "):
-            lines.append(f"| {label} | {' | '.join(cells)} | | |")
-            continue
-        euler = "Euler" in label
-        base = next(
-            name for name in table if name.startswith("c ") and (("(Euler)" in name) == euler)
-        )
-        for metric in ("accuracy", "distance"):
-            pairs = zip(row[metric], table[base][metric], strict=True)
-            mean, error = mean_and_error([a - b for a, b in pairs])
-            counted = f" ({mean / error:+.1f} SE)" if error > 1e-9 else ""
-            cells.append(f"{mean:+.3f}{counted}")
+            digits = 3 if metric in ("accuracy", "distance") else 2
+            spread = f" ± {error:.{digits}f}" if math.isfinite(error) else ""
+            cells.append(f"{mean:.{digits}f}{spread}" if math.isfinite(mean) else "")
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def cost(bench: Bench) -> str:
+    """Minutes of all runs, as they were noted when they were made."""
+    noted = [Path(run.folder) / "seconds.json" for run in bench.trainings()]
+    seconds = [json.loads(file.read_text()) for file in noted if file.exists()]
+    return f"{len(seconds)} runs, {sum(seconds) / 60:.0f} minutes of one core"
 
 
 def main() -> None:
@@ -435,6 +496,7 @@ def main() -> None:
     )
     parser.add_argument("experiment", choices=list(EXPERIMENTS))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--students", nargs="+", help="only these rows of the experiment")
     parser.add_argument("--updates", type=int, nargs="+", help="generator updates to measure after")
     parser.add_argument("--guidance", type=float, help="the teacher's CFG scale")
     parser.add_argument("--shift", type=float, help="of the few steps")
@@ -449,6 +511,9 @@ def main() -> None:
     experiment = EXPERIMENTS[args.experiment]
     if args.quick:
         experiment, args.seeds = quick(experiment), min(args.seeds, 2)
+    if args.students:
+        students = {name: experiment.students[name] for name in args.students}
+        experiment = replace(experiment, students=students)
     if args.updates:
         experiment = replace(experiment, updates=tuple(sorted(args.updates)))
     for name in ("guidance", "shift", "captions"):
@@ -463,6 +528,7 @@ def main() -> None:
 
     (args.work / "latents").mkdir(parents=True, exist_ok=True)
     bench = Bench(experiment, args.seeds, args.work.resolve())
+    bench.prepare()
     rows = bench.rows()
     draws = [draw_of(seed) for draw_of in rows.values() for seed in bench.seeds]
     teachers = [draw for draw in draws if not draw.loras]
@@ -475,7 +541,8 @@ def main() -> None:
     result = {"seeds": args.seeds, "captions": experiment.captions, "rows": table}
     (args.work / f"{args.experiment}.json").write_text(json.dumps(result, indent=2))
     print(markdown(table))
-    print(f"\n{time.monotonic() - started:.0f} s on {args.processes} processes of one thread")
+    print(f"\n{cost(bench)}")
+    print(f"{time.monotonic() - started:.0f} s on {args.processes} processes of one thread")
 
 
 if __name__ == "__main__":

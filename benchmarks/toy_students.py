@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file
@@ -20,8 +21,9 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # run from a checkout, nothing of it is packaged
 
-from oracle import judge, matching  # noqa: E402
-from render_clips import ALL_MOTIONS, CAPTIONS, render_clip  # noqa: E402
+import oracle  # noqa: E402
+import render_clips  # noqa: E402
+import speed_world  # noqa: E402
 from toy_sampling import (  # noqa: E402
     attend_to_padding,
     decode_clips,
@@ -85,11 +87,37 @@ def merge_lora(
         target.data += (scale * (up.double() @ down.double())).to(target.dtype)
 
 
-class ToyBench:
-    """The toy, a fixed list of captions and their held-out noise (and first frames for i2v)."""
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """What the clips of a toy show."""
 
-    def __init__(self, model: str, count: int, captions: Sequence[str] = CAPTIONS) -> None:
-        self.folder = toy_folder(model)
+    captions: tuple[str, ...]
+    render: Callable[[str, int], np.ndarray]
+    """(caption, seed) → uint8 RGB [T, H, W, 3]."""
+    right: Callable[[np.ndarray, str], bool]
+    """Whether a clip shows all that its caption says."""
+
+
+PLAIN = World(
+    captions=render_clips.CAPTIONS,
+    render=render_clips.render_clip,
+    right=lambda clip, caption: oracle.judge(clip, render_clips.ALL_MOTIONS).matches(caption),
+)
+SPEEDS = World(
+    captions=speed_world.CAPTIONS,
+    render=speed_world.render_clip,
+    right=lambda clip, caption: speed_world.judge(clip) == speed_world.parse_caption(caption),
+)
+WORLDS = {"toy": PLAIN, "toy-i2v": PLAIN, "toy-experts": SPEEDS, "toy-experts-i2v": SPEEDS}
+FASTEST = " fast"  # the captions whose travel is measured
+
+
+class ToyBench:
+    """A toy, a fixed list of captions and their held-out noise (and first frames for i2v)."""
+
+    def __init__(self, model: str, count: int, captions: Sequence[str] | None = None) -> None:
+        self.folder, self.world = toy_folder(model), WORLDS[model]
+        captions = captions or self.world.captions
         index = json.loads((self.folder / "model_index.json").read_text())
         self.boundary = float(index["boundary_ratio"])
         self.captions = [captions[i % len(captions)] for i in range(count)]
@@ -97,26 +125,37 @@ class ToyBench:
         embedded = embed_captions([*captions, ""], self.folder)
         self._text = embedded[torch.arange(count) % len(captions)]
         self._empty = embedded[-1:]
-        self._condition = self._first_frames() if model == "toy-i2v" else None
+        self._condition = self._first_frames() if model.endswith("i2v") else None
 
     @torch.no_grad()
     def _first_frames(self) -> torch.Tensor:
         """i2v conditions of held-out renders, with their mask: [N, 20, T, h, w]."""
         conditions = []
         for number, caption in enumerate(self.captions):
-            pixels = to_pixels(render_clip(caption, HELD_OUT_SEED + number)[None])
+            pixels = to_pixels(self.world.render(caption, HELD_OUT_SEED + number)[None])
             pixels[:, :, 1:] = 0
             raw = encode_moments(self._vae, pixels)[:, :LATENT_CHANNELS]
             conditions.append(with_mask(normalise(raw, self._vae)))
         return torch.cat(conditions)
 
-    def transformer(self, lora: tuple[Path, float] | None = None) -> WanTransformer3DModel:
-        """The toy's transformer (both slots hold the same), with a LoRA (file, scale) merged."""
-        transformer = WanTransformer3DModel.from_pretrained(self.folder / "transformer")
+    def transformer(
+        self, lora: tuple[Path, float] | None = None, expert: str = "high"
+    ) -> WanTransformer3DModel:
+        """The toy's transformer of an expert, with a LoRA (file, scale) merged."""
+        part = "transformer_2" if expert == "low" else "transformer"
+        transformer = WanTransformer3DModel.from_pretrained(self.folder / part)
         attend_to_padding(transformer, self._text.shape[1])
         if lora is not None:
             merge_lora(transformer, load_file(lora[0]), lora[1])
         return transformer
+
+    def both(self, loras: Mapping[str, tuple[Path, float]]) -> TwoExperts:
+        """Both experts, each with its LoRA, or with that of "full", if there is one."""
+        high, low = (
+            self.transformer(loras.get(expert, loras.get("full")), expert)
+            for expert in ("high", "low")
+        )
+        return TwoExperts(high, low, self.boundary)
 
     def draw(self, transformer: Any, sampler: Sampler, seed: int) -> torch.Tensor:
         """Latents for every caption: float32 [N, 16, 5, 8, 8]. Equal seeds, equal noise."""
@@ -139,13 +178,51 @@ class ToyBench:
             )
         return torch.cat(drawn)
 
-    def accuracy(self, latents: torch.Tensor) -> float:
-        """Share of the clips whose colour, shape and motion are all those of the caption."""
-        verdicts = []
+    def seen(self, latents: torch.Tensor) -> dict[str, float]:
+        """What the decoded clips [N ≤ captions, ...] show.
+
+        `accuracy`: the share that shows all that its caption says. `travel`: how far the objects of
+        captions that end in "fast" go, in pixels, on average (nan where no caption does).
+        """
+        right, travel = [], []
         for start in range(0, len(latents), BATCH):
             clips = decode_clips(latents[start : start + BATCH], self._vae)
-            verdicts += [judge(clip, ALL_MOTIONS) for clip in clips]
-        return matching(verdicts, self.captions[: len(latents)])
+            for clip, caption in zip(clips, self.captions[start:], strict=False):
+                right.append(self.world.right(clip, caption))
+                if caption.endswith(FASTEST):
+                    travel.append(speed_world.travel_of(clip))
+        went = [way for way in travel if way is not None]
+        return {
+            "accuracy": float(np.mean(right)),
+            "travel": float(np.mean(went)) if went else float("nan"),
+        }
+
+    def accuracy(self, latents: torch.Tensor) -> float:
+        """Share of the clips that show all that their captions say."""
+        return self.seen(latents)["accuracy"]
+
+
+def deviations(latents: torch.Tensor, captions: Sequence[str]) -> dict[str, float]:
+    """Standard deviations of latents [N, ...], each over all their entries.
+
+    `contrast`: of all entries about their mean. `within`: between clips of one caption, how much
+    they differ (variety). `between`: between the means of captions, without what `within` adds to
+    them by chance. Of a mixture, per entry: variance = within² + between² (analysis of variance
+    with n clips for each caption; E[variance of means] = between² + within² / n).
+    """
+    clips = latents.flatten(1).double()
+    names = sorted(set(captions))
+    groups = [clips[[i for i, c in enumerate(captions) if c == name]] for name in names]
+    groups = [group for group in groups if len(group) > 1]
+    within = torch.stack([group.var(dim=0) for group in groups]).mean()
+    means = torch.stack([group.mean(dim=0) for group in groups])
+    chance = torch.stack([group.var(dim=0).mean() / len(group) for group in groups]).mean()
+    between = (means.var(dim=0).mean() - chance).clamp_min(0)
+    return {
+        "contrast": float(clips.std()),
+        "within": float(within.sqrt()),
+        "between": float(between.sqrt()),
+    }
 
 
 def sliced_wasserstein(

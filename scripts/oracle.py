@@ -92,14 +92,14 @@ def template_overlaps(mask: np.ndarray) -> np.ndarray:
         # Areas grow with radius squared; measure the shape's own once, at radius 12.
         unit = shape_coverage(shape, width / 2, height / 2, 12.0, height, width)
         radius = 12.0 * np.sqrt(len(ys) / unit.sum())
-        offset = _centroid(unit)[0] - height / 2  # of the triangle: its centroid is low
+        offset = centroid(unit)[0] - height / 2  # of the triangle: its centroid is low
         centre_y = ys.mean() + 0.5 - offset * radius / 12.0
         template = shape_coverage(shape, xs.mean() + 0.5, centre_y, radius, height, width) > 0.5
         overlaps.append((mask & template).sum() / (mask | template).sum())
     return np.array(overlaps)
 
 
-def _centroid(weight: np.ndarray) -> np.ndarray:
+def centroid(weight: np.ndarray) -> np.ndarray:
     """Centre of mass (y, x) in pixels, where pixel i spans i..i+1."""
     ys, xs = np.indices(weight.shape) + 0.5
     return np.array([(ys * weight).sum(), (xs * weight).sum()]) / weight.sum()
@@ -141,7 +141,7 @@ def judge(clip: np.ndarray, motions: Mapping[str, tuple[int, int]] = MOTIONS) ->
     mean, worst = overlaps[:, best].mean(), overlaps[:, best].min()
     clear = mean >= SHAPE_MATCH and worst >= SHAPE_MATCH_WORST
     shape = SHAPES[best] if clear else None
-    path = np.stack([_centroid(mask) for mask in masks])
+    path = np.stack([centroid(mask) for mask in masks])
     return Verdict(colour, shape, motion_of(path, scale, motions))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,7 @@ def write_dataset(
     width: int,
     fps: int,
     captions: tuple[str, ...] = CAPTIONS,
+    render: Callable[..., np.ndarray] = render_clip,
 ) -> list[dict[str, str | int]]:
     """Render `count` clips, going through the captions in turn; return the metadata written."""
     output.mkdir(parents=True, exist_ok=True)
@@ -165,7 +167,7 @@ def write_dataset(
     for index in range(count):
         caption = captions[index % len(captions)]
         name = f"{index:05d}.mp4"
-        clip = render_clip(caption, seed + index, frames, height, width)
+        clip = render(caption, seed + index, frames, height, width)
         write_mp4(output / name, clip, fps)
         metadata.append(
             {"file_path": name, "text": caption, "type": "video", "width": width, "height": height}

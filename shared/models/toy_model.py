@@ -1,8 +1,10 @@
 """The bundled toy models: real Wan classes at small size, with weights in this package.
 
 `--model toy` (text to video) and `--model toy-i2v` (image to video) are ordinary diffusers
-folders; only their size is small. Both experts start from one weight file, so the package holds
-it once and the folders are put together in the cache on first use. `scripts/` remakes the weights.
+folders; only their size is small. Both experts have one weight file, so the package holds it once
+and the folders are put together in the cache on first use. `toy-experts` and `toy-experts-i2v`
+have two experts, each finetuned on its own noise levels, and know the harder world of the
+benchmarks (`scripts/speed_world.py`). `scripts/` remakes the weights.
 """
 
 import hashlib
@@ -12,7 +14,12 @@ from pathlib import Path
 
 from shared.io.hashing import cache_folder, digest_of
 
-TOY_MODELS = {"toy": "t2v", "toy-i2v": "i2v"}
+TOY_MODELS = {
+    "toy": "t2v",
+    "toy-i2v": "i2v",
+    "toy-experts": "experts-t2v",
+    "toy-experts-i2v": "experts-i2v",
+}
 _DATA = Path(__file__).parents[1] / "toy"
 
 
@@ -23,7 +30,9 @@ def toy_folder(name: str) -> Path:
     """
     parts = {part.name: part for part in sorted((_DATA / "common").iterdir())}
     own = _DATA / TOY_MODELS[name]
-    parts |= {"transformer": own / "transformer", "transformer_2": own / "transformer"}
+    high = own / "transformer"
+    low = own / "transformer_2"
+    parts |= {"transformer": high, "transformer_2": low if low.is_dir() else high}
 
     content = [
         (part, file.relative_to(source).as_posix(), hashlib.sha256(file.read_bytes()).hexdigest())
