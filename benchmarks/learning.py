@@ -5,6 +5,7 @@
     python benchmarks/learning.py recipes --seeds 1 --students DMD "w* + levels + decay"
     python benchmarks/learning.py full             # the plain toy, one LoRA for all steps
     python benchmarks/learning.py renoise          # the same with re-noised steps, longer
+    python benchmarks/learning.py i2v              # the plain i2v toy
     python benchmarks/learning.py ema              # the average over the path beside its last point
     python benchmarks/learning.py fm               # flow matching on real latents beside DMD
     python benchmarks/learning.py recipes --quick  # a few minutes: does it run at all?
@@ -157,6 +158,7 @@ EXPERIMENTS = {
         PLAIN, loss_guidance=1.25, students={"d": (replace(FULL, flags=EULER),)}
     ),
     "renoise": replace(PLAIN, updates=(10, 20, 30, 40)),
+    "i2v": replace(PLAIN, model="toy-i2v", shift=5, loss_guidance=1.25, updates=(10, 20)),
     "ema": replace(
         PLAIN, loss_guidance=1.25, learning_rate="5e-4", averaged=True,
         students={"d": (replace(FULL, flags=(*EULER, "--ema-decay", "0.8", "--ema-start", "5")),)},

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from init_toy_model import BOUNDARIES, IN_CHANNELS, LATENT_CHANNELS, TEXT_DIM, TOY, save_component
+from render_clips import COLOURS, MOTIONS, SHAPES
 from safetensors.torch import load_file, save_file
 from speed_world import CAPTIONS, SPEEDS, STILL, parse_caption, render_clip
-from render_clips import COLOURS, MOTIONS, SHAPES
 from toy_sampling import (
     attend_to_padding,
     embed_captions,
@@ -34,8 +34,14 @@ from toy_sampling import (
     velocity,
     with_mask,
 )
-from train_toy_transformer import CLIPS_AT_ONCE, FIRST_SEED, learning_rate, make_optimizers
-from train_toy_transformer import ADAMW_LR, MUON_LR
+from train_toy_transformer import (
+    ADAMW_LR,
+    CLIPS_AT_ONCE,
+    FIRST_SEED,
+    MUON_LR,
+    learning_rate,
+    make_optimizers,
+)
 from train_toy_vae import encode_moments, to_pixels
 
 BATCH = 48
@@ -79,7 +85,9 @@ def cached_latents(count: int, *, condition: bool, work: Path) -> torch.Tensor:
         for start in range(0, count, CLIPS_AT_ONCE):
             indices = range(start, min(count, start + CLIPS_AT_ONCE))
             pixels = to_pixels(
-                np.stack([render_clip(CAPTIONS[i % len(CAPTIONS)], FIRST_SEED + i) for i in indices])
+                np.stack(
+                    [render_clip(CAPTIONS[i % len(CAPTIONS)], FIRST_SEED + i) for i in indices]
+                )
             )
             if condition:
                 pixels[:, :, 1:] = 0  # the first frame, then grey
@@ -106,7 +114,9 @@ _INDEX = {caption: index for index, caption in enumerate(CAPTIONS)}
 def noisy_captions(captions: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Captions [N] in which each attribute is drawn at random with probability CAPTION_NOISE."""
     told = _TOLD[captions].copy()
-    told[:, 3] = np.where(told[:, 2] == ATTRIBUTES[2].index(STILL), rng.integers(2, size=len(told)), told[:, 3])
+    told[:, 3] = np.where(
+        told[:, 2] == ATTRIBUTES[2].index(STILL), rng.integers(2, size=len(told)), told[:, 3]
+    )
     for column, names in enumerate(ATTRIBUTES):
         lies = rng.random(len(told)) < CAPTION_NOISE
         told[lies, column] = rng.integers(len(names), size=lies.sum())

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,16 @@ from train.saving.provenance import Provenance
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from learning import EXPERIMENTS, Arm, Bench, markdown, quick  # noqa: E402
+from learning import (
+    CALIBRATED,
+    DECAY,
+    EXPERIMENTS,
+    METRICS,
+    Arm,
+    Bench,
+    markdown,
+    quick,
+)
 from toy_students import (  # noqa: E402
     NOISE_SEED,
     Sampler,
@@ -162,15 +172,36 @@ def test_what_decides_a_result_is_in_its_files_name(tmp_path: Path) -> None:
     assert len(draws) == 7
 
 
-def test_students_are_compared_with_row_c_seed_by_seed() -> None:
-    table = {
-        "c  teacher, 4 steps": {"accuracy": [0.1, 0.5], "distance": [0.3, 0.4]},
-        "d  student": {"accuracy": [0.3, 0.9], "distance": [0.2, 0.3]},
-    }
-    row = markdown(table).splitlines()[-1]
-    assert "0.600 ± 0.300" in row  # the spread of the rows
-    assert "+0.300 (+3.0 SE)" in row  # 0.2 and 0.4: the spread of the differences
-    assert row.count("SE") == 1  # a difference without spread has no standard errors to count
+def test_a_decaying_run_is_one_for_each_length(tmp_path: Path) -> None:
+    """A schedule that ends with the run makes every length a run of its own; others share one."""
+    bench = object.__new__(Bench)
+    bench.experiment, bench.work = EXPERIMENTS["recipes"], tmp_path
+    bench.shards, bench.weights = tmp_path / "shards", "toy-1"
+    constant, decaying = Arm(expert="low"), Arm(expert="low", flags=DECAY)
+    assert bench.training(constant, 0, 10) == bench.training(constant, 0, 160)
+    short, long = (bench.training(decaying, 0, updates) for updates in (10, 160))
+    assert short.folder != long.folder
+    assert short.command[short.command.index("--max-train-steps") + 1] == "10"
+
+
+def test_what_an_arm_asks_for_is_made_before_it(tmp_path: Path) -> None:
+    bench = object.__new__(Bench)
+    bench.experiment, bench.work = EXPERIMENTS["recipes"], tmp_path
+    bench.shards, bench.weights = tmp_path / "shards", "toy-1"
+    made = [command[1] for _, command in bench.preparations()]
+    assert made == ["synthesize", "calibrate", "calibrate"]
+    arm = Arm(expert="high", flags=CALIBRATED)
+    assert str(bench.guidance_file) in bench.training(arm, 0).command
+    students = {"DMD": EXPERIMENTS["recipes"].students["DMD"]}
+    bench.experiment = replace(bench.experiment, students=students)
+    assert bench.preparations() == []
+
+
+def test_the_table_shows_means_with_their_errors() -> None:
+    row = {metric: [0.1, 0.5] for metric in METRICS}
+    cells = markdown({"d  student": row, "a  one seed": {m: [0.25] for m in METRICS}}).splitlines()
+    assert "0.300 ± 0.200" in cells[2] and cells[2].count("±") == len(METRICS)
+    assert "0.250" in cells[3] and "±" not in cells[3]
 
 
 @pytest.mark.long
