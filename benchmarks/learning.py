@@ -79,8 +79,8 @@ MANY_SHIFT = 5.0  # of the teacher at many steps, where the shift matters little
 class Arm:
     """One way to train one expert: `wantrain distill` with these flags beside RECIPE.
 
-    In flags, "{teacher}" stands for shards of the teacher's own clips with their states, "{guidance}"
-    for the guidance that was calibrated on them; both are made when an arm asks for them.
+    In flags, "{teacher}" stands for shards of the teacher's own clips with their states,
+    "{guidance}" for the guidance that was calibrated on them; made when an arm asks for them.
     """
 
     expert: str

@@ -1,8 +1,8 @@
 """The harder world: captions with a speed, objects of any size and place, a textured background.
 
-What the plain world (`render_clips.py`) cannot show: slow motion (captions name a speed), clips that
-look alike (size, place and the background's stripes and dots are free), and blur (stripes and dots
-are decided at the last step of four, where a student that averages paints grey).
+What the plain world (`render_clips.py`) cannot show: slow motion (captions name a speed), clips
+that look alike (size, place and the background's stripes and dots are free), and blur (stripes and
+dots are decided at the last step of four, where a student that averages paints grey).
 
 One hundred and eight captions, "a {colour} {shape} {motion} {speed}".
 """

@@ -1,9 +1,9 @@
 """Train the toys of the harder world: t2v, then i2v; each a base, then both experts from it.
 
-Flow matching on cached latents of `speed_world.py`. An expert goes on from the base on its own noise
-levels only, and forgets the others, as real ones do. Captions lie: each word about the clip is, with
-probability CAPTION_NOISE, drawn at random, as captions of the web are. So the model is unsure without
-guidance (about a quarter of its clips are right) and needs a CFG scale of 4 or so.
+Flow matching on cached latents of `speed_world.py`. An expert goes on from the base on its own
+noise levels only, and forgets the others, as real ones do. Captions lie: each word about the clip
+is, with probability CAPTION_NOISE, drawn at random, as captions of the web are. So the model is
+unsure without guidance and needs a CFG scale of 4 or so.
 
     python scripts/train_experts.py t2v base --steps 6000
     python scripts/train_experts.py t2v high --steps 1500      # and low
@@ -77,7 +77,7 @@ def expert_transformer(mode: str) -> WanTransformer3DModel:
 
 @torch.no_grad()
 def cached_latents(count: int, *, condition: bool, work: Path) -> torch.Tensor:
-    """Latents of renders (or i2v conditions), bf16 [count, 16, 5, 8, 8]; clip i: caption i % 108."""
+    """Latents of renders (or i2v conditions), bf16 [count, 16, 5, 8, 8]; captions in turn."""
     file = work / f"speed-{'condition' if condition else 'latents'}-{count}.safetensors"
     if not file.exists():
         vae = AutoencoderKLWan.from_pretrained(TOY / "common" / "vae")

@@ -21,7 +21,7 @@ from train.saving.provenance import Provenance
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from learning import (
+from learning import (  # noqa: E402
     CALIBRATED,
     DECAY,
     EXPERIMENTS,
