@@ -46,7 +46,7 @@ def write(folder: Path, samples: int) -> None:
     """Sidecars (their tars empty, but long), rows as they come from tars, index and manifest."""
     import numpy as np
 
-    from preprocess.cache.index import entries_of, write_index
+    from shared.cache.index import entries_of, write_index
     from shared.format.buckets import Bucket
     from shared.format.cache import Sidecar
     from shared.io.store import Store
@@ -143,8 +143,8 @@ def _check_shares(plan: "BatchPlan", bucket_ids: "npt.NDArray[np.int32]") -> Non
 
 def again(folder: Path) -> None:
     """As `wanprep encode` does when there is nothing to do, without looking into the media."""
-    from preprocess.cache.index import settled_index
     from preprocess.encode.work import committed_of
+    from shared.cache.index import settled_index
     from shared.io.store import Store
 
     with timed("sidecars, index, columns"):
@@ -159,7 +159,7 @@ def again(folder: Path) -> None:
 def write_tars(folder: Path, samples: int) -> None:
     import torch
 
-    from preprocess.cache.writer import ShardWriter
+    from shared.cache.writer import ShardWriter
     from shared.format.schema import Sample, SampleInfo, sample_key
     from shared.io.store import Store
 

@@ -11,7 +11,6 @@ from typing import Any, BinaryIO
 
 import torch
 
-from preprocess.cache.shard_rows import Row
 from preprocess.verify.sample_check import (
     Expected,
     Problem,
@@ -19,6 +18,7 @@ from preprocess.verify.sample_check import (
     check_info,
     check_tensors,
 )
+from shared.cache.shard_rows import Row
 from shared.errors import UserError
 from shared.format.cache import MEDIA_TYPES, Sidecar
 from shared.format.columns import caption_digest

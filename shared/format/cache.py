@@ -1,7 +1,7 @@
 """Reading a cache: sidecars, `manifest.json`, `index.zarr`, members by byte range.
 
 Tars and sidecars are the truth. Manifest and index are derived from them by `wanprep index`
-(`preprocess/cache/index.py`); the layouts that both sides must agree on are the constants here.
+(`shared/cache/index.py`); the layouts that both sides must agree on are the constants here.
 """
 
 import hashlib

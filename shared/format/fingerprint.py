@@ -58,7 +58,7 @@ def state_timesteps(fingerprint: Fingerprint) -> tuple[float, ...]:
     states = fingerprint.get("synthesis", {}).get("states")
     if states is None:
         return ()
-    timesteps = states.get("timesteps") if isinstance(states, dict) else None
+    timesteps: Any = states.get("timesteps") if isinstance(states, dict) else None
     if not is_list(timesteps, lambda t: type(t) in (int, float) and 0 < t <= 1000):
         raise ValueError(f"synthesis.states is {states!r:.80}")
     return tuple(map(float, timesteps))

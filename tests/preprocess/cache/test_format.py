@@ -15,8 +15,8 @@ import torch
 import webdataset
 import zarr
 
-from preprocess.cache.index import build_index
-from preprocess.cache.writer import ShardWriter
+from shared.cache.index import build_index
+from shared.cache.writer import ShardWriter
 from shared.format.cache import COLUMNS, Sidecar, committed_shards, open_cache
 from shared.format.columns import OPTIONAL, caption_digest
 from shared.format.prompts import Prompt

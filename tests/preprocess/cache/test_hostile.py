@@ -20,8 +20,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from preprocess.cache.index import build_index
-from preprocess.cache.shard_rows import pack_rows, scan_shard, stored_rows
+from shared.cache.index import build_index
+from shared.cache.shard_rows import pack_rows, scan_shard, stored_rows
 from shared.errors import UserError
 from shared.format.cache import MANIFEST, Sidecar, open_cache
 from shared.format.columns import COLUMNS, OPTIONAL

@@ -10,10 +10,10 @@ import zarr
 from rich.console import Console
 
 from preprocess.cache.compact import compact
-from preprocess.cache.index import build_index
-from preprocess.cache.shard_rows import pack_rows, scan_shard, stored_rows
-from preprocess.cache.writer import ShardWriter
 from preprocess.verify.cache_check import verify
+from shared.cache.index import build_index
+from shared.cache.shard_rows import pack_rows, scan_shard, stored_rows
+from shared.cache.writer import ShardWriter
 from shared.errors import UserError
 from shared.format.cache import MemberReader, committed_shards, open_cache
 from shared.format.fingerprint import differences, state_timesteps

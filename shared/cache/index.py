@@ -16,8 +16,8 @@ import zarr
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
-from preprocess.cache.shard_rows import columns_of, scan_shard, stored_rows
-from preprocess.cache.writer import index_lock
+from shared.cache.shard_rows import columns_of, scan_shard, stored_rows
+from shared.cache.writer import index_lock
 from shared.errors import UserError
 from shared.format.buckets import Bucket
 from shared.format.cache import (
