@@ -46,10 +46,9 @@ def write(folder: Path, samples: int) -> None:
     """Sidecars (their tars empty, but long), rows as they come from tars, index and manifest."""
     import numpy as np
 
-    from preprocess.cache.index import entries_of, write_index
+    from shared.cache.index import entries_of, write_index
     from shared.format.buckets import Bucket
     from shared.format.cache import Sidecar
-    from shared.format.schema import MEMBERS
     from shared.io.store import Store
 
     buckets = [Bucket(480, 832, 81), Bucket(832, 480, 81), Bucket(640, 640, 1)]
@@ -83,8 +82,9 @@ def write(folder: Path, samples: int) -> None:
         "type": np.zeros(samples, np.uint8),
         "tokens": random.integers(1, 513, samples, np.int32),
         "repeats": np.ones(samples, np.int32),
-        "offset": place[:, None] + np.arange(len(MEMBERS)) * 1000,
-        "length": np.full((samples, len(MEMBERS)), 900, np.int64),
+        "offset": place[:, None] + np.arange(4) * 1000,
+        "length": np.full((samples, 4), 900, np.int64),
+        "states": np.zeros((samples, 2), np.int64),
     }
     with timed("sort, write index.zarr and manifest"):
         write_index(
@@ -143,8 +143,8 @@ def _check_shares(plan: "BatchPlan", bucket_ids: "npt.NDArray[np.int32]") -> Non
 
 def again(folder: Path) -> None:
     """As `wanprep encode` does when there is nothing to do, without looking into the media."""
-    from preprocess.cache.index import settled_index
     from preprocess.encode.work import committed_of
+    from shared.cache.index import settled_index
     from shared.io.store import Store
 
     with timed("sidecars, index, columns"):
@@ -159,7 +159,7 @@ def again(folder: Path) -> None:
 def write_tars(folder: Path, samples: int) -> None:
     import torch
 
-    from preprocess.cache.writer import ShardWriter
+    from shared.cache.writer import ShardWriter
     from shared.format.schema import Sample, SampleInfo, sample_key
     from shared.io.store import Store
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from preprocess.cache.index import build_index
-from preprocess.cache.writer import ShardWriter
+from shared.cache.index import build_index
+from shared.cache.writer import ShardWriter
 from shared.format.buckets import Bucket
 from shared.format.fingerprint import cache_mode, model_fields
 from shared.format.prompts import Prompt

@@ -164,7 +164,7 @@ def repeat_shard(one: Path, many: Path, times: int) -> None:
     """The index and sidecars of a cache of `times` as many samples; its tars are links to one."""
     import numpy as np
 
-    from preprocess.cache.index import entries_of, write_index
+    from shared.cache.index import entries_of, write_index
     from shared.format.cache import Sidecar, open_cache
     from shared.io.store import Store
 

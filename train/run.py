@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
@@ -37,6 +37,7 @@ from train.data.dataset import Dataset, dataset_of
 from train.data.encoding_check import refuse_other_encoding
 from train.data.filters import condition
 from train.data.tail_log import TAIL_LOG
+from train.data.weighted_folder import WeightedFolder
 from train.distributed.placement import Placement, place
 from train.distributed.process_group import Ranks
 from train.memory.estimate import Estimate, Settings, estimate_of, tokens_of
@@ -50,7 +51,7 @@ from train.model.lora_adapter import LoraSpec
 from train.model.lora_init import check_init
 from train.model.lora_source import ScaledLora
 from train.optim.lr_schedule import DECAYING
-from train.options import names
+from train.options import TrainMode, names
 from train.saving.checkpoint import Identity
 from train.saving.provenance import Provenance
 from train.tracking.trackers import chosen
@@ -177,7 +178,24 @@ def place_run(config: _Config) -> tuple[_Config, Placement]:
     return config, placement
 
 
-def open_data(config: TrainConfig, given_elsewhere: Given) -> tuple[ModelSpec, Dataset]:
+class DataOptions(Protocol):
+    """Which samples of which caches, for which model: as the options of that name say."""
+
+    @property
+    def shards(self) -> Sequence[WeightedFolder]: ...
+    @property
+    def shard_cache_gb(self) -> float: ...
+    @property
+    def where(self) -> Sequence[str] | None: ...
+    @property
+    def captions(self) -> str | None: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def train_mode(self) -> TrainMode | None: ...
+
+
+def open_data(config: DataOptions, given_elsewhere: Given) -> tuple[ModelSpec, Dataset]:
     """The model's facts and the samples, from configs and index only (and from the samples'
     KEY.json, where `--where` asks for what stands there).
 
@@ -205,7 +223,7 @@ def open_data(config: TrainConfig, given_elsewhere: Given) -> tuple[ModelSpec, D
         return spec, dataset_of(caches, where)
 
 
-def _open(store: Store, config: TrainConfig, spec: ModelSpec, fields: Fingerprint) -> CacheIndex:
+def _open(store: Store, config: DataOptions, spec: ModelSpec, fields: Fingerprint) -> CacheIndex:
     """One of the caches, with the captions and conditions that the run takes."""
     index = open_cache(store)
     if not len(index):
@@ -239,7 +257,7 @@ def _refuse_other_numbers(caches: Sequence[CacheIndex]) -> None:
                 )
 
 
-def _refuse_other_mode(config: TrainConfig, spec: ModelSpec) -> None:
+def _refuse_other_mode(config: DataOptions, spec: ModelSpec) -> None:
     """--train-mode must be the model's; a ti2v model may also train only for text to video."""
     own = {"t2v": ("normal",), "i2v": ("i2v",), "ti2v": ("ti2v", "normal")}[spec.mode]
     if config.train_mode not in (None, *own):
@@ -296,7 +314,7 @@ def plan_run(
     )
 
 
-def _refuse_other_model(config: TrainConfig, index: CacheIndex, expected: Fingerprint) -> None:
+def _refuse_other_model(config: DataOptions, index: CacheIndex, expected: Fingerprint) -> None:
     refuse_differences(
         index.fingerprint,
         expected,
@@ -305,7 +323,7 @@ def _refuse_other_model(config: TrainConfig, index: CacheIndex, expected: Finger
     )
 
 
-def _cure(config: TrainConfig, index: CacheIndex, expected: Fingerprint) -> str:
+def _cure(config: DataOptions, index: CacheIndex, expected: Fingerprint) -> str:
     """What to do about shards of another model."""
     model = f"--pretrained-model-name-or-path {quoted(config.model)}"
     cure = (

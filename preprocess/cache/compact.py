@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from preprocess.cache.index import check_shards, fresh_index, settled_index
 from preprocess.cache.remove import require_shards
-from preprocess.cache.writer import (
+from shared.cache.index import check_shards, fresh_index, settled_index
+from shared.cache.writer import (
     ShardWriter,
     output_lock,
     reader_lock,

@@ -10,8 +10,8 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from preprocess.cache.index import fresh_index
-from preprocess.cache.writer import ShardWriter, output_lock, refusals_explained
+from shared.cache.index import fresh_index
+from shared.cache.writer import ShardWriter, output_lock, refusals_explained
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, MemberReader, committed_shards
 from shared.format.schema import JSON_MEMBER, MEDIA_TYPES, MEMBERS, MOST_INFO_BYTES, unpack_info

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from shared.cache.session import CacheSession
 from shared.format.fingerprint import Fingerprint
 from shared.format.schema import TEXT_MEMBER, pack, unpack
 from shared.io.durable import remove_tree, rename, write_bytes
@@ -25,6 +26,11 @@ class TextCache:
         self._output = output
         self._mine = f"-w{writer:03d}"
         self._folder = output / f"{PREFIX}{digest_of(fingerprint['text'])[:12]}{self._mine}"
+
+    @classmethod
+    def of(cls, session: CacheSession) -> "TextCache":
+        """Where the embeddings of a session's run wait for their samples."""
+        return cls(session.store.folder, session.fingerprint, session.rank.number)
 
     def __contains__(self, caption: str) -> bool:
         """Whether a whole file is there; its header says how long it must be."""

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from preprocess.cache.ranks import this_rank
+from shared.cache.ranks import this_rank
 from shared.cli.support import echo
 from shared.io.mirror import open_store
 from shared.io.names import on_one_line, quoted
@@ -36,10 +36,10 @@ def index(
         # the shards of the bundled toy model
         wanprep index --shards toy-shards
     """
-    from preprocess.cache.index import build_index, check_shards
     from preprocess.cache.remove import require_shards
-    from preprocess.cache.report import contents
-    from preprocess.cache.writer import output_lock, refusals_explained
+    from shared.cache.index import build_index, check_shards
+    from shared.cache.report import contents
+    from shared.cache.writer import output_lock, refusals_explained
     from shared.format.overlays import overlays_in
 
     with open_store(shards, writer=this_rank().number).pulled() as root:
@@ -110,7 +110,7 @@ def compact(
         wanprep compact --shards toy-shards
     """
     from preprocess.cache.compact import compact_with_overlays
-    from preprocess.cache.report import contents
+    from shared.cache.report import contents
     from shared.cli.console import count
 
     with open_store(shards, writer=this_rank().number).pulled() as store:

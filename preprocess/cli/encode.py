@@ -13,7 +13,7 @@ from shared.io.mirror import open_store
 from shared.io.names import quoted
 
 if TYPE_CHECKING:
-    from preprocess.encode.session import Outcome
+    from shared.cache.session import Outcome
 
 
 def leave_if_interrupted(outcome: "Outcome", noun: str) -> None:
@@ -45,9 +45,9 @@ def encode(config: EncodeConfig, _: typer.Context) -> None:
     """
     from rich.console import Console
 
-    from preprocess.cache.report import contents, preview
-    from preprocess.dataset.rejected import rejections
     from preprocess.encode import run as encode_run
+    from shared.cache.rejected import rejections
+    from shared.cache.report import contents, preview
     from shared.cli.console import count
 
     config = for_this_machine(config)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from preprocess.cache.ranks import this_rank
+from shared.cache.ranks import this_rank
 from shared.cli.support import echo, echo_data
 from shared.device import chosen_device
 from shared.errors import UserError

@@ -57,8 +57,8 @@ def add_condition(config: ConditionConfig, _: typer.Context) -> None:
     """
     from rich.console import Console
 
-    from preprocess.dataset.rejected import rejections
     from preprocess.overlays import conditions
+    from shared.cache.rejected import rejections
     from shared.cli.console import count
 
     with open_store(config.shards, writer=config.rank.number).pulled() as store:

@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from preprocess.cache.background_writer import BackgroundWriter
 from preprocess.cache.text_cache import TextCache
-from preprocess.cache.writer import ShardWriter, free_writer_lock
 from preprocess.cluster.fleet import Joined
 from preprocess.encode.config import EncodeConfig
 from preprocess.encode.engine import COMPONENTS, latent_encoder, pictures_encoded, text_encoder
@@ -29,6 +27,8 @@ from preprocess.encode.work import Work
 from preprocess.frames.media_info import MediaError
 from preprocess.media.sources import MediaFile
 from preprocess.media.worker_pool import WorkerPool
+from shared.cache.background_writer import BackgroundWriter
+from shared.cache.writer import ShardWriter, free_writer_lock
 from shared.device import take_device
 from shared.errors import UserError
 from shared.format.fingerprint import Fingerprint, as_in_cache, refuse_differences

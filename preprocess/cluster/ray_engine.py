@@ -14,18 +14,18 @@ from typing import Any, TypeVar
 import ray
 
 from preprocess.cache.text_cache import TextCache
-from preprocess.cache.writer import MOST_WRITERS, remove_abandoned
 from preprocess.cluster.actors import RUN_MARK, MediaActor, Orders, TextActor, encode_pictures_there
 from preprocess.cluster.fleet import Fleet
 from preprocess.cluster.ray_cluster import Cluster
 from preprocess.encode.config import EncodeConfig
 from preprocess.encode.engine import Write
 from preprocess.encode.passes import latents_from_cache
-from preprocess.encode.session import index_there
 from preprocess.encode.validation_prompts import Conditions, Picture
 from preprocess.encode.work import Work, committed_of, missing_of
 from preprocess.frames.media_info import MediaError
 from preprocess.media.sources import MediaFile
+from shared.cache.session import index_there
+from shared.cache.writer import MOST_WRITERS, remove_abandoned
 from shared.errors import UserError
 from shared.format.fingerprint import Fingerprint
 from shared.interrupt import Interruption

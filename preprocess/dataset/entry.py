@@ -16,6 +16,7 @@ from preprocess.frames.media_info import ANIMATIONS, Kind, MediaKind
 from preprocess.media.remote import DataDir, RemoteFile, here
 from preprocess.media.sources import MediaFile, TarMember
 from preprocess.media.tars import member_name
+from shared.cache.rejected import Rejected
 from shared.io.names import as_text
 
 EXTENSIONS: dict[str, MediaKind] = {
@@ -50,14 +51,6 @@ class Entry:
     """Most frames that such a video would have."""
     tags: tuple[str, ...] = ()
     """Words for `wantrain --where tag=…`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rejected:
-    """Something of the dataset that cannot be used."""
-
-    source: str
-    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 
 import typer
 
-from preprocess.cache.ranks import Rank, WithRank
 from preprocess.dataset.sizes import LARGEST_SIZE, SMALLEST_SIZE, Clips
+from shared.cache.ranks import Rank, WithRank
 from shared.cli.checks import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, check_options
 from shared.device import default_device
 from shared.errors import UserError

@@ -12,9 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from preprocess.cache.index import live_columns
 from preprocess.cache.text_cache import TextCache
-from preprocess.dataset.entry import Rejected
 from preprocess.encode import report
 from preprocess.encode.config import EncodeConfig
 from preprocess.encode.engine import LocalEngine
@@ -23,6 +21,8 @@ from preprocess.encode.run import Job, plan_job, read_job
 from preprocess.encode.speed import CAPTION, MEGAPIXEL, Times, foretold_seconds, remember_speed
 from preprocess.encode.work import Captions, Work, committed_samples, missing_of, split
 from preprocess.media.worker_pool import WorkerPool
+from shared.cache.index import live_columns
+from shared.cache.rejected import Rejected
 from shared.errors import UserError
 from shared.format.buckets import Bucket
 from shared.format.cache import committed_shards

@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from preprocess.cache.index import check_shards
 from preprocess.cache.text_cache import TextCache
 from preprocess.encode.speed import Times
 from preprocess.encode.work import Captions, Work, missing_of
 from preprocess.frames.media_info import MediaError
 from preprocess.media.decode import fitted_frames
 from preprocess.media.worker_pool import WorkerPool
+from shared.cache.index import check_shards
 from shared.format.cache import CacheIndex, MemberReader
 from shared.format.columns import caption_digest
 from shared.format.schema import CONDITION_MEMBER, LATENTS_MEMBER, TEXT_MEMBER, Sample

@@ -15,27 +15,18 @@ from itertools import chain
 import torch
 from rich.console import Console
 
-from preprocess.cache.background_writer import BackgroundWriter
 from preprocess.cache.remove import unlisted
+from preprocess.cache.text_cache import TextCache
 from preprocess.dataset.clips import ClipRule
-from preprocess.dataset.entry import Dataset, Rejected
+from preprocess.dataset.entry import Dataset
 from preprocess.dataset.left_out import account
 from preprocess.dataset.old_samples import superseded
-from preprocess.dataset.rejected import rejections, write_rejected
 from preprocess.dataset.toml_config import read_dataset
 from preprocess.encode import report
 from preprocess.encode.config import EncodeConfig, in_train_mode
 from preprocess.encode.engine import COMPONENTS, Elsewhere, Engine, LocalEngine
 from preprocess.encode.fingerprint import DIGESTING, encode_fingerprint, settings_for_cache
 from preprocess.encode.passes import Encoded, latents_from_cache, samples_of, texts_from_cache
-from preprocess.encode.session import (
-    KEPT,
-    CacheSession,
-    Outcome,
-    cache_session,
-    index_there,
-    stoppable,
-)
 from preprocess.encode.speed import Times, remember_speed
 from preprocess.encode.validation_prompts import (
     MissingPrompts,
@@ -48,6 +39,16 @@ from preprocess.encode.validation_prompts import (
 from preprocess.encode.work import Captions, Work, committed_of, missing_of, plan_work, split
 from preprocess.frames.media_info import MediaError
 from preprocess.media.worker_pool import WorkerPool
+from shared.cache.background_writer import BackgroundWriter
+from shared.cache.rejected import Rejected, rejections, write_rejected
+from shared.cache.session import (
+    KEPT,
+    CacheSession,
+    Outcome,
+    cache_session,
+    index_there,
+    stoppable,
+)
 from shared.cli.console import bar, count
 from shared.cli.support import say
 from shared.device import take_device
@@ -128,7 +129,7 @@ def encode(
                         say(console, line)
                     _take_out(run, outdated)
                     session.settle()
-                    session.texts.delete()
+                    TextCache.of(session).delete()
                     remember_speed(config, session.fingerprint, outcome.times)
     return outcome
 
@@ -372,8 +373,8 @@ class _Run:
 
 
 def _text_pass(run: _Run, todo: Sequence[Work], captions: Sequence[str]) -> None:
-    """Captions and prompts → embeddings, in the session's `texts`; prompts → shards."""
-    plan, texts, shards = run.plan, run.session.texts, run.writer.shards
+    """Captions and prompts → embeddings, in the session's `TextCache`; prompts → shards."""
+    plan, texts, shards = run.plan, TextCache.of(run.session), run.writer.shards
 
     # What the cache has already is not encoded again.
     for text, embedding in plan.validation.texts.items():
@@ -397,11 +398,11 @@ def _text_pass(run: _Run, todo: Sequence[Work], captions: Sequence[str]) -> None
 
 def _media_pass(run: _Run, todo: Sequence[Work]) -> None:
     """Clips → samples in shards. One that only has a new caption takes the old shard's latents."""
-    committed, outcome = run.plan.committed, run.outcome
+    committed, outcome, texts = run.plan.committed, run.outcome, TextCache.of(run.session)
 
     def write(work: Work, encoded: Encoded) -> None:
         wanted = missing_of(work, committed)
-        for sample, frames in samples_of(work, wanted, encoded, run.session.texts):
+        for sample, frames in samples_of(work, wanted, encoded, texts):
             with run.session.signals.deferred():
                 run.writer.add(sample, frames)
 

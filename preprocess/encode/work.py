@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from preprocess.dataset.clips import Clip, ClipRule
-from preprocess.dataset.entry import Entry, Rejected
+from preprocess.dataset.entry import Entry
 from preprocess.frames.media_info import Kind, MediaError, Probe, Shortcut
 from preprocess.media.probing import Probed, probed
 from preprocess.media.sources import MediaFile
 from preprocess.media.worker_pool import WorkerPool
+from shared.cache.rejected import Rejected
 from shared.format.cache import CacheIndex
 from shared.format.columns import caption_digest, hex_keys
 from shared.format.schema import MediaType, SampleInfo, sample_key

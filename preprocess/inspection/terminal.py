@@ -7,8 +7,8 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from preprocess.cache import report
 from preprocess.inspection.overview import SHORT_TOKENS, Histogram, Overview, histogram
+from shared.cache import report
 from shared.cli.console import count
 from shared.cli.support import say
 from shared.io.names import on_one_line

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-from preprocess.cache.index import settled_index
-from preprocess.cache.ranks import Rank
 from preprocess.cache.remove import require_shards
-from preprocess.cache.writer import reader_lock
 from preprocess.encode.fingerprint import refuse_other_settings
-from preprocess.encode.session import CacheSession, Outcome, cache_session
+from shared.cache.index import settled_index
+from shared.cache.ranks import Rank
+from shared.cache.session import CacheSession, Outcome, cache_session
+from shared.cache.writer import reader_lock
 from shared.format.cache import CacheIndex, Sidecar
 from shared.format.fingerprint import Fingerprint
 from shared.interrupt import Interruption

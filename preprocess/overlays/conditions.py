@@ -20,7 +20,6 @@ from preprocess.encode.config import device_here
 from preprocess.encode.engine import latent_encoder
 from preprocess.encode.fingerprint import fields_in_cache, refuse_absent, refuse_other_vae
 from preprocess.encode.passes import Frames, all_finite, encode_decoded
-from preprocess.encode.session import Outcome, stoppable
 from preprocess.encode.speed import Times
 from preprocess.frames.media_info import MediaError, MediaKind
 from preprocess.media.decode import digest
@@ -30,6 +29,7 @@ from preprocess.media.tars import base_folder, media_named
 from preprocess.media.worker_pool import WorkerPool, default_workers
 from preprocess.overlays.base import SHARD_BYTES, base_cache, overlay_session
 from preprocess.overlays.config import ConditionConfig
+from shared.cache.session import Outcome, stoppable
 from shared.cli.console import bar
 from shared.cli.support import say
 from shared.device import take_device

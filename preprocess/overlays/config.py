@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from preprocess.cache.ranks import WithRank
 from preprocess.encode.config import ENCODERS, INPUT, StoredDtype
+from shared.cache.ranks import WithRank
 from shared.cli.checks import AT_LEAST_1, POSITIVE, check_options
 from shared.models.spec import DEFAULT_MODEL
 

@@ -11,20 +11,21 @@ import torch
 from rich.console import Console
 
 from preprocess.cache.remove import is_unusable, sources
-from preprocess.dataset.entry import Dataset, Rejected
+from preprocess.cache.text_cache import TextCache
+from preprocess.dataset.entry import Dataset
 from preprocess.dataset.left_out import account
-from preprocess.dataset.rejected import reasons
 from preprocess.dataset.toml_config import read_dataset
 from preprocess.encode.config import device_here
 from preprocess.encode.engine import text_encoder
 from preprocess.encode.fingerprint import fields_in_cache, refuse_absent, text_group
 from preprocess.encode.passes import text_pass
-from preprocess.encode.session import Outcome, stoppable
 from preprocess.encode.speed import Times
 from preprocess.encode.validation_prompts import last_of_roles, missing_roles
 from preprocess.encode.work import committed_of
 from preprocess.overlays.base import SHARD_BYTES, base_cache, overlay_session
 from preprocess.overlays.config import RecaptionConfig
+from shared.cache.rejected import Rejected, reasons
+from shared.cache.session import Outcome, stoppable
 from shared.cli.console import bar, count, named
 from shared.cli.support import say
 from shared.device import take_device
@@ -94,7 +95,7 @@ def recaption(config: RecaptionConfig, store: Store, console: Console) -> Recapt
             _print_plan(console, len(mine), len(todo), len(gone), config.prune)
 
             # Text pass.
-            texts, writer = session.texts, session.writer(SHARD_BYTES)
+            texts, writer = TextCache.of(session), session.writer(SHARD_BYTES)
             text = fingerprint["text"]
             encoder = partial(text_encoder, spec, text["compute"], config.device)
             stored = DTYPES[text["dtype"]]

@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
-from preprocess.cache.index import Entries, manifest_of
 from preprocess.cache.remove import require_shards
-from preprocess.cache.shard_rows import Row
-from preprocess.cache.writer import LOCK
 from preprocess.verify.findings import OF_MEMBERS, OF_SHARDS, Finding, Severity
 from preprocess.verify.sample_check import Expected, Problem
 from preprocess.verify.shard_check import ShardReport, check_shard
+from shared.cache.index import Entries, manifest_of
+from shared.cache.shard_rows import Row
+from shared.cache.writer import LOCK
 from shared.cli.console import bar, count
 from shared.errors import UserError, first_line
 from shared.format.buckets import Bucket

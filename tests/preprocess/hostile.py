@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from preprocess.cache.index import build_index
-from preprocess.cache.writer import ShardWriter
+from shared.cache.index import build_index
+from shared.cache.writer import ShardWriter
 from shared.format.cache import MemberReader, Sidecar, open_cache
 from shared.format.columns import column_digest
 from shared.format.overlays import captions_of, overlays_in, with_captions

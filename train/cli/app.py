@@ -12,10 +12,12 @@ from train.cli.lora import lora
 from train.cli.merge import merge
 from train.cli.plan import plan
 from train.cli.sample import sample
+from train.cli.synthesize import synthesize
 from train.config import BenchConfig, DistillConfig, FinetuneConfig, PlanConfig
 from train.evaluation.config import EvaluateConfig
 from train.sampling.config import DecodeConfig, SampleConfig
 from train.saving.config import MergeConfig
+from train.synthesis.config import SynthesizeConfig
 
 PROGRAM_EXAMPLES = """
 # a LoRA of Wan2.2-I2V-A14B's low-noise expert, then a clip with it
@@ -35,6 +37,7 @@ app = new_app(
 add_config_command(app, DistillConfig, distill, cls=VideoXFunCommand)
 add_config_command(app, FinetuneConfig, lora, cls=VideoXFunCommand)
 add_config_command(app, SampleConfig, sample)
+add_config_command(app, SynthesizeConfig, synthesize)
 add_config_command(app, DecodeConfig, decode)
 add_config_command(app, EvaluateConfig, evaluate)
 add_command(app, export)

@@ -244,11 +244,22 @@ class MicroBatches:
         `number` is its place among others of update 0. Of ti2v a video keeps its first frame.
         """
         frames = self._latent_shape(row)[1]
-        batch = self._read_batch(
-            0, (number,), [row], captioned=[True], conditioned=[frames > 1], frames=frames
-        )
+        batch = self.whole_samples([row], (number,), conditioned=[frames > 1])
         reader, at = self._reader(row)
         return batch, str(reader.info(at)["caption"])
+
+    def whole_samples(
+        self, rows: list[int], numbers: tuple[int, ...], *, conditioned: list[bool]
+    ) -> StoredBatch:
+        """Samples of one bucket as they were encoded, with their captions: nothing is drawn.
+
+        `numbers`: their places among others of update 0. `conditioned`: of ti2v, whose first frame
+        is kept.
+        """
+        frames = self._latent_shape(rows[0])[1]
+        return self._read_batch(
+            0, numbers, rows, captioned=[True] * len(rows), conditioned=conditioned, frames=frames
+        )
 
     def _read_batch(
         self,

@@ -45,6 +45,7 @@ class Settings:
     target_name: tuple[str, ...]
     lora_skip_name: tuple[str, ...] = ()
     roles: int
+    """That are trained; 0: the base only samples."""
     average: bool = False
     processes: int = 1
     memory: MemoryOptions
@@ -101,7 +102,7 @@ def estimate_of(transformer: nn.Module, mode: Mode, tokens: int, settings: Setti
         size for name, size in sizes.items() if name.startswith(f"{passes.family.blocks}.0.")
     )
     outside = sum(sizes.values()) - layers * block
-    matrices = lora_matrices(transformer, settings)
+    matrices = lora_matrices(transformer, settings) if settings.roles else []
     one_role = _FP32 * sum(matrices)
     cut = settings.processes if memory.shards_base else 1
     cut_optimizer = settings.processes if memory.shards_moments else 1
@@ -231,6 +232,10 @@ class Passes:
         memory, precision = self.settings.memory, self.settings.memory.mixed_precision
         latents = math.prod((_FP32, *facts.patch_size, facts.out_channels, self.tokens))
         beside = self.tokens * facts.attention_head_dim * _ROTARY + samples * _LATENTS * latents
+        passes = factors.forward_with_time if self.of_time else factors.forward
+        forward = int(self._most(passes[precision], 0) + beside)
+        if not self.settings.roles:  # nothing is trained: no pass has a graph
+            return 0, forward
         if memory.gradient_checkpointing:
             on_the_way = _ON_THE_WAY if memory.activation_offloading else self.layers
             kept = min(self.layers, on_the_way) * self.kept_of_block
@@ -240,5 +245,4 @@ class Passes:
             work = self._most(factors.backward[precision], time)
             work += samples * factors.kept[precision][2] * self.family.text_tokens * self.width
             return int(kept), int(work + beside + self._lora_copies())
-        passes = factors.forward_with_time if self.of_time else factors.forward
-        return int(self.layers * self.block_bytes()), int(self._most(passes[precision], 0) + beside)
+        return int(self.layers * self.block_bytes()), forward

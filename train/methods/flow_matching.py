@@ -3,7 +3,7 @@
 No optimizer, no I/O, no state. Everything random is drawn from (seed, purpose, update, sample).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -193,10 +193,14 @@ def guided_velocity(
     return guide(v, v_unconditional, scale)
 
 
+Predict = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""v̂ (B, C, T, H, W) fp32 of x_t, the timestep (as `over_frames` gives it), the level's place."""
+
+
 def walk(
     batch: Batch,
     sigmas: Sequence[float],
-    predict: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
+    predict: Predict,
     fresh_noise: Callable[[int], torch.Tensor],
     *,
     from_latents: bool,
@@ -204,24 +208,49 @@ def walk(
 ) -> torch.Tensor:
     """x̂0 at the last of falling noise levels, (B, C, T, H, W) fp32.
 
-    It begins as noise, or `from_latents` as the batch's, noised to the first level. `predict` gives
-    v̂ of (x_t, timestep, place in `sigmas`), `fresh_noise` noise (B, C, T, H, W) for a place. A step
-    leads to the next with that on x̂0 (`renoise`, LCM sampling), or along v̂ (Euler).
+    It begins as noise, or `from_latents` as the batch's, noised to the first level. `fresh_noise`
+    gives noise (B, C, T, H, W) for a place. Steps are `trajectory`'s.
     """
-    levels = [over_frames(batch, sigma, TIMESTEPS * sigma) for sigma in sigmas]
     x_t = fresh_noise(0)
     if from_latents:
-        x_t = add_noise(batch.latents, x_t, levels[0][0])
-    elif batch.noised is not None:  # a frame that is kept clean enters as it is cached
-        x_t = torch.where(batch.noised > 0, x_t, batch.latents)
-    for place, (sigma, timestep) in enumerate(levels):
+        x_t = add_noise(batch.latents, x_t, over_frames(batch, sigmas[0], TIMESTEPS * sigmas[0])[0])
+    else:
+        x_t = with_clean_frames(batch, x_t)
+    *_, x0 = trajectory(batch, sigmas, x_t, predict, fresh_noise, renoise=renoise)
+    return x0
+
+
+def with_clean_frames(batch: Batch, x_t: torch.Tensor) -> torch.Tensor:
+    """`x_t` (B, C, T, H, W) with the frames that are kept clean as they are cached."""
+    return x_t if batch.noised is None else torch.where(batch.noised > 0, x_t, batch.latents)
+
+
+def trajectory(
+    batch: Batch,
+    sigmas: Sequence[float],
+    x_t: torch.Tensor,
+    predict: Predict,
+    fresh_noise: Callable[[int], torch.Tensor],
+    *,
+    renoise: bool,
+    first: int = 0,
+) -> Iterator[torch.Tensor]:
+    """x_t (B, C, T, H, W) fp32 at each of falling noise levels from place `first` on, then x̂0.
+
+    It begins with `x_t` at `sigmas[first]`; each is given before the model sees it. A step leads to
+    the next level with that on x̂0 (`renoise`, LCM sampling), or along v̂ (Euler).
+    """
+    levels = [over_frames(batch, sigma, TIMESTEPS * sigma) for sigma in sigmas]
+    for place in range(first, len(levels)):
+        yield x_t
+        sigma, timestep = levels[place]
         v = predict(x_t, timestep, place)
         x0 = x0_from_velocity(x_t, v, sigma)
         if place + 1 == len(levels):
-            break
+            yield x0
+            return
         following, _ = levels[place + 1]
         if renoise:
             x_t = add_noise(x0, fresh_noise(place + 1), following)
         else:
             x_t = x_t + (following - sigma) * v
-    return x0

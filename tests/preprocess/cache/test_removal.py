@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from preprocess.cache.index import build_index, fresh_index
-from preprocess.cache.writer import ShardWriter
+from shared.cache.index import build_index, fresh_index
+from shared.cache.writer import ShardWriter
 from shared.format.cache import committed_shards, committed_tombstones, open_cache
 from shared.format.schema import Sample, SampleInfo, sample_key
 from shared.io.store import Store

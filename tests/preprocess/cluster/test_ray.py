@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from preprocess.cache.writer import free_writer_lock, writer_lock
+from shared.cache.writer import free_writer_lock, writer_lock
 from shared.errors import UserError
 from shared.format.cache import committed_shards
 from shared.interrupt import Interruption, catch_signals

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from preprocess.cache.ranks import Rank, this_rank
-from preprocess.cache.writer import output_lock, writer_lock
+from shared.cache.ranks import Rank, this_rank
+from shared.cache.writer import output_lock, writer_lock
 from shared.errors import UserError
 from shared.format.cache import committed_shards
 from shared.format.prompts import read_prompts
@@ -120,9 +120,9 @@ def test_leftovers_of_a_writer_that_lives_are_left_alone(
 
 def test_who_may_write_beside_whom(tmp_path: Path) -> None:
     with writer_lock(tmp_path, 0), writer_lock(tmp_path, 1):
-        with pytest.raises(UserError, match="another wanprep"), output_lock(tmp_path):
+        with pytest.raises(UserError, match="another process"), output_lock(tmp_path):
             pass
-        with pytest.raises(UserError, match="another wanprep"), writer_lock(tmp_path, 1):
+        with pytest.raises(UserError, match="another process"), writer_lock(tmp_path, 1):
             pass
     with output_lock(tmp_path):
         pass

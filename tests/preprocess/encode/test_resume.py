@@ -230,12 +230,12 @@ def test_another_model_is_refused(pictures: Path, tiny_t2v: Path, uninterrupted:
 
 
 def test_a_second_writer_is_refused(pictures: Path, tiny_i2v: Path, uninterrupted: Cache) -> None:
-    from preprocess.cache.writer import output_lock
+    from shared.cache.writer import output_lock
 
     with output_lock(uninterrupted.folder):
         ran = wanprep(*command(tiny_i2v, pictures, uninterrupted.folder))
     assert ran.code == 1
-    assert "another wanprep is writing to" in ran.err
+    assert "another process is writing to" in ran.err
 
 
 def test_a_full_disk_leaves_a_valid_cache(

@@ -11,9 +11,9 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
-from preprocess.cache.writer import ShardWriter
 from preprocess.dataset.clips import ClipRule
 from preprocess.encode.validation_prompts import read_validation_prompts
+from shared.cache.writer import ShardWriter
 from shared.errors import UserError
 from shared.format.buckets import Bucket
 from shared.format.cache import committed_shards

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from preprocess.cache.background_writer import BackgroundWriter
 from preprocess.frames.media_info import MediaError
 from preprocess.media.worker_pool import WorkerPool
+from shared.cache.background_writer import BackgroundWriter
 from tests.preprocess import slow_tasks
 from tests.preprocess.conftest import (
     REPOSITORY,
@@ -164,8 +164,8 @@ def test_a_failed_write_comes_back() -> None:
     """Of the thread that writes, to the loop."""
     program = (
         "import resource, tempfile, pathlib, torch\n"
-        "from preprocess.cache.background_writer import BackgroundWriter\n"
-        "from preprocess.cache.writer import ShardWriter\n"
+        "from shared.cache.background_writer import BackgroundWriter\n"
+        "from shared.cache.writer import ShardWriter\n"
         "from shared.io.store import Store\n"
         "from shared.format.schema import Sample, SampleInfo\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"

@@ -22,8 +22,8 @@ import torch
 import zarr
 from safetensors.torch import load, save
 
-from preprocess.cache.writer import writer_lock
 from preprocess.verify.findings import CODES
+from shared.cache.writer import writer_lock
 from shared.format.cache import Sidecar, column_digest
 from tests.models import tiny_model
 from tests.preprocess.conftest import Cache, render_clip, wanprep, wanprep_process, write_metadata

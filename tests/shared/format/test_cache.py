@@ -8,8 +8,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from preprocess.cache.index import build_index
-from preprocess.cache.writer import ShardWriter
+from shared.cache.index import build_index
+from shared.cache.writer import ShardWriter
 from shared.errors import UserError
 from shared.format.cache import MemberReader, open_cache
 from shared.format.prompts import Prompt, read_prompts

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from preprocess.cache.index import fresh_index
-from preprocess.cache.writer import ShardWriter
 from preprocess.cli.app import app as wanprep
+from shared.cache.index import fresh_index
+from shared.cache.writer import ShardWriter
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, MemberReader, open_cache
 from shared.format.overlays import with_captions

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import webdataset
 
-from preprocess.cache.shard_rows import pack_rows, scan_shard
+from shared.cache.shard_rows import pack_rows, scan_shard
 from shared.cli.support import echo
 from shared.errors import UserError
 from shared.format.buckets import Bucket
@@ -309,7 +309,7 @@ _PATIENCE = 2.0
 
 def _taken(folder: Path) -> UserError:
     return UserError(
-        f"--output: another wanprep is writing to {folder}. Wait for it to end, or give this run a "
+        f"--output: another process is writing to {folder}. Wait for it to end, or give this run a "
         "folder of its own (--output)."
     )
 

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from preprocess.cache.writer import ShardWriter
+from shared.cache.writer import ShardWriter
 from shared.format.schema import Sample
 
 # Waiting samples hold memory; this many hide an fsync of a whole shard behind a few encodings.

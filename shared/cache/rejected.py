@@ -2,14 +2,21 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from preprocess.dataset.entry import Rejected
 from shared.cli.console import MOST_NAMED
 from shared.io.durable import write_bytes
 from shared.io.names import on_one_line
 from shared.io.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejected:
+    """Something of a dataset that cannot be used."""
+
+    source: str
+    reason: str
 
 
 def _file(store: Store, rank: int) -> Path:

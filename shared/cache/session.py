@@ -1,4 +1,4 @@
-"""One writer's time at a folder of shards: what every command that encodes does alike.
+"""One writer's time at a folder of shards: what every command that fills one does alike.
 
     with stoppable(outcome) as signals:  # a signal ends the block early
         with cache_session(store, rank, signals, outcome, settings) as session:
@@ -13,15 +13,12 @@ An overlay is written to like a cache.
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TypeVar
 
-from preprocess.cache.index import settled_index
-from preprocess.cache.ranks import Rank
-from preprocess.cache.text_cache import TextCache
-from preprocess.cache.writer import ShardWriter, refusals_explained, remove_abandoned, writer_lock
-from preprocess.dataset.entry import Rejected
-from preprocess.dataset.rejected import write_rejected
+from shared.cache.index import settled_index
+from shared.cache.ranks import Rank
+from shared.cache.rejected import Rejected, write_rejected
+from shared.cache.writer import ShardWriter, refusals_explained, remove_abandoned, writer_lock
 from shared.cli.library_log import library_log
 from shared.format.cache import CacheIndex, Sidecar, committed_shards
 from shared.format.fingerprint import Fingerprint
@@ -113,11 +110,6 @@ class CacheSession:
         found = missing(self.outcome.index)
         self.outcome.left = len(found)
         return found
-
-    @cached_property
-    def texts(self) -> TextCache:
-        """Where embeddings wait for their samples."""
-        return TextCache(self.store.folder, self.fingerprint, self.rank.number)
 
     def writer(self, shard_bytes: int) -> ShardWriter:
         """Of shards that are newer than all that are there."""

@@ -1,0 +1,66 @@
+"""`wantrain synthesize` on the command line."""
+
+import typer
+
+from train.synthesis.config import SynthesizeConfig
+
+
+def synthesize(config: SynthesizeConfig, _: typer.Context) -> None:
+    r"""Make the clips, and say what the cache holds and what comes next.
+
+    Examples:
+        # 100 clips of Wan2.2-I2V-A14B from the conditions in shards/, with the states of a
+        # 4-step student; first what it would cost
+        wantrain synthesize --count 100 --states "1000 750 500 250" --dry-run
+        wantrain synthesize --count 100 --states "1000 750 500 250"
+
+        # on eight GPUs, four clips in a pass
+        wantrain synthesize --num-processes 8 --batch-size 4
+
+        # states of a trained high-noise student, where its low-noise one takes over
+        wantrain synthesize --high-lora output_dir_high/lora-high-diffusers.safetensors \
+            --step-list "1000 750 500 250" --guidance 1 --output shards-handover
+
+        # the bundled toy model on its shards of `wanprep encode`, seconds on a CPU
+        wantrain synthesize --model toy --shards toy-shards --output toy-own \
+            --guidance 2 --steps 20
+    """
+    import sys
+
+    from rich.console import Console
+
+    from shared.cache.report import contents
+    from shared.cli.console import count
+    from shared.cli.support import echo, say
+    from shared.interrupt import SIGNAL_EXIT
+    from shared.io.mirror import open_store
+    from shared.io.names import quoted
+    from train.distributed.launcher import Machines, end_with_launcher, launch, own_command
+    from train.synthesis import run
+
+    console = Console(stderr=True)
+    rank = config.rank
+    job = run.read_job(config)
+    if config.dry_run:
+        for line in job.describe():
+            echo(line)
+        with open_store(config.output).pulled() as output:
+            for line in run.foresee(job, output).lines():
+                echo(line)
+        return
+    if config.num_processes > 1 and rank.world == 1:
+        sys.exit(launch(own_command(), Machines(num_processes=config.num_processes)))
+    end_with_launcher()
+    for line in job.describe():
+        say(console, line)
+    with open_store(config.output, writer=rank.number).pulled() as output:
+        outcome = run.synthesize(job, output, console)
+    if outcome.index is not None:
+        echo(contents(outcome.index))
+    if outcome.signum is not None:
+        left = count(outcome.left, "clip")
+        echo(f"interrupted, {left} to go. To continue, run the same command again.", err=True)
+        raise typer.Exit(SIGNAL_EXIT + outcome.signum)
+    if not outcome.written:
+        echo("nothing to do: every clip is in the shards")
+    echo(f"next: wantrain distill --shards {quoted(output)}")
