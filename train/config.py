@@ -6,7 +6,7 @@ From these fields follow the command's options and help page, the table of Video
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -20,6 +20,7 @@ from shared.cli.checks import (
     POSITIVE,
     REMEMBERED,
     SHARE,
+    Check,
     check_option,
     check_options,
 )
@@ -40,7 +41,9 @@ from train.options import (
     OUTPUT,
     PROCESSES,
     WATCH,
+    Exits,
     Expert,
+    LevelRange,
     LrScheduler,
     Maths,
     Pairing,
@@ -50,12 +53,17 @@ from train.options import (
     Tail,
     TimestepSampling,
     TrainMode,
+    is_number,
     names,
 )
 
 LEVELS = "Noise levels"
 DMD = "Distillation"
 BENCH = "Bench"
+NUMBER_OR_FILE = Check(
+    lambda text: not is_number(text) or 0 <= float(text) < inf,
+    "0 or more, or the file of `wantrain calibrate`",
+)
 
 # fmt: off
 Model = Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model to train a LoRA for: a diffusers or Wan folder, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)]
@@ -111,7 +119,7 @@ class TrainConfig(ProcessOptions, MemoryOptions):
     ema_start: Annotated[int, typer.Option(metavar="N", help="Optimizer steps of the LoRA before the EMA begins.", rich_help_panel=LORA), NOT_NEGATIVE] = 100
 
     learning_rate: LearningRate
-    lr_scheduler: Annotated[LrScheduler, typer.Option(metavar="NAME", help="Learning-rate schedule after the warm-up: constant, linear, cosine, cosine_with_restarts or polynomial (diffusers').", rich_help_panel=OPTIMIZER), REMEMBERED] = "constant"
+    lr_scheduler: Annotated[LrScheduler, typer.Option(metavar="NAME", help="Learning-rate schedule after the warm-up: constant, linear, cosine, cosine_with_restarts or polynomial (diffusers'), or warmup_stable_decay: constant, then falling to 0 over the second half.", rich_help_panel=OPTIMIZER), REMEMBERED] = "constant"
     lr_warmup_steps: Annotated[int, typer.Option(metavar="N", help="Optimizer steps over which the learning rate rises from 0 (distill: of each role).", rich_help_panel=OPTIMIZER), NOT_NEGATIVE, REMEMBERED] = 0
     adam_beta1: Annotated[float, typer.Option(metavar="X", help="AdamW beta1: decay rate of the first moment.", rich_help_panel=OPTIMIZER), BELOW_1, REMEMBERED] = 0.9
     adam_beta2: Annotated[float, typer.Option(metavar="X", help="AdamW beta2: decay rate of the second moment.", rich_help_panel=OPTIMIZER), BELOW_1, REMEMBERED] = 0.999
@@ -230,10 +238,13 @@ class DistillConfig(TrainConfig):
     start: Annotated[Start | None, typer.Option(help="Rollouts start from cached latents noised to the expert's first step, or from pure noise at the first of all steps, as in VideoX-Fun.", show_default="latents for low, else noise", rich_help_panel=DMD)] = None
     pairing: Annotated[Pairing, typer.Option(help="How one step leads to the next: with fresh noise (sample with LCM) or along the velocity (sample with Euler).", rich_help_panel=DMD)] = "renoise"
     score_floor: Annotated[ScoreFloor, typer.Option(help="Where the high-noise expert's score levels end: at the model's boundary or at the first step of the low-noise expert.", rich_help_panel=DMD)] = "boundary"
+    score_levels: Annotated[LevelRange, typer.Option(help="Where scores are compared: over the expert's whole interval, or, for each exit (the step that an update trains), only above the next step's level.", rich_help_panel=DMD)] = "interval"
     uniform_sampling: Annotated[bool, typer.Option(help="Spread the score levels of a batch's samples evenly over the expert's interval instead of drawing each independently; no effect with one sample per optimizer step.", show_default="on", rich_help_panel=DMD)] = True
-    real_guidance_scale: Annotated[float, typer.Option(metavar="X", help="CFG scale of the teacher, with the cached negative prompt; 0 or 1 is no guidance.", rich_help_panel=DMD), NOT_NEGATIVE] = 6.0
+    real_guidance_scale: Annotated[str, typer.Option("--real-guidance-scale", "--guidance", metavar="X|FILE", help="CFG scale of the teacher, with the cached negative prompt; 0 or 1 is no guidance. Or a file of `wantrain calibrate`: the scale by noise level.", rich_help_panel=DMD), NUMBER_OR_FILE] = "6.0"
     fake_guidance_scale: Annotated[float, typer.Option(metavar="X", help="CFG scale of the critic; 0 is no guidance.", rich_help_panel=DMD), NOT_NEGATIVE] = 0.0
     gen_update_interval: Annotated[int, typer.Option(metavar="N", help="Critic updates before each generator update.", rich_help_panel=DMD), AT_LEAST_1] = 5
+    critic_warmup: Annotated[int, typer.Option(metavar="N", help="Critic updates ahead of all others, before --gen-update-interval begins to count.", rich_help_panel=DMD), NOT_NEGATIVE] = 0
+    exits: Annotated[Exits, typer.Option(help="Steps that are trained: in each update one of all that a rollout passes, or always the last.", rich_help_panel=DMD)] = "all"
     fm_loss_weight: Annotated[float, typer.Option(metavar="X", help="Add flow matching on the cached latents, times this, to the generator's loss; 0: only DMD.", rich_help_panel=DMD), NOT_NEGATIVE] = 0.0
     learning_rate: LearningRate = 1e-5
     learning_rate_critic: Annotated[float, typer.Option(metavar="X", help="Learning rate of the critic.", rich_help_panel=OPTIMIZER), POSITIVE] = 1e-6
@@ -243,12 +254,22 @@ class DistillConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_learning_rate("learning_rate_critic", self.learning_rate_critic)
-        if self.recipe == "seed" and (self.start == "latents" or self.score_floor != "boundary"):
-            chosen = "--start latents" if self.start == "latents" else "--score-floor handover"
-            raise UserError(
-                f"--recipe: found seed with {chosen}, but the seed's recipe starts from noise and "
-                f"ends its score levels at the boundary. Leave out one of the two."
-            )
+        for option, given in {
+            "--start latents": self.start == "latents",
+            "--score-floor handover": self.score_floor != "boundary",
+            "--score-levels exit": self.score_levels != "interval",
+            "--exits last": self.exits != "all",
+            f"--critic-warmup {self.critic_warmup}": self.critic_warmup > 0,
+            f"--real-guidance-scale {self.real_guidance_scale}": not is_number(
+                self.real_guidance_scale
+            ),
+        }.items():
+            if given and self.recipe == "seed":
+                raise UserError(
+                    f"--recipe: found seed with {option}, but the seed's recipe starts from noise, "
+                    "trains all steps, draws its score levels from the expert's whole interval and "
+                    "has one guidance scale. Leave out one of the two."
+                )
 
 
 # fmt: off

@@ -131,6 +131,7 @@ def _walk(
             run.steps,
             run.cycle,
             console,
+            head_start=objective.head_start,
             title=objective.method,
             start=state.updates,
             device=device,
@@ -183,7 +184,7 @@ def _walk(
                 if config.ema_decay and role == objective.main_role:
                     weights = trained.weights()
                     if state.ema is not None:
-                        state.ema.update(weights, state.updates // run.cycle)
+                        state.ema.update(weights, run.counted(state.updates)[0])
 
                 step_log.update(
                     role,
@@ -198,10 +199,10 @@ def _walk(
                 session.say(f"warning  {warning}")
 
             # Checkpoint and validation
-            if state.updates % (run.cycle * config.checkpointing_steps) == 0:
-                with signals.deferred():
-                    session.save()
-            if state.updates % run.cycle == 0:
+            if role == objective.main_role:
+                if run.counted(state.updates)[0] % config.checkpointing_steps == 0:
+                    with signals.deferred():
+                        session.save()
                 validate()
             if stopping and ranks.world_size > 1:
                 raise Interrupted(signals.signum or signal.SIGTERM)
@@ -253,7 +254,7 @@ def _validate(
     All processes do the same, since a strategy may need all of them for a pass; the first writes.
     """
     run, state = session.run, session.state
-    number = state.updates // run.cycle
+    number, _ = run.counted(state.updates)
     if validation is None or number % validation.every:
         return
     if number == 0:

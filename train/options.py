@@ -24,18 +24,35 @@ QuantisedPrecision = Literal["fp8", "int8", "nf4"]
 StrategyName = Literal["single", "ddp", "zero2", "zero3", "fsdp"]
 Tail = Literal["pad", "drop"]
 LrScheduler = Literal[
-    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "warmup_stable_decay",
 ]
 Maths = Literal["corrected", "seed"]
 Start = Literal["latents", "noise"]
 Pairing = Literal["renoise", "euler"]
 ScoreFloor = Literal["boundary", "handover"]
+LevelRange = Literal["interval", "exit"]
+Exits = Literal["all", "last"]
 TimestepSampling = Literal["uniform", "logit-normal"]
 
 SHARDED: tuple[StrategyName, ...] = ("zero3", "fsdp")
 """Strategies that shard base parameters across ranks."""
 LEAST_POLYNOMIAL_RATE = 1e-7
 """Where diffusers' polynomial schedule ends."""
+
+
+def is_number(text: str) -> bool:
+    """Whether `float` reads it."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def names(text: str) -> tuple[str, ...]:

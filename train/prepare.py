@@ -1,20 +1,25 @@
 """How a run of each method is prepared: what its options mean for this model and these shards."""
 
+from pathlib import Path
+
 import numpy as np
 
 from shared.cli.videox_fun_command import Given
 from shared.errors import UserError
 from shared.format.cache import MEDIA_TYPES
-from shared.models.spec import ModelSpec
+from shared.models.spec import ModelSpec, resolve_model
 from train.config import DistillConfig, FinetuneConfig
 from train.data.dataset import Dataset
+from train.functional.guidance import Guidance
 from train.functional.schedule import Schedule
 from train.methods.distillation import Distillation
 from train.methods.dmd import Recipe
 from train.methods.finetune import LORA, Finetuning
 from train.methods.flow_matching import NoiseLevels
+from train.methods.guidance_file import read_guidance
+from train.model.base import Base, base_digest, component_of
 from train.model.roles import CRITIC, GENERATOR
-from train.options import Expert, names
+from train.options import Expert, is_number, names
 from train.run import Run, open_data, place_run, plan_run, update_batch
 
 NONE_GIVEN: Given = {}
@@ -41,14 +46,17 @@ def prepare_distillation(config: DistillConfig, given_elsewhere: Given = NONE_GI
         pairing=config.pairing,
         score_floor=config.score_floor,
         maths=config.recipe,
-        real_guidance_scale=config.real_guidance_scale,
+        real_guidance_scale=_guidance(config, spec, expert),
         fake_guidance_scale=config.fake_guidance_scale,
         fm_loss_weight=config.fm_loss_weight,
         score_strata=update_batch(config, placement) if config.uniform_sampling else 1,
         batched_guidance=config.batched_guidance,
         seed=config.seed,
+        score_levels=config.score_levels,
+        exits=config.exits,
     )
-    _ = recipe.score_interval  # refuses an expert without steps
+    for step in recipe.exit_steps:
+        recipe.score_interval_of(step)  # refuses an expert without steps, steps without levels
     if config.score_floor != "boundary" and expert != "high":
         raise UserError(
             f"--score-floor: found {config.score_floor} with --boundary-type {expert}; it is a "
@@ -58,10 +66,24 @@ def prepare_distillation(config: DistillConfig, given_elsewhere: Given = NONE_GI
     objective = Distillation(
         recipe=recipe,
         gen_update_interval=config.gen_update_interval,
+        head_start=config.critic_warmup,
         uniform_sampling=config.uniform_sampling,
         learning_rates={GENERATOR: config.learning_rate, CRITIC: config.learning_rate_critic},
     )
     return plan_run(config, placement, spec, data, objective)
+
+
+def _guidance(config: DistillConfig, spec: ModelSpec, expert: Expert) -> Guidance:
+    """The teacher's. UserError where the file has no table of this teacher's."""
+    given = config.real_guidance_scale
+    if is_number(given):
+        return float(given)
+    base = Base.parse(config.transformer_path, config.base_lora)
+    component = component_of(expert)
+    resolve_model(config.model, [component] if base.own is None else [])
+    base.check(spec, component)
+    digest = base_digest(spec.folder, component, base)
+    return read_guidance(Path(given), expert, base=digest, model=config.model)
 
 
 def _numbers(text: str, option: str) -> tuple[float, ...]:

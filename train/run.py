@@ -90,7 +90,13 @@ class Run:
     @property
     def updates(self) -> int:
         """Optimizer steps of all roles."""
-        return self.steps * self.cycle
+        return self.objective.head_start + self.steps * self.cycle
+
+    def counted(self, updates: int) -> tuple[int, int]:
+        """Steps of the main role among the first `updates`, and updates since the last of them."""
+        steps = self.objective.role_updates(self.objective.main_role, updates)
+        before = self.objective.head_start + steps * self.cycle if steps else 0
+        return steps, updates - before
 
     @property
     def most_tokens(self) -> int:
@@ -347,13 +353,15 @@ def _cure(config: DataOptions, index: CacheIndex, expected: Fingerprint) -> str:
 
 def _updates_in_epochs(config: TrainConfig, plan: BatchPlan, objective: Objective) -> int:
     updates = config.num_train_epochs * plan.batches_per_epoch
-    if updates < objective.cycle:
+    steps = objective.role_updates(objective.main_role, updates)
+    if not steps:
+        ahead = f"{objective.head_start} critic updates and " if objective.head_start else ""
         raise UserError(
             f"--num-train-epochs: {config.num_train_epochs} epochs of {plan.batches_per_epoch} "
-            f"updates are {updates} updates, fewer than one cycle of {objective.cycle - 1} "
+            f"updates are {updates} updates, fewer than {ahead}one cycle of {objective.cycle - 1} "
             "critic updates and a generator update. Raise it, or set --max-train-steps."
         )
-    return updates // objective.cycle
+    return steps
 
 
 def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:

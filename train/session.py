@@ -73,10 +73,13 @@ class Session:
         config = self.run.config
 
         def write() -> Path:
-            updates, cycle = self.state.updates, self.run.cycle
+            updates = self.state.updates
+            steps, others = self.run.counted(updates)
             folder, limit = config.output_dir, config.checkpoints_total_limit
             with _writing_to(folder):
-                saved = save_checkpoint(folder, files, updates, self.identity, cycle=cycle)
+                saved = save_checkpoint(
+                    folder, files, updates, self.identity, steps=steps, others=others
+                )
                 if limit is not None:
                     remove_oldest(folder, limit)
             return saved
@@ -91,7 +94,7 @@ class Session:
     def leave_behind(self) -> None:
         """A checkpoint of the last update, unless there is one, and the LoRA files."""
         run, state = self.run, self.state
-        last = run.config.output_dir / checkpoint_name(state.updates, run.cycle)
+        last = run.config.output_dir / checkpoint_name(*run.counted(state.updates))
         if not run.ranks.first_does(last.exists):
             self.say(f"saved    {self.save()}")
         weights = state.trained[run.objective.main_role].weights()
@@ -100,7 +103,7 @@ class Session:
 
     def _write_loras(self, weights: Mapping[str, torch.Tensor]) -> list[Path]:
         config = self.run.config
-        steps = self.state.updates // self.run.cycle
+        steps, _ = self.run.counted(self.state.updates)
         provenance = Provenance.of({**self.identity.lora["provenance"], "updates": steps})
         weights = self.state.ema.weights if self.state.ema else weights
         dtype = DTYPES[config.save_precision]

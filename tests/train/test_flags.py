@@ -227,6 +227,7 @@ def test_lists_are_taken_as_argparse_takes_them(
         ("linear", lambda share: 1 - share),
         ("polynomial", lambda share: 1 - share * (1 - 1e-7 / 2e-3)),
         ("cosine", lambda share: (1 + cos(pi * share)) / 2),
+        ("warmup_stable_decay", lambda share: min(1, 2 - 2 * share)),
     ],
 )
 def test_rates_follow_their_course(scheduler, closed_form) -> None:  # type: ignore[no-untyped-def]

@@ -18,6 +18,8 @@ def bench(config: BenchConfig, context: typer.Context) -> None:
         wantrain bench --model toy --shards toy-shards --boundary-type full \
             --train-batch-size 2 --rank 8
     """
+    from dataclasses import replace
+
     from rich.console import Console
 
     from train.bench.bench import measure
@@ -34,4 +36,5 @@ def bench(config: BenchConfig, context: typer.Context) -> None:
         if config.json_file is not None:
             config.json_file.write_text(report.to_text() + "\n")
 
+    config = replace(config, critic_warmup=0)  # of the cycles, the first one warms up
     carry_out(prepare_distillation(config, given_elsewhere(context)), measured)

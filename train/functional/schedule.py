@@ -43,7 +43,7 @@ def x0_from_velocity(x_t: torch.Tensor, v: torch.Tensor, sigma: torch.Tensor) ->
     return x_t - sigma * v
 
 
-def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tensor:
+def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
     """Classifier-free guidance u + w·(c − u); w = 1 is the conditional prediction."""
     return uncond + scale * (cond - uncond)
 

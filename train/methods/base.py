@@ -41,6 +41,10 @@ class Objective(Protocol):
     def cycle(self) -> int:
         """Updates from one of the main role to the next."""
 
+    @property
+    def head_start(self) -> int:
+        """Updates of other roles before the first cycle."""
+
     def role_of(self, update: int) -> str:
         """The role that `update` trains."""
 

@@ -1,12 +1,13 @@
 """DMD as an objective: a generator and a critic that take turns."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from train.data.batches import Batch
+from train.functional.guidance import GuidanceTable
 from train.methods.base import Method
 from train.methods.dmd import Recipe, critic_step, generator_step, rollout, rollout_noise
 from train.methods.step_output import StepOutput
@@ -21,6 +22,8 @@ class Distillation:
     recipe: Recipe
     gen_update_interval: int
     """Critic updates before each generator update."""
+    head_start: int = 0
+    """Critic updates before the first of these cycles."""
     uniform_sampling: bool
     learning_rates: Mapping[str, float]
     main_role: str = GENERATOR
@@ -40,10 +43,12 @@ class Distillation:
 
     def role_of(self, update: int) -> str:
         """The critic goes first: a generator can't learn from a critic that knows nothing yet."""
-        return GENERATOR if update % self.cycle == self.cycle - 1 else CRITIC
+        in_cycles = update - self.head_start
+        last = in_cycles >= 0 and in_cycles % self.cycle == self.cycle - 1
+        return GENERATOR if last else CRITIC
 
     def role_updates(self, role: str, update: int) -> int:
-        generator = update // self.cycle
+        generator = max(0, update - self.head_start) // self.cycle
         return generator if role == GENERATOR else update - generator
 
     def loss(self, roles: Roles, role: str, batch: Batch, negative: torch.Tensor) -> StepOutput:
@@ -63,13 +68,19 @@ class Distillation:
         )
 
     def identity(self) -> dict[str, Any]:
-        return self.recipe.identity() | {
+        # Left out where there is none, as checkpoints of before have it.
+        ahead = {"critic_warmup": self.head_start} if self.head_start else {}
+        return {
+            **self.recipe.identity(),
+            **ahead,
             "gen_update_interval": self.gen_update_interval,
             "uniform_sampling": self.uniform_sampling,
         }
 
     def settings(self) -> dict[str, Any]:
-        return {"batched_guidance": self.recipe.batched_guidance}
+        guidance = self.recipe.real_guidance_scale
+        table = {"guidance_table": asdict(guidance)} if isinstance(guidance, GuidanceTable) else {}
+        return {"batched_guidance": self.recipe.batched_guidance} | table
 
     def sampling(self) -> dict[str, Any]:
         schedule = self.recipe.schedule
@@ -86,14 +97,30 @@ class Distillation:
         steps = ", ".join(f"{t:.1f}" for t in schedule.timesteps)
         owned = schedule.owned_steps(self.recipe.expert)
         own = ", ".join(f"{schedule.timesteps[step]:.1f}" for step in owned)
-        low, high = self.recipe.score_interval
+        recipe, trained = self.recipe, self.recipe.exit_steps
+        intervals = dict.fromkeys(map(recipe.score_interval_of, trained))
+        levels = ", ".join(f"[{low:.3f}, {high:.3f}]" for low, high in intervals)
+        levels += " by exit" if recipe.score_levels == "exit" else ""
+        last = f"; only {schedule.timesteps[trained[0]]:.1f} is trained"
         return [
             f"steps    {steps} (shift {schedule.shift:g}); this expert owns {own}; start "
-            f"{self.recipe.start}; score levels u in [{low:.3f}, {high:.3f}]"
+            f"{recipe.start}{last if recipe.exits == 'last' else ''}; score levels u in {levels}",
+            *self._describe_guidance(),
+        ]
+
+    def _describe_guidance(self) -> list[str]:
+        table = self.recipe.real_guidance_scale
+        if not isinstance(table, GuidanceTable):
+            return []
+        return [
+            f"guidance of the teacher by noise level, {len(table.sigmas)} of them: "
+            f"{table.scales[0]:.2f} at sigma {table.sigmas[0]:.3f} to {table.scales[-1]:.2f} at "
+            f"{table.sigmas[-1]:.3f}, at most {max(table.scales):.2f} ({table.digest[:12]})"
         ]
 
     def describe_length(self, steps: int) -> str:
+        ahead = f"{self.head_start} critic updates, then " if self.head_start else ""
         return (
-            f"{steps} generator updates, each after {self.gen_update_interval} critic "
-            f"updates = {steps * self.cycle} updates"
+            f"{ahead}{steps} generator updates, each after {self.gen_update_interval} critic "
+            f"updates = {self.head_start + steps * self.cycle} updates"
         )

@@ -3,6 +3,7 @@
 Everything random is drawn from (seed, purpose, update, sample); see `train.functional.rng`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,15 +11,17 @@ from typing import Any
 import torch
 
 from shared.device import to_device
+from shared.errors import UserError
 from shared.models.spec import TIMESTEPS
 from train.data.batches import Batch
+from train.functional.guidance import Guidance, GuidanceTable
 from train.functional.losses import dmd_gradient, dmd_loss, mean_gap
 from train.functional.rng import choice, spread
 from train.functional.schedule import Schedule, add_noise, x0_from_velocity
 from train.methods.flow_matching import Level, guided_velocity, over_frames, velocity_loss, walk
 from train.methods.step_output import StepOutput
 from train.model.roles import CRITIC, GENERATOR, Roles
-from train.options import Expert, Maths, Pairing, ScoreFloor, Start
+from train.options import Exits, Expert, LevelRange, Maths, Pairing, ScoreFloor, Start
 
 # Names in trackers.
 CRITIC_ERROR, TEACHER_ERROR = "balance/critic_error", "balance/teacher_error"
@@ -36,7 +39,8 @@ class Recipe:
     pairing: Pairing
     """How a step leads to the next: fresh noise on x̂0 (LCM sampling) or along v (Euler)."""
     score_floor: ScoreFloor
-    real_guidance_scale: float
+    real_guidance_scale: Guidance
+    """A table (`wantrain calibrate`) is read at each sample's σ."""
     fake_guidance_scale: float
     """0 is no guidance here, only the conditional prediction; not the formula at w = 0."""
     maths: Maths
@@ -50,6 +54,11 @@ class Recipe:
     batched_guidance: bool
     """Conditional and unconditional prediction in one pass of both; the same but for rounding."""
     seed: int
+    score_levels: LevelRange = "interval"
+    """`exit`: compare an x̂0 only where noise hides no more of it than its exit still had to find:
+    above the next step of the whole schedule, where it is handed on to."""
+    exits: Exits = "all"
+    """Steps of the walk whose x̂0 is trained on."""
 
     @property
     def walk(self) -> range:
@@ -60,14 +69,49 @@ class Recipe:
         return range(owned.stop) if self.start == "noise" else owned
 
     @property
+    def exit_steps(self) -> Sequence[int]:
+        """Positions of the steps of which each update trains one."""
+        return self.walk if self.exits == "all" else self.walk[-1:]
+
+    @property
     def score_interval(self) -> tuple[float, float]:
-        """(low, high) of u from which score levels are drawn."""
+        """(low, high) of u: the expert's, in which all score levels lie."""
         capped = self.maths == "corrected"
         return self.schedule.score_interval(self.expert, self.score_floor, capped=capped)
 
+    def score_interval_of(self, step: int) -> tuple[float, float]:
+        """(low, high) of u from which score levels are drawn for the x̂0 of a step.
+
+        UserError where `exit` leaves none of the expert's.
+        """
+        low, high = self.score_interval
+        indices = self.schedule.indices
+        if self.score_levels == "interval" or step + 1 == len(indices):
+            return low, high
+        following = indices[step + 1] / TIMESTEPS
+        if following >= high:
+            raise UserError(
+                f"--score-levels: exit leaves no level for step {indices[step]:g}: they begin at "
+                f"the next step, u={following:g}, and the {self.expert}-noise expert's end at "
+                f"u={high:.3f}. Use --score-levels interval, or steps that are all below"
+                + (" (--start latents)." if self.start == "noise" and self.expert == "low" else ".")
+            )
+        return max(low, following), high
+
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must match to be resumed."""
-        return {
+        """What a checkpoint must match to be resumed.
+
+        What a run without these choices did is left out, as checkpoints of before have it.
+        """
+        guidance: float | str | GuidanceTable = self.real_guidance_scale
+        if isinstance(guidance, GuidanceTable):
+            guidance = f"table {guidance.digest}"
+        chosen: dict[str, Any] = {}
+        if self.score_levels != "interval":
+            chosen["score_levels"] = self.score_levels
+        if self.exits != "all":
+            chosen["exits"] = self.exits
+        return chosen | {
             "boundary_type": self.expert,
             "denoising_step_indices_list": list(self.schedule.indices),
             "flow_shift": self.schedule.shift,
@@ -75,7 +119,7 @@ class Recipe:
             "pairing": self.pairing,
             "score_floor": self.score_floor,
             "maths": self.maths,
-            "real_guidance_scale": self.real_guidance_scale,
+            "real_guidance_scale": guidance,
             "fake_guidance_scale": self.fake_guidance_scale,
             "fm_loss_weight": self.fm_loss_weight,
         }
@@ -91,7 +135,7 @@ class ScoreLevel(Level):
 
 def exit_step(recipe: Recipe, update: int) -> int:
     """The step whose x̂0 is trained on in this update, the same for all its samples."""
-    return choice(recipe.walk, recipe.seed, "exit step", update)
+    return choice(recipe.exit_steps, recipe.seed, "exit step", update)
 
 
 def rollout_noise(step: int, purpose: str = "rollout") -> str:
@@ -133,9 +177,14 @@ def rollout(
     )
 
 
-def draw_level(recipe: Recipe, batch: Batch, purpose: str = "score") -> ScoreLevel:
-    """A noise level and noise for each sample, inside the expert's interval."""
-    low, high = recipe.score_interval
+def draw_level(
+    recipe: Recipe, batch: Batch, purpose: str = "score", *, step: int | None = None
+) -> ScoreLevel:
+    """A noise level and noise for each sample, inside the expert's interval.
+
+    `step`: whose x̂0 is noised; None: a clip that no step made.
+    """
+    low, high = recipe.score_interval if step is None else recipe.score_interval_of(step)
     share = spread(
         recipe.seed, f"{purpose} level", batch.update, batch.samples, recipe.score_strata
     )
@@ -155,9 +204,10 @@ def generator_step(
 
     Call `backward` inside `roles.generator()`.
     """
-    x0 = rollout(roles, recipe, batch, last=exit_step(recipe, batch.update), with_gradient=True)
+    step = exit_step(recipe, batch.update)
+    x0 = rollout(roles, recipe, batch, last=step, with_gradient=True)
     with torch.no_grad():
-        level = draw_level(recipe, batch)
+        level = draw_level(recipe, batch, step=step)
         x_t = add_noise(x0.detach(), level.noise, level.sigma)
         guided = partial(
             guided_velocity, roles, x_t, level.timestep, batch, negative,
@@ -191,7 +241,8 @@ def critic_step(roles: Roles, recipe: Recipe, batch: Batch) -> StepOutput:
 
     Call `backward` inside `roles.critic()`.
     """
-    x0 = rollout(roles, recipe, batch, last=exit_step(recipe, batch.update), with_gradient=False)
-    level = draw_level(recipe, batch)
+    step = exit_step(recipe, batch.update)
+    x0 = rollout(roles, recipe, batch, last=step, with_gradient=False)
+    level = draw_level(recipe, batch, step=step)
     loss = velocity_loss(roles, CRITIC, batch, x0, level)
     return StepOutput(loss=loss, u=level.u, sigma=level.of_samples)

@@ -38,6 +38,7 @@ class Finetuning:
     method: Method = "lora"
     first_noise: str = FIRST_NOISE
     cycle: int = 1
+    head_start: int = 0
 
     @property
     def expert(self) -> Expert:

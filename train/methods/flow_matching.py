@@ -13,6 +13,7 @@ from shared.device import to_device
 from shared.errors import UserError
 from shared.models.spec import TIMESTEPS
 from train.data.batches import Batch
+from train.functional.guidance import Guidance, GuidanceTable
 from train.functional.losses import flow_matching_loss
 from train.functional.rng import spread
 from train.functional.schedule import (
@@ -164,15 +165,15 @@ def guided_velocity(
     timestep: torch.Tensor,
     batch: Batch,
     negative: torch.Tensor,
-    scale: float,
+    scale: Guidance,
     *,
     batched: bool = False,
 ) -> torch.Tensor:
     """v̂ of the active role with classifier-free guidance, (B, C, T, H, W) fp32.
 
-    A scale of 0 or 1 is no guidance, only the conditional prediction. `timestep` (B,) or (B, T),
-    `negative` (tokens, D). `batched`: one pass of 2B samples, the conditional ones first, in place
-    of two passes of B; equal but for rounding.
+    A scale of 0 or 1 is no guidance, only the conditional prediction; a table is read at each
+    sample's σ. `timestep` (B,) or (B, T), `negative` (tokens, D). `batched`: one pass of 2B
+    samples, the conditional ones first, in place of two passes of B; equal but for rounding.
     """
     if scale in (0, 1):
         return roles.velocity(x_t, timestep, batch.text, batch.condition, batch.image)
@@ -190,6 +191,10 @@ def guided_velocity(
             roles.velocity(x_t, timestep, text, batch.condition, batch.image)
             for text in (batch.text, unconditional)
         )
+    if isinstance(scale, GuidanceTable):
+        # Frames that are kept clean are at 0.
+        sigma = timestep.reshape(len(timestep), -1).amax(dim=1) / TIMESTEPS
+        return guide(v, v_unconditional, per_sample(scale.at(sigma)))
     return guide(v, v_unconditional, scale)
 
 

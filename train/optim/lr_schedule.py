@@ -4,7 +4,7 @@ import math
 
 from train.options import LEAST_POLYNOMIAL_RATE, LrScheduler
 
-DECAYING = ("linear", "cosine", "cosine_with_restarts", "polynomial")
+DECAYING = ("linear", "cosine", "cosine_with_restarts", "polynomial", "warmup_stable_decay")
 """Those that end with the run, so that another length is another course."""
 
 
@@ -16,6 +16,8 @@ def learning_rate(
     It rises to `base` in a straight line over `warmup` updates, the first of which moves, too
     (diffusers' schedules begin at a rate of 0). After that it is diffusers' schedule of that name,
     to the bit; cosines have one cycle, so the one with restarts never comes to its first.
+    `warmup_stable_decay` (transformers' name) is constant, then falls in a straight line over the
+    second half: min(1, 2·(1 − share done)).
     """
     if updates < warmup:
         return base * (updates + 1) / warmup
@@ -25,6 +27,8 @@ def learning_rate(
     done = (updates - warmup) / decaying
     if scheduler == "linear":
         return base * (left / decaying)
+    if scheduler == "warmup_stable_decay":
+        return base * min(1.0, 2 * left / decaying)
     if scheduler == "polynomial":
         rate = (base - LEAST_POLYNOMIAL_RATE) * (1 - done) + LEAST_POLYNOMIAL_RATE
         return base * (rate / base)

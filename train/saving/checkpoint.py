@@ -83,10 +83,9 @@ class Identity:
     """The LoRA that the run saves: its `role`, and the `provenance` of its files."""
 
 
-def checkpoint_name(updates: int, cycle: int) -> str:
+def checkpoint_name(steps: int, others: int) -> str:
     """checkpoint-N after N steps of the main role; "+k" where k of the other role followed."""
-    steps, other = divmod(updates, cycle)
-    return f"checkpoint-{steps}" + (f"+{other}" if other else "")
+    return f"checkpoint-{steps}" + (f"+{others}" if others else "")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -100,12 +99,15 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    folder: Path, files: Files, updates: int, identity: Identity, *, cycle: int
+    folder: Path, files: Files, updates: int, identity: Identity, *, steps: int, others: int
 ) -> Path:
-    """Write DIR/checkpoint-N, which appears whole or not at all. Returns its path."""
-    final = folder / checkpoint_name(updates, cycle)
+    """Write DIR/checkpoint-N, which appears whole or not at all. Returns its path.
+
+    `steps` and `others`: what the `updates` are, as its name says them.
+    """
+    final = folder / checkpoint_name(steps, others)
     with building_folder(final) as building:
-        _write_checkpoint(building, files, updates, identity, updates // cycle)
+        _write_checkpoint(building, files, updates, identity, steps)
     # A folder can't replace another in one rename; the old one is out of the way only for the time
     # between two of them, and never deleted before the new one is in place.
     replaced = final.with_name(final.name + REPLACED_SUFFIX)

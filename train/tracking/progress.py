@@ -27,6 +27,7 @@ class TrainProgress(Progress):
         cycle: int,
         console: Console,
         *,
+        head_start: int = 0,
         title: str,
         start: int,
         device: torch.device,
@@ -41,17 +42,21 @@ class TrainProgress(Progress):
             TimeRemainingColumn(),
             console=console,
         )
-        self._cycle = cycle
+        self._cycle, self._head_start = cycle, head_start
         self._memory = "GPU" if device.type == "cuda" else "RAM"
         self._losses: dict[str, float] = {}
         self._seconds: float | None = None
-        self._task = self.add_task(title, total=steps, completed=start // cycle)
+        self._task = self.add_task(title, total=steps, completed=int(self._steps(start)))
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """Bar and times, and the figures below, which would squeeze them out of a line."""
         yield self.make_tasks_table(self.tasks)
         if self._figures:
             yield Text(self._figures, overflow="ellipsis", no_wrap=True)
+
+    def _steps(self, updates: int) -> float:
+        """None before the first cycle begins."""
+        return max(0, updates - self._head_start) / self._cycle
 
     def step(
         self, role: str, loss: float, updates: int, *, seconds: float, samples: int, peak: int
@@ -65,4 +70,4 @@ class TrainProgress(Progress):
         figures.append(f"{samples / self._seconds:.3g} samples/s")
         figures.append(f"peak {peak / 2**30:.1f} GiB {self._memory}")
         self._figures = "  ".join(figures)
-        self.update(self._task, completed=updates / self._cycle)
+        self.update(self._task, completed=self._steps(updates))

@@ -67,7 +67,10 @@ def small_state(value: float, updates: int) -> TrainState:
 
 
 def save(folder: Path, state: TrainState) -> Path:
-    return save_checkpoint(folder, state.files(), state.updates, IDENTITY, cycle=3)
+    steps, others = divmod(state.updates, 3)
+    return save_checkpoint(
+        folder, state.files(), state.updates, IDENTITY, steps=steps, others=others
+    )
 
 
 def weights_of(state: TrainState) -> Files:
