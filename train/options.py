@@ -27,7 +27,9 @@ LrScheduler = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
 ]
 Maths = Literal["corrected", "seed"]
-Start = Literal["latents", "noise"]
+DistillMethod = Literal["dmd", "regression"]
+Start = Literal["latents", "noise", "states"]
+Match = Literal["x0", "handover"]
 Pairing = Literal["renoise", "euler"]
 ScoreFloor = Literal["boundary", "handover"]
 TimestepSampling = Literal["uniform", "logit-normal"]

@@ -8,11 +8,14 @@ from shared.format.cache import MEDIA_TYPES
 from shared.models.spec import ModelSpec
 from train.config import DistillConfig, FinetuneConfig
 from train.data.dataset import Dataset
+from train.data.path_states import refuse_other_states
+from train.distributed.placement import Placement
 from train.functional.schedule import Schedule
 from train.methods.distillation import Distillation
 from train.methods.dmd import Recipe
 from train.methods.finetune import LORA, Finetuning
 from train.methods.flow_matching import NoiseLevels
+from train.methods.regression import Regression
 from train.model.roles import CRITIC, GENERATOR
 from train.options import Expert, names
 from train.run import Run, open_data, place_run, plan_run, update_batch
@@ -33,12 +36,15 @@ def prepare_distillation(config: DistillConfig, given_elsewhere: Given = NONE_GI
         shift=spec.flow_shift if config.flow_shift is None else config.flow_shift,
         boundary=spec.boundary,
     )
+    if config.method == "regression":
+        return _regression(config, placement, spec, data, schedule, expert)
     recipe = Recipe(
         expert=expert,
         schedule=schedule,
         start=config.start
         or ("latents" if expert == "low" and config.recipe == "corrected" else "noise"),
         pairing=config.pairing,
+        match=config.match,
         score_floor=config.score_floor,
         maths=config.recipe,
         real_guidance_scale=config.real_guidance_scale,
@@ -54,12 +60,54 @@ def prepare_distillation(config: DistillConfig, given_elsewhere: Given = NONE_GI
             f"--score-floor: found {config.score_floor} with --boundary-type {expert}; it is a "
             "choice only for the high-noise expert. Leave it out."
         )
+    if config.match == "handover" and not (expert == "high" and _hands_over(recipe)):
+        raise UserError(
+            f"--match: found handover with --boundary-type {expert}, which hands no state over: its "
+            "last step ends with the clip. It is for a high-noise expert whose steps another goes "
+            "on with. Leave it out."
+        )
+    if config.start == "states" and expert != "low":
+        raise UserError(
+            f"--start: found states with --boundary-type {expert}, whose first state is pure noise. "
+            "It is for the low-noise expert: use --start noise."
+        )
     _refuse_text_only(config, spec, data, recipe)
+    if recipe.start == "states":
+        refuse_other_states(data, schedule.timesteps, "--start states")
     objective = Distillation(
         recipe=recipe,
         gen_update_interval=config.gen_update_interval,
         uniform_sampling=config.uniform_sampling,
         learning_rates={GENERATOR: config.learning_rate, CRITIC: config.learning_rate_critic},
+    )
+    return plan_run(config, placement, spec, data, objective)
+
+
+def _hands_over(recipe: Recipe) -> bool:
+    return recipe.walk.stop < len(recipe.schedule.indices)
+
+
+def _regression(
+    config: DistillConfig,
+    placement: Placement,
+    spec: ModelSpec,
+    data: Dataset,
+    schedule: Schedule,
+    expert: Expert,
+) -> Run:
+    """`--method regression`."""
+    schedule.owned_steps(expert)  # refuses an expert without steps
+    if have := text_only(spec, data):
+        raise UserError(f"--method regression: {have}, and so without a path to learn. Leave these "
+            "out: --where 'type!=text'; or make clips of them: wantrain synthesize --states")
+    refuse_other_states(data, schedule.timesteps, "--method regression")
+    objective = Regression(
+        expert=expert,
+        schedule=schedule,
+        uniform_sampling=config.uniform_sampling,
+        strata=update_batch(config, placement) if config.uniform_sampling else 1,
+        learning_rates={GENERATOR: config.learning_rate},
+        seed=config.seed,
     )
     return plan_run(config, placement, spec, data, objective)
 
@@ -79,10 +127,10 @@ def _refuse_text_only(
     have = text_only(spec, data)
     if have is None:
         return
-    if recipe.start == "latents":
+    if recipe.start != "noise":
         given = "" if config.start else f", the default of the {recipe.expert}-noise expert"
         raise UserError(
-            f"--start: latents{given}, but {have}. Start from noise: --start noise; or encode the "
+            f"--start: {recipe.start}{given}, but {have}. Start from noise: --start noise; or encode the "
             "media into another folder, or leave them out (--where 'type!=text')."
         )
     if recipe.fm_loss_weight:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from shared.models.spec import TIMESTEPS
 from train.data.batches import Batch
 from train.methods.base import Method
 from train.methods.dmd import Recipe, critic_step, generator_step, rollout, rollout_noise
@@ -31,8 +32,14 @@ class Distillation:
         return self.recipe.expert
 
     @property
-    def first_noise(self) -> str:
-        return rollout_noise(self.recipe.walk[0])
+    def first_noise(self) -> str | None:
+        """None where a rollout begins with a state: what noise follows depends on the update."""
+        return None if self.states else rollout_noise(self.recipe.walk[0])
+
+    @property
+    def states(self) -> range | None:
+        first = self.recipe.walk[0]
+        return range(first, first + 1) if self.recipe.start == "states" else None
 
     @property
     def cycle(self) -> int:
@@ -53,7 +60,7 @@ class Distillation:
 
     @property
     def samples_from_latents(self) -> bool:
-        return self.recipe.start == "latents"
+        return self.recipe.start != "noise"
 
     def sample(self, roles: Roles, batch: Batch, negative: torch.Tensor) -> torch.Tensor:
         """The student's x̂0 at the last step that this expert walks to."""
@@ -89,8 +96,13 @@ class Distillation:
         low, high = self.recipe.score_interval
         return [
             f"steps    {steps} (shift {schedule.shift:g}); this expert owns {own}; start "
-            f"{self.recipe.start}; score levels u in [{low:.3f}, {high:.3f}]"
+            f"{self.recipe.start}; score levels u in [{low:.3f}, {high:.3f}]{self._matched}"
         ]
+
+    @property
+    def _matched(self) -> str:
+        end = self.recipe.matching.end
+        return "" if end is None else f"; states matched at {TIMESTEPS * end:.1f}"
 
     def describe_length(self, steps: int) -> str:
         return (

@@ -201,27 +201,33 @@ def walk(
     *,
     from_latents: bool,
     renoise: bool,
+    state: torch.Tensor | None = None,
+    end: float | None = None,
 ) -> torch.Tensor:
     """x̂0 at the last of falling noise levels, (B, C, T, H, W) fp32.
 
-    It begins as noise, or `from_latents` as the batch's, noised to the first level. `predict` gives
-    v̂ of (x_t, timestep, place in `sigmas`), `fresh_noise` noise (B, C, T, H, W) for a place. A step
-    leads to the next with that on x̂0 (`renoise`, LCM sampling), or along v̂ (Euler).
+    It begins as noise, or `from_latents` as the batch's, noised to the first level, or as `state`,
+    which is at that level. `predict` gives v̂ of (x_t, timestep, place in `sigmas`), `fresh_noise`
+    noise (B, C, T, H, W) for a place. A step leads to the next with that on x̂0 (`renoise`, LCM
+    sampling), or along v̂ (Euler). With `end` the last step leads to that level, and what is there
+    is returned.
     """
     levels = [over_frames(batch, sigma, TIMESTEPS * sigma) for sigma in sigmas]
-    x_t = fresh_noise(0)
+    stops = [sigma for sigma, _ in levels]
+    if end is not None:
+        stops.append(over_frames(batch, end, TIMESTEPS * end)[0])
+    x_t = fresh_noise(0) if state is None else state
     if from_latents:
-        x_t = add_noise(batch.latents, x_t, levels[0][0])
+        x_t = add_noise(batch.latents, x_t, stops[0])
     elif batch.noised is not None:  # a frame that is kept clean enters as it is cached
         x_t = torch.where(batch.noised > 0, x_t, batch.latents)
     for place, (sigma, timestep) in enumerate(levels):
         v = predict(x_t, timestep, place)
         x0 = x0_from_velocity(x_t, v, sigma)
-        if place + 1 == len(levels):
-            break
-        following, _ = levels[place + 1]
+        if place + 1 == len(stops):
+            return x0
         if renoise:
-            x_t = add_noise(x0, fresh_noise(place + 1), following)
+            x_t = add_noise(x0, fresh_noise(place + 1), stops[place + 1])
         else:
-            x_t = x_t + (following - sigma) * v
-    return x0
+            x_t = x_t + (stops[place + 1] - sigma) * v
+    return x_t
