@@ -49,7 +49,6 @@ def write(folder: Path, samples: int) -> None:
     from preprocess.cache.index import entries_of, write_index
     from shared.format.buckets import Bucket
     from shared.format.cache import Sidecar
-    from shared.format.schema import MEMBERS
     from shared.io.store import Store
 
     buckets = [Bucket(480, 832, 81), Bucket(832, 480, 81), Bucket(640, 640, 1)]
@@ -83,8 +82,9 @@ def write(folder: Path, samples: int) -> None:
         "type": np.zeros(samples, np.uint8),
         "tokens": random.integers(1, 513, samples, np.int32),
         "repeats": np.ones(samples, np.int32),
-        "offset": place[:, None] + np.arange(len(MEMBERS)) * 1000,
-        "length": np.full((samples, len(MEMBERS)), 900, np.int64),
+        "offset": place[:, None] + np.arange(4) * 1000,
+        "length": np.full((samples, 4), 900, np.int64),
+        "states": np.zeros((samples, 2), np.int64),
     }
     with timed("sort, write index.zarr and manifest"):
         write_index(

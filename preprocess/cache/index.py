@@ -33,7 +33,7 @@ from shared.format.cache import (
     committed_tombstones,
     open_cache,
 )
-from shared.format.columns import COLUMNS, Columns, column_digest
+from shared.format.columns import COLUMNS, Columns, column_digest, written
 from shared.format.fingerprint import FORMAT_VERSION, of_cache, refuse_differences
 from shared.format.latent_rgb import ColourFit, LatentRgb, solve
 from shared.format.schema import KEY_BYTES
@@ -323,7 +323,8 @@ class _Files(LocalStore):
         await super().set(key, value)
 
 
-def _write_zarr(store: Store, arrays: Columns, digest: str) -> None:
+def _write_zarr(store: Store, columns: Columns, digest: str) -> None:
+    arrays = written(columns)
     final = store.folder / INDEX
     beside = temporary(final)
     remove_tree(beside)

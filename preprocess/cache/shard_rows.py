@@ -20,7 +20,14 @@ from safetensors.numpy import save
 from shared.errors import UserError
 from shared.format.buckets import bucket_of
 from shared.format.cache import Sidecar
-from shared.format.columns import COLUMNS, Columns, caption_digest, column_digest
+from shared.format.columns import (
+    COLUMNS,
+    Columns,
+    caption_digest,
+    column_digest,
+    with_absent,
+    written,
+)
 from shared.format.overlays import made_by, required_members
 from shared.format.schema import (
     JSON_MEMBER,
@@ -69,8 +76,11 @@ def columns_of(rows: Mapping[str, Row]) -> Columns:
         "bucket": np.zeros(len(rows)),
         "shard": np.zeros(len(rows)),
     }
-    for name in ("type", "tokens", "repeats", "offset", "length"):
+    for name in ("type", "tokens", "repeats"):
         values[name] = [getattr(row, name) for row in each]
+    for name in ("offset", "length"):
+        values[name] = [getattr(row, name)[:-1] for row in each]
+    values["states"] = [(row.offset[-1], row.length[-1]) for row in each]
     return {
         name: np.array(values[name], dtype).reshape(-1, *per_row)
         for name, (dtype, per_row) in COLUMNS.items()
@@ -138,7 +148,7 @@ def _scanned(key: str, parts: Iterable[Member], stream: BinaryIO, sidecar: Sidec
 
 def pack_rows(columns: Columns, sha256: str) -> bytes:
     """safetensors of one shard's columns; `sha256` is the tar's."""
-    arrays = {name: np.ascontiguousarray(columns[name]) for name in COLUMNS}
+    arrays = {name: np.ascontiguousarray(values) for name, values in written(columns).items()}
     return save(arrays, metadata={"shard": sha256, "rows": _digest(arrays)})
 
 
@@ -148,10 +158,12 @@ def stored_rows(folder: Path, sidecar: Sidecar) -> Columns | None:
     try:
         with safe_open(path, framework="numpy") as stored:
             said = stored.metadata() or {}
-            columns = {name: stored.get_tensor(name) for name in COLUMNS}
-    except (OSError, SafetensorError):
+            names = [name for name in COLUMNS if name in stored.keys()]  # noqa: SIM118
+            columns = {name: stored.get_tensor(name) for name in names}
+        whole = said.get("shard") == sidecar.sha256 and said.get("rows") == _digest(columns)
+        columns = with_absent(columns, sidecar.count)
+    except (OSError, SafetensorError, KeyError):
         return None
-    whole = said.get("shard") == sidecar.sha256 and said.get("rows") == _digest(columns)
     return columns if whole and _fits(columns, sidecar) else None
 
 
@@ -165,10 +177,11 @@ def _fits(columns: Columns, sidecar: Sidecar) -> bool:
     for name, (least, most) in ranges.items():
         if ((columns[name] < least) | (columns[name] > most)).any():
             return False
-    offsets, lengths = columns["offset"], columns["length"]
+    offsets = np.concatenate([columns["offset"], columns["states"][:, :1]], axis=1)
+    lengths = np.concatenate([columns["length"], columns["states"][:, 1:]], axis=1)
     sizes_fit = (offsets >= 0) & (lengths >= 0) & (lengths <= sidecar.bytes - offsets)
     return bool(sizes_fit.all())
 
 
 def _digest(columns: Columns) -> str:
-    return "-".join(column_digest(columns[name])[:8] for name in COLUMNS)
+    return "-".join(column_digest(columns[name])[:8] for name in columns)

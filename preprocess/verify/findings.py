@@ -16,6 +16,7 @@ OF_MEMBERS = (
 OF_VALUES = (
     *("json-bucket", "dtype", "not-finite", "latents-shape", "latents-constant", "cond-shape"),
     *("cond-constant", "cond-foreign", "clip-shape", "clip-zero", "text-shape", "text-zero"),
+    *("states-shape", "states-constant"),
 )
 OF_CACHES = (
     *("prompt-missing", "manifest-damaged", "index-damaged", "index-stale", "index-row"),

@@ -9,7 +9,7 @@ import torch
 
 from shared.errors import json_kind
 from shared.format.buckets import SIDES, Bucket, bucket_of, is_bucket
-from shared.format.fingerprint import WITH_CLIP, Fingerprint
+from shared.format.fingerprint import WITH_CLIP, Fingerprint, state_timesteps
 from shared.format.overlays import required_members
 from shared.format.prompts import VALIDATION
 from shared.format.schema import (
@@ -20,6 +20,7 @@ from shared.format.schema import (
     LATENTS_MEMBER,
     LATER_FIELDS,
     MOST_INFO_BYTES,
+    STATES_MEMBER,
     TEXT_MEMBER,
     unpack,
 )
@@ -54,6 +55,8 @@ class Expected:
     allowed: tuple[str, ...]
     latents: tuple[int, ...] | None
     """(C, T, h, w); None where there are none."""
+    states: tuple[int, ...] | None
+    """(S, C, T, h, w) of a synthesised cache's; None where there are none."""
     latents_dtype: torch.dtype | None
     clip_dim: int | None
     """Width of the CLIP embeddings that lie beside a condition; None where there are none."""
@@ -63,6 +66,8 @@ class Expected:
     grid: tuple[int, tuple[int, int, int]] | None
     """Channels and strides (t, h, w) of latents; None where there are none."""
     mode: str | None
+    synthesised: bool
+    """The clips are a model's own: their first frame is only near that of the condition."""
 
     @classmethod
     def of(cls, fingerprint: Fingerprint, bucket: Bucket | None) -> "Expected":
@@ -77,12 +82,17 @@ class Expected:
         text = fingerprint.get("text") if TEXT_MEMBER in required else None
         if LATENTS_MEMBER in required and fingerprint["mode"] in ("i2v", WITH_CLIP):
             required = (*required, CONDITION_MEMBER)
+        states = None
+        if bucket is not None and (timesteps := state_timesteps(fingerprint)):
+            required = (*required, STATES_MEMBER)
+            states = None if shape is None else (len(timesteps), *shape)
         return cls(
             bucket=bucket,
             required=required,
             # Validation prompts may begin with a picture.
             allowed=required if bucket or own is None else (*required, CONDITION_MEMBER),
             latents=shape,
+            states=states,
             latents_dtype=None if own is None else DTYPES[own["dtype"]],
             clip_dim=int(fingerprint["image"]["dim"]) if "image" in fingerprint else None,
             text_dim=None if text is None else int(text["dim"]),
@@ -90,6 +100,7 @@ class Expected:
             text_dtype=None if text is None else DTYPES[text["dtype"]],
             grid=grid,
             mode=fingerprint.get("mode"),
+            synthesised="synthesis" in fingerprint,
         )
 
     def of_prompt(self, info: dict[str, Any]) -> "Expected":
@@ -108,8 +119,9 @@ class Expected:
         tensor = 0
         if suffix == TEXT_MEMBER and self.text_dim and self.text_length:
             tensor = 4 * self.text_dim * self.text_length
-        elif suffix in (LATENTS_MEMBER, CONDITION_MEMBER) and self.latents:
-            tensor = 4 * torch.Size(self.latents).numel()
+        elif suffix in (LATENTS_MEMBER, CONDITION_MEMBER, STATES_MEMBER):
+            shape = self.states if suffix == STATES_MEMBER else self.latents
+            tensor = 4 * torch.Size(shape or (0,)).numel()
         return _MOST_OVERHEAD + tensor
 
 
@@ -203,8 +215,10 @@ def _check_values(
             )
         elif ranges[name] == (0, 0):
             yield Problem("text-zero", f"{len(tensor)} rows of zeros", "an embedding")
-    elif tuple(tensor.shape) != expected.latents:
-        yield Problem(f"{name}-shape", f"shape {tuple(tensor.shape)}", f"{expected.latents}")
+    elif tuple(tensor.shape) != (
+        shape := expected.states if suffix == STATES_MEMBER else expected.latents
+    ):
+        yield Problem(f"{name}-shape", f"shape {tuple(tensor.shape)}", f"{shape}")
     elif ranges[name][0] == ranges[name][1]:
         yield Problem(f"{name}-constant", f"only {ranges[name][0]:g}", "values that vary")
 

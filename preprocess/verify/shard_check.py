@@ -22,7 +22,14 @@ from preprocess.verify.sample_check import (
 from shared.errors import UserError
 from shared.format.cache import MEDIA_TYPES, Sidecar
 from shared.format.columns import caption_digest
-from shared.format.schema import CONDITION_MEMBER, JSON_MEMBER, LATENTS_MEMBER, MEMBERS, TEXT_MEMBER
+from shared.format.schema import (
+    CONDITION_MEMBER,
+    JSON_MEMBER,
+    LATENTS_MEMBER,
+    MEMBERS,
+    STATES_MEMBER,
+    TEXT_MEMBER,
+)
 from shared.format.tar import Member, TarError, files
 from shared.io.store import Store
 
@@ -202,11 +209,12 @@ def _fill(row: Row, info: dict[str, Any]) -> None:
 def _whole(sample: _Sample, expected: Expected) -> Iterator[Problem]:
     text_only = sample.info.get("type") == "text"
     for suffix in expected.required:
-        needless = text_only and suffix in (LATENTS_MEMBER, CONDITION_MEMBER)
+        needless = text_only and suffix in (LATENTS_MEMBER, CONDITION_MEMBER, STATES_MEMBER)
         if suffix not in sample.seen and not needless:
             yield Problem("member-missing", "no such member", "it", suffix)
         if suffix in sample.seen and needless:
             only = f"{JSON_MEMBER} {TEXT_MEMBER}, as its type is text"
             yield Problem("member-unexpected", f"a .{suffix}", only)
     latents, cond = (sample.tensors.get(name) for name in (LATENTS_MEMBER, CONDITION_MEMBER))
-    yield from check_condition(latents, cond)
+    if not expected.synthesised:
+        yield from check_condition(latents, cond)

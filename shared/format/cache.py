@@ -301,9 +301,17 @@ class CacheIndex:
         return self._column("repeats", 1, MOST_REPEATS)
 
     @cached_property
+    def _states(self) -> npt.NDArray[np.int64]:
+        """(N, 2) offset and length of the states; zeros in caches without."""
+        if "states" not in self.column_sha256:
+            return np.zeros((len(self), 2), dtype=np.int64)
+        return self._column("states", 0, max(self.shard_bytes, default=0))
+
+    @cached_property
     def offsets(self) -> npt.NDArray[np.int64]:
         """(N, members)."""
-        offsets = self._column("offset", 0, max(self.shard_bytes, default=0))
+        placed = self._column("offset", 0, max(self.shard_bytes, default=0))
+        offsets = np.concatenate([placed, self._states[:, :1]], axis=1)
         room = np.asarray(self.shard_bytes, dtype=np.int64)[self.shard_ids]
         for begins, bytes_ in zip(offsets.T, self.lengths.T, strict=True):  # by member: less memory
             if bool((begins > room - bytes_).any()):
@@ -313,7 +321,8 @@ class CacheIndex:
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
         """(N, members)."""
-        return self._column("length", 0, max(self.shard_bytes, default=0))
+        placed = self._column("length", 0, max(self.shard_bytes, default=0))
+        return np.concatenate([placed, self._states[:, 1:]], axis=1)
 
     def read_columns(self) -> Columns:
         """Read (and so check) every column now."""
@@ -325,8 +334,9 @@ class CacheIndex:
             "type": self.types,
             "tokens": self.tokens,
             "repeats": self.repeats,
-            "offset": self.offsets,
-            "length": self.lengths,
+            "offset": self.offsets[:, :-1],
+            "length": self.lengths[:, :-1],
+            "states": self._states,
         }
         assert read.keys() == COLUMNS.keys()
         return read

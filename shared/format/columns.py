@@ -12,8 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from shared.format.schema import KEY_BYTES, MEMBERS
+from shared.format.schema import CONDITION_MEMBER, KEY_BYTES, MEMBERS
 from shared.format.strict_json import is_count, parse
+
+_PLACED = MEMBERS.index(CONDITION_MEMBER) + 1
+"""The first members, whose places are in `offset` and `length`; those of later ones have a column
+of their own, so that a reader who does not know them reads on."""
 
 # column → (dtype, values per row). A row is one live sample; rows are sorted by key, so that what
 # is trained on does not depend on how an encode was cut into shards.
@@ -25,14 +29,31 @@ COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
     "type": ("uint8", ()),  # position in MEDIA_TYPES
     "tokens": ("int32", ()),
     "repeats": ("int32", ()),  # how often an epoch shows the sample
-    "offset": ("int64", (len(MEMBERS),)),  # of each member's bytes in the tar, in MEMBERS' order
-    "length": ("int64", (len(MEMBERS),)),  # 0 where the sample has no such member
+    "offset": ("int64", (_PLACED,)),  # of each member's bytes in the tar, in MEMBERS' order
+    "length": ("int64", (_PLACED,)),  # 0 where the sample has no such member
+    "states": ("int64", (2,)),  # offset and length of that member
 }
+OPTIONAL = ("states",)
+"""Columns that are left out where all of their values are 0, and read as that."""
 Columns = dict[str, npt.NDArray[Any]]
 """Column name → values, as `COLUMNS` says."""
 
 _METADATA = "zarr.json"
 _MOST_METADATA = 1 << 20
+
+
+def written(columns: Columns) -> Columns:
+    """The columns that an index of these values has."""
+    return {name: v for name, v in columns.items() if name not in OPTIONAL or v.any()}
+
+
+def with_absent(columns: Columns, rows: int) -> Columns:
+    """`columns` as written, with zeros for those that were left out. Raises KeyError for others."""
+    for name in OPTIONAL:
+        if name not in columns:
+            dtype, per_row = COLUMNS[name]
+            columns = {**columns, name: np.zeros((rows, *per_row), dtype)}
+    return {name: columns[name] for name in COLUMNS}
 
 
 def read_attributes(index: Path) -> dict[str, Any]:

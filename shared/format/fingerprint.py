@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError
-from shared.format.strict_json import Fields, is_shallow, require
+from shared.format.strict_json import Fields, is_list, is_shallow, require
 from shared.io.hashing import FileHasher
 from shared.io.names import quoted
 from shared.io.store import Store
@@ -38,7 +38,7 @@ LACKING = {"i2v": ("t2v",), WITH_CLIP: ("t2v", "i2v")}
 
 
 _FIELDS: Fields = {
-    **dict.fromkeys(("latents", "text", "media"), dict),
+    **dict.fromkeys(("latents", "text", "media", "synthesis"), dict),
     **dict.fromkeys(("mode", "overlay"), str),
 }
 
@@ -48,6 +48,20 @@ def check_fingerprint(value: Fingerprint) -> None:
     if not is_shallow(value):
         raise ValueError("fingerprint is nested too deeply")
     require(value, _FIELDS, optional=_FIELDS)
+
+
+def state_timesteps(fingerprint: Fingerprint) -> tuple[float, ...]:
+    """Timesteps (σ·1000) of the states that each sample of a synthesised cache has; else none.
+
+    Raises ValueError for what no fingerprint has there.
+    """
+    states = fingerprint.get("synthesis", {}).get("states")
+    if states is None:
+        return ()
+    timesteps = states.get("timesteps") if isinstance(states, dict) else None
+    if not is_list(timesteps, lambda t: type(t) in (int, float) and 0 < t <= 1000):
+        raise ValueError(f"synthesis.states is {states!r:.80}")
+    return tuple(map(float, timesteps))
 
 
 def cache_mode(spec: ModelSpec) -> str:
@@ -142,10 +156,17 @@ def flatten(fingerprint: Fingerprint, prefix: str = "") -> dict[str, Any]:
 def differences(found: Fingerprint, expected: Fingerprint) -> list[tuple[str, Any, Any]]:
     """(field, found, expected) for each field of `expected` that differs in `found`.
 
-    Unknown values (None in `expected`) are not compared.
+    Unknown values (None in `expected`) are not compared. Of two whole caches' (they have `media`)
+    `synthesis` must be the same, or lacking in both.
     """
     flat_found = flatten(found)
-    return [
+    synthesis: list[tuple[str, Any, Any]] = []
+    if "media" in expected:
+        own, other = (flatten({"s": one.get("synthesis", {})}) for one in (found, expected))
+        fields = [f for f in {**own, **other} if own.get(f) != other.get(f)]
+        synthesis = [(f"synthesis{f[1:]}", own.get(f), other.get(f)) for f in fields]
+        expected = {name: value for name, value in expected.items() if name != "synthesis"}
+    return synthesis + [
         (field, flat_found.get(field), value)
         for field, value in flatten(expected).items()
         if value is not None
@@ -178,6 +199,8 @@ def to_redo(differing: list[tuple[str, Any, Any]]) -> str:
     """
     groups = {field.partition(".")[0] for field, _, _ in differing}
     pixels, words = groups & {"latents", "media"}, "text" in groups
+    if "synthesis" in groups:
+        return "everything: the clips are samples of a model, made by other settings or not at all"
     modes = [(found, expected) for field, found, expected in differing if field == "mode"]
     if not groups <= {"latents", "media", "text", "image", "mode"} or (pixels and words):
         return "everything: latents, conditions and text"

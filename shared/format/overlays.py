@@ -38,7 +38,8 @@ def required_members(fingerprint: Fingerprint) -> tuple[str, ...]:
 def made_by(fingerprint: Fingerprint) -> str:
     """The command that makes such shards, for messages."""
     made = {CAPTIONS: "wanprep recaption", CONDITIONS: "wanprep add-condition"}
-    return made.get(fingerprint.get("overlay", ""), "wanprep encode")
+    encoded = "wantrain synthesize" if "synthesis" in fingerprint else "wanprep encode"
+    return made.get(fingerprint.get("overlay", ""), encoded)
 
 
 def captions_of(store: Store, name: str) -> Store:

@@ -22,13 +22,15 @@ JSON_MEMBER = "json"
 LATENTS_MEMBER = "latents.safetensors"
 TEXT_MEMBER = "text.safetensors"
 CONDITION_MEMBER = "cond.safetensors"
-MEMBERS = (JSON_MEMBER, LATENTS_MEMBER, TEXT_MEMBER, CONDITION_MEMBER)
+STATES_MEMBER = "states.safetensors"
+MEMBERS = (JSON_MEMBER, LATENTS_MEMBER, TEXT_MEMBER, CONDITION_MEMBER, STATES_MEMBER)
 
 # A safetensors member → the tensor that must be there, those that may be with their dimensions.
 _TENSORS: dict[str, tuple[str, dict[str, int]]] = {
     LATENTS_MEMBER: ("latents", {"latents": 4}),
     TEXT_MEMBER: ("text", {"text": 2}),
     CONDITION_MEMBER: ("cond", {"cond": 4, "clip": 2}),
+    STATES_MEMBER: ("states", {"states": 5}),
 }
 
 KEY_BYTES = 16
@@ -102,6 +104,9 @@ class Sample:
     """(C, T, H, W), normalised encoding of [first frame, zeros …]; i2v caches only."""
     clip: torch.Tensor | None = None
     """(tokens, D), the CLIP vision model's view of the first frame; Wan 2.1 i2v caches only."""
+    states: torch.Tensor | None = None
+    """(S, C, T, H, W), a sampler's x_t at S timesteps, the noisiest first; it ended at `latents`.
+    In synthesised caches with states only."""
 
     def members(self) -> dict[str, bytes]:
         """Suffix → bytes, in tar order."""
@@ -111,6 +116,8 @@ class Sample:
         packed[TEXT_MEMBER] = pack(text=self.text)
         if self.cond is not None:
             packed[CONDITION_MEMBER] = pack(cond=self.cond, clip=self.clip)
+        if self.states is not None:
+            packed[STATES_MEMBER] = pack(states=self.states)
         return packed
 
 

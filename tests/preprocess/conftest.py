@@ -141,7 +141,8 @@ class Cache:
         return {
             f"{self.index.key(row)}.{member}": self.raw(row, member)
             for row in range(len(self.index))
-            for member in MEMBERS
+            for number, member in enumerate(MEMBERS)
+            if number < 4 or self.index.lengths[row, number]
         }
 
 

@@ -18,7 +18,7 @@ import zarr
 from preprocess.cache.index import build_index
 from preprocess.cache.writer import ShardWriter
 from shared.format.cache import COLUMNS, Sidecar, committed_shards, open_cache
-from shared.format.columns import caption_digest
+from shared.format.columns import OPTIONAL, caption_digest
 from shared.format.prompts import Prompt
 from shared.format.schema import MEMBERS, Sample, SampleInfo, sample_key
 from shared.io.store import Store
@@ -57,7 +57,7 @@ def test_plain_webdataset_reads_the_shards(cache: Cache) -> None:
     samples = list(webdataset.WebDataset(urls, shardshuffle=False))
     assert sorted(s["__key__"] for s in samples) == [cache.index.key(r) for r in range(4)]
     for sample in samples:
-        assert {name for name in sample if not name.startswith("__")} == set(MEMBERS)
+        assert {name for name in sample if not name.startswith("__")} == set(MEMBERS[:4])
         info = json.loads(sample["json"])
         height, width, frames = info["height"], info["width"], info["frames"]
         shape = (16, (frames - 1) // 4 + 1, height // 8, width // 8)
@@ -81,7 +81,7 @@ def test_plain_tar_reads_the_shards(cache: Cache, tmp_path: Path) -> None:
 def test_members_keep_their_order_and_headers_say_nothing_of_here_and_now(cache: Cache) -> None:
     with tarfile.open(cache.folder / cache.index.shards[0]) as tar:
         members = tar.getmembers()
-    assert [m.name.partition(".")[2] for m in members[:4]] == list(MEMBERS)
+    assert [m.name.partition(".")[2] for m in members[:4]] == list(MEMBERS[:4])
     assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members} == {
         (0, 0, 0, "root", "root", 0o644)
     }
@@ -101,7 +101,9 @@ def test_sidecars_are_true(cache: Cache) -> None:
 
 def test_the_index_has_the_specified_columns(cache: Cache) -> None:
     group = zarr.open_group(cache.folder / "index.zarr", mode="r")
-    for name, (dtype, per_row) in COLUMNS.items():
+    assert set(group.array_keys()) == COLUMNS.keys() - set(OPTIONAL)
+    for name in group.array_keys():
+        dtype, per_row = COLUMNS[name]
         array = group[name]
         assert isinstance(array, zarr.Array)
         assert (str(array.dtype), array.shape) == (dtype, (4, *per_row))

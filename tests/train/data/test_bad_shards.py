@@ -90,7 +90,7 @@ def _chunks(shards: Path, column: str) -> list[Path]:
     return [path for path in (shards / "index.zarr" / column / "c").rglob("*") if path.is_file()]
 
 
-READ = sorted(set(COLUMNS) - {"caption", "tokens"})  # the columns that training reads
+READ = sorted(set(COLUMNS) - {"caption", "tokens", "states"})  # the columns that training reads
 
 
 @pytest.mark.parametrize("column", READ)
