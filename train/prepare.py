@@ -98,8 +98,10 @@ def _regression(
     """`--method regression`."""
     schedule.owned_steps(expert)  # refuses an expert without steps
     if have := text_only(spec, data):
-        raise UserError(f"--method regression: {have}, and so without a path to learn. Leave these "
-            "out: --where 'type!=text'; or make clips of them: wantrain synthesize --states")
+        raise UserError(
+            f"--method regression: {have}, and so without a path to learn. Leave these "
+            "out: --where 'type!=text'; or make clips of them: wantrain synthesize --states"
+        )
     refuse_other_states(data, schedule.timesteps, "--method regression")
     objective = Regression(
         expert=expert,

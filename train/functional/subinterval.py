@@ -14,9 +14,7 @@ MOST_WEIGHT = 10.0  # of 1/b², in the paper
 _LEAST = 1e-6  # b is 0 where σ_t = σ_s, and so is the weight
 
 
-def coefficients(
-    sigma_s: torch.Tensor, sigma_t: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def coefficients(sigma_s: torch.Tensor, sigma_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(a, b) of x_t = a·x_s + b·ε."""
     a = (1 - sigma_t) / (1 - sigma_s)
     # b² = (σ_t − a·σ_s)·(σ_t + a·σ_s), whose first factor is this, without cancellation

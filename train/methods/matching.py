@@ -32,9 +32,7 @@ class Matching(Protocol):
     def estimate(self, x_t: torch.Tensor, v: torch.Tensor, level: Level) -> torch.Tensor:
         """What the student made, as a model sees it whose velocity at x_t is `v`."""
 
-    def target(
-        self, made: torch.Tensor, level: Level
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def target(self, made: torch.Tensor, level: Level) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The velocity that a critic is regressed on, and the weight of the squared error."""
 
 

@@ -82,7 +82,9 @@ class Regression:
             v = roles.velocity(x_k, timesteps, batch.text, batch.condition, batch.image)
         u = torch.tensor(self.schedule.indices, dtype=torch.float64)[own] / TIMESTEPS
         return StepOutput(
-            loss=regression_loss(v, target, batch.noised), u=to_device(u.float(), device), sigma=level
+            loss=regression_loss(v, target, batch.noised),
+            u=to_device(u.float(), device),
+            sigma=level,
         )
 
     @property
