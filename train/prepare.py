@@ -62,14 +62,14 @@ def prepare_distillation(config: DistillConfig, given_elsewhere: Given = NONE_GI
         )
     if config.match == "handover" and not (expert == "high" and _hands_over(recipe)):
         raise UserError(
-            f"--match: found handover with --boundary-type {expert}, which hands no state over: its "
-            "last step ends with the clip. It is for a high-noise expert whose steps another goes "
-            "on with. Leave it out."
+            f"--match: found handover with --boundary-type {expert}, which hands no state over: "
+            "its last step ends with the clip. It is for a high-noise expert whose steps another "
+            "goes on with. Leave it out."
         )
     if config.start == "states" and expert != "low":
         raise UserError(
-            f"--start: found states with --boundary-type {expert}, whose first state is pure noise. "
-            "It is for the low-noise expert: use --start noise."
+            f"--start: found states with --boundary-type {expert}, whose first state is pure "
+            "noise. It is for the low-noise expert: use --start noise."
         )
     _refuse_text_only(config, spec, data, recipe)
     if recipe.start == "states":
@@ -132,8 +132,8 @@ def _refuse_text_only(
     if recipe.start != "noise":
         given = "" if config.start else f", the default of the {recipe.expert}-noise expert"
         raise UserError(
-            f"--start: {recipe.start}{given}, but {have}. Start from noise: --start noise; or encode the "
-            "media into another folder, or leave them out (--where 'type!=text')."
+            f"--start: {recipe.start}{given}, but {have}. Start from noise: --start noise; or "
+            "encode the media into another folder, or leave them out (--where 'type!=text')."
         )
     if recipe.fm_loss_weight:
         raise UserError(

@@ -300,6 +300,6 @@ def _led_on_otherwise(init: ScaledLora, run: Run) -> str | None:
     if None in (theirs, ours) or theirs == ours:
         return None
     return (
-        f"--init-lora: the steps of {init.path} lead on by {theirs}, this run's by {ours}. Go on as "
-        f"it learned: --pairing {theirs}"
+        f"--init-lora: the steps of {init.path} lead on by {theirs}, this run's by {ours}. Go on "
+        f"as it learned: --pairing {theirs}"
     )

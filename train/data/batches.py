@@ -65,7 +65,7 @@ class Batch:
     """ti2v: (B, 1, T, 1, 1), 0 on a latent frame that is the condition and so kept clean (the
     first, or none of a sample that is text to video this time), 1 elsewhere; else None."""
     states: torch.Tensor | None = None
-    """(B, S, C, T, H, W) fp32: the sampler's x_t at those steps that the run asked for; else None."""
+    """(B, S, C, T, H, W) fp32, a sampler's x_t at the steps that the run asked for; else None."""
     drawn: Drawn = field(default_factory=dict)
 
     def noise(self, seed: int, stream: str) -> torch.Tensor:
@@ -408,8 +408,8 @@ class MicroBatches:
         if self.text_only and any(kept):
             row = rows[kept.index(True)]
             raise UserError(
-                f"--train-mode: normal, but {self.dataset.where(row, STATES_MEMBER)} was sampled from "
-                "its first frame. Leave the option out, or synthesize states without first frames."
+                f"--train-mode: normal, but {self.dataset.where(row, STATES_MEMBER)} was sampled "
+                "from its first frame. Leave the option out, or synthesize states without them."
             )
         return kept
 

@@ -23,9 +23,9 @@ def refuse_other_states(data: Dataset, timesteps: Sequence[float], option: str) 
             continue
         have = f"states at the timesteps {_listed(found)}" if found else "no states of a sampler"
         raise UserError(
-            f"{option}: {store} has {have}, expected the run's timesteps {_listed(timesteps)}. Make "
-            f"some: wantrain synthesize --states --shards {quoted(store)} --output <new folder>, "
-            "with the same --denoising-step-indices-list and --flow-shift."
+            f"{option}: {store} has {have}, expected the run's timesteps {_listed(timesteps)}. "
+            f"Make some: wantrain synthesize --states --shards {quoted(store)} --output <new "
+            "folder>, with the same --denoising-step-indices-list and --flow-shift."
         )
 
 

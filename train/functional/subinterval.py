@@ -2,7 +2,7 @@
 
 For σ_t ≥ σ_s and α = 1 − σ, x_t = a·x_s + b·ε with a = α_t/α_s, b² = σ_t² − a²·σ_s²: noising a clip
 to s and then from s to t is noising it to t. What follows is derived in docs/decisions.md ("Phased
-DMD"); with σ_s = 0 each formula is that of clean clips. Compare Fan et al., arXiv:2510.27684, eq. 13.
+DMD"; Fan et al. 2025, arXiv:2510.27684, section 3.2); with σ_s = 0 it is what clean clips have.
 
 σ_s and σ_t broadcast to latents (B, C, T, H, W); on frames that are kept clean both are 0, and what
 comes out is finite and of no account.

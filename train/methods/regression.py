@@ -1,9 +1,9 @@
 """Trajectory regression as an objective: a student that learns its teacher's own steps.
 
 Between two of the student's levels the teacher's path is a curve; what leads from one end of it to
-the other in one Euler step is its mean slope, (x_k − x_{k+1}) / (σ_k − σ_{k+1}). The shards have the
-states x_k (`wantrain synthesize --states`), so there is no critic, no teacher and no rollout: one
-pass with a gradient for each sample.
+the other in one Euler step is its mean slope, (x_k − x_{k+1}) / (σ_k − σ_{k+1}). The shards have
+the states x_k (`wantrain synthesize --states`), so there is no critic, no teacher and no rollout:
+one pass with a gradient for each sample.
 """
 
 from collections.abc import Mapping

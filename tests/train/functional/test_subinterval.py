@@ -106,7 +106,7 @@ def test_state_mean_is_that_of_the_joint_gaussian(s: float, t: float) -> None:
     """E[x_s | x_t] through x̂0 = x_t − t·v, against conditioning (x_s, x_t) directly."""
     toy = Gaussian(0.5)
     toy.s = s
-    a, b = (value.item() for value in coefficients(one(s), one(t)))
+    a = coefficients(one(s), one(t))[0].item()
     mean, covariance = toy.marginal(t)
     x = np.random.default_rng(2).normal(size=(5, 3))
     expected = toy.mean + a * (x - mean) @ np.linalg.inv(covariance) @ toy.covariance
@@ -117,19 +117,13 @@ def test_state_mean_is_that_of_the_joint_gaussian(s: float, t: float) -> None:
 
 
 def test_the_weight_bounds_the_targets_size_and_nothing_overflows() -> None:
-    """min(1, 10·b²): full from b = √.1 on; at t = s, where b is 0, no NaN."""
+    """The paper's b²·clamp(1/b², 0, 10); at t = s, where b is 0, and on clean frames no NaN."""
+    for t in (0.501, 0.51, 0.6, 0.9):
+        b2 = t**2 - ((1 - t) / 0.5) ** 2 * 0.25
+        expected = b2 * min(10, 1 / b2)
+        assert state_weight(one(0.5), one(t)).item() == pytest.approx(expected, rel=1e-12)
     s = one(0.5).float()
-    for b in (0.1, 0.5):
-        t = torch.sqrt(torch.tensor(0.25 + 0.0)).item()
-        low, high = t, 1.0
-        for _ in range(60):  # the level whose b this is
-            middle = (low + high) / 2
-            if coefficients(one(0.5), one(middle))[1].item() < b:
-                low = middle
-            else:
-                high = middle
-        assert state_weight(one(0.5), one(high)).item() == pytest.approx(min(1, 10 * b * b))
-    x, noise = torch.randn(2, 1, 3, 1, 2, 2)
+    x, noise = torch.randn(2, 1, 3, 1, 2, 2, generator=torch.Generator().manual_seed(1))
     for t in (0.5, 0.5000001, 0.501, 1.0):
         end = torch.full_like(s, t)
         error = state_weight(s, end) * state_velocity(x, noise, s, end).square()

@@ -13,7 +13,6 @@ from tests.train.conftest import encode
 from tests.train.data.test_caption_only import encode_list
 from tests.train.synthesised import timesteps, with_states
 from tests.train.test_distill import arguments, distill, final_bytes, losses
-from tests.train.tracking.test_validation import t2v_prompts  # noqa: F401
 from train.cli.app import app as wantrain
 from train.prepare import prepare_distillation
 from train.run import estimate
@@ -214,13 +213,21 @@ def test_no_memory_is_planned_for_a_critic(
     assert planned["regression"] == planned["lora"] != planned["distill"]
 
 
+@pytest.fixture
+def prompts(dataset: Path, tiny_t2v: Path, tmp_path: Path) -> Path:
+    """A cache with two validation prompts."""
+    (tmp_path / "p.txt").write_text("waves --w 48 --h 32 --f 5\nno waves --w 32 --h 64 --f 9\n")
+    more = ("--validation-prompts", str(tmp_path / "p.txt"), "--dtype", "fp32")
+    return encode(dataset, tiny_t2v, tmp_path / "prompts", *more)
+
+
 def test_validation_begins_as_the_expert_does(
     tiny_t2v: Path,
-    t2v_prompts: Path,
-    tmp_path: Path,  # noqa: F811
+    prompts: Path,
+    tmp_path: Path,
 ) -> None:
     """high from noise by the prompts, low from cached states; training goes on as without."""
-    shards = with_states(t2v_prompts, tmp_path / "shards", timesteps(12))
+    shards = with_states(prompts, tmp_path / "shards", timesteps(12))
     for expert, clips in (("high", 2), ("low", 2)):
         more = ("--boundary-type", expert, "--max-train-steps", "2")
         plain = regress(tiny_t2v, shards, tmp_path / f"{expert}-plain", *more)
