@@ -41,10 +41,12 @@ from train.options import (
     OUTPUT,
     PROCESSES,
     WATCH,
+    DistillMethod,
     Exits,
     Expert,
     LevelRange,
     LrScheduler,
+    Match,
     Maths,
     Pairing,
     ScoreFloor,
@@ -64,6 +66,8 @@ NUMBER_OR_FILE = Check(
     lambda text: not is_number(text) or 0 <= float(text) < inf,
     "0 or more, or the file of `wantrain calibrate`",
 )
+OF_REGRESSION = ("method", "denoising_step_indices_list", "flow_shift", "uniform_sampling")
+"""What `--method regression` takes of distillation's own options."""
 
 # fmt: off
 Model = Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model to train a LoRA for: a diffusers or Wan folder, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)]
@@ -232,11 +236,13 @@ class DistillConfig(TrainConfig):
     PANELS: ClassVar[Sequence[str]] = (INPUT, OUTPUT, LENGTH, WATCH, DMD, LORA, OPTIMIZER, DATA, DEVICE, PROCESSES)
 
     output_dir: OutputDir = Path("output_dir_distill")
+    method: Annotated[DistillMethod, typer.Option(help="dmd, or regression along the teacher's states, without a critic, on shards of `wantrain synthesize --states`.", rich_help_panel=DMD)] = "dmd"
     denoising_step_indices_list: Annotated[str, typer.Option(metavar="LIST", help="The student's steps, as timesteps before the shift: 1000 is pure noise, 0 the clip.", rich_help_panel=DMD)] = "1000,750,500,250"
     flow_shift: Annotated[float | None, typer.Option(metavar="X", help="Shift s of the noise schedule: timestep 1000*u becomes sigma = s*u / (1 + (s-1)*u).", show_default="12 for Wan 2.2 A14B t2v, else 5", rich_help_panel=DMD), POSITIVE] = None
     recipe: Annotated[Maths, typer.Option(help="seed: VideoX-Fun's maths, for comparison; each expert runs all steps, from noise, and score levels have no cap and no floor.", rich_help_panel=DMD)] = "corrected"
-    start: Annotated[Start | None, typer.Option(help="Rollouts start from cached latents noised to the expert's first step, or from pure noise at the first of all steps, as in VideoX-Fun.", show_default="latents for low, else noise", rich_help_panel=DMD)] = None
+    start: Annotated[Start | None, typer.Option(help="Rollouts start from cached latents noised to the expert's first step, from cached states at that step (low expert; `wantrain synthesize --states`), or from pure noise at the first of all steps, as in VideoX-Fun.", show_default="latents for low, else noise", rich_help_panel=DMD)] = None
     pairing: Annotated[Pairing, typer.Option(help="How one step leads to the next: with fresh noise (sample with LCM) or along the velocity (sample with Euler).", rich_help_panel=DMD)] = "renoise"
+    match: Annotated[Match, typer.Option(help="What of the student is matched with the teacher: its clips (x0), or the states where the high-noise expert hands over (phased DMD; best with --pairing euler).", rich_help_panel=DMD)] = "x0"
     score_floor: Annotated[ScoreFloor, typer.Option(help="Where the high-noise expert's score levels end: at the model's boundary or at the first step of the low-noise expert.", rich_help_panel=DMD)] = "boundary"
     score_levels: Annotated[LevelRange, typer.Option(help="Where scores are compared: over the expert's whole interval, or, for each exit (the step that an update trains), only above the next step's level.", rich_help_panel=DMD)] = "interval"
     uniform_sampling: Annotated[bool, typer.Option(help="Spread the score levels of a batch's samples evenly over the expert's interval instead of drawing each independently; no effect with one sample per optimizer step.", show_default="on", rich_help_panel=DMD)] = True
@@ -255,10 +261,11 @@ class DistillConfig(TrainConfig):
         super().__post_init__()
         self._check_learning_rate("learning_rate_critic", self.learning_rate_critic)
         for option, given in {
-            "--start latents": self.start == "latents",
+            f"--start {self.start}": self.start not in (None, "noise"),
             "--score-floor handover": self.score_floor != "boundary",
             "--score-levels exit": self.score_levels != "interval",
             "--exits last": self.exits != "all",
+            "--match handover": self.match != "x0",
             f"--critic-warmup {self.critic_warmup}": self.critic_warmup > 0,
             f"--real-guidance-scale {self.real_guidance_scale}": not is_number(
                 self.real_guidance_scale
@@ -267,9 +274,24 @@ class DistillConfig(TrainConfig):
             if given and self.recipe == "seed":
                 raise UserError(
                     f"--recipe: found seed with {option}, but the seed's recipe starts from noise, "
-                    "trains all steps, draws its score levels from the expert's whole interval and "
-                    "has one guidance scale. Leave out one of the two."
+                    "trains all steps, draws its score levels from the expert's whole interval, "
+                    "matches clips and has one guidance scale. Leave out one of the two."
                 )
+        if self.method == "regression":
+            self._refuse_options_of_dmd()
+
+    def _refuse_options_of_dmd(self) -> None:
+        """UserError where one is given that regression has no use for."""
+        taken = {*TrainConfig.__dataclass_fields__, *OF_REGRESSION}
+        for name, option in DistillConfig.__dataclass_fields__.items():
+            value = getattr(self, name)
+            unused = name not in taken and value != option.default
+            if not unused or (name, value) == ("pairing", "euler"):
+                continue
+            raise UserError(
+                f"--{name.replace('_', '-')}: found {value} with --method regression, which has no "
+                "critic, no rollouts and no guidance, and goes by Euler's steps. Leave it out."
+            )
 
 
 # fmt: off
@@ -300,7 +322,7 @@ class PlanConfig(MemoryOptions):
     PANELS: ClassVar[Sequence[str]] = (INPUT, DATA, OUTPUT, LORA, DEVICE, PROCESSES)
 
     model: Model = DEFAULT_MODEL
-    method: Annotated[Literal["distill", "lora"], typer.Option(help="Command to plan for.", rich_help_panel=INPUT)] = "distill"
+    method: Annotated[Literal["distill", "regression", "lora"], typer.Option(help="Command to plan for, or `distill --method regression`, which has no critic.", rich_help_panel=INPUT)] = "distill"
     gpu_memory: Annotated[float | None, typer.Option(metavar="GiB", min=0, help="GPU memory in GiB; marks the first options that fit.", show_default="none", rich_help_panel=INPUT)] = None
     fix_sample_size: Annotated[tuple[int, int], typer.Option(metavar="H W", help="Height and width of the clips, in pixels.", rich_help_panel=DATA)] = (480, 832)
     video_sample_n_frames: Annotated[int, typer.Option("--video-sample-n-frames", "--frames", metavar="N", min=1, help="Frames of the clips: 1, 5, 9 and so on.", rich_help_panel=DATA)] = 81

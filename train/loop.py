@@ -220,6 +220,7 @@ def micro_batches(run: Run, bank: PromptBank) -> MicroBatches:
         frame_crop=config.random_frame_crop,
         text_only=config.train_mode == "normal",
         first_noise=run.objective.first_noise,
+        states=run.objective.states,
         accumulation=config.gradient_accumulation_steps,
         data_rank=run.ranks.mesh.data_rank(run.ranks.rank),
         data_size=run.ranks.mesh.data,

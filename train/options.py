@@ -33,7 +33,9 @@ LrScheduler = Literal[
     "warmup_stable_decay",
 ]
 Maths = Literal["corrected", "seed"]
-Start = Literal["latents", "noise"]
+DistillMethod = Literal["dmd", "regression"]
+Start = Literal["latents", "noise", "states"]
+Match = Literal["x0", "handover"]
 Pairing = Literal["renoise", "euler"]
 ScoreFloor = Literal["boundary", "handover"]
 LevelRange = Literal["interval", "exit"]

@@ -10,6 +10,8 @@ from shared.format.cache import MEDIA_TYPES
 from shared.models.spec import ModelSpec, resolve_model
 from train.config import DistillConfig, FinetuneConfig
 from train.data.dataset import Dataset
+from train.data.path_states import refuse_other_states
+from train.distributed.placement import Placement
 from train.functional.guidance import Guidance
 from train.functional.schedule import Schedule
 from train.methods.distillation import Distillation
@@ -17,6 +19,7 @@ from train.methods.dmd import Recipe
 from train.methods.finetune import LORA, Finetuning
 from train.methods.flow_matching import NoiseLevels
 from train.methods.guidance_file import read_guidance
+from train.methods.regression import Regression
 from train.model.base import Base, base_digest, component_of
 from train.model.roles import CRITIC, GENERATOR
 from train.options import Expert, is_number, names
@@ -38,12 +41,15 @@ def prepare_distillation(config: DistillConfig, given_elsewhere: Given = NONE_GI
         shift=spec.flow_shift if config.flow_shift is None else config.flow_shift,
         boundary=spec.boundary,
     )
+    if config.method == "regression":
+        return _regression(config, placement, spec, data, schedule, expert)
     recipe = Recipe(
         expert=expert,
         schedule=schedule,
         start=config.start
         or ("latents" if expert == "low" and config.recipe == "corrected" else "noise"),
         pairing=config.pairing,
+        match=config.match,
         score_floor=config.score_floor,
         maths=config.recipe,
         real_guidance_scale=_guidance(config, spec, expert),
@@ -62,7 +68,20 @@ def prepare_distillation(config: DistillConfig, given_elsewhere: Given = NONE_GI
             f"--score-floor: found {config.score_floor} with --boundary-type {expert}; it is a "
             "choice only for the high-noise expert. Leave it out."
         )
+    if config.match == "handover" and not (expert == "high" and _hands_over(recipe)):
+        raise UserError(
+            f"--match: found handover with --boundary-type {expert}, which hands no state over: "
+            "its last step ends with the clip. It is for a high-noise expert whose steps another "
+            "goes on with. Leave it out."
+        )
+    if config.start == "states" and expert != "low":
+        raise UserError(
+            f"--start: found states with --boundary-type {expert}, whose first state is pure "
+            "noise. It is for the low-noise expert: use --start noise."
+        )
     _refuse_text_only(config, spec, data, recipe)
+    if recipe.start == "states":
+        refuse_other_states(data, schedule.timesteps, "--start states")
     objective = Distillation(
         recipe=recipe,
         gen_update_interval=config.gen_update_interval,
@@ -86,6 +105,37 @@ def _guidance(config: DistillConfig, spec: ModelSpec, expert: Expert) -> Guidanc
     return read_guidance(Path(given), expert, base=digest, model=config.model)
 
 
+def _hands_over(recipe: Recipe) -> bool:
+    return recipe.walk.stop < len(recipe.schedule.indices)
+
+
+def _regression(
+    config: DistillConfig,
+    placement: Placement,
+    spec: ModelSpec,
+    data: Dataset,
+    schedule: Schedule,
+    expert: Expert,
+) -> Run:
+    """`--method regression`."""
+    schedule.owned_steps(expert)  # refuses an expert without steps
+    if have := text_only(spec, data):
+        raise UserError(
+            f"--method regression: {have}, and so without a path to learn. Leave these "
+            "out: --where 'type!=text'; or make clips of them: wantrain synthesize --states"
+        )
+    refuse_other_states(data, schedule.timesteps, "--method regression")
+    objective = Regression(
+        expert=expert,
+        schedule=schedule,
+        uniform_sampling=config.uniform_sampling,
+        strata=update_batch(config, placement) if config.uniform_sampling else 1,
+        learning_rates={GENERATOR: config.learning_rate},
+        seed=config.seed,
+    )
+    return plan_run(config, placement, spec, data, objective)
+
+
 def _numbers(text: str, option: str) -> tuple[float, ...]:
     """ "1000 750" or "1000,750" → (1000.0, 750.0)."""
     try:
@@ -101,11 +151,11 @@ def _refuse_text_only(
     have = text_only(spec, data)
     if have is None:
         return
-    if recipe.start == "latents":
+    if recipe.start != "noise":
         given = "" if config.start else f", the default of the {recipe.expert}-noise expert"
         raise UserError(
-            f"--start: latents{given}, but {have}. Start from noise: --start noise; or encode the "
-            "media into another folder, or leave them out (--where 'type!=text')."
+            f"--start: {recipe.start}{given}, but {have}. Start from noise: --start noise; or "
+            "encode the media into another folder, or leave them out (--where 'type!=text')."
         )
     if recipe.fm_loss_weight:
         raise UserError(

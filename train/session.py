@@ -45,7 +45,7 @@ from train.saving.checkpoint import (
     set_later_aside,
 )
 from train.saving.export import write_loras
-from train.saving.provenance import Provenance
+from train.saving.provenance import Provenance, read_provenance
 from train.strategies.base import AdamSettings, Strategy
 from train.strategies.spread import device_bytes, parameter_bytes, spread
 
@@ -286,6 +286,23 @@ def _warm_start(roles: Roles, run: Run, lora: LoraSpec, say: Say) -> Weights | N
     say(f"start    {init}: {len(file.lora.modules)} layers, {file.form} form")
     if file.note:
         say(f"start    {file.note}")
+    if warning := _led_on_otherwise(init, run):
+        say(f"warning  {warning}")
     ups = {name: weight.detach() for name, weight in parameters.items() if ".lora_B." in name}
     dtype = DTYPES[config.save_precision]
     return {name: weight.to("cpu", dtype, copy=True) for name, weight in ups.items()}
+
+
+def _led_on_otherwise(init: ScaledLora, run: Run) -> str | None:
+    """A warning where the steps of --init-lora were learned for another pairing than the run's."""
+    try:
+        theirs = read_provenance(init.path).pairing
+    except UserError:  # another trainer's
+        return None
+    ours = run.objective.sampling()["pairing"]
+    if None in (theirs, ours) or theirs == ours:
+        return None
+    return (
+        f"--init-lora: the steps of {init.path} lead on by {theirs}, this run's by {ours}. Go on "
+        f"as it learned: --pairing {theirs}"
+    )

@@ -503,18 +503,23 @@ class MemberReader:
             tensors = tensors_in(head if data is None else data, length, member)
         return MemberHeader(row, member, tensors, shard, offset, data)
 
-    def read_into(self, header: MemberHeader, name: str, target: torch.Tensor) -> None:
-        """Read a tensor straight into `target`: contiguous, of just its shape and dtype.
+    def read_into(
+        self, header: MemberHeader, name: str, target: torch.Tensor, *, first: int = 0
+    ) -> None:
+        """Read a tensor straight into `target`: contiguous, of just its shape and dtype; or as much
+        of its first dimension as `target` has, from `first` on.
 
         Raises UserError when the bytes are not there.
         """
         tensor = header.tensors[name]
-        assert target.shape == tensor.shape and target.dtype == TORCH_DTYPES[tensor.dtype]
+        assert target.shape[1:] == tensor.shape[1:] and target.dtype == TORCH_DTYPES[tensor.dtype]
+        assert first + len(target) <= tensor.shape[0]
         room = memoryview(target.view(torch.uint8).numpy()).cast("B")
+        place = tensor.begin + first * target[0].nbytes
         if header.fetched is not None:
-            room[:] = memoryview(header.fetched)[tensor.begin : tensor.begin + len(room)]
+            room[:] = memoryview(header.fetched)[place : place + len(room)]
             return
-        begin, done = header.offset + tensor.begin, 0
+        begin, done = header.offset + place, 0
         with self._damage_named(header.row, header.member):
             descriptor = self._file_of(header.shard, begin + len(room))
             while done < len(room):  # 2 GiB is the most that one call gives

@@ -14,7 +14,14 @@ from shared.errors import UserError
 from shared.format.cache import MEDIA_TYPES, REENCODE_SHARD, CacheIndex, MemberHeader, MemberReader
 from shared.format.overlays import made_by
 from shared.format.prompts import read_prompts
-from shared.format.schema import CONDITION_MEMBER, DTYPES, LATENTS_MEMBER, TEXT_MEMBER, TORCH_DTYPES
+from shared.format.schema import (
+    CONDITION_MEMBER,
+    DTYPES,
+    LATENTS_MEMBER,
+    STATES_MEMBER,
+    TEXT_MEMBER,
+    TORCH_DTYPES,
+)
 from shared.format.tensor_header import TensorHeader
 from shared.io.names import quoted
 from shared.models.family import Family
@@ -57,6 +64,8 @@ class Batch:
     noised: torch.Tensor | None = None
     """ti2v: (B, 1, T, 1, 1), 0 on a latent frame that is the condition and so kept clean (the
     first, or none of a sample that is text to video this time), 1 elsewhere; else None."""
+    states: torch.Tensor | None = None
+    """(B, S, C, T, H, W) fp32, a sampler's x_t at the steps that the run asked for; else None."""
     drawn: Drawn = field(default_factory=dict)
 
     def noise(self, seed: int, stream: str) -> torch.Tensor:
@@ -84,6 +93,8 @@ class StoredBatch:
     """(B, C, T, H, W), without the mask."""
     image: torch.Tensor | None
     noised: torch.Tensor | None
+    states: torch.Tensor | None = None
+    """(B, S, C, T, H, W)."""
     drawn: Drawn = field(default_factory=dict)
 
     def page_locked(self) -> "StoredBatch":
@@ -99,6 +110,7 @@ class StoredBatch:
             condition=None if self.condition is None else locked(self.condition),
             image=None if self.image is None else locked(self.image),
             noised=None if self.noised is None else locked(self.noised),
+            states=None if self.states is None else locked(self.states),
             drawn={stream: locked(drawn) for stream, drawn in self.drawn.items()},
         )
 
@@ -122,6 +134,7 @@ class StoredBatch:
             condition=condition,
             image=None if self.image is None else to_device(self.image, device),
             noised=None if self.noised is None else to_device(self.noised, device).float(),
+            states=None if self.states is None else to_device(self.states, device).float(),
             drawn={stream: to_device(drawn, device) for stream, drawn in self.drawn.items()},
         )
 
@@ -200,6 +213,8 @@ class MicroBatches:
     first_noise: str | None = None
     """Stream of the noise that an update begins with: drawn with its batch, for else the device
     would wait for it. What comes later is drawn while the device works."""
+    states: range | None = None
+    """Of the cached states those at these steps are read; None: none."""
     accumulation: int
     data_rank: int
     data_size: int
@@ -285,8 +300,11 @@ class MicroBatches:
         ]
         # The VAE is causal: its first frames *are* the encoding of the shorter clip, to the bit.
         latents = self._targets(rows)[:, :, :frames]
+        states = None if self.states is None else self._states(rows, self.states)[:, :, :, :frames]
         if self.spec.mode == "ti2v":
             noised = torch.ones(len(rows), 1, frames, 1, 1)
+            if states is not None:  # its path was sampled with a first frame, or without
+                conditioned = self._sampled_with_first_frame(rows, latents, states)
             noised[conditioned, :, 0] = 0
         return StoredBatch(
             family=self.spec.family,
@@ -298,6 +316,7 @@ class MicroBatches:
             texts=tuple(texts),
             condition=condition,
             image=image,
+            states=states,
         )
 
     def ahead(
@@ -373,6 +392,38 @@ class MicroBatches:
                 self._read(row, *self._header(row, LATENTS_MEMBER), "latents", target)
         return targets
 
+    def _states(self, rows: list[int], steps: range) -> torch.Tensor:
+        """(B, S, C, T, H, W) states at these steps."""
+        shape = self._latent_shape(rows[0])
+        states = self._buffers.empty((len(rows), len(steps), *shape), self._dtype)
+        for target, row in zip(states, rows, strict=True):
+            reader, header = self._header(row, STATES_MEMBER)
+            most, *found = header.tensors["states"].shape
+            if tuple(found) != shape or most < steps.stop:
+                expected = f"({steps.stop} or more, {', '.join(map(str, shape))})"
+                raise self._misshapen(row, header, "states", expected)
+            self._read(row, reader, header, "states", target, first=steps.start)
+        return states
+
+    def _sampled_with_first_frame(
+        self, rows: list[int], latents: torch.Tensor, states: torch.Tensor
+    ) -> list[bool]:
+        """ti2v: of which rows the path kept its first frame clean, as the clip has it.
+
+        UserError where that is not how the run shows its samples.
+        """
+        kept = [
+            clip.shape[1] > 1 and bool((path[:, :, 0] == clip[:, 0]).all())
+            for clip, path in zip(latents, states, strict=True)
+        ]
+        if self.text_only and any(kept):
+            row = rows[kept.index(True)]
+            raise UserError(
+                f"--train-mode: normal, but {self.dataset.where(row, STATES_MEMBER)} was sampled "
+                "from its first frame. Leave the option out, or synthesize states without them."
+            )
+        return kept
+
     def _conditions(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, C, T, H, W), and CLIP's (B, tokens, D) where the model takes it."""
         shape = (len(rows), *self._latent_shape(rows[0]))
@@ -402,6 +453,11 @@ class MicroBatches:
         """Raises UserError where the sample lacks the member."""
         reader, at = self._reader(row)
         header = reader.header(at, member)
+        if header is None and member == STATES_MEMBER:
+            raise UserError(
+                f"shards: {self.dataset.where(row)} has no {member}, though the fingerprint says "
+                f"that all samples have. {REENCODE_SHARD}"
+            )
         if header is None:
             raise UserError(
                 f"shards: {self.dataset.where(row)} has no {member}, which every "
@@ -411,18 +467,28 @@ class MicroBatches:
         return reader, header
 
     def _read(
-        self, row: int, reader: MemberReader, header: MemberHeader, name: str, target: torch.Tensor
+        self,
+        row: int,
+        reader: MemberReader,
+        header: MemberHeader,
+        name: str,
+        target: torch.Tensor,
+        *,
+        first: int | None = None,
     ) -> torch.Tensor:
-        """`target`, filled. Raises UserError unless the tensor has its shape and dtype."""
+        """`target`, filled. Raises UserError unless the tensor has its shape and dtype.
+
+        `first`: where a part of the tensor begins that is as long as `target`.
+        """
         found = header.tensors[name]
-        if found.shape != target.shape:
+        if first is None and found.shape != target.shape:
             raise self._misshapen(row, header, name, str(tuple(target.shape)))
         if TORCH_DTYPES[found.dtype] != target.dtype:
             raise UserError(
                 f"shards: {self.dataset.where(row, header.member)}: {header.member} holds "
                 f"{found.dtype}, expected {target.dtype} as the fingerprint says. {REENCODE_SHARD}"
             )
-        reader.read_into(header, name, target)
+        reader.read_into(header, name, target, first=first or 0)
         return target
 
     def _misshapen(self, row: int, header: MemberHeader, name: str, expected: str) -> UserError:

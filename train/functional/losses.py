@@ -1,4 +1,4 @@
-"""The two losses of distribution matching distillation. Pure; everything in fp32.
+"""The losses of distribution matching distillation, and of regressions. Pure; everything in fp32.
 
 Notation of DMD2 (Yin et al. 2024, arXiv:2405.14867) with x0 predictions as scores: at one noise
 level, both scores are affine in x̂0 with the same factors, so their difference is that of the x̂0s.
@@ -59,4 +59,15 @@ def flow_matching_loss(
     noised: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """mean (v̂ − (ε − x0))²: the critic's on generated x̂0, a generator's on cached latents."""
-    return _sample_mean((velocity - (noise - x0)).square(), noised).mean()
+    return regression_loss(velocity, noise - x0, noised)
+
+
+def regression_loss(
+    velocity: torch.Tensor,
+    target: torch.Tensor,
+    noised: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """mean w·(v̂ − v)² for (B, C, T, H, W); `weight` broadcasts to them (None: 1)."""
+    error = (velocity - target).square()
+    return _sample_mean(error if weight is None else weight * error, noised).mean()

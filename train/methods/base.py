@@ -30,8 +30,12 @@ class Objective(Protocol):
         """The role whose LoRA the run saves; options count its optimizer steps."""
 
     @property
-    def first_noise(self) -> str:
+    def first_noise(self) -> str | None:
         """Stream of the noise that every update begins with, whichever role it trains."""
+
+    @property
+    def states(self) -> range | None:
+        """Positions of the steps whose states the shards must bring (`Batch.states`)."""
 
     @property
     def learning_rates(self) -> Mapping[str, float]:
@@ -59,7 +63,8 @@ class Objective(Protocol):
 
     @property
     def samples_from_latents(self) -> bool:
-        """Whether `sample` begins with a batch's latents (noised), not with pure noise."""
+        """Whether `sample` begins with what a batch has of the cache (latents, noised, or a state),
+        not with pure noise."""
 
     def sample(self, roles: Roles, batch: Batch, negative: torch.Tensor) -> torch.Tensor:
         """What the main role makes of a batch now, (B, C, T, H, W) fp32 without a graph.

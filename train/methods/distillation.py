@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from shared.models.spec import TIMESTEPS
 from train.data.batches import Batch
 from train.functional.guidance import GuidanceTable
 from train.methods.base import Method
@@ -34,8 +35,14 @@ class Distillation:
         return self.recipe.expert
 
     @property
-    def first_noise(self) -> str:
-        return rollout_noise(self.recipe.walk[0])
+    def first_noise(self) -> str | None:
+        """None where a rollout begins with a state: what noise follows depends on the update."""
+        return None if self.states else rollout_noise(self.recipe.walk[0])
+
+    @property
+    def states(self) -> range | None:
+        first = self.recipe.walk[0]
+        return range(first, first + 1) if self.recipe.start == "states" else None
 
     @property
     def cycle(self) -> int:
@@ -58,7 +65,7 @@ class Distillation:
 
     @property
     def samples_from_latents(self) -> bool:
-        return self.recipe.start == "latents"
+        return self.recipe.start != "noise"
 
     def sample(self, roles: Roles, batch: Batch, negative: torch.Tensor) -> torch.Tensor:
         """The student's x̂0 at the last step that this expert walks to."""
@@ -104,7 +111,8 @@ class Distillation:
         last = f"; only {schedule.timesteps[trained[0]]:.1f} is trained"
         return [
             f"steps    {steps} (shift {schedule.shift:g}); this expert owns {own}; start "
-            f"{recipe.start}{last if recipe.exits == 'last' else ''}; score levels u in {levels}",
+            f"{recipe.start}{last if recipe.exits == 'last' else ''}; score levels u in {levels}"
+            f"{self._matched}",
             *self._describe_guidance(),
         ]
 
@@ -117,6 +125,11 @@ class Distillation:
             f"{table.scales[0]:.2f} at sigma {table.sigmas[0]:.3f} to {table.scales[-1]:.2f} at "
             f"{table.sigmas[-1]:.3f}, at most {max(table.scales):.2f} ({table.digest[:12]})"
         ]
+
+    @property
+    def _matched(self) -> str:
+        end = self.recipe.matching.end
+        return "" if end is None else f"; states matched at {TIMESTEPS * end:.1f}"
 
     def describe_length(self, steps: int) -> str:
         ahead = f"{self.head_start} critic updates, then " if self.head_start else ""

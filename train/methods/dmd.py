@@ -15,13 +15,14 @@ from shared.errors import UserError
 from shared.models.spec import TIMESTEPS
 from train.data.batches import Batch
 from train.functional.guidance import Guidance, GuidanceTable
-from train.functional.losses import dmd_gradient, dmd_loss, mean_gap
+from train.functional.losses import dmd_gradient, dmd_loss, mean_gap, regression_loss
 from train.functional.rng import choice, spread
-from train.functional.schedule import Schedule, add_noise, x0_from_velocity
+from train.functional.schedule import Schedule
 from train.methods.flow_matching import Level, guided_velocity, over_frames, velocity_loss, walk
+from train.methods.matching import Clips, HandOver, Matching
 from train.methods.step_output import StepOutput
-from train.model.roles import CRITIC, GENERATOR, Roles
-from train.options import Exits, Expert, LevelRange, Maths, Pairing, ScoreFloor, Start
+from train.model.roles import GENERATOR, Roles
+from train.options import Exits, Expert, LevelRange, Match, Maths, Pairing, ScoreFloor, Start
 
 # Names in trackers.
 CRITIC_ERROR, TEACHER_ERROR = "balance/critic_error", "balance/teacher_error"
@@ -35,9 +36,12 @@ class Recipe:
     schedule: Schedule
     start: Start
     """`latents`: walk the expert's own steps, from cached real latents noised to its first one.
-    `noise`: walk from pure noise at step 0 to the expert's last step, with only this expert."""
+    `states`: the same from cached states at that step. `noise`: walk from pure noise at step 0 to
+    the expert's last step, with only this expert."""
     pairing: Pairing
     """How a step leads to the next: fresh noise on x̂0 (LCM sampling) or along v (Euler)."""
+    match: Match = "x0"
+    """What is matched: x̂0, or the state that the high-noise expert hands over (phased DMD)."""
     score_floor: ScoreFloor
     real_guidance_scale: Guidance
     """A table (`wantrain calibrate`) is read at each sample's σ."""
@@ -72,6 +76,12 @@ class Recipe:
     def exit_steps(self) -> Sequence[int]:
         """Positions of the steps of which each update trains one."""
         return self.walk if self.exits == "all" else self.walk[-1:]
+
+    @property
+    def matching(self) -> Matching:
+        if self.match == "x0":
+            return Clips()
+        return HandOver(self.schedule.sigmas[self.walk.stop])
 
     @property
     def score_interval(self) -> tuple[float, float]:
@@ -122,6 +132,7 @@ class Recipe:
             "real_guidance_scale": guidance,
             "fake_guidance_scale": self.fake_guidance_scale,
             "fm_loss_weight": self.fm_loss_weight,
+            **({} if self.match == "x0" else {"match": self.match}),
         }
 
 
@@ -151,10 +162,12 @@ def rollout(
     last: int,
     with_gradient: bool,
     purpose: str = "rollout",
+    end: float | None = None,
 ) -> torch.Tensor:
     """Walk the generator to step `last`; x̂0 there, (B, C, T, H, W) fp32.
 
-    Only the last step carries gradients: what came before is data, as at inference. `purpose`
+    With `end` what that step makes of it at this level, where the next expert takes over. Only the
+    last step carries gradients: what came before is data, as at inference. `purpose`
     tells streams of noise apart.
     """
     steps = [step for step in recipe.walk if step <= last]
@@ -165,8 +178,13 @@ def rollout(
             return roles.velocity(x_t, timestep, batch.text, batch.condition, batch.image)
 
     def fresh_noise(place: int) -> torch.Tensor:
-        return batch.noise(recipe.seed, rollout_noise(steps[place], purpose))
+        stops = [*steps, recipe.walk.stop]
+        return batch.noise(recipe.seed, rollout_noise(stops[place], purpose))
 
+    state = None
+    if recipe.start == "states":
+        assert batch.states is not None
+        state = batch.states[:, 0]
     return walk(
         batch,
         [recipe.schedule.sigmas[step] for step in steps],
@@ -174,6 +192,8 @@ def rollout(
         fresh_noise,
         from_latents=recipe.start == "latents",
         renoise=recipe.pairing == "renoise",
+        state=state,
+        end=end,
     )
 
 
@@ -200,23 +220,24 @@ def generator_step(
     """One generator micro-step. `negative`: (tokens, D).
 
     Metrics: critic error, mean|x̂0_generated − x̂0_fake|, teacher error, the same to x̂0_real (how
-    well either denoises what the generator makes), and their ratio.
+    well either denoises what the generator makes), and their ratio. Where states are matched, x̂0
+    is the state.
 
     Call `backward` inside `roles.generator()`.
     """
-    step = exit_step(recipe, batch.update)
-    x0 = rollout(roles, recipe, batch, last=step, with_gradient=True)
+    matching, step = recipe.matching, exit_step(recipe, batch.update)
+    x0 = rollout(roles, recipe, batch, last=step, with_gradient=True, end=matching.end)
     with torch.no_grad():
         level = draw_level(recipe, batch, step=step)
-        x_t = add_noise(x0.detach(), level.noise, level.sigma)
+        x_t = matching.noised(x0.detach(), level)
         guided = partial(
             guided_velocity, roles, x_t, level.timestep, batch, negative,
             batched=recipe.batched_guidance,
         )  # fmt: skip
         with roles.critic():
-            fake = x0_from_velocity(x_t, guided(recipe.fake_guidance_scale), level.sigma)
+            fake = matching.estimate(x_t, guided(recipe.fake_guidance_scale), level)
         with roles.teacher():
-            real = x0_from_velocity(x_t, guided(recipe.real_guidance_scale), level.sigma)
+            real = matching.estimate(x_t, guided(recipe.real_guidance_scale), level)
         gradient = dmd_gradient(x0.detach(), real, fake, batch.noised)
         metrics = {
             CRITIC_ERROR: mean_gap(x0, fake, batch.noised),
@@ -241,8 +262,12 @@ def critic_step(roles: Roles, recipe: Recipe, batch: Batch) -> StepOutput:
 
     Call `backward` inside `roles.critic()`.
     """
-    step = exit_step(recipe, batch.update)
-    x0 = rollout(roles, recipe, batch, last=step, with_gradient=False)
+    matching, step = recipe.matching, exit_step(recipe, batch.update)
+    x0 = rollout(roles, recipe, batch, last=step, with_gradient=False, end=matching.end)
     level = draw_level(recipe, batch, step=step)
-    loss = velocity_loss(roles, CRITIC, batch, x0, level)
+    x_t = matching.noised(x0, level)
+    with roles.critic():
+        v = roles.velocity(x_t, level.timestep, batch.text, batch.condition, batch.image)
+    target, weight = matching.target(x0, level)
+    loss = regression_loss(v, target, batch.noised, weight)
     return StepOutput(loss=loss, u=level.u, sigma=level.of_samples)

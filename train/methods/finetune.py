@@ -37,6 +37,7 @@ class Finetuning:
     main_role: str = LORA
     method: Method = "lora"
     first_noise: str = FIRST_NOISE
+    states: None = None
     cycle: int = 1
     head_start: int = 0
 

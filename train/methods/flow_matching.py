@@ -6,6 +6,7 @@ No optimizer, no I/O, no state. Everything random is drawn from (seed, purpose, 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import torch
 
@@ -210,19 +211,23 @@ def walk(
     *,
     from_latents: bool,
     renoise: bool,
+    state: torch.Tensor | None = None,
+    end: float | None = None,
 ) -> torch.Tensor:
     """x̂0 at the last of falling noise levels, (B, C, T, H, W) fp32.
 
-    It begins as noise, or `from_latents` as the batch's, noised to the first level. `fresh_noise`
-    gives noise (B, C, T, H, W) for a place. Steps are `trajectory`'s.
+    It begins as noise, or `from_latents` as the batch's, noised to the first level, or as `state`,
+    which is at that level. `fresh_noise` gives noise (B, C, T, H, W) for a place. Steps are
+    `trajectory`'s. With `end` the last step leads to that level, and what is there is returned.
     """
-    x_t = fresh_noise(0)
+    x_t = fresh_noise(0) if state is None else state
     if from_latents:
         x_t = add_noise(batch.latents, x_t, over_frames(batch, sigmas[0], TIMESTEPS * sigmas[0])[0])
     else:
         x_t = with_clean_frames(batch, x_t)
-    *_, x0 = trajectory(batch, sigmas, x_t, predict, fresh_noise, renoise=renoise)
-    return x0
+    stops = sigmas if end is None else [*sigmas, end]
+    path = trajectory(batch, stops, x_t, predict, fresh_noise, renoise=renoise)
+    return next(islice(path, len(sigmas), None))
 
 
 def with_clean_frames(batch: Batch, x_t: torch.Tensor) -> torch.Tensor:

@@ -10,11 +10,13 @@ import torch
 import webdataset
 from safetensors.torch import load
 
-from shared.format.cache import open_cache
+from shared.format.cache import MemberReader, open_cache
+from shared.format.schema import STATES_MEMBER
 from shared.io.store import Store
 from shared.models.spec import read_model_spec
 from shared.models.wan import WAN
 from tests.train.conftest import encode
+from tests.train.synthesised import timesteps, with_states
 from train.data.batch_plan import BatchPlan
 from train.data.batches import Batch, MicroBatches, load_prompt_bank
 from train.data.dataset import dataset_of
@@ -185,3 +187,60 @@ def test_the_first_noise_comes_with_the_batch(t2v_shards: Path, tiny_t2v: Path) 
             assert torch.equal(batch.noise(4, stream), expected)
         assert batch.noise(4, "rollout 0") is batch.drawn[4, "rollout 0"]
         assert not torch.equal(batch.noise(5, "rollout 0"), batch.noise(4, "rollout 0"))
+
+
+@pytest.fixture(scope="module")
+def states_shards(i2v_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_states(i2v_shards, tmp_path_factory.mktemp("states") / "shards", timesteps(5))
+
+
+@pytest.mark.parametrize("steps", [range(1), range(2, 4), range(4)])
+def test_states_are_those_of_the_steps_that_are_asked_for(
+    states_shards: Path, tiny_i2v: Path, steps: range
+) -> None:
+    """Read with the rest into memory that is used again; cut as the latents are."""
+    plain = _plain(states_shards)
+    dataset = replace(_dataset(states_shards, tiny_i2v, frame_crop=True), states=steps)
+    cut = 0
+    for batch in dataset.ahead(start=0, stop=40, workers=2):
+        assert batch.states is not None
+        on_device = batch.to(CPU).states
+        assert on_device is not None and on_device.dtype == torch.float32
+        frames = batch.latents.shape[2]
+        for row, key in enumerate(batch.keys):
+            stored = load(plain[key]["states.safetensors"])["states"]
+            wanted = stored[steps.start : steps.stop, :, :frames]
+            assert torch.equal(batch.states[row], wanted)
+            assert torch.equal(on_device[row], wanted.float())
+            cut += frames < stored.shape[2]
+    assert cut
+    for batch in _dataset(states_shards, tiny_i2v).ahead(start=0, stop=1, workers=0):
+        assert batch.states is None and batch.to(CPU).states is None
+
+
+def test_a_part_of_a_member_that_a_store_sent_whole(states_shards: Path) -> None:
+    index = open_cache(Store(states_shards))
+    reader = MemberReader(index)
+    header = reader.header(0, STATES_MEMBER)
+    assert header is not None
+    sent = replace(header, fetched=reader.raw(0, STATES_MEMBER))
+    whole = load(reader.raw(0, STATES_MEMBER))["states"]
+    for one in (header, sent):
+        part = torch.empty_like(whole[1:3])
+        reader.read_into(one, "states", part, first=1)
+        assert torch.equal(part, whole[1:3])
+
+
+def test_states_of_an_image_to_video_path_of_ti2v_keep_its_first_frame(
+    dataset: Path, tiny_ti2v: Path, tmp_path: Path
+) -> None:
+    """What is noised is what was noised when the path was sampled, not drawn anew."""
+    plain = encode(dataset, tiny_ti2v, tmp_path / "plain")
+    for clean in (True, False):
+        shards = with_states(plain, tmp_path / f"{clean}", timesteps(5), clean_first=clean)
+        batches = replace(_dataset(shards, tiny_ti2v), states=range(2))
+        for batch in _epoch(batches, workers=0, updates=6):
+            assert batch.noised is not None and batch.states is not None
+            kept = clean and batch.latents.shape[2] > 1
+            assert bool((batch.noised[:, :, 0] == (0 if kept else 1)).all())
+            assert bool((batch.noised[:, :, 1:] == 1).all())
