@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from preprocess.cache.index import build_index
+from shared.cache.index import build_index
 from preprocess.cache.writer import ShardWriter
 
 from shared.format.cache import MemberReader, open_cache
