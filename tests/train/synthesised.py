@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from shared.cache.index import build_index
-from preprocess.cache.writer import ShardWriter
+from shared.cache.writer import ShardWriter
 
 from shared.format.cache import MemberReader, open_cache
 from shared.format.prompts import read_prompts
