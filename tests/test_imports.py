@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("shared", "preprocess", "train")
-MODULES = {"shared": 60, "preprocess": 71, "train": 109}
+MODULES = {"shared": 60, "preprocess": 71, "train": 112}
 MOST_FILES, MOST_LINES = 13, 600
 BUILDERS = {"load_component", "load_class"}
 MAY_BUILD = {
