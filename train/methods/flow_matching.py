@@ -3,6 +3,7 @@
 No optimizer, no I/O, no state. Everything random is drawn from (seed, purpose, update, sample).
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -216,8 +217,8 @@ def walk(
         x_t = add_noise(batch.latents, x_t, over_frames(batch, sigmas[0], TIMESTEPS * sigmas[0])[0])
     else:
         x_t = with_clean_frames(batch, x_t)
-    *_, x0 = trajectory(batch, sigmas, x_t, predict, fresh_noise, renoise=renoise)
-    return x0
+    path = trajectory(batch, sigmas, x_t, predict, fresh_noise, renoise=renoise)
+    return deque(path, maxlen=1).pop()
 
 
 def with_clean_frames(batch: Batch, x_t: torch.Tensor) -> torch.Tensor:
