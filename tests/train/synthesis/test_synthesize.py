@@ -199,7 +199,7 @@ def test_it_is_one_cache_whatever_happens(
     model, cache = caches["t2v"]
     more = (*TEACHER, "--clips-per-caption", 2, "--batch-size", 2)
     whole = Cache.open(synthesize(model, cache, tmp_path / "whole", *more)).contents()
-    assert len(whole) == 6 * 4
+    assert len(whole) == 6 * len(MEMBERS)
 
     out = tmp_path / "out"
     command = ["synthesize", "--model", model, "--shards", cache, "--output", out, *more]
@@ -222,7 +222,7 @@ def test_it_is_one_cache_whatever_happens(
 
     gone = min(whole).partition(".")[0]
     wanprep(["remove", "--shards", str(out), "--sample", gone, "--yes"], standalone_mode=False)
-    assert len(Cache.open(out).contents()) == 5 * 4
+    assert len(Cache.open(out).contents()) == 5 * len(MEMBERS)
     synthesize(model, cache, out, *more)
     assert Cache.open(out).contents() == whole
     capfd.readouterr()
