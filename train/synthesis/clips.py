@@ -125,8 +125,8 @@ def plan_clips(
     digests = source.captions(rows)
     synthesis = fingerprint["synthesis"]
     data, groups = source.data, []
+    waiting: dict[int, list[Clip]] = {}
     for ordinal in range(each):
-        waiting: dict[int, list[Clip]] = {}
         for row, caption in zip(rows, digests, strict=True):
             original = data.key(row)
             key = sample_key(original, {"caption": caption, "synthesis": synthesis}, ordinal)
@@ -135,8 +135,7 @@ def plan_clips(
             waiting.setdefault(bucket, []).append(clip)
             if len(waiting[bucket]) == size:
                 groups.append(Group(tuple(waiting.pop(bucket)), data.buckets[bucket]))
-        groups += [Group(tuple(clips), data.buckets[n]) for n, clips in waiting.items()]
-    return groups
+    return groups + [Group(tuple(clips), data.buckets[n]) for n, clips in waiting.items()]
 
 
 def described(groups: Sequence[Group]) -> str:

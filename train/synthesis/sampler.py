@@ -1,4 +1,4 @@
-"""The sampler of synthesised clips: its noise levels, the expert of each, the states that are kept."""
+"""The sampler of synthesised clips: its noise levels, whose they are, which states are kept."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

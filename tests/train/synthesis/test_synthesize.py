@@ -1,0 +1,243 @@
+"""`wantrain synthesize`: clips and states of diffusers' own pipelines, whatever interrupts it."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+
+from preprocess.cli.app import app as wanprep
+from shared.errors import UserError
+from shared.format.cache import CacheIndex, MemberReader, open_cache
+from shared.format.prompts import read_prompts
+from shared.format.schema import MEMBERS
+from shared.io.store import Store
+from tests.preprocess.conftest import REPOSITORY, Cache
+from tests.train.conftest import encode, write_dataset
+from tests.train.test_distill import distill
+from train.cli.app import app as wantrain
+from train.data.batches import pad_text, with_mask
+
+STEPS, SHIFT, GUIDANCE = 5, 3.0, 4.0
+RAW, STUDENT_SHIFT = (1000, 700, 300), 6.0
+TEACHER = (
+    *("--steps", STEPS, "--flow-shift", SHIFT, "--guidance", GUIDANCE),
+    *("--states", " ".join(map(str, RAW)), "--student-shift", STUDENT_SHIFT),
+)
+Samples = dict[str, dict[str, Any]]
+
+
+def synthesize(model: Path, shards: Path, output: Path, *more: object) -> Path:
+    words = ["synthesize", "--model", model, "--shards", shards, "--output", output, *more]
+    wantrain([*map(str, words), "--device", "cpu"], standalone_mode=False)
+    return output
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two clips of two shapes and a picture."""
+    return write_dataset(tmp_path_factory.mktemp("small") / "set", clips=2)
+
+
+@pytest.fixture(scope="module")
+def caches(
+    small: Path, tiny_t2v: Path, tiny_i2v: Path, tiny_ti2v: Path, tiny_wan21_i2v: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, tuple[Path, Path]]:  # fmt: skip
+    """Model and cache of each kind; in fp32, so that what is stored is what was computed."""
+    models = {"t2v": tiny_t2v, "i2v": tiny_i2v, "ti2v": tiny_ti2v, "wan21-i2v": tiny_wan21_i2v}
+    root = tmp_path_factory.mktemp("caches")
+    return {
+        kind: (model, encode(small, model, root / kind, "--dtype", "fp32"))
+        for kind, model in models.items()
+    }
+
+
+def samples(folder: Path) -> Samples:
+    """Key → `KEY.json` and the tensors of every live sample."""
+    index = open_cache(Store(folder))
+    reader, found = MemberReader(index), {}
+    for row in range(len(index)):
+        found[index.key(row)] = {"json": reader.info(row)}
+        for member in MEMBERS[1:]:
+            found[index.key(row)] |= reader.read(row, member) or {}
+    return found
+
+
+def shifted(raw: float, shift: float) -> float:
+    return shift * raw / (1 + (shift - 1) * raw)
+
+
+def levels() -> tuple[list[float], list[float]]:
+    """σ of all steps, falling, and of the states: re-derived from the options."""
+    states = [shifted(raw / 1000, STUDENT_SHIFT) for raw in RAW]
+    teacher = [shifted((STEPS - n) / STEPS, SHIFT) for n in range(STEPS)]
+    return sorted({*states, *teacher}, reverse=True), states
+
+
+def pipeline_of(model: Path, kind: str, sigmas: list[float], dtype: torch.dtype) -> Any:
+    """diffusers' own, without text encoder."""
+
+    class Steps(FlowMatchEulerDiscreteScheduler):
+        def set_timesteps(self, *_: Any, device: Any = None, **__: Any) -> None:
+            super().set_timesteps(sigmas=sigmas, device=device)
+
+    index = json.loads((model / "model_index.json").read_text())
+
+    def load(name: str) -> Any:
+        if not (model / name).is_dir():
+            return None
+        return WanTransformer3DModel.from_pretrained(model / name, torch_dtype=dtype)
+
+    pipeline = (WanPipeline if kind == "t2v" else WanImageToVideoPipeline)(
+        tokenizer=None, text_encoder=None, vae=AutoencoderKLWan.from_pretrained(model / "vae"),
+        scheduler=Steps(shift=1.0), transformer=load("transformer"),
+        transformer_2=load("transformer_2"), boundary_ratio=index["boundary_ratio"],
+        expand_timesteps=index["expand_timesteps"],
+        **({} if kind == "t2v" else {"image_processor": None, "image_encoder": None}),
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def reference(
+    pipeline: Any, kind: str, sample: dict[str, Any], negative: torch.Tensor, source: dict[str, Any]
+) -> list[torch.Tensor]:
+    """The latents before each step, and the clip."""
+    info, seen = sample["json"], [sample["states"][0][None]]
+    more: dict[str, Any] = {}
+    if kind != "t2v":
+        more["image"] = torch.zeros(1, 3, info["height"], info["width"])  # the VAE's work is done
+        if kind == "ti2v":
+            first = source["latents"][None, :, :1].float()
+            mask = torch.ones(1, 1, *sample["latents"].shape[1:])
+            mask[:, :, 0] = 0
+            given = (seen[0], first, mask)
+        else:
+            given = (seen[0], with_mask(source["cond"][None].float(), 4))
+        pipeline.prepare_latents = lambda *_, **__: given
+        if "clip" in source:  # beside an image, which it would take for one too many
+            more["image_embeds"], pipeline.check_inputs = source["clip"][None], lambda *_: None
+
+    def keep(_: Any, step: int, timestep: Any, found: dict[str, Any]) -> dict[str, Any]:
+        seen.append(found["latents"].clone())
+        return {}
+
+    clip = pipeline(
+        prompt_embeds=pad_text(sample["text"], 512)[None], negative_prompt_embeds=negative[None],
+        height=info["height"], width=info["width"], num_frames=info["frames"],
+        num_inference_steps=len(levels()[0]), guidance_scale=GUIDANCE, latents=seen[0],
+        output_type="latent", callback_on_step_end=keep, **more,
+    ).frames  # fmt: skip
+    if kind == "ti2v":
+        seen = [(1 - given[2]) * given[1] + given[2] * x for x in seen]
+    return [*(x[0] for x in seen[:-1]), clip[0]]
+
+
+def negative_of(index: CacheIndex) -> torch.Tensor:
+    bank = {p.role: p.text for p in read_prompts(index.store, index.prompt_shards)}
+    return pad_text(bank["negative"], 512)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [*((kind, "no") for kind in ("t2v", "i2v", "ti2v", "wan21-i2v")), ("t2v", "bf16")],
+)  # fmt: skip
+def test_clips_and_states_are_those_of_the_pipeline(
+    kind: str, precision: str, caches: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    model, cache = caches[kind]
+    out = synthesize(
+        model, cache, tmp_path / "out", *TEACHER, "--mixed-precision", precision,
+        "--where", "type=video", "--batch-size", 2,
+    )  # fmt: skip
+    sigmas, states = levels()
+    index, made, sources = open_cache(Store(out)), samples(out), samples(cache)
+    synthesis = index.fingerprint["synthesis"]
+    assert synthesis["states"]["timesteps"] == pytest.approx([1000 * s for s in states])
+    assert len(made) == 2
+    dtype = torch.float32 if precision == "no" else torch.bfloat16
+    pipeline, negative = pipeline_of(model, kind, sigmas, dtype), negative_of(index)
+    for sample in made.values():
+        key, ordinal = sample["json"]["source"].rpartition("#")[2].split("/")
+        source = sources[key]
+        assert ordinal == "0" and sample["json"]["caption"] == source["json"]["caption"]
+        for name in ("text", "cond", "clip"):
+            assert (name in sample) == (name in source)
+            assert name not in source or sample[name].equal(source[name])
+        *path, clip = reference(pipeline, kind, sample, negative, source)
+        # What fp32 guidance and Euler steps lose; in bf16 the pipeline guides in bf16.
+        bound = 3e-5 if precision == "no" else 2e-2
+        assert relative(sample["latents"], clip) < bound
+        assert relative(clip, sample["states"][0]) > 0.3
+        for sigma, state in zip(states, sample["states"], strict=True):
+            assert relative(state, path[sigmas.index(sigma)]) < bound
+    wanprep(["verify", "--shards", str(out)], standalone_mode=False)
+
+
+def test_it_is_one_cache_whatever_happens(
+    caches: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Killed (9) between the experts, on two ranks, after a removal: the same samples and bytes."""
+    model, cache = caches["t2v"]
+    more = (*TEACHER, "--clips-per-caption", 2, "--batch-size", 2)
+    whole = Cache.open(synthesize(model, cache, tmp_path / "whole", *more)).contents()
+    assert len(whole) == 6 * len(MEMBERS)
+
+    out = tmp_path / "out"
+    command = ["synthesize", "--model", model, "--shards", cache, "--output", out, *more]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "train.cli.app", *map(str, command), "--device", "cpu"],
+        cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not (waiting := list(out.glob(".handover-*/*.safetensors"))) and run.poll() is None:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL and waiting
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        synthesize(model, cache, out, *more)
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert Cache.open(out).contents() == whole
+    assert not list(out.glob(".handover*"))
+
+    gone = min(whole).partition(".")[0]
+    wanprep(["remove", "--shards", str(out), "--sample", gone, "--yes"], standalone_mode=False)
+    assert len(Cache.open(out).contents()) == 5 * len(MEMBERS)
+    synthesize(model, cache, out, *more)
+    assert Cache.open(out).contents() == whole
+    capfd.readouterr()
+    synthesize(model, cache, out, *more)
+    assert "nothing to do" in capfd.readouterr().out
+    wanprep(["verify", "--shards", str(out)], standalone_mode=False)
+
+    # What distill makes of it.
+    distill(
+        model, out, tmp_path / "lora", "--max-train-steps", "1", "--gen-update-interval", "1",
+        "--train-batch-size", "2",
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"synthesis\.steps: shards have 5, expected 6"):
+        synthesize(model, cache, out, *more, "--steps", 6)
+    with pytest.raises(UserError, match=r"synthesis\.model"):
+        synthesize(model, cache, cache, *more)
+    with pytest.raises(UserError, match=r"synthesis\.model"):
+        encode(tmp_path, model, out, "--dtype", "fp32")
