@@ -31,7 +31,7 @@ from shared.io.store import Store
 from shared.models.family import Mode
 from shared.models.original_layout import is_original
 from shared.models.spec import ModelSpec, blocks_of, read_model_spec, resolve_model
-from train.config import TrainConfig
+from train.config import InputOptions, TrainConfig
 from train.data.batch_plan import BatchPlan
 from train.data.dataset import Dataset, dataset_of
 from train.data.encoding_check import refuse_other_encoding
@@ -183,7 +183,7 @@ def place_run(config: _Config) -> tuple[_Config, Placement]:
     return config, placement
 
 
-def open_data(config: TrainConfig, given_elsewhere: Given) -> tuple[ModelSpec, Dataset]:
+def open_data(config: InputOptions, given_elsewhere: Given) -> tuple[ModelSpec, Dataset]:
     """The model's facts and the samples, from configs and index only (and from the samples'
     KEY.json, where `--where` asks for what stands there).
 
@@ -211,7 +211,7 @@ def open_data(config: TrainConfig, given_elsewhere: Given) -> tuple[ModelSpec, D
         return spec, dataset_of(caches, where)
 
 
-def _open(store: Store, config: TrainConfig, spec: ModelSpec, fields: Fingerprint) -> CacheIndex:
+def _open(store: Store, config: InputOptions, spec: ModelSpec, fields: Fingerprint) -> CacheIndex:
     """One of the caches, with the captions and conditions that the run takes."""
     index = open_cache(store)
     if not len(index):
@@ -245,7 +245,7 @@ def _refuse_other_numbers(caches: Sequence[CacheIndex]) -> None:
                 )
 
 
-def _refuse_other_mode(config: TrainConfig, spec: ModelSpec) -> None:
+def _refuse_other_mode(config: InputOptions, spec: ModelSpec) -> None:
     """--train-mode must be the model's; a ti2v model may also train only for text to video."""
     own = {"t2v": ("normal",), "i2v": ("i2v",), "ti2v": ("ti2v", "normal")}[spec.mode]
     if config.train_mode not in (None, *own):
@@ -302,7 +302,7 @@ def plan_run(
     )
 
 
-def _refuse_other_model(config: TrainConfig, index: CacheIndex, expected: Fingerprint) -> None:
+def _refuse_other_model(config: InputOptions, index: CacheIndex, expected: Fingerprint) -> None:
     refuse_differences(
         index.fingerprint,
         expected,
@@ -311,7 +311,7 @@ def _refuse_other_model(config: TrainConfig, index: CacheIndex, expected: Finger
     )
 
 
-def _cure(config: TrainConfig, index: CacheIndex, expected: Fingerprint) -> str:
+def _cure(config: InputOptions, index: CacheIndex, expected: Fingerprint) -> str:
     """What to do about shards of another model."""
     model = f"--pretrained-model-name-or-path {quoted(config.model)}"
     cure = (
