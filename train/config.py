@@ -81,23 +81,40 @@ TrainBatchSize = Annotated[int, typer.Option(metavar="N", help="Samples per proc
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(ProcessOptions, MemoryOptions):
-    """What every run has, whatever it learns. Names and defaults are the seed document's.
-
-    None means: decided by the model, or as `show_default` says. A *step* is an optimizer step of
-    the LoRA that the run is for.
-    """
+class InputOptions:
+    """What a command reads that works on shards with a transformer of a model."""
 
     model: Model = DEFAULT_MODEL
     transformer_path: Annotated[Path | None, typer.Option(metavar="PATH", help="Custom weights in place of the expert's in MODEL: a .safetensors file (Wan's, ComfyUI's or diffusers' names; fp32, bf16, fp16 or fp8), or a folder. Config, VAE and text encoder stay MODEL's.", show_default="the expert in MODEL", rich_help_panel=INPUT)] = None
     base_lora: Annotated[list[str] | None, typer.Option(metavar="FILE[:X]", help="LoRA to merge into the base first, at strength X (1 if omitted); diffusers', ComfyUI's or kohya's format. Can be given several times.", show_default="none", rich_help_panel=INPUT)] = None
     shards: Annotated[list[WeightedFolder], typer.Option(parser=shards_option, metavar="DIR|URL", help="Folder of shards that `wanprep encode` made; several, if given several times. DIR@W has a weight: an epoch shows its samples W times, e.g. DIR@3 or DIR@0.5.", rich_help_panel=INPUT)] = DEFAULT_SHARDS
-    where: Annotated[list[str] | None, typer.Option(metavar="COND", help="Train only on samples that match, e.g. 'frames>=17', 'tag=good', 'caption~=cat' or 'source=clips/*'; if given several times, all must match. Fields: caption, source, tag, type, bucket, height, width, frames, tokens.", show_default="all samples", rich_help_panel=INPUT)] = None
+    where: Annotated[list[str] | None, typer.Option(metavar="COND", help="Take only samples that match, e.g. 'frames>=17', 'tag=good', 'caption~=cat' or 'source=clips/*'; if given several times, all must match. Fields: caption, source, tag, type, bucket, height, width, frames, tokens.", show_default="all samples", rich_help_panel=INPUT)] = None
     shard_cache_gb: Annotated[float, typer.Option(metavar="GB", help="Disk space for whole shards of an object store (s3://bucket/shards); shards beyond this limit are read sample by sample.", rich_help_panel=INPUT)] = DEFAULT_SHARD_CACHE_GB
     captions: Annotated[str | None, typer.Option(metavar="NAME", help="Captions from `wanprep recaption --name NAME` in place of the shards' own.", show_default="the shards' own", rich_help_panel=INPUT)] = None
     boundary_type: Annotated[Expert | None, typer.Option(help="Expert to train: low or high noise, or full for a model with one transformer (or one LoRA for all steps).", show_default="low if the model has two experts, else full", rich_help_panel=INPUT)] = None
     train_mode: Annotated[TrainMode | None, typer.Option("--train-mode", help="Expected type of the model; any other is an error. normal is t2v; with a ti2v model it trains on all clips as text to video.", show_default="the model's", rich_help_panel=INPUT), REMEMBERED] = None
     seed: Annotated[int, typer.Option(metavar="N", help="Random seed of the whole run.", rich_help_panel=INPUT), REMEMBERED] = 42
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        places = [folder.place for folder in self.shards]
+        for folder, place in zip(self.shards, places, strict=True):
+            if (times := places.count(place)) > 1:
+                raise UserError(
+                    f"--shards: {folder.path} is given {times} times. Give it once, "
+                    f"with a weight if it should count more: {folder.path}@{times}"
+                )
+
+
+# fmt: off
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(InputOptions, ProcessOptions, MemoryOptions):
+    """What every run has, whatever it learns. Names and defaults are the seed document's.
+
+    None means: decided by the model, or as `show_default` says. A *step* is an optimizer step of
+    the LoRA that the run is for.
+    """
 
     output_dir: OutputDir
     save_precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="Number format of the final LoRA files (checkpoints are fp32).", rich_help_panel=OUTPUT)] = "bf16"
@@ -147,15 +164,8 @@ class TrainConfig(ProcessOptions, MemoryOptions):
     # fmt: on
 
     def __post_init__(self) -> None:
+        MemoryOptions.__post_init__(self)
         super().__post_init__()
-        check_options(self)
-        places = [folder.place for folder in self.shards]
-        for folder, place in zip(self.shards, places, strict=True):
-            if (times := places.count(place)) > 1:
-                raise UserError(
-                    f"--shards: {folder.path} is given {times} times. Give it once, "
-                    f"with a weight if it should count more: {folder.path}@{times}"
-                )
         self._check_learning_rate("learning_rate", self.learning_rate)
         check_option("target_name", "''", bool(self.targets), "names of layers, e.g. q,k,v")
         if self.compile and self.keep_attention:

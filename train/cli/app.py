@@ -3,7 +3,9 @@
 from shared.cli.config_command import add_config_command
 from shared.cli.support import add_command, new_app, run
 from shared.cli.videox_fun_command import VideoXFunCommand
+from train.calibration.config import CalibrateConfig
 from train.cli.bench import bench
+from train.cli.calibrate import calibrate
 from train.cli.decode import decode
 from train.cli.distill import distill
 from train.cli.evaluate import evaluate
@@ -36,6 +38,7 @@ app = new_app(
 
 add_config_command(app, DistillConfig, distill, cls=VideoXFunCommand)
 add_config_command(app, FinetuneConfig, lora, cls=VideoXFunCommand)
+add_config_command(app, CalibrateConfig, calibrate)
 add_config_command(app, SampleConfig, sample)
 add_config_command(app, SynthesizeConfig, synthesize)
 add_config_command(app, DecodeConfig, decode)

@@ -9,6 +9,13 @@ from shared.cli.checks import REMEMBERED
 from shared.errors import UserError
 from train.options import DEVICE, PROCESSES, SHARDED, BasePrecision, Precision, StrategyName
 
+# fmt: off
+MixedPrecision = Annotated[Precision, typer.Option(help="Base and compute in bf16 (LoRA stays fp32), or all in fp32.", rich_help_panel=DEVICE), REMEMBERED]
+StoredPrecision = Annotated[BasePrecision | None, typer.Option(help="Storage format of the linear layers in the base's blocks: int8 and fp8 take half of bf16's memory, nf4 (bitsandbytes) less than a third. Teacher, generator and critic share them; matmuls stay in bf16 or fp32.", show_default="as --mixed-precision", rich_help_panel=DEVICE)]
+LowVram = Annotated[bool, typer.Option("--low-vram", help="Keep the base's blocks in CPU memory and copy each to the GPU while the one before it computes. Slower for small clips.", show_default="off", rich_help_panel=DEVICE)]
+BlocksToSwap = Annotated[int | None, typer.Option(metavar="N", help="Like --low-vram for N of the blocks, spread evenly; the others stay on the GPU.", show_default="none; with --low-vram all", rich_help_panel=DEVICE)]
+# fmt: on
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryOptions:
@@ -17,12 +24,12 @@ class MemoryOptions:
     # fmt: off
     strategy: Annotated[StrategyName | None, typer.Option(help="How processes share the work: ddp keeps the whole model in each; fsdp and zero3 shard it across them, zero2 only the optimizer (zero2, zero3: DeepSpeed).", show_default="the launcher's; else ddp for several processes, single for one", rich_help_panel=PROCESSES)] = None
     """None: not decided yet (`placement.place`)."""
-    mixed_precision: Annotated[Precision, typer.Option(help="Base and compute in bf16 (LoRA stays fp32), or all in fp32.", rich_help_panel=DEVICE), REMEMBERED] = "bf16"
-    base_precision: Annotated[BasePrecision | None, typer.Option(help="Storage format of the linear layers in the base's blocks: int8 and fp8 take half of bf16's memory, nf4 (bitsandbytes) less than a third. Teacher, generator and critic share them; matmuls stay in bf16 or fp32.", show_default="as --mixed-precision", rich_help_panel=DEVICE)] = None
+    mixed_precision: MixedPrecision = "bf16"
+    base_precision: StoredPrecision = None
     gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute each block in the backward pass: far less memory, a third more time.", show_default="on", rich_help_panel=DEVICE)] = True
-    low_vram: Annotated[bool, typer.Option("--low-vram", help="Keep the base's blocks in CPU memory and copy each to the GPU while the one before it computes. Slower for small clips.", show_default="off", rich_help_panel=DEVICE)] = False
+    low_vram: LowVram = False
     """Does nothing where the strategy shards the base: VideoX-Fun's shell blocks ask for both."""
-    blocks_to_swap: Annotated[int | None, typer.Option(metavar="N", help="Like --low-vram for N of the blocks, spread evenly; the others stay on the GPU.", show_default="none; with --low-vram all", rich_help_panel=DEVICE)] = None
+    blocks_to_swap: BlocksToSwap = None
     activation_offloading: Annotated[bool, typer.Option("--activation-offloading", help="Keep the activations that gradient checkpointing stores (each block's input) in CPU memory.", show_default="off", rich_help_panel=DEVICE)] = False
     keep_attention: Annotated[bool, typer.Option("--keep-attention", help="Do not recompute self-attention in checkpointed blocks: its outputs are kept, as much memory again as the blocks' inputs, and offloaded like these.", show_default="off", rich_help_panel=DEVICE)] = False
     use_8bit_adam: Annotated[bool, typer.Option("--use-8bit-adam", help="AdamW with 8-bit moments, a quarter of their memory; matrices of fewer than 4096 weights keep fp32. For single and ddp.", show_default="off", rich_help_panel=DEVICE), REMEMBERED] = False

@@ -34,6 +34,7 @@ _FIELDS: Fields = {
     "sigmas": _numbers,
     "scales": _numbers,
     "spread": _numbers,
+    "measured": _numbers,
     "model": str,
     "base": str,
     "clips": is_count,
@@ -49,7 +50,9 @@ class Calibration:
     """Rising."""
     scales: tuple[float, ...]
     spread: tuple[float, ...]
-    """Standard error of each scale over clips."""
+    """Standard error over clips of each scale as measured."""
+    measured: tuple[float, ...]
+    """The scales as they came: where too uncertain (near σ = 0), those beside stand in for it."""
     model: str
     """As it was named."""
     base: str
@@ -111,7 +114,7 @@ def _calibration(entry: Any) -> Calibration:
         raise ValueError(f"an expert is {entry!r:.40}")
     require(entry, _FIELDS)
     values = {name: entry[name] for name in _FIELDS}
-    for name in ("sigmas", "scales", "spread"):
+    for name in ("sigmas", "scales", "spread", "measured"):
         values[name] = tuple(map(float, values[name]))
     found = Calibration(**values)
     _ = found.table

@@ -119,7 +119,8 @@ def test_bf16_and_numbers_as_before(tiny_i2v: Path) -> None:
 
 def _calibration(model: Path, component: str, **changes: object) -> Calibration:
     values = {
-        "sigmas": SIGMAS, "scales": SCALES, "spread": (0.1,) * 5, "model": str(model),
+        "sigmas": SIGMAS, "scales": SCALES, "spread": (0.1,) * 5, "measured": SCALES,
+        "model": str(model),
         "base": base_digest(model, component), "clips": 24, "measured_on": {"shards": "ab"},
     }  # fmt: skip
     return Calibration(**(values | changes))  # type: ignore[arg-type]
