@@ -127,12 +127,12 @@ class Recipe:
             "flow_shift": self.schedule.shift,
             "start": self.start,
             "pairing": self.pairing,
+            **({} if self.match == "x0" else {"match": self.match}),
             "score_floor": self.score_floor,
             "maths": self.maths,
             "real_guidance_scale": guidance,
             "fake_guidance_scale": self.fake_guidance_scale,
             "fm_loss_weight": self.fm_loss_weight,
-            **({} if self.match == "x0" else {"match": self.match}),
         }
 
 
