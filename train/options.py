@@ -30,6 +30,7 @@ Maths = Literal["corrected", "seed"]
 Start = Literal["latents", "noise"]
 Pairing = Literal["renoise", "euler"]
 ScoreFloor = Literal["boundary", "handover"]
+Gauge = Literal["contrast", "motion", "variety"]
 TimestepSampling = Literal["uniform", "logit-normal"]
 
 SHARDED: tuple[StrategyName, ...] = ("zero3", "fsdp")

@@ -386,7 +386,7 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
         recipe={**fixed["recipe"], **loose},
     )
     return Identity(
-        fixed, loose, {"role": run.objective.main_role, "provenance": asdict(provenance)}
+        fixed, loose, {"role": run.objective.main_role, "provenance": provenance.facts()}
     )
 
 

@@ -16,6 +16,7 @@ from train.functional.losses import dmd_gradient, dmd_loss, mean_gap
 from train.functional.rng import choice, spread
 from train.functional.schedule import Schedule, add_noise, x0_from_velocity
 from train.methods.flow_matching import Level, guided_velocity, over_frames, velocity_loss, walk
+from train.methods.gauges import measures_of
 from train.methods.step_output import StepOutput
 from train.model.roles import CRITIC, GENERATOR, Roles
 from train.options import Expert, Maths, Pairing, ScoreFloor, Start
@@ -145,13 +146,19 @@ def draw_level(recipe: Recipe, batch: Batch, purpose: str = "score") -> ScoreLev
     return ScoreLevel(*over_frames(batch, sigma, TIMESTEPS * sigma), drawn, u)
 
 
+def _gauges(recipe: Recipe, batch: Batch, x0: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Metrics of x̂0 at this update's exit; see `train.methods.gauges`."""
+    timestep = recipe.schedule.timesteps[exit_step(recipe, batch.update)]
+    return {name: value.mean() for name, value in measures_of(x0, batch, timestep).items()}
+
+
 def generator_step(
     roles: Roles, recipe: Recipe, batch: Batch, negative: torch.Tensor
 ) -> StepOutput:
     """One generator micro-step. `negative`: (tokens, D).
 
     Metrics: critic error, mean|x̂0_generated − x̂0_fake|, teacher error, the same to x̂0_real (how
-    well either denoises what the generator makes), and their ratio.
+    well either denoises what the generator makes), and their ratio; contrast and motion of x̂0.
 
     Call `backward` inside `roles.generator()`.
     """
@@ -171,6 +178,7 @@ def generator_step(
         metrics = {
             CRITIC_ERROR: mean_gap(x0, fake, batch.noised),
             TEACHER_ERROR: mean_gap(x0, real, batch.noised),
+            **_gauges(recipe, batch, x0),
         }
     loss = dmd_loss(x0, gradient, batch.noised)
     if recipe.fm_loss_weight:
@@ -187,11 +195,12 @@ def generator_step(
 
 
 def critic_step(roles: Roles, recipe: Recipe, batch: Batch) -> StepOutput:
-    """One critic micro-step on a fresh rollout.
+    """One critic micro-step on a fresh rollout. Metrics: contrast and motion of its x̂0.
 
     Call `backward` inside `roles.critic()`.
     """
     x0 = rollout(roles, recipe, batch, last=exit_step(recipe, batch.update), with_gradient=False)
     level = draw_level(recipe, batch)
     loss = velocity_loss(roles, CRITIC, batch, x0, level)
-    return StepOutput(loss=loss, u=level.u, sigma=level.of_samples)
+    metrics = _gauges(recipe, batch, x0)
+    return StepOutput(loss=loss, u=level.u, sigma=level.of_samples, metrics=metrics)
