@@ -44,6 +44,7 @@ from train.options import (
     DistillMethod,
     Exits,
     Expert,
+    Gauge,
     LevelRange,
     LrScheduler,
     Match,
@@ -68,6 +69,8 @@ NUMBER_OR_FILE = Check(
 )
 OF_REGRESSION = ("method", "denoising_step_indices_list", "flow_shift", "uniform_sampling")
 """What `--method regression` takes of distillation's own options."""
+# So that the passes for the reference are a few in a hundred of a run's.
+STEPS_PER_GAUGE_BATCH, MOST_GAUGE_BATCHES = 8, 16
 
 # fmt: off
 Model = Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model to train a LoRA for: a diffusers or Wan folder, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)]
@@ -127,6 +130,7 @@ class TrainConfig(InputOptions, ProcessOptions, MemoryOptions):
     resume_from_checkpoint: Annotated[str | None, typer.Option(metavar="DIR|latest", help="Checkpoint to resume from: its folder, or latest (a new run if there is none yet).", show_default="a new run", rich_help_panel=LENGTH)] = None
 
     validation_steps: Annotated[int | None, typer.Option(metavar="N", help="Sample the shards' validation prompts (see `wanprep encode`) every N optimizer steps of the LoRA, and once before the first; previews show the latents' colours, without a VAE.", show_default="never", rich_help_panel=WATCH), NOT_NEGATIVE] = None
+    validation_seeds: Annotated[int, typer.Option(metavar="N", help="Clips of each validation prompt, each from its own noise; from 2 on their variety is measured.", rich_help_panel=WATCH), AT_LEAST_1] = 1
     report_to: Annotated[str, typer.Option(metavar="LIST", help="Where numbers and validation clips go: tensorboard, csv, wandb, comet_ml, aim, mlflow, clearml, dvclive, swanlab, trackio; several with commas, all that are installed, or none.", rich_help_panel=WATCH)] = "tensorboard"
     logging_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the trackers' files.", show_default="logs in the output folder", rich_help_panel=WATCH)] = None
     tracker_project_name: Annotated[str, typer.Option(metavar="NAME", help="Project name in wandb and similar trackers.", rich_help_panel=WATCH)] = "wandistill"
@@ -264,12 +268,17 @@ class DistillConfig(TrainConfig):
     fm_loss_weight: Annotated[float, typer.Option(metavar="X", help="Add flow matching on the cached latents, times this, to the generator's loss; 0: only DMD.", rich_help_panel=DMD), NOT_NEGATIVE] = 0.0
     learning_rate: LearningRate = 1e-5
     learning_rate_critic: Annotated[float, typer.Option(metavar="X", help="Learning rate of the critic.", rich_help_panel=OPTIMIZER), POSITIVE] = 1e-6
+    gauge_batches: Annotated[int | None, typer.Option(metavar="N", help="Batches per process (2 or more) on which the teacher's contrast and motion are measured once, before the first update; 0: no gauges.", show_default="1 for every 8 steps of the LoRA, at most 16, none in fewer than 16 steps", rich_help_panel=WATCH)] = None
+    keep_best: Annotated[Gauge | None, typer.Option(help="Also keep the checkpoint whose contrast, motion or variety is nearest to the teacher's, with its LoRA files, in best-GAUGE in the output folder.", show_default="only the last ones", rich_help_panel=WATCH)] = None
     batched_guidance: Annotated[bool, typer.Option(help="Compute the guided teacher (and critic) with and without caption in one batched pass: half the communication under fsdp and zero3, for twice the memory of a pass without gradients.", show_default="off", rich_help_panel=DEVICE)] = False
     # fmt: on
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_learning_rate("learning_rate_critic", self.learning_rate_critic)
+        batches = self.gauge_batches
+        check_option("gauge_batches", batches, batches in (None, 0) or batches >= 2, "0, or 2 or more")
+        self._check_keep_best()
         for option, given in {
             f"--start {self.start}": self.start not in (None, "noise"),
             "--score-floor handover": self.score_floor != "boundary",
@@ -302,6 +311,29 @@ class DistillConfig(TrainConfig):
                 f"--{name.replace('_', '-')}: found {value} with --method regression, which has no "
                 "critic, no rollouts and no guidance, and goes by Euler's steps. Leave it out."
             )
+
+    def _check_keep_best(self) -> None:
+        if self.keep_best == "variety":
+            every = self.validation_steps
+            if not every or self.checkpointing_steps % every or self.validation_seeds < 2:
+                raise UserError(
+                    "--keep-best: found variety, which needs --validation-seeds 2 or more and a "
+                    "validation at each checkpoint: --checkpointing-steps "
+                    f"{self.checkpointing_steps} a multiple of --validation-steps (found {every})."
+                )
+        elif self.keep_best and self.gauge_batches == 0:
+            raise UserError(
+                f"--keep-best: found {self.keep_best} with --gauge-batches 0. Leave out one of the "
+                "two."
+            )
+
+    def batches_of_gauges(self, steps: int) -> int:
+        """Those on which the teacher is measured in a run of so many steps of the LoRA."""
+        if self.gauge_batches is not None:
+            return self.gauge_batches
+        wanted = min(MOST_GAUGE_BATCHES, steps // STEPS_PER_GAUGE_BATCH)
+        needed = 2 if self.keep_best in ("contrast", "motion") else 0
+        return max(needed, wanted if wanted >= 2 else 0)
 
 
 # fmt: off

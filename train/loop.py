@@ -16,6 +16,7 @@ from shared.cli.library_log import library_log
 from shared.cli.run_file import RUN_FILE, write_run_file
 from shared.errors import UserError
 from shared.interrupt import Interrupted, Interruption, catch_signals
+from train.config import DistillConfig
 from train.data.batches import Batch, MicroBatches, PromptBank, load_prompt_bank
 from train.data.tail_log import TailLog
 from train.distributed.process_group import joined
@@ -27,6 +28,7 @@ from train.out_of_memory import explained
 from train.run import Run
 from train.saving.output_lock import hold_folder
 from train.session import Session, open_session
+from train.tracking.gauges import Gauges, teacher_samples
 from train.tracking.progress import TrainProgress
 from train.tracking.step_log import StepLog
 from train.tracking.trackers import Tracker, chosen, open_trackers
@@ -105,7 +107,9 @@ def _walk(
     config, objective, ranks = run.config, run.objective, run.ranks
     device = torch.device(run.device)
     negative = session.bank.negative.to(device)
-    batches = micro_batches(run, session.bank).ahead(
+    source = micro_batches(run, session.bank)
+    gauges = _gauges(session, source, negative)
+    batches = source.ahead(
         start=state.updates,
         stop=run.updates,
         workers=config.dataloader_num_workers,
@@ -137,8 +141,12 @@ def _walk(
             device=device,
         )
         step_log = StepLog(held.enter_context(progress), trackers, device=device)
-        validate = partial(_validate, session, validation, negative, trackers, signals, step_log)
-        if state.updates == 0:
+        validate = partial(
+            _validate, session, validation, negative, trackers, signals, step_log, gauges
+        )
+        # A checkpoint of a run that was stopped in its validation lacks the clips' variety.
+        behind = gauges.validated not in (None, state.updates) and not run.counted(state.updates)[1]
+        if state.updates == 0 or behind:
             validate()
         while state.updates < run.updates:
             update = state.updates
@@ -181,6 +189,7 @@ def _walk(
                     why = f"loss {loss}, gradient norm {norm}"
                     raise _not_finite(run, role, update, keys, why)
                 state.updates = update + 1
+                shown = gauges.add(numbers.metrics, share=state.updates / run.updates)
                 if config.ema_decay and role == objective.main_role:
                     weights = trained.weights()
                     if state.ema is not None:
@@ -193,19 +202,42 @@ def _walk(
                     learning_rate=rate,
                     samples=len(keys) * ranks.mesh.data,
                     done=state.updates,
+                    gauges=shown,
                 )
 
             if warning := looks.after(role, before, trained.weights, norm):
                 session.say(f"warning  {warning}")
 
-            # Checkpoint and validation
+            # Validation and checkpoint, which keeps what the validation found
             if role == objective.main_role:
-                if run.counted(state.updates)[0] % config.checkpointing_steps == 0:
-                    with signals.deferred():
-                        session.save()
                 validate()
+            for warning in gauges.warnings():
+                session.say(f"warning  {warning}")
+            steps, others = run.counted(state.updates)
+            if not others and steps % config.checkpointing_steps == 0:
+                with signals.deferred():
+                    session.save_if_best()
             if stopping and ranks.world_size > 1:
                 raise Interrupted(signals.signum or signal.SIGTERM)
+
+
+def _gauges(session: Session, batches: MicroBatches, negative: torch.Tensor) -> Gauges:
+    """The gauges of a run, with the teacher's side measured if it is not in the checkpoint."""
+    run, gauges = session.run, Gauges(session.state.record)
+    config, objective = run.config, run.objective
+    number = config.batches_of_gauges(run.steps) if isinstance(config, DistillConfig) else 0
+    if number and objective.gauge_passes and not gauges.has_reference:
+        passes = number * objective.gauge_passes
+        session.say(
+            f"gauges   measuring the teacher on {number} batches of {config.train_batch_size}: "
+            f"{passes} passes without gradients, once"
+        )
+        gauges.refer_to(
+            teacher_samples(objective, session.roles, batches, negative, run.ranks, number=number)
+        )
+    for line in gauges.describe():
+        session.say(line)
+    return gauges
 
 
 def micro_batches(run: Run, bank: PromptBank) -> MicroBatches:
@@ -239,6 +271,7 @@ def validation_of(run: Run) -> Validation | None:
         micro_batches(run, load_prompt_bank(run.data.first, run.spec.family)),
         every=config.validation_steps,
         output=config.output_dir,
+        seeds=config.validation_seeds,
     )
 
 
@@ -249,6 +282,7 @@ def _validate(
     trackers: Sequence[Tracker],
     signals: Interruption,
     step_log: StepLog,
+    gauges: Gauges,
 ) -> None:
     """Sample, if it is time, with the weights that would be saved now.
 
@@ -272,7 +306,7 @@ def _validate(
 
     # Several are deferred already, all along; weights are put back before a signal is handled.
     with step_log.paused(), signals.deferred() if single else nullcontext(), ema:
-        validation.sample(
+        distance = validation.sample(
             run.objective,
             session.roles,
             negative,
@@ -282,6 +316,14 @@ def _validate(
             writes=run.ranks.first,
             stopped=stopped,
         )
+        distance = run.ranks.from_first(distance)
+        if distance is not None:
+            gauges.add_variety(
+                distance,
+                len(validation.inputs),
+                updates=state.updates,
+                share=state.updates / run.updates,
+            )
 
 
 def _backward(session: Session, role: str, batch: Batch, negative: torch.Tensor) -> StepOutput:

@@ -40,6 +40,7 @@ Pairing = Literal["renoise", "euler"]
 ScoreFloor = Literal["boundary", "handover"]
 LevelRange = Literal["interval", "exit"]
 Exits = Literal["all", "last"]
+Gauge = Literal["contrast", "motion", "variety"]
 TimestepSampling = Literal["uniform", "logit-normal"]
 
 SHARDED: tuple[StrategyName, ...] = ("zero3", "fsdp")

@@ -31,7 +31,7 @@ from shared.io.store import Store
 from shared.models.family import Mode
 from shared.models.original_layout import is_original
 from shared.models.spec import ModelSpec, blocks_of, read_model_spec, resolve_model
-from train.config import InputOptions, TrainConfig
+from train.config import TrainConfig
 from train.data.batch_plan import BatchPlan
 from train.data.dataset import Dataset, dataset_of
 from train.data.encoding_check import refuse_other_encoding
@@ -412,7 +412,7 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
         recipe={**fixed["recipe"], **loose},
     )
     return Identity(
-        fixed, loose, {"role": run.objective.main_role, "provenance": asdict(provenance)}
+        fixed, loose, {"role": run.objective.main_role, "provenance": provenance.facts()}
     )
 
 

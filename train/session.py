@@ -14,7 +14,7 @@ from torch import nn
 from shared.errors import UserError
 from shared.format.schema import DTYPES
 from shared.models.spec import blocks_of
-from train.config import TrainConfig
+from train.config import DistillConfig, TrainConfig
 from train.data.batches import PromptBank, load_prompt_bank
 from train.distributed.process_group import SINGLE
 from train.memory.activation_offload import ActivationOffloading
@@ -31,7 +31,9 @@ from train.model.lora_source import ScaledLora
 from train.model.roles import Roles
 from train.optim.ema import Ema
 from train.optim.lr_checks import Weights, warn_of_file, warn_of_learning_rate
+from train.options import Gauge
 from train.run import Run, run_identity
+from train.saving.best import best_folder, keep_as_best, settle_best
 from train.saving.checkpoint import (
     Files,
     Identity,
@@ -48,6 +50,7 @@ from train.saving.export import write_loras
 from train.saving.provenance import Provenance, read_provenance
 from train.strategies.base import AdamSettings, Strategy
 from train.strategies.spread import device_bytes, parameter_bytes, spread
+from train.tracking.gauges import Gauges
 
 Say = Callable[[str], None]
 
@@ -78,13 +81,66 @@ class Session:
             folder, limit = config.output_dir, config.checkpoints_total_limit
             with _writing_to(folder):
                 saved = save_checkpoint(
-                    folder, files, updates, self.identity, steps=steps, others=others
+                    folder,
+                    files,
+                    updates,
+                    replace(self.identity, lora=self._lora_facts()),
+                    steps=steps,
+                    others=others,
+                    record=self.state.record,
                 )
                 if limit is not None:
                     remove_oldest(folder, limit)
             return saved
 
         return self.run.ranks.first_does(write)
+
+    def save_if_best(self) -> Path:
+        """`save`, and keep the checkpoint beside the last ones if its gauge is the best so far."""
+        wanted, updates = keep_best_of(self.run.config), self.state.updates
+        best = wanted is not None and Gauges(self.state.record).is_best(wanted, updates)
+        saved = self.save()
+        if best:
+            self.run.ranks.first_does(partial(self._keep_best, saved))
+        return saved
+
+    def _keep_best(self, checkpoint: Path) -> Path:
+        config, wanted = self.run.config, keep_best_of(self.run.config)
+        assert wanted is not None
+        with _writing_to(config.output_dir):
+            return keep_as_best(
+                config.output_dir,
+                wanted,
+                checkpoint,
+                self.run.objective.expert,
+                DTYPES[config.save_precision],
+            )
+
+    def settle_best(self) -> None:
+        """Make the folder of the best agree with the state that the run starts from."""
+        wanted = keep_best_of(self.run.config)
+        if wanted is None:
+            return
+        best = self.state.record.get("best", {})
+        name = (
+            checkpoint_name(*self.run.counted(best["updates"]))
+            if best.get("gauge") == wanted
+            else None
+        )
+        agrees, note = self.run.ranks.first_does(
+            partial(settle_best, self.run.config.output_dir, wanted, name, self._keep_best)
+        )
+        if note:
+            self.say(f"best     {note}")
+        if not agrees:
+            del self.state.record["best"]
+
+    def _lora_facts(self) -> dict[str, Any]:
+        """`Identity.lora` with what the gauges say now."""
+        facts, gauges = self.identity.lora, Gauges(self.state.record).summary()
+        if gauges is None:
+            return facts
+        return {**facts, "provenance": {**facts["provenance"], "gauges": gauges}}
 
     def alone(self) -> "Session":
         """The same without the other processes, for one that holds all."""
@@ -96,7 +152,16 @@ class Session:
         run, state = self.run, self.state
         last = run.config.output_dir / checkpoint_name(*run.counted(state.updates))
         if not run.ranks.first_does(last.exists):
-            self.say(f"saved    {self.save()}")
+            # A state in which the run was stopped is no candidate: left in peace it would not be.
+            save = self.save_if_best if state.updates == run.updates else self.save
+            self.say(f"saved    {save()}")
+        readings = Gauges(state.record).readings()
+        if readings:
+            shown = ", ".join(f"{gauge} {reading}" for gauge, reading in readings.items())
+            self.say(f"gauges   {shown} (1: as the teacher)")
+        if best := state.record.get("best"):
+            folder = best_folder(run.config.output_dir, best["gauge"])
+            self.say(f"best     {folder} (step {run.counted(best['updates'])[0]})")
         weights = state.trained[run.objective.main_role].weights()
         for path in run.ranks.first_does(partial(self._write_loras, weights)):
             self.say(f"LoRA     {path}")
@@ -104,7 +169,7 @@ class Session:
     def _write_loras(self, weights: Mapping[str, torch.Tensor]) -> list[Path]:
         config = self.run.config
         steps, _ = self.run.counted(self.state.updates)
-        provenance = Provenance.of({**self.identity.lora["provenance"], "updates": steps})
+        provenance = Provenance.of({**self._lora_facts()["provenance"], "updates": steps})
         weights = self.state.ema.weights if self.state.ema else weights
         dtype = DTYPES[config.save_precision]
         lora = LoraWeights.uniform(weights, self.lora.alpha).to(dtype)
@@ -112,6 +177,11 @@ class Session:
             self.say(f"warning  {warning}")
         with _writing_to(config.output_dir):
             return write_loras(config.output_dir, lora, provenance)
+
+
+def keep_best_of(config: TrainConfig) -> Gauge | None:
+    """--keep-best, where the command has it."""
+    return config.keep_best if isinstance(config, DistillConfig) else None
 
 
 @contextmanager
@@ -234,18 +304,18 @@ def open_session(run: Run, say: Say) -> Session:
     identity = run_identity(run, lora, digest)
     if resume_from:
         loaded = ranks.first_does(partial(load_checkpoint, resume_from, weights, identity))
-        state.load(loaded.files, loaded.updates)
+        state.load(loaded.files, loaded.updates, loaded.record)
         for change in loaded.changes:
             say(f"resume   changed since the checkpoint: {change}")
         say(f"resume   from {resume_from} at update {state.updates}")
-        for path in ranks.first_does(partial(set_later_aside, resume_from)):
+        for path in ranks.first_does(partial(set_later_aside, resume_from, config.output_dir)):
             say(f"resume   set aside the later {path.name}")
         if state.updates >= run.updates:
             length = f"{run.steps} {objective.main_role} updates"
             say(f"resume   the run of {length} is complete")
     elif config.resume_from_checkpoint:
         say(f"resume   no checkpoint in {config.output_dir} yet: a new run")
-    return Session(
+    session = Session(
         run=run,
         roles=roles,
         strategy=strategy,
@@ -256,6 +326,8 @@ def open_session(run: Run, say: Say) -> Session:
         start=start,
         say=say,
     )
+    session.settle_best()
+    return session
 
 
 def _settle_rounding(config: TrainConfig) -> None:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
 from shared.cache.index import build_index
 from shared.cache.writer import ShardWriter
-
 from shared.format.cache import MemberReader, open_cache
 from shared.format.prompts import read_prompts
 from shared.format.schema import (

@@ -193,6 +193,8 @@ def briefly(run: Run, cycles: int) -> Iterator[Run]:
             output_dir=Path(folder),
             resume_from_checkpoint=None,
             validation_steps=None,
+            gauge_batches=0,
+            keep_best=None,
             report_to=CSV,
             logging_dir=None,
             checkpoints_total_limit=None,

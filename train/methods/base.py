@@ -61,6 +61,15 @@ class Objective(Protocol):
         Call `backward` inside the role.
         """
 
+    def teacher_gauges(
+        self, roles: Roles, batch: Batch, negative: torch.Tensor
+    ) -> Mapping[str, torch.Tensor]:
+        """Name in `StepOutput.metrics` → (B,) what the teacher has of it; empty: no reference."""
+
+    @property
+    def gauge_passes(self) -> int:
+        """Passes of the transformer that `teacher_gauges` takes."""
+
     @property
     def samples_from_latents(self) -> bool:
         """Whether `sample` begins with what a batch has of the cache (latents, noised, or a state),

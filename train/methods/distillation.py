@@ -12,6 +12,7 @@ from train.functional.guidance import GuidanceTable
 from train.methods.base import Method
 from train.methods.dmd import Recipe, critic_step, generator_step, rollout, rollout_noise
 from train.methods.step_output import StepOutput
+from train.methods.teacher_gauges import teacher_gauges
 from train.model.roles import CRITIC, GENERATOR, Roles
 from train.options import Expert
 
@@ -62,6 +63,17 @@ class Distillation:
         if role == GENERATOR:
             return generator_step(roles, self.recipe, batch, negative)
         return critic_step(roles, self.recipe, batch)
+
+    def teacher_gauges(
+        self, roles: Roles, batch: Batch, negative: torch.Tensor
+    ) -> Mapping[str, torch.Tensor]:
+        return teacher_gauges(roles, self.recipe, batch, negative)
+
+    @property
+    def gauge_passes(self) -> int:
+        if self.recipe.match != "x0":
+            return 0  # states are matched: no x̂0 to measure
+        return len(self.recipe.walk) * (1 if self.recipe.real_guidance_scale in (0, 1) else 2)
 
     @property
     def samples_from_latents(self) -> bool:

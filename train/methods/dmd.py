@@ -19,6 +19,7 @@ from train.functional.losses import dmd_gradient, dmd_loss, mean_gap, regression
 from train.functional.rng import choice, spread
 from train.functional.schedule import Schedule
 from train.methods.flow_matching import Level, guided_velocity, over_frames, velocity_loss, walk
+from train.methods.gauges import measures_of
 from train.methods.matching import Clips, HandOver, Matching
 from train.methods.step_output import StepOutput
 from train.model.roles import GENERATOR, Roles
@@ -154,6 +155,14 @@ def rollout_noise(step: int, purpose: str = "rollout") -> str:
     return f"{purpose} {step}"
 
 
+def first_state(recipe: Recipe, batch: Batch) -> torch.Tensor | None:
+    """What a rollout begins with, (B, C, T, H, W), where that is a cached state."""
+    if recipe.start != "states":
+        return None
+    assert batch.states is not None
+    return batch.states[:, 0]
+
+
 def rollout(
     roles: Roles,
     recipe: Recipe,
@@ -181,10 +190,6 @@ def rollout(
         stops = [*steps, recipe.walk.stop]
         return batch.noise(recipe.seed, rollout_noise(stops[place], purpose))
 
-    state = None
-    if recipe.start == "states":
-        assert batch.states is not None
-        state = batch.states[:, 0]
     return walk(
         batch,
         [recipe.schedule.sigmas[step] for step in steps],
@@ -192,7 +197,7 @@ def rollout(
         fresh_noise,
         from_latents=recipe.start == "latents",
         renoise=recipe.pairing == "renoise",
-        state=state,
+        state=first_state(recipe, batch),
         end=end,
     )
 
@@ -214,14 +219,22 @@ def draw_level(
     return ScoreLevel(*over_frames(batch, sigma, TIMESTEPS * sigma), drawn, u)
 
 
+def _gauges(recipe: Recipe, batch: Batch, x0: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Metrics of x̂0 at this update's exit; see `train.methods.gauges`. None of states."""
+    if recipe.match != "x0":
+        return {}
+    timestep = recipe.schedule.timesteps[exit_step(recipe, batch.update)]
+    return {name: value.mean() for name, value in measures_of(x0, batch, timestep).items()}
+
+
 def generator_step(
     roles: Roles, recipe: Recipe, batch: Batch, negative: torch.Tensor
 ) -> StepOutput:
     """One generator micro-step. `negative`: (tokens, D).
 
     Metrics: critic error, mean|x̂0_generated − x̂0_fake|, teacher error, the same to x̂0_real (how
-    well either denoises what the generator makes), and their ratio. Where states are matched, x̂0
-    is the state.
+    well either denoises what the generator makes), and their ratio; contrast and motion of x̂0.
+    Where states are matched, x̂0 is the state.
 
     Call `backward` inside `roles.generator()`.
     """
@@ -242,6 +255,7 @@ def generator_step(
         metrics = {
             CRITIC_ERROR: mean_gap(x0, fake, batch.noised),
             TEACHER_ERROR: mean_gap(x0, real, batch.noised),
+            **_gauges(recipe, batch, x0),
         }
     loss = dmd_loss(x0, gradient, batch.noised)
     if recipe.fm_loss_weight:
@@ -258,7 +272,7 @@ def generator_step(
 
 
 def critic_step(roles: Roles, recipe: Recipe, batch: Batch) -> StepOutput:
-    """One critic micro-step on a fresh rollout.
+    """One critic micro-step on a fresh rollout. Metrics: contrast and motion of its x̂0.
 
     Call `backward` inside `roles.critic()`.
     """
@@ -270,4 +284,5 @@ def critic_step(roles: Roles, recipe: Recipe, batch: Batch) -> StepOutput:
         v = roles.velocity(x_t, level.timestep, batch.text, batch.condition, batch.image)
     target, weight = matching.target(x0, level)
     loss = regression_loss(v, target, batch.noised, weight)
-    return StepOutput(loss=loss, u=level.u, sigma=level.of_samples)
+    metrics = _gauges(recipe, batch, x0)
+    return StepOutput(loss=loss, u=level.u, sigma=level.of_samples, metrics=metrics)

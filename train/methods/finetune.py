@@ -56,6 +56,13 @@ class Finetuning:
             roles, role, self.levels, batch, strata=self.strata, seed=self.seed
         )
 
+    def teacher_gauges(
+        self, roles: Roles, batch: Batch, negative: torch.Tensor
+    ) -> Mapping[str, torch.Tensor]:
+        return {}  # it learns from clips
+
+    gauge_passes: int = 0
+
     @property
     def samples_from_latents(self) -> bool:
         return self.expert == "low"  # it never sees pure noise

@@ -59,6 +59,13 @@ class Regression:
     def role_updates(self, role: str, update: int) -> int:
         return update
 
+    def teacher_gauges(
+        self, roles: Roles, batch: Batch, negative: torch.Tensor
+    ) -> Mapping[str, torch.Tensor]:
+        return {}  # it has no rollouts to measure
+
+    gauge_passes: int = 0
+
     def loss(self, roles: Roles, role: str, batch: Batch, negative: torch.Tensor) -> StepOutput:
         """mean (v̂(x_k, σ_k) − (x_k − x_{k+1}) / (σ_k − σ_{k+1}))², k drawn for each sample."""
         assert batch.states is not None

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,8 @@ class TrainState:
     """Optimizer steps of all roles so far: the one counter."""
     ema: Ema | None = None
     """EMA of one role's weights, where the run keeps one; only in the first process."""
+    record: dict[str, Any] = field(default_factory=dict)
+    """JSON of `train.tracking.gauges`, the same in all processes."""
 
     def files(self) -> Files:
         """Everything to be saved, whole. All processes call it together."""
@@ -61,7 +64,7 @@ class TrainState:
             files[ema_file(self.ema.role)] = self.ema.weights
         return files
 
-    def load(self, files: Files, updates: int) -> None:
+    def load(self, files: Files, updates: int, record: Mapping[str, Any] | None = None) -> None:
         """Put back what `files` gave. All processes call it together, with the same."""
         for role, trained in self.trained.items():
             trained.load(
@@ -71,6 +74,8 @@ class TrainState:
             for name, average in self.ema.weights.items():
                 average.copy_(files[ema_file(self.ema.role)][name])
         self.updates = updates
+        self.record.clear()
+        self.record.update(record or {})
 
 
 @dataclass(frozen=True)
@@ -90,16 +95,25 @@ def checkpoint_name(steps: int, others: int) -> str:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in `folder`, oldest first."""
-    found = [
-        (int(match[1]), int(match[2] or 0), path)
-        for path in folder.glob("checkpoint-*")
-        if (match := _NAME.fullmatch(path.name)) and path.is_dir()
-    ]
-    return [path for *_, path in sorted(found)]
+    found = (path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name))
+    return sorted((path for path in found if path.is_dir()), key=_number)
+
+
+def _number(checkpoint: Path) -> tuple[int, int]:
+    """By which checkpoints are ordered; of a name that is none the last."""
+    match = _NAME.fullmatch(checkpoint.name)
+    return (int(match[1]), int(match[2] or 0)) if match else (sys.maxsize, 0)
 
 
 def save_checkpoint(
-    folder: Path, files: Files, updates: int, identity: Identity, *, steps: int, others: int
+    folder: Path,
+    files: Files,
+    updates: int,
+    identity: Identity,
+    *,
+    steps: int,
+    others: int,
+    record: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write DIR/checkpoint-N, which appears whole or not at all. Returns its path.
 
@@ -107,7 +121,7 @@ def save_checkpoint(
     """
     final = folder / checkpoint_name(steps, others)
     with building_folder(final) as building:
-        _write_checkpoint(building, files, updates, identity, steps)
+        _write_checkpoint(building, files, updates, identity, steps, record or {})
     # A folder can't replace another in one rename; the old one is out of the way only for the time
     # between two of them, and never deleted before the new one is in place.
     replaced = final.with_name(final.name + REPLACED_SUFFIX)
@@ -131,7 +145,12 @@ def remove_oldest(folder: Path, keep: int) -> None:
 
 
 def _write_checkpoint(
-    building: Path, files: Files, updates: int, identity: Identity, steps: int
+    building: Path,
+    files: Files,
+    updates: int,
+    identity: Identity,
+    steps: int,
+    record: Mapping[str, Any],
 ) -> None:
     """Every file of a checkpoint, on disk when this returns."""
     digests = {}
@@ -149,6 +168,7 @@ def _write_checkpoint(
         "identity": identity.fixed,
         "settings": identity.loose,
         "product": {**identity.lora, "updates": steps},
+        **({"record": record} if record else {}),
         "sha256": digests,
     }
     content["digest"] = digest_of(content)
@@ -214,14 +234,16 @@ def _restore_replaced(folder: Path) -> None:
             path.rename(final)
 
 
-def set_later_aside(checkpoint: Path) -> list[Path]:
+def set_later_aside(checkpoint: Path, output_dir: Path) -> list[Path]:
     """Rename the checkpoints that an earlier run made after `checkpoint`; their new paths.
 
     A run that resumes from `checkpoint` makes its own; if the old ones stayed, "latest" could mean
-    the abandoned branch.
+    the abandoned branch. Also those of `output_dir` where `checkpoint` lies in a folder of it, as
+    the best one does.
     """
-    siblings = list_checkpoints(checkpoint.parent)
-    later = siblings[siblings.index(checkpoint) + 1 :] if checkpoint in siblings else []
+    inside = checkpoint.resolve().is_relative_to(output_dir.resolve())
+    siblings = list_checkpoints(output_dir if inside else checkpoint.parent)
+    later = [path for path in siblings if _number(path) > _number(checkpoint)]
     aside = []
     for path in later:
         aside.append(path.with_name(path.name + ".aside"))
@@ -238,6 +260,8 @@ class Loaded:
     updates: int
     changes: list[str]
     """What differs in the loose settings, in words."""
+    record: dict[str, Any]
+    """`TrainState.record`; empty of an earlier wandistill's."""
 
 
 def load_checkpoint(path: Path, expected: Files, identity: Identity) -> Loaded:
@@ -261,7 +285,7 @@ def load_checkpoint(path: Path, expected: Files, identity: Identity) -> Loaded:
         f"{name}: {before!r} → {now!r}"
         for name, before, now in _differing(content["settings"], identity.loose)
     ]
-    return Loaded(loaded, content["updates"], changes)
+    return Loaded(loaded, content["updates"], changes, content.get("record", {}))
 
 
 def read_lora_of_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -58,6 +58,8 @@ class Provenance:
     recipe: dict[str, Any]
     """The other settings of the run, for people."""
     version: str = VERSION
+    gauges: dict[str, float] | None = None
+    """Contrast, motion, variety at the end (`train.tracking.gauges`), where they are known."""
 
     @property
     def schedule(self) -> Schedule:
@@ -70,16 +72,24 @@ class Provenance:
         """What its files are called, the form apart."""
         return f"lora-{self.expert}"
 
+    def facts(self) -> dict[str, Any]:
+        """The fields that are known, for JSON."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name != "gauges" or value is not None
+        }
+
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(self.facts(), sort_keys=True)
 
     @classmethod
     def of(cls, stored: dict[str, Any]) -> "Provenance":
         """From what `asdict` or JSON gave. KeyError or TypeError when it is something else."""
         # Fields that a later version adds are not ours to understand.
-        known = {name: stored[name] for name in cls.__dataclass_fields__}
+        known = {name: stored[name] for name in cls.__dataclass_fields__ if name != "gauges"}
         known["denoising_step_indices_list"] = tuple(known["denoising_step_indices_list"])
-        return cls(**known)
+        return cls(**known, gauges=stored.get("gauges"))  # earlier ones had none
 
     def metadata(self) -> dict[str, str]:
         """All metadata about training, whatever the form of the tensors."""

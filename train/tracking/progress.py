@@ -1,6 +1,6 @@
 """The progress line of a training run."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from rich.console import Console, RenderableType
@@ -59,13 +59,22 @@ class TrainProgress(Progress):
         return max(0, updates - self._head_start) / self._cycle
 
     def step(
-        self, role: str, loss: float, updates: int, *, seconds: float, samples: int, peak: int
+        self,
+        role: str,
+        loss: float,
+        updates: int,
+        gauges: Mapping[str, float],
+        *,
+        seconds: float,
+        samples: int,
+        peak: int,
     ) -> None:
         """Show one finished optimizer step of `samples`; `peak` memory in bytes."""
         self._losses[role] = loss
         before = seconds if self._seconds is None else self._seconds
         self._seconds = (1 - _RECENT) * before + _RECENT * seconds
         figures = [f"{name} {value:.4f}" for name, value in sorted(self._losses.items())]
+        figures += [f"{name} {value:.2f}" for name, value in gauges.items()]
         figures.append(f"{self._seconds:.2f} s/update")
         figures.append(f"{samples / self._seconds:.3g} samples/s")
         figures.append(f"peak {peak / 2**30:.1f} GiB {self._memory}")

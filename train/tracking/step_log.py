@@ -6,7 +6,7 @@
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -54,19 +54,26 @@ class StepLog:
         learning_rate: float,
         samples: int,
         done: int,
+        gauges: Mapping[str, float],
     ) -> None:
         """An optimizer step is done; with it, `done` steps of all roles are."""
         now = time.perf_counter()
         seconds, waited = now - self._began, self._waited
         self._began, self._waited = now, 0.0
         peak = peak_memory(self._device)
-        self._progress.step(role, numbers.loss, done, seconds=seconds, samples=samples, peak=peak)
+        figures = {
+            name.removeprefix("gauge/"): value for name, value in gauges.items() if "@" not in name
+        }
+        self._progress.step(
+            role, numbers.loss, done, figures, seconds=seconds, samples=samples, peak=peak
+        )
         values = {
             f"loss/{role}": numbers.loss,
             f"grad_norm/{role}": grad_norm,
             f"learning_rate/{role}": learning_rate,
             f"score_sigma/{role}": sum(numbers.sigma) / len(numbers.sigma),
             **numbers.named(),
+            **gauges,
             "speed/seconds_per_update": seconds,
             "speed/samples_per_second": samples / seconds,
             DATA_WAIT: waited,

@@ -13,7 +13,8 @@ its first step.
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import cast
 
@@ -70,10 +71,15 @@ class Validation:
     """That the cache keeps latents in."""
     fps: float
     """Of previews, which have a frame for each latent frame."""
+    seeds: int = 1
+    """Clips in a row that are of one prompt, each from its own noise."""
 
     def describe(self) -> list[str]:
         """Lines for people."""
-        lines = [f"validate {len(self.inputs)} clips every {self.every} updates in {self.folder}"]
+        each = f" ({self.seeds} of each prompt)" if self.seeds > 1 else ""
+        lines = [
+            f"validate {len(self.inputs)} clips{each} every {self.every} updates in {self.folder}"
+        ]
         if self.rgb is None:
             lines.append(
                 "validate no previews: these shards have no latent → RGB map; decode with wantrain "
@@ -97,8 +103,11 @@ class Validation:
         step: int,
         writes: bool = True,
         stopped: Callable[[], bool] = lambda: False,
-    ) -> Path | None:
-        """Make every clip with the weights as they are; the folder that they lie in.
+    ) -> float | None:
+        """Make every clip with the weights as they are; their variety, None with one seed.
+
+        It is the root mean square difference of the latents of two clips of a prompt, the mean of
+        all pairs of a prompt, then of the prompts.
 
         `number`: steps of the main role, `step`: of all roles. `stopped` is asked before each
         clip; if so, nothing is left. Without `writes` clips are made only for the ranks' common
@@ -112,8 +121,9 @@ class Validation:
                 return None
             latents = objective.sample(roles, one.batch.to(device), negative)[0]
             made.append((one.label, latents))
+        variety = None if self.seeds == 1 else variety_of([one for _, one in made], self.seeds)
         if not writes:
-            return None
+            return variety
         records, shown = [], []
         with building_folder(final) as building:
             for position, (label, latents) in enumerate(made):
@@ -138,7 +148,17 @@ class Validation:
         if shown:
             for tracker in trackers:
                 tracker.show(sheet, shown, self.fps, step)
-        return final
+        return variety
+
+
+def variety_of(clips: Sequence[torch.Tensor], seeds: int) -> float:
+    """See `Validation.sample`; `seeds` clips in a row are of one prompt, (C, T, h, w) each."""
+    distances = []
+    for first in range(0, len(clips), seeds):
+        pairs = combinations(clips[first : first + seeds], 2)
+        gaps = [(one - other).square().mean().sqrt() for one, other in pairs]
+        distances.append(torch.stack(gaps).mean())
+    return torch.stack(distances).mean().item()
 
 
 def preview(latents: torch.Tensor, rgb: LatentRgb) -> Clip:
@@ -176,8 +196,9 @@ def prepare_validation(
     *,
     every: int,
     output: Path,
+    seeds: int = 1,
 ) -> Validation:
-    """Read what is to be sampled.
+    """Read what is to be sampled, each input `seeds` times.
 
     UserError where the (first) cache has no validation prompts, or not what the model needs of
     them.
@@ -197,8 +218,15 @@ def prepare_validation(
             ValidationInput(label=prompt.prompt, batch=_batch(prompt, number, spec, index))
             for number, prompt in enumerate(prompts)
         ]
+    # The noise of the first seed's clips is what it is with one seed.
+    inputs = [
+        replace(one, batch=replace(one.batch, samples=(number + seed * len(inputs),)))
+        for number, one in enumerate(inputs)
+        for seed in range(seeds)
+    ]
     return Validation(
         inputs=inputs,
+        seeds=seeds,
         every=every,
         folder=output / FOLDER,
         rgb=index.latent_rgb,

@@ -1,0 +1,88 @@
+"""The best checkpoint beside the last ones: OUTPUT/best-GAUGE, with its LoRA files.
+
+Made of the checkpoint right after it is saved: its files are linked, not copied, so that they cost
+no space and stay when the checkpoint is deleted. Which one is the best stands in the checkpoints
+themselves; a folder that a kill has left behind them is made again when the run resumes.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from shared.io.durable import building_folder, fsync_file, fsync_folder
+from train.options import Expert
+from train.saving.checkpoint import REPLACED_SUFFIX, list_checkpoints
+from train.saving.export import from_checkpoint, lora_path, write_lora
+from train.saving.lora_formats import FORMS
+
+ASIDE_SUFFIX = ".aside"
+
+
+def best_folder(output: Path, gauge: str) -> Path:
+    """Where the best by this gauge lies."""
+    return output / f"best-{gauge}"
+
+
+def keep_as_best(
+    output: Path, gauge: str, checkpoint: Path, expert: Expert, dtype: torch.dtype
+) -> Path:
+    """Replace the best so far by this checkpoint and its LoRA files in `dtype`; the folder."""
+    final = best_folder(output, gauge)
+    with building_folder(final) as building:
+        inside = building / checkpoint.name
+        inside.mkdir()
+        for file in sorted(checkpoint.iterdir()):
+            _link(file, inside / file.name)
+        source = from_checkpoint(checkpoint)
+        for form in FORMS:
+            path = lora_path(building, expert, form)
+            write_lora(path, source.lora.to(dtype), form, source.metadata)
+        fsync_folder(inside)
+        fsync_folder(building)
+    replaced = final.with_name(final.name + REPLACED_SUFFIX)
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    building.rename(final)
+    fsync_folder(output)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def _link(file: Path, new: Path) -> None:
+    try:
+        os.link(file, new)
+    except OSError:  # a file system without links
+        shutil.copyfile(file, new)
+        fsync_file(new)
+
+
+def settle_best(
+    output: Path, gauge: str, name: str | None, remake: Callable[[Path], Path]
+) -> tuple[bool, str | None]:
+    """Make the folder agree with the state that a run starts from: whether it does, and a note.
+
+    `name`: of the best checkpoint by that state, None: there is none yet. One of another run, or of
+    an abandoned branch of this, is renamed. `remake` is called with a checkpoint of that name.
+    """
+    folder = best_folder(output, gauge)
+    replaced = folder.with_name(folder.name + REPLACED_SUFFIX)
+    if replaced.exists() and not folder.exists():  # killed between two renames
+        replaced.rename(folder)
+    inside = list_checkpoints(folder)
+    if name is not None and [path.name for path in inside] == [name]:
+        return True, None
+    if name is not None and (output / name).is_dir():
+        return True, f"made {remake(output / name)} again"
+    note = None
+    if folder.exists():
+        aside = folder.with_name(folder.name + ASIDE_SUFFIX)
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        note = f"set aside {folder.name}, which is not of this state: {aside.name}"
+    if name is not None:
+        note = f"{name}, the best so far, is gone; " + (note or "the next one counts")
+    return name is None, note
