@@ -244,7 +244,9 @@ def load_checkpoint(path: Path, expected: Files, identity: Identity) -> Loaded:
     Raises UserError when it is damaged or belongs to another model, adapter shape or recipe.
     """
     content = _read_state(path)
-    _refuse_other_identity(path, content["identity"], identity.fixed)
+    # Most runs are of AdamW, and name no optimizer.
+    there, here = ({"optimizer": "adamw"} | one for one in (content["identity"], identity.fixed))
+    _refuse_other_identity(path, there, here)
     loaded: Files = {
         name: _read_tensors(path / name, sha) for name, sha in content["sha256"].items()
     }
