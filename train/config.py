@@ -221,10 +221,22 @@ class FinetuneConfig(TrainConfig):
     uniform_sampling: Annotated[bool, typer.Option(help="Spread the levels of a batch's samples evenly over that distribution instead of drawing each independently; no effect with one sample per optimizer step.", show_default="on", rich_help_panel=LEVELS)] = True
     flow_shift: Annotated[float | None, typer.Option(metavar="X", help="Shift s of the noise schedule: a level u becomes sigma = s*u / (1 + (s-1)*u).", show_default="12 for Wan 2.2 A14B t2v, else 5", rich_help_panel=LEVELS), POSITIVE] = None
     learning_rate: LearningRate = 1e-4
+    holdout: Annotated[float, typer.Option(metavar="X", help="Share of the source files, e.g. 0.05, that is not trained on, with all captions, variants and clips of these files; the loss on it is logged.", show_default="0: none", rich_help_panel=WATCH), BELOW_1] = 0.0
+    holdout_steps: Annotated[int | None, typer.Option(metavar="N", help="Measure that loss every N optimizer steps, and once before the first.", show_default="as --validation-steps, or else as --checkpointing-steps", rich_help_panel=WATCH), AT_LEAST_1] = None
     # fmt: on
+
+    @property
+    def held_out_every(self) -> int:
+        """Steps between two measurements of the loss on what is held out."""
+        return self.holdout_steps or self.validation_steps or self.checkpointing_steps
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.holdout_steps and not self.holdout:
+            raise UserError(
+                f"--holdout-steps: found {self.holdout_steps} without --holdout, so there is nothing "
+                "to measure. Add --holdout 0.05, or leave it out."
+            )
         for name in ("logit_mean", "logit_std"):
             if (value := getattr(self, name)) is None:
                 continue

@@ -73,6 +73,10 @@ class Run:
     objective: Objective
     steps: int
     """Optimizer steps of the objective's main role."""
+    held_out: Dataset | None = None
+    """Samples of the caches that are not trained on, but measured (`--holdout`)."""
+    notes: tuple[str, ...] = ()
+    """Lines about it."""
 
     @property
     def ranks(self) -> Ranks:
@@ -146,6 +150,7 @@ class Run:
             f"{self._processes()}; "
             f"{plan.batches_per_epoch} updates an epoch ({tail})",
             *self.data.describe(),
+            *self.notes,
             *(line for part in self.data.parts for line in part.index.store.described()),
             *self.objective.describe(),
             *(
@@ -354,6 +359,8 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
         "recipe": run.objective.identity() | ema,
     }
     loose: dict[str, Any] = remembered(config)
+    if run.held_out is not None:
+        fixed["holdout"] = loose["holdout"] = getattr(config, "holdout", None)
     optimizer = config.chosen_optimizer
     loose["use_8bit_adam"] = optimizer == "adamw8bit"
     if optimizer not in ("adamw", "adamw8bit"):  # which take each other's states; not to name

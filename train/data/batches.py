@@ -244,8 +244,9 @@ class MicroBatches:
         `number` is its place among others of update 0. Of ti2v a video keeps its first frame.
         """
         frames = self._latent_shape(row)[1]
+        first_kept = frames > 1 and not self.text_only
         batch = self._read_batch(
-            0, (number,), [row], captioned=[True], conditioned=[frames > 1], frames=frames
+            0, (number,), [row], captioned=[True], conditioned=[first_kept], frames=frames
         )
         reader, at = self._reader(row)
         return batch, str(reader.info(at)["caption"])

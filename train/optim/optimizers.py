@@ -42,8 +42,8 @@ def check_optimizer(name: OptimizerName) -> None:
         )
     if name == "muon" and not hasattr(torch.optim, "Muon"):
         raise UserError(
-            f"--optimizer: found muon, which needs torch 2.9 or later; this is {torch.__version__}. "
-            "Install a later torch, or use adamw."
+            f"--optimizer: found muon, which needs torch 2.9 or later; this is "
+            f"{torch.__version__}. Install a later torch, or use adamw."
         )
 
 

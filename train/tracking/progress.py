@@ -53,6 +53,10 @@ class TrainProgress(Progress):
         if self._figures:
             yield Text(self._figures, overflow="ellipsis", no_wrap=True)
 
+    def held_out(self, loss: float) -> None:
+        """Show the last loss on what is held out."""
+        self._losses["held out"] = loss
+
     def step(
         self, role: str, loss: float, updates: int, *, seconds: float, samples: int, peak: int
     ) -> None:
