@@ -179,8 +179,8 @@ def open_session(run: Run, say: Say) -> Session:
     start = _warm_start(roles, run, lora, say)
     for name, rate in rates.items():
         option = "--learning-rate" if name == objective.main_role else f"--learning-rate-{name}"
-        weights = roles.parameters(name)
-        if warning := warn_of_learning_rate(name, option, weights, rate, config.chosen_optimizer):
+        own = roles.parameters(name)
+        if warning := warn_of_learning_rate(name, option, own, rate, config.chosen_optimizer):
             say(f"warning  {warning}")
     quantise(transformer, config.base_precision, device)
     whole_bytes = parameter_bytes(transformer)
