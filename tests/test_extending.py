@@ -189,7 +189,7 @@ def test_a_format_is_read(toy: Path, tmp_path: Path) -> None:
 @pytest.mark.long
 def test_an_optimizer_resumes_to_the_byte(toy: Path, tmp_path: Path) -> None:
     tree = copied(tmp_path / "tree", "optimizer")
-    words = f"wantrain lora {RUN} --optimizer adafactor --learning-rate 1e-2 --save-precision fp32"
+    words = f"wantrain lora {RUN} --optimizer radam --learning-rate 1e-2 --save-precision fp32"
     three = words.replace("--max-train-steps 2", "--max-train-steps 3")
     done(tree, f"{words} --output-dir {toy / 'parts'}", toy)
     done(tree, f"{three} --output-dir {toy / 'parts'} --resume-from-checkpoint latest", toy)

@@ -49,6 +49,7 @@ from train.options import (
     LrScheduler,
     Match,
     Maths,
+    OptimizerName,
     Pairing,
     ScoreFloor,
     Start,
@@ -72,13 +73,20 @@ OF_REGRESSION = ("method", "denoising_step_indices_list", "flow_shift", "uniform
 # So that the passes for the reference are a few in a hundred of a run's.
 STEPS_PER_GAUGE_BATCH, MOST_GAUGE_BATCHES = 8, 16
 
+UNSEEN: dict[OptimizerName, tuple[str, ...]] = {
+    "adafactor": ("adam_beta1", "adam_beta2", "adam_epsilon"),
+    "muon": ("adam_beta1", "adam_beta2"),
+}
+"""Options that an optimizer has nothing for."""
+LEAST_PRODIGY_RATE = 0.01
+
 # fmt: off
 Model = Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model to train a LoRA for: a diffusers or Wan folder, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)]
 Rank = Annotated[int, typer.Option(metavar="N", help="LoRA rank.", rich_help_panel=LORA)]
 TargetName = Annotated[str, typer.Option(metavar="LIST", help="Layers of each block that get a LoRA, in Wan's or diffusers' names.", rich_help_panel=LORA)]
 LoraSkipName = Annotated[str, typer.Option(metavar="LIST", help="Skip layers whose name contains one of these, e.g. cross_attn.", show_default="none", rich_help_panel=LORA)]
 EmaDecay = Annotated[float, typer.Option(metavar="X", help="EMA decay of the LoRA's weights, e.g. 0.99: the saved LoRA is their moving average; 0: the last weights.", rich_help_panel=LORA), BELOW_1]
-LearningRate = Annotated[float, typer.Option(metavar="X", help="Learning rate of the LoRA (distill: of the generator).", rich_help_panel=OPTIMIZER), POSITIVE]
+LearningRate = Annotated[float, typer.Option(metavar="X", help="Learning rate of the LoRA (distill: of the generator); adafactor wants 0.01, prodigy 1.", rich_help_panel=OPTIMIZER), POSITIVE]
 OutputDir = Annotated[Path, typer.Option(metavar="DIR", help="Folder for checkpoints, logs and the final LoRA.", rich_help_panel=OUTPUT)]
 TrainBatchSize = Annotated[int, typer.Option(metavar="N", help="Samples per process in one forward and backward pass.", rich_help_panel=DATA), AT_LEAST_1, REMEMBERED]
 
@@ -146,10 +154,10 @@ class TrainConfig(InputOptions, ProcessOptions, MemoryOptions):
     learning_rate: LearningRate
     lr_scheduler: Annotated[LrScheduler, typer.Option(metavar="NAME", help="Learning-rate schedule after the warm-up: constant, linear, cosine, cosine_with_restarts or polynomial (diffusers'), or warmup_stable_decay: constant, then falling to 0 over the second half.", rich_help_panel=OPTIMIZER), REMEMBERED] = "constant"
     lr_warmup_steps: Annotated[int, typer.Option(metavar="N", help="Optimizer steps over which the learning rate rises from 0 (distill: of each role).", rich_help_panel=OPTIMIZER), NOT_NEGATIVE, REMEMBERED] = 0
-    adam_beta1: Annotated[float, typer.Option(metavar="X", help="AdamW beta1: decay rate of the first moment.", rich_help_panel=OPTIMIZER), BELOW_1, REMEMBERED] = 0.9
-    adam_beta2: Annotated[float, typer.Option(metavar="X", help="AdamW beta2: decay rate of the second moment.", rich_help_panel=OPTIMIZER), BELOW_1, REMEMBERED] = 0.999
-    adam_weight_decay: Annotated[float, typer.Option(metavar="X", help="AdamW weight decay.", rich_help_panel=OPTIMIZER), NOT_NEGATIVE, REMEMBERED] = 3e-2
-    adam_epsilon: Annotated[float, typer.Option(metavar="X", help="AdamW epsilon.", rich_help_panel=OPTIMIZER), NOT_NEGATIVE, REMEMBERED] = 1e-10
+    adam_beta1: Annotated[float, typer.Option(metavar="X", help="AdamW's and prodigy's beta1: decay rate of the first moment.", rich_help_panel=OPTIMIZER), BELOW_1, REMEMBERED] = 0.9
+    adam_beta2: Annotated[float, typer.Option(metavar="X", help="AdamW's and prodigy's beta2: decay rate of the second moment.", rich_help_panel=OPTIMIZER), BELOW_1, REMEMBERED] = 0.999
+    adam_weight_decay: Annotated[float, typer.Option(metavar="X", help="Weight decay, decoupled as AdamW's.", rich_help_panel=OPTIMIZER), NOT_NEGATIVE, REMEMBERED] = 3e-2
+    adam_epsilon: Annotated[float, typer.Option(metavar="X", help="Epsilon of the optimizer; adafactor has its own.", rich_help_panel=OPTIMIZER), NOT_NEGATIVE, REMEMBERED] = 1e-10
     max_grad_norm: Annotated[float, typer.Option(metavar="X", help="Clip the gradient norm of each optimizer step to this.", rich_help_panel=OPTIMIZER), POSITIVE, REMEMBERED] = 0.05
 
     train_batch_size: TrainBatchSize = 1
@@ -171,6 +179,7 @@ class TrainConfig(InputOptions, ProcessOptions, MemoryOptions):
         MemoryOptions.__post_init__(self)
         super().__post_init__()
         self._check_learning_rate("learning_rate", self.learning_rate)
+        self._check_adam_options()
         check_option("target_name", "''", bool(self.targets), "names of layers, e.g. q,k,v")
         if self.compile and self.keep_attention:
             raise UserError(
@@ -194,7 +203,25 @@ class TrainConfig(InputOptions, ProcessOptions, MemoryOptions):
         """Parts of names of layers that get none, though `targets` has them."""
         return names(self.lora_skip_name)
 
+    def _check_adam_options(self) -> None:
+        """UserError for those that the optimizer would not see."""
+        for name in UNSEEN.get(self.optimizer, ()):
+            found, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if found != default:
+                raise UserError(
+                    f"--{name.replace('_', '-')}: found {found:g} with --optimizer "
+                    f"{self.optimizer}, which has none. Leave it out."
+                )
+        if self.optimizer == "prodigy":
+            check_option("adam_epsilon", self.adam_epsilon, self.adam_epsilon > 0, ABOVE_0)
+
     def _check_learning_rate(self, name: str, rate: float) -> None:
+        option = name.replace("_", "-")
+        if self.optimizer == "prodigy" and rate < LEAST_PRODIGY_RATE:
+            raise UserError(
+                f"--{option}: found {rate:g} with --optimizer prodigy, which finds the rate itself "
+                f"and multiplies it by this. Expected about 1: --{option} 1"
+            )
         if self.lr_scheduler == "polynomial":
             least = LEAST_POLYNOMIAL_RATE
             expected = f"more than {least:g}, where --lr-scheduler polynomial ends"
@@ -220,10 +247,22 @@ class FinetuneConfig(TrainConfig):
     uniform_sampling: Annotated[bool, typer.Option(help="Spread the levels of a batch's samples evenly over that distribution instead of drawing each independently; no effect with one sample per optimizer step.", show_default="on", rich_help_panel=LEVELS)] = True
     flow_shift: Annotated[float | None, typer.Option(metavar="X", help="Shift s of the noise schedule: a level u becomes sigma = s*u / (1 + (s-1)*u).", show_default="12 for Wan 2.2 A14B t2v, else 5", rich_help_panel=LEVELS), POSITIVE] = None
     learning_rate: LearningRate = 1e-4
+    holdout: Annotated[float, typer.Option(metavar="X", help="Share of the source files, e.g. 0.05, that is not trained on, with all captions, variants and clips of these files; the loss on it is logged.", show_default="0: none", rich_help_panel=WATCH), BELOW_1] = 0.0
+    holdout_steps: Annotated[int | None, typer.Option(metavar="N", help="Measure that loss every N optimizer steps, and once before the first.", show_default="as --validation-steps, or else as --checkpointing-steps", rich_help_panel=WATCH), AT_LEAST_1] = None
     # fmt: on
+
+    @property
+    def held_out_every(self) -> int:
+        """Steps between two measurements of the loss on what is held out."""
+        return self.holdout_steps or self.validation_steps or self.checkpointing_steps
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.holdout_steps and not self.holdout:
+            raise UserError(
+                f"--holdout-steps: found {self.holdout_steps} without --holdout, so there is nothing "
+                "to measure. Add --holdout 0.05, or leave it out."
+            )
         for name in ("logit_mean", "logit_std"):
             if (value := getattr(self, name)) is None:
                 continue
@@ -361,7 +400,7 @@ class PlanConfig(MemoryOptions):
     Next: wantrain distill, with the same options
     """
 
-    PANELS: ClassVar[Sequence[str]] = (INPUT, DATA, OUTPUT, LORA, DEVICE, PROCESSES)
+    PANELS: ClassVar[Sequence[str]] = (INPUT, DATA, OUTPUT, LORA, OPTIMIZER, DEVICE, PROCESSES)
 
     model: Model = DEFAULT_MODEL
     method: Annotated[Literal["distill", "regression", "lora"], typer.Option(help="Command to plan for, or `distill --method regression`, which has no critic.", rich_help_panel=INPUT)] = "distill"

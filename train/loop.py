@@ -2,8 +2,8 @@
 
 import math
 import signal
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import get_type_hints
@@ -16,10 +16,11 @@ from shared.cli.library_log import library_log
 from shared.cli.run_file import RUN_FILE, write_run_file
 from shared.errors import UserError
 from shared.interrupt import Interrupted, Interruption, catch_signals
-from train.config import DistillConfig
+from train.config import DistillConfig, FinetuneConfig
 from train.data.batches import Batch, MicroBatches, PromptBank, load_prompt_bank
 from train.data.tail_log import TailLog
 from train.distributed.process_group import joined
+from train.methods.finetune import Finetuning
 from train.methods.step_output import StepOutput, together
 from train.optim.lr_checks import FirstSteps
 from train.optim.lr_schedule import learning_rate
@@ -29,6 +30,7 @@ from train.run import Run
 from train.saving.output_lock import hold_folder
 from train.session import Session, open_session
 from train.tracking.gauges import Gauges, teacher_samples
+from train.tracking.held_out import RECORD, HeldOut
 from train.tracking.progress import TrainProgress
 from train.tracking.step_log import StepLog
 from train.tracking.trackers import Tracker, chosen, open_trackers
@@ -50,6 +52,7 @@ def train(run: Run, console: Console, *, keep: bool = True) -> int | None:
     with joined(ranks, torch.device(run.device)) as noticed, ExitStack() as held:
         ranks.first_does(partial(_hold_folders, held, run, console))
         validation = validation_of(run)  # refuses before weights are read
+        measured = held_out_of(run)
         with explained(run):
             session = open_session(run, partial(support.say, console))
         ranks.first_does(partial(_write_run_file, run))
@@ -64,7 +67,7 @@ def train(run: Run, console: Console, *, keep: bool = True) -> int | None:
         ):
             try:
                 with explained(run):
-                    _walk(session, validation, console, signals)
+                    _walk(session, validation, measured, console, signals)
                 all_there = True
             except Interrupted as stopped:
                 all_there, stopped_by = True, stopped.signum
@@ -100,7 +103,11 @@ def _write_run_file(run: Run) -> None:
 
 
 def _walk(
-    session: Session, validation: Validation | None, console: Console, signals: Interruption
+    session: Session,
+    validation: Validation | None,
+    measured: HeldOut | None,
+    console: Console,
+    signals: Interruption,
 ) -> None:
     """Walk the updates from `state.updates` on, changing the state once for each."""
     run, state = session.run, session.state
@@ -146,8 +153,12 @@ def _walk(
         )
         # A checkpoint of a run that was stopped in its validation lacks the clips' variety.
         behind = gauges.validated not in (None, state.updates) and not run.counted(state.updates)[1]
+        measure = partial(_measure_held_out, session, measured, trackers, signals, step_log)
         if state.updates == 0 or behind:
             validate()
+        if measured is not None:
+            measured.begin(state.updates // run.cycle)
+        measure()
         while state.updates < run.updates:
             update = state.updates
             if tails is not None:
@@ -211,6 +222,7 @@ def _walk(
             # Validation and checkpoint, which keeps what the validation found
             if role == objective.main_role:
                 validate()
+                measure()
             for warning in gauges.warnings():
                 session.say(f"warning  {warning}")
             steps, others = run.counted(state.updates)
@@ -295,17 +307,7 @@ def _validate(
     if number == 0:
         for line in validation.describe():
             session.say(line)
-    single = run.ranks.world_size == 1
-    ema: AbstractContextManager[None] = nullcontext()
-    if run.config.ema_decay:
-        weights = run.ranks.from_first(state.ema.weights if state.ema else {})
-        ema = weights_in_place(state.trained[run.objective.main_role], weights, run.ranks)
-
-    def stopped() -> bool:
-        return single and signals.signum is not None
-
-    # Several are deferred already, all along; weights are put back before a signal is handled.
-    with step_log.paused(), signals.deferred() if single else nullcontext(), ema:
+    with _as_saved(session, signals, step_log) as stopped:
         distance = validation.sample(
             run.objective,
             session.roles,
@@ -324,6 +326,65 @@ def _validate(
                 updates=state.updates,
                 share=state.updates / run.updates,
             )
+
+
+@contextmanager
+def _as_saved(
+    session: Session, signals: Interruption, step_log: StepLog
+) -> Iterator[Callable[[], bool]]:
+    """Block in which the weights are those that would be saved now; it takes no time of an update.
+
+    Gives what says whether a signal came, after which the block should end.
+    """
+    run, state = session.run, session.state
+    single = run.ranks.world_size == 1
+    ema: AbstractContextManager[None] = nullcontext()
+    if run.config.ema_decay:
+        weights = run.ranks.from_first(state.ema.weights if state.ema else {})
+        ema = weights_in_place(state.trained[run.objective.main_role], weights, run.ranks)
+    # Several are deferred already, all along; weights are put back before a signal is handled.
+    with step_log.paused(), signals.deferred() if single else nullcontext(), ema:
+        yield lambda: single and signals.signum is not None
+
+
+def held_out_of(run: Run) -> HeldOut | None:
+    """What the run measures on the samples that `--holdout` keeps from training."""
+    config, objective = run.config, run.objective
+    if run.held_out is None:
+        return None
+    assert isinstance(config, FinetuneConfig) and isinstance(objective, Finetuning)
+    bank = load_prompt_bank(run.data.first, run.spec.family)
+    return HeldOut(
+        objective=objective,
+        batches=replace(micro_batches(run, bank), dataset=run.held_out),
+        every=config.held_out_every,
+        record=config.output_dir / RECORD,
+        ranks=run.ranks,
+    )
+
+
+def _measure_held_out(
+    session: Session,
+    measured: HeldOut | None,
+    trackers: Sequence[Tracker],
+    signals: Interruption,
+    step_log: StepLog,
+) -> None:
+    """Measure, if it is time, with the weights that would be saved now; all processes together."""
+    run = session.run
+    number = session.state.updates // run.cycle
+    if measured is None or not measured.due(number):
+        return
+    if number == 0:
+        for line in measured.describe():
+            session.say(line)
+    with _as_saved(session, signals, step_log) as stopped:
+        loss = measured.measure(
+            session.roles, trackers, step=number, device=torch.device(run.device), stopped=stopped
+        )
+    if loss is not None:
+        step_log.held_out(loss)
+        session.say(f"held out loss {loss:.5f} after {number} updates")
 
 
 def _backward(session: Session, role: str, batch: Batch, negative: torch.Tensor) -> StepOutput:

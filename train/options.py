@@ -11,7 +11,7 @@ OUTPUT = "Output"
 LENGTH = "Length and checkpoints"
 WATCH = "Monitoring"
 LORA = "LoRA"
-OPTIMIZER = "Optimizer (AdamW)"
+OPTIMIZER = "Optimizer"
 DATA = "Data"
 DEVICE = "Device"
 PROCESSES = "Processes"
@@ -22,6 +22,7 @@ Precision = Literal["bf16", "no"]
 BasePrecision = Literal["bf16", "fp8", "int8", "nf4"]
 QuantisedPrecision = Literal["fp8", "int8", "nf4"]
 StrategyName = Literal["single", "ddp", "zero2", "zero3", "fsdp"]
+OptimizerName = Literal["adamw", "adamw8bit", "adafactor", "prodigy", "muon"]
 Tail = Literal["pad", "drop"]
 LrScheduler = Literal[
     "constant",

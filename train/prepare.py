@@ -1,5 +1,6 @@
 """How a run of each method is prepared: what its options mean for this model and these shards."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from shared.format.cache import MEDIA_TYPES
 from shared.models.spec import ModelSpec, resolve_model
 from train.config import DistillConfig, FinetuneConfig
 from train.data.dataset import Dataset
+from train.data.holdout import split_held_out
 from train.data.path_states import refuse_other_states
 from train.distributed.placement import Placement
 from train.functional.guidance import Guidance
@@ -191,7 +193,11 @@ def prepare_finetuning(config: FinetuneConfig, given_elsewhere: Given = NONE_GIV
         learning_rates={LORA: config.learning_rate},
         seed=config.seed,
     )
-    return plan_run(config, placement, spec, data, objective)
+    if not config.holdout:
+        return plan_run(config, placement, spec, data, objective)
+    data, held_out, lines = split_held_out(data, config.holdout)
+    run = plan_run(config, placement, spec, data, objective)
+    return replace(run, held_out=held_out, notes=(*run.notes, *lines))
 
 
 def text_only(spec: ModelSpec, data: Dataset) -> str | None:

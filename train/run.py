@@ -51,6 +51,7 @@ from train.model.lora_adapter import LoraSpec
 from train.model.lora_init import check_init
 from train.model.lora_source import ScaledLora
 from train.optim.lr_schedule import DECAYING
+from train.optim.optimizers import check_optimizer
 from train.options import TrainMode, names
 from train.saving.checkpoint import Identity
 from train.saving.provenance import Provenance
@@ -73,6 +74,10 @@ class Run:
     objective: Objective
     steps: int
     """Optimizer steps of the objective's main role."""
+    held_out: Dataset | None = None
+    """Samples of the caches that are not trained on, but measured (`--holdout`)."""
+    notes: tuple[str, ...] = ()
+    """Lines about it."""
 
     @property
     def ranks(self) -> Ranks:
@@ -152,6 +157,7 @@ class Run:
             f"{self._processes()}; "
             f"{plan.batches_per_epoch} updates an epoch ({tail})",
             *self.data.describe(),
+            *self.notes,
             *(line for part in self.data.parts for line in part.index.store.described()),
             *self.objective.describe(),
             *(
@@ -288,6 +294,7 @@ def plan_run(
     resolve_model(config.model, [component] if base.own is None else [])
     base.check(spec, component)
     check_installed(config.base_precision)
+    check_optimizer(config.chosen_optimizer)
     if config.blocks_to_swap is not None:
         config.streamed(len(blocks_of(empty_transformer(spec, component))))
     if config.init_lora is not None:
@@ -378,6 +385,12 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
         "recipe": run.objective.identity() | ema,
     }
     loose: dict[str, Any] = remembered(config)
+    if run.held_out is not None:
+        fixed["holdout"] = loose["holdout"] = getattr(config, "holdout", None)
+    optimizer = config.chosen_optimizer
+    loose["use_8bit_adam"] = optimizer == "adamw8bit"
+    if optimizer not in ("adamw", "adamw8bit"):  # which take each other's states; not to name
+        fixed["optimizer"] = loose["optimizer"] = optimizer  # one is to be of AdamW
     # bf16 is what it is without the option
     loose["base_precision"] = config.base_precision if is_quantised(config.base_precision) else None
     loose |= run.objective.settings()

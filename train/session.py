@@ -252,7 +252,8 @@ def open_session(run: Run, say: Say) -> Session:
     start = _warm_start(roles, run, lora, say)
     for name, rate in rates.items():
         option = "--learning-rate" if name == objective.main_role else f"--learning-rate-{name}"
-        if warning := warn_of_learning_rate(name, option, roles.parameters(name), rate):
+        own = roles.parameters(name)
+        if warning := warn_of_learning_rate(name, option, own, rate, config.chosen_optimizer):
             say(f"warning  {warning}")
     quantise(transformer, config.base_precision, device)
     whole_bytes = parameter_bytes(transformer)
@@ -261,7 +262,7 @@ def open_session(run: Run, say: Say) -> Session:
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.adam_weight_decay,
-        eight_bit=config.use_8bit_adam,
+        optimizer=config.chosen_optimizer,
     )
     assert config.strategy is not None  # `place_run` decided it
     strategy = spread(

@@ -1,5 +1,6 @@
 """`wanprep`: the command line of stage one. Heavy imports wait until a command runs."""
 
+from preprocess.cli.doctor import doctor
 from preprocess.cli.edit import compact, index, remove
 from preprocess.cli.encode import encode
 from preprocess.cli.inspect import inspect, verify
@@ -40,6 +41,7 @@ add_config_command(app, RecaptionConfig, recaption)
 add_config_command(app, ConditionConfig, add_condition)
 add_command(app, inspect)
 add_command(app, verify)
+add_command(app, doctor)
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -106,7 +106,10 @@ def choose_allocator() -> None:
     """
     new, old = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
     if new not in os.environ and old not in os.environ:
-        major, minor, *_ = version("torch").split(".")
+        try:
+            major, minor, *_ = version("torch").split(".")
+        except PackageNotFoundError:  # which `doctor` is to say
+            return
         name = new if (int(major), int(minor)) >= (2, 10) else old
         os.environ[name] = "expandable_segments:True"
 

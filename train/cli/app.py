@@ -8,6 +8,7 @@ from train.cli.bench import bench
 from train.cli.calibrate import calibrate
 from train.cli.decode import decode
 from train.cli.distill import distill
+from train.cli.doctor import doctor
 from train.cli.evaluate import evaluate
 from train.cli.export import export
 from train.cli.lora import lora
@@ -47,6 +48,7 @@ add_command(app, export)
 add_config_command(app, MergeConfig, merge)
 add_config_command(app, PlanConfig, plan)
 add_config_command(app, BenchConfig, bench, cls=VideoXFunCommand)
+add_command(app, doctor)
 
 
 def main() -> None:

@@ -259,7 +259,8 @@ class MicroBatches:
         `number` is its place among others of update 0. Of ti2v a video keeps its first frame.
         """
         frames = self._latent_shape(row)[1]
-        batch = self.whole_samples([row], (number,), conditioned=[frames > 1])
+        first_kept = frames > 1 and not self.text_only
+        batch = self.whole_samples([row], (number,), conditioned=[first_kept])
         reader, at = self._reader(row)
         return batch, str(reader.info(at)["caption"])
 

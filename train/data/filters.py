@@ -222,24 +222,33 @@ def _search(index: CacheIndex, conditions: Sequence[Condition], among: Mask) -> 
     same = np.zeros_like(fits)
 
     def search(rows: npt.NDArray[np.intp]) -> None:
-        for row, texts in _texts(index, rows, fields):
+        for row, texts in texts_of(index, rows, fields):
             for number, (one, is_fit) in enumerate(zip(conditions, fitting, strict=True)):
                 fits[number, row] = any(map(is_fit, texts[one.field]))
                 same[number, row] = one.value in texts[one.field]
 
-    rows = index.as_on_disk(np.flatnonzero(among))
-    blocks = np.array_split(rows, -(-len(rows) // _BLOCK))
+    in_blocks(index, np.flatnonzero(among), search)
+    return fits, same
+
+
+def in_blocks(
+    index: CacheIndex,
+    rows: npt.NDArray[np.intp],
+    work: Callable[[npt.NDArray[np.intp]], None],
+) -> None:
+    """Do `work` on blocks of rows, in threads, in the order of the shards."""
+    on_disk = index.as_on_disk(rows)
+    blocks = np.array_split(on_disk, max(1, -(-len(on_disk) // _BLOCK)))
     with ThreadPoolExecutor(_THREADS) as pool:
         try:
-            for _ in pool.map(search, blocks):
+            for _ in pool.map(work, blocks):
                 pass
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return fits, same
 
 
-def _texts(
+def texts_of(
     index: CacheIndex, rows: Iterable[int], fields: Iterable[str]
 ) -> Iterable[tuple[int, dict[str, list[str]]]]:
     """Row and, of each field of text, its values; the caption is the one that is trained on."""
@@ -268,7 +277,7 @@ def _there_is(indexes: Sequence[CacheIndex], field: str) -> str:
     counts: Counter[str] = Counter()
     for index in indexes:
         if field in TEXTS:
-            for _, texts in _texts(index, range(min(len(index), _MOST_READ)), [field]):
+            for _, texts in texts_of(index, range(min(len(index), _MOST_READ)), [field]):
                 counts.update(texts[field])
         else:
             names, numbers = _names(index, field)

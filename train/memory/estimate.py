@@ -22,10 +22,9 @@ from train.memory.block_offload import blocks_on_device
 from train.memory.options import MemoryOptions
 from train.memory.quantize import base_linears, is_quantised, quantised_bytes
 from train.model.lora_adapter import select_targets
-from train.optim.adamw8bit import moment_bytes
+from train.optim.optimizers import state_bytes
 from train.options import BasePrecision, Precision
 
-_ADAM = 8  # two fp32 moments for each weight
 _FP32 = 4
 _ROTARY = 8  # bytes for each token and channel of a head: cos and sin
 _LATENTS = 8  # fp32 tensors of latents' size beside a pass: noise, x_t, x̂0, scores …
@@ -106,9 +105,8 @@ def estimate_of(transformer: nn.Module, mode: Mode, tokens: int, settings: Setti
     one_role = _FP32 * sum(matrices)
     cut = settings.processes if memory.shards_base else 1
     cut_optimizer = settings.processes if memory.shards_moments else 1
-    # DeepSpeed steps on a copy of its own.
-    states = _ADAM + (_FP32 if memory.strategy == "zero2" else 0)
-    moments = sum(moment_bytes(n) if memory.use_8bit_adam else states * n for n in matrices)
+    states = sum(state_bytes(memory.chosen_optimizer, n, settings.rank) for n in matrices)
+    states += one_role if memory.strategy == "zero2" else 0  # DeepSpeed steps on a copy of its own
     swapped = len(memory.streamed(layers))
     buffers = _BUCKETS.get(memory.strategy or "single", 0)
     if is_quantised(memory.base_precision):  # the largest layer's weight, whole for its matmul
@@ -121,7 +119,7 @@ def estimate_of(transformer: nn.Module, mode: Mode, tokens: int, settings: Setti
         parts={
             "base": (outside + blocks_on_device(layers, swapped) * block) // cut,
             "LoRAs": settings.roles * one_role // cut,
-            "optimizers": settings.roles * moments // cut_optimizer,
+            "optimizers": settings.roles * states // cut_optimizer,
             "average": one_role if settings.average else 0,
             "activations": max(kept, one_role // cut),
             "work of a block": work,

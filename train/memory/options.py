@@ -7,7 +7,24 @@ import typer
 
 from shared.cli.checks import REMEMBERED
 from shared.errors import UserError
-from train.options import DEVICE, PROCESSES, SHARDED, BasePrecision, Precision, StrategyName
+from train.options import (
+    DEVICE,
+    OPTIMIZER,
+    PROCESSES,
+    SHARDED,
+    BasePrecision,
+    OptimizerName,
+    Precision,
+    StrategyName,
+)
+
+_WHOLE_ONLY: dict[OptimizerName, str] = {
+    "adamw8bit": "its codes are those of whole matrices, and the moments are in parts already",
+    "adafactor": "it sums over whole rows and columns of a matrix",
+    "prodigy": "it sums over all weights of a LoRA",
+    "muon": "it orthogonalizes whole matrices",
+}
+"""Why an optimizer works only where each rank stores whole states."""
 
 # fmt: off
 MixedPrecision = Annotated[Precision, typer.Option(help="Base and compute in bf16 (LoRA stays fp32), or all in fp32.", rich_help_panel=DEVICE), REMEMBERED]
@@ -32,7 +49,8 @@ class MemoryOptions:
     blocks_to_swap: BlocksToSwap = None
     activation_offloading: Annotated[bool, typer.Option("--activation-offloading", help="Keep the activations that gradient checkpointing stores (each block's input) in CPU memory.", show_default="off", rich_help_panel=DEVICE)] = False
     keep_attention: Annotated[bool, typer.Option("--keep-attention", help="Do not recompute self-attention in checkpointed blocks: its outputs are kept, as much memory again as the blocks' inputs, and offloaded like these.", show_default="off", rich_help_panel=DEVICE)] = False
-    use_8bit_adam: Annotated[bool, typer.Option("--use-8bit-adam", help="AdamW with 8-bit moments, a quarter of their memory; matrices of fewer than 4096 weights keep fp32. For single and ddp.", show_default="off", rich_help_panel=DEVICE), REMEMBERED] = False
+    use_8bit_adam: Annotated[bool, typer.Option("--use-8bit-adam", help="The same as --optimizer adamw8bit.", show_default="off", rich_help_panel=DEVICE)] = False
+    optimizer: Annotated[OptimizerName, typer.Option(help="Optimizer of the LoRA (distill: of both): adamw; adamw8bit, with 8-bit moments (matrices of fewer than 4096 weights keep fp32); torch's adafactor and muon, which keep less than AdamW; or prodigy (pip install 'wandistill[prodigy]'), which finds its rate. All but adamw: single and ddp. Rates: docs/training.md.", rich_help_panel=OPTIMIZER)] = "adamw"
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -50,10 +68,20 @@ class MemoryOptions:
                     f"{option}: found with --no-gradient-checkpointing, with which the backward pass "
                     "needs all of every block at once. Leave out one of the two."
                 )
-        if self.use_8bit_adam and self.shards_moments:
+        self._check_optimizer()
+
+    def _check_optimizer(self) -> None:
+        if self.use_8bit_adam and self.optimizer not in ("adamw", "adamw8bit"):
             raise UserError(
-                f"--use-8bit-adam: found with --strategy {self.strategy}, which shards the moments "
-                "across ranks already. Use --strategy ddp, or leave it out."
+                f"--use-8bit-adam: found with --optimizer {self.optimizer}; it means --optimizer "
+                "adamw8bit. Leave out one of the two."
+            )
+        if self.shards_moments and (why := _WHOLE_ONLY.get(self.chosen_optimizer)):
+            given = f"--optimizer: found {self.optimizer}"
+            raise UserError(
+                f"{'--use-8bit-adam: found' if self.use_8bit_adam else given} with --strategy "
+                f"{self.strategy}, which shards optimizer states across ranks, but {why}. Use "
+                "--strategy ddp, or --optimizer adamw."
             )
 
     def _check_base_precision(self) -> None:
@@ -87,6 +115,11 @@ class MemoryOptions:
                 "across ranks already. Use --strategy ddp or zero2, or leave it out; with "
                 "zero3, offload_param in a DeepSpeed file keeps the base in CPU memory, too."
             )
+
+    @property
+    def chosen_optimizer(self) -> OptimizerName:
+        """By its name, whichever option named it."""
+        return "adamw8bit" if self.use_8bit_adam else self.optimizer
 
     @property
     def shards_base(self) -> bool:

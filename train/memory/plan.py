@@ -172,12 +172,16 @@ def _alternatives(settings: Settings) -> list[tuple[tuple[str, ...], MemoryOptio
         (("--gradient-checkpointing",), {}),
         (("--activation-offloading",), offloading),
     ]
-    if not asked.shards_moments:
+    if not asked.shards_moments and asked.optimizer == "adamw":
         found.append((("--use-8bit-adam",), {"use_8bit_adam": True}))
     if not asked.shards_base:
         fsdp = {"strategy": "fsdp", "base_precision": None, "use_8bit_adam": False}
         changes: list[tuple[str, dict[str, Any]]] = [
-            *([("--strategy fsdp", fsdp)] if settings.processes > 1 else []),
+            *(
+                [("--strategy fsdp", fsdp)]
+                if settings.processes > 1 and asked.optimizer == "adamw"
+                else []
+            ),
             ("--base-precision int8", {"base_precision": "int8"}),
             ("--base-precision nf4", {"base_precision": "nf4"}),
             ("--low-vram", {"low_vram": True}),

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from shared.device import to_device
 from train.data.batches import Batch
 from train.functional.schedule import shift_sigma
 from train.methods.base import Method
@@ -14,6 +15,7 @@ from train.methods.flow_matching import (
     NoiseLevels,
     flow_matching_step,
     guided_velocity,
+    loss_at,
     walk,
 )
 from train.methods.step_output import StepOutput
@@ -62,6 +64,16 @@ class Finetuning:
         return {}  # it learns from clips
 
     gauge_passes: int = 0
+
+    @torch.no_grad()
+    def held_out_loss(self, roles: Roles, batch: Batch, quantile: float) -> torch.Tensor:
+        """The loss, scalar, at this quantile in [0, 1] of the noise levels.
+
+        The noise is a stream of its own, the same with every seed.
+        """
+        sigma = self.levels.sigma(torch.full((len(batch.samples),), quantile))
+        sigma = to_device(sigma, batch.latents.device)
+        return loss_at(roles, LORA, batch, sigma, batch.noise(0, "held out"))
 
     @property
     def samples_from_latents(self) -> bool:

@@ -154,10 +154,16 @@ def flow_matching_step(
     """
     quantiles = spread(seed, "level", batch.update, batch.samples, strata)
     sigma = to_device(levels.sigma(quantiles), batch.latents.device)
-    eps = batch.noise(seed, FIRST_NOISE)
-    level = Level(*over_frames(batch, sigma, TIMESTEPS * sigma), eps)
-    loss = velocity_loss(roles, role, batch, batch.latents, level)
+    loss = loss_at(roles, role, batch, sigma, batch.noise(seed, FIRST_NOISE))
     return StepOutput(loss=loss, u=sigma / (levels.shift - (levels.shift - 1) * sigma), sigma=sigma)
+
+
+def loss_at(
+    roles: Roles, role: str, batch: Batch, sigma: torch.Tensor, noise: torch.Tensor
+) -> torch.Tensor:
+    """Of the cached latents at levels σ (B,), scalar with a graph. `noise` as the latents."""
+    level = Level(*over_frames(batch, sigma, TIMESTEPS * sigma), noise)
+    return velocity_loss(roles, role, batch, batch.latents, level)
 
 
 def guided_velocity(

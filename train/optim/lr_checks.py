@@ -10,9 +10,12 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from train.options import OptimizerName
+
 Weights = Mapping[str, torch.Tensor]
 Whole = Callable[[], Weights]
 _MOST = 0.5
+_LEAST_ADAFACTOR = 1e-3
 
 
 def lost_steps(weights: Weights, rate: float) -> float:
@@ -31,8 +34,20 @@ def unchanged(before: Weights, after: Weights, dtype: torch.dtype) -> float:
     return same / sum(weight.numel() for weight in before.values())
 
 
-def warn_of_learning_rate(role: str, option: str, weights: Weights, rate: float) -> str | None:
-    """What to say before the run, if most steps of a role would be rounded away."""
+def warn_of_learning_rate(
+    role: str, option: str, weights: Weights, rate: float, optimizer: OptimizerName = "adamw"
+) -> str | None:
+    """What to say before the run, if most steps of a role would be rounded away or too small."""
+    if optimizer == "prodigy":  # finds the size of its steps itself
+        return None
+    if optimizer == "adafactor":  # its steps are relative to a matrix's root mean square
+        if rate >= _LEAST_ADAFACTOR:
+            return None
+        return (
+            f"{option}: adafactor's step is {rate:g} times a matrix's root mean square, or times "
+            f"0.001 where that is less: the {role}'s B, which begins at 0, would move by "
+            f"{rate / 1000:g}. Usual is 0.01."
+        )
     share = lost_steps(weights, rate)
     if share <= _MOST:
         return None

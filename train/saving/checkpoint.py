@@ -33,6 +33,8 @@ REMOVED_SUFFIX = ".removed"
 Files = dict[str, Mapping[str, torch.Tensor]]
 """File of a checkpoint → its tensors by name."""
 
+_UNNAMED = {"optimizer": "adamw", "holdout": 0.0}
+"""What a run is that does not name it in its identity."""
 _NAME = re.compile(r"checkpoint-(\d+)(?:\+(\d+))?")
 
 
@@ -270,7 +272,8 @@ def load_checkpoint(path: Path, expected: Files, identity: Identity) -> Loaded:
     Raises UserError when it is damaged or belongs to another model, adapter shape or recipe.
     """
     content = _read_state(path)
-    _refuse_other_identity(path, content["identity"], identity.fixed)
+    there, here = (_UNNAMED | one for one in (content["identity"], identity.fixed))
+    _refuse_other_identity(path, there, here)
     loaded: Files = {
         name: _read_tensors(path / name, sha) for name, sha in content["sha256"].items()
     }

@@ -17,7 +17,8 @@ from shared.version import VERSION
 from train.functional.schedule import Schedule
 from train.methods.base import Method
 from train.model.lora_source import read_metadata
-from train.options import Expert, Pairing
+from train.optim.optimizers import CLASSES
+from train.options import Expert, OptimizerName, Pairing
 
 METADATA_KEY = "wandistill"
 SAMPLERS = {"renoise": "LCM", "euler": "Euler"}
@@ -104,7 +105,8 @@ class Provenance:
         yield "ss_steps", str(self.updates)
         yield "ss_num_train_items", str(self.cache["samples"])
         eight_bit = self.recipe.get("use_8bit_adam")
-        yield "ss_optimizer", "AdamW8bit" if eight_bit else "torch.optim.AdamW"
+        name: OptimizerName = "adamw8bit" if eight_bit else self.recipe.get("optimizer", "adamw")
+        yield "ss_optimizer", CLASSES[name]
         yield "ss_training_comment", f"wandistill {self.version}"
         for theirs, ours in _SS_RECIPE.items():
             if ours in self.recipe:

@@ -10,23 +10,25 @@ from typing import Protocol
 
 import torch
 
+from train.options import OptimizerName
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdamSettings:
-    """torch.optim.AdamW's, but for the rate, which comes with each update."""
+    """An optimizer's, but for the rate, which comes with each update; named as AdamW's."""
 
     betas: tuple[float, float]
     eps: float
     weight_decay: float
-    eight_bit: bool = False
-    """Keep the moments in 8 bits; `single` and `ddp` can."""
+    optimizer: OptimizerName = "adamw"
+    """All others need whole states: `single` and `ddp`."""
 
 
 class TrainedRole(Protocol):
     """One role's LoRA and its optimizer."""
 
     def update(self, rate: float, max_norm: float) -> float:
-        """One AdamW step with the gradients of all processes, clipped; their norm before.
+        """One optimizer step with the gradients of all processes, clipped; their norm before.
 
         Gradients are then gone. Where the norm is not finite no weight and no moment has changed.
         """

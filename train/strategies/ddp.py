@@ -16,8 +16,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from train.distributed.process_group import SINGLE, Ranks
 from train.model.roles import Roles
-from train.optim.adamw8bit import AdamW8bit
+from train.optim.optimizers import make_optimizer, numbers_of, put_number, put_state, state_of
 from train.strategies.base import AdamSettings
+
+OF_ALL = "optimizer"
+"""Stands for a weight's name where a checkpoint holds a number of all weights together."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class AdamWRole:
 
     parameters: Mapping[str, nn.Parameter]
     """Under global names; DTensors where each process holds a part."""
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     ranks: Ranks = SINGLE
     """Processes whose gradients are yet to be averaged; FSDP2 does it in the backward pass."""
 
@@ -57,16 +60,13 @@ class AdamWRole:
         return {name: whole(parameter.detach()) for name, parameter in self.parameters.items()}
 
     def moments(self) -> dict[str, torch.Tensor]:
-        return {
+        states = {
             f"{name}/{moment}": whole(value)
             for name, parameter in self.parameters.items()
-            for moment, value in self._held(parameter).items()
+            for moment, value in state_of(self.optimizer, parameter).items()
         }
-
-    def _held(self, parameter: nn.Parameter) -> Mapping[str, torch.Tensor]:
-        if isinstance(self.optimizer, AdamW8bit):
-            return self.optimizer.moments(parameter)
-        return self.optimizer.state.get(parameter, {})
+        numbers = numbers_of(self.optimizer)
+        return states | {f"{OF_ALL}/{name}": value for name, value in numbers.items()}
 
     def load(
         self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]
@@ -75,13 +75,13 @@ class AdamWRole:
             parameter.detach().copy_(_placed_as(parameter, weights[name]))
         for name_and_moment, value in moments.items():
             name, moment = name_and_moment.rsplit("/", 1)
+            if name == OF_ALL:
+                put_number(self.optimizer, moment, value)
+                continue
             parameter = self.parameters[name]
             # torch keeps Adam's step counter on the CPU, the moments beside the parameter.
             held = value.to("cpu") if moment == "step" else _placed_as(parameter, value)
-            if isinstance(self.optimizer, AdamW8bit):
-                self.optimizer.put(parameter, moment, held.clone())
-            else:
-                self.optimizer.state[parameter][moment] = held.clone()
+            put_state(self.optimizer, parameter, moment, held)
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:
@@ -101,12 +101,15 @@ def adamw_roles(
     roles: Roles, rates: Mapping[str, float], adam: AdamSettings, ranks: Ranks = SINGLE
 ) -> dict[str, AdamWRole]:
     """Each role with an optimizer on its parameters as they are now."""
-    kind = AdamW8bit if adam.eight_bit else torch.optim.AdamW
     made = {}
     for role in rates:
         parameters = roles.parameters(role)
-        optimizer = kind(
-            parameters.values(), betas=adam.betas, eps=adam.eps, weight_decay=adam.weight_decay
+        optimizer = make_optimizer(
+            adam.optimizer,
+            parameters.values(),
+            betas=adam.betas,
+            eps=adam.eps,
+            weight_decay=adam.weight_decay,
         )
         made[role] = AdamWRole(parameters, optimizer, ranks)
     return made

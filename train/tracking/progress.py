@@ -58,6 +58,10 @@ class TrainProgress(Progress):
         """None before the first cycle begins."""
         return max(0, updates - self._head_start) / self._cycle
 
+    def held_out(self, loss: float) -> None:
+        """Show the last loss on what is held out."""
+        self._losses["held out"] = loss
+
     def step(
         self,
         role: str,

@@ -31,6 +31,10 @@ class StepLog:
         self._waited = 0.0
         self._levels: dict[str, list[float]] = {}
 
+    def held_out(self, loss: float) -> None:
+        """A loss on what is held out was measured."""
+        self._progress.held_out(loss)
+
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """While the block runs, the loop waits for data."""

@@ -47,7 +47,7 @@ class Tracker:
     """One place. Steps count optimizer updates of all roles, from 1."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers of one update, once for each step."""
+        """Numbers of one update, or of what was measured after it."""
 
     def close(self) -> None:
         """Everything is where it belongs."""
