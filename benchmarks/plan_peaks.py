@@ -24,8 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from shared.format.buckets import Bucket
 from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec, read_model_spec
-from shared.models.wan import CLIP_TOKENS
-from shared.models.wan import PUBLISHED, write_configs
+from shared.models.wan import CLIP_TOKENS, PUBLISHED, write_configs
 from train.data.batches import Batch
 from train.functional.schedule import Schedule
 from train.memory.estimate import Settings, estimate_of, tokens_of

@@ -92,7 +92,7 @@ def _made(
     if "flf2v" in (spec.mode, read_provenance(config.lora[0]).mode):
         raise UserError(
             f"--lora: {config.lora[0]} is for first and last frames (flf2v), and evaluate takes no "
-            "last frames. Compare with wantrain sample --last-image, once with --lora and once with "
+            "last frames. Compare with wantrain sample --last-image: once with --lora, once with "
             "--teacher."
         )
     config.check_against(spec, from_image=from_image)
