@@ -65,7 +65,9 @@ def facts(spec: ModelSpec) -> dict[str, object]:
     return {name: value for name, value in spec.__dict__.items() if name != "folder"}
 
 
-@pytest.mark.parametrize("mode", ["t2v", "i2v", "ti2v", "wan21-i2v", "wan21-flf2v"])
+@pytest.mark.parametrize(
+    "mode", ["t2v", "i2v", "ti2v", "wan21-i2v", pytest.param("wan21-flf2v", marks=pytest.mark.long)]
+)
 def test_both_layouts_give_the_same_cache(mode: Mode, data: Path, tmp_path: Path) -> None:
     model, original = both(mode, tmp_path)
     assert facts(read_model_spec(original)) == facts(read_model_spec(model))

@@ -15,6 +15,7 @@ WEIGHTS = {
     "wan2.1-t2v-14b": 14.3e9,
     "wan2.1-i2v-14b-480p": 16.4e9,
     "wan2.1-i2v-14b-720p": 16.4e9,
+    "wan2.1-flf2v-14b-720p": 16.4e9,
     "wan2.2-t2v-a14b": 14.3e9,
     "wan2.2-i2v-a14b": 14.3e9,
     "wan2.2-ti2v-5b": 5.0e9,
