@@ -66,7 +66,7 @@ class Encoders:
         self._family = run.spec.family
         self._text = TextEncoder(run.spec, dtype=torch.bfloat16, device=device)
         self._vae = LatentEncoder(run.spec, dtype=vae_dtype, device=device)
-        self._i2v = run.spec.mode == "i2v"
+        self._given = run.spec.given_frames
         (self._bucket,) = run.data.buckets
         self._clips = sorted(clips.glob("*.mp4"))
         self.modules = (self._text._model, self._vae._vae)
@@ -81,9 +81,10 @@ class Encoders:
         read = decord.VideoReader(str(clip)).get_batch(list(range(self._bucket.frames)))
         frames = fit(read.asnumpy(), self._bucket)
         condition = None
-        if self._i2v:
-            encoded = self._vae.condition(frames)["cond"][None].clone()
-            condition = with_mask(encoded.to(self._device), self._family.mask_channels)
+        if self._given:
+            (encoded, *_) = self._vae.condition(frames).values()
+            encoded = encoded[None].clone().to(self._device)
+            condition = with_mask(encoded, self._family.mask_channels, self._given)
         return Batch(
             update=max(update, 0),
             samples=(0,),

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from shared.format.buckets import Bucket
 from shared.models.spec import MAX_TEXT_TOKENS, ModelSpec, read_model_spec
-from shared.models.wan import PUBLISHED, write_configs
+from shared.models.wan import CLIP_TOKENS, PUBLISHED, write_configs
 from train.data.batches import Batch
 from train.functional.schedule import Schedule
 from train.memory.estimate import Settings, estimate_of, tokens_of
@@ -108,8 +108,10 @@ def batch_of(spec: ModelSpec, grid: tuple[int, ...], *, samples: int, text: int)
         keys=("key",) * samples,
         latents=torch.zeros(samples, channels, *grid),
         text=torch.zeros(samples, MAX_TEXT_TOKENS, text, dtype=torch.bfloat16),
-        condition=torch.zeros(i2v) if spec.mode == "i2v" else None,
-        image=None if spec.image_dim is None else torch.zeros(samples, 257, spec.image_dim),
+        condition=torch.zeros(i2v) if spec.given_frames else None,
+        image=None
+        if spec.image_dim is None
+        else torch.zeros(samples, CLIP_TOKENS * len(spec.given_frames), spec.image_dim),
         noised=torch.ones(samples, 1, grid[0], 1, 1) if spec.mode == "ti2v" else None,
     )
 

@@ -7,7 +7,7 @@ import torch
 from shared.cache.index import build_index
 from shared.cache.writer import ShardWriter
 from shared.format.buckets import Bucket
-from shared.format.fingerprint import cache_mode, model_fields
+from shared.format.fingerprint import cache_mode, condition_tensor, model_fields
 from shared.format.prompts import Prompt
 from shared.format.schema import Sample, SampleInfo, sample_key
 from shared.io.hashing import FileHasher
@@ -40,7 +40,8 @@ def write_cache(folder: Path, model: Path, bucket: Bucket, samples: int, *, shar
         )  # fmt: skip
         text = torch.randn(tokens, width, generator=random).to(bf16)
         key = sample_key(str(number), {}, 0)
-        condition = latents if spec.mode == "i2v" else None
-        writer.add(Sample(key=key, info=info, latents=latents, text=text, cond=condition))
+        name = condition_tensor(cache_mode(spec))
+        condition = {} if name is None else {name: latents}
+        writer.add(Sample(key=key, info=info, latents=latents, text=text, **condition))
     writer.close()
     build_index(Store(folder))

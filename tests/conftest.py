@@ -53,3 +53,10 @@ def tiny_wan21_i2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model of Wan 2.1 i2v's form: one expert, CLIP image embeddings."""
     folder = tmp_path_factory.mktemp("models") / "tiny-wan21-i2v"
     return tiny_model(folder, "wan21-i2v", two_experts=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_wan21_flf2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of Wan 2.1 FLF2V's form: CLIP embeddings of two frames, with positions."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-wan21-flf2v"
+    return tiny_model(folder, "wan21-flf2v", two_experts=False)

@@ -26,10 +26,13 @@ PIPELINE = {
     "i2v": "WanImageToVideoPipeline",
     "ti2v": "WanPipeline",
     "wan21-i2v": "WanImageToVideoPipeline",
+    "wan21-flf2v": "WanImageToVideoPipeline",
 }
+WITH_CLIP = ("wan21-i2v", "wan21-flf2v")
 TI2V_CHANNELS = 48
 IMAGE_DIM, IMAGE_SIZE = 32, 42
-Mode = Literal["t2v", "i2v", "ti2v", "wan21-i2v"]
+IMAGE_TOKENS = 10
+Mode = Literal["t2v", "i2v", "ti2v", "wan21-i2v", "wan21-flf2v"]
 
 
 def tiny_ti2v_vae() -> AutoencoderKLWan:
@@ -67,12 +70,12 @@ def tiny_vae() -> AutoencoderKLWan:
 def tiny_transformer(mode: str, **overrides: Any) -> WanTransformer3DModel:
     """A Wan transformer of two layers; `overrides` replace fields of its config."""
     i2v = 2 * LATENT_CHANNELS + 4
-    inputs = {"t2v": LATENT_CHANNELS, "i2v": i2v, "wan21-i2v": i2v, "ti2v": TI2V_CHANNELS}
+    inputs = {"t2v": LATENT_CHANNELS, "ti2v": TI2V_CHANNELS}
     config: dict[str, Any] = {
         "patch_size": (1, 2, 2),
         "num_attention_heads": 2,
         "attention_head_dim": 16,
-        "in_channels": inputs[mode],
+        "in_channels": inputs.get(mode, i2v),
         "out_channels": TI2V_CHANNELS if mode == "ti2v" else LATENT_CHANNELS,
         "text_dim": TEXT_DIM,
         "freq_dim": 32,
@@ -82,13 +85,18 @@ def tiny_transformer(mode: str, **overrides: Any) -> WanTransformer3DModel:
         "qk_norm": "rms_norm_across_heads",
         "rope_max_seq_len": 256,
     }
-    if mode == "wan21-i2v":
+    if mode in WITH_CLIP:
         config |= {"image_dim": IMAGE_DIM, "added_kv_proj_dim": 32}
-    return WanTransformer3DModel(**(config | overrides))
+    if mode == "wan21-flf2v":
+        config["pos_embed_seq_len"] = 2 * IMAGE_TOKENS
+    transformer = WanTransformer3DModel(**(config | overrides))
+    if mode == "wan21-flf2v":  # the class begins with zeros
+        transformer.condition_embedder.image_embedder.pos_embed.data.normal_()
+    return transformer
 
 
 def tiny_image_encoder() -> CLIPVisionModel:
-    """Random CLIP ViT: (B, 3, 42, 42) pixels to (B, 10, IMAGE_DIM)."""
+    """Random CLIP ViT: (B, 3, 42, 42) pixels to (B, IMAGE_TOKENS, IMAGE_DIM)."""
     config = CLIPVisionConfig(
         hidden_size=IMAGE_DIM,
         intermediate_size=40,
@@ -146,7 +154,7 @@ def tiny_model(
         }
         if two_experts:
             components["transformer_2"] = tiny_transformer(mode, **transformer)
-        if mode == "wan21-i2v":
+        if mode in WITH_CLIP:
             components["image_encoder"] = tiny_image_encoder()
             CLIPImageProcessorPil(
                 size={"shortest_edge": IMAGE_SIZE},
@@ -173,7 +181,7 @@ def tiny_model(
     }
     if mode == "i2v":
         index |= {"image_encoder": [None, None], "image_processor": [None, None]}
-    if mode == "wan21-i2v":
+    if mode in WITH_CLIP:
         index |= {
             "image_encoder": ["transformers", "CLIPVisionModel"],
             "image_processor": ["transformers", "CLIPImageProcessor"],

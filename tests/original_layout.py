@@ -163,7 +163,8 @@ def write_original(model: Path, folder: Path, *, prefix: str = "") -> Path:
 def _transformer(source: Path, folder: Path, index: dict[str, object], prefix: str) -> None:
     config = json.loads((source / "config.json").read_text())
     heads, channels = config["num_attention_heads"], config["in_channels"]
-    kind = "ti2v" if index["expand_timesteps"] else "t2v" if channels == 16 else "i2v"
+    i2v = "flf2v" if config.get("pos_embed_seq_len") else "i2v"
+    kind = "ti2v" if index["expand_timesteps"] else "t2v" if channels == 16 else i2v
     original = {
         "_class_name": "WanModel",
         "_diffusers_version": "0.33.0",

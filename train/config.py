@@ -26,6 +26,7 @@ from shared.cli.checks import (
 )
 from shared.errors import UserError
 from shared.io.shard_cache import DEFAULT_SHARD_CACHE_GB
+from shared.models.family import TrainMode
 from shared.models.spec import DEFAULT_MODEL
 from train.data.weighted_folder import DEFAULT_SHARDS, WeightedFolder, shards_option
 from train.distributed.options import ProcessOptions
@@ -56,7 +57,6 @@ from train.options import (
     StrategyName,
     Tail,
     TimestepSampling,
-    TrainMode,
     is_number,
     names,
 )
@@ -103,7 +103,7 @@ class InputOptions:
     shard_cache_gb: Annotated[float, typer.Option(metavar="GB", help="Disk space for whole shards of an object store (s3://bucket/shards); shards beyond this limit are read sample by sample.", rich_help_panel=INPUT)] = DEFAULT_SHARD_CACHE_GB
     captions: Annotated[str | None, typer.Option(metavar="NAME", help="Captions from `wanprep recaption --name NAME` in place of the shards' own.", show_default="the shards' own", rich_help_panel=INPUT)] = None
     boundary_type: Annotated[Expert | None, typer.Option(help="Expert to train: low or high noise, or full for a model with one transformer (or one LoRA for all steps).", show_default="low if the model has two experts, else full", rich_help_panel=INPUT)] = None
-    train_mode: Annotated[TrainMode | None, typer.Option("--train-mode", help="Expected type of the model; any other is an error. normal is t2v; with a ti2v model it trains on all clips as text to video.", show_default="the model's", rich_help_panel=INPUT), REMEMBERED] = None
+    train_mode: Annotated[TrainMode | None, typer.Option("--train-mode", help="Type of the model; one that it does not have is an error. flf2v, first and last frame, also with Wan 2.2 I2V-A14B; normal is t2v; with a ti2v model it trains on all clips as text to video.", show_default="the model's", rich_help_panel=INPUT), REMEMBERED] = None
     seed: Annotated[int, typer.Option(metavar="N", help="Random seed of the whole run.", rich_help_panel=INPUT), REMEMBERED] = 42
     # fmt: on
 
@@ -245,7 +245,7 @@ class FinetuneConfig(TrainConfig):
     logit_mean: Annotated[float | None, typer.Option(metavar="X", help="Mean of logit-normal; above 0 is noisier.", show_default="0", rich_help_panel=LEVELS)] = None
     logit_std: Annotated[float | None, typer.Option(metavar="X", help="Standard deviation of logit-normal.", show_default="1", rich_help_panel=LEVELS)] = None
     uniform_sampling: Annotated[bool, typer.Option(help="Spread the levels of a batch's samples evenly over that distribution instead of drawing each independently; no effect with one sample per optimizer step.", show_default="on", rich_help_panel=LEVELS)] = True
-    flow_shift: Annotated[float | None, typer.Option(metavar="X", help="Shift s of the noise schedule: a level u becomes sigma = s*u / (1 + (s-1)*u).", show_default="12 for Wan 2.2 A14B t2v, else 5", rich_help_panel=LEVELS), POSITIVE] = None
+    flow_shift: Annotated[float | None, typer.Option(metavar="X", help="Shift s of the noise schedule: a level u becomes sigma = s*u / (1 + (s-1)*u).", show_default="12 for Wan 2.2 A14B t2v, 16 for Wan 2.1 FLF2V, else 5", rich_help_panel=LEVELS), POSITIVE] = None
     learning_rate: LearningRate = 1e-4
     holdout: Annotated[float, typer.Option(metavar="X", help="Share of the source files, e.g. 0.05, that is not trained on, with all captions, variants and clips of these files; the loss on it is logged.", show_default="0: none", rich_help_panel=WATCH), BELOW_1] = 0.0
     holdout_steps: Annotated[int | None, typer.Option(metavar="N", help="Measure that loss every N optimizer steps, and once before the first.", show_default="as --validation-steps, or else as --checkpointing-steps", rich_help_panel=WATCH), AT_LEAST_1] = None
@@ -291,7 +291,7 @@ class DistillConfig(TrainConfig):
     output_dir: OutputDir = Path("output_dir_distill")
     method: Annotated[DistillMethod, typer.Option(help="dmd, or regression along the teacher's states, without a critic, on shards of `wantrain synthesize --states`.", rich_help_panel=DMD)] = "dmd"
     denoising_step_indices_list: Annotated[str, typer.Option(metavar="LIST", help="The student's steps, as timesteps before the shift: 1000 is pure noise, 0 the clip.", rich_help_panel=DMD)] = "1000,750,500,250"
-    flow_shift: Annotated[float | None, typer.Option(metavar="X", help="Shift s of the noise schedule: timestep 1000*u becomes sigma = s*u / (1 + (s-1)*u).", show_default="12 for Wan 2.2 A14B t2v, else 5", rich_help_panel=DMD), POSITIVE] = None
+    flow_shift: Annotated[float | None, typer.Option(metavar="X", help="Shift s of the noise schedule: timestep 1000*u becomes sigma = s*u / (1 + (s-1)*u).", show_default="12 for Wan 2.2 A14B t2v, 16 for Wan 2.1 FLF2V, else 5", rich_help_panel=DMD), POSITIVE] = None
     recipe: Annotated[Maths, typer.Option(help="seed: VideoX-Fun's maths, for comparison; each expert runs all steps, from noise, and score levels have no cap and no floor.", rich_help_panel=DMD)] = "corrected"
     start: Annotated[Start | None, typer.Option(help="Rollouts start from cached latents noised to the expert's first step, from cached states at that step (low expert; `wantrain synthesize --states`), or from pure noise at the first of all steps, as in VideoX-Fun.", show_default="latents for low, else noise", rich_help_panel=DMD)] = None
     pairing: Annotated[Pairing, typer.Option(help="How one step leads to the next: with fresh noise (sample with LCM) or along the velocity (sample with Euler).", rich_help_panel=DMD)] = "renoise"

@@ -17,7 +17,6 @@ DEVICE = "Device"
 PROCESSES = "Processes"
 
 Expert = Literal["low", "high", "full"]
-TrainMode = Literal["normal", "i2v", "ti2v"]
 Precision = Literal["bf16", "no"]
 BasePrecision = Literal["bf16", "fp8", "int8", "nf4"]
 QuantisedPrecision = Literal["fp8", "int8", "nf4"]

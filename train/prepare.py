@@ -203,15 +203,16 @@ def prepare_finetuning(config: FinetuneConfig, given_elsewhere: Given = NONE_GIV
 def text_only(spec: ModelSpec, data: Dataset) -> str | None:
     """Describes text-only samples, which have no latents; None if there are none.
 
-    UserError for an i2v model, which can't learn from them at all.
+    UserError for a model with a condition, which can't learn from them at all.
     """
     number = int(np.count_nonzero(data.types == MEDIA_TYPES.index("text")))
     if not number:
         return None
     have = f"{number} of the {len(data)} samples in {data.folders} are text-only, without latents"
-    if spec.mode == "i2v":
+    if spec.given_frames:
         raise UserError(
-            f"shards: {have} and no first frame for an i2v model. Encode the media into another "
+            f"shards: {have} and no first frame for an {spec.mode} model. Encode the media into "
+            "another "
             "folder, leave these out (--where 'type!=text'), or train a t2v model on them."
         )
     return have

@@ -28,9 +28,15 @@ from shared.io.hashing import FileHasher
 from shared.io.mirror import open_store
 from shared.io.names import quoted
 from shared.io.store import Store
-from shared.models.family import Mode
+from shared.models.family import Mode, TrainMode
 from shared.models.original_layout import is_original
-from shared.models.spec import ModelSpec, blocks_of, read_model_spec, resolve_model
+from shared.models.spec import (
+    ModelSpec,
+    blocks_of,
+    in_train_mode,
+    read_model_spec,
+    resolve_model,
+)
 from train.config import TrainConfig
 from train.data.batch_plan import BatchPlan
 from train.data.dataset import Dataset, dataset_of
@@ -52,7 +58,7 @@ from train.model.lora_init import check_init
 from train.model.lora_source import ScaledLora
 from train.optim.lr_schedule import DECAYING
 from train.optim.optimizers import check_optimizer
-from train.options import TrainMode, names
+from train.options import names
 from train.saving.checkpoint import Identity
 from train.saving.provenance import Provenance
 from train.tracking.trackers import chosen
@@ -223,8 +229,13 @@ def open_data(config: DataOptions, given_elsewhere: Given) -> tuple[ModelSpec, D
         ]
         where = tuple(map(condition, config.where or ()))
         folder = resolve_model(config.model, [])  # the configs decide which expert is needed
-        spec = read_model_spec(folder)
-        _refuse_other_mode(config, spec)
+        spec = in_train_mode(read_model_spec(folder), config.train_mode)
+        if config.random_frame_crop and len(spec.given_frames) > 1:
+            raise UserError(
+                f"--random-frame-crop: with {spec.mode} a truncated clip would lose its last "
+                "frame, which is part of its condition. Leave it out, or encode shorter clips, "
+                "too: wanprep encode --video-sample-n-frames N --output <new folder>"
+            )
         fields = model_fields(spec, FileHasher())
         caches = []
         for one, store in zip(config.shards, stores, strict=True):
@@ -249,8 +260,9 @@ def _open(store: Store, config: DataOptions, spec: ModelSpec, fields: Fingerprin
     expected = dict(expected)
     image = {"image": expected.pop("image", {})}  # CLIP's embeddings may have been added later
     _refuse_other_model(config, index, expected)
-    if index.fingerprint.get("mode") in LACKING.get(cache_mode(spec), ()):
-        index = with_conditions(index, config.model)
+    wanted = cache_mode(spec)
+    if index.fingerprint.get("mode") in LACKING.get(wanted, ()):
+        index = with_conditions(index, config.model, wanted)
     _refuse_other_model(config, index, image)
     return index
 
@@ -267,17 +279,6 @@ def _refuse_other_numbers(caches: Sequence[CacheIndex]) -> None:
                     f"{other}; a batch can't hold both. Encode one of them anew: wanprep encode "
                     f"--dtype {one} --output <new folder>"
                 )
-
-
-def _refuse_other_mode(config: DataOptions, spec: ModelSpec) -> None:
-    """--train-mode must be the model's; a ti2v model may also train only for text to video."""
-    own = {"t2v": ("normal",), "i2v": ("i2v",), "ti2v": ("ti2v", "normal")}[spec.mode]
-    if config.train_mode not in (None, *own):
-        raise UserError(
-            f"--train-mode: {config.train_mode}, but {spec.folder} is a model for {spec.mode}; "
-            f"expected {' or '.join(own)}. Leave the option out, or choose another model with "
-            "--pretrained-model-name-or-path (or MODEL_NAME)."
-        )
 
 
 def update_batch(config: TrainConfig, placement: Placement) -> int:

@@ -54,6 +54,10 @@ def add_condition(config: ConditionConfig, _: typer.Context) -> None:
         # the shards of the bundled toy model
         wanprep add-condition --model toy-i2v --train-data-dir toy-clips \
             --shards toy-shards
+
+        # first and last frames, for shards that were encoded without the last
+        wanprep add-condition --train-mode flf2v
+        wantrain distill --train-mode flf2v
     """
     from rich.console import Console
 
@@ -69,9 +73,10 @@ def add_condition(config: ConditionConfig, _: typer.Context) -> None:
     if done.rejected:
         listed = rejections(done.rejected, done.store, config.rank.number)
         raise UserError(
-            f"{listed}\nTheir samples have no condition, and `wantrain` refuses the shards for i2v "
+            f"{listed}\nTheir samples have no condition, and `wantrain` refuses the shards "
             "until they have: mend the files and run again, or take the samples out with "
             "`wanprep remove`."
         )
     options = f"--pretrained-model-name-or-path {quoted(config.model)} --shards {quoted(store)}"
-    echo(f"next: wantrain distill {options}")
+    mode = f" --train-mode {config.train_mode}" if config.train_mode else ""
+    echo(f"next: wantrain distill {options}{mode}")

@@ -13,13 +13,11 @@ from shared.cli.checks import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, check_options
 from shared.device import default_device
 from shared.errors import UserError
 from shared.io.object_store import local_path
-from shared.models.spec import DEFAULT_MODEL, Mode, ModelSpec
+from shared.models.family import TrainMode
+from shared.models.spec import DEFAULT_MODEL, ModelSpec, in_train_mode
 from shared.models.wan import WAN
 
-_MODES: dict[str, Mode] = {"normal": "t2v", "i2v": "i2v", "ti2v": "ti2v"}
-
 StoredDtype = Literal["bf16", "fp32"]
-TrainMode = Literal["normal", "i2v", "ti2v"]
 
 DEFAULT_STRIDE = 2
 INPUT, SAMPLES, ENCODERS, OUTPUT, CLUSTER, PLAN = (
@@ -65,11 +63,11 @@ class EncodeConfig(WithRank):
     clips_per_video: Annotated[int, typer.Option(metavar="N", help="Number of clips of each video, with --clips random or uniform.", rich_help_panel=SAMPLES), AT_LEAST_1] = 1
     variants: Annotated[int, typer.Option(metavar="K", help="Encode each file K times with other random sizes, ratios and starts; equal results are stored once.", rich_help_panel=SAMPLES), AT_LEAST_1] = 1
     video_repeat: Annotated[int, typer.Option(metavar="N", help="How often an epoch of training shows each video (images: once); can be changed later without encoding again.", rich_help_panel=SAMPLES), AT_LEAST_1] = 1
-    train_mode: Annotated[TrainMode | None, typer.Option("--train-mode", help="What the shards are for; normal with an i2v model leaves the conditions out.", show_default="the model's", rich_help_panel=SAMPLES)] = None
+    train_mode: Annotated[TrainMode | None, typer.Option("--train-mode", help="What the shards are for: flf2v is first and last frame, with Wan 2.2 I2V-A14B, too; normal with an i2v model leaves the conditions out.", show_default="the model's", rich_help_panel=SAMPLES)] = None
     seed: Annotated[int, typer.Option(metavar="N", help="Random seed of clip starts, sizes and aspect ratios.", rich_help_panel=SAMPLES)] = 42
 
     negative_prompt: Annotated[str, typer.Option(metavar="TEXT", help="Negative prompt of the teacher's CFG; encoded once for the whole cache.", show_default="Wan's published one", rich_help_panel=ENCODERS)] = WAN.negative_prompt
-    validation_prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Validation prompts, sampled during training: .txt with one a line, optionally ending in --w 832 --h 480 --f 81 --i cat.png, or .json, .jsonl or .csv with prompt and optionally image, width, height, frames. An i2v model needs an image for each. Replaces the list in the shards.", show_default="the list in the shards", rich_help_panel=ENCODERS)] = None
+    validation_prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Validation prompts, sampled during training: .txt with one a line, optionally ending in --w 832 --h 480 --f 81 --i cat.png, or .json, .jsonl or .csv with prompt and optionally image, width, height, frames. An i2v model needs an image for each, flf2v also a last one (last_image, --ei). Replaces the list in the shards.", show_default="the list in the shards", rich_help_panel=ENCODERS)] = None
     vae_dtype: Annotated[StoredDtype, typer.Option(help="Compute dtype of the VAE.", rich_help_panel=ENCODERS)] = "fp32"
     text_encoder_dtype: Annotated[StoredDtype, typer.Option(help="Compute dtype of the text encoder.", rich_help_panel=ENCODERS)] = "bf16"
     vae_mini_batch: Annotated[int, typer.Option(metavar="N", help="Accepted for VideoX-Fun's scripts, no effect: clips are encoded one at a time, because batching changes the bits of the latents.", rich_help_panel=ENCODERS), AT_LEAST_1] = 1
@@ -235,23 +233,12 @@ def device_here(device: str, rank: Rank) -> str:
     return rank.device(default_device()) if device == "auto" else device
 
 
-def in_train_mode(
-    spec: ModelSpec, train_mode: Literal["normal", "i2v", "ti2v"] | None
-) -> ModelSpec:
+def encoded_for(spec: ModelSpec, train_mode: TrainMode | None) -> ModelSpec:
     """The model as it is to be encoded for; None: as it is.
 
     `normal` makes text-to-video of an i2v model: no conditions are encoded. Raises UserError for a
     mode that the model does not have.
     """
-    if train_mode is None or _MODES[train_mode] == spec.mode:
-        return spec
-    if (train_mode, spec.mode) == ("normal", "i2v"):
+    if train_mode == "normal" and spec.given_frames:
         return replace(spec, mode="t2v", image_dim=None)
-    if (train_mode, spec.mode) == ("normal", "ti2v"):  # its shards hold nothing but what t2v needs
-        return spec
-    own = next(name for name, mode in _MODES.items() if mode == spec.mode)
-    raise UserError(
-        f"--train-mode: {train_mode}, but {spec.folder} is a model for {spec.mode}; expected "
-        f"{own}. Leave the option out, or choose another model with "
-        "--pretrained-model-name-or-path (or MODEL_NAME)."
-    )
+    return in_train_mode(spec, train_mode)

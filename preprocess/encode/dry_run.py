@@ -31,9 +31,9 @@ from shared.format.schema import DTYPES
 from shared.format.tar import room
 from shared.io.store import Store
 from shared.models.spec import ModelSpec
+from shared.models.wan import CLIP_TOKENS
 
 _TENSOR_HEADER = 96  # bytes that safetensors puts before a tensor, about
-_CLIP_TOKENS = 257
 _MEASURED = 3  # clips and captions that --measure encodes
 
 
@@ -199,9 +199,9 @@ class _Sizes:
         spec, each = self.spec, 0
         if work.type != "text":
             latents = work.clip.bucket.latent_shape(spec.latent_channels, spec.stride)
-            each = self.tensor(*latents) * (2 if spec.mode == "i2v" else 1)
+            each = self.tensor(*latents) * (2 if spec.given_frames else 1)
             if spec.image_dim is not None:
-                each += self.tensor(_CLIP_TOKENS, spec.image_dim)
+                each += self.tensor(CLIP_TOKENS * len(spec.given_frames), spec.image_dim)
         return sum(
             each + room(len(work.info(caption).to_bytes())) + self.text(caption)
             for _, caption in missing

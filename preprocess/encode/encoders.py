@@ -8,7 +8,7 @@ Representations, each made in one place:
     pixels      (1, 3, F, H, W) fp32 in [−1, 1]                     `to_pixels`
     raw latents (1, C, T, h, w) fp32, the posterior's mode           `LatentEncoder._raw`
     latents     (C, T, h, w) fp32, (raw − mean)·(1/std)              `LatentEncoder._normalised`
-    clip        (tokens, D) fp32, of one frame (H, W, 3) uint8       `ImageEncoder.encode`
+    clip        (tokens, D) fp32, of the given frames                `ImageEncoder.encode`
 
 What comes out is to the bit what diffusers' Wan pipelines compute for the same frames and prompt.
 """
@@ -24,6 +24,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from PIL import Image
 
 from shared.errors import UserError
+from shared.format.fingerprint import cache_mode, condition_tensor
 from shared.models import weights
 from shared.models.pixels import latents_to_frames, tile_if_full
 from shared.models.processors import load_image_processor, load_tokenizer
@@ -71,9 +72,10 @@ class TextEncoder:
 
 
 class ImageEncoder:
-    """The CLIP vision model of Wan 2.1 i2v, as `WanImageToVideoPipeline.encode_image` uses it.
+    """The CLIP vision model of Wan 2.1, as `WanImageToVideoPipeline.encode_image` uses it.
 
-    In fp32, as diffusers' documentation loads it: one frame a clip is a small part of the work.
+    In fp32, as diffusers' documentation loads it: a frame or two a clip are a small part of the
+    work.
     """
 
     def __init__(self, spec: ModelSpec, *, device: str) -> None:
@@ -95,14 +97,15 @@ class ImageEncoder:
         self._model = model.to(device).eval().requires_grad_(False)
 
     @torch.inference_mode()
-    def encode(self, frame: npt.NDArray[np.uint8]) -> torch.Tensor:
-        """(H, W, 3) uint8 RGB → (tokens, D), fp32 on the CPU: the last hidden state but one.
+    def encode(self, frames: npt.NDArray[np.uint8]) -> torch.Tensor:
+        """(N, H, W, 3) uint8 RGB → (N · tokens, D), fp32 on the CPU: the last hidden state but one.
 
-        Bytes, because the processor would rescale floats in 0…1 a second time.
+        Bytes, because the processor would rescale floats in 0…1 a second time. In one batch, as in
+        the pipeline, for the last bits.
         """
-        inputs = self._processor(images=Image.fromarray(frame), return_tensors="pt")
+        inputs = self._processor(images=list(map(Image.fromarray, frames)), return_tensors="pt")
         outputs = self._model(**inputs.to(self._model.device), output_hidden_states=True)
-        hidden: torch.Tensor = outputs.hidden_states[-2][0]
+        hidden: torch.Tensor = outputs.hidden_states[-2].flatten(0, 1)
         return hidden.cpu()
 
 
@@ -130,21 +133,26 @@ class LatentEncoder:
 
     @torch.inference_mode()
     def condition(self, frames: npt.NDArray[np.uint8]) -> dict[str, torch.Tensor]:
-        """The i2v condition by the names in the shards, fp32 on the CPU.
+        """The condition by the names in the shards, fp32 on the CPU.
 
-        `cond` (C, T, h, w): first frame, then zeros, encoded. For models with CLIP also `clip`
-        (tokens, D), of the first frame. For a single frame both would give the target away, so
-        `cond` is the encoding of zeros and `clip` is zeros (and the mask is 0 in training).
+        `cond` (C, T, h, w): first frame, then zeros, encoded; of flf2v `first_last`, whose last
+        frame is the clip's. For models with CLIP also `clip` (tokens, D), of these frames one after
+        the other. For a single frame both would give the target away, so the first is the encoding
+        of zeros and `clip` is zeros (and the mask is 0 in training).
         """
-        clip = None if self._image is None else self._image.encode(frames[0])
+        given = list(self._spec.given_frames)
+        clip = None if self._image is None else self._image.encode(frames[given])
         if len(frames) == 1:
             cond = self._of_zeros(*frames.shape[1:3])
             clip = None if clip is None else torch.zeros_like(clip)
         else:
-            first = to_pixels(frames[:1], self._vae.device)
-            zeros = first.new_zeros(1, 3, len(frames) - 1, *first.shape[-2:])
-            cond = self._normalised(self._raw(torch.cat([first, zeros], dim=2)))
-        return {"cond": cond} if clip is None else {"cond": cond, "clip": clip}
+            shown = to_pixels(frames[given], self._vae.device)
+            pixels = shown.new_zeros(1, 3, len(frames), *shown.shape[-2:])
+            pixels[:, :, given] = shown
+            cond = self._normalised(self._raw(pixels))
+        name = condition_tensor(cache_mode(self._spec))
+        assert name is not None, "conditions are made only for modes that have them"
+        return {name: cond} if clip is None else {name: cond, "clip": clip}
 
     def tile_if_full(self, say: Callable[[str], None]) -> None:
         """Let `frames` decode in tiles what doesn't fit whole; encoding never does."""

@@ -132,9 +132,11 @@ def pictures_encoded(
     try:
         for one in pictures:
             if spec.mode == "ti2v":
-                condition = {"cond": encoder.latents(one.first)}
-            else:  # of the frames after the first only their number counts
-                condition = encoder.condition(np.repeat(one.first, one.bucket.frames, axis=0))
+                condition = {"cond": encoder.latents(one.given)}
+            else:  # of the frames between only their number counts
+                frames = np.repeat(one.given[:1], one.bucket.frames, axis=0)
+                frames[-1:] = one.given[-1:]
+                condition = encoder.condition(frames)
             stored = DTYPES[config.dtype]
             made[one.key] = {name: part.to(stored) for name, part in condition.items()}
         return made

@@ -199,5 +199,7 @@ def sparing_cure(config: EncodeConfig, expected: Fingerprint, found: Fingerprint
         )
     if changed <= {"mode", "image"} and found["mode"] in LACKING.get(expected["mode"], ()):
         data = "." if config.dataset_config else quoted(config.train_data_dir)
-        return f"To add them: wanprep add-condition {this} --train-data-dir {data}\n{otherwise}"
+        mode = " --train-mode flf2v" if config.train_mode == "flf2v" else ""
+        add = f"wanprep add-condition {this} --train-data-dir {data}{mode}"
+        return f"To add them: {add}\n{otherwise}"
     return otherwise

@@ -74,7 +74,8 @@ class Encoded:
     latents: torch.Tensor | None
     """(C, T, h, w), normalised; None if text-only."""
     condition: dict[str, torch.Tensor]
-    """`cond` (C, T, h, w), normalised, and of Wan 2.1 `clip` (tokens, D); empty but for i2v."""
+    """`cond` or `first_last` (C, T, h, w), normalised, and of Wan 2.1 `clip` (tokens, D); empty
+    where only latents are encoded."""
     frames: Frames | None = None
     """(F, H, W, 3), which the latents are of; None where those come from a shard."""
 
@@ -191,11 +192,11 @@ def latents_from_media(
     stored: torch.dtype,
     times: Times,
 ) -> Generator[tuple[Work, Encoded | MediaError], None, None]:
-    """`encode_decoded` of clips, to latents and for i2v conditions."""
+    """`encode_decoded` of clips, to latents and, where the mode has them, conditions."""
 
     def encode(encoder: "LatentEncoder", work: Work, frames: Frames) -> Encoded:
         latents = encoder.latents(frames)
-        condition = encoder.condition(frames) if spec.mode == "i2v" else {}
+        condition = encoder.condition(frames) if spec.given_frames else {}
         if not all_finite(latents, *condition.values()):
             raise MediaError("the VAE gave NaN or infinite values; try --vae-dtype fp32")
         times.pixels += work.pixels

@@ -23,7 +23,7 @@ from preprocess.dataset.left_out import account
 from preprocess.dataset.old_samples import superseded
 from preprocess.dataset.toml_config import read_dataset
 from preprocess.encode import report
-from preprocess.encode.config import EncodeConfig, in_train_mode
+from preprocess.encode.config import EncodeConfig, encoded_for
 from preprocess.encode.engine import COMPONENTS, Elsewhere, Engine, LocalEngine
 from preprocess.encode.fingerprint import DIGESTING, encode_fingerprint, settings_for_cache
 from preprocess.encode.passes import Encoded, latents_from_cache, samples_of, texts_from_cache
@@ -156,7 +156,7 @@ def read_job(config: EncodeConfig, output: Store, console: Console) -> Job:
     """
     dataset = read_dataset(config.dataset_config, config.train_data_dir, config.train_data_meta)
     spec = read_model_spec(resolve_model(config.model, COMPONENTS))
-    spec = in_train_mode(spec, config.train_mode)
+    spec = encoded_for(spec, config.train_mode)
     if config.engine == "local":
         take_device(config.device)
     _refuse_text_only(dataset, spec)
@@ -189,11 +189,11 @@ def read_job(config: EncodeConfig, output: Store, console: Console) -> Job:
 def _refuse_text_only(dataset: Dataset, spec: ModelSpec) -> None:
     """UserError where an i2v model would get samples without a first frame."""
     text_only = sum(entry.path is None for entry in dataset.entries)
-    if text_only and spec.mode == "i2v":
+    if text_only and spec.given_frames:
         raise UserError(
             f"dataset: {dataset.origin} has {count(text_only, 'text-only caption')}, and "
-            f"{spec.folder} is an i2v model, which needs a first frame for each. Encode them "
-            "for text-to-video (--train-mode normal, --output DIR), or leave them out."
+            f"{spec.folder} is an {spec.mode} model, which needs a first frame for each. Encode "
+            "them for text-to-video (--train-mode normal, --output DIR), or leave them out."
         )
 
 

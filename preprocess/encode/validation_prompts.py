@@ -32,6 +32,7 @@ OPTION = "--validation-prompts"
 PROMPT_FIELDS = ("prompt", "text", "caption")
 PICTURE_FIELDS = ("image", "image_path", "file_path", "file_name")
 """The first is ours; finetrainers' and musubi-tuner's; VideoX-Fun's and Hugging Face datasets'."""
+LAST_PICTURE_FIELDS = ("last_image", "end_image")
 FRAMES_FIELDS = ("frames", "num_frames")
 LANDSCAPE = (9, 16)
 """The (height, width) whose bucket a prompt gets that has neither a picture nor a size."""
@@ -48,7 +49,7 @@ FORM = Form(
 # musubi-tuner's sample prompts: "a cat --w 832 --h 480 --f 81 --i cat.png". What a line may say of
 # a sampler is not needed: steps, guidance and seed are the training's.
 _OPTION = re.compile(r"\s--(?P<name>[a-z]+)(?:\s+(?P<value>[^\s].*?))?(?=\s--[a-z]+\s|\s*$)")
-_LINE_OPTIONS = {"w": "width", "h": "height", "f": "frames", "i": "image"}
+_LINE_OPTIONS = {"w": "width", "h": "height", "f": "frames", "i": "image", "ei": "last_image"}
 _UNUSED = {"d", "s", "g", "l", "fs", "n", "t", "cn"}
 
 
@@ -61,13 +62,22 @@ class ValidationPrompt:
     picture: Path | None = None
     image: str | None = None
     """SHA-256 of the picture."""
+    last_picture: Path | None = None
+    last_image: str | None = None
+    """Of the one that the clip ends with, for flf2v."""
 
     def in_bank(
         self, text: torch.Tensor, condition: Mapping[str, torch.Tensor] | None = None
     ) -> Prompt:
         """The prompt bank's entry with this text and what the model takes of the picture."""
         return Prompt(
-            VALIDATION, self.prompt, text, bucket=self.bucket, image=self.image, **(condition or {})
+            VALIDATION,
+            self.prompt,
+            text,
+            bucket=self.bucket,
+            image=self.image,
+            last_image=self.last_image,
+            **(condition or {}),
         )
 
     @property
@@ -125,8 +135,8 @@ def _split_line(line: str, where: str, unused: set[str]) -> dict[str, Any]:
             item[_LINE_OPTIONS[name]] = (option["value"] or "").strip()
         else:
             raise UserError(
-                f"{OPTION}: {where}: found --{name}, expected --w, --h, --f or --i (width, height, "
-                "frames, image) at the end of a line."
+                f"{OPTION}: {where}: found --{name}, expected --w, --h, --f, --i or --ei (width, "
+                "height, frames, image, last image) at the end of a line."
             )
     return item
 
@@ -173,18 +183,26 @@ def _checked(item: _Item, folder: Path, spec: ModelSpec, rule: ClipRule) -> Vali
                 f" has an image, {name!r:.80}, and the shards are for a t2v model, which takes "
                 "none. Leave it out."
             )
-        names = (name, name.replace("\\", "/"))  # the second: as Windows writes it
-        places = [place for one in names for place in (folder / one, Path(one))]
-        picture = next((place for place in places if place.is_file()), folder / name)
-        try:
-            seen = probe(picture, "image")
-        except MediaError as error:
-            raise item.refused(f": {error}. Name an image, e.g. a PNG.") from error
-        image, shape = sha256_of(picture), (seen.height, seen.width)
-    elif spec.mode == "i2v":
+        picture, shape = _picture(item, folder, name)
+        image = sha256_of(picture)
+    elif spec.given_frames:
         raise item.refused(
             f" has no image, and {spec.folder} is an i2v model. Expected a field "
             f"{' | '.join(PICTURE_FIELDS)}, or --i FILE at the end of a line of text."
+        )
+    last_picture, last_image = None, None
+    if name := item.text(LAST_PICTURE_FIELDS):
+        if len(spec.given_frames) < 2:
+            raise item.refused(
+                f" has a last image, {name!r:.80}, and the shards are for {spec.mode}, without a "
+                "last frame. Leave it out, or encode with --train-mode flf2v."
+            )
+        last_picture, _ = _picture(item, folder, name)
+        last_image = sha256_of(last_picture)
+    elif len(spec.given_frames) > 1:
+        raise item.refused(
+            " has no last image, and the shards are for flf2v. Expected a field "
+            f"{' | '.join(LAST_PICTURE_FIELDS)}, or --ei FILE at the end of a line of text."
         )
     size, frames = _shape(item, spec)
     # Its bucket as a text-only sample gets it; what is drawn there is drawn from the prompt.
@@ -192,7 +210,26 @@ def _checked(item: _Item, folder: Path, spec: ModelSpec, rule: ClipRule) -> Vali
     (clip,) = caption_clips(prompt, rule, shape=shape, frames=None)
     height, width = size or (clip.bucket.height, clip.bucket.width)
     bucket = Bucket(height, width, frames or clip.bucket.frames)
-    return ValidationPrompt(prompt=prompt, bucket=bucket, picture=picture, image=image)
+    return ValidationPrompt(
+        prompt=prompt,
+        bucket=bucket,
+        picture=picture,
+        image=image,
+        last_picture=last_picture,
+        last_image=last_image,
+    )
+
+
+def _picture(item: _Item, folder: Path, name: str) -> tuple[Path, tuple[int, int]]:
+    """A picture of the list in `folder`, and its height and width."""
+    names = (name, name.replace("\\", "/"))  # the second: as Windows writes it
+    places = [place for one in names for place in (folder / one, Path(one))]
+    picture = next((place for place in places if place.is_file()), folder / name)
+    try:
+        seen = probe(picture, "image")
+    except MediaError as error:
+        raise item.refused(f": {error}. Name an image, e.g. a PNG.") from error
+    return picture, (seen.height, seen.width)
 
 
 def _shape(item: _Item, spec: ModelSpec) -> tuple[tuple[int, int] | None, int | None]:
@@ -268,28 +305,28 @@ def missing_roles(wanted: Mapping[str, str], bank: list[list[Prompt]]) -> list[t
 
 
 Conditions = dict[str, dict[str, torch.Tensor]]
-"""Key of a validation prompt → `cond` (and `clip`), what the model takes of its picture."""
+"""Key of a validation prompt → what the model takes of its pictures, as of a sample's frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """The picture of a prompt, ready for an encoder."""
+    """The picture of a prompt, or both, ready for an encoder."""
 
     key: str
     """Of the prompt's entry in the bank."""
     bucket: Bucket
-    first: npt.NDArray[np.uint8]
-    """(1, H, W, 3) RGB, resized and cropped as a sample is."""
+    given: npt.NDArray[np.uint8]
+    """(1 or 2, H, W, 3) RGB, resized and cropped as a sample is."""
 
 
 def read_pictures(prompts: Sequence[ValidationPrompt]) -> list[Picture]:
     """Of prompts that have one. Raises UserError for a picture that cannot be read."""
     pictures = []
     for one in prompts:
-        assert one.picture is not None
+        shape, files = replace(one.bucket, frames=1), (one.picture, one.last_picture)
         try:
-            first = fit(read_frames(one.picture, "image", [0]), replace(one.bucket, frames=1))
+            given = [fit(read_frames(f, "image", [0]), shape) for f in files if f is not None]
         except MediaError as error:
             raise UserError(f"{OPTION}: {error}. Name an image, e.g. a PNG.") from error
-        pictures.append(Picture(key=one.key, bucket=one.bucket, first=first))
+        pictures.append(Picture(key=one.key, bucket=one.bucket, given=np.concatenate(given)))
     return pictures

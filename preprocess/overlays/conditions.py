@@ -1,4 +1,4 @@
-"""Image-to-video conditions for a text-to-video cache: every clip's first frame, encoded again.
+"""Conditions for a cache without, or with others: every clip's given frames, encoded again.
 
 What was cut out of a file stands in `KEY.json`, so the media are all that is needed beside the
 cache: no size, stride or seed. The latents are neither read nor written.
@@ -40,7 +40,7 @@ from shared.format.overlays import CONDITIONS
 from shared.format.schema import CONDITION_MEMBER, DTYPES, JSON_MEMBER, MEDIA_TYPES, pack
 from shared.io.hashing import FileHasher
 from shared.io.store import Store
-from shared.models.spec import ModelSpec, read_model_spec, resolve_model
+from shared.models.spec import ModelSpec, in_train_mode, read_model_spec, resolve_model
 
 if TYPE_CHECKING:
     from preprocess.encode.encoders import LatentEncoder
@@ -65,7 +65,7 @@ class _Clip:
 
 
 def add_condition(config: ConditionConfig, store: Store, console: Console) -> Added:
-    """Give every sample of a text-to-video cache that has none the condition of its first frame.
+    """Give every sample that has none the condition of its first frame, or its first and last.
 
     Raises UserError for what the user can mend; files that are missing, changed or damaged are in
     the outcome.
@@ -80,7 +80,7 @@ def add_condition(config: ConditionConfig, store: Store, console: Console) -> Ad
     ):
         # What there is: a cache that lacks what the model wants.
         own = group_of(base.fingerprint, "latents", base.store)
-        spec = _i2v_model(config)
+        spec = _conditioned_model(config)
         _refuse_without_first_frames(config, base, spec)
         take_device(config.device)
         say(console, f"model    {spec.folder} ({spec.mode}) on {config.device}")
@@ -116,8 +116,10 @@ def add_condition(config: ConditionConfig, store: Store, console: Console) -> Ad
 
                 # VAE pass.
                 encoder = partial(latent_encoder, spec, own["compute"], config.device)
-                with bar(console, "encoding first frames", len(same)) as advance:
-                    for clip, result in _conditions(same, encoder, pool, DTYPES[own["dtype"]]):
+                with bar(console, "encoding given frames", len(same)) as advance:
+                    for clip, result in _conditions(
+                        same, encoder, pool, DTYPES[own["dtype"]], spec.given_frames
+                    ):
                         advance()
                         if isinstance(result, MediaError):
                             outcome.reject(clip.source, result)
@@ -151,9 +153,10 @@ def _refuse_without_first_frames(
         )
 
 
-def _i2v_model(config: ConditionConfig) -> ModelSpec:
+def _conditioned_model(config: ConditionConfig) -> ModelSpec:
     spec = read_model_spec(resolve_model(config.model, ("vae", "image_encoder", "image_processor")))
-    if spec.mode != "i2v":
+    spec = in_train_mode(spec, config.train_mode)
+    if not spec.given_frames:
         raise UserError(
             f"model: {spec.folder} is a {spec.mode} model; conditions are made for i2v models. Set "
             "--pretrained-model-name-or-path to one."
@@ -238,22 +241,24 @@ def _conditions(
     encoder: Callable[[], "LatentEncoder"],
     pool: WorkerPool,
     stored: torch.dtype,
+    given: Sequence[int],
 ) -> Iterator[tuple[_Clip, bytes | MediaError]]:
-    """Clips with their condition (`cond`, of Wan 2.1 `clip`), packed, or why there is none."""
+    """Clips with the condition of their `given` frames, packed, or why there is none."""
 
-    def encode(encoder: "LatentEncoder", clip: _Clip, first: Frames) -> bytes:
-        # All that the condition sees: the first frame, and how many there are.
-        frames = np.zeros((clip.clip.bucket.frames, *first.shape[1:]), np.uint8)
-        frames[:1] = first
+    def places(clip: _Clip) -> list[int]:
+        return sorted({place % clip.clip.bucket.frames for place in given})
+
+    def encode(encoder: "LatentEncoder", clip: _Clip, shown: Frames) -> bytes:
+        # All that the condition sees: the given frames, and how many there are.
+        frames = np.zeros((clip.clip.bucket.frames, *shown.shape[1:]), np.uint8)
+        frames[places(clip)] = shown
         condition = encoder.condition(frames)
         if not all_finite(*condition.values()):
             raise MediaError("the VAE gave NaN or infinite values")
         return pack(**{name: part.to(stored) for name, part in condition.items()})
 
-    def first_frame(clip: _Clip) -> tuple[Any, ...]:
-        bucket = replace(clip.clip.bucket, frames=1)
-        return clip.path, clip.type, clip.clip.frame_indices[:1], bucket
+    def to_decode(clip: _Clip) -> tuple[Any, ...]:
+        indices = [clip.clip.frame_indices[place] for place in places(clip)]
+        return clip.path, clip.type, indices, replace(clip.clip.bucket, frames=len(indices))
 
-    return encode_decoded(
-        [(one, first_frame(one)) for one in clips], encoder, encode, pool, Times()
-    )
+    return encode_decoded([(one, to_decode(one)) for one in clips], encoder, encode, pool, Times())

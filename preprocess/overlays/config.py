@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import typer
 
@@ -45,18 +45,19 @@ class RecaptionConfig(WithRank):
 # fmt: off
 @dataclass(frozen=True, kw_only=True)
 class ConditionConfig(WithRank):
-    """Add the i2v condition to shards of a t2v model.
+    """Add the i2v or flf2v condition to shards without it.
 
-    The VAE encodes the first frame of every clip; the conditions are stored in shards of their own, in conditions. Latents and text stay unchanged, and t2v models train on them as before. Each media file must be the same as when it was encoded. Run again, it encodes what is missing.
+    The VAE encodes the first frame of every clip, for flf2v also the last; the conditions are stored in shards of their own, in conditions. Latents and text stay unchanged, and other models train on them as before. Each media file must be the same as when it was encoded. Run again, it encodes what is missing.
 
     Next: wantrain distill --model I2V-MODEL --shards DIR
     """
 
     PANELS: ClassVar[Sequence[str]] = (INPUT, ENCODERS)
 
-    shards: Annotated[str, typer.Option(metavar="DIR|URL", help="Folder of the shards, encoded for a t2v model.", rich_help_panel=INPUT)] = "shards"
-    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="The i2v model that will be trained, with the VAE of the shards: a folder, a hub id, or the bundled toy-i2v.", rich_help_panel=INPUT)] = DEFAULT_MODEL
+    shards: Annotated[str, typer.Option(metavar="DIR|URL", help="Folder of the shards.", rich_help_panel=INPUT)] = "shards"
+    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="The model that will be trained, with the VAE of the shards: a folder, a hub id, or the bundled toy-i2v.", rich_help_panel=INPUT)] = DEFAULT_MODEL
     train_data_dir: Annotated[str, typer.Option(metavar="DIR|URL", envvar="DATASET_NAME", help="Folder (or tars) of the videos and images that were encoded.", rich_help_panel=INPUT)] = "datasets"
+    train_mode: Annotated[Literal["i2v", "flf2v"] | None, typer.Option("--train-mode", help="What the conditions are for: the first frame, or the first and the last, which Wan 2.2 I2V-A14B takes, too.", show_default="the model's", rich_help_panel=INPUT)] = None
 
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto uses a GPU if available.", rich_help_panel=ENCODERS)] = "auto"
     num_workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that decode media while the VAE works.", show_default="cores minus 1, at most 8", rich_help_panel=ENCODERS), AT_LEAST_1] = None

@@ -9,7 +9,11 @@ import torch
 
 from shared.errors import json_kind
 from shared.format.buckets import SIDES, Bucket, bucket_of, is_bucket
-from shared.format.fingerprint import WITH_CLIP, Fingerprint, state_timesteps
+from shared.format.fingerprint import (
+    Fingerprint,
+    condition_tensor,
+    state_timesteps,
+)
 from shared.format.overlays import required_members
 from shared.format.prompts import VALIDATION
 from shared.format.schema import (
@@ -68,6 +72,8 @@ class Expected:
     mode: str | None
     synthesised: bool
     """The clips are a model's own: their first frame is only near that of the condition."""
+    condition: str | None
+    """Name of the condition's tensor; None where samples have none."""
 
     @classmethod
     def of(cls, fingerprint: Fingerprint, bucket: Bucket | None) -> "Expected":
@@ -80,7 +86,9 @@ class Expected:
         if bucket is not None and grid is not None:
             shape = bucket.latent_shape(*grid)
         text = fingerprint.get("text") if TEXT_MEMBER in required else None
-        if LATENTS_MEMBER in required and fingerprint["mode"] in ("i2v", WITH_CLIP):
+        mode = fingerprint["mode"] if LATENTS_MEMBER in required else fingerprint.get("mode")
+        condition = condition_tensor(mode)
+        if LATENTS_MEMBER in required and condition is not None:
             required = (*required, CONDITION_MEMBER)
         states = None
         if bucket is not None and (timesteps := state_timesteps(fingerprint)):
@@ -99,8 +107,9 @@ class Expected:
             text_length=None if text is None else int(text["max_length"]),
             text_dtype=None if text is None else DTYPES[text["dtype"]],
             grid=grid,
-            mode=fingerprint.get("mode"),
+            mode=mode,
             synthesised="synthesis" in fingerprint,
+            condition=condition,
         )
 
     def of_prompt(self, info: dict[str, Any]) -> "Expected":
@@ -125,7 +134,7 @@ class Expected:
         return _MOST_OVERHEAD + tensor
 
 
-_PROMPT_FIELDS: Fields = {"role": str, "prompt": str, "image": str}
+_PROMPT_FIELDS: Fields = {"role": str, "prompt": str, "image": str, "last_image": str}
 _FORMAT = "what shards/README.md says"
 
 
@@ -138,7 +147,7 @@ def check_info(data: bytes, expected: Expected) -> tuple[list[Problem], dict[str
     if not isinstance(info, dict):
         return [Problem("json-damaged", json_kind(info), "an object")], {}
     if expected.bucket is None:
-        wrong = misfits(info, _PROMPT_FIELDS, optional=("image",))
+        wrong = misfits(info, _PROMPT_FIELDS, optional=("image", "last_image"))
         if info.get("role") == VALIDATION and not is_bucket(info):
             sides = ", ".join(f"{side} {info.get(side)!r:.20}" for side in SIDES)
             wrong["bucket"] = f"a shape of {sides}"
@@ -172,6 +181,7 @@ def check_tensors(
 ) -> tuple[list[Problem], torch.Tensor | None]:
     """Problems of a safetensors member and its main tensor: always of text, else if it has none."""
     name = suffix.partition(".")[0]
+    main = expected.condition or name if suffix == CONDITION_MEMBER else name
     try:
         header = read_header(data, len(data))
     except ValueError as error:
@@ -180,16 +190,18 @@ def check_tensors(
     try:
         tensors = unpack(data, suffix)
     except ValueError as error:
-        code = f"{name}-shape" if list(header) == [name] else "tensor-name"
+        code = f"{name}-shape" if list(header) == [main] else "tensor-name"
         return [Problem(code, str(error), "that")], None
-    problems = list(_check_values(suffix, name, tensors, expected))
-    return problems, tensors[name] if suffix == TEXT_MEMBER or not problems else None
+    if main not in tensors:  # the mask that belongs to it would be another
+        return [Problem("tensor-name", f"{sorted(tensors)}", repr(main))], None
+    problems = list(_check_values(suffix, main, tensors, expected))
+    return problems, tensors[main] if suffix == TEXT_MEMBER or not problems else None
 
 
 def _check_values(
-    suffix: str, name: str, tensors: dict[str, torch.Tensor], expected: Expected
+    suffix: str, main: str, tensors: dict[str, torch.Tensor], expected: Expected
 ) -> Iterator[Problem]:
-    tensor = tensors[name]
+    name, tensor = suffix.partition(".")[0], tensors[main]
     dtype = expected.text_dtype if suffix == TEXT_MEMBER else expected.latents_dtype
     if dtype is not None and tensor.dtype != dtype:
         yield Problem("dtype", _dtype(tensor.dtype), _dtype(dtype))
@@ -213,14 +225,14 @@ def _check_values(
                 f"shape {tuple(tensor.shape)}",
                 f"1 to {expected.text_length} rows of {expected.text_dim}",
             )
-        elif ranges[name] == (0, 0):
+        elif ranges[main] == (0, 0):
             yield Problem("text-zero", f"{len(tensor)} rows of zeros", "an embedding")
     elif tuple(tensor.shape) != (
         shape := expected.states if suffix == STATES_MEMBER else expected.latents
     ):
         yield Problem(f"{name}-shape", f"shape {tuple(tensor.shape)}", f"{shape}")
-    elif ranges[name][0] == ranges[name][1]:
-        yield Problem(f"{name}-constant", f"only {ranges[name][0]:g}", "values that vary")
+    elif ranges[main][0] == ranges[main][1]:
+        yield Problem(f"{name}-constant", f"only {ranges[main][0]:g}", "values that vary")
 
 
 def _check_clip(clip: torch.Tensor | None, expected: Expected) -> Iterator[Problem]:

@@ -32,9 +32,14 @@ _FRAME_RULES = {FIRST_FRAME_RULE, FRAME_RULE}
 
 Fingerprint = dict[str, Any]
 
-WITH_CLIP = "i2v+clip"
+_WITH_CLIP = "+clip"
 # Mode of a cache → modes of caches that lack its conditions and nothing else.
-LACKING = {"i2v": ("t2v",), WITH_CLIP: ("t2v", "i2v")}
+LACKING = {
+    "i2v": ("t2v", "flf2v", "flf2v+clip"),
+    "i2v+clip": ("t2v", "i2v", "flf2v", "flf2v+clip"),
+    "flf2v": ("t2v", "i2v", "i2v+clip"),
+    "flf2v+clip": ("t2v", "i2v", "i2v+clip", "flf2v"),
+}
 
 
 _FIELDS: Fields = {
@@ -66,7 +71,15 @@ def state_timesteps(fingerprint: Fingerprint) -> tuple[float, ...]:
 
 def cache_mode(spec: ModelSpec) -> str:
     """Mode of the cache that a model needs: which members, and tensors in them, samples have."""
-    return spec.mode if spec.image_dim is None else WITH_CLIP
+    return spec.mode if spec.image_dim is None else spec.mode + _WITH_CLIP
+
+
+def condition_tensor(mode: str | None) -> str | None:
+    """Name of the condition's tensor in a cache of this mode; None where there is none.
+
+    The mask that belongs to it follows from the mode, so a reader must not take one for another.
+    """
+    return {"i2v": "cond", "flf2v": "first_last"}.get((mode or "").removesuffix(_WITH_CLIP))
 
 
 def model_fields(

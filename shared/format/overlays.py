@@ -1,7 +1,7 @@
 """Overlays: text or conditions for the samples of a cache, in shards beside it.
 
     shards/captions/NAME/   other captions, with a prompt bank of their own
-    shards/conditions/      image-to-video conditions for a text-to-video cache
+    shards/conditions/      conditions of given frames for a cache without, or with other ones
 
 Each is a folder in the format of a cache, with the same keys, whose samples hold `json` and that
 one member. The cache decides which samples live; an overlay only brings members for them.
@@ -15,7 +15,13 @@ import numpy.typing as npt
 
 from shared.errors import UserError
 from shared.format.cache import MEDIA_TYPES, CacheIndex, Overlay, open_cache
-from shared.format.fingerprint import Fingerprint, differences, group_of, refuse_differences
+from shared.format.fingerprint import (
+    Fingerprint,
+    condition_tensor,
+    differences,
+    group_of,
+    refuse_differences,
+)
 from shared.format.schema import CONDITION_MEMBER, JSON_MEMBER, MEMBERS, TEXT_MEMBER
 from shared.io.names import quoted
 from shared.io.store import Store
@@ -99,20 +105,28 @@ def with_captions(index: CacheIndex, name: str) -> CacheIndex:
     )
 
 
-def with_conditions(index: CacheIndex, model: str) -> CacheIndex:
-    """A text-to-video cache with the conditions that were added to it.
+def with_conditions(index: CacheIndex, model: str, wanted: str) -> CacheIndex:
+    """The cache with the conditions that were added to it, for a run that takes `wanted`, the mode
+    of a cache that would have them itself.
 
     Raises UserError where samples have none, naming the command that adds them for `model`.
     """
     store = index.store.below(CONDITIONS)
+    mode, needed = index.fingerprint.get("mode"), condition_tensor(wanted)
+    both = needed == condition_tensor("flf2v")
     add = (
         f"wanprep add-condition --shards {quoted(index.store)} --pretrained-model-name-or-path "
         f"{quoted(model)} --train-data-dir DIR"
+        f"{' --train-mode flf2v' if both else ''}"
     )
-    lacks = (
-        "image-to-video without the CLIP embeddings that this model needs"
-        if index.fingerprint.get("mode") == "i2v"
-        else "text-to-video, without the conditions that an i2v model needs"
+    given = "first and last frames" if both else "first frames alone"
+    lacks = {
+        None: "text-to-video, without the conditions that an i2v model needs",
+        needed: "image-to-video without the CLIP embeddings that this model needs",
+    }.get(
+        condition_tensor(mode),
+        f"{mode}, and this run needs conditions of {given}"
+        f"{' (with --train-mode flf2v it would take them)' if wanted == 'i2v' else ''}",
     )
     if store not in overlays_in(index.store):
         raise UserError(
@@ -127,6 +141,12 @@ def with_conditions(index: CacheIndex, model: str) -> CacheIndex:
         cure=f"Delete that folder and make it again: {add}",
     )
     theirs = overlay.index.fingerprint
+    if condition_tensor(theirs.get("mode")) != needed:
+        raise UserError(
+            f"shards: {store} holds conditions for {theirs.get('mode')}, and this run needs those "
+            f"of {given}; a cache has one kind beside its own. Train for the other "
+            f"(--train-mode), or delete that folder and make it anew: {add}"
+        )
     without = np.intersect1d(
         overlay.lacking, np.flatnonzero(index.types != MEDIA_TYPES.index("text"))
     )

@@ -23,6 +23,7 @@ from shared.format.schema import (
     TEXT_MEMBER,
     info_bytes,
     pack,
+    pack_condition,
     unpack,
 )
 from shared.format.strict_json import parse
@@ -50,10 +51,14 @@ class Prompt:
     """What is to be made of it."""
     image: str | None = None
     """SHA-256 of the picture that it begins with."""
+    last_image: str | None = None
+    """The same of the one that it ends with."""
     cond: torch.Tensor | None = None
     """Of that picture, normalised: (C, T, h, w) as a sample's for i2v, (C, 1, h, w) for ti2v."""
+    first_last: torch.Tensor | None = None
+    """Of both pictures in its place, as a sample's, for flf2v."""
     clip: torch.Tensor | None = None
-    """(tokens, D) of CLIP, for Wan 2.1 i2v."""
+    """(tokens, D) of CLIP, for Wan 2.1 i2v and flf2v."""
 
     @property
     def key(self) -> str:
@@ -61,6 +66,8 @@ class Prompt:
         what: list[Any] = [self.role, self.prompt]
         if self.bucket is not None:
             what += [list(asdict(self.bucket).values()), self.image]
+        if self.last_image is not None:
+            what.append(self.last_image)
         return digest_of(what)[: 2 * KEY_BYTES]
 
     def members(self) -> dict[str, bytes]:
@@ -68,11 +75,11 @@ class Prompt:
         info: dict[str, Any] = {"role": self.role, "prompt": self.prompt}
         if self.bucket is not None:
             info |= asdict(self.bucket)
-        if self.image is not None:
-            info["image"] = self.image
+        images = {"image": self.image, "last_image": self.last_image}
+        info |= {name: image for name, image in images.items() if image is not None}
         packed = {JSON_MEMBER: info_bytes(info), TEXT_MEMBER: pack(text=self.text)}
-        if self.cond is not None:
-            packed[CONDITION_MEMBER] = pack(cond=self.cond, clip=self.clip)
+        if condition := pack_condition(self):
+            packed[CONDITION_MEMBER] = condition
         return packed
 
 
@@ -137,13 +144,22 @@ def _prompt(parts: dict[str, Member], stream: BinaryIO) -> Prompt:
     condition: dict[str, torch.Tensor] = {}
     if CONDITION_MEMBER in parts:
         condition = unpack(_bytes_of(stream, parts[CONDITION_MEMBER]), CONDITION_MEMBER)
-    image = value.get("image")
-    if not isinstance(image, str | None):
-        raise ValueError(f"{info.name} has image {image!r:.40}")
+    images = {name: value.get(name) for name in ("image", "last_image")}
+    for name, image in images.items():
+        if not isinstance(image, str | None):
+            raise ValueError(f"{info.name} has {name} {image!r:.40}")
     bucket = _bucket(value, info)
     if (bucket is None) == (value["role"] == VALIDATION):
         raise ValueError(f"{info.name} has role {value['role']!r:.40} and bucket {bucket}")
-    return Prompt(value["role"], value["prompt"], tensor, bucket=bucket, image=image, **condition)
+    return Prompt(
+        value["role"],
+        value["prompt"],
+        tensor,
+        bucket=bucket,
+        image=images["image"],
+        last_image=images["last_image"],
+        **condition,
+    )
 
 
 def _bucket(value: dict[str, Any], info: Member) -> Bucket | None:

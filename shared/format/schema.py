@@ -6,7 +6,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import safetensors.torch
 import torch
@@ -25,12 +25,13 @@ CONDITION_MEMBER = "cond.safetensors"
 STATES_MEMBER = "states.safetensors"
 MEMBERS = (JSON_MEMBER, LATENTS_MEMBER, TEXT_MEMBER, CONDITION_MEMBER, STATES_MEMBER)
 
-# A safetensors member → the tensor that must be there, those that may be with their dimensions.
-_TENSORS: dict[str, tuple[str, dict[str, int]]] = {
-    LATENTS_MEMBER: ("latents", {"latents": 4}),
-    TEXT_MEMBER: ("text", {"text": 2}),
-    CONDITION_MEMBER: ("cond", {"cond": 4, "clip": 2}),
-    STATES_MEMBER: ("states", {"states": 5}),
+# A safetensors member → tensors of which exactly one must be there, all that may be with their
+# dimensions.
+_TENSORS: dict[str, tuple[tuple[str, ...], dict[str, int]]] = {
+    LATENTS_MEMBER: (("latents",), {"latents": 4}),
+    TEXT_MEMBER: (("text",), {"text": 2}),
+    CONDITION_MEMBER: (("cond", "first_last"), {"cond": 4, "first_last": 4, "clip": 2}),
+    STATES_MEMBER: (("states",), {"states": 5}),
 }
 
 KEY_BYTES = 16
@@ -102,8 +103,10 @@ class Sample:
     """(tokens, D) at the caption's true length; training pads with zeros to 512."""
     cond: torch.Tensor | None = None
     """(C, T, H, W), normalised encoding of [first frame, zeros …]; i2v caches only."""
+    first_last: torch.Tensor | None = None
+    """The same of [first frame, zeros …, last frame], in its place; flf2v caches only."""
     clip: torch.Tensor | None = None
-    """(tokens, D), the CLIP vision model's view of the first frame; Wan 2.1 i2v caches only."""
+    """(tokens, D), the CLIP vision model's view of the given frames; Wan 2.1 caches only."""
     states: torch.Tensor | None = None
     """(S, C, T, H, W), a sampler's x_t at S timesteps, the noisiest first; it ended at `latents`.
     In synthesised caches with states only."""
@@ -114,8 +117,8 @@ class Sample:
         if self.latents is not None:
             packed[LATENTS_MEMBER] = pack(latents=self.latents)
         packed[TEXT_MEMBER] = pack(text=self.text)
-        if self.cond is not None:
-            packed[CONDITION_MEMBER] = pack(cond=self.cond, clip=self.clip)
+        if condition := pack_condition(self):
+            packed[CONDITION_MEMBER] = condition
         if self.states is not None:
             packed[STATES_MEMBER] = pack(states=self.states)
         return packed
@@ -132,6 +135,24 @@ def pack(**tensors: torch.Tensor | None) -> bytes:
     return safetensors.torch.save(there)
 
 
+class Conditioned(Protocol):
+    """What may have a condition: a sample, a prompt."""
+
+    @property
+    def cond(self) -> torch.Tensor | None: ...
+    @property
+    def first_last(self) -> torch.Tensor | None: ...
+    @property
+    def clip(self) -> torch.Tensor | None: ...
+
+
+def pack_condition(one: Conditioned) -> bytes:
+    """`KEY.cond.safetensors`; empty where there is none."""
+    if one.cond is None and one.first_last is None:
+        return b""
+    return pack(cond=one.cond, first_last=one.first_last, clip=one.clip)
+
+
 def tensors_in(head: bytes, total: int, member: str) -> Mapping[str, TensorHeader]:
     """Shapes and dtypes of a safetensors member of `total` bytes, from its beginning.
 
@@ -139,8 +160,8 @@ def tensors_in(head: bytes, total: int, member: str) -> Mapping[str, TensorHeade
     """
     found = read_header(head, total)
     needed, allowed = _TENSORS[member]
-    if needed not in found or not found.keys() <= allowed.keys():
-        raise ValueError(f"it holds {sorted(found)}, expected {needed!r}")
+    if len(found.keys() & set(needed)) != 1 or not found.keys() <= allowed.keys():
+        raise ValueError(f"it holds {sorted(found)}, expected {' or '.join(map(repr, needed))}")
     for name, tensor in found.items():
         if len(tensor.shape) != allowed[name]:
             raise ValueError(

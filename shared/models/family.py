@@ -12,7 +12,9 @@ from functools import cached_property
 from importlib import import_module
 from typing import Any, Literal
 
-Mode = Literal["t2v", "i2v", "ti2v"]
+Mode = Literal["t2v", "i2v", "ti2v", "flf2v"]
+TrainMode = Literal["normal", "i2v", "ti2v", "flf2v"]
+"""What --train-mode calls them: the first is VideoX-Fun's name of t2v."""
 Lines = tuple[tuple[float, float], ...]
 
 
@@ -50,7 +52,10 @@ class Family:
     stride: tuple[int, int, int]
     """Of the VAE, (time, height, width), where its config says none."""
     mask_channels: int
-    """Of the transformer's input, before the condition of i2v: 1 where a frame is given."""
+    """Of the transformer's input, before the condition: 1 where a frame is given."""
+    given_frames: Mapping[Mode, tuple[int, ...]]
+    """Mode → the frames of a clip that lie in its condition, beside the latents; of modes without
+    a condition nothing."""
     vae_fields: Mapping[str, Any]
     """Fields of the VAE's config that decide its outputs, beside the shapes of its weights, with
     the class's defaults."""

@@ -5,7 +5,7 @@ and what diffusers' config files would say.
       config.json, *.safetensors            one transformer (Wan 2.1, TI2V-5B)
     Wan2.1_VAE.pth or Wan2.2_VAE.pth
     models_t5_umt5-xxl-enc-bf16.pth, google/umt5-xxl/
-    models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth     Wan 2.1 i2v
+    models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth     Wan 2.1 i2v and flf2v
 
 In place of a .pth file its .safetensors may lie there, or ComfyUI's file by the name that it is
 published under. Only JSON and the headers of safetensors are read here.
@@ -23,6 +23,7 @@ from shared.models.tensor_names import unwrapped
 from shared.models.wan import (
     BOUNDARIES,
     CLIP_DIM,
+    CLIP_TOKENS,
     ORIGINAL_CLASS,
     PATCH,
     UMT5_DIM,
@@ -107,10 +108,10 @@ def original_files(folder: Path, component: str) -> list[Path]:
 def model_index(folder: Path) -> dict[str, Any]:
     """The fields of `model_index.json` that decide what the model is. Raises UserError."""
     kind = _config(folder, "transformer").get("model_type")
-    if kind not in ("t2v", "i2v", "ti2v"):
+    if kind not in ("t2v", "i2v", "ti2v", "flf2v"):
         raise UserError(
             f"model: {expert_folder(folder, 'transformer')}/config.json has model_type={kind!r}; "
-            "wandistill takes t2v, i2v and ti2v models."
+            "wandistill takes t2v, i2v, flf2v and ti2v models."
         )
     two = expert_folder(folder, "transformer") != folder
     return {
@@ -132,9 +133,11 @@ def transformer_config(folder: Path, component: str = "transformer") -> dict[str
     text = shapes.get("text_embedding.0.weight", [0, config.get("text_dim", UMT5_DIM)])[1]
     if shapes:
         image = shapes.get("img_emb.proj.1.weight", [0, None])[1]
+        positions = shapes.get("img_emb.emb_pos", [0, None])[1]
     else:  # the Wan 2.1 models take CLIP's embeddings; the ones with two experts don't
-        one = expert_folder(folder, component) == folder
-        image = CLIP_DIM if one and config.get("model_type") == "i2v" else None
+        one, kind = expert_folder(folder, component) == folder, config.get("model_type")
+        image = CLIP_DIM if one and kind in WAN.given_frames else None
+        positions = 2 * CLIP_TOKENS if one and kind == "flf2v" else None
     return diffusers_config(
         heads=int(config["num_heads"]),
         width=int(config["dim"]),
@@ -148,7 +151,7 @@ def transformer_config(folder: Path, component: str = "transformer") -> dict[str
         cross_attn_norm=bool(config.get("cross_attn_norm", True)),
         qk_norm="rms_norm_across_heads" if config.get("qk_norm", True) else None,
         eps=float(config["eps"]),
-        pos_embed_seq_len=shapes["img_emb.emb_pos"][1] if "img_emb.emb_pos" in shapes else None,
+        pos_embed_seq_len=positions,
     )
 
 

@@ -5,15 +5,15 @@ experts from JSON only.
 """
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError, first_line
 from shared.io.names import in_home_folder, quoted
 from shared.models import original_layout
-from shared.models.family import Family, Mode
+from shared.models.family import Family, Mode, TrainMode
 from shared.models.toy_model import TOY_MODELS, toy_folder
 from shared.models.wan import WAN
 
@@ -22,6 +22,12 @@ FAMILIES = (WAN,)
 MAX_TEXT_TOKENS = max(family.text_tokens for family in FAMILIES)
 """What a cache may hold of a caption, whichever family it is for."""
 TIMESTEPS = 1000.0
+TRAIN_MODES: Mapping[TrainMode, Mode] = {
+    "i2v": "i2v",
+    "flf2v": "flf2v",
+    "ti2v": "ti2v",
+    "normal": "t2v",
+}
 
 HUB_NAME_PARTS = 2
 
@@ -46,7 +52,7 @@ class ModelSpec:
     latents_std: tuple[float, ...]
     text_dim: int
     image_dim: int | None
-    """Width of the CLIP image embeddings (Wan 2.1 i2v), else None."""
+    """Width of the CLIP image embeddings (Wan 2.1 i2v and flf2v), else None."""
 
     @property
     def side_multiple(self) -> int:
@@ -60,9 +66,40 @@ class ModelSpec:
         return family.other_flow_shifts.get((self.mode, self.two_experts), family.flow_shift)
 
     @property
+    def given_frames(self) -> tuple[int, ...]:
+        """The frames of a clip, 0 or −1, that lie in its condition; () for a mode without one."""
+        return self.family.given_frames.get(self.mode, ())
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """What it can serve, its own first. A model for i2v with CLIP takes one embedding, so it
+        has no place for a last frame's."""
+        between = self.mode == "i2v" and self.image_dim is None
+        return (self.mode, "flf2v") if between else (self.mode,)
+
+    @property
     def expert_folders(self) -> tuple[str, ...]:
         """Component names of the transformers, high-noise first."""
         return ("transformer", "transformer_2") if self.two_experts else ("transformer",)
+
+
+def in_train_mode(spec: ModelSpec, train_mode: TrainMode | None) -> ModelSpec:
+    """The model in one of its modes; None: its own.
+
+    A ti2v model may also serve as a t2v one, and stays what it is. Raises UserError for a mode
+    that the model does not have.
+    """
+    own = [name for name, mode in TRAIN_MODES.items() if mode in spec.modes]
+    if spec.mode == "ti2v":
+        own.append("normal")
+    if train_mode not in (None, *own):
+        raise UserError(
+            f"--train-mode: {train_mode}, but {spec.folder} is a model for {spec.mode}; expected "
+            f"{' or '.join(own)}. Leave the option out, or choose another model with "
+            "--pretrained-model-name-or-path (or MODEL_NAME)."
+        )
+    wanted = None if train_mode is None else TRAIN_MODES[train_mode]
+    return spec if wanted is None or wanted not in spec.modes else replace(spec, mode=wanted)
 
 
 def family_of(transformer: Any) -> Family:
@@ -175,20 +212,26 @@ def _spec_from_configs(
             f"model: {folder}/model_index.json has transformer_2={two_experts} but "
             f"boundary_ratio={boundary}; two experts need a boundary and one must have none."
         )
-    if transformer.get("pos_embed_seq_len") is not None:
-        raise UserError(
-            f"model: {folder} is a first-last-frame model (transformer pos_embed_seq_len="
-            f"{transformer['pos_embed_seq_len']}); wandistill trains t2v, i2v and ti2v models."
-        )
     channels = int(vae["z_dim"])
     mode = _mode(folder, index, int(transformer["in_channels"]), channels, family.mask_channels)
     image_dim = transformer.get("image_dim")
-    if image_dim is not None and mode != "i2v":
+    if image_dim is not None and mode not in family.given_frames:
         raise UserError(
             f"model: {folder}/transformer/config.json has image_dim={image_dim} with "
             f"in_channels={transformer['in_channels']} ({mode}); only i2v models take CLIP image "
             "embeddings."
         )
+    # Positions of the embeddings of two frames: diffusers' class then takes nothing else.
+    if (tokens := transformer.get("pos_embed_seq_len")) is not None:
+        if image_dim is None or mode != "i2v" or two_experts:
+            raise UserError(
+                f"model: {folder}/transformer/config.json has pos_embed_seq_len={tokens}, of a "
+                f"first-last-frame model, with image_dim={image_dim}, in_channels="
+                f"{transformer['in_channels']} and {'two experts' if two_experts else 'one expert'}"
+                "; expected CLIP image embeddings, the channels of i2v and one expert, as in "
+                "Wan 2.1 FLF2V."
+            )
+        mode = "flf2v"
     time, high, wide = family.stride
     spatial = vae.get("scale_factor_spatial")
     return ModelSpec(

@@ -35,6 +35,7 @@ WAN = Family(
     ),
     stride=(4, 8, 8),
     mask_channels=4,
+    given_frames={"i2v": (0,), "flf2v": (0, -1)},
     vae_fields={
         "attn_scales": [],
         "dim_mult": [1, 2, 4, 4],
@@ -45,9 +46,10 @@ WAN = Family(
         "temperal_downsample": [False, True, True],
     },
     frames_per_second=16,
-    # As in the published recipes (brief, section 5).
+    # As in the published recipes (brief, section 5); of Wan 2.1's first-last-frame model none is
+    # published, and its own sampler's is 16.
     flow_shift=5.0,
-    other_flow_shifts={("t2v", True): 12.0},
+    other_flow_shifts={("t2v", True): 12.0, ("flf2v", False): 16.0},
     blocks="blocks",
     patch_embedding="patch_embedding",
     rotary="rope",
@@ -111,6 +113,8 @@ ORIGINAL_CLASS = "WanModel"
 # Switch of the experts as published (the original code has it in Python, no file says it).
 BOUNDARIES: Mapping[str, float] = {"i2v": 0.9, "t2v": 0.875}
 CLIP_DIM, UMT5_DIM = 1280, 4096
+CLIP_TOKENS = 257
+"""Of each frame that CLIP sees."""
 PATCH = (1, 2, 2)
 
 # The published configs of the two VAEs, which have no config file in this layout. What a smaller
@@ -153,7 +157,7 @@ def transformer_config(
     }
 
 
-_HUB, _ENDING = "Wan-AI/", "-Diffusers"
+_HUB, _ENDING = "wan-ai/", "-diffusers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +171,7 @@ class PublishedModel:
     mode: Mode
     two_experts: bool = False
     clip: bool = False
-    """Whether it takes CLIP's image embeddings (Wan 2.1 i2v)."""
+    """Whether it takes CLIP's image embeddings (Wan 2.1 i2v and flf2v)."""
     flow_shift: float = 3.0
     """Of the published scheduler; the shift to train with is `ModelSpec.flow_shift`."""
     vae: Mapping[str, Any] = field(default_factory=lambda: WAN_21_VAE)
@@ -175,7 +179,7 @@ class PublishedModel:
     @property
     def name(self) -> str:
         """Short, e.g. "wan2.2-i2v-a14b"."""
-        return self.hub_id.removeprefix(_HUB).removesuffix(_ENDING).lower()
+        return _short(self.hub_id)
 
     @property
     def boundary(self) -> float | None:
@@ -192,7 +196,7 @@ class PublishedModel:
             "transformer_2": self.two_experts,
         }
         return {
-            "_class_name": (of_image if self.mode == "i2v" else of_text)[1],
+            "_class_name": (of_image if self.mode in WAN.given_frames else of_text)[1],
             "boundary_ratio": self.boundary,
             "expand_timesteps": self.mode == "ti2v",
             **{
@@ -203,7 +207,8 @@ class PublishedModel:
     def transformer_config(self) -> dict[str, Any]:
         """Of each expert: the two are alike."""
         channels = int(self.vae["z_dim"])
-        entering = 2 * channels + WAN.mask_channels if self.mode == "i2v" else channels
+        given = WAN.given_frames.get(self.mode, ())
+        entering = 2 * channels + WAN.mask_channels if given else channels
         return transformer_config(
             heads=self.heads,
             width=self.heads * 128,
@@ -211,6 +216,7 @@ class PublishedModel:
             layers=self.layers,
             channels=(entering, channels),
             image_dim=CLIP_DIM if self.clip else None,
+            pos_embed_seq_len=CLIP_TOKENS * len(given) if self.mode == "flf2v" else None,
             rope_max_seq_len=1024,
         )
 
@@ -225,21 +231,24 @@ class PublishedModel:
         }
 
 
+def _short(name: str) -> str:
+    return name.lower().removeprefix(_HUB).removesuffix(_ENDING)
+
+
 def _size_14b(hub_id: str, mode: Mode, **others: Any) -> PublishedModel:
-    return PublishedModel(
-        hub_id=_HUB + hub_id + _ENDING, heads=40, ffn_dim=13824, layers=40, mode=mode, **others
-    )
+    return PublishedModel(hub_id=hub_id, heads=40, ffn_dim=13824, layers=40, mode=mode, **others)
 
 
 _MODELS = (
     PublishedModel(
         hub_id="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", heads=12, ffn_dim=8960, layers=30, mode="t2v"
     ),
-    _size_14b("Wan2.1-T2V-14B", "t2v"),
-    _size_14b("Wan2.1-I2V-14B-480P", "i2v", clip=True),
-    _size_14b("Wan2.1-I2V-14B-720P", "i2v", clip=True),
-    _size_14b("Wan2.2-T2V-A14B", "t2v", two_experts=True),
-    _size_14b("Wan2.2-I2V-A14B", "i2v", two_experts=True),
+    _size_14b("Wan-AI/Wan2.1-T2V-14B-Diffusers", "t2v"),
+    _size_14b("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "i2v", clip=True),
+    _size_14b("Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", "i2v", clip=True),
+    _size_14b("Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers", "flf2v", clip=True, flow_shift=16.0),
+    _size_14b("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "t2v", two_experts=True),
+    _size_14b("Wan-AI/Wan2.2-I2V-A14B-Diffusers", "i2v", two_experts=True),
     PublishedModel(
         hub_id="Wan-AI/Wan2.2-TI2V-5B-Diffusers",
         heads=24,
@@ -256,7 +265,7 @@ PUBLISHED: Mapping[str, PublishedModel] = {model.name: model for model in _MODEL
 
 def published_model(name: str) -> PublishedModel | None:
     """By short name or hub id, with or without "-Diffusers"; None where it is not one of these."""
-    return PUBLISHED.get(name.removeprefix(_HUB).removesuffix(_ENDING).lower())
+    return PUBLISHED.get(_short(name))
 
 
 def write_configs(model: PublishedModel, folder: Path) -> None:

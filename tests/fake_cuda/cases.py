@@ -255,12 +255,13 @@ def _batch(spec: ModelSpec, update: int) -> StoredBatch:
     latents = torch.zeros(1, spec.latent_channels, *grid, dtype=dtype)
     return StoredBatch(
         family=spec.family,
+        given=spec.given_frames,
         update=update,
         samples=(0,),
         keys=("key",),
         latents=latents,
         texts=(torch.zeros(77, UMT5_DIM, dtype=dtype),),
-        condition=torch.zeros_like(latents) if spec.mode == "i2v" else None,
+        condition=torch.zeros_like(latents) if spec.given_frames else None,
         image=None if spec.image_dim is None else torch.zeros(1, 257, CLIP_DIM, dtype=dtype),
         noised=torch.ones(1, 1, grid[0], 1, 1) if spec.mode == "ti2v" else None,
     )

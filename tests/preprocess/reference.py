@@ -82,11 +82,13 @@ class Reference:
     latents: torch.Tensor
     """(C, T, h, w)"""
     condition: torch.Tensor | None
-    """i2v: (C, T, h, w); ti2v: (C, 1, h, w), of a video"""
+    """i2v, flf2v: (C, T, h, w); ti2v: (C, 1, h, w), of a video"""
     text: torch.Tensor
     """(512, D)"""
     clip: torch.Tensor | None = None
-    """Wan 2.1 i2v: (tokens, D)"""
+    """Wan 2.1 i2v: (tokens, D); flf2v: (2 · tokens, D)"""
+    mask: torch.Tensor | None = None
+    """Of i2v, flf2v: (4, T, h, w)"""
 
 
 class Pipelines:
@@ -113,7 +115,7 @@ class Pipelines:
         inverse = 1.0 / torch.tensor(vae.config.latents_std).view(1, vae.config.z_dim, 1, 1, 1)
         latents = (raw - mean) * inverse
 
-        def prepared(first: torch.Tensor) -> torch.Tensor:
+        def prepared(first: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
             return pipe.prepare_latents(
                 first,
                 batch_size=1,
@@ -123,23 +125,29 @@ class Pipelines:
                 num_frames=len(frames),
                 dtype=torch.float32,
                 device=torch.device("cpu"),
+                last_image=last,
             )[1][0]
 
-        condition, clip = None, None
-        if self.mode == "wan21-i2v":
-            clip = pipe.encode_image(frames[0])[0]
+        condition, clip, mask, both = None, None, None, self.mode.endswith("flf2v")
+        if self.mode.startswith("wan21"):
+            clip = pipe.encode_image([frames[0], frames[-1]] if both else frames[0]).flatten(0, 1)
             # The stated exception: an image's embedding would give its target away.
             clip = clip if len(frames) > 1 else torch.zeros_like(clip)
-        if self.mode in ("i2v", "wan21-i2v"):
+        if self.mode.endswith(("i2v", "flf2v")) and self.mode != "ti2v":
             # The stated exception: an image's condition is the encoding of zeros.
-            first = pixels[:, :, 0] if len(frames) > 1 else torch.zeros_like(pixels[:, :, 0])
-            condition = prepared(first)[4:]  # the mask's 4 channels are rebuilt, not cached
+            first, last = pixels[:, :, 0], pixels[:, :, -1]
+            if len(frames) == 1:
+                first, last, both = torch.zeros_like(first), last, False
+            whole = prepared(first, last if both else None)
+            mask, condition = whole[:4], whole[4:]  # the mask is rebuilt, not cached
         elif self.mode == "ti2v" and len(frames) > 1:
             condition = prepared(pixels[:, :, 0])
         text, _ = pipe.encode_prompt(
             caption, max_sequence_length=512, do_classifier_free_guidance=False
         )
-        return Reference(latents=latents[0], condition=condition, text=text[0], clip=clip)
+        return Reference(
+            latents=latents[0], condition=condition, text=text[0], clip=clip, mask=mask
+        )
 
 
 def array(frames: list[Image.Image]) -> np.ndarray:

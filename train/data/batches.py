@@ -3,7 +3,7 @@
 import itertools
 import threading
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field, replace
 
@@ -12,6 +12,7 @@ import torch
 from shared.device import take_device, to_device
 from shared.errors import UserError
 from shared.format.cache import MEDIA_TYPES, REENCODE_SHARD, CacheIndex, MemberHeader, MemberReader
+from shared.format.fingerprint import condition_tensor
 from shared.format.overlays import made_by
 from shared.format.prompts import read_prompts
 from shared.format.schema import (
@@ -57,10 +58,10 @@ class Batch:
     """(B, tokens, D) in the cache's dtype, as many as the family takes, zeros after each caption's
     true length: the transformer attends to them, as in diffusers' pipelines."""
     condition: torch.Tensor | None
-    """i2v: (B, 4+C, T, H, W) fp32, mask then normalised condition latents; else None."""
+    """i2v, flf2v: (B, 4+C, T, H, W) fp32, mask then normalised condition latents; else None."""
     image: torch.Tensor | None = None
-    """Wan 2.1 i2v: (B, tokens, D), CLIP's embedding of the first frame (zeros of an image);
-    else None."""
+    """Wan 2.1 i2v, flf2v: (B, tokens, D), CLIP's embeddings of the given frames one after the other
+    (zeros of an image); else None."""
     noised: torch.Tensor | None = None
     """ti2v: (B, 1, T, 1, 1), 0 on a latent frame that is the condition and so kept clean (the
     first, or none of a sample that is text to video this time), 1 elsewhere; else None."""
@@ -82,6 +83,8 @@ class StoredBatch:
     """A `Batch` as the shards have it: nothing was copied, padded or converted yet."""
 
     family: Family
+    given: tuple[int, ...]
+    """`ModelSpec.given_frames`: what the mask says."""
     update: int
     samples: tuple[int, ...]
     keys: tuple[str, ...]
@@ -124,7 +127,8 @@ class StoredBatch:
             row[: len(own)] = to_device(own, device)
         condition = self.condition
         if condition is not None:
-            condition = with_mask(to_device(condition, device).float(), self.family.mask_channels)
+            condition = to_device(condition, device).float()
+            condition = with_mask(condition, self.family.mask_channels, self.given)
         return Batch(
             update=self.update,
             samples=self.samples,
@@ -152,15 +156,22 @@ def cropped_frames(frames: int, seed: int, update: int) -> int:
     return shorter[int(rng.integers(len(shorter)))] if shorter and rng.random() >= 0.9 else frames
 
 
-def with_mask(cond: torch.Tensor, channels: int) -> torch.Tensor:
-    """(B, C, T, H, W) condition latents → (B, channels + C, T, H, W): ones in latent frame 0.
+def with_mask(cond: torch.Tensor, channels: int, given: Sequence[int]) -> torch.Tensor:
+    """(B, C, T, H, W) condition latents → (B, channels + C, T, H, W): ones at the `given` frames.
+
+    A channel stands for one of the pixel frames that a latent frame covers; the first covers one,
+    which all channels stand for. So ones are in latent frame 0, and for a last frame in the last
+    channel of the last latent frame (`WanImageToVideoPipeline.prepare_latents`).
 
     The target of a single frame, an image or a video cut that short, would be its own condition,
     so its mask is 0 (and its cached condition the encoding of zeros).
     """
     mask = cond.new_zeros(len(cond), channels, *cond.shape[2:])
     if cond.shape[2] > 1:
-        mask[:, :, 0] = 1
+        if 0 in given:
+            mask[:, :, 0] = 1
+        if -1 in given:
+            mask[:, -1, -1] = 1
     return torch.cat([mask, cond], dim=1)
 
 
@@ -292,7 +303,7 @@ class MicroBatches:
         `conditioned`: of ti2v, whose first frame is kept.
         """
         condition, image, noised = None, None, None
-        if self.spec.mode == "i2v":
+        if self.spec.given_frames:
             condition, image = self._conditions(rows)
             condition = condition[:, :, :frames]
         texts = [
@@ -309,6 +320,7 @@ class MicroBatches:
             noised[conditioned, :, 0] = 0
         return StoredBatch(
             family=self.spec.family,
+            given=self.spec.given_frames,
             update=update,
             samples=samples,
             keys=tuple(self.dataset.key(row) for row in rows),
@@ -429,10 +441,12 @@ class MicroBatches:
         """(B, C, T, H, W), and CLIP's (B, tokens, D) where the model takes it."""
         shape = (len(rows), *self._latent_shape(rows[0]))
         conditions = self._buffers.empty(shape, self._dtype)
+        name = condition_tensor(self.spec.mode)
+        assert name is not None
         images: list[torch.Tensor] = []
         for condition, row in zip(conditions, rows, strict=True):
             reader, header = self._header(row, CONDITION_MEMBER)
-            self._read(row, reader, header, "cond", condition)
+            self._read(row, reader, header, name, condition)
             if (width := self.spec.image_dim) is not None:
                 clip = header.tensors.get("clip", _NO_TENSOR)
                 if clip.shape[1] != width:
@@ -481,7 +495,7 @@ class MicroBatches:
 
         `first`: where a part of the tensor begins that is as long as `target`.
         """
-        found = header.tensors[name]
+        found = header.tensors.get(name, _NO_TENSOR)
         if first is None and found.shape != target.shape:
             raise self._misshapen(row, header, name, str(tuple(target.shape)))
         if TORCH_DTYPES[found.dtype] != target.dtype:
@@ -494,6 +508,7 @@ class MicroBatches:
 
     def _misshapen(self, row: int, header: MemberHeader, name: str, expected: str) -> UserError:
         return UserError(
-            f"shards: {self.dataset.where(row, header.member)}: {header.member} has shape "
-            f"{header.tensors.get(name, _NO_TENSOR).shape}, expected {expected}. {REENCODE_SHARD}"
+            f"shards: {self.dataset.where(row, header.member)}: {header.member} has "
+            + (f"shape {header.tensors[name].shape}" if name in header.tensors else f"no {name}")
+            + f", expected {expected}. {REENCODE_SHARD}"
         )

@@ -39,6 +39,7 @@ from train.evaluation.page import page
 from train.evaluation.prompts import Prompt, read_prompts
 from train.sampling.pipeline import loras_off, open_pipeline, read_loras
 from train.sampling.sample import ManySteps, fit_image, make_clip, many_steps_shift
+from train.saving.provenance import read_provenance
 
 _SEED = re.compile(r"(?P<prompt>.+)-seed(?P<seed>\d+)")
 
@@ -86,8 +87,15 @@ def _made(
     prompts = read_prompts(config)
     from_image = prompts[0].image is not None
     spec = read_model_spec(resolve_model(config.model, ["*"]))
-    config.check_against(spec, from_image=from_image)
     assert config.lora is not None
+    # The summary tells prompts apart by text and first frame.
+    if "flf2v" in (spec.mode, read_provenance(config.lora[0]).mode):
+        raise UserError(
+            f"--lora: {config.lora[0]} is for first and last frames (flf2v), and evaluate takes no "
+            "last frames. Compare with wantrain sample --last-image: once with --lora, once with "
+            "--teacher."
+        )
+    config.check_against(spec, from_image=from_image)
     loras = read_loras(config.lora, spec)
     student = loras[0].provenance
     if student.method != "distill":

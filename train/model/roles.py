@@ -37,6 +37,8 @@ class Roles:
             add_adapter(transformer, spec, name, seed=seed)
         self.transformer = transformer
         self._patch: tuple[int, int, int] = transformer.config.patch_size  # type: ignore[union-attr, assignment]
+        positions = getattr(transformer.config, "pos_embed_seq_len", None)
+        self._frames_of_image = 1 if positions is None else 2
         self.lora = spec
         self._layers = [m for m in transformer.modules() if isinstance(m, LoraLayer)]
         for layer in self._layers:
@@ -104,14 +106,16 @@ class Roles:
             timestep: (B,) fp32 in 0..1000, never rounded; or (B, T), one for each latent frame
                 (ti2v), which the transformer gets for each of the frame's tokens.
             text: (B, tokens, D).
-            condition: (B, 4+C, T, H, W) for i2v, concatenated to the channels; else None.
-            image: (B, tokens, D) of CLIP for Wan 2.1 i2v; else None.
+            condition: (B, 4+C, T, H, W) for i2v and flf2v, concatenated to the channels; else None.
+            image: (B, tokens, D) of CLIP for Wan 2.1 i2v and, of two frames, flf2v; else None.
         """
         assert timestep.dtype == torch.float32
         if timestep.ndim == 2:
             _, high, wide = self._patch
             tokens = (x_t.shape[-2] // high) * (x_t.shape[-1] // wide)
             timestep = timestep.repeat_interleave(tokens, dim=1)
+        if image is not None and self._frames_of_image > 1:  # as the class takes several
+            image = image.reshape(len(image) * self._frames_of_image, -1, image.shape[-1])
         inputs = x_t if condition is None else torch.cat([x_t, condition], dim=1)
         # Autocast is entered per pass, not around the step: its cache of cast weights would hand
         # copies made under no_grad to the pass that needs gradients, and the LoRA would get none.

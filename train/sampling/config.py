@@ -41,8 +41,11 @@ class PipelineConfig:
     low_vram: Annotated[bool, typer.Option("--low-vram", help="Like --offload, and keep the blocks of transformers and text encoder in CPU memory; each is copied to the GPU while the one before it computes.", show_default="off", rich_help_panel=DEVICE)] = False
     # fmt: on
 
-    def check_against(self, spec: ModelSpec, *, from_image: bool) -> None:
-        """UserError unless the model can make clips of this shape from these inputs."""
+    def check_against(self, spec: ModelSpec, *, from_image: bool, to_image: bool = False) -> None:
+        """UserError unless the model, in this mode, can make clips of this shape from these inputs.
+
+        `to_image`: a last frame is given, too.
+        """
         multiple, time = spec.side_multiple, spec.stride[0]
         for name, side in (("height", self.height), ("width", self.width)):
             fine = side >= multiple and side % multiple == 0
@@ -53,9 +56,14 @@ class PipelineConfig:
                 f"--num-frames: found {self.num_frames}, expected {time}n+1, e.g. {below} or "
                 f"{below + time}."
             )
-        if spec.mode == "i2v" and not from_image:
+        if spec.given_frames and not from_image:
             raise UserError(
                 f"--image: {self.model} is an i2v model and needs a first frame: --image FILE."
+            )
+        if len(spec.given_frames) > 1 and not to_image:
+            raise UserError(
+                f"--last-image: {self.model} is a first-last-frame model and needs a last frame: "
+                "wantrain sample --last-image FILE."
             )
         if spec.mode == "t2v" and from_image:
             raise UserError(
@@ -77,6 +85,7 @@ class SampleConfig(PipelineConfig):
 
     prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="Prompt; one clip for each --prompt given.", rich_help_panel=SHOWN)]
     image: Annotated[Path | None, typer.Option(metavar="FILE", help="First frame, for i2v models; resized to cover the clip and cropped at the centre.", show_default="none", rich_help_panel=SHOWN)] = None
+    last_image: Annotated[Path | None, typer.Option(metavar="FILE", help="Last frame, for Wan 2.2 I2V-A14B, Wan 2.1 FLF2V and LoRAs that were trained with --train-mode flf2v; fitted like --image.", show_default="none", rich_help_panel=SHOWN)] = None
 
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the clips (mp4) and the contact sheet (png).", rich_help_panel=CLIP)] = Path("samples")
 
@@ -84,7 +93,7 @@ class SampleConfig(PipelineConfig):
     steps: Annotated[int | None, typer.Option(metavar="N", help="Steps of --teacher and of plain LoRAs; a student uses the trained steps.", show_default="40", rich_help_panel=TEACHER), AT_LEAST_1] = None
     guidance_scale: Annotated[float | None, typer.Option(metavar="X", help="CFG scale of --teacher and of plain LoRAs; a student needs none.", show_default="5", rich_help_panel=TEACHER), NOT_NEGATIVE] = None
     negative_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Negative prompt of that CFG.", show_default="Wan's published one", rich_help_panel=TEACHER)] = None
-    flow_shift: Annotated[float | None, typer.Option(metavar="X", help="Shift of the noise schedule of --teacher and of plain LoRAs.", show_default="the LoRA's; 12 for Wan 2.2 A14B t2v, else 5", rich_help_panel=TEACHER), POSITIVE] = None
+    flow_shift: Annotated[float | None, typer.Option(metavar="X", help="Shift of the noise schedule of --teacher and of plain LoRAs.", show_default="the LoRA's; 12 for Wan 2.2 A14B t2v, 16 for Wan 2.1 FLF2V, else 5", rich_help_panel=TEACHER), POSITIVE] = None
     # fmt: on
 
     def __post_init__(self) -> None:

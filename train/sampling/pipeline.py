@@ -75,6 +75,12 @@ def read_loras(paths: Sequence[Path], spec: ModelSpec) -> list[TrainedLora]:
                     f"--lora: {first.path} and {other.path} were trained apart: {field} is {a!r} "
                     f"in the first and {b!r} in the second. Train both with the same value."
                 )
+    frames = {"i2v": "without --last-image", "flf2v": "wantrain sample with --last-image FILE"}
+    if first.provenance.mode != spec.mode and {first.provenance.mode, spec.mode} <= frames.keys():
+        raise UserError(
+            f"--lora: {first.path} was trained for {first.provenance.mode}, and this is "
+            f"{spec.mode}. Use it {frames[first.provenance.mode]}."
+        )
     if first.provenance.mode != spec.mode:
         raise UserError(
             f"--lora: {first.path} was trained for {first.provenance.mode}, the model "

@@ -21,7 +21,13 @@ from shared.io import stills
 from shared.io.durable import write_json
 from shared.io.mp4 import Clip, write_mp4
 from shared.models.family import Family
-from shared.models.spec import TIMESTEPS, ModelSpec, read_model_spec, resolve_model
+from shared.models.spec import (
+    TIMESTEPS,
+    ModelSpec,
+    in_train_mode,
+    read_model_spec,
+    resolve_model,
+)
 from train.functional.rng import counted_rng
 from train.functional.schedule import Schedule
 from train.options import Pairing
@@ -41,7 +47,15 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
     """
     say = partial(support.say, console)
     spec = read_model_spec(resolve_model(config.model, ["*"]))
-    config.check_against(spec, from_image=config.image is not None)
+    to_image = config.last_image is not None
+    if to_image:
+        if "flf2v" not in spec.modes:
+            raise UserError(
+                f"--last-image: {config.model} is a {spec.mode} model and takes no last frame. "
+                "Leave it out, or use Wan 2.2 I2V-A14B or Wan 2.1 FLF2V."
+            )
+        spec = in_train_mode(spec, "flf2v")
+    config.check_against(spec, from_image=config.image is not None, to_image=to_image)
     loras = read_loras(config.lora, spec) if config.lora else []
     how: Provenance | ManySteps
     if loras and (student := loras[0].provenance).method == "distill":
@@ -56,14 +70,19 @@ def sample_clips(config: SampleConfig, console: Console) -> list[Path]:
             ),
             negative_prompt=config.negative_prompt,
         )
-    image = fit_image(config.image, config.height, config.width) if config.image else None
+    image, last = (
+        None if path is None else fit_image(path, config.height, config.width, option)
+        for path, option in ((config.image, "--image"), (config.last_image, "--last-image"))
+    )
     pipeline = open_pipeline(
         config, spec, loras, from_image=image is not None, output=config.output, say=say
     )
     kind = "teacher" if config.teacher else "student" if isinstance(how, Provenance) else "lora"
     rows, paths, records = [], [], []
     for number, prompt in enumerate(track(config.prompt, "sample", console=console)):
-        made = make_clip(pipeline, spec.family, config, prompt, image, seed=config.seed, how=how)
+        made = make_clip(
+            pipeline, spec.family, config, prompt, image, last, seed=config.seed, how=how
+        )
         paths.append(config.output / f"{kind}-{number:03d}.mp4")
         write_mp4(paths[-1], made.frames, config.fps)
         rows.append((f"{kind}: {prompt}", made.frames))
@@ -135,6 +154,7 @@ def make_clip(
     config: PipelineConfig,
     prompt: str,
     image: Image.Image | None,
+    last_image: Image.Image | None = None,
     *,
     seed: int,
     how: Provenance | ManySteps,
@@ -162,6 +182,7 @@ def make_clip(
         max_sequence_length=family.text_tokens,
         output_type="np",
         **({} if image is None else {"image": image}),
+        **({} if last_image is None else {"last_image": last_image}),
     ).frames[0]
     seconds = time.monotonic() - started
     visits.close()
@@ -231,14 +252,14 @@ class VisitedSteps:
             hook.remove()
 
 
-def fit_image(path: Path, height: int, width: int) -> Image.Image:
-    """The first frame for i2v: covered and centre-cropped as `wanprep encode` does it."""
+def fit_image(path: Path, height: int, width: int, option: str = "--image") -> Image.Image:
+    """A given frame for i2v: covered and centre-cropped as `wanprep encode` does it."""
     try:
         with stills.opened(path) as opened:
             image = stills.shown(opened)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "no image, or a truncated one"
         raise UserError(
-            f"--image: cannot read {path} as an image ({why}). Expected e.g. PNG or JPEG."
+            f"{option}: cannot read {path} as an image ({why}). Expected e.g. PNG or JPEG."
         ) from error
     return fit_to(image, height, width)

@@ -11,6 +11,7 @@ from shared.cache.ranks import WithRank
 from shared.cli.checks import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, check_options
 from shared.errors import UserError
 from shared.io.shard_cache import DEFAULT_SHARD_CACHE_GB
+from shared.models.family import TrainMode
 from shared.models.spec import DEFAULT_MODEL
 from train.data.weighted_folder import DEFAULT_SHARDS, WeightedFolder, shards_option
 from train.memory.options import MemoryOptions
@@ -22,7 +23,6 @@ from train.options import (
     Pairing,
     Precision,
     QuantisedPrecision,
-    TrainMode,
 )
 
 SAMPLER = "Sampler"

@@ -248,7 +248,7 @@ def validation_prompts(index: CacheIndex) -> list[Prompt]:
     found = []
     for prompt in listed:
         image = images.get(prompt.key, prompt)
-        both = {"cond": image.cond, "clip": image.clip}
+        both = {"cond": image.cond, "first_last": image.first_last, "clip": image.clip}
         found.append(Prompt(**(prompt.__dict__ | both)))
     return found
 
@@ -271,7 +271,8 @@ def _batch(prompt: Prompt, number: int, spec: ModelSpec, index: CacheIndex) -> S
     dtype = DTYPES[index.fingerprint["latents"]["dtype"]]
     latents = torch.zeros(1, *shape, dtype=dtype)
     condition, image, noised = None, None, None
-    found = None if prompt.cond is None else tuple(prompt.cond.shape)
+    own = prompt.first_last if len(spec.given_frames) > 1 else prompt.cond
+    found = None if own is None else tuple(own.shape)
 
     def refuse_if(wrong: bool, what: str, subject: str = "the validation prompt") -> None:
         if wrong:
@@ -281,25 +282,26 @@ def _batch(prompt: Prompt, number: int, spec: ModelSpec, index: CacheIndex) -> S
                 "--validation-prompts FILE, or leave --validation-steps out."
             )
 
-    if spec.mode == "i2v":
-        needs = f"a condition of shape {found}, and the i2v model needs one of {shape}"
+    if spec.given_frames:
+        needs = f"a condition of shape {found}, and the {spec.mode} model needs one of {shape}"
         refuse_if(found != shape, needs)
-        condition = cast(torch.Tensor, prompt.cond)[None]
+        condition = cast(torch.Tensor, own)[None]
         if spec.image_dim is not None:
             width = None if prompt.clip is None else prompt.clip.shape[1]
             refuse_if(width != spec.image_dim, f"no CLIP embedding of width {spec.image_dim}")
             image = cast(torch.Tensor, prompt.clip)[None]
     elif spec.mode == "ti2v":
         noised = torch.ones(1, 1, shape[1], 1, 1)
-        if prompt.cond is not None:
+        if own is not None:
             one = (shape[0], 1, *shape[2:])
             refuse_if(found != one, f"shape {found}, expected {one}", "the image of")
-            latents[0, :, :1] = prompt.cond
+            latents[0, :, :1] = own
             noised[:, :, 0] = 0
     width = prompt.text.shape[1]
     refuse_if(width != spec.text_dim, f"{width} numbers a token, expected {spec.text_dim}")
     return StoredBatch(
         family=spec.family,
+        given=spec.given_frames,
         update=0,
         samples=(number,),
         keys=(prompt.key,),

@@ -182,7 +182,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "clip": (lambda m: edit(m / "transformer/config.json", image_dim=1280), "only i2v models take"),
     "first-last": (
         lambda m: edit(m / "transformer/config.json", pos_embed_seq_len=514),
-        "is a first-last-frame model",
+        "expected CLIP image embeddings, the channels of i2v and one expert",
     ),
 }
 

@@ -65,7 +65,9 @@ def facts(spec: ModelSpec) -> dict[str, object]:
     return {name: value for name, value in spec.__dict__.items() if name != "folder"}
 
 
-@pytest.mark.parametrize("mode", ["t2v", "i2v", "ti2v", "wan21-i2v"])
+@pytest.mark.parametrize(
+    "mode", ["t2v", "i2v", "ti2v", "wan21-i2v", pytest.param("wan21-flf2v", marks=pytest.mark.long)]
+)
 def test_both_layouts_give_the_same_cache(mode: Mode, data: Path, tmp_path: Path) -> None:
     model, original = both(mode, tmp_path)
     assert facts(read_model_spec(original)) == facts(read_model_spec(model))
@@ -158,7 +160,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "hostile zip": (lambda m: torch.save(Hostile(), m / TEXT), "wandistill runs no code of a file"),
     "not tensors": (lambda m: torch.save([1, 2], m / TEXT), "something else than tensors by name"),
-    "first-last": (lambda m: config(m / "config.json", model_type="flf2v"), "model_type='flf2v'"),
+    "vace": (lambda m: config(m / "config.json", model_type="vace"), "model_type='vace'"),
     "cut config": (lambda m: (m / "config.json").write_text("{"), "neither a model_index.json"),
     "other channels": (lambda m: config(m / "config.json", out_dim=20), "out_dim=20"),
     "no field": (lambda m: config(m / "config.json", dim=None), "lack or misspell a field"),

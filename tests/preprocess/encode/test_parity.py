@@ -17,6 +17,7 @@ from tests.preprocess.reference import (
     image_frame,
     video_frames,
 )
+from train.data.batches import with_mask
 
 SEED, STRIDE, FRAMES, VIDEO_SIZE, IMAGE_SIZE = 7, 3, 13, 96, 80
 CAPTIONS = {
@@ -56,6 +57,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("ti2v", "bf16", "bf16", "bf16"),
         ("wan21-i2v", "fp32", "fp32", "fp32"),
         ("wan21-i2v", "bf16", "fp32", "bf16"),
+        ("flf2v", "fp32", "fp32", "fp32"),
+        ("wan21-flf2v", "bf16", "fp32", "bf16"),
     ],
 )
 def test_the_cache_equals_the_pipeline(
@@ -67,13 +70,14 @@ def test_the_cache_equals_the_pipeline(
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
-    model = request.getfixturevalue(f"tiny_{mode.replace('-', '_')}")
+    own = "i2v" if mode == "flf2v" else mode  # which Wan 2.2's i2v model serves, too
+    model = request.getfixturevalue(f"tiny_{own.replace('-', '_')}")
     ran = wanprep(
         *("encode", "--model", model, "--train-data-dir", data, "--output", tmp_path),
         *("--video-sample-size", VIDEO_SIZE, "--image-sample-size", IMAGE_SIZE, "--seed", SEED),
         *("--video-sample-stride", STRIDE, "--video-sample-n-frames", FRAMES),
         *("--dtype", dtype, "--vae-dtype", vae_dtype, "--text-encoder-dtype", text_dtype),
-        *("--device", "cpu"),
+        *("--device", "cpu", *(["--train-mode", mode] if own != mode else [])),
     )
     assert ran.code == 0, ran.err
     cache = Cache.open(tmp_path)
@@ -110,15 +114,22 @@ def test_the_cache_equals_the_pipeline(
             assert torch.equal(latents[:, number], reference.latents[:, number].to(DTYPES[dtype]))
         assert reference.latents.std() > 0.05  # something was compared
 
-        if mode in ("i2v", "wan21-i2v"):
+        if mode not in ("t2v", "ti2v"):
             assert reference.condition is not None
-            condition = cache.tensor(row, "cond")
+            both = mode.endswith("flf2v")
+            name = "first_last" if both else "cond"
+            member = safetensors.torch.load(cache.raw(row, "cond.safetensors"))
+            assert sorted(member) == sorted({name, *(["clip"] if "wan21" in mode else [])})
+            condition = member[name]
             assert torch.equal(condition, reference.condition.to(DTYPES[dtype]))
             assert not torch.equal(condition, latents)
-            member = safetensors.torch.load(cache.raw(row, "cond.safetensors"))
-            assert sorted(member) == (["clip", "cond"] if mode == "wan21-i2v" else ["cond"])
-        if mode == "wan21-i2v":
-            assert reference.clip is not None and reference.clip.shape == (10, 32)
+            if len(frames) > 1:
+                assert reference.mask is not None
+                masked = with_mask(condition[None], 4, (0, -1) if both else (0,))[0, :4]
+                assert torch.equal(masked.float(), reference.mask)
+                assert reference.mask.sum() == (5 if both else 4) * grid[1] * grid[2]
+        if "wan21" in mode:
+            assert reference.clip is not None and reference.clip.shape == (20 if both else 10, 32)
             assert torch.equal(member["clip"], reference.clip.to(DTYPES[dtype]))
             assert (float(reference.clip.std()) > 0.1) == (len(frames) > 1)
         if mode in ("t2v", "ti2v"):
@@ -152,5 +163,6 @@ def test_latents_are_causal(mode: str, data: Path, request: pytest.FixtureReques
     frames = fit(read_frames(data / "bikes.mp4", "video", range(9)), Bucket(64, 96, 9))
     assert torch.equal(encoder.latents(frames[:1]), encoder.latents(frames)[:, :1])
     assert torch.equal(encoder.latents(frames[:5]), encoder.latents(frames)[:, :2])
-    short, long = encoder.condition(frames[:5])["cond"], encoder.condition(frames)["cond"]
-    assert torch.equal(short, long[:, :2])
+    if mode == "i2v":
+        short, long = encoder.condition(frames[:5])["cond"], encoder.condition(frames)["cond"]
+        assert torch.equal(short, long[:, :2])

@@ -176,32 +176,44 @@ def test_the_files_list_is_the_banks(
     assert wanprep("verify", "--shards", shards).code == 0
 
 
-@pytest.mark.parametrize("kind", ["i2v", "wan21-i2v"])
+@pytest.mark.parametrize("kind", ["i2v", "wan21-i2v", "wan21-flf2v"])
 def test_a_picture_is_encoded_as_the_pipeline_does(
-    kind: str, data: Path, tiny_i2v: Path, tiny_wan21_i2v: Path, tmp_path: Path
+    kind: str, data: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    model = tiny_i2v if kind == "i2v" else tiny_wan21_i2v
-    shards = tmp_path / "shards"
-    path = write(tmp_path, "p.jsonl", json.dumps({"prompt": "a face", "image": "face.png"}))
+    model = request.getfixturevalue(f"tiny_{kind.replace('-', '_')}")
+    shards, both = tmp_path / "shards", kind == "wan21-flf2v"
+    prompt = {"prompt": "a face", "image": "face.png"}
+    if both:
+        ran = encode(data, model, shards, write(tmp_path, "one.jsonl", json.dumps(prompt)))
+        assert "has no last image" in ran.err
+        prompt["last_image"] = "end.png"
+    path = write(tmp_path, "p.jsonl", json.dumps(prompt))
     with Image.open(data / "0-0.png") as image:
         picture = image.convert("RGB").crop((0, 0, 280, 200))
     picture.save(tmp_path / "face.png")
+    end = picture.rotate(180)
+    end.save(tmp_path / "end.png")
     ran = encode(data, model, shards, path)
     assert ran.code == 0, ran
     (found,) = listed(shards)
     assert found.bucket == Bucket(48, 64, 9) and found.image is not None
 
     pipeline = WanImageToVideoPipeline.from_pretrained(model)
-    frame = fit_to(picture, 48, 64)
-    tensor = pipeline.video_processor.preprocess(frame, height=48, width=64)
+    frame, last = fit_to(picture, 48, 64), fit_to(end, 48, 64)
+    tensor, last_tensor = (
+        pipeline.video_processor.preprocess(one, height=48, width=64) for one in (frame, last)
+    )
     with torch.inference_mode():
         _, condition = pipeline.prepare_latents(
-            tensor, 1, 16, 48, 64, 9, torch.float32, torch.device("cpu"), torch.Generator()
-        )
-    assert found.cond is not None and torch.equal(condition[0, 4:], found.cond)
-    if kind == "wan21-i2v":
+            tensor, 1, 16, 48, 64, 9, torch.float32, torch.device("cpu"), torch.Generator(),
+            last_image=last_tensor if both else None,
+        )  # fmt: skip
+    encoded = found.first_last if both else found.cond
+    assert encoded is not None and torch.equal(condition[0, 4:], encoded)
+    if kind != "i2v":
         assert found.clip is not None
-        expected = pipeline.encode_image(frame, torch.device("cpu"))[0]
+        pictures = [frame, last] if both else frame
+        expected = pipeline.encode_image(pictures, torch.device("cpu")).flatten(0, 1)
         assert torch.allclose(expected, found.clip, atol=1e-5)
     assert wanprep("verify", "--shards", shards).code == 0
 

@@ -25,7 +25,7 @@ def assert_alike(one: Path, two: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("mode", ["i2v", "ti2v", "wan21-i2v"])
+@pytest.mark.parametrize("mode", ["i2v", "ti2v", "wan21-i2v", "wan21-flf2v"])
 def test_the_transformer_is_the_same_to_the_bit(mode: Mode, precision: str, tmp_path: Path) -> None:
     prefix = "model.diffusion_model." if mode == "ti2v" else ""  # as in ComfyUI's files
     model, original = both(mode, tmp_path, prefix=prefix)
@@ -45,7 +45,8 @@ def test_the_transformer_is_the_same_to_the_bit(mode: Mode, precision: str, tmp_
             rng = torch.Generator().manual_seed(3)
             inputs = torch.randn(2, base.config.in_channels, 3, 4, 6, generator=rng)
             text = torch.randn(2, 512, 32, generator=rng)
-            clip = torch.randn(2, 10, 32, generator=rng) if mode == "wan21-i2v" else None
+            pictures = {"wan21-i2v": 2, "wan21-flf2v": 4}.get(mode)
+            clip = None if pictures is None else torch.randn(pictures, 10, 32, generator=rng)
             with (
                 torch.no_grad(),
                 torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
