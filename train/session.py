@@ -33,6 +33,7 @@ from train.optim.ema import Ema
 from train.optim.lr_checks import Weights, warn_of_file, warn_of_learning_rate
 from train.options import Gauge
 from train.run import Run, run_identity
+from train.sampling.comfyui import loras_of_run, write_workflow
 from train.saving.best import best_folder, keep_as_best, settle_best
 from train.saving.checkpoint import (
     Files,
@@ -163,10 +164,13 @@ class Session:
             folder = best_folder(run.config.output_dir, best["gauge"])
             self.say(f"best     {folder} (step {run.counted(best['updates'])[0]})")
         weights = state.trained[run.objective.main_role].weights()
-        for path in run.ranks.first_does(partial(self._write_loras, weights)):
+        loras, workflow = run.ranks.first_does(partial(self._write_loras, weights))
+        for path in loras:
             self.say(f"LoRA     {path}")
+        self.say(f"ComfyUI  {workflow}")
 
-    def _write_loras(self, weights: Mapping[str, torch.Tensor]) -> list[Path]:
+    def _write_loras(self, weights: Mapping[str, torch.Tensor]) -> tuple[list[Path], Path]:
+        """In every form, with a workflow for ComfyUI; the paths of both."""
         config = self.run.config
         steps, _ = self.run.counted(self.state.updates)
         provenance = Provenance.of({**self._lora_facts()["provenance"], "updates": steps})
@@ -175,8 +179,11 @@ class Session:
         lora = LoraWeights.uniform(weights, self.lora.alpha).to(dtype)
         if steps and (warning := warn_of_file(self.start, lora.weights, dtype)):
             self.say(f"warning  {warning}")
-        with _writing_to(config.output_dir):
-            return write_loras(config.output_dir, lora, provenance)
+        folder = config.output_dir
+        with _writing_to(folder):
+            loras = write_loras(folder, lora, provenance)
+            files = loras_of_run(provenance)
+            return loras, write_workflow(folder, files, provenance, lora.width)[0]
 
 
 def keep_best_of(config: TrainConfig) -> Gauge | None:

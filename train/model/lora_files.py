@@ -104,6 +104,12 @@ class LoraWeights:
     def rank(self, module: str) -> int:
         return self.down(module).shape[0]
 
+    @property
+    def width(self) -> int:
+        """Of the hidden states: the feed-forward layers are wider inside."""
+        sides = ((self.down(m).shape[1], self.up(m).shape[0]) for m in self.without_extras().alphas)
+        return min(map(min, sides))
+
     def scale(self, module: str) -> float:
         """alpha / rank: what B·A is multiplied by."""
         return self.alphas[module] / self.rank(module)

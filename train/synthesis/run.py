@@ -24,7 +24,13 @@ from shared.device import chosen_device, take_device
 from shared.errors import UserError, first_line
 from shared.format.cache import CacheIndex, Sidecar, committed_shards
 from shared.format.columns import hex_keys
-from shared.format.fingerprint import WITH_CLIP, Fingerprint, cache_mode, refuse_differences
+from shared.format.fingerprint import (
+    WITH_CLIP,
+    Fingerprint,
+    cache_mode,
+    condition_tensor,
+    refuse_differences,
+)
 from shared.format.prompts import Prompt, current_validation, prompts_by_shard
 from shared.format.schema import (
     CONDITION_MEMBER,
@@ -89,7 +95,7 @@ class Job:
             f"{described(self.groups)}",
             f"sampler  {self.sampler.describe()}",
         ]
-        if source.texts_alone and spec.mode == "i2v":
+        if source.texts_alone and spec.given_frames:
             lines.insert(
                 -1, f"skipped  {source.texts_alone} text-only: an i2v model needs a first frame"
             )
@@ -104,7 +110,7 @@ class Job:
         stored = DTYPES[self.fingerprint["latents"]["dtype"]].itemsize
         own = stored * torch.Size(shape).numel() * (1 + len(self.sampler.states))
         row = self.source.data.place(group.clips[0].row)[1]
-        copied = [TEXT_MEMBER, *([CONDITION_MEMBER] if spec.mode == "i2v" else [])]
+        copied = [TEXT_MEMBER, *([CONDITION_MEMBER] if spec.given_frames else [])]
         return own + sum(int(index.lengths[row, MEMBERS.index(name)]) for name in copied)
 
 
@@ -384,12 +390,15 @@ class _Run:
         clip = group.clips[number]
         original = self._job.source.infos([clip.row])[clip.row]
         cond, image = stored.condition, stored.image
+        own = None if cond is None else cond[number].clone()
+        name = condition_tensor(self._job.spec.mode)
         sample = Sample(
             key=clip.key,
             info=info_of(clip, original),
             latents=latents,
             text=stored.texts[number].clone(),
-            cond=None if cond is None else cond[number].clone(),
+            cond=own if name == "cond" else None,
+            first_last=own if name == "first_last" else None,
             clip=None if image is None else image[number].clone(),
             states=states if len(states) else None,
         )
