@@ -76,7 +76,7 @@ class Source:
         UserError where there are none: an i2v model needs a condition.
         """
         usable = np.ones(len(self.data), dtype=np.bool_)
-        if self.spec.mode == "i2v":
+        if self.spec.given_frames:
             usable = self.data.types != MEDIA_TYPES.index("text")
         if not usable.any():
             raise UserError(
