@@ -225,8 +225,8 @@ def _walk(
                 measure()
             for warning in gauges.warnings():
                 session.say(f"warning  {warning}")
-            steps, others = run.counted(state.updates)
-            if not others and steps % config.checkpointing_steps == 0:
+            done, others = run.counted(state.updates)
+            if not others and done % config.checkpointing_steps == 0:
                 with signals.deferred():
                     session.save_if_best()
             if stopping and ranks.world_size > 1:

@@ -230,12 +230,6 @@ def open_data(config: DataOptions, given_elsewhere: Given) -> tuple[ModelSpec, D
         where = tuple(map(condition, config.where or ()))
         folder = resolve_model(config.model, [])  # the configs decide which expert is needed
         spec = in_train_mode(read_model_spec(folder), config.train_mode)
-        if config.random_frame_crop and len(spec.given_frames) > 1:
-            raise UserError(
-                f"--random-frame-crop: with {spec.mode} a truncated clip would lose its last "
-                "frame, which is part of its condition. Leave it out, or encode shorter clips, "
-                "too: wanprep encode --video-sample-n-frames N --output <new folder>"
-            )
         fields = model_fields(spec, FileHasher())
         caches = []
         for one, store in zip(config.shards, stores, strict=True):
@@ -290,6 +284,12 @@ def plan_run(
     config: TrainConfig, placement: Placement, spec: ModelSpec, data: Dataset, objective: Objective
 ) -> Run:
     """Plan the batches and the length. UserError where the data make no update."""
+    if config.random_frame_crop and len(spec.given_frames) > 1:
+        raise UserError(
+            f"--random-frame-crop: with {spec.mode} a truncated clip would lose its last "
+            "frame, which is part of its condition. Leave it out, or encode shorter clips, "
+            "too: wanprep encode --video-sample-n-frames N --output <new folder>"
+        )
     component = component_of(objective.expert)
     base = Base.parse(config.transformer_path, config.base_lora)
     resolve_model(config.model, [component] if base.own is None else [])

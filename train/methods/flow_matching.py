@@ -3,7 +3,7 @@
 No optimizer, no I/O, no state. Everything random is drawn from (seed, purpose, update, sample).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -250,7 +250,7 @@ def trajectory(
     *,
     renoise: bool,
     first: int = 0,
-) -> Iterator[torch.Tensor]:
+) -> Generator[torch.Tensor, None, None]:
     """x_t (B, C, T, H, W) fp32 at each of falling noise levels from place `first` on, then x̂0.
 
     It begins with `x_t` at `sigmas[first]`; each is given before the model sees it. A step leads to

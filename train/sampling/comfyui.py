@@ -400,7 +400,7 @@ def _window_form(graph: _Graph, note: str) -> dict[str, Any]:
         if node.title == node.kind:
             del shown[-1]["title"]
     for link in links:
-        shown[link[1] - 1]["outputs"][link[2]]["links"].append(link[0])  # type: ignore[index]
+        shown[link[1] - 1]["outputs"][link[2]]["links"].append(link[0])
     return {
         "last_node_id": len(shown) + 1,
         "last_link_id": len(links),

@@ -25,7 +25,6 @@ from shared.errors import UserError, first_line
 from shared.format.cache import CacheIndex, Sidecar, committed_shards
 from shared.format.columns import hex_keys
 from shared.format.fingerprint import (
-    WITH_CLIP,
     Fingerprint,
     cache_mode,
     condition_tensor,
@@ -148,13 +147,12 @@ def fingerprint_of(
 ) -> Fingerprint:
     """That of clips made from a cache's samples: the cache's, what the model takes of conditions,
     and how they were made."""
-    mode = cache_mode(spec)
     kept = {
         name: value
         for name, value in original.items()
-        if name != "synthesis" and (name != "image" or mode == WITH_CLIP)
+        if name != "synthesis" and (name != "image" or spec.image_dim is not None)
     }
-    return {**kept, "mode": mode, "synthesis": synthesis}
+    return {**kept, "mode": cache_mode(spec), "synthesis": synthesis}
 
 
 def settings_for(job: Job, output: Store, sidecars: list[Sidecar]) -> Fingerprint:

@@ -1,6 +1,6 @@
 """The sampler of synthesised clips: its noise levels, whose they are, which states are kept."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -88,7 +88,7 @@ class Sampler:
         negative: torch.Tensor,
         x_t: torch.Tensor,
         first: int,
-    ) -> Iterator[torch.Tensor]:
+    ) -> Generator[torch.Tensor, None, None]:
         """x_t at each level from `first` on, then the clip: `trajectory` with guidance."""
 
         def predict(x_t: torch.Tensor, timestep: torch.Tensor, place: int) -> torch.Tensor:
