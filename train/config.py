@@ -403,7 +403,7 @@ class PlanConfig(MemoryOptions):
     PANELS: ClassVar[Sequence[str]] = (INPUT, DATA, OUTPUT, LORA, OPTIMIZER, DEVICE, PROCESSES)
 
     model: Model = DEFAULT_MODEL
-    method: Annotated[Literal["distill", "regression", "lora"], typer.Option(help="Command to plan for, or `distill --method regression`, which has no critic.", rich_help_panel=INPUT)] = "distill"
+    method: Annotated[Literal["distill", "regression", "lora", "synthesize"], typer.Option(help="Command to plan for, or `distill --method regression`, which has no critic.", rich_help_panel=INPUT)] = "distill"
     gpu_memory: Annotated[float | None, typer.Option(metavar="GiB", min=0, help="GPU memory in GiB; marks the first options that fit.", show_default="none", rich_help_panel=INPUT)] = None
     fix_sample_size: Annotated[tuple[int, int], typer.Option(metavar="H W", help="Height and width of the clips, in pixels.", rich_help_panel=DATA)] = (480, 832)
     video_sample_n_frames: Annotated[int, typer.Option("--video-sample-n-frames", "--frames", metavar="N", min=1, help="Frames of the clips: 1, 5, 9 and so on.", rich_help_panel=DATA)] = 81

@@ -77,9 +77,10 @@ class MemoryPlan:
         """What people read."""
         asked, first = self.settings, self.choices[0].estimate
         number = "" if asked.processes == 1 else f", each of {asked.processes} processes"
+        trained = f"rank {asked.rank}, " if asked.roles else ""
         lines = [
             f"model    {self.model} ({self.spec.mode}), clips of {self.bucket}: {self.tokens} "
-            f"tokens; rank {asked.rank}, batch {asked.samples}, {asked.memory.strategy}{number}",
+            f"tokens; {trained}batch {asked.samples}, {asked.memory.strategy}{number}",
             *(f"  {name:16}{part / _GIB:8.2f} GiB" for name, part in first.parts.items() if part),
             f"  {'in all':16}{first.total / _GIB:8.2f} GiB"
             + (f", and {first.host / _GIB:.2f} GiB of CPU memory" if first.host else ""),
@@ -167,6 +168,14 @@ def _alternatives(settings: Settings) -> list[tuple[tuple[str, ...], MemoryOptio
         keep_attention=False,
     )
     offloading: dict[str, Any] = {"activation_offloading": True}
+    less: list[tuple[str, dict[str, Any]]] = [
+        ("--base-precision int8", {"base_precision": "int8"}),
+        ("--base-precision nf4", {"base_precision": "nf4"}),
+        ("--low-vram", {"low_vram": True}),
+    ]
+    if not settings.roles:
+        only = [((option,), replace(asked, **change)) for option, change in less]
+        return [((), asked), *(pair for pair in only if pair[1] != asked)]
     found: list[tuple[tuple[str, ...], dict[str, Any]]] = [
         (("--no-gradient-checkpointing",), {"gradient_checkpointing": False}),
         (("--gradient-checkpointing",), {}),
@@ -176,17 +185,11 @@ def _alternatives(settings: Settings) -> list[tuple[tuple[str, ...], MemoryOptio
         found.append((("--use-8bit-adam",), {"use_8bit_adam": True}))
     if not asked.shards_base:
         fsdp = {"strategy": "fsdp", "base_precision": None, "use_8bit_adam": False}
-        changes: list[tuple[str, dict[str, Any]]] = [
-            *(
-                [("--strategy fsdp", fsdp)]
-                if settings.processes > 1 and asked.optimizer == "adamw"
-                else []
-            ),
-            ("--base-precision int8", {"base_precision": "int8"}),
-            ("--base-precision nf4", {"base_precision": "nf4"}),
-            ("--low-vram", {"low_vram": True}),
-        ]
-        for option, change in changes:
+        sharded: list[tuple[str, dict[str, Any]]] = [("--strategy fsdp", fsdp)]
+        for option, change in [
+            *(sharded if settings.processes > 1 and asked.optimizer == "adamw" else []),
+            *less,
+        ]:
             found.append(((option,), change))
             found.append(((option, "--activation-offloading"), change | offloading))
     others = [(options, replace(plain, **changed)) for options, changed in found]

@@ -3,11 +3,13 @@
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 import torch
 
 from shared.errors import UserError
+from shared.format.buckets import Bucket
 from shared.models.spec import TIMESTEPS, ModelSpec
 from train.data.batches import Batch
 from train.functional.rng import counted_rng
@@ -169,6 +171,30 @@ def with_states(
     kept = [s for s in sigmas if all(abs(s - other) > _SAME_LEVEL for other in wanted)]
     every = sorted([*kept, *wanted], reverse=True)
     return tuple(every), tuple(every.index(sigma) for sigma in wanted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipCost:
+    """What a clip costs by the defaults of `wantrain synthesize`."""
+
+    clip_passes: int
+    """Of the transformer."""
+    clip_bytes: int
+    """Of its latents in bf16; of each stored state as many."""
+
+    def line(self) -> str:
+        """For people."""
+        return (
+            f"clips    {self.clip_passes} transformer passes each ({STEPS} steps with CFG; 2 more "
+            f"for each of --states that is no step anyway), {self.clip_bytes / 1e6:.1f} MB of "
+            "latents, and as much for each state"
+        )
+
+
+def clip_cost(spec: ModelSpec, bucket: Bucket) -> ClipCost:
+    """Of a clip of this shape."""
+    numbers = prod(bucket.latent_shape(spec.latent_channels, spec.stride))
+    return ClipCost(clip_passes=2 * STEPS, clip_bytes=numbers * torch.bfloat16.itemsize)
 
 
 def _numbers(text: str, option: str) -> tuple[float, ...]:

@@ -29,6 +29,19 @@ def test_a_14b_fits_a_small_card_with_its_blocks_in_cpu_memory(
     assert streamed == pytest.approx(38 * 2 * (8 * 5120**2 + 2 * 5120 * 13824), rel=1e-3)
 
 
+def test_making_clips_needs_the_base_and_a_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    model = ("--model", "wan2.2-t2v-a14b", "--gpu-memory", "24")
+    found = planned(capsys, *model, "--method", "synthesize")
+    training = planned(capsys, *model)
+    assert found["parts"]["base"] == training["parts"]["base"]
+    assert not any(found["parts"][name] for name in ("LoRAs", "optimizers", "activations"))
+    assert found["fits"] == ["--base-precision int8"] and len(found["choices"]) == 4
+    # 40 steps, with and without caption; 16 x 21 x 60 x 104 numbers of 2 bytes
+    assert (found["clip_passes"], found["clip_bytes"]) == (80, 4193280)
+    wantrain(["plan", *model, "--method", "synthesize"], standalone_mode=False)
+    assert "80 transformer passes each" in capsys.readouterr().out
+
+
 def test_processes_that_cut_the_base_hold_less(capsys: pytest.CaptureFixture[str]) -> None:
     common = ("--model", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "--num-processes", "8")
     whole, cut = (planned(capsys, *common, "--strategy", name)["parts"] for name in ("ddp", "fsdp"))

@@ -17,6 +17,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from safetensors.torch import load_file, save_file
 
 from preprocess.cli.app import app as wanprep
 from shared.errors import UserError
@@ -192,7 +193,8 @@ def test_clips_and_states_are_those_of_the_pipeline(
 
 
 def test_it_is_one_cache_whatever_happens(
-    caches: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    small: Path, caches: dict[str, tuple[Path, Path]], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """Killed (9) between the experts, on two ranks, after a removal: the same samples and bytes."""
@@ -221,7 +223,7 @@ def test_it_is_one_cache_whatever_happens(
     assert not list(out.glob(".handover*"))
 
     gone = min(whole).partition(".")[0]
-    wanprep(["remove", "--shards", str(out), "--sample", gone, "--yes"], standalone_mode=False)
+    wanprep(["remove", "--shards", str(out), "--sample", gone], standalone_mode=False)
     assert len(Cache.open(out).contents()) == 5 * len(MEMBERS)
     synthesize(model, cache, out, *more)
     assert Cache.open(out).contents() == whole
@@ -240,4 +242,104 @@ def test_it_is_one_cache_whatever_happens(
     with pytest.raises(UserError, match=r"synthesis\.model"):
         synthesize(model, cache, cache, *more)
     with pytest.raises(UserError, match=r"synthesis\.model"):
-        encode(tmp_path, model, out, "--dtype", "fp32")
+        encode(small, model, out, "--dtype", "fp32")
+
+
+def merged(model: Path, lora: Path, strength: float, folder: Path) -> Path:
+    """The model with the high-noise expert's LoRA in its weights: W + X·(alpha/rank)·B·A."""
+    shutil.copytree(model, folder)
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    weights, own = load_file(file), load_file(lora)
+    for name, down in own.items():
+        if ".lora_A." in name:
+            target = name.removeprefix("transformer.").replace(".lora_A", "")
+            change = own[name.replace("lora_A", "lora_B")].double() @ down.double()
+            weights[target] = (weights[target] + strength * (1 / 4) * change).float()
+    save_file(weights, file)
+    return folder
+
+
+@pytest.mark.parametrize("pairing", ["euler", "renoise"])
+def test_a_students_own_sampler_with_its_lora(
+    pairing: str, caches: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """States where a high-noise student hands over, of few steps without guidance."""
+    model, cache = caches["i2v"]
+    trained(model, "high", ALL, tmp_path)
+    lora = lora_path(tmp_path, "high", "diffusers")
+    out = synthesize(
+        model, cache, tmp_path / "out", "--high-lora", f"{lora}:0.7", "--guidance", 1,
+        "--step-list", "1000 800 400", "--pairing", pairing, "--mixed-precision", "no",
+        "--where", "type=video",
+    )  # fmt: skip
+    sigmas = [shifted(raw / 1000, 5.0) for raw in (1000, 800, 400)]  # 0.952 hands over to 0.769
+    pipeline = pipeline_of(
+        merged(model, lora, 0.7, tmp_path / "merged"), "i2v", sigmas, torch.float32
+    )
+    made, sources = samples(out), samples(cache)
+    assert len(made) == 2
+    for sample in made.values():
+        key = sample["json"]["source"].rpartition("#")[2].split("/")[0]
+        cond = with_mask(sources[key]["cond"][None], 4)
+        text, states = pad_text(sample["text"], 512)[None], sample["states"]
+        following = [*states[1:], sample["latents"]]
+        for place, (sigma, x_t, then) in enumerate(zip(sigmas, states, following, strict=True)):
+            expert = pipeline.transformer if place < 2 else pipeline.transformer_2
+            with torch.no_grad():
+                v = expert(
+                    torch.cat([x_t[None], cond], dim=1), torch.tensor([1000 * sigma]), text,
+                    return_dict=False,
+                )[0][0]  # fmt: skip
+            low = sigmas[place + 1] if place < 2 else 0
+            if pairing == "euler" or not low:
+                assert relative(then, x_t + (low - sigma) * v) < 1e-5
+                continue
+            noise = (then - (1 - low) * (x_t - sigma * v)) / low
+            assert abs(noise.mean()) < 0.05 and noise.std() == pytest.approx(1, abs=0.05)
+            for other in states[: place + 1]:  # fresh each time
+                assert not torch.allclose(noise, other, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "named"),
+    [
+        ("t2v", ("--step-list", "1000 500", "--steps", 3), "--steps: found with --step-list"),
+        ("t2v", ("--pairing", "euler"), "--pairing: found without --step-list"),
+        ("t2v", ("--states", "500 1000"), "--states: found '500 1000', expected numbers falling"),
+        ("ti2v", ("--high-lora", "x.safetensors"), "--high-lora: .* no high-noise expert"),
+    ],
+)
+def test_what_is_refused(
+    kind: str, options: tuple[object, ...], named: str, caches: dict[str, tuple[Path, Path]],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    model, cache = caches[kind]
+    with pytest.raises(UserError, match=named):
+        synthesize(model, cache, tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_captions_alone_are_enough_for_t2v(
+    tiny_t2v: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "list.txt").write_text("a red ball\na blue kite, rising\n")
+    cache = encode(
+        tmp_path, tiny_t2v, tmp_path / "cache", "--train-data-meta", str(tmp_path / "list.txt")
+    )
+    few = ("--steps", 2, "--clips-per-caption", 2, "--count", 1)
+    synthesize(tiny_t2v, cache, tmp_path / "out", *few, "--dry-run")
+    assert "2 to make in 8 transformer passes" in capfd.readouterr().out
+    assert not (tmp_path / "out").exists()
+    made = samples(synthesize(tiny_t2v, cache, tmp_path / "out", *few))
+    one, other = made.values()
+    assert one["json"]["type"] == "video" and "states" not in one
+    assert one["json"]["frame_indices"] == list(range(9))
+    assert one["text"].equal(other["text"]) and not one["latents"].equal(other["latents"])
+    wanprep(["verify", "--shards", str(tmp_path / "out")], standalone_mode=False)
+    # More of them leave what is there as it is.
+    whole = samples(
+        synthesize(tiny_t2v, cache, tmp_path / "out", "--steps", 2, "--clips-per-caption", 2)
+    )
+    assert len(whole) == 4 and all(
+        whole[key]["latents"].equal(made[key]["latents"]) for key in made
+    )
