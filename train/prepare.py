@@ -83,7 +83,7 @@ def prepare_distillation(config: DistillConfig, given_elsewhere: Given = NONE_GI
         )
     _refuse_text_only(config, spec, data, recipe)
     if recipe.start == "states":
-        refuse_other_states(data, schedule.timesteps, "--start states")
+        refuse_other_states(data, schedule, "--start states")
     objective = Distillation(
         recipe=recipe,
         gen_update_interval=config.gen_update_interval,
@@ -126,7 +126,7 @@ def _regression(
             f"--method regression: {have}, and so without a path to learn. Leave these "
             "out: --where 'type!=text'; or make clips of them: wantrain synthesize --states"
         )
-    refuse_other_states(data, schedule.timesteps, "--method regression")
+    refuse_other_states(data, schedule, "--method regression")
     objective = Regression(
         expert=expert,
         schedule=schedule,

@@ -2,17 +2,21 @@
 
 from collections.abc import Sequence
 from math import isclose
+from shlex import quote
 
 from shared.errors import UserError
 from shared.format.fingerprint import state_timesteps
 from shared.io.names import quoted
 from train.data.dataset import Dataset
+from train.functional.schedule import Schedule
 
 _TOLERANCE = 1e-3  # of 1000; a schedule's numbers went through JSON
 
 
-def refuse_other_states(data: Dataset, timesteps: Sequence[float], option: str) -> None:
-    """UserError unless all caches have states at just these timesteps. `option` needs them."""
+def refuse_other_states(data: Dataset, schedule: Schedule, option: str) -> None:
+    """UserError unless all caches have states at just these steps, which `option` needs."""
+    timesteps = schedule.timesteps
+    indices = quote(" ".join(f"{index:g}" for index in schedule.indices))
     for part in data.parts:
         store = part.index.store
         found = state_timesteps(part.index.fingerprint)
@@ -24,8 +28,8 @@ def refuse_other_states(data: Dataset, timesteps: Sequence[float], option: str) 
         have = f"states at the timesteps {_listed(found)}" if found else "no states of a sampler"
         raise UserError(
             f"{option}: {store} has {have}, expected the run's timesteps {_listed(timesteps)}. "
-            f"Make some: wantrain synthesize --states --shards {quoted(store)} --output <new "
-            "folder>, with the same --denoising-step-indices-list and --flow-shift."
+            f"Make some: wantrain synthesize --states {indices} --flow-shift {schedule.shift:g} "
+            f"--shards {quoted(store)} --output <new folder>"
         )
 
 

@@ -159,7 +159,7 @@ def test_options_that_regression_has_no_use_for(
 def test_states_of_other_timesteps_are_refused(
     tiny_t2v: Path, t2v_shards: Path, shards: Path, tmp_path: Path
 ) -> None:
-    cure = r"wantrain synthesize --states --shards "
+    cure = r"wantrain synthesize --states '1000 750 500 250' --flow-shift 5 --shards "
     for other, found in (
         (t2v_shards, "no states of a sampler"),
         (shards, "1000.0, 973.0, 923.1, 800.0"),
