@@ -26,6 +26,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from train.bench import flops
+from train.config import DistillConfig
 from train.data.batches import load_prompt_bank
 from train.loop import micro_batches, train
 from train.run import Run, estimate
@@ -188,6 +189,7 @@ def _work(run: Run, loop: Loop) -> Work:
 def briefly(run: Run, cycles: int) -> Iterator[Run]:
     """The run with one cycle to warm up and `cycles` more, in a folder that is thrown away."""
     with tempfile.TemporaryDirectory(prefix="wantrain-bench-") as folder:
+        assert isinstance(run.config, DistillConfig)
         config = replace(
             run.config,
             output_dir=Path(folder),
