@@ -216,9 +216,9 @@ def test_variety_is_the_distance_of_clips_over_that_of_the_base(
     assert found["variety"] == pytest.approx(distances[1] / distances[0], rel=1e-2)
     assert (out / "best-variety" / "lora-full-comfyui.safetensors").exists()
 
-    # Stopped before its last update; and stopped in a validation, whose checkpoint lacks it.
+    # Its last cycle is lost, with what validation found in it. (Clips' own metadata has no order.)
+    before = {n: data for n, data in _files(out).items() if not n.startswith("validation")}
     shutil.rmtree(out / "checkpoint-2")
-    before = _files(out)
     distill(tiny_t2v, prompts, out, 2, *more, *RESUME)
     assert {name: data for name, data in _files(out).items() if name in before} == before
 
