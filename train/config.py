@@ -71,7 +71,7 @@ NUMBER_OR_FILE = Check(
 OF_REGRESSION = ("method", "denoising_step_indices_list", "flow_shift", "uniform_sampling")
 """What `--method regression` takes of distillation's own options."""
 # So that the passes for the reference are a few in a hundred of a run's.
-STEPS_PER_GAUGE_BATCH, MOST_GAUGE_BATCHES = 8, 16
+STEPS_PER_GAUGE_BATCH, MOST_GAUGE_BATCHES = 16, 32
 
 UNSEEN: dict[OptimizerName, tuple[str, ...]] = {
     "adafactor": ("adam_beta1", "adam_beta2", "adam_epsilon"),
@@ -307,7 +307,7 @@ class DistillConfig(TrainConfig):
     fm_loss_weight: Annotated[float, typer.Option(metavar="X", help="Add flow matching on the cached latents, times this, to the generator's loss; 0: only DMD.", rich_help_panel=DMD), NOT_NEGATIVE] = 0.0
     learning_rate: LearningRate = 1e-5
     learning_rate_critic: Annotated[float, typer.Option(metavar="X", help="Learning rate of the critic.", rich_help_panel=OPTIMIZER), POSITIVE] = 1e-6
-    gauge_batches: Annotated[int | None, typer.Option(metavar="N", help="Batches per process (2 or more) on which the teacher's contrast and motion are measured once, before the first update; 0: no gauges.", show_default="1 for every 8 steps of the LoRA, at most 16, none in fewer than 16 steps", rich_help_panel=WATCH)] = None
+    gauge_batches: Annotated[int | None, typer.Option(metavar="N", help="Batches per process (2 or more) on which the teacher's contrast and motion are measured once, before the first update; 0: no gauges.", show_default="1 for every 16 steps of the LoRA, at most 32; none in fewer than 32 steps", rich_help_panel=WATCH)] = None
     keep_best: Annotated[Gauge | None, typer.Option(help="Also keep the checkpoint whose contrast, motion or variety is nearest to the teacher's, with its LoRA files, in best-GAUGE in the output folder.", show_default="only the last ones", rich_help_panel=WATCH)] = None
     batched_guidance: Annotated[bool, typer.Option(help="Compute the guided teacher (and critic) with and without caption in one batched pass: half the communication under fsdp and zero3, for twice the memory of a pass without gradients.", show_default="off", rich_help_panel=DEVICE)] = False
     # fmt: on

@@ -12,7 +12,7 @@ from train.functional.guidance import GuidanceTable
 from train.methods.base import Method
 from train.methods.dmd import Recipe, critic_step, generator_step, rollout, rollout_noise
 from train.methods.step_output import StepOutput
-from train.methods.teacher_gauges import teacher_gauges
+from train.methods.teacher_gauges import gauge_passes, teacher_gauges
 from train.model.roles import CRITIC, GENERATOR, Roles
 from train.options import Expert
 
@@ -73,7 +73,7 @@ class Distillation:
     def gauge_passes(self) -> int:
         if self.recipe.match != "x0":
             return 0  # states are matched: no x̂0 to measure
-        return len(self.recipe.walk) * (1 if self.recipe.real_guidance_scale in (0, 1) else 2)
+        return gauge_passes(self.recipe)
 
     @property
     def samples_from_latents(self) -> bool:

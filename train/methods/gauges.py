@@ -1,8 +1,9 @@
 """Gauges: contrast and motion of x̂0 where a rollout ends, the student's beside its teacher's.
 
 The student's cost no pass: every update of either role has a rollout. x̂0 is compared with the
-teacher's at the same step, not with clips: that of an early step is blurred. The teacher's is
-measured once, on other samples, so only means over many can be compared.
+teacher's at the same step, since that of an early step is blurred, and at the last one with its
+clips (`train.methods.teacher_gauges`). That is measured once, on other samples, so only means over
+many can be compared.
 """
 
 import torch

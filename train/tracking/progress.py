@@ -32,7 +32,7 @@ class TrainProgress(Progress):
         start: int,
         device: torch.device,
     ) -> None:
-        self._figures = ""  # looked at while the base is made
+        self._figures = self._gauges = ""  # looked at while the base is made
         super().__init__(
             TextColumn(title),
             BarColumn(),
@@ -51,8 +51,8 @@ class TrainProgress(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         """Bar and times, and the figures below, which would squeeze them out of a line."""
         yield self.make_tasks_table(self.tasks)
-        if self._figures:
-            yield Text(self._figures, overflow="ellipsis", no_wrap=True)
+        for line in filter(None, (self._figures, self._gauges)):
+            yield Text(line, overflow="ellipsis", no_wrap=True)
 
     def _steps(self, updates: int) -> float:
         """None before the first cycle begins."""
@@ -78,7 +78,7 @@ class TrainProgress(Progress):
         before = seconds if self._seconds is None else self._seconds
         self._seconds = (1 - _RECENT) * before + _RECENT * seconds
         figures = [f"{name} {value:.4f}" for name, value in sorted(self._losses.items())]
-        figures += [f"{name} {value:.2f}" for name, value in gauges.items()]
+        self._gauges = "  ".join(f"{name} {value:.2f}" for name, value in gauges.items())
         figures.append(f"{self._seconds:.2f} s/update")
         figures.append(f"{samples / self._seconds:.3g} samples/s")
         figures.append(f"peak {peak / 2**30:.1f} GiB {self._memory}")

@@ -6,6 +6,7 @@ merged by hand, and writes the maths of the brief's section 5 out again.
 
 import copy
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tests.models import IMAGE_DIM
 from tests.train.model.test_roles import NEGATIVE, build_batch, build_recipe, build_roles
 from train.functional.rng import noise, spread
 from train.methods.dmd import critic_step, exit_step, generator_step
+from train.methods.teacher_gauges import teacher_gauges
 from train.model.roles import CRITIC, GENERATOR, Roles
 
 UPDATE = 5
@@ -166,6 +168,7 @@ def test_generator_step(  # type: ignore[no-untyped-def]
             "balance/critic_error": critic,
             "balance/teacher_error": teacher,
             "balance/critic_over_teacher": critic / teacher,
+            **_gauges(x0, reference, exit_step(recipe, UPDATE), given=mode != "t2v"),
         },
         rel=1e-4,
     )
@@ -174,10 +177,20 @@ def test_generator_step(  # type: ignore[no-untyped-def]
     assert numbers.loss == loss.item()
 
 
+def _gauges(x0, reference, step: int, *, given: bool):  # type: ignore[no-untyped-def]
+    """Contrast and motion, sample by sample and channel by channel; a given frame is left out."""
+    clips = x0.detach().numpy()[:, :, 1:] if given else x0.detach().numpy()
+    contrast = np.mean([[channel.std() for channel in clip] for clip in clips])
+    motion = np.mean([np.abs(np.diff(clip, axis=1)).mean() for clip in clips])
+    at = f"@{1000 * reference.sigmas[step]:.0f}"
+    return {f"latent/contrast{at}": contrast, f"latent/motion{at}": motion}
+
+
 def test_critic_step(mode: str, setup) -> None:  # type: ignore[no-untyped-def]
     roles, plain, batch = setup
     recipe = build_recipe(_maths(mode))
-    loss = critic_step(roles, recipe, batch).loss
+    watched = critic_step(roles, recipe, batch)
+    loss = watched.loss
     with roles.critic():
         loss.backward()
 
@@ -191,7 +204,36 @@ def test_critic_step(mode: str, setup) -> None:  # type: ignore[no-untyped-def]
     expected.backward()
 
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    gauges = _gauges(x0, reference, exit_step(recipe, UPDATE), given=mode != "t2v")
+    assert watched.numbers().named() == pytest.approx(gauges, rel=1e-4)
     _compare_lora_gradients(roles, CRITIC, critic)
+
+
+def test_the_teachers_gauges(mode: str, setup) -> None:  # type: ignore[no-untyped-def]
+    """Guided Euler steps; x̂0 without guidance on the way, the finished clip at the last step."""
+    roles, plain, batch = setup
+    recipe = build_recipe(_maths(mode), real_guidance_scale=2.5)
+    found = teacher_gauges(roles, recipe, batch, NEGATIVE)
+
+    reference = _Reference(_maths(mode), batch)
+    first = 4 - len(reference.low)
+    last = reference.sigmas[-1]
+    sigmas = [*reference.low, 0.75 * last, 0.5 * last, 0.25 * last, 0.0]
+    x_t = (1 - sigmas[0]) * batch.latents.double()
+    x_t = x_t + sigmas[0] * reference.drawn(f"gauge {first}")
+    expected = {}
+    with torch.no_grad():
+        for place, (sigma, following) in enumerate(pairwise(sigmas)):
+            if place < len(reference.low) - 1:
+                x0, _ = reference.x0(plain, x_t, sigma, batch.text)
+                step = first + place
+                expected |= _gauges(x0, reference, step, given=mode != "t2v")
+            guided = reference.guided_x0(plain, x_t, sigma, 2.5)
+            x_t = guided + (following / sigma) * (x_t - guided)
+    expected |= _gauges(x_t, reference, 3, given=mode != "t2v")
+    assert list(found) == list(expected)
+    means = {name: value.mean().item() for name, value in found.items()}
+    assert means == pytest.approx(expected, rel=1e-4)
 
 
 def _compare_lora_gradients(roles: Roles, role: str, merged: torch.nn.Module) -> None:

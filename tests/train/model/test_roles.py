@@ -62,6 +62,9 @@ def build_batch(mode: str, *, update: int = 5, seed: int = 0) -> Batch:
     text[0, 9:] = 0
     text[1, 30:] = 0
     condition = torch.randn(2, 20, 3, 6, 10, generator=rng) if mode == "i2v" else None
+    if condition is not None:  # the first frame is given
+        condition[:, :4] = 0
+        condition[:, :4, 0] = 1
     return Batch(
         update=update,
         samples=(0, 1),
