@@ -75,7 +75,7 @@ def _decoders() -> Iterator[Finding]:
     with tempfile.TemporaryDirectory() as name:
         clip = Path(name) / "clip.mp4"
         write_mp4(clip, np.zeros((5, 64, 96, 3), dtype=np.uint8), fps=8)
-        probe, _ = probe_file(clip, "auto", None)
+        probe, _ = probe_file(clip, "video", None)
     text = f"a clip of 5 frames was written by ffmpeg and read as {probe.frames}"
     fine = probe.frames == 5
     yield Finding(check="decoders", verdict="ok" if fine else "wrong", text=text)
@@ -101,7 +101,7 @@ def _dataset(folder: str, listed: str | None) -> Iterator[Finding]:
     first = list(files.values())[:MOST_PROBED]
     right = 0
     with WorkerPool(min(default_workers(), max(1, len(first))), timeout=120) as pool:
-        items = ((one, one.path, one.type or "auto") for one in first if one.path is not None)
+        items = ((one, one.path, one.type) for one in first if one.path is not None)
         for entry, found in probed(items, FileHasher(), pool):
             if isinstance(found, Exception):
                 text = f"{entry.source} would be rejected: {found}"

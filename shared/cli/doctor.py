@@ -294,7 +294,7 @@ def _component(family: object, folder: Path, component: str, wanted: bool) -> Fi
     size = sum(file.stat().st_size for file in files)
     return Finding(
         check="model", verdict="ok",
-        text=f"{component}: {len(files)} file(s), {size / 1e9:.2f} GB, {len(stored)} tensors, "
+        text=f"{component}: {len(files)} file(s), {size / 1e6:,.1f} MB, {len(stored)} tensors, "
         f"{', '.join(dtypes)}",
     )  # fmt: skip
 

@@ -63,7 +63,7 @@ def _shards(place: str, model: str) -> Iterator[Finding]:
         size = sum(index.shard_bytes)
         yield Finding(
             check="shards", verdict="ok",
-            text=f"{store}: {len(index)} samples in {len(index.shards)} shards, {size / 1e9:.2f} GB",
+            text=f"{store}: {len(index)} samples in {len(index.shards)} shards, {size / 1e6:,.1f} MB",
         )  # fmt: skip
         if local_path(place) is not None:
             for name, expected in zip(index.shards, index.shard_bytes, strict=True):
