@@ -350,7 +350,6 @@ class _Run:
                 break
             if place in sampler.states:
                 states.append(x_t.to("cpu", self._dtype))
-        path.close()
         if not bool(torch.isfinite(x_t).all()):
             raise UserError(
                 f"model: {job.spec.folder} gave NaN or infinite values for clip {clips[0].key} (or "
