@@ -176,7 +176,7 @@ EXPERIMENTS = {
 
 def quick(experiment: Experiment) -> Experiment:
     """The same code in about a minute; its numbers mean nothing."""
-    return replace(experiment, updates=(1, 2), captions=12, clips=60, teacher_steps=4)
+    return replace(experiment, updates=(1, 2), captions=120, clips=60, teacher_steps=4)
 
 
 @dataclass(frozen=True, kw_only=True)

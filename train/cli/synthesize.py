@@ -49,7 +49,8 @@ def synthesize(config: SynthesizeConfig, _: typer.Context) -> None:
                 echo(line)
         return
     if config.num_processes > 1 and rank.world == 1:
-        sys.exit(launch(own_command(), Machines(num_processes=config.num_processes)))
+        machines = Machines(num_processes=config.num_processes)
+        sys.exit(launch(own_command(), machines, to_go_on="Run the same command again."))
     end_with_launcher()
     for line in job.describe():
         say(console, line)

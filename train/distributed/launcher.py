@@ -42,10 +42,14 @@ class Machines:
         return self.num_processes // self.num_machines
 
 
-def launch(command: Sequence[str], machines: Machines) -> int:
+_RESUME = "Resume from the last checkpoint: the same command with --resume-from-checkpoint latest"
+
+
+def launch(command: Sequence[str], machines: Machines, *, to_go_on: str = _RESUME) -> int:
     """Run `command` once for each process of this machine; the exit code of the run.
 
-    A signal is handed to all. When one process fails, the others are ended.
+    A signal is handed to all. When one process fails, the others are ended. `to_go_on`: what to
+    do then.
     """
     processes: list[subprocess.Popen[bytes]] = []
     handed_on: set[int] = set()
@@ -69,7 +73,7 @@ def launch(command: Sequence[str], machines: Machines) -> int:
             )
         for signum in list(handed_on):  # it may have come before the last one was there
             hand_on(signum, None)
-        code = _wait(processes, machines.machine_rank * machines.here, handed_on)
+        code = _wait(processes, machines.machine_rank * machines.here, handed_on, to_go_on)
         return SIGNAL_EXIT - code if code < 0 else code
     finally:
         for process in processes:
@@ -99,7 +103,10 @@ def _environments(machines: Machines) -> Iterator[dict[str, str]]:
 
 
 def _wait(
-    processes: Sequence["subprocess.Popen[bytes]"], first_rank: int, handed_on: set[int]
+    processes: Sequence["subprocess.Popen[bytes]"],
+    first_rank: int,
+    handed_on: set[int],
+    to_go_on: str,
 ) -> int:
     """Until all have ended, or one has failed and the others had their time; 0, or its code.
 
@@ -115,8 +122,7 @@ def _wait(
                 rank = first_rank + codes.index(failed)
                 echo(
                     f"error: process {rank} was killed by signal {-failed}; ending the others. "
-                    "Resume from the last checkpoint: the same command with "
-                    "--resume-from-checkpoint latest",
+                    f"{to_go_on}",
                     err=True,
                 )
             deadline = time.monotonic() + GRACE_AFTER_FAILURE_S

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from shared.cache.ranks import Rank
 from shared.errors import UserError
 from shared.format.buckets import Bucket
 from shared.format.cache import CacheIndex, MemberReader
@@ -48,10 +47,6 @@ class Group:
 
     clips: tuple[Clip, ...]
     bucket: Bucket
-
-    def is_of(self, rank: Rank) -> bool:
-        """Whether this process makes it: by content alone."""
-        return rank.owns(self.clips[0].key)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`wantrain synthesize`: clips and states of diffusers' own pipelines, whatever interrupts it."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,9 +28,11 @@ from shared.format.schema import MEMBERS
 from shared.io.store import Store
 from tests.preprocess.conftest import REPOSITORY, Cache
 from tests.train.conftest import encode, write_dataset
+from tests.train.model.test_lora_adapter import ALL, trained
 from tests.train.test_distill import distill
 from train.cli.app import app as wantrain
 from train.data.batches import pad_text, with_mask
+from train.saving.export import lora_path
 
 STEPS, SHIFT, GUIDANCE = 5, 3.0, 4.0
 RAW, STUDENT_SHIFT = (1000, 700, 300), 6.0
