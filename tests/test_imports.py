@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("shared", "preprocess", "train")
-MODULES = {"shared": 52, "preprocess": 79, "train": 99}
+MODULES = {"shared": 52, "preprocess": 79, "train": 101}
 MOST_FILES, MOST_LINES = 13, 600
 BUILDERS = {"load_component", "load_class"}
 MAY_BUILD = {

@@ -12,9 +12,10 @@ from train.cli.lora import lora
 from train.cli.merge import merge
 from train.cli.plan import plan
 from train.cli.sample import sample
+from train.cli.workflow import workflow
 from train.config import BenchConfig, DistillConfig, FinetuneConfig, PlanConfig
 from train.evaluation.config import EvaluateConfig
-from train.sampling.config import DecodeConfig, SampleConfig
+from train.sampling.config import DecodeConfig, SampleConfig, WorkflowConfig
 from train.saving.config import MergeConfig
 
 PROGRAM_EXAMPLES = """
@@ -38,6 +39,7 @@ add_config_command(app, SampleConfig, sample)
 add_config_command(app, DecodeConfig, decode)
 add_config_command(app, EvaluateConfig, evaluate)
 add_command(app, export)
+add_config_command(app, WorkflowConfig, workflow)
 add_config_command(app, MergeConfig, merge)
 add_config_command(app, PlanConfig, plan)
 add_config_command(app, BenchConfig, bench, cls=VideoXFunCommand)
