@@ -16,9 +16,10 @@ from train.cli.merge import merge
 from train.cli.plan import plan
 from train.cli.sample import sample
 from train.cli.synthesize import synthesize
+from train.cli.workflow import workflow
 from train.config import BenchConfig, DistillConfig, FinetuneConfig, PlanConfig
 from train.evaluation.config import EvaluateConfig
-from train.sampling.config import DecodeConfig, SampleConfig
+from train.sampling.config import DecodeConfig, SampleConfig, WorkflowConfig
 from train.saving.config import MergeConfig
 from train.synthesis.config import SynthesizeConfig
 
@@ -45,6 +46,7 @@ add_config_command(app, SynthesizeConfig, synthesize)
 add_config_command(app, DecodeConfig, decode)
 add_config_command(app, EvaluateConfig, evaluate)
 add_command(app, export)
+add_config_command(app, WorkflowConfig, workflow)
 add_config_command(app, MergeConfig, merge)
 add_config_command(app, PlanConfig, plan)
 add_config_command(app, BenchConfig, bench, cls=VideoXFunCommand)

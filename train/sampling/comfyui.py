@@ -9,14 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shared.errors import UserError
 from shared.io.durable import write_json
+from shared.io.names import quoted
 from shared.models.spec import TIMESTEPS
 from shared.models.wan import PUBLISHED, WAN
 from train.functional.schedule import Schedule
+from train.model.lora_files import read_lora
 from train.options import Expert
 from train.sampling.config import TEACHER_GUIDANCE, TEACHER_STEPS
 from train.saving.export import lora_path
-from train.saving.provenance import Provenance
+from train.saving.provenance import Provenance, check_pair, read_provenance
 
 UI_FILE, API_FILE = "workflow-comfyui.json", "workflow-comfyui-api.json"
 SAMPLERS = {"renoise": "lcm", "euler": "euler", None: "euler"}
@@ -126,6 +129,25 @@ def loras_of_run(provenance: Provenance) -> dict[Expert, str]:
     pair = provenance.method == "distill" and provenance.expert in both
     experts = both if pair else (provenance.expert,)
     return {expert: lora_path(Path(), expert, "comfyui").name for expert in experts}
+
+
+def read_for_comfyui(paths: Sequence[Path]) -> tuple[dict[Expert, str], Provenance, int]:
+    """What `write_workflow` takes, of LoRA files. UserError for those that it can't be made of."""
+    trained = [(path, read_provenance(path)) for path in paths]
+    check_pair(trained)
+    read = [read_lora(path) for path in paths]
+    for file in read:
+        if file.form not in ("comfyui", "kohya"):
+            raise UserError(
+                f"--lora: {file.path} is in the {file.form} format, which ComfyUI can't load. "
+                f"Convert it first: wantrain export --lora {quoted(file.path)} --to comfyui "
+                "--output lora-comfyui.safetensors"
+            )
+    loras = {provenance.expert: path.name for path, provenance in trained}
+    first = trained[0][1]
+    if first.method == "distill":
+        loras = loras_of_run(first) | loras
+    return loras, first, read[0].lora.width
 
 
 def write_workflow(
@@ -374,7 +396,10 @@ def _window_form(graph: _Graph, note: str) -> dict[str, Any]:
         column = max((columns[link[1]] + 1 for link in links if link[3] == number), default=0)
         columns[number] = column
         names = values.replace("+", "").split()
-        height = 180 if "text" in names else 50 + 26 * (len(inputs) + len(names))
+        tall = {"text": 180, "image": 340}
+        height = next((tall[n] for n in names if n in tall), 0) or 50 + 26 * (
+            len(inputs) + len(names)
+        )
         y = below.get(column, 0)
         below[column] = y + height + 50
         shown.append(

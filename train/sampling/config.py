@@ -142,3 +142,21 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+
+# fmt: off
+@dataclass(frozen=True, kw_only=True)
+class WorkflowConfig:
+    """Write a ComfyUI workflow for LoRAs.
+
+    Runs leave one beside their LoRA; this writes it for files with other names, for the two LoRAs of plain experts together, or for older ones. It loads the published base, holds sampler, steps, shift and noise levels of the training, and makes a clip of the training's size. Two files: workflow-comfyui.json is opened in ComfyUI, workflow-comfyui-api.json is for its server.
+
+    Next: docs/use-your-lora.md
+    """
+
+    PANELS: ClassVar[Sequence[str]] = (INPUT, OUTPUT)
+
+    lora: Annotated[list[Path], typer.Option(metavar="FILE", help="LoRA of `wantrain distill` or `wantrain lora` in ComfyUI's or kohya's format; give it twice for a high and a low one, in any order.", rich_help_panel=INPUT)]
+
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the two files.", rich_help_panel=OUTPUT)] = Path("workflow")
+    # fmt: on

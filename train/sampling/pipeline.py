@@ -30,11 +30,13 @@ from train.model.lora_files import LoraFile, check_fits_model, read_lora
 from train.model.peft_config import PEFT_METADATA_KEY
 from train.sampling.config import PipelineConfig
 from train.saving.lora_formats import DIFFUSERS_PREFIX, to_form
-from train.saving.provenance import Provenance, check_expert, read_provenance, wrong_base
-
-# A pair of experts works one trajectory together, so these must be the same in both files. Plain
-# LoRAs go with any shift, so it is no reason to refuse them.
-AGREEING = ("method", "denoising_step_indices_list", "flow_shift", "boundary", "pairing", "mode")
+from train.saving.provenance import (
+    Provenance,
+    check_expert,
+    check_pair,
+    read_provenance,
+    wrong_base,
+)
 
 
 @dataclass(frozen=True)
@@ -59,22 +61,8 @@ def read_loras(paths: Sequence[Path], spec: ModelSpec) -> list[TrainedLora]:
     # Provenance first: the tensors may be large
     trained = [(path, read_provenance(path)) for path in paths]
     loras = [TrainedLora(read_lora(path), provenance) for path, provenance in trained]
-    experts = [lora.provenance.expert for lora in loras]
-    if len(set(experts)) != len(experts) or ("full" in experts and len(experts) > 1):
-        raise UserError(
-            f"--lora: found experts {', '.join(experts)}; expected one, or a high and a low one."
-        )
+    check_pair(trained)
     first = loras[0]
-    for other in loras[1:]:
-        for field in AGREEING:
-            if field == "flow_shift" and first.provenance.method == "lora":
-                continue
-            a, b = getattr(first.provenance, field), getattr(other.provenance, field)
-            if a != b:
-                raise UserError(
-                    f"--lora: {first.path} and {other.path} were trained apart: {field} is {a!r} "
-                    f"in the first and {b!r} in the second. Train both with the same value."
-                )
     frames = {"i2v": "without --last-image", "flf2v": "wantrain sample with --last-image FILE"}
     if first.provenance.mode != spec.mode and {first.provenance.mode, spec.mode} <= frames.keys():
         raise UserError(

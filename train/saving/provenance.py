@@ -6,7 +6,7 @@ None holds a date: equal runs give equal files.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from train.options import Expert, OptimizerName, Pairing
 METADATA_KEY = "wandistill"
 SAMPLERS = {"renoise": "LCM", "euler": "Euler"}
 TITLES = {"high": "high-noise expert", "low": "low-noise expert", "full": "all steps"}
+# A pair of experts works one trajectory together, so these must be the same in both files. Plain
+# LoRAs go with any shift, so it is no reason to refuse them.
+AGREEING = ("method", "denoising_step_indices_list", "flow_shift", "boundary", "pairing", "mode")
 # kohya's name → ours, in `Provenance.recipe`.
 _SS_RECIPE = {
     "ss_seed": "seed",
@@ -152,6 +155,26 @@ def wrong_base(path: Path, provenance: Provenance, found: str, model: str) -> st
         f"{path} was trained on other weights than {model} holds "
         f"({provenance.base[:12]}… against {found[:12]}…){cure}"
     )
+
+
+def check_pair(loras: Sequence[tuple[Path, Provenance]]) -> None:
+    """UserError unless they are for one expert, or for two that were trained for one another."""
+    experts = [provenance.expert for _, provenance in loras]
+    if len(set(experts)) != len(experts) or ("full" in experts and len(experts) > 1):
+        raise UserError(
+            f"--lora: found experts {', '.join(experts)}; expected one, or a high and a low one."
+        )
+    (first, one), *others = loras
+    for path, other in others:
+        for field in AGREEING:
+            if field == "flow_shift" and one.method == "lora":
+                continue
+            a, b = getattr(one, field), getattr(other, field)
+            if a != b:
+                raise UserError(
+                    f"--lora: {first} and {path} were trained apart: {field} is {a!r} "
+                    f"in the first and {b!r} in the second. Train both with the same value."
+                )
 
 
 def check_expert(path: Path, expert: Expert, spec: ModelSpec) -> None:
