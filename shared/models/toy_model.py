@@ -2,9 +2,9 @@
 
 `--model toy` (text to video) and `--model toy-i2v` (image to video) are ordinary diffusers
 folders; only their size is small. Both experts have one weight file, so the package holds it once
-and the folders are put together in the cache on first use. `toy-experts` and `toy-experts-i2v`
-have two experts, each finetuned on its own noise levels, and know the harder world of the
-benchmarks (`scripts/speed_world.py`). `scripts/` remakes the weights.
+and the folders are put together in the cache on first use. `toy-experts`
+(text to video) has two experts, each finetuned on its own noise levels, and knows the harder world
+of the benchmarks (`scripts/speed_world.py`). `scripts/` remakes the weights.
 """
 
 import hashlib
@@ -18,7 +18,6 @@ TOY_MODELS = {
     "toy": "t2v",
     "toy-i2v": "i2v",
     "toy-experts": "experts-t2v",
-    "toy-experts-i2v": "experts-i2v",
 }
 _DATA = Path(__file__).parents[1] / "toy"
 

@@ -106,10 +106,22 @@ def prepare_measurement(config: CalibrateConfig) -> Measurement:
         expert=expert,
         base=base,
         shift=shift,
-        sigmas=tuple(shift_sigma(float(u), shift) for u in np.linspace(low, high, config.levels)),
+        sigmas=tuple(_levels(low, high, shift, config.levels)),
         rows=tuple(sorted(chosen.tolist())),
         synthesis=synthesis,
     )
+
+
+def _levels(low: float, high: float, shift: float, number: int) -> list[float]:
+    """Rising σ from u `low` to `high`, evenly over the mean of both scales.
+
+    Scores are compared evenly in u; but at shift 12 the first fifteenth of u is half of all σ, and
+    w* bends there.
+    """
+    u = np.linspace(low, high, 10_001)
+    sigma = shift_sigma(u, shift)  # type: ignore[type-var]
+    come = (u - low) / (high - low) + (sigma - sigma[0]) / (sigma[-1] - sigma[0])
+    return [float(one) for one in np.interp(np.linspace(0, 2, number), come, sigma)]
 
 
 def _synthesis(config: CalibrateConfig, data: Dataset) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class CalibrateConfig(InputOptions):
     output: Annotated[Path, typer.Option(metavar="FILE", help="JSON file to write; entries of other experts in it stay. A plot goes beside it, as .svg.", rich_help_panel=OUTPUT)] = Path("guidance.json")
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be measured and its cost, then stop.", show_default="off", rich_help_panel=OUTPUT)] = False
     clips: Annotated[int, typer.Option(metavar="N", help="Clips to measure on, drawn from the shards.", rich_help_panel=MEASURE), AT_LEAST_2] = 24
-    levels: Annotated[int, typer.Option(metavar="N", help="Noise levels, evenly over the expert's interval before the shift.", rich_help_panel=MEASURE), AT_LEAST_2] = 15
+    levels: Annotated[int, typer.Option(metavar="N", help="Noise levels over the expert's interval, as evenly before as after the shift.", rich_help_panel=MEASURE), AT_LEAST_2] = 15
     flow_shift: Annotated[float | None, typer.Option(metavar="X", help="Shift s of the noise schedule: timestep 1000*u becomes sigma = s*u / (1 + (s-1)*u).", show_default="12 for Wan 2.2 A14B t2v, else 5", rich_help_panel=MEASURE), POSITIVE] = None
     batch_size: Annotated[int, typer.Option(metavar="N", help="Noise levels of a clip in one transformer pass.", rich_help_panel=DEVICE), AT_LEAST_1] = 1
     mixed_precision: MixedPrecision = "bf16"

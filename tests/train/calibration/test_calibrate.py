@@ -185,8 +185,11 @@ def test_both_experts_in_one_file_that_distill_takes(
         ("low", "transformer_2", 0.02 / (12 - 11 * 0.02), 0.875 / (12 - 11 * 0.875)),
     ):
         entry = both[expert]
-        u = np.linspace(low, high_u, 3)
-        np.testing.assert_allclose(entry["sigmas"], 12 * u / (1 + 11 * u), rtol=1e-12)
+        sigmas = np.array(entry["sigmas"])
+        u = sigmas / (12 - 11 * sigmas)
+        np.testing.assert_allclose((u[0], u[-1]), (low, high_u), rtol=1e-9)
+        middle = (u[1] - low) / (high_u - low) + (sigmas[1] - sigmas[0]) / (sigmas[2] - sigmas[0])
+        assert middle == pytest.approx(1, abs=1e-6)  # of 2: halfway on both scales together
         expected = by_hand(tiny_t2v, part, shards, entry["sigmas"])
         np.testing.assert_allclose(entry["measured"], [w for w, _ in expected], atol=2e-4)
         for _, error in expected:
@@ -238,4 +241,4 @@ def test_what_it_refuses(tiny_t2v: Path, tiny_i2v: Path, t2v_shards: Path, tmp_p
     refused("^--blocks-to-swap: found 1", shards, "--blocks-to-swap", "1")
     refused("^--transformer-path: ", shards, "--transformer-path", "none")
     out.write_text("[]")
-    refused(r"^--output: .* holds an array, expected an object", shards)
+    refused(r"^--output: .* holds a list, expected an object", shards)
