@@ -69,13 +69,12 @@ class Regression:
     def loss(self, roles: Roles, role: str, batch: Batch, negative: torch.Tensor) -> StepOutput:
         """mean (v̂(x_k, σ_k) − (x_k − x_{k+1}) / (σ_k − σ_{k+1}))², k drawn for each sample."""
         assert batch.states is not None
-        path, device = batch.states, batch.latents.device
-        if self.steps.stop == len(self.schedule.indices):
-            path = torch.cat([path, batch.latents[:, None]], dim=1)
+        device = batch.latents.device
+        path = [*batch.states.unbind(1), batch.latents]
         share = spread(self.seed, "step", batch.update, batch.samples, self.strata)
         places = [min(int(part * len(self.steps)), len(self.steps) - 1) for part in share.tolist()]
         x_k, x_next = (
-            torch.stack([states[place + ahead] for states, place in zip(path, places, strict=True)])
+            torch.stack([path[place + ahead][row] for row, place in enumerate(places)])
             for ahead in (0, 1)
         )
         # float64 until a level is rounded once, as a sampler's is
