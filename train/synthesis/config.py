@@ -32,9 +32,9 @@ STEPS, GUIDANCE = 40, 5.0
 # fmt: off
 @dataclass(frozen=True, kw_only=True)
 class SynthesizeConfig(WithRank):
-    """Make shards of the base model's own clips, from the captions and conditions in shards.
+    """Make shards of the base model's own clips.
 
-    A clip is sampled from noise with many steps and CFG, and stored as latents in the same format; no VAE or text encoder runs. With --states also the sampler's states at a student's timesteps. Interrupted and run again, it continues. Two experts are loaded one after the other.
+    For captions and conditions in shards a clip is sampled from noise, with many steps and CFG, and stored as latents in the same format; no VAE or text encoder runs. With --states also the sampler's states at a student's timesteps. Interrupted and run again, it continues. Two experts are loaded one after the other.
 
     Next: wantrain distill --shards DIR
     """
