@@ -17,7 +17,7 @@ MOST_PROBED = 200
 
 # fmt: off
 def doctor(
-    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model to look at: a folder of diffusers or Wan, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)] = DEFAULT_MODEL,
+    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that is to be looked at: a folder of diffusers or Wan, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)] = DEFAULT_MODEL,
     train_data_dir: Annotated[str | None, typer.Option(metavar="DIR|URL", envvar="DATASET_NAME", help="Folder of videos and images (or WebDataset tars) to look at.", show_default="none", rich_help_panel=INPUT)] = None,
     train_data_meta: Annotated[str | None, typer.Option(metavar="FILE|URL", envvar="DATASET_META_NAME", help="Its list of media and captions.", show_default="the folder's", rich_help_panel=INPUT)] = None,
     output: Annotated[str, typer.Option(metavar="DIR|URL", help="Folder that the shards would go to.", rich_help_panel=OUTPUT)] = "shards",

@@ -14,7 +14,7 @@ from train.options import INPUT, OUTPUT
 
 # fmt: off
 def doctor(
-    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model to look at: a folder of diffusers or Wan, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)] = DEFAULT_MODEL,
+    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that is to be looked at: a folder of diffusers or Wan, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)] = DEFAULT_MODEL,
     shards: Annotated[list[str] | None, typer.Option(metavar="DIR|URL", help="Folder of shards to look at; several, if given several times.", show_default="none", rich_help_panel=INPUT)] = None,
     output_dir: Annotated[Path, typer.Option(metavar="DIR", help="Folder that checkpoints and LoRA files would go to.", rich_help_panel=OUTPUT)] = Path("output_dir_distill"),
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.", show_default="off", rich_help_panel=OUTPUT)] = False,
