@@ -83,4 +83,5 @@ def encode(config: EncodeConfig, _: typer.Context) -> None:
         echo(f"{count(outcome.validation, 'validation prompt')} in the shards")
     elif outcome.written == 0 and outcome.removed == 0:
         echo("nothing to do: every usable sample of the dataset is in the shards")
-    echo(f"next: wantrain distill --shards {quoted(output)}")
+    mode = " --train-mode flf2v" if config.train_mode == "flf2v" else ""  # else the model's own
+    echo(f"next: wantrain distill --shards {quoted(output)}{mode}")
