@@ -63,9 +63,9 @@ RANK, ALPHA = 32, 32
 # The toy's own recipe: it is small, so it takes large steps on large batches.
 RECIPE = (
     "--mixed-precision no --no-gradient-checkpointing --dataloader-num-workers 0 "
-    f"--rank {RANK} --network-alpha {ALPHA} --adam-beta1 0 --max-grad-norm 1 "
-    "--learning-rate-critic 2e-3"
+    f"--rank {RANK} --network-alpha {ALPHA} --adam-beta1 0 --max-grad-norm 1"
 )
+CRITIC = ("--learning-rate-critic", "2e-3")
 REGRESSION = (
     "--method", "regression", "--shards", "{teacher}", "--adam-beta1", "0.9",
     "--learning-rate", "1e-3", "--train-batch-size", "32",
@@ -342,8 +342,10 @@ class Bench:
         flags: tuple[str, ...] = ("--model", one.model, "--boundary-type", arm.expert)
         if "--shards" not in chosen:
             flags += ("--shards", str(self.shards))
-        if "--guidance" not in chosen and "regression" not in chosen:
-            flags += ("--real-guidance-scale", str(one.loss_guidance or one.guidance))
+        if "regression" not in chosen:
+            flags += CRITIC
+            if "--guidance" not in chosen:
+                flags += ("--real-guidance-scale", str(one.loss_guidance or one.guidance))
         if not one.uniform_sampling:
             flags += ("--no-uniform-sampling",)
         flags += (
