@@ -15,7 +15,8 @@ def workflow(config: WorkflowConfig, _: typer.Context) -> None:
         wantrain workflow --lora cats-high.safetensors --lora cats-low.safetensors
 
         # the LoRA of the bundled toy model
-        wantrain workflow --lora toy-lora/lora-full-comfyui.safetensors --output toy-workflow
+        wantrain workflow --lora toy-lora/lora-full-comfyui.safetensors \
+            --output toy-workflow
     """
     from train.sampling.comfyui import read_for_comfyui, write_workflow
 

@@ -273,7 +273,7 @@ def test_a_lora_that_comfyui_cannot_load_is_refused(tiny_t2v: Path, tmp_path: Pa
     ["video_wan2_2_14B_i2v", "video_wan2_2_14B_t2v", "video_wan2_2_5B_ti2v", "image_to_video_wan"],
 )
 def test_nodes_agree_with_comfyui_s_own_workflows(template: str, tmp_path: Path) -> None:
-    """Slots, their types, how many values a node has, and who is linked to whom."""
+    """Slots and their types, values and the published files' names."""
     (found,) = (
         file
         for file in files("comfyui-workflow-templates-json") or ()
