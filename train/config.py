@@ -308,7 +308,7 @@ class DistillConfig(TrainConfig):
     learning_rate: LearningRate = 1e-5
     learning_rate_critic: Annotated[float, typer.Option(metavar="X", help="Learning rate of the critic.", rich_help_panel=OPTIMIZER), POSITIVE] = 1e-6
     gauge_batches: Annotated[int | None, typer.Option(metavar="N", help="Batches per process (2 or more) on which the teacher's contrast and motion are measured once, before the first update; 0: no gauges.", show_default="1 for every 16 steps of the LoRA, at most 32; none in fewer than 32 steps", rich_help_panel=WATCH)] = None
-    keep_best: Annotated[Gauge | None, typer.Option(help="Also keep the checkpoint whose contrast, motion or variety is nearest to the teacher's, with its LoRA files, in best-GAUGE in the output folder.", show_default="only the last ones", rich_help_panel=WATCH)] = None
+    keep_best: Annotated[Gauge | None, typer.Option(help="Also keep the checkpoint whose contrast, motion or variety is nearest to the teacher's, with its LoRA files, in a folder of its own in the output folder.", show_default="only the last ones", rich_help_panel=WATCH)] = None
     batched_guidance: Annotated[bool, typer.Option(help="Compute the guided teacher (and critic) with and without caption in one batched pass: half the communication under fsdp and zero3, for twice the memory of a pass without gradients.", show_default="off", rich_help_panel=DEVICE)] = False
     # fmt: on
 
