@@ -23,7 +23,7 @@ def doctor(
     output: Annotated[str, typer.Option(metavar="DIR|URL", help="Folder that the shards would go to.", rich_help_panel=OUTPUT)] = "shards",
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.", show_default="off", rich_help_panel=OUTPUT)] = False,
 ) -> None:
-    """Check this machine, the model and the dataset before encoding.
+    """Check machine, model and dataset before encoding.
 
     Python, packages, torch, GPU and driver; decoders, which decode a clip made for it; optional packages and what they are for; disk space; the model's files, whether they are whole, their dtypes, names and shapes; the dataset's list, and its first 200 files, which are probed. Changes nothing and downloads nothing. The exit code is 1 if something is wrong; each finding comes with what mends it.
 
@@ -55,13 +55,12 @@ def _needed(two_experts: bool, clip: bool) -> tuple[str, ...]:
 
 def _decoders() -> Iterator[Finding]:
     """PyAV and decord, by a clip that ffmpeg writes now."""
-    import av
+    from importlib import import_module
 
-    yield Finding(check="decoders", verdict="ok", text=f"PyAV {av.__version__}")
+    yield Finding(check="decoders", verdict="ok", text=f"PyAV {import_module('av').__version__}")
     try:
-        import decord
-
-        yield Finding(check="decoders", verdict="ok", text=f"decord {decord.__version__}")
+        text = f"decord {import_module('decord').__version__}"
+        yield Finding(check="decoders", verdict="ok", text=text)
     except ImportError:
         text = "decord is not installed: some AVI files are rejected without (none for ARM Linux)"
         yield Finding(check="decoders", verdict="note", text=text, cure="pip install decord")

@@ -19,7 +19,7 @@ def doctor(
     output_dir: Annotated[Path, typer.Option(metavar="DIR", help="Folder that checkpoints and LoRA files would go to.", rich_help_panel=OUTPUT)] = Path("output_dir_distill"),
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.", show_default="off", rich_help_panel=OUTPUT)] = False,
 ) -> None:
-    """Check this machine, the model and the shards before training.
+    """Check machine, model and shards before training.
 
     Python, packages, torch, GPU and driver; optional packages and what they are for; disk space; the model's files, whether they are whole, their dtypes, names and shapes; of shards the index, the size of each file, and whether they were encoded for this model. Changes nothing and downloads nothing. The exit code is 1 if something is wrong; each finding comes with what mends it.
 

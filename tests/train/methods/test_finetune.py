@@ -184,7 +184,9 @@ def test_defaults_are_those_of_a_distillation_but_for_the_rate(
     alike = plain.keys() & distilled.keys()
     assert {name for name in alike if plain[name] != distilled[name]} == {"learning_rate"}
     assert plain["learning_rate"] == 1e-4
-    assert plain.keys() - alike == {"timestep_sampling", "logit_mean", "logit_std"}
+    assert plain.keys() - alike == {
+        "timestep_sampling", "logit_mean", "logit_std", "holdout", "holdout_steps",
+    }  # fmt: skip
     assert not Path(out).exists()
 
 
