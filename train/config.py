@@ -44,7 +44,7 @@ from train.options import (
     WATCH,
     DistillMethod,
     Exits,
-    Expert,
+    Experts,
     Gauge,
     LevelRange,
     LrScheduler,
@@ -102,7 +102,7 @@ class InputOptions:
     where: Annotated[list[str] | None, typer.Option(metavar="COND", help="Take only samples that match, e.g. 'frames>=17', 'tag=good', 'caption~=cat' or 'source=clips/*'; if given several times, all must match. Fields: caption, source, tag, type, bucket, height, width, frames, tokens.", show_default="all samples", rich_help_panel=INPUT)] = None
     shard_cache_gb: Annotated[float, typer.Option(metavar="GB", help="Disk space for whole shards of an object store (s3://bucket/shards); shards beyond this limit are read sample by sample.", rich_help_panel=INPUT)] = DEFAULT_SHARD_CACHE_GB
     captions: Annotated[str | None, typer.Option(metavar="NAME", help="Captions from `wanprep recaption --name NAME` in place of the shards' own.", show_default="the shards' own", rich_help_panel=INPUT)] = None
-    boundary_type: Annotated[Expert | None, typer.Option(help="Expert to train: low or high noise, or full for a model with one transformer (or one LoRA for all steps).", show_default="low if the model has two experts, else full", rich_help_panel=INPUT)] = None
+    boundary_type: Annotated[Experts | None, typer.Option(help="Expert to train: low or high noise; both, one after the other, into DIR/high and DIR/low of --output-dir; or full for a model with one transformer (or one LoRA for all steps).", show_default="low if the model has two experts, else full", rich_help_panel=INPUT)] = None
     train_mode: Annotated[TrainMode | None, typer.Option("--train-mode", help="Type of the model; one that it does not have is an error. flf2v, first and last frame, also with Wan 2.2 I2V-A14B; normal is t2v; with a ti2v model it trains on all clips as text to video.", show_default="the model's", rich_help_panel=INPUT), REMEMBERED] = None
     seed: Annotated[int, typer.Option(metavar="N", help="Random seed of the whole run.", rich_help_panel=INPUT), REMEMBERED] = 42
     # fmt: on
@@ -389,8 +389,18 @@ class BenchConfig(DistillConfig):
 
     cycles: Annotated[int, typer.Option(metavar="N", min=1, help="Generator updates that are measured, each with its critic updates; one more warms up.", rich_help_panel=BENCH)] = 1
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the numbers to this file.", show_default="nowhere", rich_help_panel=BENCH)] = None
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.boundary_type == "both":
+            raise UserError(
+                "--boundary-type: found both, but bench measures a run of one expert; the experts "
+                "of a model are alike. Use --boundary-type high or low."
+            )
 
 
+# fmt: off
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(MemoryOptions):
     """Estimate the GPU memory that a run needs.

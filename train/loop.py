@@ -16,7 +16,7 @@ from shared.cli.library_log import library_log
 from shared.cli.run_file import RUN_FILE, write_run_file
 from shared.errors import UserError
 from shared.interrupt import Interrupted, Interruption, catch_signals
-from train.config import DistillConfig, FinetuneConfig
+from train.config import DistillConfig, FinetuneConfig, TrainConfig
 from train.data.batches import Batch, MicroBatches, PromptBank, load_prompt_bank
 from train.data.tail_log import TailLog
 from train.distributed.process_group import joined
@@ -47,15 +47,23 @@ def train(run: Run, console: Console, *, keep: bool = True) -> int | None:
     Every process of the run calls it; the first one writes files and prints. `keep`: leave a
     checkpoint and LoRA files, however it ends.
     """
+    with joined(run.ranks, torch.device(run.device)) as noticed:
+        return train_joined(run, console, noticed, keep=keep)
+
+
+def train_joined(
+    run: Run, console: Console, noticed: Callable[[], None], *, keep: bool = True
+) -> int | None:
+    """`train` in processes that `joined` has brought together, and given `noticed`."""
     ranks = run.ranks
     console = console if ranks.first else Console(quiet=True)
-    with joined(ranks, torch.device(run.device)) as noticed, ExitStack() as held:
+    with ExitStack() as held:
         ranks.first_does(partial(_hold_folders, held, run, console))
         validation = validation_of(run)  # refuses before weights are read
         measured = held_out_of(run)
         with explained(run):
             session = open_session(run, partial(support.say, console))
-        ranks.first_does(partial(_write_run_file, run))
+        ranks.first_does(partial(leave_run_file, run, run.config))
         state, stopped_by = session.state, None
         # Several stop together, after an update that all have agreed on. When one fails, they can't
         # save together; a process that holds all can alone: its state is of the last whole update.
@@ -94,10 +102,16 @@ def _hold_folders(held: ExitStack, run: Run, console: Console) -> None:
     held.enter_context(library_log(config.output_dir))
 
 
-def _write_run_file(run: Run) -> None:
-    """Leave the options in the output folder, so that the run can be done again."""
-    config = run.config
-    settled = vars(config) | {"num_processes": run.placement.machines.num_processes}
+def leave_run_file(run: Run, config: TrainConfig) -> None:
+    """Leave the options in their output folder, so that what they ask for can be done again.
+
+    `config`: the run's own, or the one that the run is a part of.
+    """
+    decided = {
+        "strategy": run.config.strategy,
+        "num_processes": run.placement.machines.num_processes,
+    }
+    settled = vars(config) | decided
     hints = get_type_hints(type(config), include_extras=True)
     write_run_file(config.output_dir / RUN_FILE, run.objective.method, hints, settled)
 

@@ -17,6 +17,8 @@ DEVICE = "Device"
 PROCESSES = "Processes"
 
 Expert = Literal["low", "high", "full"]
+Experts = Literal["low", "high", "full", "both"]
+"""What a run may be asked to train."""
 Precision = Literal["bf16", "no"]
 BasePrecision = Literal["bf16", "fp8", "int8", "nf4"]
 QuantisedPrecision = Literal["fp8", "int8", "nf4"]

@@ -9,7 +9,7 @@ from shared.cli.videox_fun_command import Given
 from shared.errors import UserError
 from shared.format.cache import MEDIA_TYPES
 from shared.models.spec import ModelSpec, resolve_model
-from train.config import DistillConfig, FinetuneConfig
+from train.config import DistillConfig, FinetuneConfig, TrainConfig
 from train.data.dataset import Dataset
 from train.data.holdout import split_held_out
 from train.data.path_states import refuse_other_states
@@ -37,7 +37,7 @@ def prepare_distillation(config: DistillConfig, given_elsewhere: Given = NONE_GI
     """
     config, placement = place_run(config)
     spec, data = open_data(config, given_elsewhere)
-    expert: Expert = config.boundary_type or ("low" if spec.two_experts else "full")
+    expert = _expert(config, spec)
     schedule = Schedule(
         indices=_numbers(config.denoising_step_indices_list, "--denoising-step-indices-list"),
         shift=spec.flow_shift if config.flow_shift is None else config.flow_shift,
@@ -92,6 +92,13 @@ def prepare_distillation(config: DistillConfig, given_elsewhere: Given = NONE_GI
         learning_rates={GENERATOR: config.learning_rate, CRITIC: config.learning_rate_critic},
     )
     return plan_run(config, placement, spec, data, objective)
+
+
+def _expert(config: TrainConfig, spec: ModelSpec) -> Expert:
+    """The one that a run is for."""
+    asked = config.boundary_type
+    assert asked != "both", "`train.both` makes a run of each"
+    return asked or ("low" if spec.two_experts else "full")
 
 
 def _guidance(config: DistillConfig, spec: ModelSpec, expert: Expert) -> Guidance:
@@ -174,7 +181,7 @@ def prepare_finetuning(config: FinetuneConfig, given_elsewhere: Given = NONE_GIV
     config, placement = place_run(config)
     spec, data = open_data(config, given_elsewhere)
     levels = NoiseLevels(
-        expert=config.boundary_type or ("low" if spec.two_experts else "full"),
+        expert=_expert(config, spec),
         shift=spec.flow_shift if config.flow_shift is None else config.flow_shift,
         boundary=spec.boundary,
         sampling=config.timestep_sampling,

@@ -13,6 +13,9 @@ def distill(config: DistillConfig, context: typer.Context) -> None:
         # the low-noise expert of Wan2.2-I2V-A14B, from shards/
         wantrain distill
 
+        # both experts, high then low: output_dir_distill/high, output_dir_distill/low
+        wantrain distill --boundary-type both
+
         # the high-noise expert: a dry run, 500 generator updates, 500 more
         wantrain distill --boundary-type high --output-dir output_dir_high --dry-run
         wantrain distill --boundary-type high --output-dir output_dir_high \
@@ -24,7 +27,10 @@ def distill(config: DistillConfig, context: typer.Context) -> None:
         wantrain distill --model toy --shards toy-shards --output-dir toy-lora \
             --boundary-type full --max-train-steps 1 --train-batch-size 2 --rank 8
     """
-    from train.cli.execute import carry_out
+    from functools import partial
+
+    from train.cli.execute import carry_out_all
     from train.prepare import prepare_distillation
 
-    carry_out(prepare_distillation(config, given_elsewhere(context)))
+    prepare = partial(prepare_distillation, given_elsewhere=given_elsewhere(context))
+    carry_out_all(config, prepare)

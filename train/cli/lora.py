@@ -13,6 +13,9 @@ def lora(config: FinetuneConfig, context: typer.Context) -> None:
         # the low-noise expert of Wan2.2-I2V-A14B, from shards/, 20 epochs
         wantrain lora --num-train-epochs 20
 
+        # both experts, high then low: output_dir_lora/high, output_dir_lora/low
+        wantrain lora --boundary-type both --max-train-steps 1000
+
         # the high-noise expert, 1000 updates: a dry run, then the run
         wantrain lora --boundary-type high --output-dir output_dir_lora_high \
             --max-train-steps 1000 --dry-run
@@ -26,7 +29,10 @@ def lora(config: FinetuneConfig, context: typer.Context) -> None:
         wantrain lora --model toy --shards toy-shards --output-dir toy-plain-lora \
             --boundary-type full --max-train-steps 2 --train-batch-size 2 --rank 8
     """
-    from train.cli.execute import carry_out
+    from functools import partial
+
+    from train.cli.execute import carry_out_all
     from train.prepare import prepare_finetuning
 
-    carry_out(prepare_finetuning(config, given_elsewhere(context)))
+    prepare = partial(prepare_finetuning, given_elsewhere=given_elsewhere(context))
+    carry_out_all(config, prepare)

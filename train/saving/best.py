@@ -15,8 +15,7 @@ import torch
 from shared.io.durable import building_folder, fsync_file, fsync_folder
 from train.options import Expert
 from train.saving.checkpoint import REPLACED_SUFFIX, list_checkpoints
-from train.saving.export import from_checkpoint, lora_path, write_lora
-from train.saving.lora_formats import FORMS
+from train.saving.export import write_loras_of
 
 ASIDE_SUFFIX = ".aside"
 
@@ -36,10 +35,7 @@ def keep_as_best(
         inside.mkdir()
         for file in sorted(checkpoint.iterdir()):
             _link(file, inside / file.name)
-        source = from_checkpoint(checkpoint)
-        for form in FORMS:
-            path = lora_path(building, expert, form)
-            write_lora(path, source.lora.to(dtype), form, source.metadata)
+        write_loras_of(checkpoint, building, expert, dtype)
         fsync_folder(inside)
         fsync_folder(building)
     replaced = final.with_name(final.name + REPLACED_SUFFIX)

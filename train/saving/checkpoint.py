@@ -271,9 +271,7 @@ def load_checkpoint(path: Path, expected: Files, identity: Identity) -> Loaded:
 
     Raises UserError when it is damaged or belongs to another model, adapter shape or recipe.
     """
-    content = _read_state(path)
-    there, here = (_UNNAMED | one for one in (content["identity"], identity.fixed))
-    _refuse_other_identity(path, there, here)
+    content = _state_of(path, identity)
     loaded: Files = {
         name: _read_tensors(path / name, sha) for name, sha in content["sha256"].items()
     }
@@ -289,6 +287,18 @@ def load_checkpoint(path: Path, expected: Files, identity: Identity) -> Loaded:
         for name, before, now in _differing(content["settings"], identity.loose)
     ]
     return Loaded(loaded, content["updates"], changes, content.get("record", {}))
+
+
+def check_identity(path: Path, identity: Identity) -> None:
+    """UserError where a checkpoint is damaged, or of another model, adapter shape or recipe."""
+    _state_of(path, identity)
+
+
+def _state_of(path: Path, identity: Identity) -> dict[str, Any]:
+    content = _read_state(path)
+    there, here = (_UNNAMED | one for one in (content["identity"], identity.fixed))
+    _refuse_other_identity(path, there, here)
+    return content
 
 
 def read_lora_of_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

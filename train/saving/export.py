@@ -77,6 +77,18 @@ def from_checkpoint(path: Path, alpha: float | None = None) -> Source:
     return Source(weights_of, _with_alpha(provenance.metadata(), alpha))
 
 
+def write_loras_of(
+    checkpoint: Path, folder: Path, expert: Expert, dtype: torch.dtype
+) -> list[Path]:
+    """Write the LoRA of a checkpoint in every form, as its run would; the paths written."""
+    source = from_checkpoint(checkpoint)
+    paths = []
+    for form in FORMS:
+        paths.append(lora_path(folder, expert, form))
+        write_lora(paths[-1], source.lora.to(dtype), form, source.metadata)
+    return paths
+
+
 def _with_alpha(metadata: Mapping[str, str], alpha: float | None) -> dict[str, str]:
     """Metadata that says the alpha of the file, where it says one."""
     if alpha is None:

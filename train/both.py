@@ -1,0 +1,205 @@
+"""`--boundary-type both`: a run for each expert, one after the other, in folders of one folder."""
+
+import gc
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+
+from shared.cli import support
+from shared.errors import UserError
+from shared.format.schema import DTYPES
+from shared.io.names import quoted
+from shared.models.original_layout import is_original
+from shared.models.spec import DEFAULT_MODEL, read_model_spec, resolve_model
+from train.config import DistillConfig, TrainConfig
+from train.distributed.process_group import joined
+from train.loop import leave_run_file, train_joined
+from train.memory.quantize import is_quantised
+from train.model.base import base_digest, component_of
+from train.model.custom_weights import empty_transformer
+from train.model.lora_files import read_lora
+from train.options import Expert
+from train.run import Run, run_identity
+from train.sampling.comfyui import loras_of_run, write_workflow
+from train.sampling.config import SampleConfig
+from train.saving.checkpoint import check_identity, checkpoint_name, find_checkpoint
+from train.saving.export import lora_path, write_loras_of
+from train.saving.output_lock import hold_folder
+from train.saving.provenance import read_provenance
+from train.session import Say, keep_best_of, lora_of
+
+ORDER: tuple[Expert, ...] = ("high", "low")
+"""As they work on a clip."""
+_OF_ONE = {
+    "transformer_path": "weights of one expert",
+    "base_lora": "a LoRA that belongs to the weights of one expert",
+    "init_lora": "a LoRA of one expert",
+}
+_OF_HIGH = ("match", "score_floor")
+"""Options that mean something for the high-noise expert only, of those of `distill`."""
+_Config = TypeVar("_Config", bound=TrainConfig)
+
+
+def configs_of_experts(config: _Config) -> tuple[_Config, ...]:
+    """What each expert's run is asked for, in their order.
+
+    An option of one expert goes to that one: `--match` and `--score-floor` to the high-noise
+    expert, `--start` to the low-noise one, unless it is noise; the other has the default.
+
+    Raises UserError for a model with one transformer, and for files of one expert.
+    """
+    folder = quoted(config.output_dir)
+    alone = f"Train the experts one by one: --boundary-type high --output-dir {folder}/high"
+    for name, what in _OF_ONE.items():
+        if getattr(config, name):
+            raise UserError(
+                f"--{name.replace('_', '-')}: found with --boundary-type both, but it is {what}. "
+                f"{alone}; then low."
+            )
+    if config.resume_from_checkpoint not in (None, "latest"):
+        raise UserError(
+            f"--resume-from-checkpoint: found {config.resume_from_checkpoint} with --boundary-type "
+            f"both, but a checkpoint is of one expert. Expected latest. {alone}"
+        )
+    if not read_model_spec(resolve_model(config.model, [])).two_experts:
+        raise UserError(
+            f"--boundary-type: found both, but {config.model} has one transformer. Use "
+            "--boundary-type full."
+        )
+    return tuple(_of_expert(config, expert) for expert in ORDER)
+
+
+def _of_expert(config: _Config, expert: Expert) -> _Config:
+    changed: dict[str, Any] = {
+        "boundary_type": expert,
+        "output_dir": config.output_dir / expert,
+        "logging_dir": config.logging_dir and config.logging_dir / expert,
+    }
+    if isinstance(config, DistillConfig):
+        if expert == "low":
+            options = DistillConfig.__dataclass_fields__
+            changed |= {name: options[name].default for name in _OF_HIGH}
+        elif config.start != "noise":
+            changed["start"] = None
+    return replace(config, **changed)
+
+
+def train_both(config: TrainConfig, runs: Sequence[Run], console: Console) -> int | None:
+    """Train one after the other. Returns a signal's number if it ended them, None at the end.
+
+    Every process calls it; the runs are of `configs_of_experts`. Of a run that is complete no
+    weights are read again. Killed anywhere and resumed, it leaves what it would have left in peace.
+    """
+    ranks = runs[0].ranks
+    console = console if ranks.first else Console(quiet=True)
+    say = partial(support.say, console)
+    with joined(ranks, torch.device(runs[0].device)) as noticed, ExitStack() as held:
+        ranks.first_does(partial(_begin, held, config, runs, say))
+        for run in runs:
+            say(f"expert   {run.objective.expert}-noise, into {run.config.output_dir}")
+            if ranks.first_does(partial(_is_complete, run, say)):
+                continue
+            stopped_by = train_joined(run, console, noticed)
+            if stopped_by is not None:
+                return stopped_by
+            _free(run)
+        ranks.first_does(partial(_end, config, runs, say))
+    return None
+
+
+def _begin(held: ExitStack, config: TrainConfig, runs: Sequence[Run], say: Say) -> None:
+    """The folder is ours until `held` ends, and its file says how to do all again.
+
+    UserError where an earlier run, of either expert, would be written over.
+    """
+    hold_folder(held, "--output-dir", config.output_dir, say)
+    for run in runs:
+        run.config.output_dir.mkdir(parents=True, exist_ok=True)
+        find_checkpoint(run.config.output_dir, config.resume_from_checkpoint)
+    leave_run_file(runs[0], config)
+
+
+def _is_complete(run: Run, say: Say) -> bool:
+    """Whether a run has nothing left to do. Its LoRA files, which a kill may have cost it, are
+    written again from its last checkpoint.
+
+    UserError where the checkpoint is of another run.
+    """
+    config, expert = run.config, run.objective.expert
+    if (
+        config.resume_from_checkpoint is None
+        or keep_best_of(config)
+        or is_original(run.spec.folder)
+    ):
+        return False
+    found = find_checkpoint(config.output_dir, "latest")
+    if found is None or found.name != checkpoint_name(*run.counted(run.updates)):
+        return False
+    component = component_of(expert)
+    lora = lora_of(config, empty_transformer(run.spec, component))
+    digest = base_digest(run.spec.folder, component, run.base)
+    check_identity(found, run_identity(run, lora, digest))
+    write_loras_of(found, config.output_dir, expert, DTYPES[config.save_precision])
+    path = lora_path(config.output_dir, expert, "comfyui")
+    provenance = read_provenance(path)
+    width = read_lora(path).lora.width
+    write_workflow(config.output_dir, loras_of_run(provenance), provenance, width)
+    say(f"resume   complete ({found.name})")
+    return True
+
+
+def _free(run: Run) -> None:
+    """Give the memory of a run that has ended back, before the next one reads its base."""
+    if run.config.compile:
+        torch.compiler.reset()  # compiled code refers to the blocks it was made of
+    gc.collect()  # modules, hooks and engines refer to each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _end(config: TrainConfig, runs: Sequence[Run], say: Say) -> None:
+    """Write the workflow with both LoRAs, and say how to use them."""
+    files = {run.objective.expert: run.config.output_dir for run in runs}
+    paths = {e: lora_path(folder, e, "comfyui") for e, folder in files.items()}
+    provenance, width = read_provenance(paths["low"]), read_lora(paths["low"]).lora.width
+    names = {expert: path.name for expert, path in paths.items()}
+    workflow = write_workflow(config.output_dir, names, provenance, width)[0]
+    copied = " ".join(quoted(path) for path in paths.values())
+    say(f"next     {_sample_command(config, runs)}")
+    say(f"ComfyUI  copy {copied} to models/loras, then open {quoted(workflow)}")
+
+
+def _sample_command(config: TrainConfig, runs: Sequence[Run]) -> str:
+    """The command that makes a clip as large and long as the largest of the training."""
+    spec = runs[0].spec
+    words = ["wantrain sample"]
+    if config.model != DEFAULT_MODEL:
+        words.append(f"--model {quoted(config.model)}")
+    for run in runs:
+        expert = run.objective.expert
+        file = lora_path(run.config.output_dir, expert, "diffusers")
+        words.append(f"--lora {quoted(file)}")
+    largest = max(
+        runs[0].data.filled_buckets(), key=lambda b: (b.height * b.width * b.frames, b.width)
+    )
+    shape = {"height": largest.height, "width": largest.width, "num_frames": largest.frames}
+    options = SampleConfig.__dataclass_fields__
+    for name, value in shape.items():
+        if value != options[name].default:
+            words.append(f"--{name.replace('_', '-')} {value}")
+    if config.device != options["device"].default:
+        words.append(f"--device {config.device}")
+    if is_quantised(config.base_precision):
+        words.append(f"--base-precision {config.base_precision}")
+    if config.low_vram:
+        words.append("--low-vram")
+    if spec.given_frames:
+        words.append("--image FIRST-FRAME")
+    if len(spec.given_frames) > 1:
+        words.append("--last-image LAST-FRAME")
+    return " ".join([*words, "--prompt TEXT"])
