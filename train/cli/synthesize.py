@@ -9,8 +9,8 @@ def synthesize(config: SynthesizeConfig, _: typer.Context) -> None:
     r"""Make the clips, and say what the cache holds and what comes next.
 
     Examples:
-        # 100 clips of Wan2.2-I2V-A14B from the conditions in shards/, with states
-        # of a 4-step student; first what it would cost
+        # 100 clips of Wan2.2-I2V-A14B from the conditions in shards/, with the
+        # states of a 4-step student; first what it would cost
         wantrain synthesize --count 100 --states "1000 750 500 250" --dry-run
         wantrain synthesize --count 100 --states "1000 750 500 250"
 
@@ -18,9 +18,9 @@ def synthesize(config: SynthesizeConfig, _: typer.Context) -> None:
         wantrain synthesize --num-processes 8 --batch-size 4
 
         # states of a trained high-noise student, where its low-noise one takes over
-        wantrain synthesize --output shards-handover --guidance 1 \
-            --step-list "1000 750 500 250" \
-            --high-lora output_dir_high/lora-high-diffusers.safetensors
+        wantrain synthesize --step-list "1000 750 500 250" --guidance 1 \
+            --high-lora output_dir_high/lora-high-diffusers.safetensors \
+            --output shards-handover
 
         # the bundled toy model on its shards of `wanprep encode`, seconds on a CPU
         wantrain synthesize --model toy --shards toy-shards --output toy-own \

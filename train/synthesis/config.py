@@ -41,7 +41,7 @@ class SynthesizeConfig(WithRank):
 
     PANELS: ClassVar[Sequence[str]] = (INPUT, SAMPLER, OUTPUT, DEVICE, PROCESSES)
 
-    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that makes the clips: a diffusers or Wan folder, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)] = DEFAULT_MODEL
+    model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that the clips are of: a diffusers or Wan folder, a hub id, or a bundled toy (toy or toy-i2v).", rich_help_panel=INPUT)] = DEFAULT_MODEL
     transformer_path: Annotated[Path | None, typer.Option(metavar="PATH", help="Custom weights for the low-noise expert, or for MODEL's only transformer, as in `wantrain distill`.", show_default="MODEL's", rich_help_panel=INPUT)] = None
     transformer_high_path: Annotated[Path | None, typer.Option(metavar="PATH", help="The same for the high-noise expert.", show_default="MODEL's", rich_help_panel=INPUT)] = None
     low_lora: Annotated[list[str] | None, typer.Option(metavar="FILE[:X]", help="LoRA to merge into the low-noise expert, or the only transformer, at strength X (1 if omitted). Can be given several times.", show_default="none", rich_help_panel=INPUT)] = None
@@ -59,18 +59,18 @@ class SynthesizeConfig(WithRank):
     guidance: Annotated[float, typer.Option("--guidance", "--guidance-scale", metavar="X", help="CFG scale, with the cached negative prompt; 0 or 1 is no guidance.", rich_help_panel=SAMPLER), NOT_NEGATIVE] = GUIDANCE
     flow_shift: Annotated[float | None, typer.Option(metavar="X", help="Shift s of the noise schedule: a level u becomes sigma = s*u / (1 + (s-1)*u).", show_default="12 for Wan 2.2 A14B t2v, else 5", rich_help_panel=SAMPLER), POSITIVE] = None
     states: Annotated[str | None, typer.Option(metavar="LIST", help="A student's steps, as timesteps before the shift, e.g. \"1000 750 500 250\": they join the sampler's steps, and its states there are stored, too.", show_default="none", rich_help_panel=SAMPLER)] = None
-    student_shift: Annotated[float | None, typer.Option(metavar="X", help="Shift of --states.", show_default="--flow-shift", rich_help_panel=SAMPLER), POSITIVE] = None
+    student_shift: Annotated[float | None, typer.Option(metavar="X", help="Shift of --states.", show_default="the sampler's", rich_help_panel=SAMPLER), POSITIVE] = None
     step_list: Annotated[str | None, typer.Option(metavar="LIST", help="Sample as a student with these steps in place of --steps, and store its states there; for --high-lora and --low-lora of students, with --guidance 1.", show_default="none", rich_help_panel=SAMPLER)] = None
     pairing: Annotated[Pairing | None, typer.Option(help="How --step-list goes from one step to the next: with fresh noise, or along the velocity.", show_default="renoise", rich_help_panel=SAMPLER)] = None
 
-    output: Annotated[str, typer.Option(metavar="DIR|URL", help="Folder of the new shards; clips that are in it already are not made again.", rich_help_panel=OUTPUT)] = "shards-synthesized"
+    output: Annotated[str, typer.Option(metavar="DIR|URL", help="Folder of the new shards; clips that are in it already are not made again.", rich_help_panel=OUTPUT)] = "synthesized"
     shard_size_mb: Annotated[int, typer.Option(metavar="MB", help="Size, in megabytes, at which a shard is closed and the next one started.", rich_help_panel=OUTPUT), AT_LEAST_1] = 256
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be made, its cost in transformer passes, memory and disk space, then stop.", show_default="off", rich_help_panel=OUTPUT)] = False
 
     train_batch_size: Annotated[int, typer.Option("--batch-size", "--train-batch-size", metavar="N", help="Clips of one size that are sampled together.", rich_help_panel=DEVICE), AT_LEAST_1] = 1
     batched_guidance: Annotated[bool, typer.Option("--batched-guidance", help="Compute with and without caption in one batched pass, for twice the memory of its work.", show_default="off", rich_help_panel=DEVICE)] = False
     mixed_precision: Annotated[Precision, typer.Option(help="Model and compute in bf16, or all in fp32.", rich_help_panel=DEVICE)] = "bf16"
-    base_precision: Annotated[QuantisedPrecision | None, typer.Option(help="Store the linear layers of the transformers' blocks in 8 or 4 bits, as in `wantrain distill`.", show_default="as --mixed-precision", rich_help_panel=DEVICE)] = None
+    base_precision: Annotated[QuantisedPrecision | None, typer.Option(help="Store the linear layers of the transformers' blocks in 8 or 4 bits, as in `wantrain distill`.", show_default="not quantised", rich_help_panel=DEVICE)] = None
     low_vram: Annotated[bool, typer.Option("--low-vram", help="Keep the transformer's blocks in CPU memory and copy each to the GPU while the one before it computes.", show_default="off", rich_help_panel=DEVICE)] = False
     blocks_to_swap: Annotated[int | None, typer.Option(metavar="N", help="Like --low-vram for N of the blocks, spread evenly; the others stay on the GPU.", show_default="none; with --low-vram all", rich_help_panel=DEVICE)] = None
     attention_backend: Annotated[str, typer.Option(metavar="NAME", envvar="DIFFUSERS_ATTN_BACKEND", help="Attention backend, by diffusers' names, as in `wantrain distill`.", rich_help_panel=DEVICE)] = "native"
