@@ -51,13 +51,13 @@ def add_condition(config: ConditionConfig, _: typer.Context) -> None:
         wanprep add-condition --model Wan-AI/Wan2.2-I2V-A14B-Diffusers
         wantrain distill --model Wan-AI/Wan2.2-I2V-A14B-Diffusers
 
+        # first and last frames, also for i2v shards
+        wanprep add-condition --train-mode flf2v
+        wantrain distill --train-mode flf2v
+
         # the shards of the bundled toy model
         wanprep add-condition --model toy-i2v --train-data-dir toy-clips \
             --shards toy-shards
-
-        # first and last frames, for shards that were encoded without the last
-        wanprep add-condition --train-mode flf2v
-        wantrain distill --train-mode flf2v
     """
     from rich.console import Console
 

@@ -105,7 +105,7 @@ def with_captions(index: CacheIndex, name: str) -> CacheIndex:
     )
 
 
-def with_conditions(index: CacheIndex, model: str, wanted: str) -> CacheIndex:
+def with_conditions(index: CacheIndex, model: str, wanted: str = "i2v") -> CacheIndex:
     """The cache with the conditions that were added to it, for a run that takes `wanted`, the mode
     of a cache that would have them itself.
 
