@@ -149,7 +149,7 @@ class DecodeConfig:
 class WorkflowConfig:
     """Write a ComfyUI workflow for LoRAs.
 
-    Runs leave one beside their LoRA; this writes it for files with other names, for the two LoRAs of plain experts together, or for older ones. It loads the published base, holds sampler, steps, shift and noise levels of the training, and makes a clip of the training's size. Two files: workflow-comfyui.json is opened in ComfyUI, workflow-comfyui-api.json is for its server.
+    Runs leave one beside their LoRA; this writes it for files with other names, for the two LoRAs of plain experts together, or for older ones. It loads the published base, holds sampler, steps, shift and noise levels of the training, and makes a clip of the training's size. There are two files, one to open in ComfyUI and one for its server (api).
 
     Next: docs/use-your-lora.md
     """
