@@ -58,6 +58,8 @@ from toy_students import (
     sliced_wasserstein,
 )
 
+from train.functional.schedule import Schedule
+
 FEW_STEPS = (1000.0, 750.0, 500.0, 250.0)
 RANK, ALPHA = 32, 32
 # The toy's own recipe: it is small, so it takes large steps on large batches.
@@ -85,6 +87,11 @@ class Arm:
 
     expert: str
     flags: tuple[str, ...] = ()
+
+    @property
+    def euler(self) -> bool:
+        """Whether its student is sampled by Euler steps."""
+        return "euler" in self.flags or "regression" in self.flags
 
     @property
     def decays(self) -> bool:
@@ -385,7 +392,7 @@ class Bench:
     def student(
         self, seed: int, *, arms: tuple[Arm, ...], updates: int, weights: str = "generator_weights"
     ) -> Draw:
-        renoise = not any(EULER[1] in arm.flags for arm in arms)
+        renoise = not any(arm.euler for arm in arms)
         sampler = Sampler(indices=FEW_STEPS, shift=self.experiment.shift, renoise=renoise)
         loras = tuple(
             (
@@ -401,7 +408,7 @@ class Bench:
     def rows(self) -> dict[str, Callable[[int], Draw]]:
         """Label → the draw of a seed."""
         one = self.experiment
-        euler = {name: EULER[1] in arms[0].flags for name, arms in one.students.items()}
+        euler = {name: arms[0].euler for name, arms in one.students.items()}
         suffixes = {False: "", True: " (Euler)"}
         rows: dict[str, Callable[[int], Draw]] = {
             f"a  teacher, {one.teacher_steps} steps, CFG {one.guidance:g}": self.many_steps
@@ -487,11 +494,40 @@ def markdown(table: dict[str, dict[str, list[float]]]) -> str:
     return "\n".join(lines)
 
 
+def passes(experiment: Experiment, arm: Arm, boundary: float, updates: int) -> float:
+    """Transformer passes of single clips that a run takes, a backward pass counted as two.
+
+    A rollout ends at each of the expert's steps equally often, and only its last pass has a
+    gradient. Five critic updates to one of the generator, whose teacher is guided.
+    """
+    if "regression" in arm.flags:
+        batch = int(arm.flags[arm.flags.index("--train-batch-size") + 1])
+        return updates * batch * 3
+    schedule = Schedule(indices=FEW_STEPS, shift=experiment.shift, boundary=boundary)
+    steps = len(FEW_STEPS) if "seed" in arm.flags else len(schedule.owned_steps(arm.expert))
+    rollout = (steps + 1) / 2
+    critic, generator = rollout + 3, rollout + 2 + 1 + 2
+    return updates * experiment.batch * (5 * critic + generator)
+
+
 def cost(bench: Bench) -> str:
-    """Minutes of all runs, as they were noted when they were made."""
-    noted = [Path(run.folder) / "seconds.json" for run in bench.trainings()]
-    seconds = [json.loads(file.read_text()) for file in noted if file.exists()]
-    return f"{len(seconds)} runs, {sum(seconds) / 60:.0f} minutes of one core"
+    """Of all runs of the table: passes, and minutes as they were noted when they were made."""
+    one, boundary = bench.experiment, ToyBench(bench.experiment.model, 1).boundary
+    runs = {
+        bench.training(arm, seed, updates): (arm, updates if arm.decays else max(one.updates))
+        for arms in one.students.values()
+        for arm in arms
+        for updates in one.updates
+        for seed in bench.seeds
+    }
+    taken = sum(passes(one, arm, boundary, length) for arm, length in runs.values())
+    noted = [Path(run.folder) / "seconds.json" for run in runs]
+    seconds = sum(json.loads(file.read_text()) for file in noted if file.exists())
+    made = TEACHER_CLIPS * (2 * one.teacher_steps + 6) if bench.preparations() else 0
+    return (
+        f"{len(runs)} runs: {taken / 1000:.0f} thousand clip-passes, {seconds / 60:.0f} minutes of "
+        f"one core; the teacher's clips: {made / 1000:.0f} thousand"
+    )
 
 
 def main() -> None:

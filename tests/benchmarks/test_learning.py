@@ -26,9 +26,11 @@ from learning import (  # noqa: E402
     DECAY,
     EXPERIMENTS,
     METRICS,
+    REGRESSION,
     Arm,
     Bench,
     markdown,
+    passes,
     quick,
 )
 from toy_students import (  # noqa: E402
@@ -195,6 +197,19 @@ def test_what_an_arm_asks_for_is_made_before_it(tmp_path: Path) -> None:
     students = {"DMD": EXPERIMENTS["recipes"].students["DMD"]}
     bench.experiment = replace(bench.experiment, students=students)
     assert bench.preparations() == []
+
+
+def test_passes_are_those_of_the_loop() -> None:
+    """Counted update by update; at shift 12 high owns three steps, low the last."""
+    recipes = EXPERIMENTS["recipes"]
+    for expert, ends in (("low", [1]), ("high", [1, 2, 3])):
+        # a critic's pass with its backward is 3; a generator's backward 2, its scores 1 and 2
+        of_critic = sum(end + 3 for end in ends) / len(ends)
+        of_generator = sum(end + 2 + 1 + 2 for end in ends) / len(ends)
+        counted = 7 * recipes.batch * (5 * of_critic + of_generator)
+        assert passes(recipes, Arm(expert=expert), 0.875, 7) == counted
+    regression = Arm(expert="low", flags=REGRESSION)
+    assert passes(recipes, regression, 0.875, 7) == 7 * 32 * 3
 
 
 def test_the_table_shows_means_with_their_errors() -> None:
