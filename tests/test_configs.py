@@ -60,6 +60,8 @@ def test_it_fits_the_memory_that_it_names(file: Path, capsys: pytest.CaptureFixt
     for name in options:
         assert getattr(config, name) == tables["distill"][name] == tables["lora"][name]
 
+    if file.stem != "24gb":  # the tightest
+        return
     clips = tables["encode"]
     multiple = 32 if file.parent.name == "wan2.2-ti2v-5b" else 16
     sizes = (scaled_size(base, clips["size"], multiple) for base in BASE_BUCKETS)

@@ -26,7 +26,8 @@ RESUME = ("--resume-from-checkpoint", "latest")
 # Handed over and averaged: what one expert has of its own, and what both have.
 RUN = (
     "--max-train-steps", "2", "--match", "handover", "--pairing", "euler", "--ema-decay", "0.5",
-    "--ema-start", "0", "--report-to", "csv", "--checkpointing-steps", "1",
+    "--ema-start", "0", "--gen-update-interval", "1", "--report-to", "csv",
+    "--checkpointing-steps", "1",
 )  # fmt: skip
 OF_HIGH = ("--match", "handover")
 WORKFLOWS = ("workflow-comfyui.json", "workflow-comfyui-api.json")
