@@ -32,6 +32,7 @@ _PROMPT = {
     "t2v": "Describe the clip, as the captions of the training do.",
     "i2v": "Describe what happens, as the captions of the training do.",
     "ti2v": "Describe the clip, as the captions of the training do.",
+    "flf2v": "Describe what happens, as the captions of the training do.",
 }
 _FRAMES_PER_SECOND = {"ti2v": 24}
 
@@ -50,6 +51,13 @@ NODES = {
     "WanImageToVideo": (
         "positive:CONDITIONING negative:CONDITIONING vae:VAE "
         "clip_vision_output:CLIP_VISION_OUTPUT start_image:IMAGE",
+        "width height length batch_size",
+        "positive:CONDITIONING negative:CONDITIONING latent:LATENT",
+    ),
+    "WanFirstLastFrameToVideo": (
+        "positive:CONDITIONING negative:CONDITIONING vae:VAE "
+        "clip_vision_start_image:CLIP_VISION_OUTPUT clip_vision_end_image:CLIP_VISION_OUTPUT "
+        "start_image:IMAGE end_image:IMAGE",
         "width height length batch_size",
         "positive:CONDITIONING negative:CONDITIONING latent:LATENT",
     ),
@@ -202,13 +210,22 @@ def _clip(graph: _Graph, provenance: Provenance) -> _Clip:
     if mode == "ti2v":
         latent = graph.add("Wan22ImageToVideoLatent", "Size and frames", **inputs)
         return _Clip(positive=positive, negative=negative, latent=latent, vae=vae)
+    seen = {"clip_vision_output": image}
+    kind = "WanImageToVideo"
+    if mode == "flf2v":
+        kind = "WanFirstLastFrameToVideo"
+        inputs["end_image"] = graph.add(
+            "LoadImage", "Last frame", image="example.png", upload="image"
+        )
+        seen = {"clip_vision_start_image": image, "clip_vision_end_image": inputs["end_image"]}
     if provenance.boundary is None:  # Wan 2.1
         encoder = graph.add("CLIPVisionLoader", clip_name=CLIP_VISION)
-        inputs["clip_vision_output"] = graph.add(
-            "CLIPVisionEncode", clip_vision=encoder, image=image, crop="center"
-        )
+        for name, frame in seen.items():
+            inputs[name] = graph.add(
+                "CLIPVisionEncode", clip_vision=encoder, image=frame, crop="center"
+            )
     inputs |= {"positive": positive, "negative": negative}
-    both = graph.add("WanImageToVideo", "Size and frames", **inputs).node
+    both = graph.add(kind, "Size and frames", **inputs).node
     return _Clip(
         positive=_Output(both), negative=_Output(both, 1), latent=_Output(both, 2), vae=vae
     )
@@ -301,7 +318,10 @@ def _shape(provenance: Provenance) -> dict[str, int]:
 
 def _transformers(provenance: Provenance, width: int) -> tuple[str, ...]:
     """ComfyUI's files of the base, the high-noise expert's first."""
-    kind = (provenance.mode, provenance.boundary is not None, width)
+    two = provenance.boundary is not None
+    # Wan 2.2's experts for a first frame take a last one, too.
+    mode = "i2v" if provenance.mode == "flf2v" and two else provenance.mode
+    kind = (mode, two, width)
     large = max(_shape(provenance)[side] for side in ("width", "height")) > 1000
     fitting = [
         model.comfyui

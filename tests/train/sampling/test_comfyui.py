@@ -94,6 +94,13 @@ CASES: dict[str, tuple[dict[str, Any], int, str, int]] = {
         "wan2.1_i2v_720p_14B_fp16",
         4,
     ),
+    "2.1 first and last frame": (ONE | {"mode": "flf2v"}, 5120, "wan2.1_flf2v_720p_14B_fp16", 4),
+    "A14B first and last frame": (
+        {"mode": "flf2v"},
+        5120,
+        "wan2.2_i2v_high_noise_14B_fp8_scaled",
+        2,
+    ),
     "a plain LoRA": (PLAIN, 5120, "wan2.2_i2v_high_noise_14B_fp8_scaled", 15),
     "an own model": (T2V, 128, "transformer", 3),
 }
@@ -228,6 +235,12 @@ def test_the_clip_is_the_training_s(tmp_path: Path) -> None:
     _, api = written(tmp_path, provenance(**ONE), 5120)
     (latent,) = of_kind(api, "WanImageToVideo")
     assert api[latent["clip_vision_output"][0]]["inputs"]["crop"] == "center"
+    _, api = written(tmp_path, provenance(**ONE, mode="flf2v"), 5120)
+    (latent,) = of_kind(api, "WanFirstLastFrameToVideo")
+    start, end = (api[latent[name][0]]["inputs"]["image"] for name in (
+        "clip_vision_start_image", "clip_vision_end_image",
+    ))  # fmt: skip
+    assert [start, end] == [latent["start_image"], latent["end_image"]] and start != end
     ui, api = written(tmp_path, provenance(**ONE, mode="ti2v"), 3072)
     assert of_kind(api, "VAELoader") == [{"vae_name": "wan2.2_vae.safetensors"}]
     assert of_kind(api, "CreateVideo")[0]["fps"] == 24
