@@ -9,7 +9,7 @@ unsure without guidance and needs a CFG scale of 4 or so.
     python scripts/train_experts.py t2v base --steps 2400
     python scripts/train_experts.py t2v high --steps 600 --rate 0.3      # and low; then i2v
 
-Resumes from its own checkpoint. Weights go to shared/toy/experts-MODE as it goes.
+Resumes from its own checkpoint. Weights go to shared/toy as it goes.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ TRANSFORMER: Rules = (
     (r"condition_embedder\.image_embedder\.ff\.net\.0\.proj", "img_emb.proj.1"),
     (r"condition_embedder\.image_embedder\.ff\.net\.2", "img_emb.proj.3"),
     (r"condition_embedder\.image_embedder\.norm2", "img_emb.proj.4"),
+    (r"condition_embedder\.image_embedder\.pos_embed", "img_emb.emb_pos"),
     (r"^scale_shift_table", "head.modulation"),
     (r"^proj_out", "head.head"),
     (r"(?<=\d\.)scale_shift_table", "modulation"),

@@ -328,12 +328,12 @@ ROWS: dict[str, tuple[str, str]] = {
     ),
     "a typo in training": (
         DISTILL + "--ranc 4",
-        "Error: No such option: --ranc (Possible options: --rank)",
+        "Error: No such option: --ranc (Possible options: --guidance, --match, --rank)",
     ),
     "wrong expert": (
         DISTILL + "--boundary-type middle",
         "Error: Invalid value for '--boundary-type': Value error, 'middle' is not one of "
-        "'low', 'high', 'full'.",
+        "'low', 'high', 'full', 'both'.",
     ),
     "expert without steps": (
         DISTILL + "--denoising-step-indices-list 1000,900",
@@ -386,7 +386,8 @@ ROWS: dict[str, tuple[str, str]] = {
     "seed recipe from latents": (
         DISTILL + "--recipe seed --start latents",
         "error: --recipe: found seed with --start latents, but the seed's recipe starts from "
-        "noise and ends its score levels at the boundary. Leave out one of the two.",
+        "noise, trains all steps, draws its score levels from the expert's whole interval, "
+        "matches clips and has one guidance scale. Leave out one of the two.",
     ),
     "no such checkpoint": (
         DISTILL + "--resume-from-checkpoint {nowhere}",

@@ -15,7 +15,7 @@ SIZE = ("--size", "64", "--video-sample-n-frames", "9", "--video-sample-stride",
 LABELS = (
     *("dataset", "model", "probing", "samples", "encoding", "time", "preview", "next:", "cluster"),
     *("actor", "data", "levels", "length", "lora", "saved", "LoRA", "spread", "clip", "sample"),
-    *("sheet", "note", "teacher", "student", "steps", "kernel", "found", "waiting"),
+    *("sheet", "note", "teacher", "student", "steps", "kernel", "found", "waiting", "ComfyUI"),
 )
 
 

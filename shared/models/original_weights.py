@@ -111,7 +111,9 @@ def _transformer(state: dict[str, str]) -> dict[str, str]:
     begin = tuple(family.names_begin for family in FAMILIES)
     if any(name.startswith(begin) for name in state):
         return state  # diffusers' own names, which the conversion would garble
-    return dict(convert_wan_transformer_to_diffusers(state))
+    # Of FLF2V; the conversion leaves it as it is.
+    rules = ((r"img_emb\.emb_pos", "condition_embedder.image_embedder.pos_embed"),)
+    return _renamed(dict(convert_wan_transformer_to_diffusers(state)), rules)
 
 
 _RESIDUAL = {"0": "norm1", "2": "conv1", "3": "norm2", "6": "conv2"}

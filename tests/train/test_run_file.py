@@ -34,7 +34,10 @@ def test_a_written_file_gives_the_same_configuration(tmp_path: Path) -> None:
     assert vars(found) == vars(asked)
     text = path.read_text()
     assert "\n# LoRA rank.\nrank = 8\n" in text
-    assert "\n# default: 12 for Wan 2.2 A14B t2v, else 5\n# flow_shift =\n" in text
+    assert (
+        "\n# default: 12 for Wan 2.2 A14B t2v, 16 for Wan 2.1 FLF2V, else 5\n# flow_shift =\n"
+        in text
+    )
 
 
 def test_flags_win_and_lists_are_not_added_up(

@@ -41,7 +41,7 @@ def plan(config: PlanConfig, _: typer.Context) -> None:
         rank=config.rank,
         target_name=names(config.target_name),
         lora_skip_name=names(config.lora_skip_name),
-        roles={"distill": 2, "lora": 1, "synthesize": 0}[config.method],
+        roles={"distill": 2, "regression": 1, "lora": 1, "synthesize": 0}[config.method],
         average=config.ema_decay > 0,
         processes=config.num_processes,
         memory=replace(config, strategy=strategy_for(config.num_processes, config.strategy)),

@@ -97,7 +97,7 @@ def test_records_in_every_form(tmp_path: Path, spec: ModelSpec, name: str, text:
     ("name", "text", "said"),
     [
         ("p.txt", "# nothing\n", "has no prompts, only comments"),
-        ("p.txt", "a cat --x 3\n", "p.txt line 1: found --x, expected --w, --h, --f or --i"),
+        ("p.txt", "a cat --x 3\n", "p.txt line 1: found --x, expected --w, --h, --f, --i or --ei"),
         ("p.txt", "a cat --w 30 --h 32\n", "width is 30, expected a multiple of 16, e.g. 32"),
         ("p.txt", "a cat --f 6\n", "frames is 6, expected 4n+1, e.g. 5"),
         ("p.txt", "a cat --w 32\n", "one of height and width, expected both or none"),
@@ -183,16 +183,16 @@ def test_a_picture_is_encoded_as_the_pipeline_does(
     model = request.getfixturevalue(f"tiny_{kind.replace('-', '_')}")
     shards, both = tmp_path / "shards", kind == "wan21-flf2v"
     prompt = {"prompt": "a face", "image": "face.png"}
-    if both:
-        ran = encode(data, model, shards, write(tmp_path, "one.jsonl", json.dumps(prompt)))
-        assert "has no last image" in ran.err
-        prompt["last_image"] = "end.png"
-    path = write(tmp_path, "p.jsonl", json.dumps(prompt))
     with Image.open(data / "0-0.png") as image:
         picture = image.convert("RGB").crop((0, 0, 280, 200))
     picture.save(tmp_path / "face.png")
     end = picture.rotate(180)
     end.save(tmp_path / "end.png")
+    if both:
+        ran = encode(data, model, shards, write(tmp_path, "one.jsonl", json.dumps(prompt)))
+        assert "has no last image" in ran.err
+        prompt["last_image"] = "end.png"
+    path = write(tmp_path, "p.jsonl", json.dumps(prompt))
     ran = encode(data, model, shards, path)
     assert ran.code == 0, ran
     (found,) = listed(shards)

@@ -318,7 +318,7 @@ def test_conditions_of_another_vae_or_model_are_refused(
     ran = wanprep(
         *("add-condition", "--shards", i2v, "--train-data-dir", data, "--model", tiny_i2v),
     )
-    assert ran.code == 1 and "was encoded for i2v; only a t2v cache can" in ran.err
+    assert ran.code == 1 and "was encoded for i2v; only a t2v or flf2v" in ran.err
     ran = encode(tiny_i2v, data, shards)
     assert ran.code == 1
     assert "mode: shards have 't2v', expected 'i2v'" in ran.err

@@ -164,14 +164,14 @@ def test_one_that_can_not_notice_the_end_of_another_ends_too(tmp_path: Path) -> 
 # `wantrain`, whose second process fails in its second update, while the first waits for it.
 FAULT = """
 import os, sys
-import train.methods.flow_matching as it
-real, calls = it.flow_matching_loss, []
+import train.methods.dmd as it
+real, calls = it.regression_loss, []
 def struck(*arguments):
     calls.append(1)
     if os.environ.get("RANK") == "1" and len(calls) == 2:
         raise RuntimeError("injected")
     return real(*arguments)
-it.flow_matching_loss = struck
+it.regression_loss = struck
 from train.cli.app import main
 main()
 """

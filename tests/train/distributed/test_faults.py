@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 
 import train.methods.dmd
-import train.methods.flow_matching
 import train.saving.checkpoint
 from shared.errors import UserError
 from tests.train.methods.test_updates import config_of
@@ -32,7 +31,7 @@ RUN = (
 RESUME = ("--resume-from-checkpoint", "latest")
 Loss = Callable[..., torch.Tensor]
 # Loss → the module that calls it.
-LOSSES = {"flow_matching_loss": train.methods.flow_matching, "dmd_loss": train.methods.dmd}
+LOSSES = {"regression_loss": train.methods.dmd, "dmd_loss": train.methods.dmd}
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +84,10 @@ def _finite_loss_with_infinite_norm(loss: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "call", "update", "left", "fault"),
     [
-        ("flow_matching_loss", 5, 4, "checkpoint-1", _nan),  # first micro-step of its update
-        ("flow_matching_loss", 8, 5, "checkpoint-1+1", _infinite),  # second one
-        ("flow_matching_loss", 8, 5, "checkpoint-1+1", _finite_loss_with_nan_gradient),
-        ("flow_matching_loss", 7, 5, "checkpoint-1+1", _finite_loss_with_infinite_norm),
+        ("regression_loss", 5, 4, "checkpoint-1", _nan),  # first micro-step of its update
+        ("regression_loss", 8, 5, "checkpoint-1+1", _infinite),  # second one
+        ("regression_loss", 8, 5, "checkpoint-1+1", _finite_loss_with_nan_gradient),
+        ("regression_loss", 7, 5, "checkpoint-1+1", _finite_loss_with_infinite_norm),
         ("dmd_loss", 4, 6, "checkpoint-1+2", _finite_loss_with_infinite_norm),
         ("dmd_loss", 4, 6, "checkpoint-1+2", _nan),
         ("dmd_loss", 3, 6, "checkpoint-1+2", _finite_loss_with_nan_gradient),
@@ -99,7 +98,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(
     update: int, left: str, fault: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:  # fmt: skip
     out = tmp_path / "out"
-    role = "critic" if name == "flow_matching_loss" else "generator"
+    role = "critic" if name == "regression_loss" else "generator"
     with pytest.MonkeyPatch.context() as patch:
         strike(patch, name, call, fault)
         with pytest.raises(UserError, match=rf"before update {update} touched.*: {role} ") as said:
@@ -117,7 +116,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(
 def test_a_bad_first_update_leaves_nothing_to_mistake_for_a_result(
     tiny_t2v: Path, t2v_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    strike(monkeypatch, "flow_matching_loss", 1, _nan)
+    strike(monkeypatch, "regression_loss", 1, _nan)
     with pytest.raises(UserError, match="before update 1 touched the weights: critic loss nan"):
         distill(tiny_t2v, t2v_shards, tmp_path / "out", *RUN)
     assert not list_checkpoints(tmp_path / "out") and not final_bytes(tmp_path / "out")
@@ -129,7 +128,7 @@ def _raise(loss: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("name", "call", "left"),
-    [("flow_matching_loss", 6, "checkpoint-1"), ("flow_matching_loss", 7, "checkpoint-1+1"),
+    [("regression_loss", 6, "checkpoint-1"), ("regression_loss", 7, "checkpoint-1+1"),
      ("dmd_loss", 4, "checkpoint-1+2"), ("dmd_loss", 1, "checkpoint-0+2")],
 )  # fmt: skip
 def test_any_other_failure_keeps_the_last_whole_update(
@@ -151,7 +150,7 @@ def test_a_full_gpu_says_what_would_fit(
     def full(loss: torch.Tensor) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    strike(monkeypatch, "flow_matching_loss", 6, full)
+    strike(monkeypatch, "regression_loss", 6, full)
     with pytest.raises(UserError) as said:
         distill(tiny_t2v, t2v_shards, tmp_path / "out", *RUN)
     message = str(said.value)
@@ -162,17 +161,17 @@ def test_a_full_gpu_says_what_would_fit(
 
 
 FAILING = """
-import sys, train.methods.flow_matching
+import sys, train.methods.dmd
 from train.cli.app import main
 calls = 0
-def flow_matching_loss(*_):
+def regression_loss(*_):
     global calls
     calls += 1
     if calls == 2:
         raise RuntimeError("injected")
     return real(*_)
-real = train.methods.flow_matching.flow_matching_loss
-train.methods.flow_matching.flow_matching_loss = flow_matching_loss
+real = train.methods.dmd.regression_loss
+train.methods.dmd.regression_loss = regression_loss
 main()
 """
 
@@ -209,7 +208,7 @@ def test_a_second_signal_does_not_lose_the_final_save(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.saving.checkpoint, "fsync_file", kick)
-        strike(patch, "flow_matching_loss", 7, stop)
+        strike(patch, "regression_loss", 7, stop)
         with pytest.raises(SystemExit) as ended:
             wantrain(arguments(tiny_t2v, t2v_shards, out, *RUN), standalone_mode=False)
     assert seen >= 5

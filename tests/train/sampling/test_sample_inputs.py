@@ -171,7 +171,7 @@ def test_a_field_of_a_later_version_is_passed_over(
     assert read_provenance(path) == provenance("high", "t2v")
 
 
-@pytest.mark.parametrize("field", sorted(provenance("high", "t2v").__dict__))
+@pytest.mark.parametrize("field", sorted(provenance("high", "t2v").__dict__.keys() - {"gauges"}))
 def test_a_missing_field_is_named(tiny_t2v: Path, tmp_path: Path, field: str) -> None:
     def without(told: dict[str, Any]) -> str:
         del told[field]

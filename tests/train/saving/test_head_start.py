@@ -96,5 +96,5 @@ def test_progress_begins_with_the_first_cycle() -> None:
             2, 3, console, head_start=4, title="distill", start=start, device=torch.device("cpu")
         )
         assert progress.tasks[0].completed == shown
-        progress.step("critic", 1.0, start, seconds=1.0, samples=1, peak=0)
+        progress.step("critic", 1.0, start, {}, seconds=1.0, samples=1, peak=0)
         assert progress.tasks[0].completed == pytest.approx(max(0, start - 4) / 3)

@@ -130,7 +130,7 @@ def reference(
             mask[:, :, 0] = 0
             given = (seen[0], first, mask)
         else:
-            given = (seen[0], with_mask(source["cond"][None].float(), 4))
+            given = (seen[0], with_mask(source["cond"][None].float(), 4, (0,)))
         pipeline.prepare_latents = lambda *_, **__: given
         if "clip" in source:  # beside an image, which it would take for one too many
             more["image_embeds"], pipeline.check_inputs = source["clip"][None], lambda *_: None
@@ -283,7 +283,7 @@ def test_a_students_own_sampler_with_its_lora(
     assert len(made) == 2
     for sample in made.values():
         key = sample["json"]["source"].rpartition("#")[2].split("/")[0]
-        cond = with_mask(sources[key]["cond"][None], 4)
+        cond = with_mask(sources[key]["cond"][None], 4, (0,))
         text, states = pad_text(sample["text"], 512)[None], sample["states"]
         following = [*states[1:], sample["latents"]]
         for place, (sigma, x_t, then) in enumerate(zip(sigmas, states, following, strict=True)):
