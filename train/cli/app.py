@@ -40,9 +40,9 @@ app = new_app(
 
 add_config_command(app, DistillConfig, distill, cls=VideoXFunCommand)
 add_config_command(app, FinetuneConfig, lora, cls=VideoXFunCommand)
-add_config_command(app, CalibrateConfig, calibrate)
 add_config_command(app, SampleConfig, sample)
 add_config_command(app, SynthesizeConfig, synthesize)
+add_config_command(app, CalibrateConfig, calibrate)
 add_config_command(app, DecodeConfig, decode)
 add_config_command(app, EvaluateConfig, evaluate)
 add_command(app, export)

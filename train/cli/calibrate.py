@@ -15,8 +15,8 @@ def calibrate(config: CalibrateConfig, _: typer.Context) -> None:
         wantrain distill --boundary-type high --guidance guidance.json
 
         # the bundled toy model: the cost, then the measurement, a minute on a CPU
-        wantrain calibrate --model toy --shards toy-clips --dry-run
-        wantrain calibrate --model toy --shards toy-clips --batch-size 5
+        wantrain calibrate --model toy --shards toy-own --dry-run
+        wantrain calibrate --model toy --shards toy-own --batch-size 5
     """
     from rich.console import Console
 
