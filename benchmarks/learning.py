@@ -293,7 +293,8 @@ class Bench:
     def __init__(self, experiment: Experiment, seeds: int, work: Path) -> None:
         self.experiment, self.seeds, self.work = experiment, range(seeds), work
         self.shards = make_shards(experiment.model, experiment.clips, work)
-        self.weights = ToyBench(experiment.model, 1).folder.name  # carries a digest
+        toy = ToyBench(experiment.model, 1)
+        self.weights, self.boundary = toy.folder.name, toy.boundary  # the name carries a digest
 
     @property
     def teacher_shards(self) -> Path:
@@ -512,7 +513,7 @@ def passes(experiment: Experiment, arm: Arm, boundary: float, updates: int) -> f
 
 def cost(bench: Bench) -> str:
     """Of all runs of the table: passes, and minutes as they were noted when they were made."""
-    one, boundary = bench.experiment, ToyBench(bench.experiment.model, 1).boundary
+    one = bench.experiment
     runs = {
         bench.training(arm, seed, updates): (arm, updates if arm.decays else max(one.updates))
         for arms in one.students.values()
@@ -520,7 +521,7 @@ def cost(bench: Bench) -> str:
         for updates in one.updates
         for seed in bench.seeds
     }
-    taken = sum(passes(one, arm, boundary, length) for arm, length in runs.values())
+    taken = sum(passes(one, arm, bench.boundary, length) for arm, length in runs.values())
     noted = [Path(run.folder) / "seconds.json" for run in runs]
     seconds = sum(json.loads(file.read_text()) for file in noted if file.exists())
     made = TEACHER_CLIPS * (2 * one.teacher_steps + 6) if bench.preparations() else 0

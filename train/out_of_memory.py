@@ -13,14 +13,18 @@ from train.saving.checkpoint import list_checkpoints
 _GIB = 2**30
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device has no memory left; cuBLAS and NCCL have errors of their own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
 @contextmanager
 def explained(run: Run) -> Iterator[None]:
     """A block whose lack of memory on the device becomes a UserError that says what to change."""
     try:
         yield
-    except RuntimeError as error:  # cuBLAS and NCCL have errors of their own for it
-        full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
-        if not full:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
         raise UserError(
             f"--device: {run.device} is out of memory{_used(run.device)} "

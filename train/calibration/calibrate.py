@@ -22,7 +22,6 @@ from train.calibration.config import CalibrateConfig
 from train.calibration.fit import Fit, Sums, fit
 from train.calibration.measure import inner_products
 from train.calibration.plot import plot
-from train.data.batch_plan import BatchPlan
 from train.data.batches import MicroBatches, load_prompt_bank
 from train.data.dataset import Dataset
 from train.functional.rng import counted_rng
@@ -157,17 +156,7 @@ def calibrate_guidance(measurement: Measurement, console: Console) -> Calibratio
     take_device(str(device))
     roles = _teacher(measurement, device, say)
     bank = load_prompt_bank(data.first, measurement.spec.family)
-    batches = MicroBatches(
-        data,
-        BatchPlan(data.bucket_ids, np.ones(len(data), dtype=np.int64), 1, seed=config.seed),
-        measurement.spec,
-        empty_text=bank.empty,
-        caption_dropout=0.0,
-        frame_crop=False,
-        accumulation=1,
-        data_rank=0,
-        data_size=1,
-    )
+    batches = MicroBatches.of_whole_samples(data, measurement.spec, bank)
     negative = bank.negative.to(device)
     products = []
     for number, row in enumerate(track(measurement.rows, "calibrate", console=console)):

@@ -12,8 +12,8 @@ from train.config import InputOptions
 from train.data.weighted_folder import DEFAULT_SHARDS, WeightedFolder, shards_option
 from train.memory.options import (
     BlocksToSwap,
+    ForwardOnly,
     LowVram,
-    MemoryOptions,
     MixedPrecision,
     StoredPrecision,
 )
@@ -25,7 +25,7 @@ AT_LEAST_2 = Check(lambda n: n >= 2, "a whole number from 2")
 
 # fmt: off
 @dataclass(frozen=True, kw_only=True)
-class CalibrateConfig(InputOptions):
+class CalibrateConfig(InputOptions, ForwardOnly):
     """Measure the teacher's guidance by noise level.
 
     One CFG scale for all noise levels overshoots at high noise. On clips that the teacher itself made with CFG (`wantrain synthesize`), this finds for each level the scale with which the teacher denoises them best. Measures one expert; its entry is added to the file. Takes --levels x 2 transformer passes a clip.
@@ -54,13 +54,3 @@ class CalibrateConfig(InputOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.memory  # refuses what does not go together
-
-    @property
-    def memory(self) -> MemoryOptions:
-        return MemoryOptions(
-            strategy="single",
-            mixed_precision=self.mixed_precision,
-            base_precision=self.base_precision,
-            low_vram=self.low_vram,
-            blocks_to_swap=self.blocks_to_swap,
-        )

@@ -7,6 +7,7 @@ from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field, replace
 
+import numpy as np
 import torch
 
 from shared.device import take_device, to_device
@@ -274,6 +275,23 @@ class MicroBatches:
         batch = self.whole_samples([row], (number,), conditioned=[first_kept])
         reader, at = self._reader(row)
         return batch, str(reader.info(at)["caption"])
+
+    @classmethod
+    def of_whole_samples(
+        cls, dataset: Dataset, spec: ModelSpec, bank: PromptBank
+    ) -> "MicroBatches":
+        """For `whole_sample` and `whole_samples` alone, which no plan and no draw decides."""
+        return cls(
+            dataset,
+            BatchPlan(dataset.bucket_ids, np.ones(len(dataset), dtype=np.int64), 1, seed=0),
+            spec,
+            empty_text=bank.empty,
+            caption_dropout=0.0,
+            frame_crop=False,
+            accumulation=1,
+            data_rank=0,
+            data_size=1,
+        )
 
     def whole_samples(
         self, rows: list[int], numbers: tuple[int, ...], *, conditioned: list[bool]

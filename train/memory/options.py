@@ -148,3 +148,23 @@ class MemoryOptions:
                 "has."
             )
         return swapped_blocks(layers, number)
+
+
+class ForwardOnly:
+    """Of a command that trains nothing: how one transformer fits the device."""
+
+    mixed_precision: Precision
+    base_precision: BasePrecision | None
+    low_vram: bool
+    blocks_to_swap: int | None
+
+    @property
+    def memory(self) -> MemoryOptions:
+        """UserError for what excludes one another."""
+        return MemoryOptions(
+            strategy="single",
+            mixed_precision=self.mixed_precision,
+            base_precision=self.base_precision,
+            low_vram=self.low_vram,
+            blocks_to_swap=self.blocks_to_swap,
+        )

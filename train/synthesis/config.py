@@ -14,7 +14,7 @@ from shared.io.shard_cache import DEFAULT_SHARD_CACHE_GB
 from shared.models.family import TrainMode
 from shared.models.spec import DEFAULT_MODEL
 from train.data.weighted_folder import DEFAULT_SHARDS, WeightedFolder, shards_option
-from train.memory.options import MemoryOptions
+from train.memory.options import ForwardOnly
 from train.options import (
     DEVICE,
     INPUT,
@@ -31,7 +31,7 @@ STEPS, GUIDANCE = 40, 5.0
 
 # fmt: off
 @dataclass(frozen=True, kw_only=True)
-class SynthesizeConfig(WithRank):
+class SynthesizeConfig(WithRank, ForwardOnly):
     """Make shards of the base model's own clips.
 
     For captions and conditions in shards a clip is sampled from noise, with many steps and CFG, and stored as latents in the same format; no VAE or text encoder runs. With --states also the sampler's states at a student's timesteps. Interrupted and run again, it continues. Two experts are loaded one after the other.
@@ -101,14 +101,3 @@ class SynthesizeConfig(WithRank):
                     f"Leave it out, or add --{option} LIST."
                 )
         _ = self.memory  # refuses what excludes one another
-
-    @property
-    def memory(self) -> MemoryOptions:
-        """How one expert fits the device."""
-        return MemoryOptions(
-            strategy="single",
-            mixed_precision=self.mixed_precision,
-            base_precision=self.base_precision,
-            low_vram=self.low_vram,
-            blocks_to_swap=self.blocks_to_swap,
-        )

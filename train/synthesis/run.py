@@ -41,13 +41,13 @@ from shared.format.schema import (
 )
 from shared.io.store import Store
 from shared.models.spec import ModelSpec
-from train.data.batch_plan import BatchPlan
 from train.data.batches import MicroBatches, StoredBatch, load_prompt_bank
 from train.memory.estimate import Estimate
 from train.methods.flow_matching import with_clean_frames
 from train.model.base import Base
 from train.model.roles import Roles
 from train.options import Expert
+from train.out_of_memory import is_out_of_memory
 from train.run import open_data
 from train.synthesis.clips import Group, Source, described, info_of, plan_clips
 from train.synthesis.config import SynthesizeConfig
@@ -261,18 +261,7 @@ class _Run:
         self.handover = Handover(session.store.folder, job.fingerprint)
         bank = load_prompt_bank(job.source.index, job.spec.family)
         self._negative = bank.negative.to(self._device)
-        data = job.source.data
-        self._reader = MicroBatches(
-            data,
-            BatchPlan(bucket_ids=data.bucket_ids, repeats=data.shown(1)[0], batch_size=1, seed=0),
-            job.spec,
-            empty_text=bank.empty,
-            caption_dropout=0,
-            frame_crop=False,
-            accumulation=1,
-            data_rank=0,
-            data_size=1,
-        )
+        self._reader = MicroBatches.of_whole_samples(job.source.data, job.spec, bank)
 
     def copy_prompts(self) -> None:
         """The source's prompt bank, by the first rank, unless one is there."""
@@ -411,8 +400,8 @@ def _memory_explained(job: Job) -> Iterator[None]:
     """Say what can be done about a full GPU."""
     try:
         yield
-    except RuntimeError as error:  # cuBLAS has errors of its own for it
-        if not (isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)):
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
         raise UserError(
             f"--device: {job.device} is out of memory ({first_line(error).removesuffix('.')}). Use "
