@@ -15,8 +15,6 @@ Resumes from its own checkpoint. Weights go to shared/toy as it goes.
 from __future__ import annotations
 
 import argparse
-import copy
-import time
 from pathlib import Path
 
 import numpy as np
@@ -31,25 +29,22 @@ from toy_sampling import (
     embed_captions,
     normalise,
     timestep_shift,
-    velocity,
     with_mask,
 )
 from train_toy_transformer import (
-    ADAMW_LR,
+    BATCH,
+    CAPTION_DROPOUT,
     CLIPS_AT_ONCE,
     FIRST_SEED,
-    MUON_LR,
-    learning_rate,
-    make_optimizers,
+    SHIFT,
+    Examples,
+    fit,
+    stratified,
 )
 from train_toy_vae import encode_moments, to_pixels
 
-BATCH = 48
 EMA_DECAY = 0.998
-CAPTION_DROPOUT = 0.1
 CAPTION_NOISE = 0.35
-SHIFT = 3.0
-EXPORT_EVERY = 500
 SLOTS = {"high": "transformer", "low": "transformer_2"}
 
 
@@ -130,68 +125,38 @@ def train(mode: str, part: str, steps: int, clips: int, rate: float, work: Path)
     latents = cached_latents(clips, condition=False, work=work)
     conditions = cached_latents(clips, condition=True, work=work) if mode == "i2v" else None
 
-    torch.manual_seed(0)
     transformer = start(mode, part, work)
     attend_to_padding(transformer, text.shape[1])
-    compiled = torch.compile(transformer)
-    ema = copy.deepcopy(transformer).requires_grad_(False)
-    optimizers = make_optimizers(transformer)
-    rates = [rate * MUON_LR, rate * ADAMW_LR]
 
-    first, checkpoint = 0, work / f"{mode}-{part}.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        transformer.load_state_dict(state["transformer"])
-        ema.load_state_dict(state["ema"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        first = state["step"]
-
-    began, running = time.monotonic(), 0.0
-    for step in range(first, steps):
-        for optimizer, one in zip(optimizers, rates, strict=True):
-            optimizer.param_groups[0]["lr"] = one * learning_rate(step, steps)
+    def examples(step: int) -> Examples:
         rng = np.random.default_rng([11, step])
         generator = torch.Generator().manual_seed(step)
         picks = torch.randint(clips, (BATCH,), generator=generator)
         captions = noisy_captions(picks.numpy() % len(CAPTIONS), rng)
         captions[rng.random(BATCH) < CAPTION_DROPOUT] = len(CAPTIONS)
-        u = (torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH
-        sigma = levels(part, mode, u)
-
+        sigma = levels(part, mode, stratified(generator))
         x0 = latents[picks].float()
-        noise = torch.randn(x0.shape, generator=generator)
-        level = sigma.view(-1, 1, 1, 1, 1)
-        noisy = (1 - level) * x0 + level * noise
-        condition = None if conditions is None else with_mask(conditions[picks].float())
-        predicted = velocity(compiled, noisy, sigma, text[torch.from_numpy(captions)], condition)
-        loss = (predicted - (noise - x0)).square().mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        with torch.no_grad():
-            decay = min(EMA_DECAY, (step + 1) / (step + 10))
-            for average, weight in zip(ema.parameters(), transformer.parameters(), strict=True):
-                average.lerp_(weight, 1 - decay)
+        return Examples(
+            x0=x0,
+            noise=torch.randn(x0.shape, generator=generator),
+            sigma=sigma,
+            text=text[torch.from_numpy(captions)],
+            condition=None if conditions is None else with_mask(conditions[picks].float()),
+        )
 
-        running += loss.item()
-        if (step + 1) % 100 == 0:
-            elapsed = time.monotonic() - began
-            print(f"{mode} {part} {step + 1} loss {running / 100:.4f} {elapsed:.0f} s", flush=True)
-            running = 0.0
-        if (step + 1) % EXPORT_EVERY == 0 or step + 1 == steps:
-            state = {
-                "step": step + 1,
-                "transformer": transformer.state_dict(),
-                "ema": ema.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            }
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
-            if part != "base":
-                save_component(copy.deepcopy(ema), TOY / f"experts-{mode}" / SLOTS[part])
+    def export(ema: WanTransformer3DModel) -> None:
+        if part != "base":
+            save_component(ema, TOY / f"experts-{mode}" / SLOTS[part])
+
+    fit(
+        transformer,
+        examples,
+        steps=steps,
+        rate=rate,
+        ema_decay=EMA_DECAY,
+        checkpoint=work / f"{mode}-{part}.pt",
+        export=export,
+    )
 
 
 def main() -> None:

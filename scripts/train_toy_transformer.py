@@ -13,6 +13,8 @@ import argparse
 import copy
 import hashlib
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -98,24 +100,35 @@ def make_optimizers(transformer: WanTransformer3DModel) -> list[torch.optim.Opti
     ]
 
 
-def train(mode: str, steps: int, clips: int, work: Path) -> None:
-    """Train until `steps`, writing shared/toy/MODE/transformer every EXPORT_EVERY steps."""
-    text = embed_captions([*CAPTIONS, ""], TOY / "common")  # [61, tokens, 64]
-    latents = cached_latents(clips, False, work)
-    conditions = cached_latents(clips, True, work) if mode == "i2v" else None
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """What one step learns from, BATCH of each."""
 
-    torch.manual_seed(0)
-    transformer = toy_transformer(mode)
-    if mode == "i2v":
-        start_from_t2v(transformer)
-    attend_to_padding(transformer, text.shape[1])
+    x0: torch.Tensor
+    noise: torch.Tensor
+    sigma: torch.Tensor
+    text: torch.Tensor
+    condition: torch.Tensor | None
+
+
+def fit(
+    transformer: WanTransformer3DModel,
+    examples: Callable[[int], Examples],
+    *,
+    steps: int,
+    rate: float,
+    ema_decay: float,
+    checkpoint: Path,
+    export: Callable[[WanTransformer3DModel], None],
+) -> None:
+    """Train until `steps`, from `checkpoint` if it is there; every EXPORT_EVERY steps it is
+    written, and `export` gets a copy of the averaged weights. `rate`: factor of the rates."""
     compiled = torch.compile(transformer)  # the same weights; a tenth faster, after a minute
     ema = copy.deepcopy(transformer).requires_grad_(False)
     optimizers = make_optimizers(transformer)
-    rates = [MUON_LR, ADAMW_LR]
+    rates = [rate * MUON_LR, rate * ADAMW_LR]
 
     first = 0
-    checkpoint = work / f"{mode}.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         transformer.load_state_dict(state["transformer"])
@@ -126,33 +139,20 @@ def train(mode: str, steps: int, clips: int, work: Path) -> None:
 
     began, running = time.monotonic(), 0.0
     for step in range(first, steps):
-        for optimizer, rate in zip(optimizers, rates, strict=True):
-            optimizer.param_groups[0]["lr"] = rate * learning_rate(step, steps)
-
-        generator = torch.Generator().manual_seed(step)
-        picks = torch.randint(clips, (BATCH,), generator=generator)
-        captions = picks % len(CAPTIONS)
-        dropped = torch.rand(BATCH, generator=generator) < CAPTION_DROPOUT
-        captions[dropped] = len(CAPTIONS)
-        # Stratified: one u in each of BATCH equal parts of 0..1.
-        u = (torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH
-        sigma = timestep_shift(u, SHIFT)
-
-        x0 = latents[picks].float()
-        noise = torch.randn(x0.shape, generator=generator)
-        level = sigma.view(-1, 1, 1, 1, 1)
-        noisy = (1 - level) * x0 + level * noise
-        condition = None if conditions is None else with_mask(conditions[picks].float())
-
-        predicted = velocity(compiled, noisy, sigma, text[captions], condition)
-        loss = (predicted - (noise - x0)).square().mean()
+        for optimizer, one in zip(optimizers, rates, strict=True):
+            optimizer.param_groups[0]["lr"] = one * learning_rate(step, steps)
+        batch = examples(step)
+        level = batch.sigma.view(-1, 1, 1, 1, 1)
+        noisy = (1 - level) * batch.x0 + level * batch.noise
+        predicted = velocity(compiled, noisy, batch.sigma, batch.text, batch.condition)
+        loss = (predicted - (batch.noise - batch.x0)).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         with torch.no_grad():
-            decay = min(EMA_DECAY, (step + 1) / (step + 10))
+            decay = min(ema_decay, (step + 1) / (step + 10))
             for average, weight in zip(ema.parameters(), transformer.parameters(), strict=True):
                 average.lerp_(weight, 1 - decay)
 
@@ -170,7 +170,51 @@ def train(mode: str, steps: int, clips: int, work: Path) -> None:
             }
             torch.save(state, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
-            save_component(copy.deepcopy(ema), TOY / mode / "transformer")
+            export(copy.deepcopy(ema))
+
+
+def stratified(generator: torch.Generator) -> torch.Tensor:
+    """One u in each of BATCH equal parts of 0..1."""
+    return (torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH
+
+
+def train(mode: str, steps: int, clips: int, work: Path) -> None:
+    """Train until `steps`, writing shared/toy/MODE/transformer every EXPORT_EVERY steps."""
+    text = embed_captions([*CAPTIONS, ""], TOY / "common")  # [61, tokens, 64]
+    latents = cached_latents(clips, False, work)
+    conditions = cached_latents(clips, True, work) if mode == "i2v" else None
+
+    torch.manual_seed(0)
+    transformer = toy_transformer(mode)
+    if mode == "i2v":
+        start_from_t2v(transformer)
+    attend_to_padding(transformer, text.shape[1])
+
+    def examples(step: int) -> Examples:
+        generator = torch.Generator().manual_seed(step)
+        picks = torch.randint(clips, (BATCH,), generator=generator)
+        captions = picks % len(CAPTIONS)
+        dropped = torch.rand(BATCH, generator=generator) < CAPTION_DROPOUT
+        captions[dropped] = len(CAPTIONS)
+        sigma = timestep_shift(stratified(generator), SHIFT)
+        x0 = latents[picks].float()
+        return Examples(
+            x0=x0,
+            noise=torch.randn(x0.shape, generator=generator),
+            sigma=sigma,
+            text=text[captions],
+            condition=None if conditions is None else with_mask(conditions[picks].float()),
+        )
+
+    fit(
+        transformer,
+        examples,
+        steps=steps,
+        rate=1.0,
+        ema_decay=EMA_DECAY,
+        checkpoint=work / f"{mode}.pt",
+        export=lambda ema: save_component(ema, TOY / mode / "transformer"),
+    )
 
 
 def main() -> None:
