@@ -124,25 +124,47 @@ def motion_of(
     return next((name for name, unit in motions.items() if unit == direction), None)
 
 
+@dataclass(frozen=True)
+class Look:
+    """An object that is there in every frame, before anybody asks where it goes."""
+
+    colour: str | None
+    shape: str | None
+    path: np.ndarray
+    """Centroids [T, 2] (y, x), in pixels."""
+
+
+def look(
+    clip: np.ndarray, areas: tuple[float, float], match: float, match_worst: float
+) -> Look | None:
+    """The object of a clip, uint8 RGB [T, H, W, 3]; None where its area in pixels of a 64-pixel
+    frame is not within `areas` throughout. `match`, `match_worst`: overlap with its shape."""
+    scale = min(clip.shape[1:3]) / REFERENCE_SIDE
+    masks = [object_mask(frame) for frame in clip]
+    found = np.array([mask.sum() for mask in masks]) / scale**2
+    if found.min() < areas[0] or found.max() > areas[1]:
+        return None
+    colours = {colour_of(frame[mask]) for frame, mask in zip(clip, masks, strict=True)}
+    overlaps = np.stack([template_overlaps(mask) for mask in masks])  # [T, len(SHAPES)]
+    best = int(overlaps.mean(axis=0).argmax())
+    mean, worst = overlaps[:, best].mean(), overlaps[:, best].min()
+    return Look(
+        colour=colours.pop() if len(colours) == 1 else None,
+        shape=SHAPES[best] if mean >= match and worst >= match_worst else None,
+        path=np.stack([centroid(mask) for mask in masks]),
+    )
+
+
 def judge(clip: np.ndarray, motions: Mapping[str, tuple[int, int]] = MOTIONS) -> Verdict:
     """Describe a clip, uint8 RGB [T, H, W, 3], by what is in `motions`.
 
     `ALL_MOTIONS` has the one, too, that the toy models were never shown.
     """
-    scale = min(clip.shape[1:3]) / REFERENCE_SIDE
-    masks = [object_mask(frame) for frame in clip]
-    areas = np.array([mask.sum() for mask in masks]) / scale**2
-    if areas.min() < SMALLEST_AREA or areas.max() > LARGEST_AREA:
+    seen = look(clip, (SMALLEST_AREA, LARGEST_AREA), SHAPE_MATCH, SHAPE_MATCH_WORST)
+    if seen is None:
         return UNCLEAR
-    colours = {colour_of(frame[mask]) for frame, mask in zip(clip, masks, strict=True)}
-    colour = colours.pop() if len(colours) == 1 else None
-    overlaps = np.stack([template_overlaps(mask) for mask in masks])  # [T, len(SHAPES)]
-    best = int(overlaps.mean(axis=0).argmax())
-    mean, worst = overlaps[:, best].mean(), overlaps[:, best].min()
-    clear = mean >= SHAPE_MATCH and worst >= SHAPE_MATCH_WORST
-    shape = SHAPES[best] if clear else None
-    path = np.stack([centroid(mask) for mask in masks])
-    return Verdict(colour, shape, motion_of(path, scale, motions))
+    scale = min(clip.shape[1:3]) / REFERENCE_SIDE
+    return Verdict(seen.colour, seen.shape, motion_of(seen.path, scale, motions))
 
 
 def matching(verdicts: list[Verdict], captions: list[str]) -> float:

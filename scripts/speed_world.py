@@ -13,7 +13,7 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
-from oracle import MOVING, centroid, colour_of, motion_of, object_mask, template_overlaps
+from oracle import MOVING, centroid, look, motion_of, object_mask
 from render_clips import COLOURS, MOTIONS, REFERENCE_SIDE, SHAPES, SUPPORT, shape_coverage
 
 # Pixels that an object travels in a clip; frames have 64.
@@ -100,20 +100,11 @@ SLOW, FAST = (4.5, 16.5), (18.5, 36.0)  # pixels between the first and the last 
 
 def judge(clip: np.ndarray) -> Seen:
     """Describe a clip, uint8 RGB [T, H, W, 3]."""
-    scale = min(clip.shape[1:3]) / REFERENCE_SIDE
-    masks = [object_mask(frame) for frame in clip]
-    areas = np.array([mask.sum() for mask in masks]) / scale**2
-    if areas.min() < SMALLEST_AREA or areas.max() > LARGEST_AREA:
+    seen = look(clip, (SMALLEST_AREA, LARGEST_AREA), SHAPE_MATCH, SHAPE_MATCH_WORST)
+    if seen is None:
         return Seen(None, None, None, None)
-    colours = {colour_of(frame[mask]) for frame, mask in zip(clip, masks, strict=True)}
-    overlaps = np.stack([template_overlaps(mask) for mask in masks])  # [T, len(SHAPES)]
-    best = int(overlaps.mean(axis=0).argmax())
-    clear = overlaps[:, best].mean() >= SHAPE_MATCH and overlaps[:, best].min() >= SHAPE_MATCH_WORST
-    path = np.stack([centroid(mask) for mask in masks])
-    motion, speed = _motion(path / scale)
-    return Seen(
-        colours.pop() if len(colours) == 1 else None, SHAPES[best] if clear else None, motion, speed
-    )
+    motion, speed = _motion(seen.path * REFERENCE_SIDE / min(clip.shape[1:3]))
+    return Seen(seen.colour, seen.shape, motion, speed)
 
 
 def _motion(path: np.ndarray) -> tuple[str | None, str | None]:
