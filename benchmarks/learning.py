@@ -10,8 +10,9 @@
     python benchmarks/learning.py fm               # flow matching on real latents beside DMD
     python benchmarks/learning.py recipes --quick  # a few minutes: does it run at all?
 
-Everything is kept under --work and done once: run it again, after an interruption or with more
---updates, --seeds or --students, and it does what is missing. The rows are
+What was measured is kept in --results (benchmarks/results.jsonl, part of the repository), all else
+under --work, and each is done once: run it again, after an interruption or with more --updates,
+--seeds or --students, and it does what is missing. The rows are
 
     a  teacher, many steps, CFG, with other noise than the reference: the floor of the distance
     b  teacher, 4 steps, CFG
@@ -33,8 +34,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from multiprocessing import get_context
@@ -187,6 +188,25 @@ def quick(experiment: Experiment) -> Experiment:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Training:
+    """One `wantrain distill` run, resumed where it was interrupted."""
+
+    command: tuple[str, ...]
+    folder: str
+    updates: int
+
+    @property
+    def weights(self) -> Path:
+        """Folder of the last checkpoint."""
+        return Path(self.folder) / f"checkpoint-{self.updates}"
+
+    @property
+    def seconds(self) -> float:
+        """That it took."""
+        return float(json.loads((Path(self.folder) / "seconds.json").read_text()))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Draw:
     """One set of latents to be made and measured: a teacher's, or a student's checkpoint."""
 
@@ -196,6 +216,8 @@ class Draw:
     seed: int
     loras: tuple[tuple[str, str, float], ...] = ()
     """(expert, checkpoint's weight file, alpha / rank); none for the teacher."""
+    trainings: tuple[Training, ...] = ()
+    """The runs that leave them."""
     file: str
     """Where the latents go; a JSON file beside it has what was measured on them."""
 
@@ -220,20 +242,6 @@ def make_draw(draw: Draw) -> None:
     measured = json.dumps(seen)
     file.with_suffix(".tmp").write_text(measured)
     file.with_suffix(".tmp").rename(file.with_suffix(".json"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """One `wantrain distill` run, resumed where it was interrupted."""
-
-    command: tuple[str, ...]
-    folder: str
-    updates: int
-
-    @property
-    def weights(self) -> Path:
-        """Folder of the last checkpoint."""
-        return Path(self.folder) / f"checkpoint-{self.updates}"
 
 
 def make_training(training: Training) -> None:
@@ -268,13 +276,17 @@ def short_digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:8]
 
 
+def shards_folder(model: str, clips: int, work: Path, *, new: bool = False) -> Path:
+    """Where the training clips are; `new`: of what the toy was never shown."""
+    return work / f"shards-{model}-{clips}{'-new' if new else ''}"
+
+
 def make_shards(model: str, clips: int, work: Path, *, new: bool = False) -> Path:
-    """Render and encode the training clips, once; `new`: of what the toy was never shown."""
-    kind = "-new" if new else ""
-    shards = work / f"shards-{model}-{clips}{kind}"
+    """Render and encode the training clips, once."""
+    shards = shards_folder(model, clips, work, new=new)
     if not (shards / "index.zarr").exists():
         world = WORLDS[model]
-        media = work / f"media-{model}-{clips}{kind}"
+        media = work / shards.name.replace("shards", "media", 1)
         captions = render_clips.NEW_CAPTIONS if new else world.captions
         render_clips.write_dataset(media, clips, 5000, 17, 64, 64, 16, captions, world.render)
         encode = (
@@ -292,7 +304,7 @@ class Bench:
 
     def __init__(self, experiment: Experiment, seeds: int, work: Path) -> None:
         self.experiment, self.seeds, self.work = experiment, range(seeds), work
-        self.shards = make_shards(experiment.model, experiment.clips, work)
+        self.shards = shards_folder(experiment.model, experiment.clips, work)
         toy = ToyBench(experiment.model, 1)
         self.weights, self.boundary = toy.folder.name, toy.boundary  # the name carries a digest
 
@@ -335,7 +347,8 @@ class Bench:
         return found
 
     def prepare(self) -> None:
-        """Make what the arms ask for, once."""
+        """Make the training clips and what the arms ask for, once."""
+        make_shards(self.experiment.model, self.experiment.clips, self.work)
         for left, command in self.preparations():
             if not left.exists():
                 subprocess.run(command, check=True)
@@ -345,39 +358,53 @@ class Bench:
         """The run of an arm that gives its weights after `updates` (all: the last)."""
         one = self.experiment
         length = updates if updates and arm.decays else max(one.updates)
-        places = {"{teacher}": str(self.teacher_shards), "{guidance}": str(self.guidance_file)}
-        chosen = tuple(places.get(flag, flag) for flag in arm.flags)
+        places = {
+            "{shards}": str(self.shards),
+            "{teacher}": str(self.teacher_shards),
+            "{guidance}": str(self.guidance_file),
+        }
         flags: tuple[str, ...] = ("--model", one.model, "--boundary-type", arm.expert)
-        if "--shards" not in chosen:
-            flags += ("--shards", str(self.shards))
-        if "regression" not in chosen:
+        if "--shards" not in arm.flags:
+            flags += ("--shards", "{shards}")
+        if "regression" not in arm.flags:
             flags += CRITIC
-            if "--guidance" not in chosen:
+            if "--guidance" not in arm.flags:
                 flags += ("--real-guidance-scale", str(one.loss_guidance or one.guidance))
         if not one.uniform_sampling:
             flags += ("--no-uniform-sampling",)
         flags += (
             "--seed", str(seed), "--flow-shift", str(one.shift), *RECIPE.split(),
             "--learning-rate", one.learning_rate, "--train-batch-size", str(one.batch),
-            *chosen,
+            *arm.flags,
         )  # fmt: skip
-        digest = short_digest((self.weights, flags, length if arm.decays else 0))
+        # Names without the folder that this machine keeps them in.
+        told = [Path(places[flag]).name if flag in places else flag for flag in flags]
+        digest = short_digest((self.weights, told, length if arm.decays else 0))
         folder = self.work / "runs" / f"{arm.expert}-{digest}"
         every = length if arm.decays else math.gcd(*one.updates)
         command = (
-            console_script("wantrain"), "distill", *flags, "--output-dir", str(folder),
+            console_script("wantrain"), "distill", *(places.get(flag, flag) for flag in flags),
+            "--output-dir", str(folder),
             "--max-train-steps", str(length), "--checkpointing-steps", str(every),
             "--resume-from-checkpoint", "latest",
         )  # fmt: skip
         return Training(command=command, folder=str(folder), updates=length)
 
-    def _draw(self, sampler: Sampler, seed: int, loras: tuple[Any, ...] = ()) -> Draw:
+    def _draw(
+        self,
+        sampler: Sampler,
+        seed: int,
+        loras: tuple[tuple[str, str, float], ...] = (),
+        trainings: tuple[Training, ...] = (),
+    ) -> Draw:
         one = self.experiment
-        told = (self.weights, one.captions, sampler, seed, loras)
+        runs = self.work / "runs"
+        parts = [(*lora, Path(lora[1]).relative_to(runs).as_posix()) for lora in loras]
+        told = (self.weights, one.captions, sampler, seed, [(e, f, s) for e, _, s, f in parts])
         file = self.work / "latents" / f"{short_digest(told)}.safetensors"
         return Draw(
             model=one.model, captions=one.captions, sampler=sampler, seed=seed, loras=loras,
-            file=str(file),
+            trainings=trainings, file=str(file),
         )  # fmt: skip
 
     def many_steps(self, seed: int) -> Draw:
@@ -395,16 +422,16 @@ class Bench:
     ) -> Draw:
         renoise = not any(arm.euler for arm in arms)
         sampler = Sampler(indices=FEW_STEPS, shift=self.experiment.shift, renoise=renoise)
+        trainings = tuple(self.training(arm, seed, updates) for arm in arms)
         loras = tuple(
             (
                 arm.expert,
-                f"{self.training(arm, seed, updates).folder}/checkpoint-{updates}/"
-                f"{weights}.safetensors",
+                f"{training.folder}/checkpoint-{updates}/{weights}.safetensors",
                 ALPHA / RANK,
             )
-            for arm in arms
+            for arm, training in zip(arms, trainings, strict=True)
         )
-        return self._draw(sampler, seed, loras)
+        return self._draw(sampler, seed, loras, trainings)
 
     def rows(self) -> dict[str, Callable[[int], Draw]]:
         """Label → the draw of a seed."""
@@ -434,24 +461,28 @@ class Bench:
                     )
         return rows
 
-    def trainings(self) -> list[Training]:
-        one = self.experiment
-        arms = dict.fromkeys(arm for arms in one.students.values() for arm in arms)
-        runs = [
-            self.training(arm, seed, updates)
-            for seed in self.seeds
-            for arm in arms
-            for updates in one.updates
-        ]
-        return list(dict.fromkeys(runs))
 
+def run_all(jobs: Iterable[Training | Draw], processes: int) -> Iterator[Training | Draw]:
+    """Do the jobs, `processes` at a time, and yield each that is done; the first failure ends it.
 
-def run_all(jobs: Iterable[Training | Draw], processes: int) -> None:
-    """Do the jobs, `processes` at a time; the first failure ends it."""
+    In the order given, but a draw waits for its runs while others go on.
+    """
+    waiting = list(jobs)
+    running: dict[Future[None], Training | Draw] = {}
     # spawn: a forked child of a process that has used torch may hang.
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for _ in pool.map(make, jobs):
-            pass
+        while waiting or running:
+            undone = {job for job in (*waiting, *running.values()) if isinstance(job, Training)}
+            ready = [
+                j for j in waiting if isinstance(j, Training) or undone.isdisjoint(j.trainings)
+            ]
+            for job in ready[: processes - len(running)]:
+                waiting.remove(job)
+                running[pool.submit(make, job)] = job
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+                yield running.pop(future)
 
 
 METRICS = ("accuracy", "distance", "contrast", "variety", "between", "motion")
@@ -459,20 +490,77 @@ METRICS = ("accuracy", "distance", "contrast", "variety", "between", "motion")
 RATIOS = {"contrast": "contrast", "variety": "within", "between": "between", "motion": "travel"}
 
 
-def measure(bench: Bench) -> dict[str, dict[str, list[float]]]:
-    """Row → metric → the value of each seed."""
+@dataclass(frozen=True)
+class Results:
+    """What was measured, a JSON object a line: on this machine now, or in an earlier session."""
+
+    file: Path
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """Key → result."""
+        if not self.file.exists():
+            return {}
+        found = map(json.loads, self.file.read_text().splitlines())
+        return {one["key"]: one for one in found}
+
+    def append(self, result: dict[str, Any]) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+
+
+def result_key(bench: Bench, draw: Draw) -> str:
+    """What decides the numbers of a draw: how it was made, and what it is compared with."""
+    return f"{Path(draw.file).stem}-{Path(bench.many_steps(REFERENCE_SEED).file).stem}"
+
+
+def measure(bench: Bench, draw: Draw) -> dict[str, Any]:
+    """The metrics of a draw that was made, and the seconds of the runs behind it."""
     reference = bench.many_steps(REFERENCE_SEED)
-    latents = load_file(reference.file)["latents"]
+    seen, of_reference = _measured(draw), _measured(reference)
+    one, other = (load_file(file)["latents"] for file in (draw.file, reference.file))
+    found: dict[str, Any] = {
+        "accuracy": seen["accuracy"],
+        "distance": sliced_wasserstein(one, other),
+    }
+    found |= {metric: seen[key] / of_reference[key] for metric, key in RATIOS.items()}
+    runs = {Path(run.folder).name: run.seconds for run in draw.trainings}
+    return {metric: round(value, 5) for metric, value in found.items()} | {"runs": runs}
+
+
+def make_all(bench: Bench, results: Results, processes: int) -> dict[tuple[str, int], Any]:
+    """(row, seed) → result. Makes what has no result yet, a seed at a time."""
+    known = results.read()
+    wanted = {
+        (row, seed): draw_of(seed) for seed in bench.seeds for row, draw_of in bench.rows().items()
+    }
+    keys = {which: result_key(bench, draw) for which, draw in wanted.items()}
+    missing = {which: draw for which, draw in wanted.items() if keys[which] not in known}
+    if not missing:
+        return {which: known[key] for which, key in keys.items()}
+    bench.prepare()
+    names: dict[str, list[tuple[str, int]]] = {}
+    for which, draw in missing.items():
+        names.setdefault(draw.file, []).append(which)
+    reference = bench.many_steps(REFERENCE_SEED)
+    for _ in run_all([reference], processes):
+        pass
+    jobs = dict.fromkeys(job for draw in missing.values() for job in (*draw.trainings, draw))
+    for job in run_all(jobs, processes):
+        for row, seed in names.get(job.file, []) if isinstance(job, Draw) else []:
+            key = keys[row, seed]
+            known[key] = {"key": key, "model": bench.weights, "row": row, "seed": seed}
+            known[key] |= measure(bench, job)
+            results.append(known[key])
+    return {which: known[key] for which, key in keys.items()}
+
+
+def table_of(found: Mapping[tuple[str, int], Any]) -> dict[str, dict[str, list[float]]]:
+    """Row → metric → the value of each seed."""
     table: dict[str, dict[str, list[float]]] = {}
-    for label, draw_of in bench.rows().items():
-        row: dict[str, list[float]] = {metric: [] for metric in METRICS}
-        for draw in map(draw_of, bench.seeds):
-            seen = _measured(draw)
-            row["accuracy"].append(seen["accuracy"])
-            row["distance"].append(sliced_wasserstein(load_file(draw.file)["latents"], latents))
-            for metric, key in RATIOS.items():
-                row[metric].append(seen[key] / _measured(reference)[key])
-        table[label] = row
+    for (row, _), result in found.items():
+        for metric in METRICS:
+            table.setdefault(row, {}).setdefault(metric, []).append(result[metric])
     return table
 
 
@@ -511,7 +599,7 @@ def passes(experiment: Experiment, arm: Arm, boundary: float, updates: int) -> f
     return updates * experiment.batch * (5 * critic + generator)
 
 
-def cost(bench: Bench) -> str:
+def cost(bench: Bench, found: Mapping[tuple[str, int], Any]) -> str:
     """Of all runs of the table: passes, and minutes as they were noted when they were made."""
     one = bench.experiment
     runs = {
@@ -522,12 +610,12 @@ def cost(bench: Bench) -> str:
         for seed in bench.seeds
     }
     taken = sum(passes(one, arm, bench.boundary, length) for arm, length in runs.values())
-    noted = [Path(run.folder) / "seconds.json" for run in runs]
-    seconds = sum(json.loads(file.read_text()) for file in noted if file.exists())
+    noted = {name: seconds for result in found.values() for name, seconds in result["runs"].items()}
     made = TEACHER_CLIPS * (2 * one.teacher_steps + 6) if bench.preparations() else 0
     return (
-        f"{len(runs)} runs: {taken / 1000:.0f} thousand clip-passes, {seconds / 60:.0f} minutes of "
-        f"one core; the teacher's clips: {made / 1000:.0f} thousand"
+        f"{len(runs)} runs: {taken / 1000:.0f} thousand clip-passes, "
+        f"{sum(noted.values()) / 60:.0f} minutes of one core; the teacher's clips: "
+        f"{made / 1000:.0f} thousand"
     )
 
 
@@ -546,12 +634,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny; the numbers mean nothing")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("benchmarks/work"))
+    parser.add_argument("--results", type=Path, help="what was measured; is added to")
     args = parser.parse_args()
     started = time.monotonic()
 
     experiment = EXPERIMENTS[args.experiment]
     if args.quick:
         experiment, args.seeds = quick(experiment), min(args.seeds, 2)
+    args.results = (
+        args.results or (args.work if args.quick else Path(__file__).parent) / "results.jsonl"
+    )
     if args.students:
         students = {name: experiment.students[name] for name in args.students}
         experiment = replace(experiment, students=students)
@@ -569,20 +661,13 @@ def main() -> None:
 
     (args.work / "latents").mkdir(parents=True, exist_ok=True)
     bench = Bench(experiment, args.seeds, args.work.resolve())
-    bench.prepare()
-    rows = bench.rows()
-    draws = [draw_of(seed) for draw_of in rows.values() for seed in bench.seeds]
-    teachers = [draw for draw in draws if not draw.loras]
-    students = [draw for draw in draws if draw.loras]
-    reference = bench.many_steps(REFERENCE_SEED)
-    run_all([*bench.trainings(), reference, *teachers], args.processes)
-    run_all(students, args.processes)
+    found = make_all(bench, Results(args.results), args.processes)
 
-    table = measure(bench)
+    table = table_of(found)
     result = {"seeds": args.seeds, "captions": experiment.captions, "rows": table}
     (args.work / f"{args.experiment}.json").write_text(json.dumps(result, indent=2))
     print(markdown(table))
-    print(f"\n{cost(bench)}")
+    print(f"\n{cost(bench, found)}")
     print(f"{time.monotonic() - started:.0f} s on {args.processes} processes of one thread")
 
 
