@@ -74,6 +74,8 @@ REGRESSION = (
     "--learning-rate", "1e-3", "--train-batch-size", "32",
 )  # fmt: skip
 TEACHER_CLIPS = 120
+SHORT_TEXT = Path(__file__).with_name("short_text.py")
+"""`wantrain`, without the time that a toy's padded text takes."""
 REFERENCE_SEED = 1000
 MANY_SHIFT = 5.0  # of the teacher at many steps, where the shift matters little
 
@@ -383,7 +385,7 @@ class Bench:
         folder = self.work / "runs" / f"{arm.expert}-{digest}"
         every = length if arm.decays else math.gcd(*one.updates)
         command = (
-            console_script("wantrain"), "distill", *(places.get(flag, flag) for flag in flags),
+            sys.executable, str(SHORT_TEXT), "distill", *(places.get(flag, flag) for flag in flags),
             "--output-dir", str(folder),
             "--max-train-steps", str(length), "--checkpointing-steps", str(every),
             "--resume-from-checkpoint", "latest",

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from shared.models.toy_model import toy_folder
 from train.functional.schedule import Schedule
@@ -21,6 +22,7 @@ from train.saving.provenance import Provenance
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import short_text  # noqa: E402
 from learning import (  # noqa: E402
     CALIBRATED,
     DECAY,
@@ -150,6 +152,29 @@ def test_guided_sampling_is_the_pipelines(tmp_path: Path) -> None:
         output_type="latent",
     ).frames  # fmt: skip
     assert (found - expected).norm() / expected.norm() < 1e-4
+
+
+def test_short_text_changes_no_velocity_and_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text of any length, none at all and all 512 tokens, in one batch and alone."""
+    transformer = WanTransformer3DModel.from_pretrained(toy_folder("toy-experts") / "transformer")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 16, 3, 8, 10, generator=generator)
+    text = torch.randn(3, 512, 64, generator=generator)
+    text[0, 7:], text[1] = 0, 0
+    timestep = torch.tensor([900.0, 500.0, 20.0])
+
+    def found(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        out = transformer(x[rows], timestep[rows], text[rows]).sample
+        value = transformer.blocks[1].attn2.to_v.weight
+        return out, torch.autograd.grad(out.square().sum(), value)[0]
+
+    for rows in (slice(0, 2), slice(1, 2), slice(3)):
+        expected = found(rows)
+        with monkeypatch.context() as patched:
+            patched.setattr(WanTransformer3DModel, "forward", short_text.forward)
+            patched.setattr(WanAttnProcessor, "__call__", short_text.attend)
+            for one, other in zip(found(rows), expected, strict=True):
+                assert (one - other).norm() / other.norm() < 2e-5
 
 
 def test_what_decides_a_result_is_in_its_files_name(tmp_path: Path) -> None:
