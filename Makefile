@@ -18,7 +18,7 @@ test: $(INSTALLED)  ## all tests but the long ones
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not long"
 
 # One more than cores: much of their time is waiting for time-outs and for processes that end.
-test-long: $(INSTALLED)  ## the long tests
+test-long: $(INSTALLED)  ## the long tests; some open pages in Chromium: apt-get install chromium
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(LONG_JOBS) --dist loadfile -m long
 
 lint: $(INSTALLED)  ## ruff, mypy and who may import whom
