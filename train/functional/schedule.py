@@ -117,6 +117,12 @@ class Schedule:
             )
         return owned
 
+    def describe(self, expert: Expert) -> str:
+        """All steps, and which are the expert's, for people."""
+        shown = [f"{timestep:.1f}" for timestep in self.timesteps]
+        own = ", ".join(shown[step] for step in self.owned_steps(expert))
+        return f"{', '.join(shown)} (shift {self.shift:g}); this expert owns {own}"
+
     def score_interval(
         self, expert: Expert, floor: ScoreFloor, *, capped: bool = True
     ) -> tuple[float, float]:
