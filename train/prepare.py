@@ -8,7 +8,7 @@ import numpy as np
 from shared.cli.videox_fun_command import Given
 from shared.errors import UserError
 from shared.format.cache import MEDIA_TYPES
-from shared.models.spec import ModelSpec, resolve_model
+from shared.models.spec import ModelSpec
 from train.config import DistillConfig, FinetuneConfig, TrainConfig
 from train.data.dataset import Dataset
 from train.data.holdout import split_held_out
@@ -22,6 +22,7 @@ from train.methods.finetune import LORA, Finetuning
 from train.methods.flow_matching import NoiseLevels
 from train.methods.guidance_file import read_guidance
 from train.methods.regression import Regression
+from train.methods.teacher_gauges import ends_in_clips
 from train.model.base import Base, base_digest, component_of
 from train.model.roles import CRITIC, GENERATOR
 from train.options import Expert, is_number, names
@@ -70,7 +71,7 @@ def prepare_distillation(config: DistillConfig, given_elsewhere: Given = NONE_GI
             f"--score-floor: found {config.score_floor} with --boundary-type {expert}; it is a "
             "choice only for the high-noise expert. Leave it out."
         )
-    if config.match == "handover" and not (expert == "high" and _hands_over(recipe)):
+    if config.match == "handover" and (expert != "high" or ends_in_clips(recipe)):
         raise UserError(
             f"--match: found handover with --boundary-type {expert}, which hands no state over: "
             "its last step ends with the clip. It is for a high-noise expert whose steps another "
@@ -106,16 +107,11 @@ def _guidance(config: DistillConfig, spec: ModelSpec, expert: Expert) -> Guidanc
     given = config.real_guidance_scale
     if is_number(given):
         return float(given)
-    base = Base.parse(config.transformer_path, config.base_lora)
     component = component_of(expert)
-    resolve_model(config.model, [component] if base.own is None else [])
-    base.check(spec, component)
+    base = Base.parse(config.transformer_path, config.base_lora)
+    base.fetched(config.model, spec, component)
     digest = base_digest(spec.folder, component, base)
     return read_guidance(Path(given), expert, base=digest, model=config.model)
-
-
-def _hands_over(recipe: Recipe) -> bool:
-    return recipe.walk.stop < len(recipe.schedule.indices)
 
 
 def _regression(
