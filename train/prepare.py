@@ -15,7 +15,7 @@ from train.data.holdout import split_held_out
 from train.data.path_states import refuse_other_states
 from train.distributed.placement import Placement
 from train.functional.guidance import Guidance
-from train.functional.schedule import Schedule
+from train.functional.schedule import Schedule, step_indices
 from train.methods.distillation import Distillation
 from train.methods.dmd import Recipe
 from train.methods.finetune import LORA, Finetuning
@@ -25,7 +25,7 @@ from train.methods.regression import Regression
 from train.methods.teacher_gauges import ends_in_clips
 from train.model.base import Base, base_digest, component_of
 from train.model.roles import CRITIC, GENERATOR
-from train.options import Expert, is_number, names
+from train.options import Expert, is_number
 from train.run import Run, open_data, place_run, plan_run, update_batch
 
 NONE_GIVEN: Given = {}
@@ -40,7 +40,7 @@ def prepare_distillation(config: DistillConfig, given_elsewhere: Given = NONE_GI
     spec, data = open_data(config, given_elsewhere)
     expert = _expert(config, spec)
     schedule = Schedule(
-        indices=_numbers(config.denoising_step_indices_list, "--denoising-step-indices-list"),
+        indices=step_indices(config.denoising_step_indices_list, "--denoising-step-indices-list"),
         shift=spec.flow_shift if config.flow_shift is None else config.flow_shift,
         boundary=spec.boundary,
     )
@@ -139,14 +139,6 @@ def _regression(
         seed=config.seed,
     )
     return plan_run(config, placement, spec, data, objective)
-
-
-def _numbers(text: str, option: str) -> tuple[float, ...]:
-    """ "1000 750" or "1000,750" → (1000.0, 750.0)."""
-    try:
-        return tuple(map(float, names(text)))
-    except ValueError as error:
-        raise UserError(f"{option}: found {text!r}, expected numbers such as 1000,750.") from error
 
 
 def _refuse_text_only(

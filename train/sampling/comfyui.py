@@ -14,7 +14,7 @@ from shared.io.durable import write_json
 from shared.io.names import quoted
 from shared.models.spec import TIMESTEPS
 from shared.models.wan import PUBLISHED, WAN
-from train.functional.schedule import Schedule
+from train.functional.schedule import Schedule, steps_by_expert
 from train.model.lora_files import read_lora
 from train.options import Expert
 from train.sampling.config import TEACHER_GUIDANCE, TEACHER_STEPS
@@ -28,14 +28,9 @@ OWN_FILES = ("transformer.safetensors", "transformer_2.safetensors")
 TEXT_ENCODER, CLIP_VISION = "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "clip_vision_h.safetensors"
 _HUB = "https://huggingface.co/Comfy-Org/{}/resolve/main/split_files/{}/{}"
 _REPOSITORIES = {"wan2.2": "Wan_2.2_ComfyUI_Repackaged", "": "Wan_2.1_ComfyUI_repackaged"}
-_PROMPT = {
-    "t2v": "Describe the clip, as the captions of the training do.",
-    "i2v": "Describe what happens, as the captions of the training do.",
-    "ti2v": "Describe the clip, as the captions of the training do.",
-    "flf2v": "Describe what happens, as the captions of the training do.",
-}
 _FRAMES_PER_SECOND = {"ti2v": 24}
 
+_ENDS, _SIZE = "positive:CONDITIONING negative:CONDITIONING", "width height length batch_size"
 # Node → (inputs that are links, inputs that are values, outputs), each in ComfyUI's order. After
 # "+", a value that only the window has.
 NODES = {
@@ -49,26 +44,20 @@ NODES = {
     "CLIPVisionLoader": ("", "clip_name", "CLIP_VISION"),
     "CLIPVisionEncode": ("clip_vision:CLIP_VISION image:IMAGE", "crop", "CLIP_VISION_OUTPUT"),
     "WanImageToVideo": (
-        "positive:CONDITIONING negative:CONDITIONING vae:VAE "
-        "clip_vision_output:CLIP_VISION_OUTPUT start_image:IMAGE",
-        "width height length batch_size",
-        "positive:CONDITIONING negative:CONDITIONING latent:LATENT",
+        f"{_ENDS} vae:VAE clip_vision_output:CLIP_VISION_OUTPUT start_image:IMAGE",
+        _SIZE,
+        f"{_ENDS} latent:LATENT",
     ),
     "WanFirstLastFrameToVideo": (
-        "positive:CONDITIONING negative:CONDITIONING vae:VAE "
-        "clip_vision_start_image:CLIP_VISION_OUTPUT clip_vision_end_image:CLIP_VISION_OUTPUT "
-        "start_image:IMAGE end_image:IMAGE",
-        "width height length batch_size",
-        "positive:CONDITIONING negative:CONDITIONING latent:LATENT",
+        f"{_ENDS} vae:VAE clip_vision_start_image:CLIP_VISION_OUTPUT "
+        "clip_vision_end_image:CLIP_VISION_OUTPUT start_image:IMAGE end_image:IMAGE",
+        _SIZE,
+        f"{_ENDS} latent:LATENT",
     ),
-    "Wan22ImageToVideoLatent": (
-        "vae:VAE start_image:IMAGE",
-        "width height length batch_size",
-        "LATENT",
-    ),
-    "EmptyHunyuanLatentVideo": ("", "width height length batch_size", "LATENT"),
+    "Wan22ImageToVideoLatent": ("vae:VAE start_image:IMAGE", _SIZE, "LATENT"),
+    "EmptyHunyuanLatentVideo": ("", _SIZE, "LATENT"),
     "KSamplerAdvanced": (
-        "model:MODEL positive:CONDITIONING negative:CONDITIONING latent_image:LATENT",
+        f"model:MODEL {_ENDS} latent_image:LATENT",
         "add_noise noise_seed +control_after_generate steps cfg sampler_name scheduler "
         "start_at_step end_at_step return_with_leftover_noise",
         "LATENT",
@@ -77,8 +66,7 @@ NODES = {
     "ManualSigmas": ("", "sigmas", "SIGMAS"),
     "SplitSigmas": ("sigmas:SIGMAS", "step", "high_sigmas:SIGMAS low_sigmas:SIGMAS"),
     "SamplerCustom": (
-        "model:MODEL positive:CONDITIONING negative:CONDITIONING sampler:SAMPLER sigmas:SIGMAS "
-        "latent_image:LATENT",
+        f"model:MODEL {_ENDS} sampler:SAMPLER sigmas:SIGMAS latent_image:LATENT",
         "add_noise noise_seed +control_after_generate cfg",
         "output:LATENT denoised_output:LATENT",
     ),
@@ -181,7 +169,7 @@ def write_workflow(
     return paths
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Clip:
     """What a sampler needs beside a model, and the VAE."""
 
@@ -198,18 +186,20 @@ def _clip(graph: _Graph, provenance: Provenance) -> _Clip:
     """
     mode, shape = provenance.mode, _shape(provenance)
     text = graph.add("CLIPLoader", clip_name=TEXT_ENCODER, type="wan", device="default")
-    positive = graph.add("CLIPTextEncode", "Prompt", clip=text, text=_PROMPT[mode])
+    what = "the clip" if mode in ("t2v", "ti2v") else "what happens"
+    prompt = f"Describe {what}, as the captions of the training do."
+    positive = graph.add("CLIPTextEncode", "Prompt", clip=text, text=prompt)
     negative = graph.add("CLIPTextEncode", "Negative prompt", clip=text, text=WAN.negative_prompt)
     vae_name = "wan2.2_vae.safetensors" if mode == "ti2v" else "wan_2.1_vae.safetensors"
     vae = graph.add("VAELoader", vae_name=vae_name)
     if mode == "t2v":
         latent = graph.add("EmptyHunyuanLatentVideo", "Size and frames", **shape)
-        return _Clip(positive=positive, negative=negative, latent=latent, vae=vae)
+        return _Clip(positive, negative, latent, vae)
     image = graph.add("LoadImage", "First frame", image="example.png", upload="image")
     inputs: dict[str, Any] = {"vae": vae, "start_image": image, **shape}
     if mode == "ti2v":
         latent = graph.add("Wan22ImageToVideoLatent", "Size and frames", **inputs)
-        return _Clip(positive=positive, negative=negative, latent=latent, vae=vae)
+        return _Clip(positive, negative, latent, vae)
     seen = {"clip_vision_output": image}
     kind = "WanImageToVideo"
     if mode == "flf2v":
@@ -226,9 +216,7 @@ def _clip(graph: _Graph, provenance: Provenance) -> _Clip:
             )
     inputs |= {"positive": positive, "negative": negative}
     both = graph.add(kind, "Size and frames", **inputs).node
-    return _Clip(
-        positive=_Output(both), negative=_Output(both, 1), latent=_Output(both, 2), vae=vae
-    )
+    return _Clip(_Output(both), _Output(both, 1), _Output(both, 2), vae)
 
 
 def _sampled(
@@ -255,7 +243,8 @@ def _sampled(
         levels = ", ".join(f"{level:.12f}" for level in (*schedule.sigmas, 0))
         sigmas = graph.add("ManualSigmas", "Trained noise levels", sigmas=levels)
     latent = clip.latent
-    for expert, owned in _stages(schedule, loras).items():
+    boundary = None if "full" in loras else schedule.boundary
+    for expert, owned in steps_by_expert(schedule.timesteps, boundary).items():
         called = "" if expert == "full" else f", {expert} noise"
         file = transformers[-1 if expert == "low" else 0]
         model = graph.add("UNETLoader", f"Model{called}", unet_name=file, weight_dtype="default")
@@ -291,16 +280,6 @@ def _sampled(
             inputs |= {"sigmas": part, "add_noise": first}
             latent = graph.add("SamplerCustom", f"Sampler{called}", **inputs)
     return latent
-
-
-def _stages(schedule: Schedule, loras: Mapping[Expert, str]) -> dict[Expert, range]:
-    """Expert → its steps, of those that have some; in the order in which they work."""
-    steps = len(schedule.indices)
-    if schedule.boundary is None or "full" in loras:
-        return {"full": range(steps)}
-    high = sum(t >= schedule.boundary * TIMESTEPS for t in schedule.timesteps)
-    stages: dict[Expert, range] = {"high": range(high), "low": range(high, steps)}
-    return {expert: owned for expert, owned in stages.items() if owned}
 
 
 def _is_simple(schedule: Schedule) -> bool:
