@@ -4,6 +4,7 @@ In two forms: the one that ComfyUI's window opens, and the one that its server t
 ComfyUI itself. `tests/train/sampling/comfyui_nodes.json` has their definitions.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,50 +31,11 @@ _HUB = "https://huggingface.co/Comfy-Org/{}/resolve/main/split_files/{}/{}"
 _REPOSITORIES = {"wan2.2": "Wan_2.2_ComfyUI_Repackaged", "": "Wan_2.1_ComfyUI_repackaged"}
 _FRAMES_PER_SECOND = {"ti2v": 24}
 
-_ENDS, _SIZE = "positive:CONDITIONING negative:CONDITIONING", "width height length batch_size"
-# Node → (inputs that are links, inputs that are values, outputs), each in ComfyUI's order. After
+# Node → [inputs that are links, inputs that are values, outputs], each in ComfyUI's order. After
 # "+", a value that only the window has.
-NODES = {
-    "UNETLoader": ("", "unet_name weight_dtype", "MODEL"),
-    "LoraLoaderModelOnly": ("model:MODEL", "lora_name strength_model", "MODEL"),
-    "ModelSamplingSD3": ("model:MODEL", "shift", "MODEL"),
-    "CLIPLoader": ("", "clip_name type device", "CLIP"),
-    "CLIPTextEncode": ("clip:CLIP", "text", "CONDITIONING"),
-    "VAELoader": ("", "vae_name", "VAE"),
-    "LoadImage": ("", "image +upload", "IMAGE MASK"),
-    "CLIPVisionLoader": ("", "clip_name", "CLIP_VISION"),
-    "CLIPVisionEncode": ("clip_vision:CLIP_VISION image:IMAGE", "crop", "CLIP_VISION_OUTPUT"),
-    "WanImageToVideo": (
-        f"{_ENDS} vae:VAE clip_vision_output:CLIP_VISION_OUTPUT start_image:IMAGE",
-        _SIZE,
-        f"{_ENDS} latent:LATENT",
-    ),
-    "WanFirstLastFrameToVideo": (
-        f"{_ENDS} vae:VAE clip_vision_start_image:CLIP_VISION_OUTPUT "
-        "clip_vision_end_image:CLIP_VISION_OUTPUT start_image:IMAGE end_image:IMAGE",
-        _SIZE,
-        f"{_ENDS} latent:LATENT",
-    ),
-    "Wan22ImageToVideoLatent": ("vae:VAE start_image:IMAGE", _SIZE, "LATENT"),
-    "EmptyHunyuanLatentVideo": ("", _SIZE, "LATENT"),
-    "KSamplerAdvanced": (
-        f"model:MODEL {_ENDS} latent_image:LATENT",
-        "add_noise noise_seed +control_after_generate steps cfg sampler_name scheduler "
-        "start_at_step end_at_step return_with_leftover_noise",
-        "LATENT",
-    ),
-    "KSamplerSelect": ("", "sampler_name", "SAMPLER"),
-    "ManualSigmas": ("", "sigmas", "SIGMAS"),
-    "SplitSigmas": ("sigmas:SIGMAS", "step", "high_sigmas:SIGMAS low_sigmas:SIGMAS"),
-    "SamplerCustom": (
-        f"model:MODEL {_ENDS} sampler:SAMPLER sigmas:SIGMAS latent_image:LATENT",
-        "add_noise noise_seed +control_after_generate cfg",
-        "output:LATENT denoised_output:LATENT",
-    ),
-    "VAEDecode": ("samples:LATENT vae:VAE", "", "IMAGE"),
-    "CreateVideo": ("images:IMAGE audio:AUDIO", "fps", "VIDEO"),
-    "SaveVideo": ("video:VIDEO", "filename_prefix format codec", ""),
-}
+NODES: Mapping[str, tuple[str, str, str]] = json.loads(
+    Path(__file__).with_name("comfyui_nodes.json").read_text()
+)
 _FOLDERS = {
     "unet_name": "diffusion_models",
     "vae_name": "vae",
@@ -295,7 +257,7 @@ def _shape(provenance: Provenance) -> dict[str, int]:
     return {"width": width, "height": height, "length": frames, "batch_size": 1}
 
 
-def _transformers(provenance: Provenance, width: int) -> tuple[str, ...]:
+def _transformers(provenance: Provenance, width: int) -> Sequence[str]:
     """ComfyUI's files of the base, the high-noise expert's first."""
     two = provenance.boundary is not None
     # Wan 2.2's experts for a first frame take a last one, too.
