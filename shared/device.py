@@ -1,8 +1,10 @@
 """The device that a stage computes on. torch is imported when a command runs, not for --help."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from shared.errors import UserError
+from shared.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +42,38 @@ def default_device() -> str:
 def chosen_device(option: str) -> str:
     """What --device means: auto is a GPU where there is one."""
     return default_device() if option == "auto" else option
+
+
+@contextmanager
+def full_device_explained(device: str, cure: Callable[[], str]) -> Iterator[None]:
+    """A block whose lack of memory on the device becomes a UserError that ends in the `cure`.
+
+    cuBLAS and NCCL have errors of their own for it.
+    """
+    import torch
+
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+            raise
+        raise UserError(
+            f"--device: {device} is out of memory{_used(device)} "
+            f"({first_line(error).removesuffix('.')}). {cure()}"
+        ) from error
+
+
+def _used(device: str) -> str:
+    import torch
+
+    if not device.startswith("cuda"):
+        return ""
+    peak, taken = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    whole = torch.cuda.get_device_properties(device).total_memory
+    return (
+        f": tensors took {peak / 2**30:.1f} GiB at the peak, torch {taken / 2**30:.1f} of "
+        f"{whole / 2**30:.1f} GiB"
+    )
 
 
 def to_device(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":

@@ -343,12 +343,13 @@ ROWS: dict[str, tuple[str, str]] = {
     ),
     "steps rise": (
         DISTILL + "--denoising-step-indices-list 250,500",
-        "error: --denoising-step-indices-list: found [250.0, 500.0], expected numbers falling"
-        " from at most 1000 to above 0, e.g. 1000 750 500 250.",
+        "error: --denoising-step-indices-list: found '250,500', expected numbers falling"
+        ' from at most 1000 to above 0, e.g. "1000 750 500 250".',
     ),
     "steps are words": (
         DISTILL + "--denoising-step-indices-list a,b",
-        "error: --denoising-step-indices-list: found 'a,b', expected numbers such as 1000,750.",
+        "error: --denoising-step-indices-list: found 'a,b', expected numbers falling"
+        ' from at most 1000 to above 0, e.g. "1000 750 500 250".',
     ),
     "rank 0": (
         DISTILL + "--rank 0",

@@ -1,11 +1,11 @@
-"""A full GPU: how much was used, and what would fit."""
+"""A full GPU: what would fit."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 
-from shared.errors import UserError, first_line
+from shared.device import full_device_explained
 from train.memory.plan import choices_of, first_that_fits
 from train.run import Run, memory_settings
 from train.saving.checkpoint import list_checkpoints
@@ -13,38 +13,9 @@ from train.saving.checkpoint import list_checkpoints
 _GIB = 2**30
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device has no memory left; cuBLAS and NCCL have errors of their own for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
-
-
-@contextmanager
-def explained(run: Run) -> Iterator[None]:
+def explained(run: Run) -> AbstractContextManager[None]:
     """A block whose lack of memory on the device becomes a UserError that says what to change."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"--device: {run.device} is out of memory{_used(run.device)} "
-            f"({first_line(error).removesuffix('.')}). {_cure(run)}"
-        ) from error
-
-
-def _used(device: str) -> str:
-    if not device.startswith("cuda"):
-        return ""
-    peak, taken = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-    return (
-        f": tensors took {peak / _GIB:.1f} GiB at the peak, torch {taken / _GIB:.1f} of "
-        f"{_capacity(device) / _GIB:.1f} GiB"
-    )
-
-
-def _capacity(device: str) -> int:
-    """Bytes of the card."""
-    return torch.cuda.get_device_properties(device).total_memory
+    return full_device_explained(run.device, partial(_cure, run))
 
 
 def _cure(run: Run) -> str:
@@ -57,7 +28,9 @@ def _cure(run: Run) -> str:
     less = [one for one in others if one.estimate.total < asked.estimate.total]
     if not less:
         return wider
-    room = _capacity(run.device) if run.device.startswith("cuda") else asked.estimate.total
+    room = asked.estimate.total
+    if run.device.startswith("cuda"):
+        room = torch.cuda.get_device_properties(run.device).total_memory
     choice = first_that_fits(less, room) or min(less, key=lambda one: one.estimate.total)
     saved = list_checkpoints(run.config.output_dir)
     resume = ""

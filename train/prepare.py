@@ -8,23 +8,24 @@ import numpy as np
 from shared.cli.videox_fun_command import Given
 from shared.errors import UserError
 from shared.format.cache import MEDIA_TYPES
-from shared.models.spec import ModelSpec, resolve_model
+from shared.models.spec import ModelSpec
 from train.config import DistillConfig, FinetuneConfig, TrainConfig
 from train.data.dataset import Dataset
 from train.data.holdout import split_held_out
 from train.data.path_states import refuse_other_states
 from train.distributed.placement import Placement
 from train.functional.guidance import Guidance
-from train.functional.schedule import Schedule
+from train.functional.schedule import Schedule, step_indices
 from train.methods.distillation import Distillation
 from train.methods.dmd import Recipe
 from train.methods.finetune import LORA, Finetuning
 from train.methods.flow_matching import NoiseLevels
 from train.methods.guidance_file import read_guidance
 from train.methods.regression import Regression
+from train.methods.teacher_gauges import ends_in_clips
 from train.model.base import Base, base_digest, component_of
 from train.model.roles import CRITIC, GENERATOR
-from train.options import Expert, is_number, names
+from train.options import Expert, is_number
 from train.run import Run, open_data, place_run, plan_run, update_batch
 
 NONE_GIVEN: Given = {}
@@ -39,7 +40,7 @@ def prepare_distillation(config: DistillConfig, given_elsewhere: Given = NONE_GI
     spec, data = open_data(config, given_elsewhere)
     expert = _expert(config, spec)
     schedule = Schedule(
-        indices=_numbers(config.denoising_step_indices_list, "--denoising-step-indices-list"),
+        indices=step_indices(config.denoising_step_indices_list, "--denoising-step-indices-list"),
         shift=spec.flow_shift if config.flow_shift is None else config.flow_shift,
         boundary=spec.boundary,
     )
@@ -70,7 +71,7 @@ def prepare_distillation(config: DistillConfig, given_elsewhere: Given = NONE_GI
             f"--score-floor: found {config.score_floor} with --boundary-type {expert}; it is a "
             "choice only for the high-noise expert. Leave it out."
         )
-    if config.match == "handover" and not (expert == "high" and _hands_over(recipe)):
+    if config.match == "handover" and (expert != "high" or ends_in_clips(recipe)):
         raise UserError(
             f"--match: found handover with --boundary-type {expert}, which hands no state over: "
             "its last step ends with the clip. It is for a high-noise expert whose steps another "
@@ -106,16 +107,11 @@ def _guidance(config: DistillConfig, spec: ModelSpec, expert: Expert) -> Guidanc
     given = config.real_guidance_scale
     if is_number(given):
         return float(given)
-    base = Base.parse(config.transformer_path, config.base_lora)
     component = component_of(expert)
-    resolve_model(config.model, [component] if base.own is None else [])
-    base.check(spec, component)
+    base = Base.parse(config.transformer_path, config.base_lora)
+    base.fetched(config.model, spec, component)
     digest = base_digest(spec.folder, component, base)
     return read_guidance(Path(given), expert, base=digest, model=config.model)
-
-
-def _hands_over(recipe: Recipe) -> bool:
-    return recipe.walk.stop < len(recipe.schedule.indices)
 
 
 def _regression(
@@ -143,14 +139,6 @@ def _regression(
         seed=config.seed,
     )
     return plan_run(config, placement, spec, data, objective)
-
-
-def _numbers(text: str, option: str) -> tuple[float, ...]:
-    """ "1000 750" or "1000,750" → (1000.0, 750.0)."""
-    try:
-        return tuple(map(float, names(text)))
-    except ValueError as error:
-        raise UserError(f"{option}: found {text!r}, expected numbers such as 1000,750.") from error
 
 
 def _refuse_text_only(

@@ -292,8 +292,7 @@ def plan_run(
         )
     component = component_of(objective.expert)
     base = Base.parse(config.transformer_path, config.base_lora)
-    resolve_model(config.model, [component] if base.own is None else [])
-    base.check(spec, component)
+    base.fetched(config.model, spec, component)
     check_installed(config.base_precision)
     check_optimizer(config.chosen_optimizer)
     if config.blocks_to_swap is not None:

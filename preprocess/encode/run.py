@@ -6,13 +6,11 @@ The text encoder and the VAE are never in memory together. Everything that is co
 however the run ends, and the same command continues from there.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 
-import torch
 from rich.console import Console
 
 from preprocess.cache.remove import unlisted
@@ -51,13 +49,15 @@ from shared.cache.session import (
 )
 from shared.cli.console import bar, count
 from shared.cli.support import say
-from shared.device import take_device
+from shared.device import full_device_explained, take_device
 from shared.errors import UserError
 from shared.format.fingerprint import Fingerprint
 from shared.format.prompts import EMPTY, NEGATIVE, Prompt, prompts_by_shard
 from shared.io.hashing import FileHasher
 from shared.io.store import Store
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
+
+_FULL = f"Use --vae-dtype bf16, a smaller --size, or free the device. {KEPT}"
 
 
 @dataclass(kw_only=True)
@@ -97,7 +97,7 @@ def encode(
         )
 
         with (
-            _memory_explained(config),
+            full_device_explained(config.device, lambda: _FULL),
             cache_session(output, config.rank, signals, outcome, settings) as session,
         ):
             # What the shards lack of it, and what they have too much.
@@ -446,15 +446,3 @@ def _take_out(run: _Run, outdated: _Outdated) -> None:
         run.writer.shards.add_tombstones(sorted(gone))
         run.outcome.replaced = len(replaced)
         run.outcome.removed = len(gone) - len(replaced)
-
-
-@contextmanager
-def _memory_explained(config: EncodeConfig) -> Iterator[None]:
-    """Say what can be done about a full GPU."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"--device: {config.device} is out of memory ({str(error).splitlines()[0]}). Use "
-            f"--vae-dtype bf16, a smaller --size, or free the device. {KEPT}"
-        ) from error

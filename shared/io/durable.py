@@ -130,6 +130,15 @@ def rename(path: Path, final: Path) -> None:
     path.replace(final)
 
 
+def link(file: Path, new: Path) -> None:
+    """A second name for a file of gigabytes; a copy where the file system has no such thing."""
+    try:
+        os.link(file, new)
+    except OSError:
+        shutil.copyfile(file, new)
+        fsync_file(new)
+
+
 def remove(path: Path) -> None:
     """Delete a file if it is there."""
     fault_point("remove", path)

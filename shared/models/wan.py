@@ -5,8 +5,8 @@ folders, so that a plan or a benchmark downloads nothing. No weights.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -174,9 +174,13 @@ class PublishedModel:
     """Whether it takes CLIP's image embeddings (Wan 2.1 i2v and flf2v)."""
     flow_shift: float = 3.0
     """Of the published scheduler; the shift to train with is `ModelSpec.flow_shift`."""
-    vae: Mapping[str, Any] = field(default_factory=lambda: WAN_21_VAE)
-    comfyui: tuple[str, ...]
+    comfyui: Sequence[str]
     """ComfyUI's files of the transformers, the high-noise expert's first."""
+
+    @property
+    def vae(self) -> Mapping[str, Any]:
+        """Its config."""
+        return WAN_22_VAE if self.mode == "ti2v" else WAN_21_VAE
 
     @property
     def width(self) -> int:
@@ -242,73 +246,10 @@ def _short(name: str) -> str:
     return name.lower().removeprefix(_HUB).removesuffix(_ENDING)
 
 
-def _size_14b(hub_id: str, mode: Mode, *comfyui: str, **others: Any) -> PublishedModel:
-    return PublishedModel(
-        hub_id=hub_id,
-        heads=40,
-        ffn_dim=13824,
-        layers=40,
-        mode=mode,
-        comfyui=comfyui,
-        **others,
-    )
-
-
-_MODELS = (
-    PublishedModel(
-        hub_id="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-        heads=12,
-        ffn_dim=8960,
-        layers=30,
-        mode="t2v",
-        comfyui=("wan2.1_t2v_1.3B_fp16.safetensors",),
-    ),
-    _size_14b("Wan-AI/Wan2.1-T2V-14B-Diffusers", "t2v", "wan2.1_t2v_14B_fp8_scaled.safetensors"),
-    _size_14b(
-        "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
-        "i2v",
-        "wan2.1_i2v_480p_14B_fp16.safetensors",
-        clip=True,
-    ),
-    _size_14b(
-        "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
-        "i2v",
-        "wan2.1_i2v_720p_14B_fp16.safetensors",
-        clip=True,
-    ),
-    _size_14b(
-        "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers",
-        "flf2v",
-        "wan2.1_flf2v_720p_14B_fp16.safetensors",
-        clip=True,
-        flow_shift=16.0,
-    ),
-    _size_14b(
-        "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
-        "t2v",
-        "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors",
-        "wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors",
-        two_experts=True,
-    ),
-    _size_14b(
-        "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
-        "i2v",
-        "wan2.2_i2v_high_noise_14B_fp8_scaled.safetensors",
-        "wan2.2_i2v_low_noise_14B_fp8_scaled.safetensors",
-        two_experts=True,
-    ),
-    PublishedModel(
-        hub_id="Wan-AI/Wan2.2-TI2V-5B-Diffusers",
-        heads=24,
-        ffn_dim=14336,
-        layers=30,
-        mode="ti2v",
-        flow_shift=5.0,
-        vae=WAN_22_VAE,
-        comfyui=("wan2.2_ti2v_5B_fp16.safetensors",),
-    ),
-)
-PUBLISHED: Mapping[str, PublishedModel] = {model.name: model for model in _MODELS}
+_MODELS = json.loads(Path(__file__).with_name("published.json").read_text())
+PUBLISHED: Mapping[str, PublishedModel] = {
+    model.name: model for model in (PublishedModel(**facts) for facts in _MODELS)
+}
 """By short name."""
 
 

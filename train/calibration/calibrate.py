@@ -17,7 +17,7 @@ from shared.errors import UserError
 from shared.format.cache import MEDIA_TYPES
 from shared.io.durable import write_bytes
 from shared.io.names import quoted
-from shared.models.spec import ModelSpec, blocks_of, resolve_model
+from shared.models.spec import ModelSpec
 from train.calibration.config import CalibrateConfig
 from train.calibration.fit import Fit, Sums, fit
 from train.calibration.measure import inner_products
@@ -26,17 +26,13 @@ from train.data.batches import MicroBatches, load_prompt_bank
 from train.data.dataset import Dataset
 from train.functional.rng import counted_rng
 from train.functional.schedule import MIN_SCORE_SIGMA, expert_interval, shift_sigma, unshift_sigma
-from train.memory.block_offload import stream_blocks, streaming_line
-from train.memory.quantize import check_installed, quantise
+from train.memory.quantize import check_installed
 from train.methods.guidance_file import Calibration, read_calibrations, write_calibration
-from train.model.attention import check_attention, use_attention
-from train.model.base import Base, base_digest, component_of, load_base
-from train.model.lora_adapter import LoraSpec
-from train.model.roles import Roles
+from train.model.base import Base, base_digest, component_of
 from train.options import Expert
 from train.run import open_data
+from train.synthesis.expert import check_here, loaded
 
-NO_LORA = LoraSpec(rank=1, alpha=1, targets=())
 SYNTHESIS = "synthesis"
 """Of a cache's fingerprint: what made its clips."""
 
@@ -85,8 +81,7 @@ def prepare_measurement(config: CalibrateConfig) -> Measurement:
     low = max(low, unshift_sigma(MIN_SCORE_SIGMA, shift))  # scores are not compared below
     component = component_of(expert)
     base = Base.parse(config.transformer_path, config.base_lora)
-    resolve_model(config.model, [component] if base.own is None else [])
-    base.check(spec, component)
+    base.fetched(config.model, spec, component)
     check_installed(config.base_precision)
     if config.output.exists():
         read_calibrations(config.output, "--output")  # refuses what is no such file
@@ -151,30 +146,23 @@ def calibrate_guidance(measurement: Measurement, console: Console) -> Calibratio
     say = partial(support.say, console)
     for line in measurement.describe():
         say(line)
-    config, data, sigmas = measurement.config, measurement.data, measurement.sigmas
+    config, spec, data = measurement.config, measurement.spec, measurement.data
+    expert, sigmas, base = measurement.expert, measurement.sigmas, measurement.base
     device = torch.device(chosen_device(config.device))
     take_device(str(device))
-    roles = _teacher(measurement, device, say)
-    bank = load_prompt_bank(data.first, measurement.spec.family)
-    batches = MicroBatches.of_whole_samples(data, measurement.spec, bank)
+    check_here(config, str(device))
+    bank = load_prompt_bank(data.first, spec.family)
+    batches = MicroBatches.of_whole_samples(data, spec, bank)
     negative = bank.negative.to(device)
     products = []
-    for number, row in enumerate(track(measurement.rows, "calibrate", console=console)):
-        stored, _ = batches.whole_sample(row, number)
-        clip = stored.to(device)
-        if config.train_mode == "normal" and clip.noised is not None:
-            clip = replace(clip, noised=torch.ones_like(clip.noised))
-        products.append(
-            inner_products(
-                roles,
-                clip,
-                negative,
-                sigmas,
-                number=number,
-                batch_size=config.batch_size,
-                seed=config.seed,
-            )
-        )
+    measure = partial(inner_products, batch_size=config.batch_size, seed=config.seed)
+    with loaded(config, spec, expert, base, device, say) as roles:
+        for number, row in enumerate(track(measurement.rows, "calibrate", console=console)):
+            stored, _ = batches.whole_sample(row, number)
+            clip = stored.to(device)
+            if config.train_mode == "normal" and clip.noised is not None:
+                clip = replace(clip, noised=torch.ones_like(clip.noised))
+            products.append(measure(roles, clip, negative, sigmas, number=number))
     rr, rd, dd = np.stack(products).transpose(2, 0, 1)
     sums = Sums(rr=rr, rd=rd, dd=dd)
     fitted = fit(sums, np.array(sigmas))
@@ -184,9 +172,7 @@ def calibrate_guidance(measurement: Measurement, console: Console) -> Calibratio
         spread=tuple(fitted.spread.tolist()),
         measured=tuple(fitted.measured.tolist()),
         model=config.model,
-        base=base_digest(
-            measurement.spec.folder, component_of(measurement.expert), measurement.base
-        ),
+        base=base_digest(spec.folder, component_of(expert), base),
         clips=len(measurement.rows),
         measured_on={
             "shards": data.identity(),
@@ -195,33 +181,12 @@ def calibrate_guidance(measurement: Measurement, console: Console) -> Calibratio
             "seed": config.seed,
         },
     )
-    write_calibration(config.output, measurement.expert, found)
+    write_calibration(config.output, expert, found)
     drawing = config.output.with_suffix(".svg")
     write_bytes(drawing, plot(read_calibrations(config.output, "--output")).encode())
     Console().print(_table(measurement, sums, fitted))
     say(f"guidance {config.output} (plot: {drawing})")
     return found
-
-
-def _teacher(measurement: Measurement, device: torch.device, say: Any) -> Roles:
-    """The expert's transformer on the device, without a LoRA."""
-    config, memory = measurement.config, measurement.config.memory
-    check_attention(config.attention_backend, str(device), memory.mixed_precision)
-    transformer = load_base(
-        measurement.spec,
-        measurement.expert,
-        precision=memory.mixed_precision,
-        device=device,
-        gradient_checkpointing=False,
-        base=measurement.base,
-    )
-    use_attention(transformer, config.attention_backend)
-    roles = Roles(transformer, NO_LORA, seed=config.seed, names=())
-    quantise(transformer, memory.base_precision, device)
-    if streamed := memory.streamed(len(blocks_of(transformer))):
-        say(streaming_line([stream_blocks(transformer, streamed, device)]))
-    transformer.to(device)
-    return roles
 
 
 def _table(measurement: Measurement, sums: Sums, fitted: Fit) -> Table:

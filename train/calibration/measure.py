@@ -16,7 +16,6 @@ from train.methods.flow_matching import over_frames
 from train.model.roles import Roles
 
 NOISE = "calibrate noise"
-_OF_SAMPLES = ("latents", "text", "condition", "image", "noised")
 
 
 @torch.no_grad()
@@ -60,11 +59,6 @@ def inner_products(
 
 def _repeated(clip: Batch, times: int) -> Batch:
     """The same sample so many times, for as many levels."""
-
-    tensors = {name: getattr(clip, name) for name in _OF_SAMPLES}
-    repeated = {
-        name: tensor.expand(times, *tensor.shape[1:])
-        for name, tensor in tensors.items()
-        if tensor is not None
-    }
+    tensors = clip.tensors().items()
+    repeated = {name: tensor.expand(times, *tensor.shape[1:]) for name, tensor in tensors}
     return replace(clip, samples=clip.samples * times, keys=clip.keys * times, **repeated)

@@ -46,7 +46,7 @@ def synthesize(config: SynthesizeConfig, _: typer.Context) -> None:
         for line in job.describe():
             echo(line)
         with open_store(config.output).pulled() as output:
-            for line in run.foresee(job, output).lines():
+            for line in run.foresee(job, output):
                 echo(line)
         return
     if config.num_processes > 1 and rank.world == 1:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,8 +46,8 @@ Drawn = Mapping[tuple[int, str], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """What one rank computes with in one micro-step, on its device."""
+class _Samples:
+    """What a batch has in the shards' dtype as well as on the device, there in fp32."""
 
     update: int
     """Number of the optimizer step, counted from the start of the run: randomness hangs on it."""
@@ -54,21 +55,33 @@ class Batch:
     """Positions inside the update batch: the global sample numbers of `train.functional.rng`."""
     keys: tuple[str, ...]
     latents: torch.Tensor
-    """(B, C, T, H, W) fp32, normalised; zeros of a text-only sample."""
-    text: torch.Tensor
-    """(B, tokens, D) in the cache's dtype, as many as the family takes, zeros after each caption's
-    true length: the transformer attends to them, as in diffusers' pipelines."""
-    condition: torch.Tensor | None
-    """i2v, flf2v: (B, 4+C, T, H, W) fp32, mask then normalised condition latents; else None."""
+    """(B, C, T, H, W), normalised; zeros of a text-only sample."""
+    condition: torch.Tensor | None = None
+    """i2v, flf2v: (B, C, T, H, W), normalised condition latents, on the device below their mask as
+    (B, 4+C, T, H, W); else None."""
     image: torch.Tensor | None = None
     """Wan 2.1 i2v, flf2v: (B, tokens, D), CLIP's embeddings of the given frames one after the other
-    (zeros of an image); else None."""
+    (zeros of an image), always in the shards' dtype; else None."""
     noised: torch.Tensor | None = None
     """ti2v: (B, 1, T, 1, 1), 0 on a latent frame that is the condition and so kept clean (the
     first, or none of a sample that is text to video this time), 1 elsewhere; else None."""
     states: torch.Tensor | None = None
-    """(B, S, C, T, H, W) fp32, a sampler's x_t at the steps that the run asked for; else None."""
+    """(B, S, C, T, H, W), a sampler's x_t at the steps that the run asked for; else None."""
     drawn: Drawn = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Any]:
+        """By name, of all samples each; without those that are None."""
+        found = vars(self).items()
+        return {name: value for name, value in found if isinstance(value, torch.Tensor)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch(_Samples):
+    """What one rank computes with in one micro-step, on its device."""
+
+    text: torch.Tensor
+    """(B, tokens, D) in the cache's dtype, as many as the family takes, zeros after each caption's
+    true length: the transformer attends to them, as in diffusers' pipelines."""
 
     def noise(self, seed: int, stream: str) -> torch.Tensor:
         """(B, C, T, H, W) fp32 standard normal: `train.functional.rng.noise` of these samples."""
@@ -80,42 +93,26 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredBatch:
+class StoredBatch(_Samples):
     """A `Batch` as the shards have it: nothing was copied, padded or converted yet."""
 
     family: Family
     given: tuple[int, ...]
     """`ModelSpec.given_frames`: what the mask says."""
-    update: int
-    samples: tuple[int, ...]
-    keys: tuple[str, ...]
-    latents: torch.Tensor
-    """(B, C, T, H, W)."""
     texts: tuple[torch.Tensor, ...]
     """B of (tokens, D)."""
-    condition: torch.Tensor | None
-    """(B, C, T, H, W), without the mask."""
-    image: torch.Tensor | None
-    noised: torch.Tensor | None
-    states: torch.Tensor | None = None
-    """(B, S, C, T, H, W)."""
-    drawn: Drawn = field(default_factory=dict)
 
     def page_locked(self) -> "StoredBatch":
         """The same in memory that a GPU copies from by itself; for the threads that read ahead."""
 
-        def locked(tensor: torch.Tensor) -> torch.Tensor:
+        def locked(tensor: torch.Tensor) -> Any:
             return tensor.contiguous().pin_memory()
 
         return replace(
             self,
-            latents=locked(self.latents),
             texts=tuple(map(locked, self.texts)),
-            condition=None if self.condition is None else locked(self.condition),
-            image=None if self.image is None else locked(self.image),
-            noised=None if self.noised is None else locked(self.noised),
-            states=None if self.states is None else locked(self.states),
             drawn={stream: locked(drawn) for stream, drawn in self.drawn.items()},
+            **{name: locked(tensor) for name, tensor in self.tensors().items()},
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -126,21 +123,18 @@ class StoredBatch:
         text = torch.zeros(padded, dtype=first.dtype, device=device)
         for row, own in zip(text, self.texts, strict=True):
             row[: len(own)] = to_device(own, device)
-        condition = self.condition
-        if condition is not None:
-            condition = to_device(condition, device).float()
-            condition = with_mask(condition, self.family.mask_channels, self.given)
+        there = {name: to_device(tensor, device) for name, tensor in self.tensors().items()}
+        there |= {name: tensor.float() for name, tensor in there.items() if name != "image"}
+        if self.condition is not None:
+            masked = (self.family.mask_channels, self.given)
+            there["condition"] = with_mask(there["condition"], *masked)
         return Batch(
             update=self.update,
             samples=self.samples,
             keys=self.keys,
-            latents=to_device(self.latents, device).float(),
             text=text,
-            condition=condition,
-            image=None if self.image is None else to_device(self.image, device),
-            noised=None if self.noised is None else to_device(self.noised, device).float(),
-            states=None if self.states is None else to_device(self.states, device).float(),
             drawn={stream: to_device(drawn, device) for stream, drawn in self.drawn.items()},
+            **there,
         )
 
 

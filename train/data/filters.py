@@ -9,14 +9,14 @@ the samples' KEY.json, which are read shard by shard. What such a search has fou
 this machine.
 """
 
-import hashlib
 import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,8 @@ import numpy.typing as npt
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, MemberReader
 from shared.format.schema import MEDIA_TYPES, TEXT_MEMBER
-from shared.io.durable import write_bytes
 from shared.io.hashing import cache_folder, digest_of
+from shared.io.memo import remembered
 from shared.io.names import has_wildcard, matcher
 
 Mask = npt.NDArray[np.bool_]
@@ -155,17 +155,13 @@ def _remembered(
     what = [_MEMO_FORMAT, index.digest, overlay and overlay.index.digest, asked]
     memo = cache_folder() / "where" / digest_of(what)
     shape = (2, len(of_text), len(index))
-    number = shape[0] * shape[1] * shape[2]
-    with suppress(OSError):
-        data = memo.read_bytes()
-        bits = np.frombuffer(data[32:], dtype=np.uint8)
-        if data[:32] == hashlib.sha256(data[32:]).digest() and len(bits) == -(-number // 8):
-            fits, same = np.unpackbits(bits, count=number).astype(np.bool_).reshape(shape)
-            return fits, same
-    fits, same = _search(index, of_text, among)
-    packed = np.packbits(np.stack([fits, same])).tobytes()
-    with suppress(OSError):  # it would have saved time
-        write_bytes(memo, hashlib.sha256(packed).digest(), packed)
+    number = prod(shape)
+
+    def search() -> bytes:
+        return np.packbits(np.stack(_search(index, of_text, among))).tobytes()
+
+    bits = np.frombuffer(remembered(memo, -(-number // 8), search), dtype=np.uint8)
+    fits, same = np.unpackbits(bits, count=number).astype(np.bool_).reshape(shape)
     return fits, same
 
 

@@ -8,7 +8,6 @@ read once; this machine remembers their hashes.
 
 import hashlib
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from math import ceil
 
@@ -17,8 +16,8 @@ import numpy.typing as npt
 
 from shared.errors import UserError
 from shared.format.cache import CacheIndex
-from shared.io.durable import write_bytes
 from shared.io.hashing import cache_folder
+from shared.io.memo import remembered
 from train.data.dataset import Dataset, Part
 from train.data.filters import in_blocks, texts_of
 
@@ -85,10 +84,6 @@ def _refusal(share: float, files: Hashes, *, everything: bool) -> UserError:
 def hashes_of_sources(index: CacheIndex) -> Hashes:
     """(N) of each sample's source, even over all 64 bits. UserError on damaged samples."""
     memo = cache_folder() / "sources" / index.digest
-    with suppress(OSError):
-        data = memo.read_bytes()
-        if data[:32] == hashlib.sha256(data[32:]).digest() and len(data) == 32 + 8 * len(index):
-            return np.frombuffer(data[32:], dtype="<u8").astype(np.uint64)
     found = np.zeros(len(index), dtype="<u8")
 
     def read(rows: npt.NDArray[np.intp]) -> None:
@@ -96,8 +91,9 @@ def hashes_of_sources(index: CacheIndex) -> Hashes:
             name = texts["source"][0].encode("utf-8", "surrogatepass")
             found[row] = int.from_bytes(hashlib.sha256(name).digest()[:8], "little")
 
-    in_blocks(index, np.arange(len(index)), read)
-    packed = found.tobytes()
-    with suppress(OSError):  # it would have saved time
-        write_bytes(memo, hashlib.sha256(packed).digest(), packed)
-    return found.astype(np.uint64)
+    def read_all() -> bytes:
+        in_blocks(index, np.arange(len(index)), read)
+        return found.tobytes()
+
+    packed = remembered(memo, found.nbytes, read_all)
+    return np.frombuffer(packed, dtype="<u8").astype(np.uint64)

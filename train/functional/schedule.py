@@ -4,14 +4,16 @@ x_t = (1 − σ)·x0 + σ·ε,  v = ε − x0,  t = 1000·σ. Sigmas and timeste
 timestep turns 937.5 into 937, a bf16 one into 936, and neither is what the model was trained on.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
 
 from shared.errors import UserError
 from shared.models.spec import TIMESTEPS
-from train.options import Expert, ScoreFloor
+from train.options import Expert, ScoreFloor, names
 
 # In the command line's order: typing keeps one Optional[Literal] for all orders, the first it saw.
 Value = TypeVar("Value", torch.Tensor, float)
@@ -69,6 +71,37 @@ def expert_interval(expert: Expert, shift: float, boundary: float | None) -> tup
     return (0.0, edge) if expert == "low" else (edge, 1.0)
 
 
+def steps_by_expert(timesteps: Sequence[float], boundary: float | None) -> dict[Expert, range]:
+    """Expert → places in falling `timesteps` that are its: t ≥ boundary·1000 is high.
+
+    In the order of their work, without one that has none; one transformer has no `boundary`.
+    """
+    if boundary is None:
+        return {"full": range(len(timesteps))}
+    high = sum(t >= boundary * TIMESTEPS for t in timesteps)
+    both: dict[Expert, range] = {"high": range(high), "low": range(high, len(timesteps))}
+    return {expert: places for expert, places in both.items() if places}
+
+
+def step_indices(text: str, option: str) -> tuple[float, ...]:
+    """ "1000 750" or "1000,750" → (1000.0, 750.0). UserError naming the option for others."""
+    try:
+        found = tuple(map(float, names(text)))
+    except ValueError:
+        found = ()
+    _check_indices(found, repr(text), option)
+    return found
+
+
+def _check_indices(found: tuple[float, ...], shown: str, option: str) -> None:
+    falling = all(a > b for a, b in pairwise(found))
+    if not found or not falling or not 0 < found[-1] <= found[0] <= TIMESTEPS:
+        raise UserError(
+            f"{option}: found {shown}, expected numbers falling from at most 1000 to above 0, "
+            'e.g. "1000 750 500 250".'
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """The few steps that the student will take, and which expert owns which."""
@@ -80,12 +113,7 @@ class Schedule:
     """Share of the timesteps at and above which the high-noise expert works."""
 
     def __post_init__(self) -> None:
-        falling = all(a > b for a, b in zip(self.indices, self.indices[1:], strict=False))
-        if not self.indices or not falling or not 0 < self.indices[-1] <= self.indices[0] <= 1000:
-            raise UserError(
-                f"--denoising-step-indices-list: found {list(self.indices)}, expected numbers "
-                "falling from at most 1000 to above 0, e.g. 1000 750 500 250."
-            )
+        _check_indices(self.indices, str(list(self.indices)), "--denoising-step-indices-list")
         if self.shift <= 0:
             raise UserError(f"--flow-shift: found {self.shift}, expected a number above 0.")
 
@@ -100,22 +128,24 @@ class Schedule:
         return tuple(TIMESTEPS * sigma for sigma in self.sigmas)
 
     def owned_steps(self, expert: Expert) -> range:
-        """Positions of the expert's steps: t ≥ boundary·1000 is high. UserError if it owns none."""
+        """Positions of the expert's steps. UserError if it owns none."""
         expert_interval(expert, self.shift, self.boundary)  # refuses one that there is not
-        if expert == "full":
-            return range(len(self.indices))
-        assert self.boundary is not None
-        limit = self.boundary * TIMESTEPS
-        high = sum(t >= limit for t in self.timesteps)
-        owned = range(high) if expert == "high" else range(high, len(self.indices))
-        if not owned:
-            listed = ", ".join(f"{t:.1f}" for t in self.timesteps)
+        boundary = None if expert == "full" else self.boundary
+        owned = steps_by_expert(self.timesteps, boundary).get(expert)
+        if owned is None:
+            listed, limit = ", ".join(f"{t:.1f}" for t in self.timesteps), boundary or 0
             raise UserError(
                 f"--boundary-type {expert}: no step belongs to this expert. The timesteps are "
-                f"{listed} (shift {self.shift:g}) and the boundary is {limit:g}; "
+                f"{listed} (shift {self.shift:g}) and the boundary is {limit * TIMESTEPS:g}; "
                 "change --denoising-step-indices-list or --flow-shift."
             )
         return owned
+
+    def describe(self, expert: Expert) -> str:
+        """All steps, and which are the expert's, for people."""
+        shown = [f"{timestep:.1f}" for timestep in self.timesteps]
+        own = ", ".join(shown[step] for step in self.owned_steps(expert))
+        return f"{', '.join(shown)} (shift {self.shift:g}); this expert owns {own}"
 
     def score_interval(
         self, expert: Expert, floor: ScoreFloor, *, capped: bool = True

@@ -157,6 +157,7 @@ class ForwardOnly:
     base_precision: BasePrecision | None
     low_vram: bool
     blocks_to_swap: int | None
+    attention_backend: str
 
     @property
     def memory(self) -> MemoryOptions:

@@ -6,9 +6,10 @@ from typing import Any, Literal, Protocol
 import torch
 
 from train.data.batches import Batch
+from train.functional.schedule import Schedule
 from train.methods.step_output import StepOutput
 from train.model.roles import Roles
-from train.options import Expert
+from train.options import Expert, Pairing
 
 Method = Literal["distill", "lora"]
 """`distill`: a few-step student without CFG; `lora`: the base model, finetuned."""
@@ -95,3 +96,40 @@ class Objective(Protocol):
 
     def describe_length(self, steps: int) -> str:
         """`steps` of the main role in words, with the updates of other roles."""
+
+
+class OneRole:
+    """What an objective has of this where every update trains its main role, without a teacher."""
+
+    main_role: str
+    cycle = 1
+    head_start = 0
+    gauge_passes = 0
+
+    def role_of(self, update: int) -> str:
+        return self.main_role
+
+    def role_updates(self, role: str, update: int) -> int:
+        return update
+
+    def teacher_gauges(
+        self, roles: Roles, batch: Batch, negative: torch.Tensor
+    ) -> Mapping[str, torch.Tensor]:
+        return {}
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def describe_length(self, steps: int) -> str:
+        return f"{steps} updates"
+
+
+def few_steps(schedule: Schedule, pairing: Pairing) -> dict[str, Any]:
+    """`Objective.sampling` of a student: its own steps, and how one leads to the next."""
+    return {
+        "method": "distill",
+        "denoising_step_indices_list": schedule.indices,
+        "flow_shift": schedule.shift,
+        "boundary": schedule.boundary,
+        "pairing": pairing,
+    }

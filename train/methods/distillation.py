@@ -9,7 +9,7 @@ import torch
 from shared.models.spec import TIMESTEPS
 from train.data.batches import Batch
 from train.functional.guidance import GuidanceTable
-from train.methods.base import Method
+from train.methods.base import Method, few_steps
 from train.methods.dmd import Recipe, critic_step, generator_step, rollout, rollout_noise
 from train.methods.step_output import StepOutput
 from train.methods.teacher_gauges import gauge_passes, teacher_gauges
@@ -102,28 +102,17 @@ class Distillation:
         return {"batched_guidance": self.recipe.batched_guidance} | table
 
     def sampling(self) -> dict[str, Any]:
-        schedule = self.recipe.schedule
-        return {
-            "method": self.method,
-            "denoising_step_indices_list": schedule.indices,
-            "flow_shift": schedule.shift,
-            "boundary": schedule.boundary,
-            "pairing": self.recipe.pairing,
-        }
+        return few_steps(self.recipe.schedule, self.recipe.pairing)
 
     def describe(self) -> list[str]:
-        schedule = self.recipe.schedule
-        steps = ", ".join(f"{t:.1f}" for t in schedule.timesteps)
-        owned = schedule.owned_steps(self.recipe.expert)
-        own = ", ".join(f"{schedule.timesteps[step]:.1f}" for step in owned)
         recipe, trained = self.recipe, self.recipe.exit_steps
         intervals = dict.fromkeys(map(recipe.score_interval_of, trained))
         levels = ", ".join(f"[{low:.3f}, {high:.3f}]" for low, high in intervals)
         levels += " by exit" if recipe.score_levels == "exit" else ""
-        last = f"; only {schedule.timesteps[trained[0]]:.1f} is trained"
+        last = f"; only {recipe.schedule.timesteps[trained[0]]:.1f} is trained"
         return [
-            f"steps    {steps} (shift {schedule.shift:g}); this expert owns {own}; start "
-            f"{recipe.start}{last if recipe.exits == 'last' else ''}; score levels u in {levels}"
+            f"steps    {recipe.schedule.describe(recipe.expert)}; start {recipe.start}"
+            f"{last if recipe.exits == 'last' else ''}; score levels u in {levels}"
             f"{self._matched}",
             *self._describe_guidance(),
         ]

@@ -9,7 +9,7 @@ import torch
 from shared.device import to_device
 from train.data.batches import Batch
 from train.functional.schedule import shift_sigma
-from train.methods.base import Method
+from train.methods.base import Method, OneRole
 from train.methods.flow_matching import (
     FIRST_NOISE,
     NoiseLevels,
@@ -27,7 +27,7 @@ VALIDATION_STEPS, VALIDATION_GUIDANCE = 20, 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetuning:
+class Finetuning(OneRole):
     """Objective of `wantrain lora`."""
 
     levels: NoiseLevels
@@ -40,30 +40,15 @@ class Finetuning:
     method: Method = "lora"
     first_noise: str = FIRST_NOISE
     states: None = None
-    cycle: int = 1
-    head_start: int = 0
 
     @property
     def expert(self) -> Expert:
         return self.levels.expert
 
-    def role_of(self, update: int) -> str:
-        return LORA
-
-    def role_updates(self, role: str, update: int) -> int:
-        return update
-
     def loss(self, roles: Roles, role: str, batch: Batch, negative: torch.Tensor) -> StepOutput:
         return flow_matching_step(
             roles, role, self.levels, batch, strata=self.strata, seed=self.seed
         )
-
-    def teacher_gauges(
-        self, roles: Roles, batch: Batch, negative: torch.Tensor
-    ) -> Mapping[str, torch.Tensor]:
-        return {}  # it learns from clips
-
-    gauge_passes: int = 0
 
     @torch.no_grad()
     def held_out_loss(self, roles: Roles, batch: Batch, quantile: float) -> torch.Tensor:
@@ -114,9 +99,6 @@ class Finetuning:
             "uniform_sampling": self.uniform_sampling,
         }
 
-    def settings(self) -> dict[str, Any]:
-        return {}
-
     def sampling(self) -> dict[str, Any]:
         return {
             "method": self.method,
@@ -136,6 +118,3 @@ class Finetuning:
             f"levels   timesteps {low:.1f} to {high:.1f}, {drawn} before the shift of "
             f"{levels.shift:g}"
         ]
-
-    def describe_length(self, steps: int) -> str:
-        return f"{steps} updates"

@@ -18,7 +18,7 @@ from train.data.batches import Batch
 from train.functional.losses import regression_loss
 from train.functional.rng import spread
 from train.functional.schedule import Schedule, per_sample
-from train.methods.base import Method
+from train.methods.base import Method, OneRole, few_steps
 from train.methods.flow_matching import over_frames, walk
 from train.methods.step_output import StepOutput
 from train.model.roles import GENERATOR, Roles
@@ -26,7 +26,7 @@ from train.options import Expert
 
 
 @dataclass(frozen=True, kw_only=True)
-class Regression:
+class Regression(OneRole):
     """Objective of `wantrain distill --method regression`."""
 
     expert: Expert
@@ -39,8 +39,6 @@ class Regression:
     main_role: str = GENERATOR
     method: Method = "distill"
     first_noise: None = None
-    cycle: int = 1
-    head_start: int = 0
 
     @property
     def steps(self) -> range:
@@ -52,19 +50,6 @@ class Regression:
         """Those of the steps, and where the last one leads, unless that is the clip itself."""
         steps = self.steps
         return range(steps.start, min(steps.stop + 1, len(self.schedule.indices)))
-
-    def role_of(self, update: int) -> str:
-        return GENERATOR
-
-    def role_updates(self, role: str, update: int) -> int:
-        return update
-
-    def teacher_gauges(
-        self, roles: Roles, batch: Batch, negative: torch.Tensor
-    ) -> Mapping[str, torch.Tensor]:
-        return {}  # it has no rollouts to measure
-
-    gauge_passes: int = 0
 
     def loss(self, roles: Roles, role: str, batch: Batch, negative: torch.Tensor) -> StepOutput:
         """mean (v̂(x_k, σ_k) − (x_k − x_{k+1}) / (σ_k − σ_{k+1}))², k drawn for each sample."""
@@ -130,27 +115,12 @@ class Regression:
             "uniform_sampling": self.uniform_sampling,
         }
 
-    def settings(self) -> dict[str, Any]:
-        return {}
-
     def sampling(self) -> dict[str, Any]:
         """Euler: away from the clip a step's velocity leads to the next state, not to x̂0."""
-        return {
-            "method": self.method,
-            "denoising_step_indices_list": self.schedule.indices,
-            "flow_shift": self.schedule.shift,
-            "boundary": self.schedule.boundary,
-            "pairing": "euler",
-        }
+        return few_steps(self.schedule, "euler")
 
     def describe(self) -> list[str]:
-        schedule = self.schedule
-        steps = ", ".join(f"{t:.1f}" for t in schedule.timesteps)
-        own = ", ".join(f"{schedule.timesteps[step]:.1f}" for step in self.steps)
         return [
-            f"steps    {steps} (shift {schedule.shift:g}); this expert owns {own}, and learns each "
-            "as the teacher's path goes, without a critic; sample with Euler"
+            f"steps    {self.schedule.describe(self.expert)}, and learns each as the teacher's "
+            "path goes, without a critic; sample with Euler"
         ]
-
-    def describe_length(self, steps: int) -> str:
-        return f"{steps} updates"

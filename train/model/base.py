@@ -17,7 +17,7 @@ from shared.errors import UserError, first_line
 from shared.io.hashing import digest_of
 from shared.models.original_layout import expert_folder, is_original
 from shared.models.original_weights import converted
-from shared.models.spec import ModelSpec, family_of
+from shared.models.spec import ModelSpec, family_of, resolve_model
 from shared.models.weight_files import weight_files
 from shared.models.weights import check_component, load_component
 from train.distributed.load_once import read_once
@@ -58,6 +58,12 @@ class Base:
     def notes(self) -> list[str]:
         """What to tell of the LoRA files, e.g. that one says no alpha."""
         return [note for lora in self.merged if (note := read_lora(lora.path).note)]
+
+    def fetched(self, model: str, spec: ModelSpec, component: str) -> "Base":
+        """Itself, its weights here where `model` is a hub id. UserError as of `check`."""
+        resolve_model(model, [component] if self.own is None else [])
+        self.check(spec, component)
+        return self
 
     def check(self, spec: ModelSpec, component: str) -> None:
         """UserError unless weights and LoRAs fit the model by configs, names and shapes.

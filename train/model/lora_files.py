@@ -9,7 +9,6 @@ take for alpha = rank. Beside the pairs there may be differences of whole weight
 weight, `.diff_b` of a bias, `.diff_m` of a modulation, as ComfyUI and lightx2v have them.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shared.errors import UserError, first_line
+from shared.errors import UserError
 from shared.models.family import Family, star_block
 from shared.models.spec import FAMILIES, ModelSpec, family_of_layers
 from train.model.custom_weights import empty_transformer
@@ -401,9 +400,9 @@ def _alphas(
     beside = peft_config_of(files)
     if PEFT_METADATA_KEY in metadata:
         where = f"the {PEFT_METADATA_KEY!r} metadata of {path}"
-        by_config = peft_alphas(_json(metadata[PEFT_METADATA_KEY], where), where, ranks)
+        by_config = peft_alphas(metadata[PEFT_METADATA_KEY], where, ranks)
     elif beside is not None:
-        by_config = peft_alphas(_json(beside.read_bytes(), str(beside)), str(beside), ranks)
+        by_config = peft_alphas(beside.read_bytes(), str(beside), ranks)
     alphas: dict[str, float] = {}
     assumed = False
     for module, held in pairs.items():
@@ -414,16 +413,6 @@ def _alphas(
         else:
             alphas[module], assumed = float(ranks[module].rank), True
     return alphas, assumed
-
-
-def _json(text: str | bytes, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(
-            f"LoRA: {where} is damaged ({first_line(error)}). Expected peft's configuration as "
-            "JSON, with r and lora_alpha."
-        ) from error
 
 
 def _alpha(path: Path, module: str, alpha: torch.Tensor) -> float:

@@ -4,6 +4,7 @@ It says what the matrices are multiplied by, which no tensor of peft's files doe
 """
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -39,9 +40,7 @@ class Pair:
     """Of its module in the file: what peft's patterns match."""
 
 
-def peft_alphas(
-    raw: Mapping[str, Any], where: str, pairs: Mapping[str, Pair]
-) -> dict[str, float | int]:
+def peft_alphas(raw: str | bytes, where: str, pairs: Mapping[str, Pair]) -> dict[str, float | int]:
     """Module → alpha so that alpha / rank is peft's scale, whatever its rule.
 
     `where` names the configuration. Raises UserError for one that is damaged, contradicts the
@@ -50,7 +49,7 @@ def peft_alphas(
     try:
         config = {
             key.removeprefix("transformer_2.").removeprefix("transformer."): value
-            for key, value in raw.items()
+            for key, value in json.loads(raw).items()
         }
         alphas, expected = (
             {module: _by_pattern(patterns, module, pair, usual) for module, pair in pairs.items()}

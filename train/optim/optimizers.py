@@ -103,12 +103,6 @@ def numbers_of(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     return {name: _exact(group[name]) for name in _OF_ALL if group.get("k")}
 
 
-def put_number(optimizer: torch.optim.Optimizer, name: str, value: torch.Tensor) -> None:
-    """Keep one of what `numbers_of` gave."""
-    (group,) = optimizer.param_groups
-    group[name] = value.item()
-
-
 def _exact(number: float) -> torch.Tensor:
     return torch.tensor(number, dtype=torch.int64 if isinstance(number, int) else torch.float64)
 

@@ -4,6 +4,7 @@ In two forms: the one that ComfyUI's window opens, and the one that its server t
 ComfyUI itself. `tests/train/sampling/comfyui_nodes.json` has their definitions.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from shared.io.durable import write_json
 from shared.io.names import quoted
 from shared.models.spec import TIMESTEPS
 from shared.models.wan import PUBLISHED, WAN
-from train.functional.schedule import Schedule
+from train.functional.schedule import Schedule, steps_by_expert
 from train.model.lora_files import read_lora
 from train.options import Expert
 from train.sampling.config import TEACHER_GUIDANCE, TEACHER_STEPS
@@ -28,64 +29,13 @@ OWN_FILES = ("transformer.safetensors", "transformer_2.safetensors")
 TEXT_ENCODER, CLIP_VISION = "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "clip_vision_h.safetensors"
 _HUB = "https://huggingface.co/Comfy-Org/{}/resolve/main/split_files/{}/{}"
 _REPOSITORIES = {"wan2.2": "Wan_2.2_ComfyUI_Repackaged", "": "Wan_2.1_ComfyUI_repackaged"}
-_PROMPT = {
-    "t2v": "Describe the clip, as the captions of the training do.",
-    "i2v": "Describe what happens, as the captions of the training do.",
-    "ti2v": "Describe the clip, as the captions of the training do.",
-    "flf2v": "Describe what happens, as the captions of the training do.",
-}
 _FRAMES_PER_SECOND = {"ti2v": 24}
 
-# Node → (inputs that are links, inputs that are values, outputs), each in ComfyUI's order. After
+# Node → [inputs that are links, inputs that are values, outputs], each in ComfyUI's order. After
 # "+", a value that only the window has.
-NODES = {
-    "UNETLoader": ("", "unet_name weight_dtype", "MODEL"),
-    "LoraLoaderModelOnly": ("model:MODEL", "lora_name strength_model", "MODEL"),
-    "ModelSamplingSD3": ("model:MODEL", "shift", "MODEL"),
-    "CLIPLoader": ("", "clip_name type device", "CLIP"),
-    "CLIPTextEncode": ("clip:CLIP", "text", "CONDITIONING"),
-    "VAELoader": ("", "vae_name", "VAE"),
-    "LoadImage": ("", "image +upload", "IMAGE MASK"),
-    "CLIPVisionLoader": ("", "clip_name", "CLIP_VISION"),
-    "CLIPVisionEncode": ("clip_vision:CLIP_VISION image:IMAGE", "crop", "CLIP_VISION_OUTPUT"),
-    "WanImageToVideo": (
-        "positive:CONDITIONING negative:CONDITIONING vae:VAE "
-        "clip_vision_output:CLIP_VISION_OUTPUT start_image:IMAGE",
-        "width height length batch_size",
-        "positive:CONDITIONING negative:CONDITIONING latent:LATENT",
-    ),
-    "WanFirstLastFrameToVideo": (
-        "positive:CONDITIONING negative:CONDITIONING vae:VAE "
-        "clip_vision_start_image:CLIP_VISION_OUTPUT clip_vision_end_image:CLIP_VISION_OUTPUT "
-        "start_image:IMAGE end_image:IMAGE",
-        "width height length batch_size",
-        "positive:CONDITIONING negative:CONDITIONING latent:LATENT",
-    ),
-    "Wan22ImageToVideoLatent": (
-        "vae:VAE start_image:IMAGE",
-        "width height length batch_size",
-        "LATENT",
-    ),
-    "EmptyHunyuanLatentVideo": ("", "width height length batch_size", "LATENT"),
-    "KSamplerAdvanced": (
-        "model:MODEL positive:CONDITIONING negative:CONDITIONING latent_image:LATENT",
-        "add_noise noise_seed +control_after_generate steps cfg sampler_name scheduler "
-        "start_at_step end_at_step return_with_leftover_noise",
-        "LATENT",
-    ),
-    "KSamplerSelect": ("", "sampler_name", "SAMPLER"),
-    "ManualSigmas": ("", "sigmas", "SIGMAS"),
-    "SplitSigmas": ("sigmas:SIGMAS", "step", "high_sigmas:SIGMAS low_sigmas:SIGMAS"),
-    "SamplerCustom": (
-        "model:MODEL positive:CONDITIONING negative:CONDITIONING sampler:SAMPLER sigmas:SIGMAS "
-        "latent_image:LATENT",
-        "add_noise noise_seed +control_after_generate cfg",
-        "output:LATENT denoised_output:LATENT",
-    ),
-    "VAEDecode": ("samples:LATENT vae:VAE", "", "IMAGE"),
-    "CreateVideo": ("images:IMAGE audio:AUDIO", "fps", "VIDEO"),
-    "SaveVideo": ("video:VIDEO", "filename_prefix format codec", ""),
-}
+NODES: Mapping[str, tuple[str, str, str]] = json.loads(
+    Path(__file__).with_name("comfyui_nodes.json").read_text()
+)
 _FOLDERS = {
     "unet_name": "diffusion_models",
     "vae_name": "vae",
@@ -181,7 +131,7 @@ def write_workflow(
     return paths
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Clip:
     """What a sampler needs beside a model, and the VAE."""
 
@@ -198,18 +148,20 @@ def _clip(graph: _Graph, provenance: Provenance) -> _Clip:
     """
     mode, shape = provenance.mode, _shape(provenance)
     text = graph.add("CLIPLoader", clip_name=TEXT_ENCODER, type="wan", device="default")
-    positive = graph.add("CLIPTextEncode", "Prompt", clip=text, text=_PROMPT[mode])
+    what = "the clip" if mode in ("t2v", "ti2v") else "what happens"
+    prompt = f"Describe {what}, as the captions of the training do."
+    positive = graph.add("CLIPTextEncode", "Prompt", clip=text, text=prompt)
     negative = graph.add("CLIPTextEncode", "Negative prompt", clip=text, text=WAN.negative_prompt)
     vae_name = "wan2.2_vae.safetensors" if mode == "ti2v" else "wan_2.1_vae.safetensors"
     vae = graph.add("VAELoader", vae_name=vae_name)
     if mode == "t2v":
         latent = graph.add("EmptyHunyuanLatentVideo", "Size and frames", **shape)
-        return _Clip(positive=positive, negative=negative, latent=latent, vae=vae)
+        return _Clip(positive, negative, latent, vae)
     image = graph.add("LoadImage", "First frame", image="example.png", upload="image")
     inputs: dict[str, Any] = {"vae": vae, "start_image": image, **shape}
     if mode == "ti2v":
         latent = graph.add("Wan22ImageToVideoLatent", "Size and frames", **inputs)
-        return _Clip(positive=positive, negative=negative, latent=latent, vae=vae)
+        return _Clip(positive, negative, latent, vae)
     seen = {"clip_vision_output": image}
     kind = "WanImageToVideo"
     if mode == "flf2v":
@@ -226,9 +178,7 @@ def _clip(graph: _Graph, provenance: Provenance) -> _Clip:
             )
     inputs |= {"positive": positive, "negative": negative}
     both = graph.add(kind, "Size and frames", **inputs).node
-    return _Clip(
-        positive=_Output(both), negative=_Output(both, 1), latent=_Output(both, 2), vae=vae
-    )
+    return _Clip(_Output(both), _Output(both, 1), _Output(both, 2), vae)
 
 
 def _sampled(
@@ -255,7 +205,8 @@ def _sampled(
         levels = ", ".join(f"{level:.12f}" for level in (*schedule.sigmas, 0))
         sigmas = graph.add("ManualSigmas", "Trained noise levels", sigmas=levels)
     latent = clip.latent
-    for expert, owned in _stages(schedule, loras).items():
+    boundary = None if "full" in loras else schedule.boundary
+    for expert, owned in steps_by_expert(schedule.timesteps, boundary).items():
         called = "" if expert == "full" else f", {expert} noise"
         file = transformers[-1 if expert == "low" else 0]
         model = graph.add("UNETLoader", f"Model{called}", unet_name=file, weight_dtype="default")
@@ -293,16 +244,6 @@ def _sampled(
     return latent
 
 
-def _stages(schedule: Schedule, loras: Mapping[Expert, str]) -> dict[Expert, range]:
-    """Expert → its steps, of those that have some; in the order in which they work."""
-    steps = len(schedule.indices)
-    if schedule.boundary is None or "full" in loras:
-        return {"full": range(steps)}
-    high = sum(t >= schedule.boundary * TIMESTEPS for t in schedule.timesteps)
-    stages: dict[Expert, range] = {"high": range(high), "low": range(high, steps)}
-    return {expert: owned for expert, owned in stages.items() if owned}
-
-
 def _is_simple(schedule: Schedule) -> bool:
     """Whether scheduler `simple` gives its levels, at a shift that the node's 2 decimals hold."""
     shift = round(schedule.shift, 2)
@@ -316,7 +257,7 @@ def _shape(provenance: Provenance) -> dict[str, int]:
     return {"width": width, "height": height, "length": frames, "batch_size": 1}
 
 
-def _transformers(provenance: Provenance, width: int) -> tuple[str, ...]:
+def _transformers(provenance: Provenance, width: int) -> Sequence[str]:
     """ComfyUI's files of the base, the high-noise expert's first."""
     two = provenance.boundary is not None
     # Wan 2.2's experts for a first frame take a last one, too.

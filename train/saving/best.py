@@ -5,16 +5,15 @@ no space and stay when the checkpoint is deleted. Which one is the best stands i
 themselves; a folder that a kill has left behind them is made again when the run resumes.
 """
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from shared.io.durable import building_folder, fsync_file, fsync_folder
+from shared.io.durable import building_folder, fsync_folder, link
 from train.options import Expert
-from train.saving.checkpoint import REPLACED_SUFFIX, list_checkpoints
+from train.saving.checkpoint import REPLACED_SUFFIX, list_checkpoints, put_in_place
 from train.saving.export import write_loras_of
 
 ASIDE_SUFFIX = ".aside"
@@ -34,26 +33,12 @@ def keep_as_best(
         inside = building / checkpoint.name
         inside.mkdir()
         for file in sorted(checkpoint.iterdir()):
-            _link(file, inside / file.name)
+            link(file, inside / file.name)
         write_loras_of(checkpoint, building, expert, dtype)
         fsync_folder(inside)
         fsync_folder(building)
-    replaced = final.with_name(final.name + REPLACED_SUFFIX)
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    building.rename(final)
-    fsync_folder(output)
-    shutil.rmtree(replaced, ignore_errors=True)
+    put_in_place(building, final)
     return final
-
-
-def _link(file: Path, new: Path) -> None:
-    try:
-        os.link(file, new)
-    except OSError:  # a file system without links
-        shutil.copyfile(file, new)
-        fsync_file(new)
 
 
 def settle_best(

@@ -124,16 +124,23 @@ def save_checkpoint(
     final = folder / checkpoint_name(steps, others)
     with building_folder(final) as building:
         _write_checkpoint(building, files, updates, identity, steps, record or {})
-    # A folder can't replace another in one rename; the old one is out of the way only for the time
-    # between two of them, and never deleted before the new one is in place.
+    put_in_place(building, final)
+    return final
+
+
+def put_in_place(building: Path, final: Path) -> None:
+    """Give a folder its name, also where an old one has it.
+
+    It can't replace that in one rename; the old one is out of the way only for the time between two
+    of them, and never deleted before the new one is in place.
+    """
     replaced = final.with_name(final.name + REPLACED_SUFFIX)
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     building.rename(final)
-    fsync_folder(folder)
+    fsync_folder(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    return final
 
 
 def remove_oldest(folder: Path, keep: int) -> None:

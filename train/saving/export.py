@@ -26,11 +26,16 @@ def lora_path(folder: Path, expert: Expert, form: Form) -> Path:
 
 def write_loras(folder: Path, lora: LoraWeights, provenance: Provenance) -> list[Path]:
     """Write an expert's LoRA in every form, in the dtype that it has; the paths written."""
-    paths = []
-    for form in FORMS:
-        paths.append(lora_path(folder, provenance.expert, form))
-        write_lora(paths[-1], lora, form, provenance.metadata())
-    return paths
+    return _in_every_form(folder, provenance.expert, lora, provenance.metadata())
+
+
+def _in_every_form(
+    folder: Path, expert: Expert, lora: LoraWeights, metadata: Mapping[str, str]
+) -> list[Path]:
+    paths = {form: lora_path(folder, expert, form) for form in FORMS}
+    for form, path in paths.items():
+        write_lora(path, lora, form, metadata)
+    return list(paths.values())
 
 
 def write_lora(path: Path, lora: LoraWeights, form: Form, metadata: Mapping[str, str]) -> None:
@@ -82,11 +87,7 @@ def write_loras_of(
 ) -> list[Path]:
     """Write the LoRA of a checkpoint in every form, as its run would; the paths written."""
     source = from_checkpoint(checkpoint)
-    paths = []
-    for form in FORMS:
-        paths.append(lora_path(folder, expert, form))
-        write_lora(paths[-1], source.lora.to(dtype), form, source.metadata)
-    return paths
+    return _in_every_form(folder, expert, source.lora.to(dtype), source.metadata)
 
 
 def _with_alpha(metadata: Mapping[str, str], alpha: float | None) -> dict[str, str]:

@@ -5,7 +5,6 @@ folder goes along: weights as hard links where the file system allows it, other 
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from rich.progress import track
 
 from shared.cli import support
 from shared.errors import UserError
-from shared.io.durable import building_folder, fsync_folder, rename, write_json
+from shared.io.durable import building_folder, fsync_folder, link, rename, write_json
 from shared.models.original_layout import COMPONENT_NAMES, expert_folder, is_original
 from shared.models.original_weights import converted
 from shared.models.spec import ModelSpec, read_model_spec, resolve_model
@@ -282,18 +281,10 @@ def _take_along(
         ):
             continue
         elif entry.suffix in WEIGHTS:
-            _link(entry.resolve(), target / entry.name)  # in the hub's cache it is a symlink
+            link(entry.resolve(), target / entry.name)  # in the hub's cache it is a symlink
         else:
             shutil.copyfile(entry, target / entry.name)
     fsync_folder(target)
-
-
-def _link(file: Path, target: Path) -> None:
-    """A second name for a file of gigabytes; a copy where the file system has no such thing."""
-    try:
-        os.link(file, target)
-    except OSError:
-        shutil.copyfile(file, target)
 
 
 def _write_single_expert(folder: Path) -> None:

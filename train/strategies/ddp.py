@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from train.distributed.process_group import SINGLE, Ranks
 from train.model.roles import Roles
-from train.optim.optimizers import make_optimizer, numbers_of, put_number, put_state, state_of
+from train.optim.optimizers import make_optimizer, numbers_of, put_state, state_of
 from train.strategies.base import AdamSettings
 
 OF_ALL = "optimizer"
@@ -76,7 +76,7 @@ class AdamWRole:
         for name_and_moment, value in moments.items():
             name, moment = name_and_moment.rsplit("/", 1)
             if name == OF_ALL:
-                put_number(self.optimizer, moment, value)
+                self.optimizer.param_groups[0][moment] = value.item()
                 continue
             parameter = self.parameters[name]
             # torch keeps Adam's step counter on the CPU, the moments beside the parameter.

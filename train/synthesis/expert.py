@@ -10,9 +10,10 @@ import torch
 from shared.errors import UserError
 from shared.io.hashing import digest_of
 from shared.models.original_layout import is_original
-from shared.models.spec import ModelSpec, blocks_of, resolve_model
-from train.memory.block_offload import stream_blocks, streamed_blocks, streaming_line
+from shared.models.spec import ModelSpec, blocks_of
+from train.memory.block_offload import stream_blocks, streaming_line
 from train.memory.estimate import Estimate, Settings, estimate_of, tokens_of
+from train.memory.options import ForwardOnly
 from train.memory.quantize import check_installed, quantise
 from train.model.attention import check_attention, use_attention
 from train.model.base import Base, base_digest, component_of, load_base
@@ -47,10 +48,8 @@ def bases_of(config: SynthesizeConfig, spec: ModelSpec) -> dict[Expert, Base]:
     bases: dict[Expert, Base] = {}
     for expert, (own, loras, name) in given.items():
         merged = tuple(ScaledLora.parse(text, f"--{name}-lora") for text in loras or ())
-        bases[expert] = Base(own=own, merged=merged)
-        component = component_of(expert)
-        resolve_model(config.model, [component] if own is None else [])
-        bases[expert].check(spec, component)
+        base = Base(own=own, merged=merged)
+        bases[expert] = base.fetched(config.model, spec, component_of(expert))
     return bases
 
 
@@ -74,7 +73,7 @@ def identity_of(config: SynthesizeConfig, spec: ModelSpec, bases: Mapping[Expert
     }
 
 
-def check_here(config: SynthesizeConfig, device: str) -> None:
+def check_here(config: ForwardOnly, device: str) -> None:
     """UserError for what can't be computed here, before weights are read."""
     check_installed(config.base_precision)
     check_attention(config.attention_backend, device, config.mixed_precision)
@@ -82,7 +81,7 @@ def check_here(config: SynthesizeConfig, device: str) -> None:
 
 @contextmanager
 def loaded(
-    config: SynthesizeConfig,
+    config: ForwardOnly,
     spec: ModelSpec,
     expert: Expert,
     base: Base,
@@ -90,21 +89,20 @@ def loaded(
     say: Callable[[str], None],
 ) -> Iterator[Roles]:
     """The expert on the device, without adapters; its memory is free again after the block."""
+    memory = config.memory
     transformer: Any = load_base(
         spec,
         expert,
-        precision=config.mixed_precision,
+        precision=memory.mixed_precision,
         device=device,
         gradient_checkpointing=False,
         base=base,
     )
     use_attention(transformer, config.attention_backend)
-    quantise(transformer, config.base_precision, device)
-    if streamed := config.memory.streamed(len(blocks_of(transformer))):
-        stream_blocks(transformer, streamed, device)
+    quantise(transformer, memory.base_precision, device)
+    if streamed := memory.streamed(len(blocks_of(transformer))):
+        say(streaming_line([stream_blocks(transformer, streamed, device)]))
     transformer.to(device)
-    if (blocks := streamed_blocks(transformer)) is not None:
-        say(streaming_line([blocks]))
     roles = Roles(transformer, _NO_LORA, seed=0, names=())
     del transformer
     try:

@@ -7,8 +7,7 @@ same command continues from there.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,8 +19,8 @@ from shared.cache.index import live_columns
 from shared.cache.session import KEPT, CacheSession, Outcome, cache_session, stoppable
 from shared.cli.console import bar, count
 from shared.cli.support import say
-from shared.device import chosen_device, take_device
-from shared.errors import UserError, first_line
+from shared.device import chosen_device, full_device_explained, take_device
+from shared.errors import UserError
 from shared.format.cache import CacheIndex, Sidecar, committed_shards
 from shared.format.columns import hex_keys
 from shared.format.fingerprint import (
@@ -42,12 +41,10 @@ from shared.format.schema import (
 from shared.io.store import Store
 from shared.models.spec import ModelSpec
 from train.data.batches import MicroBatches, StoredBatch, load_prompt_bank
-from train.memory.estimate import Estimate
 from train.methods.flow_matching import with_clean_frames
 from train.model.base import Base
 from train.model.roles import Roles
 from train.options import Expert
-from train.out_of_memory import is_out_of_memory
 from train.run import open_data
 from train.synthesis.clips import Group, Source, described, info_of, plan_clips
 from train.synthesis.config import SynthesizeConfig
@@ -56,6 +53,7 @@ from train.synthesis.handover import HandedOver, Handover
 from train.synthesis.sampler import Sampler, sampler_of
 
 _VIDEO = MEDIA_TYPES.index("video")
+_FULL = f"Use a smaller --batch-size, --base-precision int8 or --low-vram. {KEPT}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,43 +169,22 @@ def settings_for(job: Job, output: Store, sidecars: list[Sidecar]) -> Fingerprin
     return job.fingerprint
 
 
-@dataclass(frozen=True, kw_only=True)
-class Foreseen:
-    """What a run would do."""
-
-    clips: int
-    in_shards: int
-    passes: int
-    """Of the transformer, for the clips that are not there."""
-    bytes: int
-    """About what they take in shards."""
-    memory: Estimate | None
-
-    def lines(self) -> list[str]:
-        """For people."""
-        new = self.clips - self.in_shards
-        return [
-            f"clips    {self.clips}: {self.in_shards} in the shards, {new} to make in "
-            f"{self.passes} transformer passes (of one clip each); about {self.bytes / 1e6:.1f} MB "
-            "of shards",
-            *([] if self.memory is None else [self.memory.line()]),
-        ]
-
-
-def foresee(job: Job, output: Store) -> Foreseen:
-    """What `synthesize` would do; nothing is written. UserError where it would refuse to begin."""
+def foresee(job: Job, output: Store) -> list[str]:
+    """Lines for people about what `synthesize` would do; nothing is written. UserError where it
+    would refuse to begin."""
     sidecars = committed_shards(output.folder) if output.folder.is_dir() else []
     settings_for(job, output, sidecars)
     there = set(hex_keys(live_columns(output)[0]["key"])) if sidecars else set[str]()
     new = [(g, sum(clip.key not in there for clip in g.clips)) for g in job.groups]
     clips, left = sum(len(g.clips) for g in job.groups), sum(number for _, number in new)
-    return Foreseen(
-        clips=clips,
-        in_shards=clips - left,
-        passes=left * job.sampler.passes,
-        bytes=sum(number * job.bytes_each(group) for group, number in new),
-        memory=needed(job.config, job.spec, job.groups),
-    )
+    size = sum(number * job.bytes_each(group) for group, number in new)
+    memory = needed(job.config, job.spec, job.groups)
+    return [
+        f"clips    {clips}: {clips - left} in the shards, {left} to make in "
+        f"{left * job.sampler.passes} transformer passes (of one clip each); about "
+        f"{size / 1e6:.1f} MB of shards",
+        *([] if memory is None else [memory.line()]),
+    ]
 
 
 def synthesize(job: Job, output: Store, console: Console) -> Outcome:
@@ -231,7 +208,7 @@ def synthesize(job: Job, output: Store, console: Console) -> Outcome:
         )
         writer = BackgroundWriter(session.writer(job.config.shard_size_mb * 1_000_000))
         run = _Run(job, session, writer, console)
-        with session.rescued(writer.rescue), _memory_explained(job):
+        with session.rescued(writer.rescue), full_device_explained(job.device, lambda: _FULL):
             run.copy_prompts()
             run.make({*missing})
             with signals.deferred():
@@ -393,17 +370,3 @@ class _Run:
         with self._session.signals.deferred():
             self._writer.add(sample)
         self._session.outcome.written += 1
-
-
-@contextmanager
-def _memory_explained(job: Job) -> Iterator[None]:
-    """Say what can be done about a full GPU."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"--device: {job.device} is out of memory ({first_line(error).removesuffix('.')}). Use "
-            f"a smaller --batch-size, --base-precision int8 or --low-vram. {KEPT}"
-        ) from error

@@ -2,21 +2,19 @@
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from math import prod
 from typing import Any
 
 import torch
 
-from shared.errors import UserError
 from shared.format.buckets import Bucket
 from shared.models.spec import TIMESTEPS, ModelSpec
 from train.data.batches import Batch
 from train.functional.rng import counted_rng
-from train.functional.schedule import Schedule, shift_sigma
+from train.functional.schedule import Schedule, shift_sigma, step_indices, steps_by_expert
 from train.methods.flow_matching import guided_velocity, trajectory
 from train.model.roles import Roles
-from train.options import Expert, Pairing, names
+from train.options import Expert, Pairing
 from train.synthesis.config import STEPS, SynthesizeConfig
 
 # Levels nearer to one another than this are one: a step between them would do nothing.
@@ -48,14 +46,8 @@ class Sampler:
     @property
     def experts(self) -> tuple[tuple[Expert, range], ...]:
         """Whose turn it is, and the places in `sigmas` that are its; none without a place."""
-        if self.boundary is None:
-            return (("full", range(len(self.sigmas))),)
-        high = sum(TIMESTEPS * sigma >= self.boundary * TIMESTEPS for sigma in self.sigmas)
-        both: tuple[tuple[Expert, range], ...] = (
-            ("high", range(high)),
-            ("low", range(high, len(self.sigmas))),
-        )
-        return tuple((expert, places) for expert, places in both if places)
+        timesteps = [TIMESTEPS * sigma for sigma in self.sigmas]
+        return tuple(steps_by_expert(timesteps, self.boundary).items())
 
     @property
     def passes_each(self) -> int:
@@ -129,9 +121,8 @@ def sampler_of(config: SynthesizeConfig, spec: ModelSpec) -> tuple[Sampler, dict
     shift = spec.flow_shift if config.flow_shift is None else config.flow_shift
     if config.step_list is not None:
         pairing: Pairing = config.pairing or "renoise"
-        sigmas = Schedule(
-            indices=_numbers(config.step_list, "--step-list"), shift=shift, boundary=spec.boundary
-        ).sigmas
+        indices = step_indices(config.step_list, "--step-list")
+        sigmas = Schedule(indices=indices, shift=shift, boundary=spec.boundary).sigmas
         states = tuple(range(len(sigmas)))
         said: dict[str, Any] = {"steps": len(sigmas), "step_list": [1000 * s for s in sigmas]}
     else:
@@ -140,7 +131,7 @@ def sampler_of(config: SynthesizeConfig, spec: ModelSpec) -> tuple[Sampler, dict
         sigmas, states = teacher_levels(steps, shift), ()
         if config.states is not None:
             student = shift if config.student_shift is None else config.student_shift
-            indices = _numbers(config.states, "--states")
+            indices = step_indices(config.states, "--states")
             wanted = Schedule(indices=indices, shift=student, boundary=spec.boundary).sigmas
             sigmas, states = with_states(sigmas, wanted)
         said = {"steps": steps, "step_list": None}
@@ -195,18 +186,3 @@ def clip_cost(spec: ModelSpec, bucket: Bucket) -> ClipCost:
     """Of a clip of this shape."""
     numbers = prod(bucket.latent_shape(spec.latent_channels, spec.stride))
     return ClipCost(clip_passes=2 * STEPS, clip_bytes=numbers * torch.bfloat16.itemsize)
-
-
-def _numbers(text: str, option: str) -> tuple[float, ...]:
-    """ "1000 750" or "1000,750" → (1000.0, 750.0)."""
-    try:
-        found = tuple(map(float, names(text)))
-    except ValueError:
-        found = ()
-    falling = all(a > b for a, b in pairwise(found))
-    if not found or not falling or not 0 < found[-1] <= found[0] <= TIMESTEPS:
-        raise UserError(
-            f"{option}: found {text!r}, expected numbers falling from at most 1000 to above 0, "
-            'e.g. "1000 750 500 250".'
-        )
-    return found
