@@ -15,7 +15,7 @@ from shared.errors import UserError
 from shared.format.schema import DTYPES
 from shared.io.names import quoted
 from shared.models.original_layout import is_original
-from shared.models.spec import DEFAULT_MODEL, read_model_spec, resolve_model
+from shared.models.spec import read_model_spec, resolve_model
 from train.config import DistillConfig, TrainConfig
 from train.distributed.process_group import joined
 from train.loop import leave_run_file, train_joined
@@ -25,13 +25,12 @@ from train.model.custom_weights import empty_transformer
 from train.model.lora_files import read_lora
 from train.options import Expert
 from train.run import Run, run_identity
-from train.sampling.comfyui import loras_of_run, write_workflow
-from train.sampling.config import SampleConfig
+from train.sampling.model_card import Trained, sample_command, write_guides
 from train.saving.checkpoint import check_identity, checkpoint_name, find_checkpoint
 from train.saving.export import lora_path, write_loras_of
 from train.saving.output_lock import hold_folder
 from train.saving.provenance import read_provenance
-from train.session import Say, keep_best_of, lora_of
+from train.session import Say, guide, held_out_loss, keep_best_of, lora_of
 
 ORDER: tuple[Expert, ...] = ("high", "low")
 """As they work on a clip."""
@@ -145,10 +144,7 @@ def _is_complete(run: Run, say: Say) -> bool:
     digest = base_digest(run.spec.folder, component, run.base)
     check_identity(found, run_identity(run, lora, digest))
     write_loras_of(found, config.output_dir, expert, DTYPES[config.save_precision])
-    path = lora_path(config.output_dir, expert, "comfyui")
-    provenance = read_provenance(path)
-    width = read_lora(path).lora.width
-    write_workflow(config.output_dir, loras_of_run(provenance), provenance, width)
+    guide(run, config.output_dir)
     say(f"resume   complete ({found.name})")
     return True
 
@@ -163,43 +159,34 @@ def _free(run: Run) -> None:
 
 
 def _end(config: TrainConfig, runs: Sequence[Run], say: Say) -> None:
-    """Write the workflow with both LoRAs, and say how to use them."""
-    files = {run.objective.expert: run.config.output_dir for run in runs}
-    paths = {e: lora_path(folder, e, "comfyui") for e, folder in files.items()}
-    provenance, width = read_provenance(paths["low"]), read_lora(paths["low"]).lora.width
-    names = {expert: path.name for expert, path in paths.items()}
-    workflow = write_workflow(config.output_dir, names, provenance, width)[0]
-    copied = " ".join(quoted(path) for path in paths.values())
-    say(f"next     {_sample_command(config, runs)}")
+    """Write how to use both LoRAs, and say it."""
+    folders = {run.objective.expert: run.config.output_dir for run in runs}
+    paths = [lora_path(folder, expert, "comfyui") for expert, folder in folders.items()]
+    trained = [
+        Trained(
+            provenance=read_provenance(path),
+            held_out=held_out_loss(run),
+            folder=run.config.output_dir.name,
+        )
+        for path, run in zip(paths, runs, strict=True)
+    ]
+    width = read_lora(paths[-1]).lora.width
+    workflow, card = write_guides(config.output_dir, trained, width, model=config.model)
+    loras = [lora_path(folder, expert, "diffusers") for expert, folder in folders.items()]
+    more = _device_words(config)
+    say(f"next     {sample_command(trained[-1].provenance, loras, config.model, more)}")
+    copied = " ".join(map(quoted, paths))
     say(f"ComfyUI  copy {copied} to models/loras, then open {quoted(workflow)}")
+    say(f"card     {card}")
 
 
-def _sample_command(config: TrainConfig, runs: Sequence[Run]) -> str:
-    """The command that makes a clip as large and long as the largest of the training."""
-    spec = runs[0].spec
-    words = ["wantrain sample"]
-    if config.model != DEFAULT_MODEL:
-        words.append(f"--model {quoted(config.model)}")
-    for run in runs:
-        expert = run.objective.expert
-        file = lora_path(run.config.output_dir, expert, "diffusers")
-        words.append(f"--lora {quoted(file)}")
-    largest = max(
-        runs[0].data.filled_buckets(), key=lambda b: (b.height * b.width * b.frames, b.width)
-    )
-    shape = {"height": largest.height, "width": largest.width, "num_frames": largest.frames}
-    options = SampleConfig.__dataclass_fields__
-    for name, value in shape.items():
-        if value != options[name].default:
-            words.append(f"--{name.replace('_', '-')} {value}")
-    if config.device != options["device"].default:
+def _device_words(config: TrainConfig) -> list[str]:
+    """Options of `wantrain sample` that make it run where, and as small as, the training did."""
+    words = []
+    if config.device != TrainConfig.__dataclass_fields__["device"].default:
         words.append(f"--device {config.device}")
     if is_quantised(config.base_precision):
         words.append(f"--base-precision {config.base_precision}")
     if config.low_vram:
         words.append("--low-vram")
-    if spec.given_frames:
-        words.append("--image FIRST-FRAME")
-    if len(spec.given_frames) > 1:
-        words.append("--last-image LAST-FRAME")
-    return " ".join([*words, "--prompt TEXT"])
+    return words

@@ -33,7 +33,7 @@ from train.optim.ema import Ema
 from train.optim.lr_checks import Weights, warn_of_file, warn_of_learning_rate
 from train.options import Gauge
 from train.run import Run, run_identity
-from train.sampling.comfyui import loras_of_run, write_workflow
+from train.sampling.model_card import Trained, write_guides
 from train.saving.best import best_folder, keep_as_best, settle_best
 from train.saving.checkpoint import (
     Files,
@@ -47,11 +47,12 @@ from train.saving.checkpoint import (
     save_checkpoint,
     set_later_aside,
 )
-from train.saving.export import write_loras
+from train.saving.export import lora_path, write_loras
 from train.saving.provenance import Provenance, read_provenance
 from train.strategies.base import AdamSettings, Strategy
 from train.strategies.spread import device_bytes, parameter_bytes, spread
 from train.tracking.gauges import Gauges
+from train.tracking.held_out import last_loss
 
 Say = Callable[[str], None]
 
@@ -115,6 +116,7 @@ class Session:
                 checkpoint,
                 self.run.objective.expert,
                 DTYPES[config.save_precision],
+                partial(guide, self.run),
             )
 
     def settle_best(self) -> None:
@@ -164,13 +166,14 @@ class Session:
             folder = best_folder(run.config.output_dir, best["gauge"])
             self.say(f"best     {folder} (step {run.counted(best['updates'])[0]})")
         weights = state.trained[run.objective.main_role].weights()
-        loras, workflow = run.ranks.first_does(partial(self._write_loras, weights))
+        loras, workflow, card = run.ranks.first_does(partial(self._write_loras, weights))
         for path in loras:
             self.say(f"LoRA     {path}")
         self.say(f"ComfyUI  {workflow}")
+        self.say(f"card     {card}")
 
-    def _write_loras(self, weights: Mapping[str, torch.Tensor]) -> tuple[list[Path], Path]:
-        """In every form, with a workflow for ComfyUI; the paths of both."""
+    def _write_loras(self, weights: Mapping[str, torch.Tensor]) -> tuple[list[Path], Path, str]:
+        """In every form, with how to use them; the paths, and a line about the model card."""
         config = self.run.config
         steps, _ = self.run.counted(self.state.updates)
         provenance = Provenance.of({**self._lora_facts()["provenance"], "updates": steps})
@@ -182,8 +185,21 @@ class Session:
         folder = config.output_dir
         with _writing_to(folder):
             loras = write_loras(folder, lora, provenance)
-            files = loras_of_run(provenance)
-            return loras, write_workflow(folder, files, provenance, lora.width)[0]
+            return loras, *guide(self.run, folder)
+
+
+def guide(run: Run, folder: Path) -> tuple[Path, str]:
+    """Write how to use the LoRA files of a run that are in `folder`; as `write_guides`."""
+    path = lora_path(folder, run.objective.expert, "comfyui")
+    trained = Trained(provenance=read_provenance(path), held_out=held_out_loss(run))
+    changed = run.base.without_folders.describe()
+    width = read_lora(path).lora.width
+    return write_guides(folder, [trained], width, model=run.config.model, changed=changed)
+
+
+def held_out_loss(run: Run) -> float | None:
+    """What the run has measured last, if it measures."""
+    return last_loss(run.config.output_dir) if run.held_out is not None else None
 
 
 def keep_best_of(config: TrainConfig) -> Gauge | None:

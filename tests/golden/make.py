@@ -175,6 +175,8 @@ def _inside(name: str, data: bytes) -> Iterator[str]:
             yield f"{tensor_name} | {form} | {values.std():.3g} | {_digest(values)}"
     elif name.endswith(".json"):
         yield from _json("", json.loads(data))
+    elif name.endswith(".md"):
+        yield "text | - | - | -"
     else:
         yield f"bytes | {len(data)} | - | {hashlib.sha256(data).hexdigest()[:16]}"
 

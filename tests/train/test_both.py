@@ -31,15 +31,16 @@ RUN = (
 )  # fmt: skip
 OF_HIGH = ("--match", "handover")
 WORKFLOWS = ("workflow-comfyui.json", "workflow-comfyui-api.json")
+GUIDES = (*WORKFLOWS, "README.md")
 
 
 def everything(out: Path) -> dict[str, bytes]:
-    """LoRAs, last checkpoint and workflow of both experts, and the workflow of the pair."""
-    found = {name: (out / name).read_bytes() for name in WORKFLOWS}
+    """LoRAs, last checkpoint, workflow and card of both experts, and those of the pair."""
+    found = {name: (out / name).read_bytes() for name in GUIDES}
     for expert in ("high", "low"):
         folder = out / expert
         last = list_checkpoints(folder)[-1]
-        files = [*folder.glob("lora-*"), *(folder / w for w in WORKFLOWS), *last.iterdir()]
+        files = [*folder.glob("lora-*"), *(folder / name for name in GUIDES), *last.iterdir()]
         found |= {str(file.relative_to(out)): file.read_bytes() for file in files}
     return found
 
@@ -108,7 +109,7 @@ def test_stopped_anywhere_and_gone_on(
     assert (out / "low").exists() and bool(list_checkpoints(out / "low")) == ("second" in where)
     if where == "before its files":  # what a kill right after the last checkpoint leaves
         distill(tiny_i2v, i2v_shards, out / "high", *RUN, "--boundary-type", "high", *RESUME)
-        for file in [*(out / "high").glob("lora-*"), *(out / "high").glob("workflow-*")]:
+        for file in [*(out / "high").glob("lora-*"), *(out / "high" / name for name in GUIDES)]:
             file.unlink()
     wantrain([*words, *RESUME], standalone_mode=False)
     assert everything(out) == everything(whole)

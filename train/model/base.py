@@ -3,7 +3,7 @@ with other LoRAs merged into it."""
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,12 @@ class Base:
         """From --transformer-path and the --base-lora options. Raises UserError."""
         scaled = (ScaledLora.parse(text, "--base-lora") for text in merged or ())
         return cls(own=own, merged=tuple(scaled))
+
+    @property
+    def without_folders(self) -> "Base":
+        """By names alone, for what others may read."""
+        merged = (replace(lora, path=Path(lora.path.name)) for lora in self.merged)
+        return Base(own=self.own and Path(self.own.name), merged=tuple(merged))
 
     def describe(self) -> str:
         """In words; empty where there is nothing to say."""

@@ -17,6 +17,7 @@ from shared.models.spec import TIMESTEPS
 from shared.models.wan import PUBLISHED, WAN
 from train.functional.schedule import Schedule, steps_by_expert
 from train.model.lora_files import read_lora
+from train.model.lora_names import Form
 from train.options import Expert
 from train.sampling.config import TEACHER_GUIDANCE, TEACHER_STEPS
 from train.saving.export import lora_path
@@ -29,7 +30,6 @@ OWN_FILES = ("transformer.safetensors", "transformer_2.safetensors")
 TEXT_ENCODER, CLIP_VISION = "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "clip_vision_h.safetensors"
 _HUB = "https://huggingface.co/Comfy-Org/{}/resolve/main/split_files/{}/{}"
 _REPOSITORIES = {"wan2.2": "Wan_2.2_ComfyUI_Repackaged", "": "Wan_2.1_ComfyUI_repackaged"}
-_FRAMES_PER_SECOND = {"ti2v": 24}
 
 # Node → [inputs that are links, inputs that are values, outputs], each in ComfyUI's order. After
 # "+", a value that only the window has.
@@ -81,12 +81,12 @@ def simple_indices(steps: int) -> tuple[float, ...]:
     return tuple(TIMESTEPS - int(k * TIMESTEPS / steps) for k in range(steps))
 
 
-def loras_of_run(provenance: Provenance) -> dict[Expert, str]:
+def loras_of_run(provenance: Provenance, form: Form = "comfyui") -> dict[Expert, str]:
     """Expert → LoRA, as runs name their files. A student needs the other expert's, too."""
     both: tuple[Expert, ...] = ("high", "low")
     pair = provenance.method == "distill" and provenance.expert in both
     experts = both if pair else (provenance.expert,)
-    return {expert: lora_path(Path(), expert, "comfyui").name for expert in experts}
+    return {expert: lora_path(Path(), expert, form).name for expert in experts}
 
 
 def read_for_comfyui(paths: Sequence[Path]) -> tuple[dict[Expert, str], Provenance, int]:
@@ -118,10 +118,9 @@ def write_workflow(
     """
     graph = _Graph()
     clip = _clip(graph, provenance)
-    latent = _sampled(graph, clip, provenance, loras, _transformers(provenance, width))
+    latent = _sampled(graph, clip, provenance, loras, transformer_files(provenance, width))
     images = graph.add("VAEDecode", samples=latent, vae=clip.vae)
-    fps = float(_FRAMES_PER_SECOND.get(provenance.mode, WAN.frames_per_second))
-    video = graph.add("CreateVideo", images=images, fps=fps)
+    video = graph.add("CreateVideo", images=images, fps=float(frames_per_second(provenance)))
     graph.add(
         "SaveVideo", video=video, filename_prefix="video/wandistill", format="auto", codec="auto"
     )
@@ -146,11 +145,11 @@ def _clip(graph: _Graph, provenance: Provenance) -> _Clip:
 
     CLIP sees the centre of the frame, as it did for the shards.
     """
-    mode, shape = provenance.mode, _shape(provenance)
+    mode, largest = provenance.mode, largest_clip(provenance)
+    shape = {"width": largest["width"], "height": largest["height"]}
+    shape |= {"length": largest["num_frames"], "batch_size": 1}
     text = graph.add("CLIPLoader", clip_name=TEXT_ENCODER, type="wan", device="default")
-    what = "the clip" if mode in ("t2v", "ti2v") else "what happens"
-    prompt = f"Describe {what}, as the captions of the training do."
-    positive = graph.add("CLIPTextEncode", "Prompt", clip=text, text=prompt)
+    positive = graph.add("CLIPTextEncode", "Prompt", clip=text, text=prompt_hint(mode))
     negative = graph.add("CLIPTextEncode", "Negative prompt", clip=text, text=WAN.negative_prompt)
     vae_name = "wan2.2_vae.safetensors" if mode == "ti2v" else "wan_2.1_vae.safetensors"
     vae = graph.add("VAELoader", vae_name=vae_name)
@@ -250,20 +249,31 @@ def _is_simple(schedule: Schedule) -> bool:
     return shift == schedule.shift and schedule.indices == simple_indices(len(schedule.indices))
 
 
-def _shape(provenance: Provenance) -> dict[str, int]:
-    """Of the training's bucket with the most pixels."""
+def prompt_hint(mode: str) -> str:
+    """What a user writes in the place of a prompt."""
+    what = "the clip" if mode in ("t2v", "ti2v") else "what happens"
+    return f"Describe {what}, as the captions of the training do."
+
+
+def frames_per_second(provenance: Provenance) -> int:
+    """Of the clips that such a model makes."""
+    return 24 if provenance.mode == "ti2v" else WAN.frames_per_second
+
+
+def largest_clip(provenance: Provenance) -> dict[str, int]:
+    """Of the training's bucket with the most pixels: height, width, num_frames."""
     buckets = provenance.cache.get("buckets") or [(480, 832, 81)]
     height, width, frames = max(buckets, key=lambda b: (b[0] * b[1] * b[2], b[1]))
-    return {"width": width, "height": height, "length": frames, "batch_size": 1}
+    return {"height": height, "width": width, "num_frames": frames}
 
 
-def _transformers(provenance: Provenance, width: int) -> Sequence[str]:
+def transformer_files(provenance: Provenance, width: int) -> Sequence[str]:
     """ComfyUI's files of the base, the high-noise expert's first."""
     two = provenance.boundary is not None
     # Wan 2.2's experts for a first frame take a last one, too.
     mode = "i2v" if provenance.mode == "flf2v" and two else provenance.mode
     kind = (mode, two, width)
-    large = max(_shape(provenance)[side] for side in ("width", "height")) > 1000
+    large = max(largest_clip(provenance)[side] for side in ("width", "height")) > 1000
     fitting = [
         model.comfyui
         for model in PUBLISHED.values()
@@ -289,7 +299,7 @@ def _files(graph: _Graph) -> list[tuple[int, dict[str, str]]]:
 def _note(graph: _Graph, provenance: Provenance) -> str:
     """What to do with the workflow, in Markdown."""
     loras = [node.inputs["lora_name"] for node in graph.nodes if node.kind == "LoraLoaderModelOnly"]
-    shape = _shape(provenance)
+    shape = largest_clip(provenance)
     lines = [
         "**models/loras**",
         *(f"- {name}" for name in loras),
@@ -297,7 +307,7 @@ def _note(graph: _Graph, provenance: Provenance) -> str:
             f"\n**models/{file['directory']}**\n- [{file['name']}]({file['url']})"
             for _, file in _files(graph)
         ),
-        f"\nTrained on clips of up to {shape['width']}×{shape['height']}, {shape['length']} "
+        f"\nTrained on clips of up to {shape['width']}×{shape['height']}, {shape['num_frames']} "
         "frames. Files of the same weights in other precisions do, too.",
     ]
     if provenance.method == "distill":

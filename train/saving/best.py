@@ -25,9 +25,17 @@ def best_folder(output: Path, gauge: str) -> Path:
 
 
 def keep_as_best(
-    output: Path, gauge: str, checkpoint: Path, expert: Expert, dtype: torch.dtype
+    output: Path,
+    gauge: str,
+    checkpoint: Path,
+    expert: Expert,
+    dtype: torch.dtype,
+    complete: Callable[[Path], object],
 ) -> Path:
-    """Replace the best so far by this checkpoint and its LoRA files in `dtype`; the folder."""
+    """Replace the best so far by this checkpoint and its LoRA files in `dtype`; the folder.
+
+    `complete` is called with the folder before it gets its name, to add what goes with the files.
+    """
     final = best_folder(output, gauge)
     with building_folder(final) as building:
         inside = building / checkpoint.name
@@ -35,6 +43,7 @@ def keep_as_best(
         for file in sorted(checkpoint.iterdir()):
             link(file, inside / file.name)
         write_loras_of(checkpoint, building, expert, dtype)
+        complete(building)
         fsync_folder(inside)
         fsync_folder(building)
     put_in_place(building, final)

@@ -103,7 +103,7 @@ class Provenance:
         yield "ss_network_module", "networks.lora_wan"  # musubi-tuner's, whose form kohya's is
         yield "ss_network_dim", str(self.rank)
         yield "ss_network_alpha", f"{self.alpha:g}"
-        yield "ss_base_model_version", self._family
+        yield "ss_base_model_version", self.family
         yield "ss_output_name", self.name
         yield "ss_steps", str(self.updates)
         yield "ss_num_train_items", str(self.cache["samples"])
@@ -117,9 +117,9 @@ class Provenance:
 
     def _model_spec(self) -> Iterator[tuple[str, str]]:
         yield "modelspec.sai_model_spec", "1.0.0"
-        yield "modelspec.architecture", f"{self._family}/lora"
-        yield "modelspec.implementation", f"https://github.com/Wan-Video/{self._family.title()}"
-        yield "modelspec.title", f"{self.name}, {self._family} {self.mode}, {TITLES[self.expert]}"
+        yield "modelspec.architecture", f"{self.family}/lora"
+        yield "modelspec.implementation", f"https://github.com/Wan-Video/{self.family.title()}"
+        yield "modelspec.title", f"{self.name}, {self.family} {self.mode}, {TITLES[self.expert]}"
         if self.cache["buckets"]:
             height, width = max(
                 (tuple(bucket[:2]) for bucket in self.cache["buckets"]), key=lambda s: s[0] * s[1]
@@ -140,7 +140,7 @@ class Provenance:
         )
 
     @property
-    def _family(self) -> str:
+    def family(self) -> str:
         # No config says its version; two experts and ti2v came with 2.2.
         return "wan2.2" if self.boundary is not None or self.mode == "ti2v" else "wan2.1"
 

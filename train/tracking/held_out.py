@@ -27,6 +27,12 @@ TAG = "loss/held_out"
 MOST_SAMPLES, LEAST_LOSSES = 64, 16
 
 
+def last_loss(output: Path) -> float | None:
+    """What a run measured last; None where it has not measured."""
+    losses = [record["loss"] for record in recall(output / RECORD) if "step" in record]
+    return losses[-1] if losses else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
     """What is measured, how often, and where it is written."""

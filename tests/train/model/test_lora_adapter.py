@@ -56,7 +56,7 @@ def trained(
     lora = LoraSpec(rank=4, alpha=1, targets=select_targets(base, targets))
     roles = Roles(base, lora, seed=0)
     randomise_lora(roles.parameters(GENERATOR), seed=len(expert), scale=0.4)
-    told = provenance(expert, spec.mode, **changes)
+    told = provenance(expert, **{"mode": spec.mode} | changes)  # type: ignore[arg-type]
     weights = LoraWeights.uniform(roles.parameters(GENERATOR), lora.alpha)
     write_loras(folder, weights.to(torch.float32), told)
     return roles

@@ -133,6 +133,10 @@ def test_the_best_is_kept_beside_the_last(whole: Path) -> None:
     assert provenance.updates == best["updates"] // 2 and provenance.gauges is not None
     ratio = provenance.gauges["contrast"]
     assert max(abs(np.log(ratio)), np.log(1.02)) == pytest.approx(best["distance"], abs=1e-4)
+    for name in ("README.md", "workflow-comfyui.json", "workflow-comfyui-api.json"):
+        assert (whole / "best-contrast" / name).exists()
+    card = (whole / "best-contrast" / "README.md").read_text()
+    assert f"| contrast, 1: as the teacher | {ratio:g} |" in card
     final = read_provenance(whole / "lora-full-diffusers.safetensors")
     assert final.gauges is not None and final.gauges.keys() >= {"contrast", "motion"}
     shown = [float(row["gauge/contrast"]) for row in rows(whole) if row["gauge/contrast"]]
