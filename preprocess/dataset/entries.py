@@ -45,7 +45,7 @@ from preprocess.media.tars import (
 )
 from shared.errors import UserError, json_kind
 from shared.format.strict_json import is_count
-from shared.io.names import as_text, is_folder
+from shared.io.names import as_text, is_folder, without_secrets
 from shared.io.store import errors_named
 
 
@@ -176,6 +176,12 @@ def _entries(item: Any, data_dir: DataDir, only: MediaKind | None) -> list[Entry
             'for itself says so: "type": "text"'
         )
     path_field, name = text_of(item, paths, PATH_FIELDS, "the path of a file")
+    if without_secrets(name) != name:
+        raise BadEntryError(
+            "its URL holds a password or signature, which would be written into the shards. Name "
+            "it without, e.g. s3://bucket/a.mp4, with credentials as fsspec takes them, or "
+            "download it first"
+        )
     name = _name_here(name, data_dir)
     path = media_named(data_dir, name)
     implied = {"video_path": "video", "image_path": "image"}.get(path_field)

@@ -17,7 +17,7 @@ from preprocess.media.remote import DataDir, RemoteFile, here
 from preprocess.media.sources import MediaFile, TarMember
 from preprocess.media.tars import member_name
 from shared.cache.rejected import Rejected
-from shared.io.names import as_text
+from shared.io.names import as_text, without_secrets
 
 EXTENSIONS: dict[str, MediaKind] = {
     **dict.fromkeys((".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg"), "video"),
@@ -87,7 +87,8 @@ class Reading:
         self.entries += entries
 
     def reject(self, source: str, reason: object) -> None:
-        self.rejected.append(Rejected(source=as_text(source), reason=str(reason)))
+        source = without_secrets(as_text(source))
+        self.rejected.append(Rejected(source=source, reason=without_secrets(str(reason))))
 
     def leave(self, source: str, reason: str) -> None:
         self.left_out.append(LeftOut(source=as_text(source), reason=reason))

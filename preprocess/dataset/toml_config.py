@@ -22,7 +22,7 @@ from preprocess.media.remote import DataDir, MediaList, here, open_folder, open_
 from preprocess.media.tars import base_folder, is_tars
 from shared.errors import UserError
 from shared.io.names import exists, in_home_folder, is_folder
-from shared.io.object_store import is_url
+from shared.io.object_store import is_url, refuse_secrets
 from shared.io.toml_file import read_toml
 
 TABLES = ("datasets", "directory")
@@ -344,6 +344,10 @@ def _location(file: Path, name: str, value: Any) -> str | Path:
     if not isinstance(value, str) or not value:
         raise _BadValueError(f"{name} is {value!r}, expected a path.")
     if is_url(value):
+        try:
+            refuse_secrets(value)
+        except UserError as error:
+            raise _BadValueError(f"{name}: {error}") from error
         return value
     # The second: as Windows writes it.
     for here_value in (value, value.replace("\\", "/")):

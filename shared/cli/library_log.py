@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from shared.io.names import without_secrets
+
 LOG_FILE = "log.txt"
 _FORMAT = "%(asctime)s %(name)s %(levelname)s: %(message)s"
 
@@ -36,6 +38,13 @@ def _only_errors(record: logging.LogRecord) -> bool:
     return False
 
 
+class _Lines(logging.Formatter):
+    """Libraries name the addresses that they were given by environment, as of a proxy."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
+
+
 @contextmanager
 def library_log(folder: Path) -> Iterator[None]:
     """A block in which what libraries log and warn of is added to `folder`/log.txt.
@@ -43,8 +52,9 @@ def library_log(folder: Path) -> Iterator[None]:
     The file appears with the first line.
     """
     file = logging.FileHandler(folder / LOG_FILE, delay=True)
-    file.setFormatter(logging.Formatter(_FORMAT))
+    file.setFormatter(_Lines(_FORMAT))
     terminal = logging.StreamHandler()  # a root with handlers has no last resort
+    terminal.setFormatter(_Lines())
     terminal.setLevel(logging.ERROR)
     root = logging.getLogger()
     try:

@@ -18,7 +18,8 @@ from shared.cli.left_out import unasked_left_out
 from shared.cli.library_log import quiet_libraries
 from shared.cli.run_file import CONFIG, WRITE_CONFIG, file_options, words_of_file, write_run_file
 from shared.errors import UserError
-from shared.io.names import on_lines
+from shared.io.names import on_lines, without_secrets
+from shared.io.object_store import refuse_secrets
 
 # The seed document writes --train_data_dir, people of this century --train-data-dir: both are read.
 CONTEXT = {
@@ -40,11 +41,17 @@ class Command(HelpPage):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Called by click: the words of a run file come before those that were typed."""
+        from_environment = (os.environ.get(str(option.envvar), "") for option in self.params)
+        for word in (*args, *from_environment):
+            refuse_secrets(word)
         typed, _, order = self.make_parser(ctx).parse_args(list(args))
         ctx.meta[WRITE_CONFIG] = typed.get(WRITE_CONFIG)
         if file := typed.get(CONFIG):
             given = {option.name for option in order}
-            args = [*words_of_file(Path(file), str(self.name), self.params, given), *args]
+            words = words_of_file(Path(file), str(self.name), self.params, given)
+            for word in words:
+                refuse_secrets(word)
+            args = [*words, *args]
         return list(super().parse_args(ctx, args))
 
     def invoke(self, ctx: Any) -> Any:
@@ -94,7 +101,7 @@ def run(app: Callable[[], Any]) -> None:
     try:
         app()
     except UserError as error:
-        typer.secho(f"error: {on_lines(str(error))}", fg="red", err=True)
+        typer.secho(f"error: {on_lines(without_secrets(str(error)))}", fg="red", err=True)
         sys.exit(1)
 
 

@@ -17,6 +17,17 @@ _BYTE = re.compile(r"\\u(dc[89a-f][0-9a-f])")
 _IN_TEXT = re.compile(f"[{_OBEYED}]")
 _IN_LINE = re.compile(f"[{_OBEYED}\t\n]")
 
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s\"'<>]+)")
+# `user:password@`, where a password may have slashes, and a port is none. In an address of the web
+# any `user@`, which may be a token; elsewhere it is a user or a container (`abfs://it@account`).
+_LOGIN = re.compile(r"[^/@:]*:(?!\d{1,5}(?:[/?#]|$))[^@]*@(?:[^/@]*@)*")
+_WEB_LOGIN = re.compile(rf"{_LOGIN.pattern}|[^/@]+@")
+_SIGNATURE = re.compile(
+    r"([?&](?:[\w.-]*(?:signature|credential|token|secret|passw(?:or)?d|api[_-]?key|accesskeyid)"
+    r"|sig|auth)=)[^&#]+",
+    re.IGNORECASE,
+)
+
 
 def has_wildcard(name: str) -> bool:
     """Whether a name may be a pattern."""
@@ -73,6 +84,17 @@ def as_text(name: str) -> str:
 def as_name(text: str) -> str:
     """The inverse of `as_text`: the name that the operating system knows."""
     return _BYTE.sub(lambda found: chr(int(found[1], 16)), text)
+
+
+def without_secrets(text: str) -> str:
+    """A text in whose URLs no password is left, and `***` stands for signatures and tokens."""
+    return _URL.sub(_without_secrets, text) if "://" in text else text
+
+
+def _without_secrets(url: re.Match[str]) -> str:
+    scheme, rest = url.groups()
+    login = (_WEB_LOGIN if scheme.lower() in ("http://", "https://") else _LOGIN).match(rest)
+    return scheme + _SIGNATURE.sub(r"\1***", rest[login.end() :] if login else rest)
 
 
 def quoted(name: object) -> str:

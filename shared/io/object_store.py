@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from shared.errors import UserError, first_line
 from shared.io.hashing import cache_folder
+from shared.io.names import without_secrets
 
 Result = TypeVar("Result")
 _URL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://")
@@ -21,6 +22,17 @@ _WAITS = (1, 2, 4, 8, 16, 32)  # seconds between the attempts at one object
 def is_url(text: str) -> bool:
     """Whether it names a place that `fsspec` knows rather than a folder."""
     return _URL.match(text) is not None
+
+
+def refuse_secrets(text: str) -> None:
+    """UserError for a URL with a password or signature: what names a place is written to files."""
+    if (without := without_secrets(text)) != text:
+        raise UserError(
+            f"{without}: found with a password or signature in its URL, expected one without: it "
+            "would be written to files, and to others' eyes. Give credentials as the store's own "
+            "tools take them (for S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws; "
+            "others: ~/.config/fsspec), or download it first."
+        )
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -61,7 +73,7 @@ def explained(url: str) -> Iterator[None]:
 
 def why(error: BaseException) -> str:
     """What a store's error means, and what can be done about it."""
-    kind = type(error).__name__
+    kind, said = type(error).__name__, without_secrets(first_line(error))
     if isinstance(error, FileNotFoundError):
         return "there is no such bucket or object. Make the bucket, or correct the URL."
     if _is_full(error):
@@ -73,11 +85,11 @@ def why(error: BaseException) -> str:
         )
     if "Credentials" in kind:
         return (
-            f"no credentials ({first_line(error)}). Set them as the store's own tools take them "
+            f"no credentials ({said}). Set them as the store's own tools take them "
             "(for S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws)."
         )
     return (
-        f"the store does not answer as expected ({first_line(error)}). Is its address right "
+        f"the store does not answer as expected ({said}). Is its address right "
         "(for S3: AWS_ENDPOINT_URL), and is it up?"
     )
 

@@ -81,12 +81,6 @@ def test_what_a_file_may_not_say(text: str, message: str, tmp_path: Path) -> Non
         configuration(wantrain, ["distill", "--config", str(path)])
 
 
-def test_no_secrets(tmp_path: Path) -> None:
-    url = "s3://key:secret@bucket/shards"
-    text = written(tmp_path, "lora", "--shards", url).read_text()
-    assert "secret" not in text and 's3://bucket/shards"' in text
-
-
 def test_a_run_can_be_done_again_from_its_own_file(
     tiny_t2v: Path, t2v_shards: Path, tmp_path: Path
 ) -> None:
