@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from shared.cli import doctor as common
-from shared.cli.doctor import Check, Finding
+from shared.cli.doctor import Check, Finding, note, ok, wrong
 from shared.io.object_store import local_path
 from shared.models.spec import DEFAULT_MODEL
 
@@ -57,13 +57,12 @@ def _decoders() -> Iterator[Finding]:
     """PyAV and decord, by a clip that ffmpeg writes now."""
     from importlib import import_module
 
-    yield Finding(check="decoders", verdict="ok", text=f"PyAV {import_module('av').__version__}")
+    yield ok("decoders", f"PyAV {import_module('av').__version__}")
     try:
-        text = f"decord {import_module('decord').__version__}"
-        yield Finding(check="decoders", verdict="ok", text=text)
+        yield ok("decoders", f"decord {import_module('decord').__version__}")
     except ImportError:
         text = "decord is not installed: some AVI files are rejected without (none for ARM Linux)"
-        yield Finding(check="decoders", verdict="note", text=text, cure="pip install decord")
+        yield note("decoders", text, "pip install decord")
     import tempfile
 
     import numpy as np
@@ -76,8 +75,7 @@ def _decoders() -> Iterator[Finding]:
         write_mp4(clip, np.zeros((5, 64, 96, 3), dtype=np.uint8), fps=8)
         probe, _ = probe_file(clip, "video", None)
     text = f"a clip of 5 frames was written by ffmpeg and read as {probe.frames}"
-    fine = probe.frames == 5
-    yield Finding(check="decoders", verdict="ok" if fine else "wrong", text=text)
+    yield (ok if probe.frames == 5 else wrong)("decoders", text)
 
 
 def _dataset(folder: str, listed: str | None) -> Iterator[Finding]:
@@ -90,12 +88,11 @@ def _dataset(folder: str, listed: str | None) -> Iterator[Finding]:
 
     dataset = read_dataset(None, folder, listed)
     for line in account(dataset.tallies, dataset.left_out):
-        yield Finding(check="dataset", verdict="ok", text=" ".join(line.split()))
+        yield ok("dataset", " ".join(line.split()))
     if not dataset.entries:
-        yield Finding(check="dataset", verdict="wrong", text=f"{dataset.origin}: nothing usable")
+        yield wrong("dataset", f"{dataset.origin}: nothing usable")
     for one in dataset.rejected:
-        text = f"{one.source} would be rejected: {one.reason}"
-        yield Finding(check="dataset", verdict="wrong", text=text)
+        yield wrong("dataset", f"{one.source} would be rejected: {one.reason}")
     files = {entry.source: entry for entry in dataset.entries if entry.path is not None}
     first = list(files.values())[:MOST_PROBED]
     right = 0
@@ -103,10 +100,9 @@ def _dataset(folder: str, listed: str | None) -> Iterator[Finding]:
         items = ((one, one.path, one.type) for one in first if one.path is not None)
         for entry, found in probed(items, FileHasher(), pool):
             if isinstance(found, Exception):
-                text = f"{entry.source} would be rejected: {found}"
-                yield Finding(check="dataset", verdict="wrong", text=text)
+                yield wrong("dataset", f"{entry.source} would be rejected: {found}")
             else:
                 right += 1
     if first:
         text = f"{right} of the first {len(first)} files can be read ({len(files)} in all)"
-        yield Finding(check="dataset", verdict="ok", text=text)
+        yield ok("dataset", text)

@@ -49,6 +49,18 @@ class Finding:
     """A command, where one mends it and the text does not have it."""
 
 
+def ok(check: str, text: str) -> Finding:
+    return Finding(check=check, verdict="ok", text=text)
+
+
+def note(check: str, text: str, cure: str | None = None) -> Finding:
+    return Finding(check=check, verdict="note", text=text, cure=cure)
+
+
+def wrong(check: str, text: str, cure: str | None = None) -> Finding:
+    return Finding(check=check, verdict="wrong", text=text, cure=cure)
+
+
 Check = tuple[str, Callable[[], Iterable[Finding]]]
 """Its name, and what does it."""
 
@@ -59,11 +71,9 @@ def examine(checks: Sequence[Check]) -> Iterator[Finding]:
         try:
             yield from check()
         except UserError as error:
-            yield Finding(check=name, verdict="wrong", text=str(error))
+            yield wrong(name, str(error))
         except (Exception, SystemExit) as error:  # of any library, or of one that is broken
-            yield Finding(
-                check=name, verdict="wrong", text=f"can't be checked: {first_line(error)}"
-            )
+            yield wrong(name, f"can't be checked: {first_line(error)}")
 
 
 def report(findings: Iterable[Finding], *, as_json: bool) -> None:
@@ -77,14 +87,12 @@ def report(findings: Iterable[Finding], *, as_json: bool) -> None:
         echo(f"{one.verdict:<6} {one.check:<9} {first}")
         for line in (*more, *([f"mend it: {one.cure}"] if one.cure else [])):
             echo(f"{'':<17}{line}")
-    wrong = sum(one.verdict == "wrong" for one in found)
+    bad = sum(one.verdict == "wrong" for one in found)
     if as_json:
-        echo_data(
-            json.dumps({"wrong": wrong, "findings": [asdict(one) for one in found]}, indent=1)
-        )
+        echo_data(json.dumps({"wrong": bad, "findings": [asdict(one) for one in found]}, indent=1))
     else:
-        echo(f"{wrong or 'nothing'} wrong, {len(found)} checked")
-    if wrong:
+        echo(f"{bad or 'nothing'} wrong, {len(found)} checked")
+    if bad:
         raise typer.Exit(1)
 
 
@@ -94,13 +102,7 @@ def machine_checks() -> list[Check]:
 
 
 def _python() -> Iterator[Finding]:
-    fine = sys.version_info >= (3, 10)
-    where = f"{sys.version.split()[0]} in {sys.prefix}"
-    yield Finding(
-        check="python", verdict="ok" if fine else "wrong",
-        text=where if fine else f"{where}, expected 3.10 or later",
-        cure=None if fine else "python3.12 -m venv .venv; .venv/bin/pip install wandistill",
-    )  # fmt: skip
+    yield ok("python", f"{sys.version.split()[0]} in {sys.prefix}")  # older ones end at imports
 
 
 def _packages() -> Iterator[Finding]:
@@ -111,7 +113,7 @@ def _packages() -> Iterator[Finding]:
         asked = [Requirement(line) for line in requires("wandistill") or ()]
     except PackageNotFoundError:
         text = "wandistill itself is not installed here, so versions can't be compared"
-        yield Finding(check="packages", verdict="note", text=text, cure="pip install -e .")
+        yield note("packages", text, "pip install -e .")
         return
     needed = [one for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})]
     right = 0
@@ -120,23 +122,20 @@ def _packages() -> Iterator[Finding]:
         try:
             found = version(one.name)
         except PackageNotFoundError:
-            text = f"{one.name} is not installed, expected {one.specifier}"
-            yield Finding(check="packages", verdict="wrong", text=text, cure=cure)
+            yield wrong("packages", f"{one.name} is not installed, expected {one.specifier}", cure)
             continue
         if one.specifier.contains(found, prereleases=True):
             right += 1
         else:
-            text = f"{one.name} is {found}, expected {one.specifier}"
-            yield Finding(check="packages", verdict="wrong", text=text, cure=cure)
-    text = f"{right} of {len(needed)} that are needed are there"
-    yield Finding(check="packages", verdict="ok", text=text)
+            yield wrong("packages", f"{one.name} is {found}, expected {one.specifier}", cure)
+    yield ok("packages", f"{right} of {len(needed)} that are needed are there")
 
 
 def _gpu() -> Iterator[Finding]:
     """torch, what it was built for, and the cards that it can use."""
     driver = _driver()
     for line in driver:
-        yield Finding(check="driver", verdict="ok", text=line)
+        yield ok("driver", line)
     import torch
 
     built = f"torch {torch.__version__}, " + (
@@ -145,14 +144,14 @@ def _gpu() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         if driver or Path("/proc/driver/nvidia/version").exists():
             why = "" if torch.version.cuda else ": this torch is for CPUs only"
-            text = f"{built}: there is a GPU, but torch can't use it{why}"
-            yield Finding(check="torch", verdict="wrong", text=text, cure=_WHEELS)
+            yield wrong("torch", f"{built}: there is a GPU, but torch can't use it{why}", _WHEELS)
             return
-        yield Finding(check="torch", verdict="ok", text=built)
-        text = "no GPU: commands run on the CPU, which is enough for the toy models only"
-        yield Finding(check="gpu", verdict="note", text=text)
+        yield ok("torch", built)
+        yield note(
+            "gpu", "no GPU: commands run on the CPU, which is enough for the toy models only"
+        )
         return
-    yield Finding(check="torch", verdict="ok", text=built)
+    yield ok("torch", built)
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
         free, whole = torch.cuda.mem_get_info(number)
@@ -161,8 +160,9 @@ def _gpu() -> Iterator[Finding]:
             f"compute capability {facts.major}.{facts.minor}"
         )
         if facts.major < 8:
-            text += "; no bf16 in hardware: use --mixed-precision no"
-        yield Finding(check="gpu", verdict="ok" if facts.major >= 8 else "note", text=text)
+            yield note("gpu", f"{text}; no bf16 in hardware: use --mixed-precision no")
+        else:
+            yield ok("gpu", text)
         torch.ones(8, device=f"cuda:{number}").sum().item()  # a kernel for this card is there
 
 
@@ -181,12 +181,11 @@ def _extras() -> Iterator[Finding]:
 
     for extra, (module, purpose) in EXTRAS.items():
         ask_for(module)
-        there = find_spec(module) is not None
-        yield Finding(
-            check="extras", verdict="ok" if there else "note",
-            text=f"{module}: {purpose}" + ("" if there else " (not installed)"),
-            cure=None if there else f"pip install 'wandistill[{extra}]'",
-        )  # fmt: skip
+        text = f"{module}: {purpose}"
+        if find_spec(module) is not None:
+            yield ok("extras", text)
+        else:
+            yield note("extras", f"{text} (not installed)", f"pip install 'wandistill[{extra}]'")
 
 
 def disk_check(option: str, folder: Path) -> Check:
@@ -197,23 +196,19 @@ def disk_check(option: str, folder: Path) -> Check:
         while not there.exists():
             there = there.parent
         if not there.is_dir():
-            text = f"{option}: {there} is a file, expected a folder"
-            yield Finding(check="disk", verdict="wrong", text=text)
+            yield wrong("disk", f"{option}: {there} is a file, expected a folder")
             return
         if not os.access(there, os.W_OK | os.X_OK):
-            text = f"{option}: {there} can't be written to"
-            yield Finding(check="disk", verdict="wrong", text=text, cure=f"name another {option}")
+            yield wrong("disk", f"{option}: {there} can't be written to", f"name another {option}")
             return
         free = shutil.disk_usage(there).free
         text = f"{option}: {folder} has {free / 1e9:.1f} GB free"
         if free < LEAST_FREE:
-            yield Finding(check="disk", verdict="wrong", text=f"{text}, expected 1 or more")
+            yield wrong("disk", f"{text}, expected 1 or more")
         elif free < LITTLE_FREE:
-            yield Finding(
-                check="disk", verdict="note", text=f"{text}: little for shards or weights"
-            )
+            yield note("disk", f"{text}: little for shards or weights")
         else:
-            yield Finding(check="disk", verdict="ok", text=text)
+            yield ok("disk", text)
 
     return "disk", check
 
@@ -230,33 +225,27 @@ def model_check(name: str, needed: Callable[[bool, bool], Sequence[str]]) -> Che
     """
 
     def check() -> Iterator[Finding]:
-        folder = _model_folder(name)
+        folder = model_folder(name)
         if folder is None:
             text = f"{name} is not on this machine; a command that needs it downloads it"
-            cure = f"hf download {quoted(name)}"
-            yield Finding(check="model", verdict="note", text=text, cure=cure)
+            yield note("model", text, f"hf download {quoted(name)}")
             return
         from shared.models.spec import read_model_spec
 
         spec = read_model_spec(folder)
         experts = "two experts" if spec.two_experts else "one transformer"
-        yield Finding(check="model", verdict="ok", text=f"{folder}: {spec.mode}, {experts}")
+        yield ok("model", f"{folder}: {spec.mode}, {experts}")
         wanted = needed(spec.two_experts, spec.image_dim is not None)
         for component in dict.fromkeys((*spec.expert_folders, "vae", "text_encoder", *wanted)):
             try:
                 yield _component(spec.family, folder, component, component in wanted)
             except UserError as error:
-                yield Finding(check="model", verdict="wrong", text=str(error))
+                yield wrong("model", str(error))
 
     return "model", check
 
 
-def is_here(model: str) -> bool:
-    """Whether nothing has to be downloaded to read a model. UserError where there is none."""
-    return _model_folder(model) is not None
-
-
-def _model_folder(name: str) -> Path | None:
+def model_folder(name: str) -> Path | None:
     """Where a model lies; None where it would be downloaded. UserError where there is none."""
     from shared.models.spec import HUB_NAME_PARTS, resolve_model
 
@@ -276,12 +265,10 @@ def _component(family: object, folder: Path, component: str, wanted: bool) -> Fi
 
     files = weight_files(folder, component)
     if not files:
-        return Finding(
-            check="model", verdict="wrong" if wanted else "note",
-            text=f"{component}: its weights are not in {folder}"
-            + ("" if wanted else ", and not needed here"),
-            cure="download the whole folder: hf download REPOSITORY" if wanted else None,
-        )  # fmt: skip
+        text = f"{component}: its weights are not in {folder}"
+        if not wanted:
+            return note("model", f"{text}, and not needed here")
+        return wrong("model", text, "download the whole folder: hf download REPOSITORY")
     for file in files:
         _refuse_truncated(file)
     from shared.models.family import Family
@@ -292,11 +279,8 @@ def _component(family: object, folder: Path, component: str, wanted: bool) -> Fi
     stored = model_weights(folder, component).stored
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in stored.values()})
     size = sum(file.stat().st_size for file in files)
-    return Finding(
-        check="model", verdict="ok",
-        text=f"{component}: {len(files)} file(s), {size / 1e6:,.1f} MB, {len(stored)} tensors, "
-        f"{', '.join(dtypes)}",
-    )  # fmt: skip
+    held = f"{len(files)} file(s), {size / 1e6:,.1f} MB, {len(stored)} tensors"
+    return ok("model", f"{component}: {held}, {', '.join(dtypes)}")
 
 
 def _refuse_truncated(file: Path) -> None:

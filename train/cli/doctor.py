@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from shared.cli import doctor as common
-from shared.cli.doctor import Check, Finding
+from shared.cli.doctor import Check, Finding, ok, wrong
 from shared.models.spec import DEFAULT_MODEL
 from train.options import INPUT, OUTPUT
 
@@ -61,27 +61,21 @@ def _shards(place: str, model: str) -> Iterator[Finding]:
     with open_store(place).pulled() as store:
         index = open_cache(store)
         size = sum(index.shard_bytes)
-        yield Finding(
-            check="shards", verdict="ok",
-            text=f"{store}: {len(index)} samples in {len(index.shards)} shards, {size / 1e6:,.1f} MB",
-        )  # fmt: skip
+        held = f"{len(index)} samples in {len(index.shards)} shards, {size / 1e6:,.1f} MB"
+        yield ok("shards", f"{store}: {held}")
         if local_path(place) is not None:
             for name, expected in zip(index.shards, index.shard_bytes, strict=True):
                 file = index.folder / name
                 found = file.stat().st_size if file.is_file() else None
                 if found != expected:
                     is_there = "is missing" if found is None else f"has {found} bytes"
-                    yield Finding(
-                        check="shards", verdict="wrong",
-                        text=f"{file} {is_there}, expected {expected}",
-                        cure=f"wanprep verify --shards {quoted(place)}",
-                    )  # fmt: skip
+                    cure = f"wanprep verify --shards {quoted(place)}"
+                    yield wrong("shards", f"{file} {is_there}, expected {expected}", cure)
     from train.config import FinetuneConfig
     from train.data.weighted_folder import weighted_folder
     from train.run import open_data
 
-    if common.is_here(model):
+    if common.model_folder(model) is not None:
         config = FinetuneConfig(model=model, shards=[weighted_folder(place)])
         spec, data = open_data(config, {})
-        text = f"{data.folders} are for this model ({spec.mode})"
-        yield Finding(check="shards", verdict="ok", text=text)
+        yield ok("shards", f"{data.folders} are for this model ({spec.mode})")
