@@ -17,26 +17,24 @@ from shared.errors import UserError
 from shared.format.cache import MEDIA_TYPES
 from shared.io.durable import write_bytes
 from shared.io.names import quoted
-from shared.models.spec import ModelSpec, blocks_of, resolve_model
+from shared.models.spec import ModelSpec, resolve_model
 from train.calibration.config import CalibrateConfig
-from train.calibration.fit import Fit, Sums, fit
+from train.calibration.fit import Array, Fit, Sums, fit
 from train.calibration.measure import inner_products
 from train.calibration.plot import plot
 from train.data.batches import MicroBatches, load_prompt_bank
 from train.data.dataset import Dataset
 from train.functional.rng import counted_rng
 from train.functional.schedule import MIN_SCORE_SIGMA, expert_interval, shift_sigma, unshift_sigma
-from train.memory.block_offload import stream_blocks, streaming_line
-from train.memory.quantize import check_installed, quantise
+from train.memory.forward_only import with_expert
+from train.memory.quantize import check_installed
 from train.methods.guidance_file import Calibration, read_calibrations, write_calibration
-from train.model.attention import check_attention, use_attention
-from train.model.base import Base, base_digest, component_of, load_base
-from train.model.lora_adapter import LoraSpec
+from train.model.attention import check_attention
+from train.model.base import Base, base_digest, component_of
 from train.model.roles import Roles
 from train.options import Expert
 from train.run import open_data
 
-NO_LORA = LoraSpec(rank=1, alpha=1, targets=())
 SYNTHESIS = "synthesis"
 """Of a cache's fingerprint: what made its clips."""
 
@@ -154,27 +152,17 @@ def calibrate_guidance(measurement: Measurement, console: Console) -> Calibratio
     config, data, sigmas = measurement.config, measurement.data, measurement.sigmas
     device = torch.device(chosen_device(config.device))
     take_device(str(device))
-    roles = _teacher(measurement, device, say)
-    bank = load_prompt_bank(data.first, measurement.spec.family)
-    batches = MicroBatches.of_whole_samples(data, measurement.spec, bank)
-    negative = bank.negative.to(device)
-    products = []
-    for number, row in enumerate(track(measurement.rows, "calibrate", console=console)):
-        stored, _ = batches.whole_sample(row, number)
-        clip = stored.to(device)
-        if config.train_mode == "normal" and clip.noised is not None:
-            clip = replace(clip, noised=torch.ones_like(clip.noised))
-        products.append(
-            inner_products(
-                roles,
-                clip,
-                negative,
-                sigmas,
-                number=number,
-                batch_size=config.batch_size,
-                seed=config.seed,
-            )
-        )
+    check_attention(config.attention_backend, str(device), config.memory.mixed_precision)
+    products = with_expert(
+        measurement.spec,
+        measurement.expert,
+        measurement.base,
+        config.memory,
+        device,
+        say,
+        partial(_inner_products, measurement, device, console),
+        attention=config.attention_backend,
+    )
     rr, rd, dd = np.stack(products).transpose(2, 0, 1)
     sums = Sums(rr=rr, rd=rd, dd=dd)
     fitted = fit(sums, np.array(sigmas))
@@ -203,25 +191,32 @@ def calibrate_guidance(measurement: Measurement, console: Console) -> Calibratio
     return found
 
 
-def _teacher(measurement: Measurement, device: torch.device, say: Any) -> Roles:
-    """The expert's transformer on the device, without a LoRA."""
-    config, memory = measurement.config, measurement.config.memory
-    check_attention(config.attention_backend, str(device), memory.mixed_precision)
-    transformer = load_base(
-        measurement.spec,
-        measurement.expert,
-        precision=memory.mixed_precision,
-        device=device,
-        gradient_checkpointing=False,
-        base=measurement.base,
-    )
-    use_attention(transformer, config.attention_backend)
-    roles = Roles(transformer, NO_LORA, seed=config.seed, names=())
-    quantise(transformer, memory.base_precision, device)
-    if streamed := memory.streamed(len(blocks_of(transformer))):
-        say(streaming_line([stream_blocks(transformer, streamed, device)]))
-    transformer.to(device)
-    return roles
+def _inner_products(
+    measurement: Measurement, device: torch.device, console: Console, roles: Roles
+) -> list[Array]:
+    """Of each clip, as `inner_products` gives them."""
+    config, data = measurement.config, measurement.data
+    bank = load_prompt_bank(data.first, measurement.spec.family)
+    batches = MicroBatches.of_whole_samples(data, measurement.spec, bank)
+    negative = bank.negative.to(device)
+    products = []
+    for number, row in enumerate(track(measurement.rows, "calibrate", console=console)):
+        stored, _ = batches.whole_sample(row, number)
+        clip = stored.to(device)
+        if config.train_mode == "normal" and clip.noised is not None:
+            clip = replace(clip, noised=torch.ones_like(clip.noised))
+        products.append(
+            inner_products(
+                roles,
+                clip,
+                negative,
+                measurement.sigmas,
+                number=number,
+                batch_size=config.batch_size,
+                seed=config.seed,
+            )
+        )
+    return products
 
 
 def _table(measurement: Measurement, sums: Sums, fitted: Fit) -> Table:

@@ -4,6 +4,7 @@ x_t = (1 − σ)·x0 + σ·ε,  v = ε − x0,  t = 1000·σ. Sigmas and timeste
 timestep turns 937.5 into 937, a bf16 one into 936, and neither is what the model was trained on.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -67,6 +68,23 @@ def expert_interval(expert: Expert, shift: float, boundary: float | None) -> tup
         )
     edge = unshift_sigma(boundary, shift)
     return (0.0, edge) if expert == "low" else (edge, 1.0)
+
+
+def even_levels(steps: int, shift: float) -> tuple[float, ...]:
+    """σ of `steps` even steps of u from 1 to 0, shifted, as Wan's own sampler has them."""
+    return tuple(shift_sigma(1 - step / steps, shift) for step in range(steps))
+
+
+def turns(sigmas: Sequence[float], boundary: float | None) -> tuple[tuple[Expert, range], ...]:
+    """Whose turn it is at falling levels, and the places that are its; none without a place."""
+    if boundary is None:
+        return (("full", range(len(sigmas))),)
+    high = sum(TIMESTEPS * sigma >= boundary * TIMESTEPS for sigma in sigmas)
+    both: tuple[tuple[Expert, range], ...] = (
+        ("high", range(high)),
+        ("low", range(high, len(sigmas))),
+    )
+    return tuple((expert, places) for expert, places in both if places)
 
 
 @dataclass(frozen=True, kw_only=True)

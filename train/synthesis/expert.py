@@ -1,30 +1,21 @@
-"""One transformer of the model, loaded to sample with; and what a run of it needs of a device."""
+"""The transformers that sample, and what they need of a device."""
 
-import gc
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 from shared.errors import UserError
 from shared.io.hashing import digest_of
 from shared.models.original_layout import is_original
-from shared.models.spec import ModelSpec, blocks_of, resolve_model
-from train.memory.block_offload import stream_blocks, streamed_blocks, streaming_line
+from shared.models.spec import ModelSpec, resolve_model
 from train.memory.estimate import Estimate, Settings, estimate_of, tokens_of
-from train.memory.quantize import check_installed, quantise
-from train.model.attention import check_attention, use_attention
-from train.model.base import Base, base_digest, component_of, load_base
+from train.memory.quantize import check_installed
+from train.model.attention import check_attention
+from train.model.base import Base, base_digest, component_of
 from train.model.custom_weights import empty_transformer
-from train.model.lora_adapter import LoraSpec
 from train.model.lora_source import ScaledLora
-from train.model.roles import Roles
 from train.options import Expert
 from train.synthesis.clips import Group
 from train.synthesis.config import SynthesizeConfig
-
-_NO_LORA = LoraSpec(rank=1, alpha=1, targets=())
 
 
 def bases_of(config: SynthesizeConfig, spec: ModelSpec) -> dict[Expert, Base]:
@@ -78,43 +69,6 @@ def check_here(config: SynthesizeConfig, device: str) -> None:
     """UserError for what can't be computed here, before weights are read."""
     check_installed(config.base_precision)
     check_attention(config.attention_backend, device, config.mixed_precision)
-
-
-@contextmanager
-def loaded(
-    config: SynthesizeConfig,
-    spec: ModelSpec,
-    expert: Expert,
-    base: Base,
-    device: torch.device,
-    say: Callable[[str], None],
-) -> Iterator[Roles]:
-    """The expert on the device, without adapters; its memory is free again after the block."""
-    transformer: Any = load_base(
-        spec,
-        expert,
-        precision=config.mixed_precision,
-        device=device,
-        gradient_checkpointing=False,
-        base=base,
-    )
-    use_attention(transformer, config.attention_backend)
-    quantise(transformer, config.base_precision, device)
-    if streamed := config.memory.streamed(len(blocks_of(transformer))):
-        stream_blocks(transformer, streamed, device)
-    transformer.to(device)
-    if (blocks := streamed_blocks(transformer)) is not None:
-        say(streaming_line([blocks]))
-    roles = Roles(transformer, _NO_LORA, seed=0, names=())
-    del transformer
-    try:
-        with torch.no_grad():
-            yield roles
-    finally:
-        del roles
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def needed(config: SynthesizeConfig, spec: ModelSpec, groups: list[Group]) -> Estimate | None:

@@ -7,7 +7,7 @@ same command continues from there.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +43,7 @@ from shared.io.store import Store
 from shared.models.spec import ModelSpec
 from train.data.batches import MicroBatches, StoredBatch, load_prompt_bank
 from train.memory.estimate import Estimate
+from train.memory.forward_only import with_expert
 from train.methods.flow_matching import with_clean_frames
 from train.model.base import Base
 from train.model.roles import Roles
@@ -51,7 +52,7 @@ from train.out_of_memory import is_out_of_memory
 from train.run import open_data
 from train.synthesis.clips import Group, Source, described, info_of, plan_clips
 from train.synthesis.config import SynthesizeConfig
-from train.synthesis.expert import bases_of, check_here, identity_of, loaded, needed
+from train.synthesis.expert import bases_of, check_here, identity_of, needed
 from train.synthesis.handover import HandedOver, Handover
 from train.synthesis.sampler import Sampler, sampler_of
 
@@ -294,15 +295,17 @@ class _Run:
             passes = len(places) * job.sampler.passes_each
             clips = sum(len(group.clips) for group in groups)
             say(self._console, f"expert   {expert}: {count(clips, 'clip')}, {passes} passes each")
-            tell = partial(say, self._console)
-            with (
-                loaded(
-                    job.config, job.spec, expert, job.bases[expert], self._device, tell
-                ) as roles,
-                bar(self._console, f"sampling ({expert})", clips * passes) as advance,
-            ):
-                for group in groups:
-                    self._sample(roles, group, places, missing, advance)
+            with bar(self._console, f"sampling ({expert})", clips * passes) as advance:
+                with_expert(
+                    job.spec,
+                    expert,
+                    job.bases[expert],
+                    job.config.memory,
+                    self._device,
+                    partial(say, self._console),
+                    partial(self._sample_all, groups, places, missing, advance),
+                    attention=job.config.attention_backend,
+                )
             done += clips * passes
         if done:
             spent = time.monotonic() - began
@@ -311,6 +314,17 @@ class _Run:
                 f"time     {spent:.1f} s for {done} passes of a clip, {spent / done:.3f} s each; "
                 f"waiting for the disk {self._writer.waited:.1f} s",
             )
+
+    def _sample_all(
+        self,
+        groups: Sequence[Group],
+        places: range,
+        missing: set[str],
+        advance: Callable[..., None],
+        roles: Roles,
+    ) -> None:
+        for group in groups:
+            self._sample(roles, group, places, missing, advance)
 
     def _sample(
         self,
