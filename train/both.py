@@ -1,6 +1,5 @@
 """`--boundary-type both`: a run for each expert, one after the other, in folders of one folder."""
 
-import gc
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,7 +17,9 @@ from shared.models.original_layout import is_original
 from shared.models.spec import DEFAULT_MODEL, read_model_spec, resolve_model
 from train.config import DistillConfig, TrainConfig
 from train.distributed.process_group import joined
+from train.joint_validation import validate_jointly
 from train.loop import leave_run_file, train_joined
+from train.memory.forward_only import free_memory
 from train.memory.quantize import is_quantised
 from train.model.base import base_digest, component_of
 from train.model.custom_weights import empty_transformer
@@ -98,18 +99,19 @@ def train_both(config: TrainConfig, runs: Sequence[Run], console: Console) -> in
     ranks = runs[0].ranks
     console = console if ranks.first else Console(quiet=True)
     say = partial(support.say, console)
-    with joined(ranks, torch.device(runs[0].device)) as noticed, ExitStack() as held:
-        ranks.first_does(partial(_begin, held, config, runs, say))
-        for run in runs:
-            say(f"expert   {run.objective.expert}-noise, into {run.config.output_dir}")
-            if ranks.first_does(partial(_is_complete, run, say)):
-                continue
-            stopped_by = train_joined(run, console, noticed)
-            if stopped_by is not None:
-                return stopped_by
-            _free(run)
-        ranks.first_does(partial(_end, config, runs, say))
-    return None
+    with ExitStack() as held:
+        with joined(ranks, torch.device(runs[0].device)) as noticed:
+            ranks.first_does(partial(_begin, held, config, runs, say))
+            for run in runs:
+                say(f"expert   {run.objective.expert}-noise, into {run.config.output_dir}")
+                if ranks.first_does(partial(_is_complete, run, say)):
+                    continue
+                stopped_by = train_joined(run, console, noticed)
+                if stopped_by is not None:
+                    return stopped_by
+                _free(run)
+        # The others have left: however long the rest takes, none waits for it.
+        return _end(config, runs, console) if ranks.first else None
 
 
 def _begin(held: ExitStack, config: TrainConfig, runs: Sequence[Run], say: Say) -> None:
@@ -157,21 +159,27 @@ def _free(run: Run) -> None:
     """Give the memory of a run that has ended back, before the next one reads its base."""
     if run.config.compile:
         torch.compiler.reset()  # compiled code refers to the blocks it was made of
-    gc.collect()  # modules, hooks and engines refer to each other
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
 
 
-def _end(config: TrainConfig, runs: Sequence[Run], say: Say) -> None:
-    """Write the workflow with both LoRAs, and say how to use them."""
+def _end(config: TrainConfig, runs: Sequence[Run], console: Console) -> int | None:
+    """Write the workflow with both LoRAs, make the clips of both, and say how to use them.
+
+    Returns a signal's number if it ended that.
+    """
     files = {run.objective.expert: run.config.output_dir for run in runs}
     paths = {e: lora_path(folder, e, "comfyui") for e, folder in files.items()}
     provenance, width = read_provenance(paths["low"]), read_lora(paths["low"]).lora.width
     names = {expert: path.name for expert, path in paths.items()}
     workflow = write_workflow(config.output_dir, names, provenance, width)[0]
+    stopped_by = validate_jointly(config, runs, console)
+    if stopped_by is not None:
+        return stopped_by
+    say = partial(support.say, console)
     copied = " ".join(quoted(path) for path in paths.values())
     say(f"next     {_sample_command(config, runs)}")
     say(f"ComfyUI  copy {copied} to models/loras, then open {quoted(workflow)}")
+    return None
 
 
 def _sample_command(config: TrainConfig, runs: Sequence[Run]) -> str:
