@@ -1,6 +1,5 @@
 """`--boundary-type both`: a run for each expert, one after the other, in folders of one folder."""
 
-import gc
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,7 +17,9 @@ from shared.models.original_layout import is_original
 from shared.models.spec import read_model_spec, resolve_model
 from train.config import DistillConfig, TrainConfig
 from train.distributed.process_group import joined
+from train.joint_validation import validate_jointly
 from train.loop import leave_run_file, train_joined
+from train.memory.forward_only import free_memory
 from train.memory.quantize import is_quantised
 from train.model.base import base_digest, component_of
 from train.model.custom_weights import empty_transformer
@@ -97,18 +98,19 @@ def train_both(config: TrainConfig, runs: Sequence[Run], console: Console) -> in
     ranks = runs[0].ranks
     console = console if ranks.first else Console(quiet=True)
     say = partial(support.say, console)
-    with joined(ranks, torch.device(runs[0].device)) as noticed, ExitStack() as held:
-        ranks.first_does(partial(_begin, held, config, runs, say))
-        for run in runs:
-            say(f"expert   {run.objective.expert}-noise, into {run.config.output_dir}")
-            if ranks.first_does(partial(_is_complete, run, say)):
-                continue
-            stopped_by = train_joined(run, console, noticed)
-            if stopped_by is not None:
-                return stopped_by
-            _free(run)
-        ranks.first_does(partial(_end, config, runs, say))
-    return None
+    with ExitStack() as held:
+        with joined(ranks, torch.device(runs[0].device)) as noticed:
+            ranks.first_does(partial(_begin, held, config, runs, say))
+            for run in runs:
+                say(f"expert   {run.objective.expert}-noise, into {run.config.output_dir}")
+                if ranks.first_does(partial(_is_complete, run, say)):
+                    continue
+                stopped_by = train_joined(run, console, noticed)
+                if stopped_by is not None:
+                    return stopped_by
+                _free(run)
+        # The others have left: however long the rest takes, none waits for it.
+        return _end(config, runs, console) if ranks.first else None
 
 
 def _begin(held: ExitStack, config: TrainConfig, runs: Sequence[Run], say: Say) -> None:
@@ -153,13 +155,15 @@ def _free(run: Run) -> None:
     """Give the memory of a run that has ended back, before the next one reads its base."""
     if run.config.compile:
         torch.compiler.reset()  # compiled code refers to the blocks it was made of
-    gc.collect()  # modules, hooks and engines refer to each other
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
 
 
-def _end(config: TrainConfig, runs: Sequence[Run], say: Say) -> None:
-    """Write how to use both LoRAs, and say it."""
+def _end(config: TrainConfig, runs: Sequence[Run], console: Console) -> int | None:
+    """Write how to use both LoRAs, make the clips of both, and say how to go on.
+
+    Returns a signal's number if it ended that.
+    """
+    say = partial(support.say, console)
     folders = {run.objective.expert: run.config.output_dir for run in runs}
     paths = [lora_path(folder, expert, "comfyui") for expert, folder in folders.items()]
     trained = [
@@ -172,12 +176,16 @@ def _end(config: TrainConfig, runs: Sequence[Run], say: Say) -> None:
     ]
     width = read_lora(paths[-1]).lora.width
     workflow, card = write_guides(config.output_dir, trained, width, model=config.model)
+    stopped_by = validate_jointly(config, runs, console)
+    if stopped_by is not None:
+        return stopped_by
     loras = [lora_path(folder, expert, "diffusers") for expert, folder in folders.items()]
     more = _device_words(config)
     say(f"next     {sample_command(trained[-1].provenance, loras, config.model, more)}")
     copied = " ".join(map(quoted, paths))
     say(f"ComfyUI  copy {copied} to models/loras, then open {quoted(workflow)}")
     say(f"card     {card}")
+    return None
 
 
 def _device_words(config: TrainConfig) -> list[str]:

@@ -240,7 +240,7 @@ def open_session(run: Run, say: Say) -> Session:
     # Base, adapters, optimizers
     bank = load_prompt_bank(run.data.first, run.spec.family)
     device = torch.device(run.device)
-    _settle_rounding(config)
+    settle_rounding(config)
     if config.compile:
         check_compile(run.device)
     component = component_of(objective.expert)
@@ -354,7 +354,7 @@ def open_session(run: Run, say: Say) -> Session:
     return session
 
 
-def _settle_rounding(config: TrainConfig) -> None:
+def settle_rounding(config: TrainConfig) -> None:
     """How CUDA's matmuls round, and whether its kernels add up in one order."""
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     # A LoRA's gradient is a sum over all tokens, 32,760 at 480p: partial sums stay fp32.

@@ -30,7 +30,6 @@ from preprocess.dataset.metadata import (
     Record,
     as_number,
     find_metadata,
-    is_blank,
     read_metadata,
 )
 from preprocess.frames.media_info import MediaKind
@@ -44,6 +43,7 @@ from preprocess.media.tars import (
     named_tars,
 )
 from shared.errors import UserError, json_kind
+from shared.format.captions import is_blank
 from shared.format.strict_json import is_count
 from shared.io.names import as_text, is_folder, without_secrets
 from shared.io.store import errors_named

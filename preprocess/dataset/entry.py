@@ -11,12 +11,13 @@ from typing import Any
 
 from preprocess.dataset.clip_overrides import Sampling
 from preprocess.dataset.left_out import LeftOut, Tally
-from preprocess.dataset.metadata import CAPTION_FIELDS, PATH_FIELDS, is_blank
+from preprocess.dataset.metadata import CAPTION_FIELDS, PATH_FIELDS
 from preprocess.frames.media_info import ANIMATIONS, Kind, MediaKind
 from preprocess.media.remote import DataDir, RemoteFile, here
 from preprocess.media.sources import MediaFile, TarMember
 from preprocess.media.tars import member_name
 from shared.cache.rejected import Rejected
+from shared.format.captions import is_blank
 from shared.io.names import as_text, without_secrets
 
 EXTENSIONS: dict[str, MediaKind] = {

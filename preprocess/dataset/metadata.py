@@ -6,13 +6,13 @@ JSON, JSON lines, CSV; and plain text with a caption a line, which stands for no
 import csv
 import io
 import json
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError, json_kind
+from shared.format.captions import is_blank
 from shared.io.names import quoted
 
 NAMES = ("metadata.json", "metadata.jsonl", "metadata.csv")
@@ -108,29 +108,6 @@ def read_metadata(path: Path, form: Form = MEDIA) -> list[Record]:
             f"Fill it, or set {form.option} to another file."
         )
     return records
-
-
-def is_blank(value: Any) -> bool:
-    """Whether a field says nothing: tables leave blanks, JSON may say null, and copied text may
-    hold characters that nobody sees (zero-width spaces, byte order marks, soft hyphens)."""
-    return value is None or (isinstance(value, str) and all(map(_is_invisible, value)))
-
-
-def _is_invisible(character: str) -> bool:
-    return unicodedata.category(character) in _INVISIBLE_KINDS or ord(character) in _INVISIBLE
-
-
-_INVISIBLE_KINDS = frozenset(("Cc", "Cf", "Zs", "Zl", "Zp"))
-# Characters that Unicode counts as letters, marks or symbols: fillers, joiners, an empty Braille
-# cell, variation selectors.
-_INVISIBLE = frozenset(
-    (
-        *(0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0),
-        *range(0x180B, 0x1810),
-        *range(0xFE00, 0xFE10),
-        *range(0xE0100, 0xE01F0),
-    )
-)
 
 
 def as_number(value: Any) -> Any:

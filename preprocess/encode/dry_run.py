@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from preprocess.cache.text_cache import TextCache
+from preprocess.dataset.left_out import LeftOut
 from preprocess.encode import report
 from preprocess.encode.config import EncodeConfig
 from preprocess.encode.engine import LocalEngine
@@ -74,6 +75,8 @@ class Foreseen:
     """Of these, how many lie before, between and after the clips."""
     buckets: tuple[BucketPlan, ...]
     rejected: tuple[Rejected, ...]
+    left_out: tuple[LeftOut, ...]
+    """By rule no part of the dataset."""
     changes: Mapping[str, Sequence[tuple[str, str]]]
     """Of the kinds in `report.CHANGES`: (source, in words), each once."""
     first_rule: bool
@@ -136,6 +139,7 @@ def foresee(
         **_frames(plan.works),
         buckets=buckets,
         rejected=(*job.dataset.rejected, *plan.rejected),
+        left_out=job.dataset.left_out,
         changes=report.changes(plan.works),
         first_rule=any(has_first_frame_rule(sidecar.fingerprint) for sidecar in sidecars),
     )

@@ -17,12 +17,13 @@ import numpy.typing as npt
 import torch
 
 from preprocess.dataset.clips import ClipRule, caption_clips
-from preprocess.dataset.metadata import Form, Record, as_number, is_blank, read_metadata
+from preprocess.dataset.metadata import Form, Record, as_number, read_metadata
 from preprocess.frames.media_info import MediaError
 from preprocess.media.decode import fit
 from preprocess.media.reader import probe, read_frames
 from shared.errors import UserError, json_kind
 from shared.format.buckets import Bucket
+from shared.format.captions import is_blank
 from shared.format.prompts import VALIDATION, Prompt, current_validation
 from shared.format.strict_json import is_count
 from shared.io.hashing import sha256_of

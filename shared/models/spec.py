@@ -127,6 +127,7 @@ def resolve_model(name: str, components: Sequence[str]) -> Path:
         return toy_folder(name)
     for folder in (Path(name), in_home_folder(name)):
         if folder.is_dir():
+            _check_name(folder)
             return folder
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != HUB_NAME_PARTS - 1
     if looks_local:
@@ -150,6 +151,17 @@ def resolve_model(name: str, components: Sequence[str]) -> Path:
             f"({why}). "
             "Set --pretrained-model-name-or-path (or MODEL_NAME) to a local folder, "
             f"or run once online: hf download {quoted(name)}"
+        ) from error
+
+
+def _check_name(folder: Path) -> None:
+    """UserError for a name that safetensors and tokenizers can't open."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"model: {folder} has a name that is not UTF-8 text, which safetensors can't open. "
+            "Rename the folder, or make a link with another name to it: ln -s FOLDER model"
         ) from error
 
 

@@ -1,14 +1,19 @@
 """Real caches from real mp4 files, made by the real `wanprep encode`, for the tests of training."""
 
+import gc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from PIL import Image
 
+import train.memory.forward_only
 from preprocess.cli.app import app as wanprep
 from shared.io.mp4 import write_mp4
+from train.model.base import load_base
 
 FRAMES = 9
 
@@ -75,3 +80,16 @@ def randomise_lora(
     rng = torch.Generator().manual_seed(seed)
     for parameter in parameters.values():
         parameter.data.copy_(torch.randn(parameter.shape, generator=rng) * scale)
+
+
+def transformers_before_each(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many there are whenever one is loaded for passes alone; filled as that happens."""
+    counted: list[int] = []
+
+    def counting(*given: Any, **named: Any) -> Any:
+        gc.collect()
+        counted.append(sum(type(one) is WanTransformer3DModel for one in gc.get_objects()))
+        return load_base(*given, **named)
+
+    monkeypatch.setattr(train.memory.forward_only, "load_base", counting)
+    return counted

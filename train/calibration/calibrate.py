@@ -26,12 +26,12 @@ from train.data.batches import MicroBatches, load_prompt_bank
 from train.data.dataset import Dataset
 from train.functional.rng import counted_rng
 from train.functional.schedule import MIN_SCORE_SIGMA, expert_interval, shift_sigma, unshift_sigma
+from train.memory.forward_only import check_here, loaded
 from train.memory.quantize import check_installed
 from train.methods.guidance_file import Calibration, read_calibrations, write_calibration
 from train.model.base import Base, base_digest, component_of
 from train.options import Expert
 from train.run import open_data
-from train.synthesis.expert import check_here, loaded
 
 SYNTHESIS = "synthesis"
 """Of a cache's fingerprint: what made its clips."""
@@ -156,7 +156,8 @@ def calibrate_guidance(measurement: Measurement, console: Console) -> Calibratio
     negative = bank.negative.to(device)
     products = []
     measure = partial(inner_products, batch_size=config.batch_size, seed=config.seed)
-    with loaded(config, spec, expert, base, device, say) as roles:
+    attention = config.attention_backend
+    with loaded(spec, expert, base, config.memory, attention, device, say) as roles:
         for number, row in enumerate(track(measurement.rows, "calibrate", console=console)):
             stored, _ = batches.whole_sample(row, number)
             clip = stored.to(device)

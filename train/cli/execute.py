@@ -10,6 +10,7 @@ from shared.cli.support import echo, say
 from train.both import configs_of_experts, train_both
 from train.config import TrainConfig
 from train.distributed.launcher import end_with_launcher, launch, own_command
+from train.joint_validation import describe, joint_validation
 from train.loop import train, validation_of
 from train.run import Run, estimate, resolved_configuration
 
@@ -30,6 +31,8 @@ def carry_out_all(config: _Config, prepare: Callable[[_Config], Run]) -> None:
     if _are_to_train(runs):
         console = Console(stderr=True)
         _exit_if_stopped(train_both(config, runs, console), runs[0], console)
+    elif (together := joint_validation(config, runs)) is not None:
+        echo(describe(together, runs))
 
 
 def carry_out(run: Run, do: Callable[[Run, Console], None] = train_it) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import UserError
+from shared.format.captions import is_blank
 from train.evaluation.config import EvaluateConfig
 
 _OPTION = re.compile(r"\s--(?P<name>[a-z]+)(?:\s+(?P<value>\S.*))?$")
@@ -33,7 +34,7 @@ def read_prompts(config: EvaluateConfig) -> list[Prompt]:
     found = [Prompt(text.strip(), image) for text, image in zip(texts, pictures, strict=True)]
     if config.prompts is not None:
         found += _listed(config.prompts)
-    if any(not prompt.text for prompt in found):
+    if any(is_blank(prompt.text) for prompt in found):
         raise UserError("--prompt: found an empty prompt, expected text.")
     for prompt in found:
         if found.count(prompt) > 1:  # it would pass for more evidence than it is

@@ -33,6 +33,11 @@ def noise(
     return torch.from_numpy(np.stack(rows))
 
 
+def clip_generator(seed: int, prompt: str) -> torch.Generator:
+    """torch's own generator, on the CPU, of the noise of a clip that is made for a prompt."""
+    return torch.Generator().manual_seed(int(counted_rng(seed, "sample", prompt).integers(2**32)))
+
+
 def spread(seed: int, purpose: str, step: int, samples: Sequence[int], strata: int) -> torch.Tensor:
     """(B,) fp32 in [0, 1), each uniform by itself, any `strata` samples in a row spread evenly.
 

@@ -71,15 +71,20 @@ def expert_interval(expert: Expert, shift: float, boundary: float | None) -> tup
     return (0.0, edge) if expert == "low" else (edge, 1.0)
 
 
-def steps_by_expert(timesteps: Sequence[float], boundary: float | None) -> dict[Expert, range]:
-    """Expert → places in falling `timesteps` that are its: t ≥ boundary·1000 is high.
+def even_levels(steps: int, shift: float) -> tuple[float, ...]:
+    """σ of `steps` even steps of u from 1 to 0, shifted, as Wan's own sampler has them."""
+    return tuple(shift_sigma(1 - step / steps, shift) for step in range(steps))
+
+
+def steps_by_expert(sigmas: Sequence[float], boundary: float | None) -> dict[Expert, range]:
+    """Expert → places in falling `sigmas` that are its: t ≥ boundary·1000 is high.
 
     In the order of their work, without one that has none; one transformer has no `boundary`.
     """
     if boundary is None:
-        return {"full": range(len(timesteps))}
-    high = sum(t >= boundary * TIMESTEPS for t in timesteps)
-    both: dict[Expert, range] = {"high": range(high), "low": range(high, len(timesteps))}
+        return {"full": range(len(sigmas))}
+    high = sum(TIMESTEPS * sigma >= boundary * TIMESTEPS for sigma in sigmas)
+    both: dict[Expert, range] = {"high": range(high), "low": range(high, len(sigmas))}
     return {expert: places for expert, places in both.items() if places}
 
 
@@ -131,7 +136,7 @@ class Schedule:
         """Positions of the expert's steps. UserError if it owns none."""
         expert_interval(expert, self.shift, self.boundary)  # refuses one that there is not
         boundary = None if expert == "full" else self.boundary
-        owned = steps_by_expert(self.timesteps, boundary).get(expert)
+        owned = steps_by_expert(self.sigmas, boundary).get(expert)
         if owned is None:
             listed, limit = ", ".join(f"{t:.1f}" for t in self.timesteps), boundary or 0
             raise UserError(

@@ -205,7 +205,7 @@ def _sampled(
         sigmas = graph.add("ManualSigmas", "Trained noise levels", sigmas=levels)
     latent = clip.latent
     boundary = None if "full" in loras else schedule.boundary
-    for expert, owned in steps_by_expert(schedule.timesteps, boundary).items():
+    for expert, owned in steps_by_expert(schedule.sigmas, boundary).items():
         called = "" if expert == "full" else f", {expert} noise"
         file = transformers[-1 if expert == "low" else 0]
         model = graph.add("UNETLoader", f"Model{called}", unet_name=file, weight_dtype="default")

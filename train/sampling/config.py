@@ -9,6 +9,7 @@ import typer
 
 from shared.cli.checks import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, check_option, check_options
 from shared.errors import UserError
+from shared.format.captions import is_blank
 from shared.models.spec import DEFAULT_MODEL, ModelSpec
 from train.options import DEVICE, INPUT, OUTPUT, QuantisedPrecision
 
@@ -103,7 +104,7 @@ class SampleConfig(PipelineConfig):
                 + ("both --lora and --teacher" if self.teacher else "neither --lora nor --teacher")
                 + ", expected one: --lora FILE, or --teacher for only the base model."
             )
-        if any(not prompt.strip() for prompt in self.prompt):
+        if any(map(is_blank, self.prompt)):
             raise UserError("--prompt: found an empty prompt, expected text.")
         check_options(self)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from shared.errors import UserError, first_line
+from train.saving.safetensors_io import safetensors_parts
 
 FORMAT = "wandistill latents 1"
 
@@ -25,9 +25,9 @@ class LatentClip:
 
 
 def latent_bytes(clip: LatentClip) -> bytes:
-    """safetensors with the tensor `latents`."""
+    """safetensors with the tensor `latents`; equal clips are equal bytes."""
     metadata = {"format": FORMAT, "prompt": clip.label, "vae": clip.vae}
-    return save({"latents": clip.latents.contiguous()}, metadata=metadata)
+    return b"".join(safetensors_parts({"latents": clip.latents}, metadata))
 
 
 def read_latents(path: Path) -> LatentClip:

@@ -28,7 +28,7 @@ from shared.models.spec import (
     read_model_spec,
     resolve_model,
 )
-from train.functional.rng import counted_rng
+from train.functional.rng import clip_generator
 from train.functional.schedule import Schedule
 from train.options import Pairing
 from train.sampling.config import TEACHER_GUIDANCE, TEACHER_STEPS, PipelineConfig, SampleConfig
@@ -160,7 +160,7 @@ def make_clip(
     how: Provenance | ManySteps,
 ) -> MadeClip:
     """One clip, with noise from `seed` and the prompt. Of a student, exactly the trained steps."""
-    rng = torch.Generator().manual_seed(int(counted_rng(seed, "sample", prompt).integers(2**32)))
+    rng = clip_generator(seed, prompt)
     if isinstance(how, ManySteps):
         pipeline.scheduler = teacher_scheduler(how.shift)
         steps, scale, negative = how.steps, how.guidance_scale, how.negative_prompt

@@ -1,31 +1,19 @@
-"""One transformer of the model, loaded to sample with; and what a run of it needs of a device."""
+"""The transformers that sample, and what they need of a device."""
 
-import gc
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 from shared.errors import UserError
 from shared.io.hashing import digest_of
 from shared.models.original_layout import is_original
-from shared.models.spec import ModelSpec, blocks_of
-from train.memory.block_offload import stream_blocks, streaming_line
+from shared.models.spec import ModelSpec
 from train.memory.estimate import Estimate, Settings, estimate_of, tokens_of
-from train.memory.options import ForwardOnly
-from train.memory.quantize import check_installed, quantise
-from train.model.attention import check_attention, use_attention
-from train.model.base import Base, base_digest, component_of, load_base
+from train.model.base import Base, base_digest, component_of
 from train.model.custom_weights import empty_transformer
-from train.model.lora_adapter import LoraSpec
 from train.model.lora_source import ScaledLora
-from train.model.roles import Roles
 from train.options import Expert
 from train.synthesis.clips import Group
 from train.synthesis.config import SynthesizeConfig
-
-_NO_LORA = LoraSpec(rank=1, alpha=1, targets=())
 
 
 def bases_of(config: SynthesizeConfig, spec: ModelSpec) -> dict[Expert, Base]:
@@ -71,48 +59,6 @@ def identity_of(config: SynthesizeConfig, spec: ModelSpec, bases: Mapping[Expert
         "compute": "fp32" if config.mixed_precision == "no" else "bf16",
         "base_precision": config.base_precision,
     }
-
-
-def check_here(config: ForwardOnly, device: str) -> None:
-    """UserError for what can't be computed here, before weights are read."""
-    check_installed(config.base_precision)
-    check_attention(config.attention_backend, device, config.mixed_precision)
-
-
-@contextmanager
-def loaded(
-    config: ForwardOnly,
-    spec: ModelSpec,
-    expert: Expert,
-    base: Base,
-    device: torch.device,
-    say: Callable[[str], None],
-) -> Iterator[Roles]:
-    """The expert on the device, without adapters; its memory is free again after the block."""
-    memory = config.memory
-    transformer: Any = load_base(
-        spec,
-        expert,
-        precision=memory.mixed_precision,
-        device=device,
-        gradient_checkpointing=False,
-        base=base,
-    )
-    use_attention(transformer, config.attention_backend)
-    quantise(transformer, memory.base_precision, device)
-    if streamed := memory.streamed(len(blocks_of(transformer))):
-        say(streaming_line([stream_blocks(transformer, streamed, device)]))
-    transformer.to(device)
-    roles = Roles(transformer, _NO_LORA, seed=0, names=())
-    del transformer
-    try:
-        with torch.no_grad():
-            yield roles
-    finally:
-        del roles
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def needed(config: SynthesizeConfig, spec: ModelSpec, groups: list[Group]) -> Estimate | None:

@@ -41,6 +41,7 @@ from shared.format.schema import (
 from shared.io.store import Store
 from shared.models.spec import ModelSpec
 from train.data.batches import MicroBatches, StoredBatch, load_prompt_bank
+from train.memory.forward_only import check_here, loaded
 from train.methods.flow_matching import with_clean_frames
 from train.model.base import Base
 from train.model.roles import Roles
@@ -48,7 +49,7 @@ from train.options import Expert
 from train.run import open_data
 from train.synthesis.clips import Group, Source, described, info_of, plan_clips
 from train.synthesis.config import SynthesizeConfig
-from train.synthesis.expert import bases_of, check_here, identity_of, loaded, needed
+from train.synthesis.expert import bases_of, identity_of, needed
 from train.synthesis.handover import HandedOver, Handover
 from train.synthesis.sampler import Sampler, sampler_of
 
@@ -271,11 +272,10 @@ class _Run:
             passes = len(places) * job.sampler.passes_each
             clips = sum(len(group.clips) for group in groups)
             say(self._console, f"expert   {expert}: {count(clips, 'clip')}, {passes} passes each")
-            tell = partial(say, self._console)
+            tell, attention = partial(say, self._console), job.config.attention_backend
+            memory, base = job.config.memory, job.bases[expert]
             with (
-                loaded(
-                    job.config, job.spec, expert, job.bases[expert], self._device, tell
-                ) as roles,
+                loaded(job.spec, expert, base, memory, attention, self._device, tell) as roles,
                 bar(self._console, f"sampling ({expert})", clips * passes) as advance,
             ):
                 for group in groups:

@@ -11,7 +11,7 @@ from shared.format.buckets import Bucket
 from shared.models.spec import TIMESTEPS, ModelSpec
 from train.data.batches import Batch
 from train.functional.rng import counted_rng
-from train.functional.schedule import Schedule, shift_sigma, step_indices, steps_by_expert
+from train.functional.schedule import Schedule, even_levels, step_indices, steps_by_expert
 from train.methods.flow_matching import guided_velocity, trajectory
 from train.model.roles import Roles
 from train.options import Expert, Pairing
@@ -46,8 +46,7 @@ class Sampler:
     @property
     def experts(self) -> tuple[tuple[Expert, range], ...]:
         """Whose turn it is, and the places in `sigmas` that are its; none without a place."""
-        timesteps = [TIMESTEPS * sigma for sigma in self.sigmas]
-        return tuple(steps_by_expert(timesteps, self.boundary).items())
+        return tuple(steps_by_expert(self.sigmas, self.boundary).items())
 
     @property
     def passes_each(self) -> int:
@@ -128,7 +127,7 @@ def sampler_of(config: SynthesizeConfig, spec: ModelSpec) -> tuple[Sampler, dict
     else:
         pairing = "euler"
         steps = STEPS if config.steps is None else config.steps
-        sigmas, states = teacher_levels(steps, shift), ()
+        sigmas, states = even_levels(steps, shift), ()
         if config.states is not None:
             student = shift if config.student_shift is None else config.student_shift
             indices = step_indices(config.states, "--states")
@@ -145,11 +144,6 @@ def sampler_of(config: SynthesizeConfig, spec: ModelSpec) -> tuple[Sampler, dict
         seed=config.seed,
     )
     return sampler, said | {"flow_shift": float(shift), "pairing": pairing} | sampler.identity()
-
-
-def teacher_levels(steps: int, shift: float) -> tuple[float, ...]:
-    """σ of `steps` even steps of u from 1 to 0, shifted, as Wan's own sampler has them."""
-    return tuple(shift_sigma(1 - step / steps, shift) for step in range(steps))
 
 
 def with_states(

@@ -10,16 +10,18 @@ one does, cannot begin them: it gets fixed samples of the cache, with their own 
 its first step.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
+from PIL.Image import Image
 
 from shared.errors import UserError
 from shared.format.cache import MEDIA_TYPES, CacheIndex
@@ -40,7 +42,7 @@ from train.sampling.latent_files import LatentClip, latent_bytes
 from train.strategies.base import TrainedRole
 from train.tracking.trackers import SampledClip, Tracker
 
-FOLDER = "validation"
+FOLDER, CLIPS = "validation", "clips.json"
 CACHE_SAMPLES = 4
 """Samples of the cache that are shown where there are no prompts to say how many."""
 _PREVIEW_SIDE = 256
@@ -54,6 +56,8 @@ class ValidationInput:
     """Its prompt or caption."""
     batch: StoredBatch
     """Of one sample; `update` 0, `samples` its number."""
+    seed: int = 0
+    """Which of the clips of its prompt it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,41 +118,77 @@ class Validation:
         passes.
         """
         device = negative.device
-        final = self.folder / f"step-{number}"
         made = []
         for one in self.inputs:
             if stopped():
                 return None
-            latents = objective.sample(roles, one.batch.to(device), negative)[0]
-            made.append((one.label, latents))
-        variety = None if self.seeds == 1 else variety_of([one for _, one in made], self.seeds)
-        if not writes:
-            return variety
-        records, shown = [], []
+            made.append(objective.sample(roles, one.batch.to(device), negative)[0])
+        variety = None if self.seeds == 1 else variety_of(made, self.seeds)
+        if writes:
+            shown = self.write(made, self.records(number), number=number)
+            if shown and trackers:
+                sheet = contact_sheet_of(shown)
+                for tracker in trackers:
+                    tracker.show(sheet, shown, self.fps, step)
+        return variety
+
+    def records(self, number: int) -> list[dict[str, Any]]:
+        """What `CLIPS` says of the clips after `number` steps of the main role."""
+        return [
+            {"file": _latents_name(position), "prompt": one.label, "update": number}
+            for position, one in enumerate(self.inputs)
+        ]
+
+    def folder_of(self, number: int) -> Path:
+        """Where the clips after `number` steps of the main role lie."""
+        return self.folder / f"step-{number}"
+
+    def write(
+        self, made: Sequence[torch.Tensor], records: Sequence[Mapping[str, Any]], *, number: int
+    ) -> list[SampledClip]:
+        """The clips' folder, whole or not at all, in place of one that is there; the previews.
+
+        `made`: latents (C, T, h, w) of each input, on any device.
+        """
+        shown = []
+        final = self.folder_of(number)
         with building_folder(final) as building:
-            for position, (label, latents) in enumerate(made):
-                name = f"{position:03d}"
+            for position, (one, latents) in enumerate(zip(self.inputs, made, strict=True)):
                 stored = LatentClip(
-                    latents=latents.to("cpu", self.dtype), label=label, vae=self.vae
+                    latents=latents.to("cpu", self.dtype), label=one.label, vae=self.vae
                 )
-                write_bytes(building / f"{name}.safetensors", latent_bytes(stored))
-                records.append({"file": f"{name}.safetensors", "prompt": label, "update": number})
+                latents_file = building / _latents_name(position)
+                write_bytes(latents_file, latent_bytes(stored))
                 if self.rgb is not None:
                     clip = preview(latents, self.rgb)
-                    mp4 = final / f"{name}.mp4"
+                    mp4 = final / latents_file.with_suffix(".mp4").name
                     write_mp4(building / mp4.name, clip, self.fps)
-                    shown.append(SampledClip(name=name, label=label, clip=clip, mp4=mp4))
-            write_json(building / "clips.json", records)
+                    shown.append(SampledClip(name=mp4.stem, label=one.label, clip=clip, mp4=mp4))
+            write_json(building / CLIPS, records)
             if shown:
-                sheet = contact_sheet([(one.label, one.clip) for one in shown])
-                sheet.save(building / "sheet.png")
+                contact_sheet_of(shown).save(building / "sheet.png")
             shutil.rmtree(final, ignore_errors=True)
             building.rename(final)
         fsync_folder(self.folder)
-        if shown:
-            for tracker in trackers:
-                tracker.show(sheet, shown, self.fps, step)
-        return variety
+        return shown
+
+
+def read_records(folder: Path) -> list[dict[str, Any]] | None:
+    """What `CLIPS` says of the clips in a folder; None where there are none."""
+    try:
+        found: list[dict[str, Any]] = json.loads((folder / CLIPS).read_text())
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def _latents_name(position: int) -> str:
+    return f"{position:03d}.safetensors"
+
+
+def contact_sheet_of(clips: Sequence[SampledClip]) -> Image:
+    """A row for each."""
+    return contact_sheet([(one.label, one.clip) for one in clips])
 
 
 def variety_of(clips: Sequence[torch.Tensor], seeds: int) -> float:
@@ -220,7 +260,7 @@ def prepare_validation(
         ]
     # The noise of the first seed's clips is what it is with one seed.
     inputs = [
-        replace(one, batch=replace(one.batch, samples=(number + seed * len(inputs),)))
+        replace(one, batch=replace(one.batch, samples=(number + seed * len(inputs),)), seed=seed)
         for number, one in enumerate(inputs)
         for seed in range(seeds)
     ]

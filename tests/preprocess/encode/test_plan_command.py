@@ -70,6 +70,21 @@ def test_what_encode_refuses_is_refused(tiny_t2v: Path, tmp_path: Path) -> None:
         assert ran.code == 1 and "error: --output: " in ran.err and str(output) in ran.err
 
 
+def test_what_is_left_out_is_listed_for_scripts_too(
+    media: Path, tiny_t2v: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(media, data)
+    for name in (".trash/old.mp4", "notes.pdf", "lost.txt"):
+        (data / name).parent.mkdir(exist_ok=True)
+        (data / name).write_text("text")
+    ran = wanprep(*command("plan", tiny_t2v, data, tmp_path / "shards", "--json"))
+    listed = {one["source"]: one["reason"] for one in json.loads(ran.out)["left_out"]}
+    assert sorted(listed) == [".trash", "lost.txt", "notes.pdf"]
+    for source, reason in listed.items():
+        assert f"left out 1 ({reason}): {source}" in ran.err
+
+
 def test_the_plan_is_what_is_done(
     media: Path, tiny_i2v: Path, tmp_path: Path, count_calls: Calls
 ) -> None:

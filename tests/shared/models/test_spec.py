@@ -1,6 +1,7 @@
 """A model's facts, read from its config files."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,14 @@ def test_the_families_in_the_original_layout(
 def test_a_missing_folder_names_the_flag(name: str) -> None:
     with pytest.raises(UserError, match="--pretrained-model-name-or-path"):
         resolve_model(name, ("vae",))
+
+
+def test_a_name_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    """safetensors can't open a file below it, however whole it is."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/model\xff"))
+    folder.mkdir()
+    with pytest.raises(UserError, match=r"has a name that is not UTF-8 text.* Rename the folder"):
+        resolve_model(str(folder), ())
 
 
 def test_a_model_of_no_known_family_is_refused(tmp_path: Path) -> None:

@@ -255,7 +255,7 @@ def test_a_clip_model_without_all_weights_is_refused(
             "found with --prompt, which are for clips to be made",
         ),
         (("--lora", "x", "--prompt", "cat", "--prompt", "cat"), "found 'cat' twice"),
-        (("--lora", "x", "--prompt", " "), "found an empty prompt"),
+        (("--lora", "x", "--prompt", " \u200b"), "found an empty prompt"),
         (("--lora", "x", "--prompts", "nowhere"), "cannot read nowhere as text"),
         (
             ("--lora", "x", "--prompt", "cat", "--image", "i", "--image", "j"),

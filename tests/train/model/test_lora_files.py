@@ -113,6 +113,9 @@ def test_every_form_is_read_with_its_alphas(
     assert_holds(read, lambda module: 5.0 if module.startswith("blocks.1") else ALPHA)
     assert read.for_transformer_2 == name("blocks.0.ffn.0", "up").startswith("transformer_2.")
 
+    without_ending = (tmp_path / "x.safetensors").rename(tmp_path / "x")
+    assert_holds(read_lora(without_ending), lambda m: 5.0 if m.startswith("blocks.1") else ALPHA)
+
     bare = read_lora(written(tmp_path / "y.safetensors", tensors_of(name)))
     assert bare.alpha_assumed and "y.safetensors has no alpha" in (bare.note or "")
     assert_holds(bare, lambda module: float(RANK))

@@ -140,6 +140,7 @@ _EXPERTS: tuple[Expert, Expert] = ("high", "low")
     [
         ((), "neither --lora nor --teacher"),
         (("--teacher", "--prompt", " "), "--prompt: found an empty prompt"),
+        (("--teacher", "--prompt", "\u200b\u3164\ufeff"), "--prompt: found an empty prompt"),
         (("--teacher", "--height", "50"), "--height: found 50, expected a multiple of 16"),
         (("--teacher", "--num-frames", "16"), r"--num-frames: found 16, expected 4n\+1, e.g. 13"),
         (("--teacher", "--image", "x.png"), "t2v model and takes no image"),

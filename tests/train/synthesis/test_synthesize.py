@@ -27,7 +27,7 @@ from shared.format.prompts import read_prompts
 from shared.format.schema import MEMBERS
 from shared.io.store import Store
 from tests.preprocess.conftest import REPOSITORY, Cache
-from tests.train.conftest import encode, write_dataset
+from tests.train.conftest import encode, transformers_before_each, write_dataset
 from tests.train.model.test_lora_adapter import ALL, trained
 from tests.train.test_distill import distill
 from train.cli.app import app as wantrain
@@ -157,6 +157,14 @@ def negative_of(index: CacheIndex) -> torch.Tensor:
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
+
+
+def test_one_expert_is_loaded_at_a_time(
+    caches: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = transformers_before_each(monkeypatch)
+    synthesize(*caches["i2v"], tmp_path / "out", "--steps", 2, "--count", 1)
+    assert len(loaded) == 2 and loaded[0] == loaded[1]
 
 
 @pytest.mark.parametrize(
