@@ -1,7 +1,6 @@
 """Options from a TOML file: a table a command, an option's name as key; and written as one."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,12 +11,12 @@ import typer
 
 from shared.errors import UserError
 from shared.io.durable import write_bytes
+from shared.io.names import without_secrets
 from shared.io.toml_file import read_toml
 
 CONFIG, WRITE_CONFIG = "config", "write_config"
 PANEL = "Run file"
 RUN_FILE = "run.toml"
-_SECRET = re.compile(r"(?<=://)[^/@\s]+@")
 _WIDTH = 98
 
 
@@ -135,4 +134,4 @@ def _toml(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_toml, value))}]"
     # A basic string of TOML takes JSON's escapes.
-    return json.dumps(_SECRET.sub("", str(value)), ensure_ascii=False)
+    return json.dumps(without_secrets(str(value)), ensure_ascii=False)

@@ -16,6 +16,7 @@ _OBEYED = "\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud8
 _BYTE = re.compile(r"\\u(dc[89a-f][0-9a-f])")
 _IN_TEXT = re.compile(f"[{_OBEYED}]")
 _IN_LINE = re.compile(f"[{_OBEYED}\t\n]")
+_SECRET = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def has_wildcard(name: str) -> bool:
@@ -78,3 +79,8 @@ def as_name(text: str) -> str:
 def quoted(name: object) -> str:
     """A folder, file, store or name as a shell takes it."""
     return shlex.quote(str(name))
+
+
+def without_secrets(text: str) -> str:
+    """Text with user names and passwords taken out of its URLs."""
+    return _SECRET.sub("", text) if "://" in text else text
