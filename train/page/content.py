@@ -31,6 +31,7 @@ _FILES = {
     "lora-*-diffusers.safetensors": "LoRA for diffusers",
     "lora-*-comfyui.safetensors": "LoRA for ComfyUI",
     "lora-*-kohya.safetensors": "LoRA for musubi-tuner and ComfyUI",
+    "README.md": "model card",
     "workflow-comfyui.json": "ComfyUI workflow",
     "workflow-comfyui-api.json": "the same for ComfyUI's server",
     "checkpoint-*": "to resume from, or for wantrain export",
