@@ -105,7 +105,7 @@ def run_file(command: str, hints: Mapping[str, Any], values: Mapping[str, Any]) 
     """A run file with one table: each option with its help, its default and its value.
 
     `hints`: name → annotation with typer's option in it; `values`: name → value, None where it is
-    not set. User names and passwords are taken out of URLs.
+    not set. No secret of a URL is in it.
     """
     return "\n".join([f"[{command}]", *_lines(hints, values)]) + "\n"
 

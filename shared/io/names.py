@@ -16,7 +16,17 @@ _OBEYED = "\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud8
 _BYTE = re.compile(r"\\u(dc[89a-f][0-9a-f])")
 _IN_TEXT = re.compile(f"[{_OBEYED}]")
 _IN_LINE = re.compile(f"[{_OBEYED}\t\n]")
-_SECRET = re.compile(r"(?<=://)[^/@\s]+@")
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s\"'<>]+)")
+# `user:password@`, where a password may have slashes, and a port is none. In an address of the web
+# any `user@`, which may be a token; elsewhere it is a user or a container (`abfs://it@account`).
+_LOGIN = re.compile(r"[^/@:]*:(?!\d{1,5}(?:[/?#]|$))[^@]*@(?:[^/@]*@)*")
+_WEB_LOGIN = re.compile(rf"{_LOGIN.pattern}|[^/@]+@")
+_SIGNATURE = re.compile(
+    r"([?&](?:[\w.-]*(?:signature|credential|token|secret|passw(?:or)?d|api[_-]?key|accesskeyid)"
+    r"|sig|auth)=)[^&#]+",
+    re.IGNORECASE,
+)
 
 
 def has_wildcard(name: str) -> bool:
@@ -76,11 +86,17 @@ def as_name(text: str) -> str:
     return _BYTE.sub(lambda found: chr(int(found[1], 16)), text)
 
 
+def without_secrets(text: str) -> str:
+    """A text in whose URLs no password is left, and `***` stands for signatures and tokens."""
+    return _URL.sub(_without_secrets, text) if "://" in text else text
+
+
+def _without_secrets(url: re.Match[str]) -> str:
+    scheme, rest = url.groups()
+    login = (_WEB_LOGIN if scheme.lower() in ("http://", "https://") else _LOGIN).match(rest)
+    return scheme + _SIGNATURE.sub(r"\1***", rest[login.end() :] if login else rest)
+
+
 def quoted(name: object) -> str:
     """A folder, file, store or name as a shell takes it."""
     return shlex.quote(str(name))
-
-
-def without_secrets(text: str) -> str:
-    """Text with user names and passwords taken out of its URLs."""
-    return _SECRET.sub("", text) if "://" in text else text
