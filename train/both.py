@@ -24,7 +24,7 @@ from train.model.custom_weights import empty_transformer
 from train.model.lora_files import read_lora
 from train.options import Expert
 from train.page.run_page import RunPage, write_page_of_experts
-from train.page.usage import comfyui_hint, sample_command
+from train.page.usage import comfyui_hint, sampling_hint
 from train.run import Run, run_identity
 from train.sampling.comfyui import loras_of_run, write_workflow
 from train.saving.checkpoint import TrainState, check_identity, checkpoint_name, find_checkpoint
@@ -172,5 +172,5 @@ def _end(config: TrainConfig, runs: Sequence[Run], say: Say) -> None:
     names = {expert: path.name for expert, path in paths.items()}
     write_workflow(config.output_dir, names, provenance, width)
     write_page_of_experts(config, runs, say, ended=True)
-    say(f"next     {sample_command(config, runs)}")
+    say(f"next     {sampling_hint(config, runs)}")
     say(f"ComfyUI  {comfyui_hint(config, runs)}")

@@ -19,7 +19,7 @@ from train.config import TrainConfig
 from train.page import content, figures
 from train.page.charts import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH
 from train.page.content import Card, cards_of
-from train.page.usage import comfyui_hint, sample_command
+from train.page.usage import comfyui_hint, sampling_hint
 from train.run import Run
 from train.saving.export import lora_path
 from train.saving.provenance import TITLES
@@ -149,7 +149,7 @@ def page(run: Run, updates: int, status: Status, cards: Sequence[Card], why: str
 
 def hints(config: TrainConfig, runs: Sequence[Run]) -> dict[str, str]:
     """What to do with the LoRAs of runs."""
-    return {"Sample": sample_command(config, runs), "ComfyUI": comfyui_hint(config, runs)}
+    return {"Sample": sampling_hint(config, runs), "ComfyUI": comfyui_hint(config, runs)}
 
 
 def write_page_of_experts(

@@ -12,7 +12,7 @@ from train.sampling.config import SampleConfig
 from train.saving.export import lora_path
 
 
-def sample_command(config: TrainConfig, runs: Sequence[Run]) -> str:
+def sampling_hint(config: TrainConfig, runs: Sequence[Run]) -> str:
     """The command that makes a clip as large and long as the largest of the training."""
     spec = runs[0].spec
     words = ["wantrain sample"]
