@@ -20,14 +20,15 @@ from train.distributed.process_group import joined
 from train.joint_validation import validate_jointly
 from train.loop import leave_run_file, train_joined
 from train.memory.forward_only import free_memory
-from train.memory.quantize import is_quantised
 from train.model.base import base_digest, component_of
 from train.model.custom_weights import empty_transformer
 from train.model.lora_files import read_lora
 from train.options import Expert
+from train.page.run_page import RunPage, write_page_of_experts
+from train.page.usage import comfyui_hint, sampling_hint
 from train.run import Run, run_identity
-from train.sampling.model_card import Trained, sample_command, write_guides
-from train.saving.checkpoint import check_identity, checkpoint_name, find_checkpoint
+from train.sampling.model_card import Trained, write_guides
+from train.saving.checkpoint import TrainState, check_identity, checkpoint_name, find_checkpoint
 from train.saving.export import lora_path, write_loras_of
 from train.saving.output_lock import hold_folder
 from train.saving.provenance import read_provenance
@@ -123,6 +124,7 @@ def _begin(held: ExitStack, config: TrainConfig, runs: Sequence[Run], say: Say) 
         run.config.output_dir.mkdir(parents=True, exist_ok=True)
         find_checkpoint(run.config.output_dir, config.resume_from_checkpoint)
     leave_run_file(runs[0], config)
+    write_page_of_experts(config, runs, say, ended=False)
 
 
 def _is_complete(run: Run, say: Say) -> bool:
@@ -147,6 +149,7 @@ def _is_complete(run: Run, say: Say) -> bool:
     check_identity(found, run_identity(run, lora, digest))
     write_loras_of(found, config.output_dir, expert, DTYPES[config.save_precision])
     guide(run, config.output_dir)
+    RunPage(run, TrainState({}, run.updates), say, writes=True).write("finished")
     say(f"resume   complete ({found.name})")
     return True
 
@@ -164,8 +167,7 @@ def _end(config: TrainConfig, runs: Sequence[Run], console: Console) -> int | No
     Returns a signal's number if it ended that.
     """
     say = partial(support.say, console)
-    folders = {run.objective.expert: run.config.output_dir for run in runs}
-    paths = [lora_path(folder, expert, "comfyui") for expert, folder in folders.items()]
+    paths = [lora_path(run.config.output_dir, run.objective.expert, "comfyui") for run in runs]
     trained = [
         Trained(
             provenance=read_provenance(path),
@@ -175,26 +177,12 @@ def _end(config: TrainConfig, runs: Sequence[Run], console: Console) -> int | No
         for path, run in zip(paths, runs, strict=True)
     ]
     width = read_lora(paths[-1]).lora.width
-    workflow, card = write_guides(config.output_dir, trained, width, model=config.model)
+    _, card = write_guides(config.output_dir, trained, width, model=config.model)
     stopped_by = validate_jointly(config, runs, console)
     if stopped_by is not None:
         return stopped_by
-    loras = [lora_path(folder, expert, "diffusers") for expert, folder in folders.items()]
-    more = _device_words(config)
-    say(f"next     {sample_command(trained[-1].provenance, loras, config.model, more)}")
-    copied = " ".join(map(quoted, paths))
-    say(f"ComfyUI  copy {copied} to models/loras, then open {quoted(workflow)}")
+    write_page_of_experts(config, runs, say, ended=True)
+    say(f"next     {sampling_hint(config, runs)}")
+    say(f"ComfyUI  {comfyui_hint(config, runs)}")
     say(f"card     {card}")
     return None
-
-
-def _device_words(config: TrainConfig) -> list[str]:
-    """Options of `wantrain sample` that make it run where, and as small as, the training did."""
-    words = []
-    if config.device != TrainConfig.__dataclass_fields__["device"].default:
-        words.append(f"--device {config.device}")
-    if is_quantised(config.base_precision):
-        words.append(f"--base-precision {config.base_precision}")
-    if config.low_vram:
-        words.append("--low-vram")
-    return words
