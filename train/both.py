@@ -15,19 +15,19 @@ from shared.errors import UserError
 from shared.format.schema import DTYPES
 from shared.io.names import quoted
 from shared.models.original_layout import is_original
-from shared.models.spec import DEFAULT_MODEL, read_model_spec, resolve_model
+from shared.models.spec import read_model_spec, resolve_model
 from train.config import DistillConfig, TrainConfig
 from train.distributed.process_group import joined
 from train.loop import leave_run_file, train_joined
-from train.memory.quantize import is_quantised
 from train.model.base import base_digest, component_of
 from train.model.custom_weights import empty_transformer
 from train.model.lora_files import read_lora
 from train.options import Expert
+from train.page.run_page import RunPage, write_page_of_experts
+from train.page.usage import comfyui_hint, sample_command
 from train.run import Run, run_identity
 from train.sampling.comfyui import loras_of_run, write_workflow
-from train.sampling.config import SampleConfig
-from train.saving.checkpoint import check_identity, checkpoint_name, find_checkpoint
+from train.saving.checkpoint import TrainState, check_identity, checkpoint_name, find_checkpoint
 from train.saving.export import lora_path, write_loras_of
 from train.saving.output_lock import hold_folder
 from train.saving.provenance import read_provenance
@@ -122,6 +122,7 @@ def _begin(held: ExitStack, config: TrainConfig, runs: Sequence[Run], say: Say) 
         run.config.output_dir.mkdir(parents=True, exist_ok=True)
         find_checkpoint(run.config.output_dir, config.resume_from_checkpoint)
     leave_run_file(runs[0], config)
+    write_page_of_experts(config, runs, say, ended=False)
 
 
 def _is_complete(run: Run, say: Say) -> bool:
@@ -149,6 +150,7 @@ def _is_complete(run: Run, say: Say) -> bool:
     provenance = read_provenance(path)
     width = read_lora(path).lora.width
     write_workflow(config.output_dir, loras_of_run(provenance), provenance, width)
+    RunPage(run, TrainState({}, run.updates), say, writes=True).write("finished")
     say(f"resume   complete ({found.name})")
     return True
 
@@ -168,38 +170,7 @@ def _end(config: TrainConfig, runs: Sequence[Run], say: Say) -> None:
     paths = {e: lora_path(folder, e, "comfyui") for e, folder in files.items()}
     provenance, width = read_provenance(paths["low"]), read_lora(paths["low"]).lora.width
     names = {expert: path.name for expert, path in paths.items()}
-    workflow = write_workflow(config.output_dir, names, provenance, width)[0]
-    copied = " ".join(quoted(path) for path in paths.values())
-    say(f"next     {_sample_command(config, runs)}")
-    say(f"ComfyUI  copy {copied} to models/loras, then open {quoted(workflow)}")
-
-
-def _sample_command(config: TrainConfig, runs: Sequence[Run]) -> str:
-    """The command that makes a clip as large and long as the largest of the training."""
-    spec = runs[0].spec
-    words = ["wantrain sample"]
-    if config.model != DEFAULT_MODEL:
-        words.append(f"--model {quoted(config.model)}")
-    for run in runs:
-        expert = run.objective.expert
-        file = lora_path(run.config.output_dir, expert, "diffusers")
-        words.append(f"--lora {quoted(file)}")
-    largest = max(
-        runs[0].data.filled_buckets(), key=lambda b: (b.height * b.width * b.frames, b.width)
-    )
-    shape = {"height": largest.height, "width": largest.width, "num_frames": largest.frames}
-    options = SampleConfig.__dataclass_fields__
-    for name, value in shape.items():
-        if value != options[name].default:
-            words.append(f"--{name.replace('_', '-')} {value}")
-    if config.device != options["device"].default:
-        words.append(f"--device {config.device}")
-    if is_quantised(config.base_precision):
-        words.append(f"--base-precision {config.base_precision}")
-    if config.low_vram:
-        words.append("--low-vram")
-    if spec.given_frames:
-        words.append("--image FIRST-FRAME")
-    if len(spec.given_frames) > 1:
-        words.append("--last-image LAST-FRAME")
-    return " ".join([*words, "--prompt TEXT"])
+    write_workflow(config.output_dir, names, provenance, width)
+    write_page_of_experts(config, runs, say, ended=True)
+    say(f"next     {sample_command(config, runs)}")
+    say(f"ComfyUI  {comfyui_hint(config, runs)}")

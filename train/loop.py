@@ -26,11 +26,13 @@ from train.optim.lr_checks import FirstSteps
 from train.optim.lr_schedule import learning_rate
 from train.options import names
 from train.out_of_memory import explained
+from train.page.run_page import PAGE, RunPage
 from train.run import Run
 from train.saving.output_lock import hold_folder
 from train.session import Session, open_session
 from train.tracking.gauges import Gauges, teacher_samples
 from train.tracking.held_out import RECORD, HeldOut
+from train.tracking.metrics_file import METRICS, MetricsFile
 from train.tracking.progress import TrainProgress
 from train.tracking.step_log import StepLog
 from train.tracking.trackers import Tracker, chosen, open_trackers
@@ -65,6 +67,7 @@ def train_joined(
             session = open_session(run, partial(support.say, console))
         ranks.first_does(partial(leave_run_file, run, run.config))
         state, stopped_by = session.state, None
+        page = RunPage(run, state, session.say, writes=ranks.first and keep)
         # Several stop together, after an update that all have agreed on. When one fails, they can't
         # save together; a process that holds all can alone: its state is of the last whole update.
         single = all_there = ranks.world_size == 1
@@ -72,10 +75,11 @@ def train_joined(
         with (
             catch_signals(message) as signals,
             nullcontext() if single else signals.deferred(raise_after=False),
+            page.until_the_end(signals),
         ):
             try:
                 with explained(run):
-                    _walk(session, validation, measured, console, signals)
+                    _walk(session, validation, measured, page, console, signals)
                 all_there = True
             except Interrupted as stopped:
                 all_there, stopped_by = True, stopped.signum
@@ -120,6 +124,7 @@ def _walk(
     session: Session,
     validation: Validation | None,
     measured: HeldOut | None,
+    page: RunPage,
     console: Console,
     signals: Interruption,
 ) -> None:
@@ -128,6 +133,11 @@ def _walk(
     config, objective, ranks = run.config, run.objective, run.ranks
     device = torch.device(run.device)
     negative = session.bank.negative.to(device)
+    logged: list[Tracker] = []
+    if page.writes:
+        logged.append(MetricsFile(config.output_dir / METRICS, done=state.updates))
+        page.write("training")
+        session.say(f"page     {config.output_dir / PAGE}")
     source = micro_batches(run, session.bank)
     gauges = _gauges(session, source, negative)
     batches = source.ahead(
@@ -161,7 +171,8 @@ def _walk(
             start=state.updates,
             device=device,
         )
-        step_log = StepLog(held.enter_context(progress), trackers, device=device)
+        shown_by = held.enter_context(progress)
+        step_log = StepLog(shown_by, [*logged, *trackers], device=device)
         validate = partial(
             _validate, session, validation, negative, trackers, signals, step_log, gauges
         )
@@ -173,6 +184,8 @@ def _walk(
         if measured is not None:
             measured.begin(state.updates // run.cycle)
         measure()
+        with step_log.paused(), signals.deferred():
+            page.refresh()
         while state.updates < run.updates:
             update = state.updates
             if tails is not None:
@@ -240,9 +253,11 @@ def _walk(
             for warning in gauges.warnings():
                 session.say(f"warning  {warning}")
             done, others = run.counted(state.updates)
-            if not others and done % config.checkpointing_steps == 0:
+            if saved := not others and done % config.checkpointing_steps == 0:
                 with signals.deferred():
                     session.save_if_best()
+            with step_log.paused(), signals.deferred():
+                page.refresh(at_once=saved)
             if stopping and ranks.world_size > 1:
                 raise Interrupted(signals.signum or signal.SIGTERM)
 

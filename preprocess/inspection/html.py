@@ -1,40 +1,29 @@
-"""`wanprep inspect --html`: a cache as one page, pictures made of latents. No network, no script.
+"""`wanprep inspect --html`: a cache as one page, pictures made of latents."""
 
-Whatever a caption says is text: everything from the cache is escaped, and the page's own policy
-forbids scripts and addresses.
-"""
-
-import base64
-import io
 import math
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image
+from jinja2 import Environment
 
 from preprocess.inspection.overview import (
     Histogram,
     Overview,
     drawn_across_buckets,
     histogram,
-    nice_step,
-    seconds_of,
 )
 from preprocess.inspection.terminal import KINDS, durations_note, facts, size
 from shared.format.cache import MemberReader
-from shared.format.latent_rgb import R2_FLOOR, latents_to_rgb
-from shared.format.schema import LATENTS_MEMBER
+from shared.format.latent_rgb import R2_FLOOR
+from shared.format.schema import seconds_of
 from shared.io.durable import write_bytes
+from shared.pages import html
+from shared.pages.axis import nice_step
+from shared.pages.thumbnail import thumbnail_of
 
 _MOST_BUCKETS = 16  # bars
-_MOST_FRAMES = 24  # of a thumbnail
-_LONG_SIDE = 208  # pixels of a thumbnail, about; a latent cell becomes a whole number of them
-_SHORTEST_MS = 20  # what browsers still keep to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +51,7 @@ def write_page(path: Path, found: Overview, *, samples: int, seed: int) -> int:
 
 def _card(found: Overview, reader: MemberReader, row: int) -> Card:
     info = reader.info(row)
-    tensors = reader.read(row, LATENTS_MEMBER)
     seconds = seconds_of(info)
-    picture = None
-    if tensors is not None and found.index.latent_rgb is not None:
-        picture = thumbnail(latents_to_rgb(tensors["latents"], found.index.latent_rgb), seconds)
     length = f"{info['frames']} frames" if info["frames"] > 1 else "image"
     if info["type"] == "text":
         length += ", " + KINDS["text"]
@@ -77,30 +62,13 @@ def _card(found: Overview, reader: MemberReader, row: int) -> Card:
         what.append(f"shown {int(found.index.repeats[row])}× an epoch")
     return Card(
         key=found.index.key(row),
-        picture=picture,
+        picture=thumbnail_of(found.index, reader, row),
         width=info["width"],
         height=info["height"],
         what=" · ".join(what),
         caption=info["caption"],
         source=info["source"],
     )
-
-
-def thumbnail(frames: npt.NDArray[np.uint8], seconds: float | None) -> str:
-    """Frames (T, h, w, 3), a pixel a latent cell, as a WebP that moves at the clip's own speed."""
-    count = min(len(frames), _MOST_FRAMES)
-    chosen = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
-    _, height, width, _ = chosen.shape
-    zoom = max(1, round(_LONG_SIDE / max(height, width)))
-    images = [
-        Image.fromarray(frame).resize((width * zoom, height * zoom), Image.Resampling.BICUBIC)
-        for frame in chosen
-    ]
-    each = max(_SHORTEST_MS, round(1000 * (seconds or 1) / count))
-    out = io.BytesIO()
-    moving = {"save_all": True, "append_images": images[1:], "duration": each, "loop": 0}
-    images[0].save(out, "WEBP", quality=82, method=4, **(moving if count > 1 else {}))
-    return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
 
 
 def page(found: Overview, cards: Sequence[Card]) -> str:
@@ -130,13 +98,8 @@ def page(found: Overview, cards: Sequence[Card]) -> str:
 
 
 def templates() -> Environment:
-    """The page and its charts, which escape all that they show."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        undefined=StrictUndefined,
-    )
+    """The page and its charts."""
+    environment = html.templates(Path(__file__).parent)
     environment.filters["short"] = _short
     return environment
 

@@ -28,9 +28,10 @@ from shared.format.cache import (
 )
 from shared.format.columns import caption_digest
 from shared.format.overlays import overlays_in, positions
-from shared.format.schema import MEMBERS
+from shared.format.schema import MEMBERS, seconds_of
 from shared.format.tar import BLOCK, room
 from shared.io.store import Store
+from shared.pages.axis import nice_step
 
 MOST_READ = 2000
 """Samples whose `KEY.json` is read for the durations."""
@@ -192,15 +193,6 @@ def _bytes(index: CacheIndex, sidecars: Sequence[Sidecar], dead_bytes: int) -> d
     return found
 
 
-def seconds_of(info: dict[str, Any]) -> float | None:
-    """How long a clip is: its frames at the rate at which they were taken; None for an image."""
-    indices, fps = info["frame_indices"], info.get("fps")
-    if not isinstance(fps, int | float) or not 0 < fps < math.inf or info.get("type") != "video":
-        return None
-    step = (indices[-1] - indices[0]) / (len(indices) - 1) if len(indices) > 1 else 1
-    return float(len(indices) * step / fps)
-
-
 def _seconds(index: CacheIndex, seed: int) -> tuple[npt.NDArray[np.float64], int]:
     videos = np.flatnonzero(index.types == MEDIA_TYPES.index("video"))
     chosen = videos
@@ -285,9 +277,3 @@ def histogram(values: Sequence[float] | npt.NDArray[Any], *, bins: int = 12) -> 
     edges = np.arange(first, last + 1) * step
     counts, _ = np.histogram(array, bins=edges)
     return Histogram(edges=tuple(map(float, edges)), counts=tuple(map(int, counts)))
-
-
-def nice_step(span: float, count: int) -> float:
-    """1, 2 or 5 times a power of ten, so that about `count` of them make the span."""
-    power = 10.0 ** math.floor(math.log10(span / count))
-    return next(float(power * m) for m in (1, 2, 5, 10) if span / (power * m) <= count)

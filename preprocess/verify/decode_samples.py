@@ -19,7 +19,6 @@ from rich.console import Console
 from preprocess.dataset.recorded_clips import clip_of, same_content
 from preprocess.encode.fingerprint import fields_in_cache, refuse_other_vae
 from preprocess.frames.media_info import ANIMATIONS, MediaError
-from preprocess.inspection.overview import seconds_of
 from preprocess.media.decode import digest, fitted_frames
 from preprocess.media.remote import DataDir
 from preprocess.media.tars import base_folder, media_named
@@ -31,7 +30,7 @@ from shared.cli.support import say
 from shared.device import take_device
 from shared.errors import UserError
 from shared.format.cache import MEDIA_TYPES, CacheIndex, MemberReader, open_cache
-from shared.format.schema import DTYPES, LATENTS_MEMBER
+from shared.format.schema import DTYPES, LATENTS_MEMBER, seconds_of
 from shared.io.mp4 import write_mp4
 from shared.io.names import quoted
 from shared.io.store import Store

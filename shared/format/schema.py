@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
@@ -206,3 +207,12 @@ def unpack_info(data: bytes) -> dict[str, Any]:
         raise ValueError("no JSON object")
     require(info, INFO_FIELDS, optional=LATER_FIELDS)
     return info
+
+
+def seconds_of(info: dict[str, Any]) -> float | None:
+    """How long a clip is: its frames at the rate at which they were taken; None for an image."""
+    indices, fps = info["frame_indices"], info.get("fps")
+    if not isinstance(fps, int | float) or not 0 < fps < math.inf or info.get("type") != "video":
+        return None
+    step = (indices[-1] - indices[0]) / (len(indices) - 1) if len(indices) > 1 else 1
+    return float(len(indices) * step / fps)

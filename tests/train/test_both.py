@@ -13,6 +13,7 @@ from diffusers import WanTransformer3DModel
 import train.both
 from shared.cli.config_command import configuration
 from shared.errors import UserError
+from tests.html_page import Parsed
 from tests.train.strategies.test_strategies import typed
 from tests.train.test_distill import arguments, distill, final_bytes
 from train.both import configs_of_experts
@@ -60,6 +61,10 @@ def test_each_expert_is_as_alone(
         distill(tiny_i2v, i2v_shards, out, *words, "--boundary-type", expert)
         assert final_bytes(out) == final_bytes(whole / expert) and final_bytes(out)
         assert {path.name for path in out.iterdir()} == {p.name for p in (whole / expert).iterdir()}
+    links = [
+        dict(a)["href"] for tag, a in Parsed((whole / "index.html").read_text()).tags if tag == "a"
+    ]
+    assert links == ["high/index.html", "low/index.html"]
     high, low = (
         read_provenance(whole / e / f"lora-{e}-kohya.safetensors") for e in ("high", "low")
     )
@@ -87,6 +92,8 @@ def test_what_comes_next_is_said_and_works(
     assert f"--lora '{whole}/low/lora-low-diffusers.safetensors'" in command
     assert "--num-frames 9 --device cpu --image FIRST-FRAME --prompt TEXT" in command
     assert f"open '{whole}/workflow-comfyui.json'" in said
+    page = Parsed((whole / "index.html").read_text()).text
+    assert command.split(maxsplit=1)[1] in page and f"open '{whole}/workflow" in page
     graph = json.loads((whole / WORKFLOWS[1]).read_text())
     loras = [n["inputs"]["lora_name"] for n in graph.values() if "Lora" in n["class_type"]]
     assert loras == ["lora-high-comfyui.safetensors", "lora-low-comfyui.safetensors"]

@@ -1,19 +1,13 @@
-"""The comparison as one HTML page: numbers, and clips that play side by side.
+"""The comparison as one HTML page: numbers, and clips that play side by side."""
 
-No network, no script. Whatever a prompt says is text: everything is escaped, and the page's own
-policy forbids scripts and addresses.
-"""
-
-import base64
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from shared.io.mp4 import read_mp4, write_mp4
+from shared.pages.html import data_uri, templates
 from train.evaluation.clips import MEASURES, SIDES, MeasuredClip
 from train.evaluation.comparison import Comparison
 from train.evaluation.measures import preview
@@ -45,18 +39,12 @@ def page(
     fps: float,
 ) -> str:
     """The whole page as HTML text; everything it shows is inside it."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        undefined=StrictUndefined,
-    )
     each = [[clip for clip in clips if clip.side == side] for side in SIDES]
     rows = [
         Row(pair[0].prompt, pair[0].seed, [_shown(clip, fps) for clip in pair])
         for pair in zip(*each, strict=True)
     ]
-    template = environment.get_template("evaluation_page.html")
+    template = templates(Path(__file__).parent).get_template("evaluation_page.html")
     return template.render(
         sides=SIDES, compared=compared, units=MEASURES, rows=rows, settings=settings
     )
@@ -66,5 +54,5 @@ def _shown(clip: MeasuredClip, fps: float) -> Shown:
     with tempfile.TemporaryDirectory() as folder:
         small = Path(folder) / "clip.mp4"
         write_mp4(small, preview(read_mp4(clip.path)), fps, crf=_PREVIEW_CRF)
-        uri = "data:video/mp4;base64," + base64.b64encode(small.read_bytes()).decode()
+        uri = data_uri("video/mp4", small.read_bytes())
     return Shown(uri, clip.numbers())

@@ -15,7 +15,9 @@ from train.methods.step_output import StepNumbers
 from train.tracking.progress import TrainProgress
 from train.tracking.trackers import Tracker
 
+SECONDS, SAMPLES = "speed/seconds_per_update", "speed/samples_per_second"
 DATA_WAIT = "speed/data_wait_seconds"
+PEAK = "memory/peak_gib"
 HISTOGRAM_EVERY = 100
 """Levels of so many samples of a role make a histogram."""
 
@@ -78,10 +80,10 @@ class StepLog:
             f"score_sigma/{role}": sum(numbers.sigma) / len(numbers.sigma),
             **numbers.named(),
             **gauges,
-            "speed/seconds_per_update": seconds,
-            "speed/samples_per_second": samples / seconds,
+            SECONDS: seconds,
+            SAMPLES: samples / seconds,
             DATA_WAIT: waited,
-            "memory/peak_gib": peak / 2**30,
+            PEAK: peak / 2**30,
         }
         levels = self._levels.setdefault(role, [])
         levels += numbers.u

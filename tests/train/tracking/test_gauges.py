@@ -105,11 +105,14 @@ def _without_times(out: Path) -> list[dict[str, str]]:
     ]
 
 
+OF_THIS_TIME = ("logs", "run.toml", "index.html", "metrics.jsonl")
+
+
 def _files(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.relative_to(folder).parts[0] not in ("logs", "run.toml")
+        if path.is_file() and path.relative_to(folder).parts[0] not in OF_THIS_TIME
     }
 
 
