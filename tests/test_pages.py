@@ -12,6 +12,8 @@ from shared.io.mp4 import write_mp4
 from tests import browser
 from tests.train.conftest import encode, write_dataset
 from tests.train.evaluation.test_measures import moving
+from tests.train.page.test_run_page import shards, whole  # noqa: F401 - fixtures
+from tests.train.test_distill import distill
 from train.cli.app import app as wantrain
 
 pytestmark = pytest.mark.long
@@ -40,7 +42,7 @@ def faults(page: browser.Page, *, clips: int, pictures: int = 0) -> list[str]:
         page.resize(width)
         if beyond := page.overflow():
             found.append(f"{beyond} px too wide for a window of {width} px")
-        if (share := inked(page.screenshot())) < 0.05:
+        if (share := inked(page.screenshot())) < 0.02:
             found.append(f"{share:.1%} of the page is not background")
     return found
 
@@ -55,9 +57,9 @@ def inked(shot: np.ndarray) -> float:
 def test_inspect(chromium: browser.Browser, tiny_t2v: Path, tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "set")
     (dataset / "clip0.txt").write_text(HOSTILE)
-    shards = encode(dataset, tiny_t2v, tmp_path / "shards")
+    cache = encode(dataset, tiny_t2v, tmp_path / "shards")
     made = tmp_path / "page.html"
-    wanprep(["inspect", "--shards", str(shards), "--html", str(made)], standalone_mode=False)
+    wanprep(["inspect", "--shards", str(cache), "--html", str(made)], standalone_mode=False)
     shown = chromium.open(made)
     assert not faults(shown, clips=0, pictures=6)
     assert HOSTILE in shown.evaluate("document.body.textContent")
@@ -81,6 +83,27 @@ def test_the_demo(chromium: browser.Browser, tmp_path: Path) -> None:
     made = tmp_path / "demo.html"
     made.write_text(page([HOSTILE, "two"], columns, curves, [f"run {LONG_WORD}"], {"seed": "7"}))
     assert not faults(chromium.open(made), clips=4)
+
+
+def test_a_run(chromium: browser.Browser, whole: Path) -> None:  # noqa: F811
+    """With three validation clips after each of two pairs of generator steps."""
+    assert not faults(chromium.open(whole / "index.html"), clips=6, pictures=4)
+
+
+def test_both_experts(
+    chromium: browser.Browser,
+    tiny_t2v: Path,
+    shards: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    more = ("--boundary-type", "both", "--max-train-steps", "1")
+    out = distill(tiny_t2v, shards, tmp_path / "out", *more)
+    both = chromium.open(out / "index.html")
+    assert not faults(both, clips=0)
+    links = both.evaluate("[...document.links].map((link) => link.href)")
+    assert len(links) == 2
+    for link in links:
+        assert not faults(chromium.open(Path(link.removeprefix("file://"))), clips=0, pictures=4)
 
 
 def test_what_is_wrong_with_a_page_is_seen(chromium: browser.Browser, tmp_path: Path) -> None:

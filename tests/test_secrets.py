@@ -99,7 +99,15 @@ def test_credentials_of_the_environment_stay_there(
     printed = "".join(capfd.readouterr())
     assert "access is denied" in printed
     written = files_of(tmp_path)
-    names = {"run.toml", "written.toml", "inspect.html", "evaluation.html", "state.json"}
+    names = {
+        "run.toml",
+        "index.html",
+        "metrics.jsonl",
+        "written.toml",
+        "inspect.html",
+        "evaluation.html",
+        "state.json",
+    }
     assert names <= {Path(name).name for name in written}
     assert {".safetensors", ".mp4"} <= {Path(name).suffix for name in written}
     files = machine.files()
