@@ -278,7 +278,7 @@ def load_checkpoint(path: Path, expected: Files, identity: Identity) -> Loaded:
 
     Raises UserError when it is damaged or belongs to another model, adapter shape or recipe.
     """
-    content = _state_of(path, identity)
+    content = check_identity(path, identity)
     loaded: Files = {
         name: _read_tensors(path / name, sha) for name, sha in content["sha256"].items()
     }
@@ -296,12 +296,9 @@ def load_checkpoint(path: Path, expected: Files, identity: Identity) -> Loaded:
     return Loaded(loaded, content["updates"], changes, content.get("record", {}))
 
 
-def check_identity(path: Path, identity: Identity) -> None:
-    """UserError where a checkpoint is damaged, or of another model, adapter shape or recipe."""
-    _state_of(path, identity)
-
-
-def _state_of(path: Path, identity: Identity) -> dict[str, Any]:
+def check_identity(path: Path, identity: Identity) -> dict[str, Any]:
+    """Its state as JSON. UserError where a checkpoint is damaged, or of another model, adapter
+    shape or recipe."""
     content = _read_state(path)
     there, here = (_UNNAMED | one for one in (content["identity"], identity.fixed))
     _refuse_other_identity(path, there, here)
