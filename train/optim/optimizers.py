@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from io import StringIO
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -111,11 +112,7 @@ def put_state(
 def numbers_of(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Name → number (float64 or int64, no dimensions) for all weights together; mostly none."""
     (group,) = optimizer.param_groups
-    return {name: _exact(group[name]) for name in _OF_ALL if group.get("k")}
-
-
-def _exact(number: float) -> torch.Tensor:
-    return torch.tensor(number, dtype=torch.int64 if isinstance(number, int) else torch.float64)
+    return {name: torch.from_numpy(np.array(group[name])) for name in _OF_ALL if group.get("k")}
 
 
 def state_bytes(name: OptimizerName, weights: int, rank: int) -> int:

@@ -29,7 +29,6 @@ OWN_FILES = ("transformer.safetensors", "transformer_2.safetensors")
 TEXT_ENCODER, CLIP_VISION = "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "clip_vision_h.safetensors"
 _HUB = "https://huggingface.co/Comfy-Org/{}/resolve/main/split_files/{}/{}"
 _REPOSITORIES = {"wan2.2": "Wan_2.2_ComfyUI_Repackaged", "": "Wan_2.1_ComfyUI_repackaged"}
-_FRAMES_PER_SECOND = {"ti2v": 24}
 
 # Node → [inputs that are links, inputs that are values, outputs], each in ComfyUI's order. After
 # "+", a value that only the window has.
@@ -120,7 +119,7 @@ def write_workflow(
     clip = _clip(graph, provenance)
     latent = _sampled(graph, clip, provenance, loras, _transformers(provenance, width))
     images = graph.add("VAEDecode", samples=latent, vae=clip.vae)
-    fps = float(_FRAMES_PER_SECOND.get(provenance.mode, WAN.frames_per_second))
+    fps = float(24 if provenance.mode == "ti2v" else WAN.frames_per_second)
     video = graph.add("CreateVideo", images=images, fps=fps)
     graph.add(
         "SaveVideo", video=video, filename_prefix="video/wandistill", format="auto", codec="auto"
