@@ -13,7 +13,6 @@ from train.config import DistillConfig, FinetuneConfig, TrainConfig
 from train.data.dataset import Dataset
 from train.data.holdout import split_held_out
 from train.data.path_states import refuse_other_states
-from train.distributed.placement import Placement
 from train.functional.guidance import Guidance
 from train.functional.schedule import Schedule, step_indices
 from train.methods.distillation import Distillation
@@ -44,8 +43,24 @@ def prepare_distillation(config: DistillConfig, given_elsewhere: Given = NONE_GI
         shift=spec.flow_shift if config.flow_shift is None else config.flow_shift,
         boundary=spec.boundary,
     )
+    strata = update_batch(config, placement) if config.uniform_sampling else 1
     if config.method == "regression":
-        return _regression(config, placement, spec, data, schedule, expert)
+        schedule.owned_steps(expert)  # refuses an expert without steps
+        if have := text_only(spec, data):
+            raise UserError(
+                f"--method regression: {have}, and so without a path to learn. Leave these "
+                "out: --where 'type!=text'; or make clips of them: wantrain synthesize --states"
+            )
+        refuse_other_states(data, schedule, "--method regression")
+        regression = Regression(
+            expert=expert,
+            schedule=schedule,
+            uniform_sampling=config.uniform_sampling,
+            strata=strata,
+            learning_rates={GENERATOR: config.learning_rate},
+            seed=config.seed,
+        )
+        return plan_run(config, placement, spec, data, regression)
     recipe = Recipe(
         expert=expert,
         schedule=schedule,
@@ -58,7 +73,7 @@ def prepare_distillation(config: DistillConfig, given_elsewhere: Given = NONE_GI
         real_guidance_scale=_guidance(config, spec, expert),
         fake_guidance_scale=config.fake_guidance_scale,
         fm_loss_weight=config.fm_loss_weight,
-        score_strata=update_batch(config, placement) if config.uniform_sampling else 1,
+        score_strata=strata,
         batched_guidance=config.batched_guidance,
         seed=config.seed,
         score_levels=config.score_levels,
@@ -112,33 +127,6 @@ def _guidance(config: DistillConfig, spec: ModelSpec, expert: Expert) -> Guidanc
     base.fetched(config.model, spec, component)
     digest = base_digest(spec.folder, component, base)
     return read_guidance(Path(given), expert, base=digest, model=config.model)
-
-
-def _regression(
-    config: DistillConfig,
-    placement: Placement,
-    spec: ModelSpec,
-    data: Dataset,
-    schedule: Schedule,
-    expert: Expert,
-) -> Run:
-    """`--method regression`."""
-    schedule.owned_steps(expert)  # refuses an expert without steps
-    if have := text_only(spec, data):
-        raise UserError(
-            f"--method regression: {have}, and so without a path to learn. Leave these "
-            "out: --where 'type!=text'; or make clips of them: wantrain synthesize --states"
-        )
-    refuse_other_states(data, schedule, "--method regression")
-    objective = Regression(
-        expert=expert,
-        schedule=schedule,
-        uniform_sampling=config.uniform_sampling,
-        strata=update_batch(config, placement) if config.uniform_sampling else 1,
-        learning_rates={GENERATOR: config.learning_rate},
-        seed=config.seed,
-    )
-    return plan_run(config, placement, spec, data, objective)
 
 
 def _refuse_text_only(

@@ -31,6 +31,7 @@ from train.model.lora_source import ScaledLora
 from train.model.roles import Roles
 from train.optim.ema import Ema
 from train.optim.lr_checks import Weights, warn_of_file, warn_of_learning_rate
+from train.optim.optimizers import OptimizerSettings
 from train.options import Gauge
 from train.run import Run, run_identity
 from train.sampling.model_card import Trained, write_guides
@@ -49,7 +50,7 @@ from train.saving.checkpoint import (
 )
 from train.saving.export import lora_path, write_loras
 from train.saving.provenance import Provenance, read_provenance
-from train.strategies.base import AdamSettings, Strategy
+from train.strategies.base import Strategy
 from train.strategies.spread import device_bytes, parameter_bytes, spread
 from train.tracking.gauges import Gauges
 from train.tracking.held_out import last_loss
@@ -281,18 +282,18 @@ def open_session(run: Run, say: Say) -> Session:
     quantise(transformer, config.base_precision, device)
     whole_bytes = parameter_bytes(transformer)
     streamed = config.streamed(len(blocks_of(transformer)))
-    adam = AdamSettings(
+    settings = OptimizerSettings(
+        name=config.chosen_optimizer,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.adam_weight_decay,
-        optimizer=config.chosen_optimizer,
     )
     assert config.strategy is not None  # `place_run` decided it
     strategy = spread(
         config.strategy,
         roles,
         rates,
-        adam,
+        settings,
         ranks=ranks,
         device=device,
         streamed=streamed,

@@ -20,14 +20,8 @@ from shared.models.wan import WAN
 StoredDtype = Literal["bf16", "fp32"]
 
 DEFAULT_STRIDE = 2
-INPUT, SAMPLES, ENCODERS, OUTPUT, CLUSTER, PLAN = (
-    "Input",
-    "What a sample is",
-    "Encoders",
-    "Output",
-    "Cluster",
-    "Plan",
-)
+INPUT, SAMPLES, ENCODERS = "Input", "What a sample is", "Encoders"
+OUTPUT, CLUSTER, PLAN = "Output", "Cluster", "Plan"
 
 
 # fmt: off

@@ -58,16 +58,10 @@ def _changes_of(work: Work) -> Iterator[tuple[str, str]]:
     if (factor := upscaling(work)) > 1:
         sizes = f"{probe.width}x{probe.height} to {bucket.width}x{bucket.height}"
         yield "upscaled", f"{sizes}, {factor:.2f} times as large"
-    if number := _repeats(work):
+    if number := sum(one == other for one, other in pairwise(work.clip.frame_indices)):
         repeated = f"{number} of {bucket.frames} frames are repeated"
         yield "slow", f"{repeated} ({probe.fps:g} a second)"
     yield from (("noted", note) for note in probe.notes)
-
-
-def _repeats(work: Work) -> int:
-    """How many frames of a clip are the frame before once more."""
-    indices = work.clip.frame_indices
-    return sum(one == other for one, other in pairwise(indices))
 
 
 def where_time_went(times: Times, *, writing: float) -> str | None:

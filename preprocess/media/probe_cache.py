@@ -40,16 +40,13 @@ class ProbeMemo:
 
     def remember(self, name: str, kind: Kind, probe: Probe) -> None:
         """Note what a file held whose stamp was taken before it was opened."""
-        record = {"version": _VERSION, "file": name, "kind": kind, "probe": _packed(probe)}
+        packed = asdict(probe, dict_factory=_packed_fields)
+        record = {"version": _VERSION, "file": name, "kind": kind, "probe": packed}
         note(self._memo, [record])
 
 
-def _packed(probe: Probe) -> dict[str, Any]:
-    """As JSON: bytes in base 85, without what is None."""
-    return asdict(probe, dict_factory=_packed_fields)
-
-
 def _packed_fields(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """As JSON: bytes in base 85, without what is None."""
     return {
         name: base64.b85encode(value).decode() if isinstance(value, bytes) else value
         for name, value in fields

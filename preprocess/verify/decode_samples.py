@@ -4,7 +4,7 @@ What the VAE gives back is compared with the frames that it was given: PSNR of u
 these are the right frames of a video is asked of another decoder, see `preprocess.verify.shown`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +34,7 @@ from shared.format.schema import DTYPES, LATENTS_MEMBER, seconds_of
 from shared.io.mp4 import write_mp4
 from shared.io.names import quoted
 from shared.io.store import Store
-from shared.models.spec import ModelSpec, read_model_spec, resolve_model
+from shared.models.spec import read_model_spec, resolve_model
 
 if TYPE_CHECKING:
     from preprocess.encode.encoders import LatentEncoder
@@ -95,15 +95,23 @@ def decode_samples(config: DecodeConfig, console: Console) -> list[Decoded]:
     fields = fields_in_cache(spec, index, console)
     refuse_other_vae(index, spec, fields, cure=cure)
     config.output.mkdir(parents=True, exist_ok=True)
+    if not rows:
+        return []
+    from preprocess.encode.encoders import LatentEncoder
+
+    dtype = DTYPES[index.fingerprint["latents"]["compute"]]
+    done = []
     with (
         bar(console, "decoding samples", len(rows)) as advance,
         WorkerPool(default_workers(), timeout=config.decode_timeout) as pool,
+        closing(MemberReader(index)) as reader,
     ):
-        done = []
-        for one in _decoded(config, index, rows, spec, pool, partial(say, console)):
+        vae = LatentEncoder(spec, dtype=dtype, device=config.device)
+        vae.tile_if_full(partial(say, console))
+        for row in rows:
+            done.append(_decode(config, index, row, reader, vae, pool))
             advance()
-            done.append(one)
-        return done
+    return done
 
 
 def findings(config: DecodeConfig, done: Sequence[Decoded]) -> list[Finding]:
@@ -150,26 +158,6 @@ def _chosen(config: DecodeConfig, index: CacheIndex) -> list[int]:
     media = np.flatnonzero(index.types != MEDIA_TYPES.index("text"))
     drawn = np.random.default_rng(config.seed).permutation(media)
     return rows + [int(row) for row in drawn if row not in rows][: config.count]
-
-
-def _decoded(
-    config: DecodeConfig,
-    index: CacheIndex,
-    rows: Sequence[int],
-    spec: ModelSpec,
-    pool: WorkerPool,
-    tell: Callable[[str], None],
-) -> Iterator[Decoded]:
-    if not rows:
-        return
-    from preprocess.encode.encoders import LatentEncoder
-
-    dtype = DTYPES[index.fingerprint["latents"]["compute"]]
-    vae = LatentEncoder(spec, dtype=dtype, device=config.device)
-    vae.tile_if_full(tell)
-    with closing(MemberReader(index)) as reader:
-        for row in rows:
-            yield _decode(config, index, row, reader, vae, pool)
 
 
 def _decode(

@@ -5,6 +5,7 @@ into several, as bf16 or written out in fp32: none of that changes what an encod
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,23 +28,11 @@ _FIRST = 1
 _CHUNK = 1 << 22  # values
 # What of a config decides outputs beside the shapes of the weights, with the classes' defaults. By
 # the class that the config is of; of any other class every field counts.
+_CLASSES = json.loads(Path(__file__).with_name("class_defaults.json").read_text())
 _DECIDING: Mapping[str, Mapping[str, Any]] = {
     **{family.classes["vae"][1]: family.vae_fields for family in FAMILIES},
-    "umt5": {
-        "d_kv": 64,
-        "feed_forward_proj": "gated-gelu",
-        "layer_norm_epsilon": 1e-6,
-        "num_heads": 6,
-        "relative_attention_max_distance": 128,
-        "relative_attention_num_buckets": 32,
-    },
-    "clip_vision_model": {
-        "hidden_act": "quick_gelu",
-        "image_size": 224,
-        "layer_norm_eps": 1e-5,
-        "num_attention_heads": 12,
-        "patch_size": 32,
-    },
+    "umt5": _CLASSES["umt5"],
+    "clip_vision_model": _CLASSES["clip_vision_model"],
 }
 # Of Wan's original layout, which has no configs.
 _CLASS = {
@@ -52,19 +41,7 @@ _CLASS = {
     "image_encoder": "clip_vision_model",
 }
 # CLIPImageProcessor's own defaults.
-_PROCESSOR: Mapping[str, Any] = {
-    "crop_size": {"height": 224, "width": 224},
-    "do_center_crop": True,
-    "do_convert_rgb": True,
-    "do_normalize": True,
-    "do_rescale": True,
-    "do_resize": True,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "resample": 3,
-    "rescale_factor": 1 / 255,
-    "size": {"shortest_edge": 224},
-}
+_PROCESSOR: Mapping[str, Any] = _CLASSES["CLIPImageProcessor"]
 
 
 def component_digest(

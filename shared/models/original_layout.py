@@ -12,13 +12,14 @@ published under. Only JSON and the headers of safetensors are read here.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from shared.errors import UserError, json_kind
+from shared.errors import UserError, first_line, json_kind
 from shared.models.tensor_names import unwrapped
 from shared.models.wan import (
     BOUNDARIES,
@@ -197,13 +198,18 @@ def _shapes(folder: Path, component: str) -> dict[str, list[int]]:
     for file in sorted(folder.glob("*.safetensors")):
         if file.name in COMPONENT_NAMES:
             continue
-        try:
-            with safe_open(file, framework="np") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - it is no dictionary
-                    shape = tensors.get_slice(name).get_shape()
-                    shapes[name] = shape
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"model: {file} is damaged ({type(error).__name__}: {error}). Download it again."
-            ) from error
+        with opened(file, "np") as tensors:
+            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
     return unwrapped(component, shapes)
+
+
+@contextmanager
+def opened(file: Path, framework: str = "pt") -> Iterator[Any]:
+    """Block with a model's safetensors file. UserError where it is damaged."""
+    try:
+        with safe_open(file, framework=framework) as tensors:
+            yield tensors
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"model: {file} is damaged ({first_line(error)}). Download it again."
+        ) from error

@@ -12,6 +12,7 @@ from typing import Any
 
 from shared.models.family import BlockMemory, Family, Mode
 
+_NAMES = json.loads(Path(__file__).with_name("wan_names.json").read_text())
 _TRANSFORMER = ("diffusers", "WanTransformer3DModel")
 WAN = Family(
     classes={
@@ -56,20 +57,7 @@ WAN = Family(
     outside_autocast=("condition_embedder.time_embedder", ".norm_q", ".norm_k", ".norm_added_k"),
     names_begin="condition_embedder.",
     original_blocks="blocks",
-    lora_layers={
-        "self_attn.q": "attn1.to_q",
-        "self_attn.k": "attn1.to_k",
-        "self_attn.v": "attn1.to_v",
-        "self_attn.o": "attn1.to_out.0",
-        "cross_attn.q": "attn2.to_q",
-        "cross_attn.k": "attn2.to_k",
-        "cross_attn.v": "attn2.to_v",
-        "cross_attn.o": "attn2.to_out.0",
-        "cross_attn.k_img": "attn2.add_k_proj",
-        "cross_attn.v_img": "attn2.add_v_proj",
-        "ffn.0": "ffn.net.0.proj",
-        "ffn.2": "ffn.net.2",
-    },
+    lora_layers=_NAMES["lora_layers"],
     memory=BlockMemory(
         kept={"bf16": (42, 4, 8.4, 16), "no": (60.3, 8, 12.1, 32)},
         kept_of_time=32,  # what is made of it is as wide as six hidden states
@@ -78,35 +66,8 @@ WAN = Family(
         forward={"bf16": ((20, 0), (8.6, 5.8)), "no": ((40, 0), (16.4, 11.8))},
         forward_with_time={"bf16": ((55.7, 3.8),), "no": ((88, 7.5),)},
     ),
-    other_names={
-        "blocks.*.norm3": "blocks.*.norm2",
-        "blocks.*.self_attn.norm_q": "blocks.*.attn1.norm_q",
-        "blocks.*.self_attn.norm_k": "blocks.*.attn1.norm_k",
-        "blocks.*.cross_attn.norm_q": "blocks.*.attn2.norm_q",
-        "blocks.*.cross_attn.norm_k": "blocks.*.attn2.norm_k",
-        "blocks.*.cross_attn.norm_k_img": "blocks.*.attn2.norm_added_k",
-        "blocks.*.modulation": "blocks.*.scale_shift_table",
-        "patch_embedding": "patch_embedding",
-        "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-        "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-        "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-        "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-        "time_projection.1": "condition_embedder.time_proj",
-        "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
-        "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
-        "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
-        "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
-        "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
-        "head.head": "proj_out",
-        "head.modulation": "scale_shift_table",
-    },
-    bare_weights=frozenset(
-        {
-            "blocks.*.scale_shift_table",
-            "scale_shift_table",
-            "condition_embedder.image_embedder.pos_embed",
-        }
-    ),
+    other_names=_NAMES["other_names"],
+    bare_weights=frozenset(_NAMES["bare_weights"]),
 )
 ORIGINAL_CLASS = "WanModel"
 """Of the transformer in the original code, as its config names it."""

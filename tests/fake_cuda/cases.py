@@ -33,7 +33,7 @@ from train.model.lora_adapter import LoraSpec, select_targets
 from train.model.roles import CRITIC, GENERATOR, Roles
 from train.optim import adamw8bit
 from train.optim.ema import Ema
-from train.strategies.base import AdamSettings
+from train.optim.optimizers import OptimizerSettings
 from train.strategies.spread import spread
 
 Method = Literal["distill", "lora"]
@@ -44,7 +44,7 @@ MODELS = (
 EVERY_OPTION = "wan2.2-i2v-a14b"
 """The model whose options are in the short suite, but for one that is like `low vram`."""
 RANK = 64
-ADAM = AdamSettings(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+ADAM = OptimizerSettings(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
 
 
 @dataclass(frozen=True, kw_only=True)

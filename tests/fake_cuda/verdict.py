@@ -20,7 +20,7 @@ WAITS = {
         "the loss decides whether weights may change. One transfer: only fakes fetch number by "
         "number, a loss, a level before and after the shift, two metrics",
     ),
-    "_local_scalar_dense at ddp:AdamWRole.update": (
+    "_local_scalar_dense at ddp:OptimizerRole.update": (
         1,
         "the gradient's norm decides whether weights may change",
     ),

@@ -31,8 +31,7 @@ def bench(config: BenchConfig, context: typer.Context) -> None:
         report = measure(run, console, cycles=config.cycles)
         if report is None:  # not the first process
             return
-        for line in report.lines():
-            echo(line)
+        echo("\n".join(report.lines()))
         if config.json_file is not None:
             config.json_file.write_text(report.to_text() + "\n")
 

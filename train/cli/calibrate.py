@@ -25,7 +25,6 @@ def calibrate(config: CalibrateConfig, _: typer.Context) -> None:
 
     measurement = prepare_measurement(config)
     if config.dry_run:
-        for line in measurement.describe():
-            echo(line)
+        echo("\n".join(measurement.describe()))
         return
     calibrate_guidance(measurement, Console(stderr=True))

@@ -53,7 +53,6 @@ def plan(config: PlanConfig, _: typer.Context) -> None:
         said = planned.to_json(config.gpu_memory) | (asdict(cost) if cost else {})
         echo_data(json.dumps(said, indent=1))
         return
-    for line in planned.lines(config.gpu_memory):
-        echo(line)
+    echo("\n".join(planned.lines(config.gpu_memory)))
     if cost:
         echo(f"\n{cost.line()}")

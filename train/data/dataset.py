@@ -146,11 +146,9 @@ def dataset_of(
     """Samples of caches, each with its weight. UserError where `conditions` leave none."""
     chosen = list(map(np.flatnonzero, select([index for index, _ in caches], conditions)))
     if not any(map(len, chosen)):
-        raise (
-            nothing_selected([index for index, _ in caches], conditions)
-            if conditions
-            else UserError("shards: no samples")
-        )
+        if not conditions:
+            raise UserError("shards: no samples")
+        raise nothing_selected([index for index, _ in caches], conditions)
     return Dataset(
         tuple(
             Part(index=index, weight=weight, rows=rows)

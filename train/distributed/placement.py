@@ -37,8 +37,7 @@ def place(strategy: StrategyName | None, options: ProcessOptions) -> tuple[Strat
     In a process that a launcher started, its environment says how many there are.
     """
     num_processes, num_machines = options.num_processes, options.num_machines
-    device, ddp_timeout = options.device, options.ddp_timeout
-    if ddp_timeout < 1:
+    if (ddp_timeout := options.ddp_timeout) < 1:
         raise UserError(f"--ddp-timeout: found {ddp_timeout}, expected seconds, 1 or more.")
     if ranks := launched():
         ranks = replace(ranks, timeout=timedelta(seconds=ddp_timeout))
@@ -52,7 +51,7 @@ def place(strategy: StrategyName | None, options: ProcessOptions) -> tuple[Strat
         return strategy, Placement(
             machines=Machines(num_processes=ranks.world_size),
             ranks=ranks,
-            device=_device(device, ranks),
+            device=_device(options.device, ranks),
             to_launch=False,
         )
     _check_machines(options)
@@ -68,14 +67,10 @@ def place(strategy: StrategyName | None, options: ProcessOptions) -> tuple[Strat
         main_process_ip=options.main_process_ip,
         main_process_port=options.main_process_port,
     )
-    placed = Placement(
-        machines=machines,
-        ranks=SINGLE,
-        device=_device(device, SINGLE),
-        to_launch=strategy != "single",
-    )
-    if placed.to_launch:
-        _check_device_of_each(device, placed.device, machines.here)
+    device, to_launch = _device(options.device, SINGLE), strategy != "single"
+    if to_launch:
+        _check_device_of_each(options.device, device, machines.here)
+    placed = Placement(machines=machines, ranks=SINGLE, device=device, to_launch=to_launch)
     return strategy, placed
 
 
@@ -117,8 +112,7 @@ def _check_device_of_each(wanted: str, device: str, processes: int) -> None:
 
 def _check_machines(options: ProcessOptions) -> None:
     num_machines, num_processes = options.num_machines, options.num_processes
-    machine_rank = options.machine_rank
-    if not 0 <= machine_rank < num_machines:
+    if not 0 <= (machine_rank := options.machine_rank) < num_machines:
         raise UserError(
             f"--machine-rank: found {machine_rank}, expected 0 to {num_machines - 1}, the number "
             f"of this machine among {num_machines} (--num-machines; or RANK and WORLD_SIZE)."

@@ -20,9 +20,9 @@ CONFIGURATIONS = Path(__file__).parents[1] / "launch_configs"
 _OWN_LINEAR = "memory_efficient_linear"
 # Fields that round what ranks exchange, or delay steps → what to do instead.
 _OTHER_NUMBERS = {
-    "zero_quantized_weights": "--strategy ddp --base-precision int8 holds the base in 8 bits",
-    "zero_quantized_nontrainable_weights": (
-        "--strategy ddp --base-precision int8 holds the base in 8 bits"
+    **dict.fromkeys(
+        ("zero_quantized_weights", "zero_quantized_nontrainable_weights"),
+        "--strategy ddp --base-precision int8 holds the base in 8 bits",
     ),
     "zero_quantized_gradients": "the gradients of a LoRA are small",
     "zenflow": "the optimizer of a LoRA is small",

@@ -49,14 +49,8 @@ class EvaluateConfig(PipelineConfig):
         check_options(self)
         if (self.teacher_clips is None) != (self.student_clips is None):
             raise UserError("--teacher-clips, --student-clips: found one, expected both or none.")
-        making = {
-            "--lora": self.lora,
-            "--prompt": self.prompt,
-            "--prompts": self.prompts,
-            "--image": self.image,
-            "--clip-model": self.clip_model,
-        }
-        given = ", ".join(name for name, value in making.items() if value)
+        making = ("lora", "prompt", "prompts", "image", "clip_model")
+        given = ", ".join(f"--{n.replace('_', '-')}" for n in making if getattr(self, n))
         if self.teacher_clips is not None and given:
             raise UserError(
                 f"--teacher-clips: found with {given}, which are for clips to be made. Leave out "

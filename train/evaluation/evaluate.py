@@ -5,6 +5,7 @@ their mp4 files, so that those that exist already are measured alike; then only 
 thumbnail of each are kept.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -174,23 +175,14 @@ def _found(teacher: Path, student: Path, console: Console) -> Iterator[MeasuredC
 
 def _settings(config: EvaluateConfig) -> dict[str, Any]:
     """What both sides were made with, by option; of clips that exist, where they were."""
-    if config.teacher_clips is not None:
-        return {
-            "teacher_clips": str(config.teacher_clips),
-            "student_clips": str(config.student_clips),
-        }
-    names = (
+    made = (
         *("model", "lora", "height", "width", "num_frames", "seed", "seeds", "steps"),
         *("guidance_scale", "negative_prompt", "flow_shift", "dtype", "base_precision"),
         *("transformer_path", "transformer_high_path", "base_lora", "base_lora_high", "clip_model"),
     )
-    asked = {name: getattr(config, name) for name in names}
-    plain = {n: list(map(str, v)) if isinstance(v, list) else v for n, v in asked.items()}
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in plain.items()
-        if value is not None
-    }
+    names = made if config.teacher_clips is None else ("teacher_clips", "student_clips")
+    asked = {name: value for name in names if (value := getattr(config, name)) is not None}
+    return dict(json.loads(json.dumps(asked, default=str)))
 
 
 def table(compared: dict[str, Comparison], *, prompts: int) -> Table:

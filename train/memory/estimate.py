@@ -193,15 +193,11 @@ class Passes:
         return 2 if self.settings.memory.mixed_precision == "bf16" else _FP32
 
     @property
-    def block_input(self) -> int:
-        """Bytes of a block's hidden states."""
-        return self.settings.samples * self.tokens * self.width * self.value_bytes
-
-    @property
     def kept_of_block(self) -> int:
         """Bytes that wait for a checkpointed block's backward pass, on the device or not. An
         output of self-attention is as large as hidden states."""
-        return self.block_input * (2 if self.settings.memory.keep_attention else 1)
+        hidden_states = self.settings.samples * self.tokens * self.width * self.value_bytes
+        return hidden_states * (2 if self.settings.memory.keep_attention else 1)
 
     def block_bytes(self) -> float:
         """What autograd keeps of one block that is not checkpointed, for all samples of a pass."""

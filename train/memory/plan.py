@@ -37,11 +37,6 @@ class Choice:
     def name(self) -> str:
         return " ".join(self.options) or "as asked"
 
-    @property
-    def of_card(self) -> float:
-        """Bytes that a card must have for it."""
-        return self.estimate.total * FRAGMENTS + CONTEXT
-
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
@@ -152,8 +147,9 @@ def choices_of(
 
 
 def first_that_fits(choices: Iterable[Choice], room: float) -> Choice | None:
-    """The first that fits a card of `room` bytes."""
-    return next((one for one in choices if one.of_card <= room), None)
+    """The first that fits a card of `room` bytes, with torch's fragments and CUDA's context."""
+    most = (room - CONTEXT) / FRAGMENTS
+    return next((one for one in choices if one.estimate.total <= most), None)
 
 
 def _alternatives(settings: Settings) -> list[tuple[tuple[str, ...], MemoryOptions]]:

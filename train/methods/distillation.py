@@ -105,7 +105,7 @@ class Distillation:
         return few_steps(self.recipe.schedule, self.recipe.pairing)
 
     def describe(self) -> list[str]:
-        recipe, trained = self.recipe, self.recipe.exit_steps
+        recipe, trained, end = self.recipe, self.recipe.exit_steps, self.recipe.matching.end
         intervals = dict.fromkeys(map(recipe.score_interval_of, trained))
         levels = ", ".join(f"[{low:.3f}, {high:.3f}]" for low, high in intervals)
         levels += " by exit" if recipe.score_levels == "exit" else ""
@@ -113,7 +113,7 @@ class Distillation:
         return [
             f"steps    {recipe.schedule.describe(recipe.expert)}; start {recipe.start}"
             f"{last if recipe.exits == 'last' else ''}; score levels u in {levels}"
-            f"{self._matched}",
+            f"{'' if end is None else f'; states matched at {TIMESTEPS * end:.1f}'}",
             *self._describe_guidance(),
         ]
 
@@ -126,11 +126,6 @@ class Distillation:
             f"{table.scales[0]:.2f} at sigma {table.sigmas[0]:.3f} to {table.scales[-1]:.2f} at "
             f"{table.sigmas[-1]:.3f}, at most {max(table.scales):.2f} ({table.digest[:12]})"
         ]
-
-    @property
-    def _matched(self) -> str:
-        end = self.recipe.matching.end
-        return "" if end is None else f"; states matched at {TIMESTEPS * end:.1f}"
 
     def describe_length(self, steps: int) -> str:
         ahead = f"{self.head_start} critic updates, then " if self.head_start else ""

@@ -22,12 +22,8 @@ MOST_BYTES = 1 << 20
 OPTION = "--real-guidance-scale"
 
 
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float)
-
-
 def _numbers(value: object) -> bool:
-    return is_list(value, _is_number)
+    return is_list(value, lambda one: type(one) in (int, float))
 
 
 _FIELDS: Fields = {

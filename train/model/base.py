@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from shared.errors import UserError, first_line
+from shared.errors import UserError
 from shared.io.hashing import digest_of
-from shared.models.original_layout import expert_folder, is_original
+from shared.models.original_layout import expert_folder, is_original, opened
 from shared.models.original_weights import converted
 from shared.models.spec import ModelSpec, family_of, resolve_model
 from shared.models.weight_files import weight_files
@@ -185,15 +184,10 @@ def base_digest(model: Path, component: str, base: Base = MODELS_OWN) -> str:
 def _probes(file: Path) -> dict[str, list[object]]:
     """Tensor → dtype, shape and digest of its first bytes."""
     probes: dict[str, list[object]] = {}
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - it is no dictionary
-                stored, tensor = tensors.get_slice(name), tensors.get_tensor(name)  # mapped
-                start = tensor.flatten()[: _PROBE_BYTES // tensor.itemsize].view(torch.uint8)
-                digest = hashlib.sha256(start.numpy()).hexdigest()
-                probes[name] = [stored.get_dtype(), stored.get_shape(), digest]
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"model: {file} is damaged ({first_line(error)}). Download it again."
-        ) from error
+    with opened(file) as tensors:
+        for name in tensors.keys():  # noqa: SIM118 - it is no dictionary
+            stored, tensor = tensors.get_slice(name), tensors.get_tensor(name)  # mapped
+            start = tensor.flatten()[: _PROBE_BYTES // tensor.itemsize].view(torch.uint8)
+            digest = hashlib.sha256(start.numpy()).hexdigest()
+            probes[name] = [stored.get_dtype(), stored.get_shape(), digest]
     return probes

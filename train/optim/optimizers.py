@@ -6,10 +6,12 @@ what belongs to a weight, and the numbers that some keep for all weights togethe
 
 from collections.abc import Iterable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from importlib.util import find_spec
 from io import StringIO
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -47,26 +49,36 @@ def check_optimizer(name: OptimizerName) -> None:
         )
 
 
-def make_optimizer(
-    name: OptimizerName,
-    parameters: Iterable[nn.Parameter],
-    *,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> torch.optim.Optimizer:
-    """The optimizer of a name; its rate is set before each step.
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """All but the rate, which comes with each update; named as AdamW's.
 
-    adafactor has no `betas` and an `eps` of its own; muon has no `betas`. Muon's rate is as large
-    as AdamW's: a step has a root mean square of 0.2 times it (arXiv:2502.16982, section 2.2).
+    adafactor has no `betas` and an `eps` of its own; muon has no `betas`.
     """
-    given: dict[str, Any] = {"weight_decay": weight_decay}
+
+    name: OptimizerName = "adamw"
+    """All others need whole states: `single` and `ddp`."""
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
+def make_optimizer(
+    settings: OptimizerSettings, parameters: Iterable[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """The optimizer of these settings; its rate is set before each step.
+
+    Muon's rate is as large as AdamW's: a step has a root mean square of 0.2 times it
+    (arXiv:2502.16982, section 2.2).
+    """
+    name = settings.name
+    given: dict[str, Any] = {"weight_decay": settings.weight_decay}
     if name == "adafactor":
         return torch.optim.Adafactor(parameters, eps=ADAFACTOR_EPS, **given)
-    given["eps"] = eps
+    given["eps"] = settings.eps
     if name == "muon":
         return torch.optim.Muon(parameters, adjust_lr_fn="match_rms_adamw", **given)
-    given["betas"] = betas
+    given["betas"] = settings.betas
     if name == "prodigy":
         from prodigyopt import Prodigy
 
@@ -100,11 +112,7 @@ def put_state(
 def numbers_of(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Name → number (float64 or int64, no dimensions) for all weights together; mostly none."""
     (group,) = optimizer.param_groups
-    return {name: _exact(group[name]) for name in _OF_ALL if group.get("k")}
-
-
-def _exact(number: float) -> torch.Tensor:
-    return torch.tensor(number, dtype=torch.int64 if isinstance(number, int) else torch.float64)
+    return {name: torch.from_numpy(np.array(group[name])) for name in _OF_ALL if group.get("k")}
 
 
 def state_bytes(name: OptimizerName, weights: int, rank: int) -> int:

@@ -122,14 +122,18 @@ def open_pipeline(
     take_device(device_name)
     check_writable("--output", output)
     device = torch.device(device_name)
-    pipeline = build_pipeline(
-        spec,
-        from_image=from_image,
-        loras=loras,
-        bases=bases,
-        dtype=DTYPES[config.dtype],
-        device=device,
-    )
+
+    # On the CPU: VAE in fp32, the rest as asked; a `full` LoRA leaves the second expert out.
+    kind = spec.family.load_class("image_pipeline" if from_image else "pipeline")
+    transformers.utils.logging.disable_progress_bar()  # ours follows; two would tear each other
+    parts = _weighty_parts(spec, DTYPES[config.dtype], bases)
+    pipeline = kind(**parts, **_light_parts(spec, parts, from_image=from_image))
+    for component, base in bases.items():
+        merge(getattr(pipeline, component), base.merged, device)
+    for lora in loras:
+        _apply(lora, getattr(pipeline, lora.component))
+    pipeline.set_progress_bar_config(disable=True)
+
     place(pipeline, config, device, say)
     tile_if_full(pipeline.vae, say)
     return pipeline
@@ -154,33 +158,6 @@ def _bases(config: PipelineConfig, spec: ModelSpec, *, single: bool) -> dict[str
     for component, own in bases.items():
         own.check(spec, component)
     return bases
-
-
-def build_pipeline(
-    spec: ModelSpec,
-    *,
-    from_image: bool,
-    loras: Sequence[TrainedLora],
-    bases: Mapping[str, Base],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Any:
-    """The diffusers pipeline with the LoRAs applied, on the CPU; VAE in fp32, the rest in `dtype`.
-
-    `bases`: what each transformer that takes part is made of; LoRAs are merged into it on `device`.
-
-    A `full` LoRA is for every step, so the second expert is left out.
-    """
-    kind = spec.family.load_class("image_pipeline" if from_image else "pipeline")
-    transformers.utils.logging.disable_progress_bar()  # ours follows; two would tear each other
-    parts = _weighty_parts(spec, dtype, bases)
-    pipeline = kind(**parts, **_light_parts(spec, parts, from_image=from_image))
-    for component, base in bases.items():
-        merge(getattr(pipeline, component), base.merged, device)
-    for lora in loras:
-        _apply(lora, getattr(pipeline, lora.component))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def _apply(lora: TrainedLora, transformer: Any) -> None:

@@ -123,7 +123,28 @@ def save_checkpoint(
     """
     final = folder / checkpoint_name(steps, others)
     with building_folder(final) as building:
-        _write_checkpoint(building, files, updates, identity, steps, record or {})
+        digests = {}
+        for name, held in files.items():
+            digest = hashlib.sha256()
+            with (building / name).open("wb") as stream:
+                for part in safetensors_parts({k: v.detach().cpu() for k, v in held.items()}):
+                    digest.update(part)
+                    stream.write(part)
+            fsync_file(building / name)
+            digests[name] = digest.hexdigest()
+        content = {
+            "format": FORMAT_VERSION,
+            "updates": updates,
+            "identity": identity.fixed,
+            "settings": identity.loose,
+            "product": {**identity.lora, "updates": steps},
+            **({"record": record} if record else {}),
+            "sha256": digests,
+        }
+        content["digest"] = digest_of(content)
+        (building / STATE).write_text(json.dumps(content, indent=2) + "\n")
+        fsync_file(building / STATE)
+        fsync_folder(building)
     put_in_place(building, final)
     return final
 
@@ -151,39 +172,6 @@ def remove_oldest(folder: Path, keep: int) -> None:
     for doomed in folder.glob(f"checkpoint-*{REMOVED_SUFFIX}"):
         if _NAME.fullmatch(doomed.name.removesuffix(REMOVED_SUFFIX)):  # no folder of the user's
             shutil.rmtree(doomed)
-
-
-def _write_checkpoint(
-    building: Path,
-    files: Files,
-    updates: int,
-    identity: Identity,
-    steps: int,
-    record: Mapping[str, Any],
-) -> None:
-    """Every file of a checkpoint, on disk when this returns."""
-    digests = {}
-    for name, held in files.items():
-        digest = hashlib.sha256()
-        with (building / name).open("wb") as stream:
-            for part in safetensors_parts({k: v.detach().cpu() for k, v in held.items()}):
-                digest.update(part)
-                stream.write(part)
-        fsync_file(building / name)
-        digests[name] = digest.hexdigest()
-    content = {
-        "format": FORMAT_VERSION,
-        "updates": updates,
-        "identity": identity.fixed,
-        "settings": identity.loose,
-        "product": {**identity.lora, "updates": steps},
-        **({"record": record} if record else {}),
-        "sha256": digests,
-    }
-    content["digest"] = digest_of(content)
-    (building / STATE).write_text(json.dumps(content, indent=2) + "\n")
-    fsync_file(building / STATE)
-    fsync_folder(building)
 
 
 class DamagedCheckpointError(UserError):
@@ -278,7 +266,7 @@ def load_checkpoint(path: Path, expected: Files, identity: Identity) -> Loaded:
 
     Raises UserError when it is damaged or belongs to another model, adapter shape or recipe.
     """
-    content = _state_of(path, identity)
+    content = check_identity(path, identity)
     loaded: Files = {
         name: _read_tensors(path / name, sha) for name, sha in content["sha256"].items()
     }
@@ -296,12 +284,9 @@ def load_checkpoint(path: Path, expected: Files, identity: Identity) -> Loaded:
     return Loaded(loaded, content["updates"], changes, content.get("record", {}))
 
 
-def check_identity(path: Path, identity: Identity) -> None:
-    """UserError where a checkpoint is damaged, or of another model, adapter shape or recipe."""
-    _state_of(path, identity)
-
-
-def _state_of(path: Path, identity: Identity) -> dict[str, Any]:
+def check_identity(path: Path, identity: Identity) -> dict[str, Any]:
+    """Its state as JSON. UserError where a checkpoint is damaged, or of another model, adapter
+    shape or recipe."""
     content = _read_state(path)
     there, here = (_UNNAMED | one for one in (content["identity"], identity.fixed))
     _refuse_other_identity(path, there, here)

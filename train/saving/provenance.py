@@ -27,14 +27,9 @@ TITLES = {"high": "high-noise expert", "low": "low-noise expert", "full": "all s
 # LoRAs go with any shift, so it is no reason to refuse them.
 AGREEING = ("method", "denoising_step_indices_list", "flow_shift", "boundary", "pairing", "mode")
 # kohya's name → ours, in `Provenance.recipe`.
-_SS_RECIPE = {
-    "ss_seed": "seed",
-    "ss_learning_rate": "learning_rate",
-    "ss_lr_warmup_steps": "lr_warmup_steps",
-    "ss_max_grad_norm": "max_grad_norm",
-    "ss_batch_size_per_device": "train_batch_size",
-    "ss_gradient_accumulation_steps": "gradient_accumulation_steps",
-    "ss_mixed_precision": "mixed_precision",
+_SAME = ("seed", "learning_rate", "lr_warmup_steps", "max_grad_norm", "mixed_precision")
+_SS_RECIPE = {f"ss_{name}": name for name in (*_SAME, "gradient_accumulation_steps")} | {
+    "ss_batch_size_per_device": "train_batch_size"
 }
 
 

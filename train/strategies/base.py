@@ -10,19 +10,6 @@ from typing import Protocol
 
 import torch
 
-from train.options import OptimizerName
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdamSettings:
-    """An optimizer's, but for the rate, which comes with each update; named as AdamW's."""
-
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    optimizer: OptimizerName = "adamw"
-    """All others need whole states: `single` and `ddp`."""
-
 
 class TrainedRole(Protocol):
     """One role's LoRA and its optimizer."""

@@ -16,15 +16,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from train.distributed.process_group import SINGLE, Ranks
 from train.model.roles import Roles
-from train.optim.optimizers import make_optimizer, numbers_of, put_state, state_of
-from train.strategies.base import AdamSettings
+from train.optim import optimizers
+from train.optim.optimizers import OptimizerSettings
 
 OF_ALL = "optimizer"
 """Stands for a weight's name where a checkpoint holds a number of all weights together."""
 
 
 @dataclass(frozen=True)
-class AdamWRole:
+class OptimizerRole:
     """A role with an optimizer of torch's kind: whole in every process, or in parts (FSDP2)."""
 
     parameters: Mapping[str, nn.Parameter]
@@ -63,9 +63,9 @@ class AdamWRole:
         states = {
             f"{name}/{moment}": whole(value)
             for name, parameter in self.parameters.items()
-            for moment, value in state_of(self.optimizer, parameter).items()
+            for moment, value in optimizers.state_of(self.optimizer, parameter).items()
         }
-        numbers = numbers_of(self.optimizer)
+        numbers = optimizers.numbers_of(self.optimizer)
         return states | {f"{OF_ALL}/{name}": value for name, value in numbers.items()}
 
     def load(
@@ -81,7 +81,7 @@ class AdamWRole:
             parameter = self.parameters[name]
             # torch keeps Adam's step counter on the CPU, the moments beside the parameter.
             held = value.to("cpu") if moment == "step" else _placed_as(parameter, value)
-            put_state(self.optimizer, parameter, moment, held)
+            optimizers.put_state(self.optimizer, parameter, moment, held)
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:
@@ -97,19 +97,13 @@ def _placed_as(like: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def adamw_roles(
-    roles: Roles, rates: Mapping[str, float], adam: AdamSettings, ranks: Ranks = SINGLE
-) -> dict[str, AdamWRole]:
+def optimizer_roles(
+    roles: Roles, rates: Mapping[str, float], settings: OptimizerSettings, ranks: Ranks = SINGLE
+) -> dict[str, OptimizerRole]:
     """Each role with an optimizer on its parameters as they are now."""
     made = {}
     for role in rates:
         parameters = roles.parameters(role)
-        optimizer = make_optimizer(
-            adam.optimizer,
-            parameters.values(),
-            betas=adam.betas,
-            eps=adam.eps,
-            weight_decay=adam.weight_decay,
-        )
-        made[role] = AdamWRole(parameters, optimizer, ranks)
+        optimizer = optimizers.make_optimizer(settings, parameters.values())
+        made[role] = OptimizerRole(parameters, optimizer, ranks)
     return made

@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor
 from shared.models.spec import blocks_of
 from train.distributed.process_group import Ranks
 from train.model.roles import Roles
-from train.strategies.base import AdamSettings, Strategy
-from train.strategies.ddp import adamw_roles
+from train.optim.optimizers import OptimizerSettings
+from train.strategies.base import Strategy
+from train.strategies.ddp import optimizer_roles
 
 
 def _take_from_first(module: nn.Module, ranks: Ranks, device: torch.device) -> None:
@@ -32,7 +33,7 @@ def _take_from_first(module: nn.Module, ranks: Ranks, device: torch.device) -> N
 
 
 def sharded(
-    roles: Roles, rates: Mapping[str, float], adam: AdamSettings,
+    roles: Roles, rates: Mapping[str, float], settings: OptimizerSettings,
     *, ranks: Ranks, device: torch.device,
 ) -> Strategy:  # fmt: skip
     """The strategy `fsdp`."""
@@ -43,4 +44,6 @@ def sharded(
     for part in (*blocks_of(transformer), transformer):
         _take_from_first(part, ranks, device)
         fully_shard(part, mesh=mesh)  # leaves a part of it on the device
-    return Strategy(trained=adamw_roles(roles, rates, adam))  # sharding has replaced the parameters
+    return Strategy(
+        trained=optimizer_roles(roles, rates, settings)
+    )  # sharding has replaced the parameters

@@ -10,12 +10,13 @@ from torch.distributed.tensor import DTensor
 from train.distributed.process_group import Ranks
 from train.memory.block_offload import stream_blocks, streamed_blocks
 from train.model.roles import Roles
+from train.optim.optimizers import OptimizerSettings
 from train.options import SHARDED, StrategyName
-from train.strategies.base import AdamSettings, Strategy
+from train.strategies.base import Strategy
 
 
 def spread(
-    name: StrategyName, roles: Roles, rates: Mapping[str, float], adam: AdamSettings,
+    name: StrategyName, roles: Roles, rates: Mapping[str, float], settings: OptimizerSettings,
     *, ranks: Ranks, device: torch.device, streamed: Sequence[int], accumulation: int,
     max_norm: float,
 ) -> Strategy:  # fmt: skip
@@ -31,18 +32,18 @@ def spread(
     if name not in SHARDED:
         roles.transformer.to(device)
     if name in ("single", "ddp"):
-        from train.strategies.ddp import adamw_roles
+        from train.strategies.ddp import optimizer_roles
 
-        return Strategy(trained=adamw_roles(roles, rates, adam, ranks))
+        return Strategy(trained=optimizer_roles(roles, rates, settings, ranks))
     if name == "fsdp":
         from train.strategies.fsdp import sharded
 
-        return sharded(roles, rates, adam, ranks=ranks, device=device)
+        return sharded(roles, rates, settings, ranks=ranks, device=device)
     from train.strategies.zero import partitioned
 
     stage: Literal[2, 3] = 2 if name == "zero2" else 3
     return partitioned(
-        roles, rates, adam,
+        roles, rates, settings,
         stage=stage, ranks=ranks, device=device, accumulation=accumulation, max_norm=max_norm,
     )  # fmt: skip
 

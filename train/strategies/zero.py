@@ -20,7 +20,8 @@ from shared.errors import UserError, first_line
 from train.distributed.process_group import Ranks
 from train.distributed.zero_file import zero_section
 from train.model.roles import Roles
-from train.strategies.base import AdamSettings, Strategy
+from train.optim.optimizers import OptimizerSettings
+from train.strategies.base import Strategy
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -150,7 +151,7 @@ def _flat_groups(optimizer: Any, stage: Literal[2, 3]) -> list[tuple[torch.Tenso
 
 
 def partitioned(
-    roles: Roles, rates: Mapping[str, float], adam: AdamSettings,
+    roles: Roles, rates: Mapping[str, float], settings: OptimizerSettings,
     *, stage: Literal[2, 3], ranks: Ranks, device: torch.device, accumulation: int,
     max_norm: float,
 ) -> Strategy:  # fmt: skip
@@ -161,7 +162,9 @@ def partitioned(
     deepspeed = _deepspeed()
     section, notes = zero_section(stage)
     groups = [{"params": list(roles.parameters(role).values()), "role": role} for role in rates]
-    optimizer = RoleAdamW(groups, betas=adam.betas, eps=adam.eps, weight_decay=adam.weight_decay)
+    optimizer = RoleAdamW(
+        groups, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+    )
     config = {
         "train_micro_batch_size_per_gpu": 1,  # nothing of DeepSpeed's counts samples
         "gradient_accumulation_steps": accumulation,

@@ -82,18 +82,14 @@ class Source:
         rows: list[int] = np.flatnonzero(usable).tolist()  # a cache's rows are sorted by key
         return rows[:count]
 
-    def infos(self, rows: Sequence[int]) -> dict[int, dict[str, Any]]:
-        """`KEY.json` of each, with the caption that its text is of."""
-        overlay = self.index.overlays.get(TEXT_MEMBER)
-        found = {}
+    def info(self, row: int) -> dict[str, Any]:
+        """`KEY.json` of a sample, with the caption that its text is of."""
+        at, overlay = self.data.place(row)[1], self.index.overlays.get(TEXT_MEMBER)
         with closing(MemberReader(self.index)) as own:
-            for row in rows:
-                found[row] = own.info(self.data.place(row)[1])
-        if overlay is not None:
+            found = own.info(at)
+        if overlay is not None and (there := int(overlay.rows[at])) >= 0:
             with closing(MemberReader(overlay.index)) as theirs:
-                for row in rows:
-                    if (at := int(overlay.rows[self.data.place(row)[1]])) >= 0:
-                        found[row] = {**found[row], "caption": theirs.info(at)["caption"]}
+                found = {**found, "caption": theirs.info(there)["caption"]}
         return found
 
     def captions(self, rows: Sequence[int]) -> list[str]:

@@ -353,7 +353,7 @@ class _Run:
         states: torch.Tensor,
     ) -> None:  # fmt: skip
         clip = group.clips[number]
-        original = self._job.source.infos([clip.row])[clip.row]
+        original = self._job.source.info(clip.row)
         cond, image = stored.condition, stored.image
         own = None if cond is None else cond[number].clone()
         name = condition_tensor(self._job.spec.mode)

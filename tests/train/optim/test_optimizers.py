@@ -14,9 +14,14 @@ from tests.train.methods.test_finetune import finetune
 from tests.train.test_distill import arguments, distill, final_bytes
 from train.cli.app import app as wantrain
 from train.optim.lr_checks import warn_of_learning_rate
-from train.optim.optimizers import check_optimizer, make_optimizer, state_bytes
+from train.optim.optimizers import (
+    OptimizerSettings,
+    check_optimizer,
+    make_optimizer,
+    state_bytes,
+)
 from train.options import OptimizerName
-from train.strategies.ddp import AdamWRole
+from train.strategies.ddp import OptimizerRole
 
 NEW: tuple[OptimizerName, ...] = ("adafactor", "prodigy", "muon")
 RATES = {"adafactor": 1e-2, "prodigy": 1.0, "muon": 1e-3}
@@ -24,14 +29,16 @@ SETTINGS = {"betas": (0.9, 0.99), "eps": 1e-10, "weight_decay": 0.02}
 SHAPES = {"x.lora_A.weight": (6, 96), "x.lora_B.weight": (70, 6)}
 
 
-def role_of(name: OptimizerName) -> AdamWRole:
+def role_of(name: OptimizerName) -> OptimizerRole:
     """A is drawn, B is 0, as a new LoRA's."""
     rng = torch.Generator().manual_seed(3)
     parameters = {
         key: nn.Parameter(torch.randn(shape, generator=rng) * (0.1 if "_A" in key else 0.0))
         for key, shape in SHAPES.items()
     }
-    return AdamWRole(parameters, make_optimizer(name, parameters.values(), **SETTINGS))
+    return OptimizerRole(
+        parameters, make_optimizer(OptimizerSettings(name=name, **SETTINGS), parameters.values())
+    )
 
 
 def gradient(key: str, step: int) -> torch.Tensor:
@@ -43,7 +50,9 @@ def gradient(key: str, step: int) -> torch.Tensor:
     return drawn * 0 if step == 0 and "_A" in key else drawn
 
 
-def walk(role: AdamWRole, name: OptimizerName, steps: range) -> Iterator[dict[str, torch.Tensor]]:
+def walk(
+    role: OptimizerRole, name: OptimizerName, steps: range
+) -> Iterator[dict[str, torch.Tensor]]:
     for step in steps:
         for key, parameter in role.parameters.items():
             parameter.grad = gradient(key, step)

@@ -20,7 +20,7 @@ from train.saving.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from train.strategies.ddp import AdamWRole
+from train.strategies.ddp import OptimizerRole
 
 # Kill -9 at every file operation of a save: the audit hook comes before open, rename, rmdir …
 KILLED = """
@@ -62,7 +62,7 @@ def small_state(value: float, updates: int) -> TrainState:
         optimizer = torch.optim.AdamW([parameter], lr=0.0, weight_decay=0.0)
         parameter.grad = torch.ones(2, 2)
         optimizer.step()
-        roles[role] = AdamWRole({"w": parameter}, optimizer, Ranks())
+        roles[role] = OptimizerRole({"w": parameter}, optimizer, Ranks())
     return TrainState(roles, updates)
 
 
