@@ -199,3 +199,9 @@ def full_once(monkeypatch: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(AutoencoderKLWan, "_decode", decode)
+
+
+def one_expert(model: Path | str) -> tuple[str, ...]:
+    """Options for the low-noise expert alone where the model has two, in either layout."""
+    two = any((Path(model) / name).is_dir() for name in ("transformer_2", "low_noise_model"))
+    return ("--boundary-type", "low") if two else ()

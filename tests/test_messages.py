@@ -28,7 +28,10 @@ MAINS = {"wanprep": preprocess.cli.app.main, "wantrain": train.cli.app.main}
 World = dict[str, Path]
 
 ENCODE = "wanprep encode --model {t2v} --size 64 --video-sample-n-frames 5 --output {new} "
-DISTILL = "wantrain distill --model {t2v} --shards {shards} --output-dir {new} --max-train-steps 1 "
+DISTILL = (
+    "wantrain distill --boundary-type low --model {t2v} --shards {shards} --output-dir {new} "
+    "--max-train-steps 1 "
+)
 SAMPLE = "wantrain sample --model {t2v} --prompt cat --output {new} "
 TEACHER = SAMPLE + "--teacher --height 64 --width 96 --num-frames 5 "
 

@@ -28,7 +28,13 @@ from train.page.run_page import RunPage, write_page_of_experts
 from train.page.usage import comfyui_hint, sampling_hint
 from train.run import Run, run_identity
 from train.sampling.model_card import Trained, write_guides
-from train.saving.checkpoint import TrainState, check_identity, checkpoint_name, find_checkpoint
+from train.saving.checkpoint import (
+    TrainState,
+    check_identity,
+    checkpoint_name,
+    find_checkpoint,
+    list_checkpoints,
+)
 from train.saving.export import lora_path, write_loras_of
 from train.saving.output_lock import hold_folder
 from train.saving.provenance import read_provenance
@@ -46,6 +52,18 @@ _OF_HIGH = ("match", "score_floor")
 _Config = TypeVar("_Config", bound=TrainConfig)
 
 
+def with_default(config: _Config) -> _Config:
+    """With both experts asked for, where the model has two and nothing is said.
+
+    VideoX-Fun's recipe trains what its script does, the low-noise expert.
+    """
+    seed = isinstance(config, DistillConfig) and config.recipe == "seed"
+    if config.boundary_type is not None or seed:
+        return config
+    two_experts = read_model_spec(resolve_model(config.model, [])).two_experts
+    return replace(config, boundary_type="both") if two_experts else config
+
+
 def configs_of_experts(config: _Config) -> tuple[_Config, ...]:
     """What each expert's run is asked for, in their order.
 
@@ -59,8 +77,8 @@ def configs_of_experts(config: _Config) -> tuple[_Config, ...]:
     for name, what in _OF_ONE.items():
         if getattr(config, name):
             raise UserError(
-                f"--{name.replace('_', '-')}: found with --boundary-type both, but it is {what}. "
-                f"{alone}; then low."
+                f"--{name.replace('_', '-')}: found with --boundary-type both, the default of "
+                f"models with two experts, but it is {what}. {alone}; then low."
             )
     if config.resume_from_checkpoint not in (None, "latest"):
         raise UserError(
@@ -120,6 +138,13 @@ def _begin(held: ExitStack, config: TrainConfig, runs: Sequence[Run], say: Say) 
     UserError where an earlier run, of either expert, would be written over.
     """
     hold_folder(held, "--output-dir", config.output_dir, say)
+    if of_one := list_checkpoints(config.output_dir):
+        raise UserError(
+            f"--output-dir: {config.output_dir} holds {of_one[-1].name} of a run of one expert, "
+            "and both would go into folders of it (--boundary-type both, the default of a model "
+            "with two experts). Go on with that run: --boundary-type low, or high, as it was; or "
+            "choose another --output-dir."
+        )
     for run in runs:
         run.config.output_dir.mkdir(parents=True, exist_ok=True)
         find_checkpoint(run.config.output_dir, config.resume_from_checkpoint)

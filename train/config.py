@@ -6,6 +6,7 @@ From these fields follow the command's options and help page, the table of Video
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf, isfinite
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -82,6 +83,9 @@ LEAST_PRODIGY_RATE = 0.01
 
 # fmt: off
 Model = Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model to train a LoRA for: a diffusers or Wan folder, a hub id, or a bundled toy (toy, toy-i2v).", rich_help_panel=INPUT)]
+BOUNDARY_TYPE = partial(typer.Option, help="Expert to train: low or high noise; both, one after the other, into DIR/high and DIR/low of --output-dir; or full for a model with one transformer (or one LoRA for all steps).", rich_help_panel=INPUT)
+BoundaryType = Annotated[Experts | None, BOUNDARY_TYPE(show_default="both if the model has two experts (low with --recipe seed), else full")]
+BoundaryTypeOfOne = Annotated[Experts | None, BOUNDARY_TYPE(show_default="low if the model has two experts, else full")]
 Rank = Annotated[int, typer.Option(metavar="N", help="LoRA rank.", rich_help_panel=LORA)]
 TargetName = Annotated[str, typer.Option(metavar="LIST", help="Layers of each block that get a LoRA, in Wan's or diffusers' names.", rich_help_panel=LORA)]
 LoraSkipName = Annotated[str, typer.Option(metavar="LIST", help="Skip layers whose name contains one of these, e.g. cross_attn.", show_default="none", rich_help_panel=LORA)]
@@ -102,7 +106,7 @@ class InputOptions:
     where: Annotated[list[str] | None, typer.Option(metavar="COND", help="Take only samples that match, e.g. 'frames>=17', 'tag=good', 'caption~=cat' or 'source=clips/*'; if given several times, all must match. Fields: caption, source, tag, type, bucket, height, width, frames, tokens.", show_default="all samples", rich_help_panel=INPUT)] = None
     shard_cache_gb: Annotated[float, typer.Option(metavar="GB", help="Disk space for whole shards of an object store (s3://bucket/shards); shards beyond this limit are read sample by sample.", rich_help_panel=INPUT)] = DEFAULT_SHARD_CACHE_GB
     captions: Annotated[str | None, typer.Option(metavar="NAME", help="Captions from `wanprep recaption --name NAME` in place of the shards' own.", show_default="the shards' own", rich_help_panel=INPUT)] = None
-    boundary_type: Annotated[Experts | None, typer.Option(help="Expert to train: low or high noise; both, one after the other, into DIR/high and DIR/low of --output-dir; or full for a model with one transformer (or one LoRA for all steps).", show_default="low if the model has two experts, else full", rich_help_panel=INPUT)] = None
+    boundary_type: BoundaryType = None
     train_mode: Annotated[TrainMode | None, typer.Option("--train-mode", help="Type of the model; one that it does not have is an error. flf2v, first and last frame, also with Wan 2.2 I2V-A14B; normal is t2v; with a ti2v model it trains on all clips as text to video.", show_default="the model's", rich_help_panel=INPUT), REMEMBERED] = None
     seed: Annotated[int, typer.Option(metavar="N", help="Random seed of the whole run.", rich_help_panel=INPUT), REMEMBERED] = 42
     # fmt: on
@@ -387,6 +391,7 @@ class BenchConfig(DistillConfig):
 
     PANELS: ClassVar[Sequence[str]] = (BENCH, *DistillConfig.PANELS)
 
+    boundary_type: BoundaryTypeOfOne = None
     cycles: Annotated[int, typer.Option(metavar="N", min=1, help="Generator updates that are measured, each with its critic updates; one more warms up.", rich_help_panel=BENCH)] = 1
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the numbers to this file.", show_default="nowhere", rich_help_panel=BENCH)] = None
     # fmt: on

@@ -15,8 +15,8 @@ from shared.cli.config_command import configuration
 from shared.errors import UserError
 from tests.html_page import Parsed
 from tests.train.strategies.test_strategies import typed
-from tests.train.test_distill import arguments, distill, final_bytes
-from train.both import configs_of_experts
+from tests.train.test_distill import SMALL, arguments, distill, final_bytes
+from train.both import configs_of_experts, with_default
 from train.cli.app import app as wantrain
 from train.loop import train_joined
 from train.saving.checkpoint import list_checkpoints
@@ -172,6 +172,35 @@ def _is_whole(found: object) -> bool:
     return type(found) is WanTransformer3DModel and next(found.parameters()).device.type != "meta"
 
 
+def test_it_is_the_default_of_two_experts(
+    whole: Path, tiny_i2v: Path, tiny_ti2v: Path, i2v_shards: Path, tmp_path: Path
+) -> None:
+    """But for VideoX-Fun's recipe, and for a model with one transformer."""
+    places = ("--model", str(tiny_i2v), "--shards", str(i2v_shards), "--output-dir")
+    words = ["distill", *places, str(tmp_path / "out"), *SMALL, *RUN]
+    wantrain(words, standalone_mode=False)
+    assert everything(tmp_path / "out") == everything(whole)
+    for words, expected in (
+        (["distill", "--model", str(tiny_i2v)], "both"),
+        (["lora", "--model", str(tiny_i2v)], "both"),
+        (["distill", "--model", str(tiny_i2v), "--boundary-type", "high"], "high"),
+        (["distill", "--model", str(tiny_i2v), "--recipe", "seed"], None),
+        (["distill", "--model", str(tiny_ti2v)], None),
+    ):
+        assert with_default(configuration(wantrain, words)).boundary_type == expected
+
+
+def test_a_run_of_one_expert_is_not_passed_over(
+    whole: Path, tiny_i2v: Path, i2v_shards: Path, tmp_path: Path
+) -> None:
+    """As runs without --boundary-type were before it was the default."""
+    out = tmp_path / "out"
+    distill(tiny_i2v, i2v_shards, out, "--max-train-steps", "1")
+    places = ("--model", str(tiny_i2v), "--shards", str(i2v_shards), "--output-dir", str(out))
+    with pytest.raises(UserError, match=r"holds checkpoint-1 of a run of one expert.*type low, or"):
+        wantrain(["distill", *places, *SMALL, *RESUME], standalone_mode=False)
+
+
 def test_plain_loras_of_both(tiny_i2v: Path, i2v_shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = (
@@ -213,7 +242,10 @@ def test_start_is_the_low_noise_experts(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--init-lora", "a.safetensors"), r"--init-lora: found with .* both, but it is a LoRA of"),
+        (
+            ("--init-lora", "a.safetensors"),
+            r"--init-lora: .* both, the default .*but it is a LoRA of",
+        ),
         (
             ("--base-lora", "a.safetensors:0.5"),
             r"--base-lora: .* --boundary-type high --output",

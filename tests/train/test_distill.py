@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from shared.errors import UserError
 from shared.format.cache import open_cache
 from shared.io.store import Store
-from tests.models import tiny_model
+from tests.models import one_expert, tiny_model
 from train.cli.app import app as wantrain
 from train.saving.lora_formats import FORMS
 
@@ -33,7 +33,7 @@ SMALL = (
 def arguments(model: Path, shards: Path, out: Path, *more: str) -> list[str]:
     return [
         "distill", "--model", str(model), "--shards", str(shards), "--output-dir", str(out),
-        *SMALL, *more,
+        *SMALL, *one_expert(model), *more,
     ]  # fmt: skip
 
 

@@ -24,9 +24,11 @@ from train.saving.config import MergeConfig
 from train.synthesis.config import SynthesizeConfig
 
 PROGRAM_EXAMPLES = """
-# a LoRA of Wan2.2-I2V-A14B's low-noise expert, then a clip with it
+# LoRAs of Wan2.2-I2V-A14B's two experts, then a clip with them
 wantrain distill
-wantrain sample --lora output_dir_distill/lora-low-diffusers.safetensors \\
+wantrain sample \\
+    --lora output_dir_distill/high/lora-high-diffusers.safetensors \\
+    --lora output_dir_distill/low/lora-low-diffusers.safetensors \\
     --image frame.png --prompt "a cat turns its head"
 
 # everything that a command takes

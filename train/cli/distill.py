@@ -10,11 +10,12 @@ def distill(config: DistillConfig, context: typer.Context) -> None:
     r"""Train on the shards, or print what would be done.
 
     Examples:
-        # the low-noise expert of Wan2.2-I2V-A14B, from shards/
+        # both experts of Wan2.2-I2V-A14B, from shards/, high then low:
+        # output_dir_distill/high, output_dir_distill/low
         wantrain distill
 
-        # both experts, high then low: output_dir_distill/high, output_dir_distill/low
-        wantrain distill --boundary-type both
+        # the low-noise expert alone
+        wantrain distill --boundary-type low --output-dir output_dir_low
 
         # the high-noise expert: a dry run, 500 generator updates, 500 more
         wantrain distill --boundary-type high --output-dir output_dir_high --dry-run

@@ -7,7 +7,7 @@ from typing import TypeVar
 from rich.console import Console
 
 from shared.cli.support import echo, say
-from train.both import configs_of_experts, train_both
+from train.both import configs_of_experts, train_both, with_default
 from train.config import TrainConfig
 from train.distributed.launcher import end_with_launcher, launch, own_command
 from train.joint_validation import describe, joint_validation
@@ -24,6 +24,7 @@ def train_it(run: Run, console: Console) -> None:
 
 def carry_out_all(config: _Config, prepare: Callable[[_Config], Run]) -> None:
     """Prepare and `carry_out` what is asked for: a run, or one of each expert."""
+    config = with_default(config)
     if config.boundary_type != "both":
         carry_out(prepare(config))
         return

@@ -10,11 +10,12 @@ def lora(config: FinetuneConfig, context: typer.Context) -> None:
     r"""Train on the shards, or print what would be done.
 
     Examples:
-        # the low-noise expert of Wan2.2-I2V-A14B, from shards/, 20 epochs
+        # both experts of Wan2.2-I2V-A14B, from shards/, 20 epochs each:
+        # output_dir_lora/high, output_dir_lora/low
         wantrain lora --num-train-epochs 20
 
-        # both experts, high then low: output_dir_lora/high, output_dir_lora/low
-        wantrain lora --boundary-type both --max-train-steps 1000
+        # the low-noise expert alone
+        wantrain lora --boundary-type low --output-dir output_dir_lora_low
 
         # the high-noise expert, 1000 updates: a dry run, then the run
         wantrain lora --boundary-type high --output-dir output_dir_lora_high \

@@ -68,7 +68,7 @@ def ended(process: "subprocess.Popen[str]") -> str:
 def of_one(place: Path, tiny_i2v: Path) -> Path:
     """The run of one process; half of the updates' samples."""
     ended(typed(ONE, place, tiny_i2v, NUM_PROCESS="1", STEPS="1"))
-    return place / ONE / "output_dir_distill"
+    return place / ONE / "output_dir_distill" / "low"
 
 
 @pytest.mark.long
@@ -77,7 +77,7 @@ def test_a_command_runs_as_it_stands(of_one: Path, place: Path, tiny_i2v: Path, 
     said = ended(typed(block, place, tiny_i2v, NUM_PROCESS="2", STEPS="1"))
     strategy = block.removesuffix("-accelerate")
     assert f"x 2 processes ({strategy})" in said
-    out = place / block / "output_dir_distill"
+    out = place / block / "output_dir_distill" / "low"
     for form in ("diffusers", "comfyui", "kohya"):
         name = f"lora-low-{form}.safetensors"
         one, two = load_file(of_one / name), load_file(out / name)

@@ -67,6 +67,7 @@ def test_weights_and_states_are_those_of_a_run(
 ) -> None:
     """By `benchmarks/lean_run.py`, which counts them while it trains."""
     common = ["--model", str(tiny_t2v), "--shards", str(t2v_shards), *SMALL]
+    common += ["--boundary-type", "low"]
     found = tmp_path / "found.json"
     lean_run.measure("held", common, found)
     resident = json.loads(found.read_text())

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shared.errors import UserError
+from tests.models import one_expert
 from tests.train.conftest import encode
 from tests.train.data.test_caption_only import encode_list
 from tests.train.test_distill import distill, final_bytes
@@ -27,7 +28,7 @@ def finetune(model: Path, shards: Path, out: Path, *more: str) -> Path:
     wantrain(
         [
             "lora", "--model", str(model), "--shards", str(shards), "--output-dir", str(out),
-            *SMALL, *more,
+            *SMALL, *one_expert(model), *more,
         ],
         standalone_mode=False,
     )  # fmt: skip

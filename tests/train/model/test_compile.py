@@ -160,6 +160,7 @@ def test_sharded_blocks_are_compiled_whole(
     eager, out = tmp_path / "eager", tmp_path / "compiled"
     finetune(tiny_t2v, t2v_shards, eager, *RUN, "--max-train-steps", "2")
     places = ("--model", tiny_t2v, "--shards", t2v_shards, "--output-dir", out)
+    places += ("--boundary-type", "low")
     said = typed(
         WANTRAIN, "lora", *map(str, places), *FINETUNE, *RUN, "--max-train-steps", "2",
         "--compile", "--train-batch-size", "1", "--num-processes", "2", "--strategy", "fsdp",

@@ -48,6 +48,7 @@ def test_every_command_refuses_what_is_not_finite(
 ) -> None:
     path = poisoned(tiny_t2v, tmp_path, value, dtype)
     out, model = tmp_path / "out", ("--model", str(tiny_t2v))
+    low = (*model, "--boundary-type", "low")
     message = (
         r"lora-low-comfyui\S+: \S+blocks\.1\.ffn\.2\.lora_up\.weight holds NaN or infinite values"
     )
@@ -56,9 +57,9 @@ def test_every_command_refuses_what_is_not_finite(
         ["export", "--lora", path, "--to", "kohya", "--output", out / "x.safetensors"],
         ["sample", *model, "--lora", path, "--prompt", "x", "--output", out],
         ["sample", *model, "--teacher", "--base-lora", path, "--prompt", "x", "--output", out],
-        ["distill", *model, "--shards", t2v_shards, "--base-lora", path, "--output-dir", out],
-        ["lora", *model, "--shards", t2v_shards, "--init-lora", path, "--output-dir", out],
-        ["distill", *model, "--shards", t2v_shards, "--init-lora", f"{path}:0.5",
+        ["distill", *low, "--shards", t2v_shards, "--base-lora", path, "--output-dir", out],
+        ["lora", *low, "--shards", t2v_shards, "--init-lora", path, "--output-dir", out],
+        ["distill", *low, "--shards", t2v_shards, "--init-lora", f"{path}:0.5",
          "--output-dir", out],
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):

@@ -214,7 +214,7 @@ def test_two_processes_measure_what_one_does(
     small = [word if word != "2" else "1" for word in SMALL]
     typed(
         str(Path(sys.executable).with_name("wantrain")), "lora", "--model", str(tiny_t2v),
-        "--shards", str(two[0]), "--output-dir", str(out), *small, *given,
+        "--shards", str(two[0]), "--output-dir", str(out), *small, *given, "--boundary-type", "low",
         "--num-processes", "2", "--strategy", strategy,
     )  # fmt: skip
     assert records(out) == pytest.approx(records(one), rel=1e-4)

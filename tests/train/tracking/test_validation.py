@@ -26,7 +26,7 @@ from shared.format.schema import CONDITION_MEMBER, LATENTS_MEMBER, TEXT_MEMBER
 from shared.io.store import Store
 from shared.models.pixels import latents_to_frames
 from shared.models.spec import read_model_spec
-from tests.models import full_once, tiny_model
+from tests.models import full_once, one_expert, tiny_model
 from tests.train.conftest import encode
 from train.cli.app import app as wantrain
 from train.data.batches import pad_text
@@ -46,6 +46,7 @@ SMALL = (
 
 def distill(model: Path, shards: Path, out: Path, updates: int, *more: str) -> Path:
     words = ["distill", "--model", str(model), "--shards", str(shards), "--output-dir", str(out)]
+    words += one_expert(model)
     wantrain([*words, *SMALL, "--max-train-steps", str(updates), *more], standalone_mode=False)
     return out
 
