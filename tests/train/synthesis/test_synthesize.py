@@ -1,5 +1,6 @@
 """`wantrain synthesize`: clips and states of diffusers' own pipelines, whatever interrupts it."""
 
+import gc
 import json
 import shutil
 import signal
@@ -20,6 +21,7 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 
+import train.synthesis.run
 from preprocess.cli.app import app as wanprep
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, MemberReader, open_cache
@@ -32,6 +34,7 @@ from tests.train.model.test_lora_adapter import ALL, trained
 from tests.train.test_distill import distill
 from train.cli.app import app as wantrain
 from train.data.batches import pad_text, with_mask
+from train.memory.forward_only import with_expert
 from train.saving.export import lora_path
 
 STEPS, SHIFT, GUIDANCE = 5, 3.0, 4.0
@@ -328,6 +331,21 @@ def test_what_is_refused(
     with pytest.raises(UserError, match=named):
         synthesize(model, cache, tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+def test_one_expert_is_loaded_at_a_time(
+    caches: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+
+    def counting(*given: Any, **named: Any) -> Any:
+        gc.collect()
+        held.append(sum(type(one) is WanTransformer3DModel for one in gc.get_objects()))
+        return with_expert(*given, **named)
+
+    monkeypatch.setattr(train.synthesis.run, "with_expert", counting)
+    synthesize(*caches["t2v"], tmp_path / "out", "--steps", 3, "--count", 1)
+    assert len(held) == 2 and held[0] == held[1]
 
 
 def test_captions_alone_are_enough_for_t2v(
