@@ -1,6 +1,5 @@
 """`wantrain synthesize`: clips and states of diffusers' own pipelines, whatever interrupts it."""
 
-import gc
 import json
 import shutil
 import signal
@@ -21,7 +20,6 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 
-import train.synthesis.run
 from preprocess.cli.app import app as wanprep
 from shared.errors import UserError
 from shared.format.cache import CacheIndex, MemberReader, open_cache
@@ -34,7 +32,6 @@ from tests.train.model.test_lora_adapter import ALL, trained
 from tests.train.test_distill import distill
 from train.cli.app import app as wantrain
 from train.data.batches import pad_text, with_mask
-from train.memory.forward_only import with_expert
 from train.saving.export import lora_path
 
 STEPS, SHIFT, GUIDANCE = 5, 3.0, 4.0
@@ -162,18 +159,6 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def test_one_expert_is_loaded_at_a_time(
-    caches: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded = transformers_before_each(monkeypatch)
-    synthesize(*caches["i2v"], tmp_path / "out", "--steps", 2, "--count", 1)
-    assert len(loaded) == 2 and loaded[0] == loaded[1]
-
-
-@pytest.mark.parametrize(
-    ("kind", "precision"),
-    [*((kind, "no") for kind in ("t2v", "i2v", "ti2v", "wan21-i2v")), ("t2v", "bf16")],
-)  # fmt: skip
 def test_clips_and_states_are_those_of_the_pipeline(
     kind: str, precision: str, caches: dict[str, tuple[Path, Path]], tmp_path: Path
 ) -> None:
@@ -336,14 +321,7 @@ def test_what_is_refused(
 def test_one_expert_is_loaded_at_a_time(
     caches: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held: list[int] = []
-
-    def counting(*given: Any, **named: Any) -> Any:
-        gc.collect()
-        held.append(sum(type(one) is WanTransformer3DModel for one in gc.get_objects()))
-        return with_expert(*given, **named)
-
-    monkeypatch.setattr(train.synthesis.run, "with_expert", counting)
+    held = transformers_before_each(monkeypatch)
     synthesize(*caches["t2v"], tmp_path / "out", "--steps", 3, "--count", 1)
     assert len(held) == 2 and held[0] == held[1]
 
