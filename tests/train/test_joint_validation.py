@@ -62,13 +62,14 @@ def run(command: str, model: Path, shards: Path, out: Path, *more: str) -> Path:
 
 
 def everything(out: Path) -> dict[str, bytes]:
-    """What a run leaves, but for logs, locks of the dead, and options (resumed, and where)."""
+    """What a run leaves, but for logs, locks of the dead, options (resumed, and where), and what
+    says how long it took."""
     files = (path for path in out.rglob("*") if path.is_file())
     found = {str(path.relative_to(out)): path for path in files}
     return {
         name: path.read_bytes()
         for name, path in found.items()
-        if not re.search(r"log|run.toml|\.lock", name)
+        if not re.search(r"log|run.toml|\.lock|index.html|metrics.jsonl", name)
     }
 
 

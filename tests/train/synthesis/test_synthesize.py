@@ -159,6 +159,10 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [*((kind, "no") for kind in ("t2v", "i2v", "ti2v", "wan21-i2v")), ("t2v", "bf16")],
+)  # fmt: skip
 def test_clips_and_states_are_those_of_the_pipeline(
     kind: str, precision: str, caches: dict[str, tuple[Path, Path]], tmp_path: Path
 ) -> None:
