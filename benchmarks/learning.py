@@ -73,7 +73,6 @@ REGRESSION = (
     "--method", "regression", "--shards", "{teacher}", "--adam-beta1", "0.9",
     "--learning-rate", "1e-3", "--train-batch-size", "32",
 )  # fmt: skip
-TEACHER_CLIPS = 120
 SHORT_TEXT = Path(__file__).with_name("short_text.py")
 """`wantrain`, without the time that a toy's padded text takes."""
 REFERENCE_SEED = 1000
@@ -127,6 +126,8 @@ class Experiment:
     clips: int = 480
     """Renders in the training cache."""
     teacher_steps: int = 40
+    teacher_clips: int = 120
+    """Of the teacher's own, with their states, for the arms that ask for them."""
 
 
 FULL, HIGH, LOW = Arm(expert="full"), Arm(expert="high"), Arm(expert="low")
@@ -142,6 +143,8 @@ def _both(*flags: str) -> tuple[Arm, ...]:
 
 RECIPES = {
     "DMD": _both(),
+    "DMD, high alone": (HIGH,),
+    "DMD, low alone": (LOW,),
     "DMD, Euler": _both(*EULER),
     "seed": _both("--recipe", "seed"),
     "levels": _both(*LEVELS),
@@ -150,6 +153,7 @@ RECIPES = {
     "w* + levels + decay": _both(*CALIBRATED, *LEVELS, *DECAY),
     "w* + levels + decay, Euler": _both(*CALIBRATED, *LEVELS, *DECAY, *EULER),
     "regression": _both(*REGRESSION),
+    "regression + decay": _both(*REGRESSION, *DECAY),
 }
 PLAIN = Experiment(
     model="toy", guidance=2, shift=12, students={"d": (FULL,)}, updates=(10, 20, 30),
@@ -314,7 +318,7 @@ class Bench:
     def teacher_shards(self) -> Path:
         """The teacher's own clips with their states at the student's timesteps."""
         one = self.experiment
-        told = (self.weights, one.guidance, one.shift, one.teacher_steps, TEACHER_CLIPS)
+        told = (self.weights, one.guidance, one.shift, one.teacher_steps, one.teacher_clips)
         return self.work / f"teacher-{one.model}-{short_digest(told)}"
 
     @property
@@ -324,13 +328,13 @@ class Bench:
 
     def preparations(self) -> list[tuple[Path, tuple[str, ...]]]:
         """(what it leaves, command) of what the arms ask for, in order."""
-        one, wantrain = self.experiment, console_script("wantrain")
+        one, wantrain = self.experiment, (sys.executable, str(SHORT_TEXT))
         asked = {flag for arms in one.students.values() for arm in arms for flag in arm.flags}
         found: list[tuple[Path, tuple[str, ...]]] = []
         if asked & {"{teacher}", "{guidance}"}:
             synthesize = (
-                wantrain, "synthesize", "--model", one.model, "--shards", str(self.shards),
-                "--output", str(self.teacher_shards), "--count", str(TEACHER_CLIPS),
+                *wantrain, "synthesize", "--model", one.model, "--shards", str(self.shards),
+                "--output", str(self.teacher_shards), "--count", str(one.teacher_clips),
                 "--steps", str(one.teacher_steps), "--guidance", str(one.guidance),
                 "--flow-shift", str(MANY_SHIFT), "--states", " ".join(map(str, FEW_STEPS)),
                 "--student-shift", str(one.shift), "--mixed-precision", "no",
@@ -339,7 +343,7 @@ class Bench:
             found.append((self.teacher_shards / "index.zarr", synthesize))
         if "{guidance}" in asked:
             calibrate = (
-                wantrain, "calibrate", "--model", one.model, "--shards", str(self.teacher_shards),
+                *wantrain, "calibrate", "--model", one.model, "--shards", str(self.teacher_shards),
                 "--output", str(self.guidance_file), "--flow-shift", str(one.shift),
                 "--clips", "48", "--mixed-precision", "no",
             )  # fmt: skip
@@ -613,7 +617,7 @@ def cost(bench: Bench, found: Mapping[tuple[str, int], Any]) -> str:
     }
     taken = sum(passes(one, arm, bench.boundary, length) for arm, length in runs.values())
     noted = {name: seconds for result in found.values() for name, seconds in result["runs"].items()}
-    made = TEACHER_CLIPS * (2 * one.teacher_steps + 6) if bench.preparations() else 0
+    made = one.teacher_clips * (2 * one.teacher_steps + 6) if bench.preparations() else 0
     return (
         f"{len(runs)} runs: {taken / 1000:.0f} thousand clip-passes, "
         f"{sum(noted.values()) / 60:.0f} minutes of one core; the teacher's clips: "
@@ -633,6 +637,7 @@ def main() -> None:
     parser.add_argument("--shift", type=float, help="of the few steps")
     parser.add_argument("--flags", default="", help="more of wantrain's, for every arm")
     parser.add_argument("--captions", type=int, help="clips of each row and seed")
+    parser.add_argument("--teacher-clips", type=int, help="of the teacher's own, to learn from")
     parser.add_argument("--quick", action="store_true", help="tiny; the numbers mean nothing")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("benchmarks/work"))
@@ -651,7 +656,7 @@ def main() -> None:
         experiment = replace(experiment, students=students)
     if args.updates:
         experiment = replace(experiment, updates=tuple(sorted(args.updates)))
-    for name in ("guidance", "shift", "captions"):
+    for name in ("guidance", "shift", "captions", "teacher_clips"):
         if getattr(args, name) is not None:
             experiment = replace(experiment, **{name: getattr(args, name)})
     if args.flags:

@@ -215,7 +215,7 @@ def test_what_an_arm_asks_for_is_made_before_it(tmp_path: Path) -> None:
     bench = object.__new__(Bench)
     bench.experiment, bench.work = EXPERIMENTS["recipes"], tmp_path
     bench.shards, bench.weights = tmp_path / "shards", "toy-1"
-    made = [command[1] for _, command in bench.preparations()]
+    made = [command[2] for _, command in bench.preparations()]
     assert made == ["synthesize", "calibrate", "calibrate"]
     arm = Arm(expert="high", flags=CALIBRATED)
     assert str(bench.guidance_file) in bench.training(arm, 0).command
