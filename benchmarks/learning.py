@@ -334,7 +334,9 @@ class Bench:
         if asked & {"{teacher}", "{guidance}"}:
             synthesize = (
                 *wantrain, "synthesize", "--model", one.model, "--shards", str(self.shards),
-                "--output", str(self.teacher_shards), "--count", str(one.teacher_clips),
+                "--output", str(self.teacher_shards),
+                "--count", str(min(one.clips, one.teacher_clips)),
+                "--clips-per-caption", str(math.ceil(one.teacher_clips / one.clips)),
                 "--steps", str(one.teacher_steps), "--guidance", str(one.guidance),
                 "--flow-shift", str(MANY_SHIFT), "--states", " ".join(map(str, FEW_STEPS)),
                 "--student-shift", str(one.shift), "--mixed-precision", "no",
