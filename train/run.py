@@ -422,11 +422,21 @@ def run_identity(run: Run, lora: LoraSpec, digest: str) -> Identity:
         rank=lora.rank,
         alpha=lora.alpha,
         updates=0,
-        recipe={**fixed["recipe"], **loose},
+        recipe={**fixed["recipe"], **loose, **_public(run)},
     )
     return Identity(
         fixed, loose, {"role": run.objective.main_role, "provenance": provenance.facts()}
     )
+
+
+def _public(run: Run) -> dict[str, str | None]:
+    """What LoRA files, which go to others, say of options that hold folders and a user's words."""
+    init = run.config.init_lora
+    return {
+        "base": run.base.without_folders.describe() or None,
+        "init_lora": init and str(ScaledLora.parse(init, "--init-lora").without_folder),
+        "where": None,
+    }
 
 
 def resolved_configuration(run: Run) -> str:

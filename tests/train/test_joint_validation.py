@@ -117,6 +117,7 @@ def test_the_clips_are_those_of_wantrain_sample(
         assert torch.allclose(found, expected, atol=2e-3 if command == "lora" else 5e-4)
         assert (out / WHERE / record["file"]).with_suffix(".mp4").stat().st_size
     assert (out / WHERE / "sheet.png").exists()
+    assert (out / "index.html").read_text().count("<video ") == len(PROMPTS)
     assert len(list((out / WHERE).iterdir())) == 2 * len(records) + 2
 
 

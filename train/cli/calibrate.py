@@ -12,7 +12,7 @@ def calibrate(config: CalibrateConfig, _: typer.Context) -> None:
         # both experts of Wan2.2-I2V-A14B, on clips of `wantrain synthesize`
         wantrain calibrate --boundary-type high --shards teacher-clips
         wantrain calibrate --boundary-type low --shards teacher-clips
-        wantrain distill --boundary-type high --guidance guidance.json
+        wantrain distill --guidance guidance.json
 
         # the bundled toy model: the cost, then the measurement, a minute on a CPU
         wantrain calibrate --model toy --shards toy-own --dry-run

@@ -10,10 +10,10 @@ def decode(config: DecodeConfig, _: typer.Context) -> None:
 
     Examples:
         # what the students of Wan2.2-I2V-A14B made after 50 updates
-        wantrain decode --latents output_dir_distill/validation/step-50
+        wantrain decode --latents output_dir_distill/low/validation/step-50
 
         # all validations of a run, one below the other
-        wantrain decode --latents output_dir_distill/validation --output all-steps
+        wantrain decode --latents output_dir_distill/low/validation --output all-steps
 
         # the bundled toy model, on samples of its shards
         wantrain distill --model toy --shards toy-shards --output-dir toy-watched \

@@ -40,7 +40,7 @@ def export(
             --output lora-comfyui.safetensors
 
         # the LoRA as it was after 50 generator updates, for diffusers
-        wantrain export --checkpoint output_dir_distill/checkpoint-50 --to diffusers \
+        wantrain export --checkpoint output_dir_distill/low/checkpoint-50 --to diffusers \
             --output lora-low-50.safetensors
 
         # the LoRA of the bundled toy model

@@ -10,8 +10,8 @@ def merge(config: MergeConfig, _: typer.Context) -> None:
 
     Examples:
         # Wan2.2-I2V-A14B with the LoRAs of both experts in its weights
-        wantrain merge --lora output_dir_high/lora-high-diffusers.safetensors \
-            --lora output_dir_distill/lora-low-diffusers.safetensors \
+        wantrain merge --lora output_dir_distill/high/lora-high-diffusers.safetensors \
+            --lora output_dir_distill/low/lora-low-diffusers.safetensors \
             --output Wan2.2-I2V-A14B-4steps
 
         # another trainer's LoRA for the low-noise expert, at 0.8 of its strength

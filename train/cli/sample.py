@@ -13,12 +13,12 @@ def sample(config: SampleConfig, _: typer.Context) -> None:
         wantrain sample --teacher --image frame.png --prompt "a cat turns its head"
 
         # Wan2.2-I2V-A14B with the LoRAs of both experts, in 4 steps
-        wantrain sample --lora output_dir_high/lora-high-diffusers.safetensors \
-            --lora output_dir_distill/lora-low-diffusers.safetensors \
+        wantrain sample --lora output_dir_distill/high/lora-high-diffusers.safetensors \
+            --lora output_dir_distill/low/lora-low-diffusers.safetensors \
             --image frame.png --prompt "a cat turns its head"
 
         # a LoRA of `wantrain lora`, with the base model's sampler
-        wantrain sample --lora output_dir_lora/lora-low-diffusers.safetensors \
+        wantrain sample --lora output_dir_lora_low/lora-low-diffusers.safetensors \
             --steps 30 --image frame.png --prompt "a cat turns its head"
 
         # the bundled toy model with its LoRA of `wantrain distill`, seconds on a CPU

@@ -3,7 +3,7 @@ with other LoRAs merged into it."""
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,8 @@ class Base:
     @property
     def without_folders(self) -> "Base":
         """By names alone, for what others may read."""
-        merged = (replace(lora, path=Path(lora.path.name)) for lora in self.merged)
-        return Base(own=self.own and Path(self.own.name), merged=tuple(merged))
+        merged = tuple(lora.without_folder for lora in self.merged)
+        return Base(own=self.own and Path(self.own.name), merged=merged)
 
     def describe(self) -> str:
         """In words; empty where there is nothing to say."""

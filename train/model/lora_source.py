@@ -33,6 +33,11 @@ class ScaledLora:
     def __str__(self) -> str:
         return f"{self.path} x {self.strength:g}"
 
+    @property
+    def without_folder(self) -> "ScaledLora":
+        """By its name alone, for what others may read."""
+        return ScaledLora(path=Path(self.path.name), strength=self.strength)
+
     @classmethod
     def parse(cls, text: str, option: str) -> "ScaledLora":
         """ "FILE" or "FILE:0.8", as given for `option`. Raises UserError."""

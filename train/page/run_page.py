@@ -161,6 +161,7 @@ def write_page_of_experts(
         folder=str(config.output_dir),
         experts={run.objective.expert: TITLES[run.objective.expert] for run in runs},
         page=PAGE,
+        clips=content.clips_of(config.output_dir / FOLDER, runs[-1].steps) if ended else None,
         usage=hints(config, runs) if ended else None,
     )
     with _troubles_said(say):

@@ -152,7 +152,9 @@ def test_a_run_on_it_equals_one_on_merged_weights_and_is_sampled_on_them(
     assert any((expected[key] - ordinary[key]).abs().max() > 1e-4 for key in expected)
 
     lora = ("--lora", str(out / "lora-low-diffusers.safetensors"))
-    assert str(style["comfyui"]) in read_provenance(Path(lora[1])).recipe["base"]
+    told = read_provenance(Path(lora[1])).recipe["base"]
+    assert told == f"{style['comfyui'].name} x 0.6 merged in"
+    assert told in (out / "workflow-comfyui.json").read_text()
     capsys.readouterr()
     clips = [
         sample(*arguments) / "student-000.mp4"

@@ -19,6 +19,7 @@ from train.model.lora_names import Form
 from train.model.roles import CRITIC, GENERATOR, Roles
 from train.optim.lr_checks import FirstSteps, lost_steps, warn_of_file
 from train.saving.export import lora_path
+from train.saving.provenance import read_provenance
 
 SEED = ("q", "k", "v", "ffn.0", "ffn.2")  # the default of --target-name
 RUN = ("--max-train-steps", "1", "--mixed-precision", "no", "--save-precision", "fp32")
@@ -64,7 +65,11 @@ def test_a_run_begins_there_and_resumes(
     trained(tiny_t2v, "low", ("q", "ffn.2"), tmp_path)
     file = lora_path(tmp_path, "low", "kohya")
     more = ("--init-lora", f"{file}:0.5", "--learning-rate", "1e-12", "--adam-weight-decay", "0")
+    more = (*more, "--where", f"source!={tmp_path / 'none'}")
     out = distill(tiny_t2v, t2v_shards, tmp_path / "out", *RUN, *more)
+    told = read_provenance(lora_path(out, "low", "kohya")).recipe
+    assert (told["init_lora"], told["where"]) == (f"{file.name} x 0.5", None)
+    assert not [one for one in out.glob("lora-*") if str(tmp_path).encode() in one.read_bytes()]
     held = read_lora(file).lora
     weights = load_file(out / "checkpoint-1" / "generator_weights.safetensors")
     for module in held.modules:
@@ -75,7 +80,7 @@ def test_a_run_begins_there_and_resumes(
     assert f"start {file} x 0.5: 6 layers, kohya form" in said
     assert "--learning-rate: a step of 1e-12 is rounded away in fp32 at" in said
     assert "--learning-rate-critic" not in said
-    more = (*more[:2], "--resume-from-checkpoint", "latest")
+    more = (*more[:2], *more[-2:], "--resume-from-checkpoint", "latest")
     distill(tiny_t2v, t2v_shards, out, "--max-train-steps", "2", *RUN[2:], *more)
     moved = load_file(out / "checkpoint-2" / "generator_weights.safetensors")
     assert all(not torch.equal(moved[n], weights[n]) for n in weights if ".lora_B." in n)
