@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Set before transformers, diffusers or huggingface_hub are imported, and inherited by the
 # command lines that the tests start.
@@ -17,6 +18,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 for variable in ("MODEL_NAME", "DATASET_NAME", "DATASET_META_NAME", "DIFFUSERS_ATTN_BACKEND"):
     os.environ.pop(variable, None)  # a developer's shell must not decide what is tested
+
+# No example has a time to keep: machines are busy.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 from tests import object_store  # noqa: E402 - after the environment is set
 from tests.models import tiny_model  # noqa: E402 - after the environment is set

@@ -16,6 +16,7 @@ LABELS = (
     *("dataset", "model", "probing", "samples", "encoding", "time", "preview", "next:", "cluster"),
     *("actor", "data", "levels", "length", "lora", "saved", "LoRA", "spread", "clip", "sample"),
     *("sheet", "note", "teacher", "student", "steps", "kernel", "found", "waiting", "ComfyUI"),
+    *("page", "card"),
 )
 
 

@@ -1,7 +1,7 @@
 """`--boundary-type both`: a run for each expert, one after the other, in folders of one folder."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -120,11 +120,13 @@ def train_both(config: TrainConfig, runs: Sequence[Run], console: Console) -> in
     with ExitStack() as held:
         with joined(ranks, torch.device(runs[0].device)) as noticed:
             ranks.first_does(partial(_begin, held, config, runs, say))
+            held.callback(_without_empty, runs)
             for run in runs:
                 say(f"expert   {run.objective.expert}-noise, into {run.config.output_dir}")
                 if ranks.first_does(partial(_is_complete, run, say)):
                     continue
-                stopped_by = train_joined(run, console, noticed)
+                begun = partial(_leave, config, runs, say)
+                stopped_by = train_joined(run, console, noticed, begun=begun)
                 if stopped_by is not None:
                     return stopped_by
                 _free(run)
@@ -133,7 +135,7 @@ def train_both(config: TrainConfig, runs: Sequence[Run], console: Console) -> in
 
 
 def _begin(held: ExitStack, config: TrainConfig, runs: Sequence[Run], say: Say) -> None:
-    """The folder is ours until `held` ends, and its file says how to do all again.
+    """The folder is ours until `held` ends.
 
     UserError where an earlier run, of either expert, would be written over.
     """
@@ -146,10 +148,21 @@ def _begin(held: ExitStack, config: TrainConfig, runs: Sequence[Run], say: Say) 
             "choose another --output-dir."
         )
     for run in runs:
-        run.config.output_dir.mkdir(parents=True, exist_ok=True)
-        find_checkpoint(run.config.output_dir, config.resume_from_checkpoint)
+        if run.config.output_dir.exists():
+            find_checkpoint(run.config.output_dir, config.resume_from_checkpoint)
+
+
+def _leave(config: TrainConfig, runs: Sequence[Run], say: Say) -> None:
+    """Once an expert has its weights: how to do all again, and the page above both."""
     leave_run_file(runs[0], config)
     write_page_of_experts(config, runs, say, ended=False)
+
+
+def _without_empty(runs: Sequence[Run]) -> None:
+    """A refused run leaves no folder behind."""
+    for run in runs:
+        with suppress(OSError):  # there is something in it
+            run.config.output_dir.rmdir()
 
 
 def _is_complete(run: Run, say: Say) -> bool:

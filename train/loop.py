@@ -54,9 +54,17 @@ def train(run: Run, console: Console, *, keep: bool = True) -> int | None:
 
 
 def train_joined(
-    run: Run, console: Console, noticed: Callable[[], None], *, keep: bool = True
+    run: Run,
+    console: Console,
+    noticed: Callable[[], None],
+    *,
+    keep: bool = True,
+    begun: Callable[[], None] = lambda: None,
 ) -> int | None:
-    """`train` in processes that `joined` has brought together, and given `noticed`."""
+    """`train` in processes that `joined` has brought together, and given `noticed`.
+
+    `begun`: called by the first process once nothing can be refused any more.
+    """
     ranks = run.ranks
     console = console if ranks.first else Console(quiet=True)
     with ExitStack() as held:
@@ -66,6 +74,7 @@ def train_joined(
         with explained(run):
             session = open_session(run, partial(support.say, console))
         ranks.first_does(partial(leave_run_file, run, run.config))
+        ranks.first_does(begun)
         state, stopped_by = session.state, None
         page = RunPage(run, state, session.say, writes=ranks.first and keep)
         # Several stop together, after an update that all have agreed on. When one fails, they can't

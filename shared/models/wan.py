@@ -137,11 +137,8 @@ class PublishedModel:
     """Of the published scheduler; the shift to train with is `ModelSpec.flow_shift`."""
     comfyui: Sequence[str]
     """ComfyUI's files of the transformers, the high-noise expert's first."""
-
-    @property
-    def vae(self) -> Mapping[str, Any]:
-        """Its config."""
-        return WAN_22_VAE if self.mode == "ti2v" else WAN_21_VAE
+    vae: Mapping[str, Any]
+    """Its config."""
 
     @property
     def width(self) -> int:
@@ -209,7 +206,11 @@ def _short(name: str) -> str:
 
 _MODELS = json.loads(Path(__file__).with_name("published.json").read_text())
 PUBLISHED: Mapping[str, PublishedModel] = {
-    model.name: model for model in (PublishedModel(**facts) for facts in _MODELS)
+    model.name: model
+    for model in (
+        PublishedModel(vae=WAN_22_VAE if facts["mode"] == "ti2v" else WAN_21_VAE, **facts)
+        for facts in _MODELS
+    )
 }
 """By short name."""
 

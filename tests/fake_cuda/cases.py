@@ -195,7 +195,7 @@ class _Setup:
         roles = Roles(transformer, lora, seed=1, names=rates)
         quantise(transformer, memory.base_precision, CUDA)
         strategy = spread(
-            "single", roles, rates, replace(ADAM, optimizer=memory.chosen_optimizer), ranks=SINGLE,
+            "single", roles, rates, replace(ADAM, name=memory.chosen_optimizer), ranks=SINGLE,
             device=CUDA, streamed=memory.streamed(option.blocks), accumulation=1, max_norm=1.0,
         )  # fmt: skip
         if memory.activation_offloading:

@@ -173,6 +173,7 @@ def test_defaults_are_those_of_a_distillation_but_for_the_rate(
 ) -> None:
     out = str(tmp_path / "out")
     common = ["--model", str(tiny_t2v), "--shards", str(t2v_shards), "--output-dir", out]
+    common += ["--boundary-type", "low"]
     shown = []
     for command in ("lora", "distill"):
         wantrain([command, *common, "--dry-run"], standalone_mode=False)
