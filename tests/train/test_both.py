@@ -129,10 +129,10 @@ def _stop_in_run(patch: pytest.MonkeyPatch, number: int) -> None:
 
     save = Session.save
 
-    def counted(*given: object) -> int | None:
+    def counted(*given: object, **named: object) -> int | None:
         nonlocal runs
         runs += 1
-        return real(*given)  # type: ignore[arg-type]
+        return real(*given, **named)  # type: ignore[arg-type]
 
     def struck(session: Session) -> Path:
         path = save(session)
@@ -156,9 +156,9 @@ def test_the_first_base_is_gone_when_the_second_is_read(
 
 
 def _counting(left: list[int]):  # type: ignore[no-untyped-def]
-    def counted(*given: object) -> int | None:
+    def counted(*given: object, **named: object) -> int | None:
         left.append(sum(_is_whole(one) for one in gc.get_objects()))
-        return train_joined(*given)  # type: ignore[arg-type]
+        return train_joined(*given, **named)  # type: ignore[arg-type]
 
     return counted
 
