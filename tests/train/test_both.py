@@ -113,7 +113,7 @@ def test_stopped_anywhere_and_gone_on(
             _stop_in_run(patch, 2 if where == "in the second" else 1)
         wantrain(words, standalone_mode=False)
     assert ended.value.code == 128 + signal.SIGTERM
-    assert (out / "low").exists() and bool(list_checkpoints(out / "low")) == ("second" in where)
+    assert bool(list_checkpoints(out / "low")) == ("second" in where)
     if where == "before its files":  # what a kill right after the last checkpoint leaves
         distill(tiny_i2v, i2v_shards, out / "high", *RUN, "--boundary-type", "high", *RESUME)
         for file in [*(out / "high").glob("lora-*"), *(out / "high" / name for name in GUIDES)]:

@@ -30,6 +30,7 @@ from train.tracking.validation import FOLDER
 
 PAGE = "index.html"
 Status = Literal["training", "finished", "stopped", "failed"]
+_OURS = '<meta name="generator" content="wandistill">'
 _SHARE = 0.01
 """Of the time of a run, that updating its page may take."""
 _UNITS = ((86400, "d"), (3600, "h"), (60, "min"))
@@ -178,7 +179,10 @@ def _troubles_said(say: Callable[[str], None]) -> Iterator[None]:
 
 
 def _write(folder: Path, html: str) -> None:
-    write_bytes(folder / PAGE, html.encode("utf-8", "replace"))
+    path = folder / PAGE
+    if path.exists() and _OURS not in path.read_text(errors="replace"):
+        raise UserError("somebody else's page is there")
+    write_bytes(path, html.encode("utf-8", "replace"))
 
 
 def duration(seconds: float) -> str:

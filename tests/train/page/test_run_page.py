@@ -179,6 +179,16 @@ def test_a_page_that_cannot_be_written_ends_no_training(
     assert len(metrics_of(out)) == 12 and not (out / "index.html").exists()
 
 
+def test_somebody_else_s_page_stays(
+    tiny_t2v: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "index.html").write_text("<h1>Mine</h1>")
+    distill(tiny_t2v, shards, tmp_path, "--max-train-steps", "1", *RUN, "--validation-steps", "0")
+    assert page_of(tmp_path) == "<h1>Mine</h1>"
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("somebody else's page is there") == 1
+
+
 def test_lines_that_a_full_disk_refuses_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     log = MetricsFile(path, done=0)
