@@ -558,6 +558,7 @@ def make_all(bench: Bench, results: Results, processes: int) -> dict[tuple[str, 
         for row, seed in names.get(job.file, []) if isinstance(job, Draw) else []:
             key = keys[row, seed]
             known[key] = {"key": key, "model": bench.weights, "row": row, "seed": seed}
+            known[key] |= {"teacher_clips": bench.experiment.teacher_clips}
             known[key] |= measure(bench, job)
             results.append(known[key])
     return {which: known[key] for which, key in keys.items()}
