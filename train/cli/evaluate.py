@@ -11,7 +11,8 @@ def evaluate(config: EvaluateConfig, _: typer.Context) -> None:
     Examples:
         # Wan2.2-I2V-A14B with the LoRAs of both experts against itself in 40 steps;
         # lines of prompts.txt: a cat turns its head --i cat.png
-        wantrain evaluate --lora output_dir_distill/high/lora-high-diffusers.safetensors \
+        wantrain evaluate \
+            --lora output_dir_distill/high/lora-high-diffusers.safetensors \
             --lora output_dir_distill/low/lora-low-diffusers.safetensors \
             --prompts prompts.txt
 

@@ -40,8 +40,8 @@ def export(
             --output lora-comfyui.safetensors
 
         # the LoRA as it was after 50 generator updates, for diffusers
-        wantrain export --checkpoint output_dir_distill/low/checkpoint-50 --to diffusers \
-            --output lora-low-50.safetensors
+        wantrain export --checkpoint output_dir_distill/low/checkpoint-50 \
+            --to diffusers --output lora-low-50.safetensors
 
         # the LoRA of the bundled toy model
         wantrain export --lora toy-lora/lora-full-diffusers.safetensors --to comfyui \

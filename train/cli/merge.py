@@ -10,7 +10,8 @@ def merge(config: MergeConfig, _: typer.Context) -> None:
 
     Examples:
         # Wan2.2-I2V-A14B with the LoRAs of both experts in its weights
-        wantrain merge --lora output_dir_distill/high/lora-high-diffusers.safetensors \
+        wantrain merge \
+            --lora output_dir_distill/high/lora-high-diffusers.safetensors \
             --lora output_dir_distill/low/lora-low-diffusers.safetensors \
             --output Wan2.2-I2V-A14B-4steps
 

@@ -13,7 +13,8 @@ def sample(config: SampleConfig, _: typer.Context) -> None:
         wantrain sample --teacher --image frame.png --prompt "a cat turns its head"
 
         # Wan2.2-I2V-A14B with the LoRAs of both experts, in 4 steps
-        wantrain sample --lora output_dir_distill/high/lora-high-diffusers.safetensors \
+        wantrain sample \
+            --lora output_dir_distill/high/lora-high-diffusers.safetensors \
             --lora output_dir_distill/low/lora-low-diffusers.safetensors \
             --image frame.png --prompt "a cat turns its head"
 
