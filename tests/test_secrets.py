@@ -82,6 +82,7 @@ def test_credentials_of_the_environment_stay_there(
     said += [wanprep("inspect", "--shards", url, "--html", tmp_path / "inspect.html")]
     assert [ran.code for ran in said] == [0, 0], said
     train = ("--model", tiny_t2v, "--shards", url, "--output-dir", out, *SMALL)
+    train += ("--boundary-type", "low")
     more = ("--max-train-steps", 1, "--validation-prompts", "a cat", "--validation-steps", 1)
     assert wantrain("distill", *train, *more) == 0
     assert wantrain("distill", *train, "--write-config", tmp_path / "written.toml") == 0

@@ -111,7 +111,6 @@ def test_one_process_reads_the_base_and_all_have_it(
         "lora", "--model", str(wide), "--shards", str(wide_shards), "--device", "cpu",
         "--output-dir", str(tmp_path / "out"), "--rank", "4", "--max-train-steps", "1",
         "--strategy", strategy, "--num-processes", "2", "--dataloader-num-workers", "0",
-        "--boundary-type", "low",
     )  # fmt: skip
     subprocess.run(
         [sys.executable, str(tmp_path / "watch.py"), str(tmp_path), *words],
