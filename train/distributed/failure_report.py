@@ -20,6 +20,7 @@ _WATCH_S = 2.0
 # Between the end of a process and that of one that has not noticed it.
 NOTICES_BY_ITSELF_S = 15.0
 _ENDED = "ended"
+WATCH = "watch the others"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +73,14 @@ class RollCall:
                         end(*ended)
                     return
 
-        threading.Thread(target=wait, name="watch the others", daemon=True).start()
+        thread = threading.Thread(target=wait, name=WATCH, daemon=True)
+        thread.start()
         try:
             yield over.set
         finally:
             over.set()
+        # Python ends a thread that comes back from the store at exit, and C++ aborts the process.
+        thread.join(_ANSWER_S)
 
     def answer(self) -> Answer:
         """Report that this process noticed, and wait some seconds for the others to."""
