@@ -407,8 +407,8 @@ class Bench:
     ) -> Draw:
         one = self.experiment
         runs = self.work / "runs"
-        parts = [(*lora, Path(lora[1]).relative_to(runs).as_posix()) for lora in loras]
-        told = (self.weights, one.captions, sampler, seed, [(e, f, s) for e, _, s, f in parts])
+        named = [(e, Path(file).relative_to(runs).as_posix(), scale) for e, file, scale in loras]
+        told = (self.weights, one.captions, sampler, seed, named)
         file = self.work / "latents" / f"{short_digest(told)}.safetensors"
         return Draw(
             model=one.model, captions=one.captions, sampler=sampler, seed=seed, loras=loras,

@@ -9,20 +9,20 @@ rows, as in `toy_sampling.py`.
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # run from a checkout, as toy_students.py
 
-from wandistill_cli import wantrain
+from toy_sampling import TEXT_LENGTH, padding_bias  # noqa: E402
 
-TEXT_LENGTH = 512
+from wandistill_cli import wantrain  # noqa: E402
+
 _forward = WanTransformer3DModel.forward
 _attend = WanAttnProcessor.__call__
 
@@ -48,8 +48,7 @@ def attend(
 ) -> Any:
     """Cross-attention whose last text token stands for all padding."""
     if text is not None and mask is None:
-        mask = torch.zeros(1, 1, 1, text.shape[1], dtype=hidden_states.dtype)
-        mask[..., -1] = math.log(TEXT_LENGTH - text.shape[1] + 1)
+        mask = padding_bias(text.shape[1]).to(hidden_states.dtype)
     return _attend(self, attn, hidden_states, text, mask, *rest)
 
 

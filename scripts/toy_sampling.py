@@ -43,6 +43,14 @@ def embed_captions(captions: list[str], common: Path) -> torch.Tensor:
     return torch.nn.functional.pad(embeddings, (0, 0, 0, 1))
 
 
+def padding_bias(tokens: int) -> torch.Tensor:
+    """What to add to the scores of text cut to `tokens`, whose last row stands for all padding:
+    float32 [1, 1, 1, tokens]."""
+    bias = torch.zeros(1, 1, 1, tokens)
+    bias[..., -1] = math.log(TEXT_LENGTH - tokens + 1)
+    return bias
+
+
 class PaddingAwareProcessor(WanAttnProcessor):
     """Cross-attention to short text that equals cross-attention to text of 512 tokens.
 
@@ -52,8 +60,7 @@ class PaddingAwareProcessor(WanAttnProcessor):
 
     def __init__(self, tokens: int):
         super().__init__()
-        self.bias = torch.zeros(1, 1, 1, tokens)
-        self.bias[..., -1] = math.log(TEXT_LENGTH - tokens + 1)
+        self.bias = padding_bias(tokens)
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, *_) -> torch.Tensor:
         return super().__call__(attn, hidden_states, encoder_hidden_states, self.bias)

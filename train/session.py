@@ -53,7 +53,7 @@ from train.saving.provenance import Provenance, read_provenance
 from train.strategies.base import Strategy
 from train.strategies.spread import device_bytes, parameter_bytes, spread
 from train.tracking.gauges import Gauges
-from train.tracking.held_out import last_loss
+from train.tracking.held_out import losses_of
 
 Say = Callable[[str], None]
 
@@ -200,7 +200,8 @@ def guide(run: Run, folder: Path) -> tuple[Path, str]:
 
 def held_out_loss(run: Run) -> float | None:
     """What the run has measured last, if it measures."""
-    return last_loss(run.config.output_dir) if run.held_out is not None else None
+    measured = losses_of(run.config.output_dir) if run.held_out is not None else []
+    return measured[-1][1] if measured else None
 
 
 def keep_best_of(config: TrainConfig) -> Gauge | None:

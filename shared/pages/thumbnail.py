@@ -10,6 +10,7 @@ from shared.format.cache import CacheIndex, MemberReader
 from shared.format.latent_rgb import latents_to_rgb
 from shared.format.schema import LATENTS_MEMBER, seconds_of
 from shared.pages.html import data_uri
+from shared.spread import spread_over
 
 _MOST_FRAMES = 24
 _LONG_SIDE = 208  # pixels, about; a latent cell becomes a whole number of them
@@ -33,9 +34,8 @@ def thumbnail(frames: npt.NDArray[np.uint8], seconds: float | None) -> str:
 
     A data URI. `seconds`: of the whole clip; None: not known.
     """
-    count = min(len(frames), _MOST_FRAMES)
-    chosen = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
-    _, height, width, _ = chosen.shape
+    chosen = frames[spread_over(len(frames), _MOST_FRAMES)]
+    count, height, width, _ = chosen.shape
     zoom = max(1, round(_LONG_SIDE / max(height, width)))
     images = [
         Image.fromarray(frame).resize((width * zoom, height * zoom), Image.Resampling.BICUBIC)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.pages.axis import nice_step
+from shared.spread import spread_over
 
 WIDTH, HEIGHT = 440, 210
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 40
@@ -100,21 +101,16 @@ class Chart:
         """A path of points without length, which round caps make visible."""
         return "".join(
             f"M{self.x(curve.updates[n]):.1f} {self.y(curve.values[n]):.1f}h0"
-            for n in _chosen(len(curve.values))
+            for n in spread_over(len(curve.values), _MOST_POINTS)
         )
 
     def path(self, curve: Curve) -> str:
         """Through the running means."""
         line = curve.line
         return "M" + "L".join(
-            f"{self.x(curve.updates[n]):.1f} {self.y(line[n]):.1f}" for n in _chosen(len(line))
+            f"{self.x(curve.updates[n]):.1f} {self.y(line[n]):.1f}"
+            for n in spread_over(len(line), _MOST_POINTS)
         )
-
-
-def _chosen(number: int) -> list[int]:
-    """All, or some spread over them."""
-    places = np.linspace(0, number - 1, min(number, _MOST_POINTS)).round().astype(int)
-    return list(map(int, places))
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:

@@ -1,14 +1,11 @@
 """What the page of a run shows of its data and of the files in its folder."""
 
-import json
 import re
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from shared.cli.console import count
 from shared.cli.run_file import RUN_FILE
@@ -18,11 +15,12 @@ from shared.io.durable import TEMPORARY_SUFFIX
 from shared.io.toml_file import read_toml
 from shared.pages.html import data_uri
 from shared.pages.thumbnail import thumbnail_of
+from shared.spread import spread_over
 from train.data.dataset import Dataset
 from train.saving.checkpoint import list_checkpoints
 from train.tracking.held_out import RECORD
 from train.tracking.metrics_file import METRICS
-from train.tracking.validation import FOLDER
+from train.tracking.validation import FOLDER, read_records
 
 _SAMPLES, _MOST_PROMPTS, _MOST_STEPS, _MOST_CHECKPOINTS = 8, 6, 6, 3
 _MOST_CLIP_BYTES = 1 << 20
@@ -58,9 +56,8 @@ class Card:
 
 def cards_of(data: Dataset) -> list[Card]:
     """A few samples, spread over them all. One that can't be read is left out."""
-    chosen = np.linspace(0, len(data) - 1, min(_SAMPLES, len(data))).round().astype(int)
     cards = []
-    for sample in map(int, chosen):
+    for sample in map(int, spread_over(len(data), _SAMPLES)):
         number, row = data.place(sample)
         index = data.parts[number].index
         with closing(MemberReader(index)) as reader:
@@ -91,8 +88,7 @@ def clips_of(folder: Path, last: int) -> Clips | None:
     steps = sorted(step for step in found if step <= last)
     if not steps:
         return None
-    places = np.linspace(0, len(steps) - 1, min(len(steps), _MOST_STEPS)).round().astype(int)
-    shown = [steps[place] for place in places]
+    shown = [steps[place] for place in spread_over(len(steps), _MOST_STEPS)]
     prompts = {step: _prompts(found[step]) for step in shown}
     listed = max(prompts.values(), key=len)
     first = {prompt: file for file, prompt in reversed(listed.items())}
@@ -107,8 +103,7 @@ def clips_of(folder: Path, last: int) -> Clips | None:
 
 def _prompts(folder: Path) -> dict[str, str]:
     """File of latents → its prompt."""
-    records = json.loads((folder / "clips.json").read_text())
-    return {record["file"]: record["prompt"] for record in records}
+    return {record["file"]: record["prompt"] for record in read_records(folder) or ()}
 
 
 def _clip(folder: Path, file: str, of_prompt: bool) -> str | None:

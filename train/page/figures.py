@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from shared.io.memo import recall
 from train.model.roles import GENERATOR
 from train.page.charts import Chart, Curve
 from train.run import Run
@@ -59,12 +57,6 @@ def charts_of(metrics: Metrics, held_out: Sequence[tuple[int, float]], updates: 
     ]
     finite = [replace(one, curves=[c for c in one.curves if len(c.values)]) for one in charts]
     return [one for one in finite if one.curves]
-
-
-def held_out_losses(path: Path, last: int) -> list[tuple[int, float]]:
-    """(updates, loss) of a run's `holdout.jsonl`, up to `last`."""
-    records = (record for record in recall(path) if "step" in record and "loss" in record)
-    return sorted((r["step"], r["loss"]) for r in records if r["step"] <= last)
 
 
 def seconds_spent(metrics: Metrics) -> float:

@@ -23,7 +23,7 @@ from train.page.usage import comfyui_hint, sampling_hint
 from train.run import Run
 from train.saving.export import lora_path
 from train.saving.provenance import TITLES
-from train.tracking.held_out import RECORD
+from train.tracking.held_out import losses_of
 from train.tracking.metrics_file import METRICS, read_metrics
 from train.tracking.step_log import PEAK
 from train.tracking.validation import FOLDER
@@ -101,7 +101,7 @@ def page(run: Run, updates: int, status: Status, cards: Sequence[Card], why: str
     config, objective = run.config, run.objective
     folder = config.output_dir
     metrics = read_metrics(folder / METRICS, updates)
-    held_out = figures.held_out_losses(folder / RECORD, updates)
+    held_out = sorted(point for point in losses_of(folder) if point[0] <= updates)
     steps, _ = run.counted(updates)
     spent = figures.seconds_spent(metrics)
     left = figures.seconds_left(run, updates, metrics) if status == "training" else None

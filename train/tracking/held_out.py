@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from shared.io.durable import write_bytes
 from shared.io.memo import recall
+from shared.spread import spread_over
 from train.data.batches import MicroBatches
 from train.distributed.process_group import Ranks
 from train.functional.rng import counted_rng
@@ -27,10 +27,9 @@ TAG = "loss/held_out"
 MOST_SAMPLES, LEAST_LOSSES = 64, 16
 
 
-def last_loss(output: Path) -> float | None:
-    """What a run measured last; None where it has not measured."""
-    losses = [record["loss"] for record in recall(output / RECORD) if "step" in record]
-    return losses[-1] if losses else None
+def losses_of(output: Path) -> list[tuple[int, float]]:
+    """(optimizer steps, loss) that a run has measured, the last one last."""
+    return [(r["step"], r["loss"]) for r in recall(output / RECORD) if "step" in r]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +47,7 @@ class HeldOut:
     @property
     def rows(self) -> list[int]:
         """All samples, or `MOST_SAMPLES` spread over them."""
-        number = len(self.batches.dataset)
-        chosen = np.linspace(0, number - 1, min(number, MOST_SAMPLES)).round().astype(int)
-        return list(map(int, chosen))
+        return list(map(int, spread_over(len(self.batches.dataset), MOST_SAMPLES)))
 
     @property
     def losses(self) -> int:

@@ -32,6 +32,7 @@ from shared.io.durable import building_folder, fsync_folder, write_bytes, write_
 from shared.io.mp4 import Clip, write_mp4
 from shared.io.names import quoted
 from shared.models.spec import ModelSpec
+from shared.spread import spread_over
 from train.data.batches import MicroBatches, StoredBatch
 from train.data.dataset import Dataset
 from train.distributed.process_group import Ranks
@@ -125,9 +126,8 @@ class Validation:
             made.append(objective.sample(roles, one.batch.to(device), negative)[0])
         variety = None if self.seeds == 1 else variety_of(made, self.seeds)
         if writes:
-            shown = self.write(made, self.records(number), number=number)
-            if shown and trackers:
-                sheet = contact_sheet_of(shown)
+            shown, sheet = self.write(made, self.records(number), number=number)
+            if sheet is not None:
                 for tracker in trackers:
                     tracker.show(sheet, shown, self.fps, step)
         return variety
@@ -145,12 +145,14 @@ class Validation:
 
     def write(
         self, made: Sequence[torch.Tensor], records: Sequence[Mapping[str, Any]], *, number: int
-    ) -> list[SampledClip]:
-        """The clips' folder, whole or not at all, in place of one that is there; the previews.
+    ) -> tuple[list[SampledClip], Image | None]:
+        """The clips' folder, whole or not at all, in place of one that is there; the previews, and
+        a contact sheet of them if there are any.
 
         `made`: latents (C, T, h, w) of each input, on any device.
         """
-        shown = []
+        shown: list[SampledClip] = []
+        sheet = None
         final = self.folder_of(number)
         with building_folder(final) as building:
             for position, (one, latents) in enumerate(zip(self.inputs, made, strict=True)):
@@ -166,11 +168,12 @@ class Validation:
                     shown.append(SampledClip(name=mp4.stem, label=one.label, clip=clip, mp4=mp4))
             write_json(building / CLIPS, records)
             if shown:
-                contact_sheet_of(shown).save(building / "sheet.png")
+                sheet = contact_sheet([(one.label, one.clip) for one in shown])
+                sheet.save(building / "sheet.png")
             shutil.rmtree(final, ignore_errors=True)
             building.rename(final)
         fsync_folder(self.folder)
-        return shown
+        return shown, sheet
 
 
 def read_records(folder: Path) -> list[dict[str, Any]] | None:
@@ -184,11 +187,6 @@ def read_records(folder: Path) -> list[dict[str, Any]] | None:
 
 def _latents_name(position: int) -> str:
     return f"{position:03d}.safetensors"
-
-
-def contact_sheet_of(clips: Sequence[SampledClip]) -> Image:
-    """A row for each."""
-    return contact_sheet([(one.label, one.clip) for one in clips])
 
 
 def variety_of(clips: Sequence[torch.Tensor], seeds: int) -> float:
@@ -297,7 +295,7 @@ def _of_cache(data: Dataset, batches: MicroBatches, count: int) -> list[Validati
     """Samples spread over the cache, videos before images; the same ones in every run."""
     videos = np.flatnonzero(data.types == MEDIA_TYPES.index("video"))
     rows = videos if len(videos) else np.flatnonzero(data.types == MEDIA_TYPES.index("image"))
-    chosen = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)]
+    chosen = rows[spread_over(len(rows), count)]
     inputs = []
     for number, row in enumerate(map(int, chosen)):
         batch, caption = batches.whole_sample(row, number)
