@@ -15,9 +15,9 @@ under --work, and each is done once: run it again, after an interruption or with
 --seeds or --students, and it does what is missing. The rows are
 
     a  teacher, many steps, CFG, with other noise than the reference: the floor of the distance
-    b  teacher, 4 steps, CFG
-    c  teacher, 4 steps, no CFG: the student before its first update
-    d  student, 4 steps, no CFG, after so many generator updates
+    b  teacher, the student's steps (4), CFG
+    c  teacher, the student's steps, no CFG: the student before its first update
+    d  student, no CFG, after so many generator updates
 
 each with mean and standard error over the seeds. Seed s trains and samples with numbers of its own;
 rows of one seed share their noise. Contrast, variety (spread of clips of one caption), between
@@ -59,7 +59,7 @@ from toy_students import (
     sliced_wasserstein,
 )
 
-from train.functional.schedule import Schedule
+from train.functional.schedule import Schedule, steps_by_expert
 
 FEW_STEPS = (1000.0, 750.0, 500.0, 250.0)
 RANK, ALPHA = 32, 32
@@ -71,7 +71,7 @@ RECIPE = (
 CRITIC = ("--learning-rate-critic", "2e-3")
 REGRESSION = (
     "--method", "regression", "--shards", "{teacher}", "--adam-beta1", "0.9",
-    "--learning-rate", "1e-3", "--train-batch-size", "32",
+    "--learning-rate", "1e-3", "--train-batch-size", "32", "--ema-decay", "0.98",
 )  # fmt: skip
 SHORT_TEXT = Path(__file__).with_name("short_text.py")
 """`wantrain`, without the time that a toy's padded text takes."""
@@ -94,6 +94,11 @@ class Arm:
     def euler(self) -> bool:
         """Whether its student is sampled by Euler steps."""
         return "euler" in self.flags or "regression" in self.flags
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the average of its path is measured, too."""
+        return "--ema-decay" in self.flags
 
     @property
     def decays(self) -> bool:
@@ -120,11 +125,11 @@ class Experiment:
     batch: int = 32
     uniform_sampling: bool = False
     """As when the tables of the plain toy in docs/results.md were measured."""
-    averaged: bool = False
-    """Measure the average (--ema-decay in the arm's flags) of each student, too."""
     captions: int = 512
     clips: int = 480
     """Renders in the training cache."""
+    indices: tuple[float, ...] = FEW_STEPS
+    """The student's raw steps in (0, 1000], before the shift."""
     teacher_steps: int = 40
     teacher_clips: int = 120
     """Of the teacher's own, with their states, for the arms that ask for them."""
@@ -174,7 +179,7 @@ EXPERIMENTS = {
     "renoise": replace(PLAIN, updates=(10, 20, 30, 40)),
     "i2v": replace(PLAIN, model="toy-i2v", shift=5, loss_guidance=1.25, updates=(10, 20)),
     "ema": replace(
-        PLAIN, loss_guidance=1.25, learning_rate="5e-4", averaged=True,
+        PLAIN, loss_guidance=1.25, learning_rate="5e-4",
         students={"d": (replace(FULL, flags=(*EULER, "--ema-decay", "0.8", "--ema-start", "5")),)},
     ),
     "fm": replace(
@@ -318,7 +323,11 @@ class Bench:
     def teacher_shards(self) -> Path:
         """The teacher's own clips with their states at the student's timesteps."""
         one = self.experiment
-        told = (self.weights, one.guidance, one.shift, one.teacher_steps, one.teacher_clips)
+        told: tuple[object, ...] = (
+            self.weights, one.guidance, one.shift, one.teacher_steps, one.teacher_clips
+        )  # fmt: skip
+        if one.indices != FEW_STEPS:
+            told += (one.indices,)
         return self.work / f"teacher-{one.model}-{short_digest(told)}"
 
     @property
@@ -338,7 +347,7 @@ class Bench:
                 "--count", str(min(one.clips, one.teacher_clips)),
                 "--clips-per-caption", str(math.ceil(one.teacher_clips / one.clips)),
                 "--steps", str(one.teacher_steps), "--guidance", str(one.guidance),
-                "--flow-shift", str(MANY_SHIFT), "--states", " ".join(map(str, FEW_STEPS)),
+                "--flow-shift", str(MANY_SHIFT), "--states", " ".join(map(str, one.indices)),
                 "--student-shift", str(one.shift), "--mixed-precision", "no",
                 "--train-batch-size", "24",
             )  # fmt: skip
@@ -378,6 +387,8 @@ class Bench:
             flags += CRITIC
             if "--guidance" not in arm.flags:
                 flags += ("--real-guidance-scale", str(one.loss_guidance or one.guidance))
+        if one.indices != FEW_STEPS:
+            flags += ("--denoising-step-indices-list", " ".join(map(str, one.indices)))
         if not one.uniform_sampling:
             flags += ("--no-uniform-sampling",)
         flags += (
@@ -422,14 +433,15 @@ class Bench:
 
     def few_steps(self, seed: int, *, guidance: float, renoise: bool) -> Draw:
         one = self.experiment
-        sampler = Sampler(indices=FEW_STEPS, shift=one.shift, guidance=guidance, renoise=renoise)
+        sampler = Sampler(indices=one.indices, shift=one.shift, guidance=guidance, renoise=renoise)
         return self._draw(sampler, seed)
 
     def student(
         self, seed: int, *, arms: tuple[Arm, ...], updates: int, weights: str = "generator_weights"
     ) -> Draw:
         renoise = not any(arm.euler for arm in arms)
-        sampler = Sampler(indices=FEW_STEPS, shift=self.experiment.shift, renoise=renoise)
+        one = self.experiment
+        sampler = Sampler(indices=one.indices, shift=one.shift, renoise=renoise)
         trainings = tuple(self.training(arm, seed, updates) for arm in arms)
         loras = tuple(
             (
@@ -441,10 +453,18 @@ class Bench:
         )
         return self._draw(sampler, seed, loras, trainings)
 
+    def arms(self, name: str) -> tuple[Arm, ...]:
+        """A student's, without experts that none of its steps is for."""
+        one = self.experiment
+        schedule = Schedule(indices=one.indices, shift=one.shift, boundary=self.boundary)
+        owning = {"full", *steps_by_expert(schedule.sigmas, self.boundary)}
+        return tuple(arm for arm in one.students[name] if arm.expert in owning)
+
     def rows(self) -> dict[str, Callable[[int], Draw]]:
         """Label → the draw of a seed."""
         one = self.experiment
         euler = {name: arms[0].euler for name, arms in one.students.items()}
+        steps = "1 step" if len(one.indices) == 1 else f"{len(one.indices)} steps"
         suffixes = {False: "", True: " (Euler)"}
         rows: dict[str, Callable[[int], Draw]] = {
             f"a  teacher, {one.teacher_steps} steps, CFG {one.guidance:g}": self.many_steps
@@ -454,16 +474,18 @@ class Bench:
                 ("b", f"CFG {one.guidance:g}", one.guidance),
                 ("c", "no CFG", 1.0),
             ):
-                rows[f"{letter}  teacher, 4 steps, {what}{suffixes[stepping]}"] = partial(
+                rows[f"{letter}  teacher, {steps}, {what}{suffixes[stepping]}"] = partial(
                     self.few_steps, guidance=guidance, renoise=not stepping
                 )
-        for name, arms in one.students.items():
+        for name in one.students:
+            arms = self.arms(name)
             for updates in one.updates:
-                label = f"d  student, {updates} updates{suffixes[euler[name]]}"
+                of = "" if one.indices == FEW_STEPS else f"{steps}, "
+                label = f"d  student, {of}{updates} updates{suffixes[euler[name]]}"
                 if name != "d":
                     label += f": {name}"
                 rows[label] = partial(self.student, arms=arms, updates=updates)
-                if one.averaged:
+                if any(arm.averaged for arm in arms):
                     rows[f"{label}: average"] = partial(
                         self.student, arms=arms, updates=updates, weights="generator_ema"
                     )
@@ -599,13 +621,21 @@ def passes(experiment: Experiment, arm: Arm, boundary: float, updates: int) -> f
     gradient. Five critic updates to one of the generator, whose teacher is guided.
     """
     if "regression" in arm.flags:
-        batch = int(arm.flags[arm.flags.index("--train-batch-size") + 1])
-        return updates * batch * 3
-    schedule = Schedule(indices=FEW_STEPS, shift=experiment.shift, boundary=boundary)
-    steps = len(FEW_STEPS) if "seed" in arm.flags else len(schedule.owned_steps(arm.expert))
+        return updates * _batch(experiment, arm) * 3
+    schedule = Schedule(indices=experiment.indices, shift=experiment.shift, boundary=boundary)
+    steps = (
+        len(experiment.indices) if "seed" in arm.flags else len(schedule.owned_steps(arm.expert))
+    )
     rollout = (steps + 1) / 2
     critic, generator = rollout + 3, rollout + 2 + 1 + 2
-    return updates * experiment.batch * (5 * critic + generator)
+    return updates * _batch(experiment, arm) * (5 * critic + generator)
+
+
+def _batch(experiment: Experiment, arm: Arm) -> int:
+    """Samples of an optimizer step; of a flag given twice the last counts."""
+    told = dict(zip(arm.flags, arm.flags[1:], strict=False))
+    batch = int(told.get("--train-batch-size", experiment.batch))
+    return batch * int(told.get("--gradient-accumulation-steps", 1))
 
 
 def cost(bench: Bench, found: Mapping[tuple[str, int], Any]) -> str:
@@ -613,8 +643,8 @@ def cost(bench: Bench, found: Mapping[tuple[str, int], Any]) -> str:
     one = bench.experiment
     runs = {
         bench.training(arm, seed, updates): (arm, updates if arm.decays else max(one.updates))
-        for arms in one.students.values()
-        for arm in arms
+        for name in one.students
+        for arm in bench.arms(name)
         for updates in one.updates
         for seed in bench.seeds
     }
@@ -638,6 +668,9 @@ def main() -> None:
     parser.add_argument("--updates", type=int, nargs="+", help="generator updates to measure after")
     parser.add_argument("--guidance", type=float, help="the teacher's CFG scale")
     parser.add_argument("--shift", type=float, help="of the few steps")
+    parser.add_argument(
+        "--indices", type=float, nargs="+", help="of the few steps: 1000 250 are two"
+    )
     parser.add_argument("--flags", default="", help="more of wantrain's, for every arm")
     parser.add_argument("--captions", type=int, help="clips of each row and seed")
     parser.add_argument("--teacher-clips", type=int, help="of the teacher's own, to learn from")
@@ -657,6 +690,8 @@ def main() -> None:
     if args.students:
         students = {name: experiment.students[name] for name in args.students}
         experiment = replace(experiment, students=students)
+    if args.indices:
+        experiment = replace(experiment, indices=tuple(args.indices))
     if args.updates:
         experiment = replace(experiment, updates=tuple(sorted(args.updates)))
     for name in ("guidance", "shift", "captions", "teacher_clips"):
@@ -664,7 +699,9 @@ def main() -> None:
             experiment = replace(experiment, **{name: getattr(args, name)})
     if args.flags:
         students = {
-            name: tuple(replace(arm, flags=(*arm.flags, *args.flags.split())) for arm in arms)
+            f"{name}, {args.flags}": tuple(
+                replace(arm, flags=(*arm.flags, *args.flags.split())) for arm in arms
+            )
             for name, arms in experiment.students.items()
         }
         experiment = replace(experiment, students=students)

@@ -26,7 +26,7 @@ METRICS = {
     "contrast": "contrast (teacher = 1)",
     "motion": "motion (teacher = 1)",
 }
-LABEL = re.compile(r"d .* (?P<updates>\d+) updates(?: \(Euler\))?(?:: (?P<name>.*))?")
+LABEL = re.compile(r"d  student, (?P<updates>\d+) updates(?: \(Euler\))?(?:: (?P<name>.*))?")
 
 
 def draw(result: dict, path: Path) -> None:

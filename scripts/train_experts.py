@@ -1,5 +1,5 @@
-"""Train the toys of the harder world: for t2v and i2v a base from the plain world's toy, then both
-experts from it.
+"""Train the toys of the harder world: for t2v a base from the plain world's toy, then both experts
+from it; for i2v a small difference to each of those.
 
 Flow matching on cached latents of `speed_world.py`. An expert goes on from the base on its own
 noise levels only, and forgets the others, as real ones do. Captions lie: each word about the clip
@@ -7,7 +7,8 @@ is, with probability CAPTION_NOISE, drawn at random, as captions of the web are.
 unsure without guidance and needs a CFG scale of 4 or so.
 
     python scripts/train_experts.py t2v base --steps 2400
-    python scripts/train_experts.py t2v high --steps 600 --rate 0.3      # and low; then i2v
+    python scripts/train_experts.py t2v high --steps 600 --rate 0.3      # and low
+    python scripts/train_experts.py i2v high --steps 1500                # and low
 
 Resumes from its own checkpoint. Weights go to shared/toy as it goes.
 """
@@ -15,12 +16,14 @@ Resumes from its own checkpoint. Weights go to shared/toy as it goes.
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from init_toy_model import BOUNDARIES, LATENT_CHANNELS, TOY, save_component
+from init_toy_model import BOUNDARIES, LATENT_CHANNELS, TOY, save_component, toy_transformer
+from peft import LoraConfig
 from render_clips import COLOURS, MOTIONS, SHAPES
 from safetensors.torch import load_file, save_file
 from speed_world import CAPTIONS, SPEEDS, STILL, parse_caption, render_clip
@@ -46,6 +49,8 @@ from train_toy_vae import encode_moments, to_pixels
 EMA_DECAY = 0.998
 CAPTION_NOISE = 0.35
 SLOTS = {"high": "transformer", "low": "transformer_2"}
+RANK = 12  # of the i2v experts' differences
+MATRICES = r"blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ffn\.net\.(0\.proj|2))"
 
 
 @torch.no_grad()
@@ -113,11 +118,44 @@ def levels(part: str, mode: str, u: torch.Tensor) -> torch.Tensor:
 
 
 def start(mode: str, part: str, work: Path) -> WanTransformer3DModel:
-    """The model that a part goes on from: the plain world's toy, or the base."""
+    """The model that a part goes on from: the plain world's toy, the base, or the t2v expert."""
+    if mode == "i2v":
+        return widened(TOY / "experts-t2v" / SLOTS[part])
     transformer = WanTransformer3DModel.from_pretrained(TOY / mode / "transformer")
     if part != "base":
         transformer.load_state_dict(torch.load(work / f"{mode}-base.pt", weights_only=True)["ema"])
     return transformer
+
+
+def widened(t2v: Path) -> WanTransformer3DModel:
+    """An i2v transformer that begins as the t2v one: 20 more input channels of zeros.
+
+    It learns their weights and a LoRA, so that the package holds a twentieth of it.
+    """
+    weights = load_file(t2v / "diffusion_pytorch_model.safetensors")
+    transformer = toy_transformer("i2v")
+    patch = torch.zeros_like(transformer.patch_embedding.weight)
+    patch[:, :LATENT_CHANNELS] = weights["patch_embedding.weight"]
+    transformer.load_state_dict(weights | {"patch_embedding.weight": patch})
+    transformer.requires_grad_(False)
+    transformer.add_adapter(
+        LoraConfig(r=RANK, lora_alpha=RANK, target_modules=MATRICES, init_lora_weights=True)
+    )
+    transformer.patch_embedding.requires_grad_(True)
+    return transformer
+
+
+def save_difference(transformer: WanTransformer3DModel, folder: Path) -> None:
+    """What was trained, bf16, under the names of a diffusers LoRA, and the config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = {
+        name.replace(".default", ""): parameter.detach().to(torch.bfloat16).contiguous()
+        for name, parameter in transformer.named_parameters()
+        if "lora_" in name or name.startswith("patch_embedding")
+    }
+    save_file(trained, folder / "difference.safetensors")
+    (folder / "difference.safetensors").chmod(0o644)
+    shutil.copy(TOY / "i2v" / "transformer" / "config.json", folder)
 
 
 def train(mode: str, part: str, steps: int, clips: int, rate: float, work: Path) -> None:
@@ -145,7 +183,9 @@ def train(mode: str, part: str, steps: int, clips: int, rate: float, work: Path)
         )
 
     def export(ema: WanTransformer3DModel) -> None:
-        if part != "base":
+        if mode == "i2v":
+            save_difference(ema, TOY / "experts-i2v" / SLOTS[part])
+        elif part != "base":
             save_component(ema, TOY / f"experts-{mode}" / SLOTS[part])
 
     fit(

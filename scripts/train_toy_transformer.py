@@ -91,13 +91,16 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def make_optimizers(transformer: WanTransformer3DModel) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for embeddings, norms, biases and the output."""
-    matrices = [p for p in transformer.blocks.parameters() if p.ndim == 2]
-    others = [p for p in transformer.parameters() if all(p is not m for m in matrices)]
-    return [
-        Muon(matrices, lr=MUON_LR),
-        torch.optim.AdamW(others, lr=ADAMW_LR, betas=(0.9, 0.98), weight_decay=0.0),
+    """Muon for the blocks' matrices, AdamW for embeddings, norms, biases, the output and LoRAs."""
+    trained = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+    matrices = [
+        p
+        for name, p in trained.items()
+        if name.startswith("blocks.") and p.ndim == 2 and "lora_" not in name
     ]
+    others = [p for p in trained.values() if all(p is not m for m in matrices)]
+    adamw = torch.optim.AdamW(others, lr=ADAMW_LR, betas=(0.9, 0.98), weight_decay=0.0)
+    return [*([Muon(matrices, lr=MUON_LR)] if matrices else []), adamw]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +129,7 @@ def fit(
     compiled = torch.compile(transformer)  # the same weights; a tenth faster, after a minute
     ema = copy.deepcopy(transformer).requires_grad_(False)
     optimizers = make_optimizers(transformer)
-    rates = [rate * MUON_LR, rate * ADAMW_LR]
+    rates = [rate * one.param_groups[0]["lr"] for one in optimizers]
 
     first = 0
     if checkpoint.exists():

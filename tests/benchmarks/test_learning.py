@@ -235,6 +235,31 @@ def test_passes_are_those_of_the_loop() -> None:
         assert passes(recipes, Arm(expert=expert), 0.875, 7) == counted
     regression = Arm(expert="low", flags=REGRESSION)
     assert passes(recipes, regression, 0.875, 7) == 7 * 32 * 3
+    more = ("--train-batch-size", "8", "--gradient-accumulation-steps", "2")
+    regression = Arm(expert="low", flags=(*REGRESSION, *more))
+    assert passes(recipes, regression, 0.875, 7) == 7 * 16 * 3
+
+
+def test_other_steps_are_other_runs_of_the_experts_that_have_any(tmp_path: Path) -> None:
+    """At shift 12 both 1000 and 500 belong to the high-noise expert of t2v; 250 is low's."""
+    bench = object.__new__(Bench)
+    bench.work, bench.seeds, bench.boundary = tmp_path, range(1), 0.875
+    bench.shards, bench.weights = tmp_path / "shards", "toy-1"
+    recipes, commands, files = EXPERIMENTS["recipes"], [], set()
+    for indices, experts in (((1000.0,), 1), ((1000.0, 250.0), 2), ((1000.0, 500.0), 1)):
+        bench.experiment = replace(recipes, indices=indices)
+        arms = bench.arms("regression")
+        assert len(arms) == experts and arms[0].expert == "high"
+        commands.append(bench.training(arms[0], 0).command)
+        files.add(bench.student(0, arms=arms, updates=10).file)
+        files.add(bench.few_steps(0, guidance=4, renoise=False).file)
+        files.add(str(bench.teacher_shards))
+    assert len(files) == 9
+    assert "--denoising-step-indices-list" in commands[1] and "1000.0 250.0" in commands[1]
+    bench.experiment = recipes
+    assert len(bench.arms("regression")) == 2
+    plain = bench.training(bench.arms("regression")[0], 0).command
+    assert "--denoising-step-indices-list" not in plain  # names of runs that exist stay
 
 
 def test_the_table_shows_means_with_their_errors() -> None:
