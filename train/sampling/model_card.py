@@ -88,7 +88,7 @@ def write_guides(
     names = {expert: Path(file).name for expert, file in _files(trained, "comfyui").items()}
     workflow = write_workflow(folder, loras_of_run(first) | names, first, width)[0]
     card = folder / CARD
-    if card.exists() and MARKER not in card.read_text(errors="replace"):
+    if card.is_dir() or (card.exists() and MARKER not in card.read_text(errors="replace")):
         return workflow, f"{card} is not wandistill's: left as it is"
     text = model_card(trained, width, model=model, changed=changed)
     write_bytes(card, text.encode())

@@ -25,11 +25,20 @@ class MetricsFile(Tracker):
     def __init__(self, path: Path, *, done: int) -> None:
         """Keeps the lines of the first `done` updates of a file that is there, each once.
 
-        UserError where it can't be written.
+        UserError where it can't be written, or has lines and none of a run's.
         """
         self._path = path
         self._torn = False
         if path.exists():
+            if (
+                path.is_file()
+                and path.stat().st_size
+                and not any(UPDATE in x for x in recall(path))
+            ):
+                raise UserError(
+                    f"--output-dir: {path} is not a run's: no line of it has a number of updates. "
+                    "Move it elsewhere, or give another folder."
+                )
             kept = "".join(json.dumps(one) + "\n" for one in read_metrics(path, done))
             try:
                 write_bytes(path, kept.encode())

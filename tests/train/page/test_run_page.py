@@ -209,6 +209,22 @@ def test_lines_that_a_full_disk_refuses_are_left_out(tmp_path: Path) -> None:
         MetricsFile(tmp_path / "there", done=0)
 
 
+def test_numbers_of_somebody_else_stay(
+    tiny_t2v: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3}\n')
+    command = ("--max-train-steps", "1", *RUN, "--validation-steps", "0")
+    with pytest.raises(UserError, match=r"metrics\.jsonl is not a run's.* Move it elsewhere"):
+        distill(tiny_t2v, shards, tmp_path, *command)
+    assert path.read_text() == '{"step": 1, "loss": 3}\n'
+    path.unlink()
+    (tmp_path / "README.md").mkdir()
+    distill(tiny_t2v, shards, tmp_path, *command)
+    assert "is not wandistill's: left as it is" in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "README.md").is_dir() and metrics_of(tmp_path)
+
+
 @pytest.mark.parametrize("number", [1, 2, 5000])
 def test_a_curve_is_within_its_axes(number: int) -> None:
     rng = np.random.default_rng(number)
