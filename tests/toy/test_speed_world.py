@@ -27,6 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from toy_students import deviations
 
+from shared.models.toy_model import toy_folder
+
 TOLD = [parse_caption(caption) for caption in CAPTIONS]
 
 
@@ -96,11 +98,36 @@ def test_captions_lie_as_often_as_they_should() -> None:
     assert right == pytest.approx(0.65 + 0.35 / 4, abs=0.01)
 
 
-@pytest.mark.parametrize("mode", ["t2v"])
+@pytest.mark.parametrize("expert", ["transformer", "transformer_2"])
+def test_an_i2v_expert_is_the_t2v_one_with_its_lora(expert: str) -> None:
+    """As peft applies it, on inputs whose image counts; 16 of 36 channels are those of t2v."""
+    generator = torch.Generator().manual_seed(0)
+    own = load_file(TOY / "experts-i2v" / expert / "difference.safetensors")
+    lora = {name: tensor for name, tensor in own.items() if "lora_" in name}
+    whole = {name: tensor for name, tensor in own.items() if "lora_" not in name}
+    weights = load_file(TOY / "experts-t2v" / expert / "diffusion_pytorch_model.safetensors")
+    assert {*whole} == {"patch_embedding.weight", "patch_embedding.bias"} and len(lora) == 80
+    config = WanTransformer3DModel.load_config(TOY / "experts-i2v" / expert)
+    reference = WanTransformer3DModel.from_config(config)
+    reference.load_state_dict(weights | whole)
+    reference.load_lora_adapter(lora, prefix=None)
+    x = torch.randn(2, 36, 3, 8, 10, generator=generator)
+    text = torch.randn(2, 512, 64, generator=generator)
+    timestep = torch.tensor([950.0, 300.0])
+    merged = WanTransformer3DModel.from_pretrained(toy_folder("toy-experts-i2v") / expert)
+    with torch.no_grad():
+        found, expected = (model(x, timestep, text).sample for model in (merged, reference))
+        reference.disable_lora()
+        without = reference(x, timestep, text).sample
+    assert (found - expected).norm() < 0.01 * expected.norm()  # rounded to bf16
+    assert (without - expected).norm() > 10 * (found - expected).norm()
+
+
+@pytest.mark.parametrize("mode", ["t2v", "i2v"])
 def test_experts_are_good_only_at_their_own_levels(mode: str, clips: np.ndarray) -> None:
     """Flow-matching loss of each expert on held-out renders, at its levels and the other's."""
     torch.set_num_threads(1)
-    folder = TOY / f"experts-{mode}"
+    folder = toy_folder({"t2v": "toy-experts", "i2v": "toy-experts-i2v"}[mode])
     text = embed_captions([*CAPTIONS, ""], TOY / "common")
     vae = AutoencoderKLWan.from_pretrained(TOY / "common" / "vae")
     picks = torch.arange(0, len(CAPTIONS), 3)
@@ -122,7 +149,6 @@ def test_experts_are_good_only_at_their_own_levels(mode: str, clips: np.ndarray)
             v = velocity(model, noisy, levels, text[picks], condition)
         return float((v - (noise - x0)).square().mean())
 
-    assert load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors").keys()
     for sigma in (0.3, 0.6):
         assert loss("transformer", sigma) > 1.1 * loss("transformer_2", sigma)
     high = (BOUNDARIES[mode] + 1) / 2
