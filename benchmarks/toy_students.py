@@ -123,8 +123,8 @@ class ToyBench:
         self.captions = [captions[i % len(captions)] for i in range(count)]
         self._vae = AutoencoderKLWan.from_pretrained(self.folder / "vae")
         embedded = embed_captions([*captions, ""], self.folder)
-        self._text = embedded[torch.arange(count) % len(captions)]
-        self._empty = embedded[-1:]
+        self.text = embedded[torch.arange(count) % len(captions)]
+        self.empty = embedded[-1:]
         self._condition = self._first_frames() if model.endswith("i2v") else None
 
     @torch.no_grad()
@@ -144,7 +144,7 @@ class ToyBench:
         """The toy's transformer of an expert, with a LoRA (file, scale) merged."""
         part = "transformer_2" if expert == "low" else "transformer"
         transformer = WanTransformer3DModel.from_pretrained(self.folder / part)
-        attend_to_padding(transformer, self._text.shape[1])
+        attend_to_padding(transformer, self.text.shape[1])
         if lora is not None:
             merge_lora(transformer, load_file(lora[0]), lora[1])
         return transformer
@@ -166,8 +166,8 @@ class ToyBench:
             drawn.append(
                 sample(
                     transformer,
-                    self._text[part],
-                    self._empty,
+                    self.text[part],
+                    self.empty,
                     step_levels(raw, sampler.shift),
                     sampler.guidance,
                     LATENT_SHAPE,

@@ -8,7 +8,8 @@ unsure without guidance and needs a CFG scale of 4 or so.
 
     python scripts/train_experts.py t2v base --steps 2400
     python scripts/train_experts.py t2v high --steps 600 --rate 0.3      # and low
-    python scripts/train_experts.py i2v high --steps 1500                # and low
+    python scripts/train_experts.py i2v low --steps 1500 --clips 4320
+    python scripts/train_experts.py i2v high --steps 1000 --clips 4320
 
 Resumes from its own checkpoint. Weights go to shared/toy as it goes.
 """

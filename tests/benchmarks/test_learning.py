@@ -42,7 +42,9 @@ from toy_students import (  # noqa: E402
     TwoExperts,
     mean_and_error,
     sliced_wasserstein,
+    step_levels,
 )
+from which_expert import Half, draw  # noqa: E402
 
 INDICES = (1000.0, 750.0, 500.0, 250.0)
 TARGETS = ("attn1.to_q", "attn2.to_v", "ffn.net.0.proj")
@@ -152,6 +154,19 @@ def test_guided_sampling_is_the_pipelines(tmp_path: Path) -> None:
         output_type="latent",
     ).frames  # fmt: skip
     assert (found - expected).norm() / expected.norm() < 1e-4
+
+
+def test_two_halves_of_a_path_are_the_path() -> None:
+    """What `which_expert.py` draws of one model's halves is what one sampler draws."""
+    toy = ToyBench("toy-experts", 3)
+    few = tuple(step_levels([index / 1000 for index in INDICES], 12).tolist())
+    for guidance in (1.0, 3.0):
+        halves = [
+            Half(model=toy.both({}), levels=levels, guidance=guidance)
+            for levels in (few[:4], few[3:])
+        ]
+        whole = toy.draw(toy.both({}), Sampler(indices=INDICES, shift=12, guidance=guidance), 2)
+        assert torch.allclose(draw(toy, halves, 2), whole, atol=1e-5)
 
 
 def test_short_text_changes_no_velocity_and_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
