@@ -195,7 +195,7 @@ EXPERIMENTS = {
 
 def quick(experiment: Experiment) -> Experiment:
     """The same code in about a minute; its numbers mean nothing."""
-    return replace(experiment, updates=(1, 2), captions=120, clips=60, teacher_steps=4)
+    return replace(experiment, updates=(1, 2), captions=64, clips=24, batch=8, teacher_steps=4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -678,6 +678,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("benchmarks/work"))
     parser.add_argument("--results", type=Path, help="what was measured; is added to")
+    parser.add_argument("--table", type=Path, help="JSON of this table, for plot_learning.py")
     args = parser.parse_args()
     started = time.monotonic()
 
@@ -712,7 +713,7 @@ def main() -> None:
 
     table = table_of(found)
     result = {"seeds": args.seeds, "captions": experiment.captions, "rows": table}
-    (args.work / f"{args.experiment}.json").write_text(json.dumps(result, indent=2))
+    (args.table or args.work / f"{args.experiment}.json").write_text(json.dumps(result, indent=2))
     print(markdown(table))
     print(f"\n{cost(bench, found)}")
     print(f"{time.monotonic() - started:.0f} s on {args.processes} processes of one thread")

@@ -27,6 +27,7 @@ def lines(*command: str | Path) -> list[str]:
     return [line for line in re.split(r"[\r\n]+", text) if line.strip()]
 
 
+@pytest.mark.long
 def test_encode_train_and_sample_say_only_their_own(tiny_wan21_i2v: Path, tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data", clips=2, image=False)
     shards, out, model = tmp_path / "shards", tmp_path / "out", tiny_wan21_i2v

@@ -74,6 +74,7 @@ def test_all_files_of_the_packages_are_in_the_wheel(wheel: Path) -> None:
     assert ours <= packed
 
 
+@pytest.mark.long
 def test_a_lora_of_the_toy_is_made_far_from_the_repository(installed: Path, tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
 

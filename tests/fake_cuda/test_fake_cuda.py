@@ -53,6 +53,11 @@ def said(*words: str) -> Mapping[str, Sequence[str]]:
 
 @pytest.fixture(scope="module")
 def short() -> Mapping[str, Sequence[str]]:
+    return said()
+
+
+@pytest.fixture(scope="module")
+def defects() -> Mapping[str, Sequence[str]]:
     return said("--defects")
 
 
@@ -61,9 +66,10 @@ def test_nothing_is_wrong(short: Mapping[str, Sequence[str]], name: str) -> None
     assert short[name] == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", DEFECTS)
-def test_a_defect_is_seen(short: Mapping[str, Sequence[str]], name: str) -> None:
-    assert re.search(DEFECTS[name].said, "\n".join(short[name]))
+def test_a_defect_is_seen(defects: Mapping[str, Sequence[str]], name: str) -> None:
+    assert re.search(DEFECTS[name].said, "\n".join(defects[name]))
 
 
 @pytest.mark.long

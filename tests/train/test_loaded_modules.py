@@ -34,7 +34,11 @@ TRAIN = ("--boundary-type", "low", "--max-train-steps", "1", "--rank", "4", "--r
     ("words", "asked"),
     [
         (("train", "lora", *TRAIN), set()),
-        (("train", "lora", *TRAIN, "--base-precision", "nf4"), {"bitsandbytes"}),
+        pytest.param(
+            ("train", "lora", *TRAIN, "--base-precision", "nf4"),
+            {"bitsandbytes"},
+            marks=pytest.mark.long,
+        ),
         (("train", "distill", *TRAIN, "--dry-run"), set()),
         (("preprocess", "inspect"), set()),
         (("preprocess", "verify"), {"av"}),  # for --decode

@@ -45,6 +45,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.long
 def test_a_disk_that_grows_little_by_little(
     disk: Disk, tiny_t2v: Path, tiny_i2v: Path, tmp_path: Path
 ) -> None:

@@ -85,6 +85,7 @@ def without_padding(tar: Path) -> bytes:
     return data
 
 
+@pytest.mark.long
 def test_a_shard_cut_at_every_byte(folder: Path) -> None:
     """Never a traceback, never a smaller cache that is taken for whole."""
     tar = shard(folder)

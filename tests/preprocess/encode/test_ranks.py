@@ -70,6 +70,7 @@ def test_accelerate_launches_two_ranks(
     assert not list(tmp_path.glob(".text-*")) and not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.long
 def test_a_dead_rank_costs_its_unfinished_samples_only(
     pictures: Path, tiny_t2v: Path, alone: Cache, tmp_path: Path
 ) -> None:

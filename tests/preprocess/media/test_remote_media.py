@@ -87,6 +87,7 @@ def test_a_folder_in_a_bucket_gives_the_samples_of_a_folder(
     assert fetched == {"one.txt", "picture/new.mp4", "picture/new.txt"}
 
 
+@pytest.mark.long
 def test_a_list_in_a_bucket(here: ObjectStore, media: Path, tiny_t2v: Path, tmp_path: Path) -> None:
     url = here.upload(media, "list/media")
     other = here.upload(media, "list/other")

@@ -71,6 +71,7 @@ def test_the_numbers_of_one_process_to_the_bit(
     assert apart(lora_of(cut), lora_of(out)) == 0
 
 
+@pytest.mark.long
 def test_zero3_is_as_near_as_ddp(
     whole: Path, cut: Path, tiny_t2v: Path, t2v_shards: Path, tmp_path: Path
 ) -> None:
@@ -122,6 +123,7 @@ assert functions == (torch.nn.functional.linear, torch.nn.Linear.forward, torch.
 """
 
 
+@pytest.mark.long
 def test_a_users_file_is_overridden_and_nothing_stays_patched(
     cut: Path, tiny_t2v: Path, t2v_shards: Path, tmp_path: Path
 ) -> None:
