@@ -465,6 +465,8 @@ class Bench:
         one = self.experiment
         euler = {name: arms[0].euler for name, arms in one.students.items()}
         steps = "1 step" if len(one.indices) == 1 else f"{len(one.indices)} steps"
+        if one.indices != FEW_STEPS and len(one.indices) == len(FEW_STEPS):
+            steps += f" at {' '.join(f'{index:g}' for index in one.indices)}"
         suffixes = {False: "", True: " (Euler)"}
         rows: dict[str, Callable[[int], Draw]] = {
             f"a  teacher, {one.teacher_steps} steps, CFG {one.guidance:g}": self.many_steps

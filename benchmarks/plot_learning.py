@@ -56,8 +56,11 @@ def draw(tables: Sequence[dict[str, Any]], path: Path) -> None:
         panel.set_xlabel("generator updates")
         panel.set_title(title, fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
-        if max(n for points in lines.values() for n in points) > 200:
-            panel.set_xscale("log")
+        measured = sorted({n for points in lines.values() for n in points})
+        if measured[-1] > 200:
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(measured, [str(n) for n in measured], minor=False)
+            panel.set_xticks([], minor=True)
     handles, labels = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.savefig(path, metadata={"Date": None})
