@@ -140,6 +140,7 @@ EULER = ("--pairing", "euler")
 CALIBRATED = ("--guidance", "{guidance}")
 LEVELS = ("--score-levels", "exit")
 DECAY = ("--lr-scheduler", "warmup_stable_decay")
+SEED = ("--recipe", "seed")
 
 
 def _both(*flags: str) -> tuple[Arm, ...]:
@@ -151,7 +152,9 @@ RECIPES = {
     "DMD, high alone": (HIGH,),
     "DMD, low alone": (LOW,),
     "DMD, Euler": _both(*EULER),
-    "seed": _both("--recipe", "seed"),
+    "seed": _both(*SEED),
+    "high seed": (replace(HIGH, flags=SEED), LOW),
+    "low seed": (HIGH, replace(LOW, flags=SEED)),
     "levels": _both(*LEVELS),
     "w*": _both(*CALIBRATED),
     "w* + levels": _both(*CALIBRATED, *LEVELS),

@@ -26,13 +26,13 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
+from plan_peaks import TARGETS, batch_of, with_fake_weights
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.plan_peaks import TARGETS, batch_of, with_fake_weights
 from shared.format.buckets import Bucket
 from shared.models.spec import ModelSpec, read_model_spec
 from shared.models.wan import PUBLISHED, write_configs
@@ -227,11 +227,13 @@ def main() -> None:
     for name, of in seconds.items():
         ratio = " / ".join(f"{of[role] / today[role]:.2f}" for role in (CRITIC, GENERATOR))
         print(f"| {name} | {of[CRITIC]:.1f} | {of[GENERATOR]:.1f} | {ratio} |")
-    print("\n| pass | matmul TFLOP | attention | backward | GB by others |\n|---|---|---|---|---|")
+    print("\n| pass | matmul TFLOP | attention | backward | GB by others | s |")
+    print("|---|---|---|---|---|---|")
     for name, work in plain.items():
         tera = (work.matmuls / 1e12, work.attention / 1e12, work.attention_back / 1e12)
         numbers = (*tera, work.passes / 1e9)
-        print(f"| {name} | {' | '.join(f'{number:,.0f}' for number in numbers)} |")
+        cells = [*(f"{number:,.0f}" for number in numbers), f"{work.seconds(FLASH_3):.1f}"]
+        print(f"| {name} | {' | '.join(cells)} |")
     if given.json is not None:
         given.json.write_text(json.dumps(seconds, indent=1) + "\n")
 

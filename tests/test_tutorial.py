@@ -39,7 +39,7 @@ def test_the_toy_from_clips_to_samples(tmp_path: Path) -> None:
 def test_options_of_the_large_runs_are_there() -> None:
     """Each `wantrain` command of the page is one that can be typed."""
     commands = re.findall(r"(?m)^(wantrain (?:lora|distill) (?:.*\\\n)*.*)$", PAGE)
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         words = command.replace("\\\n", " ").split()[1:]
         given = [str(ROOT / word) if word.startswith("configs/") else word for word in words]
