@@ -226,7 +226,7 @@ class _Clerks:
     def __init__(self, folder: Path, signals: Interruption, room: int = 2) -> None:
         import ray
 
-        from preprocess.cluster.fleet import Fleet
+        from shared.cluster.fleet import Fleet
         from tests.preprocess.ray_tasks import Clerk
 
         actor = ray.remote(Clerk).options(num_cpus=1, max_concurrency=1)
