@@ -23,6 +23,6 @@ def ray_engines(config: EncodeConfig) -> Iterator[Elsewhere]:
 
         yield Elsewhere(
             device=cluster.device,
-            described=f"cluster  {cluster.described()}; an actor takes {cluster.demand}",
+            described=cluster.described(),
             engine=partial(RayEngine, cluster),
         )

@@ -35,6 +35,9 @@ from shared.models.spec import ModelSpec
 
 Item = TypeVar("Item")
 
+_IN_HAND = 2
+"""Leases of an actor: one that is encoded, one that is being decoded."""
+
 
 @dataclass(eq=False)
 class RayEngine:
@@ -100,7 +103,7 @@ class RayEngine:
         unfinished: Callable[[Sequence[Item]], Sequence[Item]],
     ) -> Fleet[Item]:
         mark_output(self.output, self._run)
-        actor = self.cluster.actor(kind, threads=3)  # two leases, and `finish`
+        actor = self.cluster.actor(kind, threads=_IN_HAND + 1)  # and `finish`
 
         def hire(number: int) -> Any:
             return actor.remote(
@@ -122,6 +125,7 @@ class RayEngine:
             demand=self.cluster.demand,
             unfinished=unfinished,
             lease=kind.LEASE,
+            in_hand=_IN_HAND,
             worth=kind.WORTH,
             signals=self.signals,
             say=self.say,

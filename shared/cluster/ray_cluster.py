@@ -75,11 +75,12 @@ class Cluster:
         )
 
     def described(self) -> str:
-        """The nodes and what they have."""
+        """A line about the nodes, what they have, and what an actor takes of it."""
         nodes = _living()
         cpus = sum(int(resources.get("CPU", 0)) for resources in nodes)
         gpus = sum(int(resources.get("GPU", 0)) for resources in nodes)
-        return f"{count(len(nodes), 'node')}, {cpus} CPU" + (f", {gpus} GPU" if gpus else "")
+        has = f"{cpus} CPU" + (f", {gpus} GPU" if gpus else "")
+        return f"cluster  {count(len(nodes), 'node')}, {has}; an actor takes {self.demand}"
 
 
 @contextmanager

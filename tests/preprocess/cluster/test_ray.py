@@ -241,6 +241,7 @@ class _Clerks:
             demand="1 CPU",
             unfinished=unfinished,
             lease=4,
+            in_hand=2,
             worth=1,
             signals=signals,
             say=self.lines.append,
