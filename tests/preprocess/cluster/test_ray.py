@@ -41,9 +41,15 @@ def alone(pictures: Path, tiny_i2v: Path, tmp_path_factory: pytest.TempPathFacto
 class Run:
     """A command in a process of its own, followed as a user would."""
 
-    def __init__(self, *arguments: object, cwd: Path = REPOSITORY, **environment: str) -> None:
+    def __init__(
+        self,
+        *arguments: object,
+        cwd: Path = REPOSITORY,
+        program: str = "wanprep",
+        **environment: str,
+    ) -> None:
         environment = {"RAY_ADDRESS": "", **environment}
-        self.process = wanprep_process(*arguments, cwd=cwd, **environment)
+        self.process = wanprep_process(*arguments, cwd=cwd, program=program, **environment)
         self.said = ""
 
     def actor(self, writer: int) -> int:
