@@ -250,7 +250,7 @@ class Fleet(Generic[Item]):
             raise UserError(
                 f"--engine ray: {self._failures} actors failed one after the other and nothing "
                 f"was done in between, the last one so: {why}. Every node needs wandistill with "
-                "its ray extra, the model, the media and the output folder, under the same names. "
+                "its ray extra, the model, the data and the output folder, under the same names. "
                 "`ray logs` has what the actors wrote."
             )
 

@@ -48,11 +48,6 @@ class Job:
         """The same, once it is known what the nodes compute on."""
         return replace(self, config=replace(self.config, device=device), device=device)
 
-    def use_device(self) -> None:
-        """Have this thread compute there. UserError for what it can't do."""
-        take_device(self.device)
-        check_here(self.config, self.device)
-
     @property
     def mine(self) -> list[Group]:
         """Those that this process makes: every world-th. Not by key, as in `encode`: of a few
@@ -107,6 +102,8 @@ def read_job(config: SynthesizeConfig) -> Job:
     source = Source(data, spec)
     sampler, said = sampler_of(config, spec)
     bases = bases_of(config, spec)
+    if config.engine == "local":
+        use_device(config, device)
     fingerprint = fingerprint_of(
         source.index.fingerprint, spec, said | identity_of(config, spec, bases)
     )
@@ -114,7 +111,7 @@ def read_job(config: SynthesizeConfig) -> Job:
         source, fingerprint, count=config.count, each=config.clips_per_caption,
         size=config.train_batch_size,
     )  # fmt: skip
-    job = Job(
+    return Job(
         config=config,
         spec=spec,
         source=source,
@@ -124,9 +121,12 @@ def read_job(config: SynthesizeConfig) -> Job:
         groups=groups,
         device=device,
     )
-    if config.engine == "local":
-        job.use_device()
-    return job
+
+
+def use_device(config: SynthesizeConfig, device: str) -> None:
+    """Have this thread compute there. UserError for what can't be computed there."""
+    take_device(device)
+    check_here(config, device)
 
 
 def fingerprint_of(

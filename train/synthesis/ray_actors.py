@@ -24,7 +24,7 @@ from train.options import Expert
 from train.synthesis.clips import Group
 from train.synthesis.config import SynthesizeConfig
 from train.synthesis.handover import HandedOver, Handover
-from train.synthesis.job import FULL_DEVICE, read_job
+from train.synthesis.job import FULL_DEVICE, read_job, use_device
 from train.synthesis.making import Maker
 
 
@@ -75,7 +75,7 @@ class ExpertActor:
                 "are others there, or another wandistill",
                 cure="Copy them to that node again, and install the same version.",
             )
-            job.use_device()
+            use_device(job.config, job.device)
             number = None if orders.first_writer is None else self._take_writer(orders.first_writer)
             self._device = job.device
             self._clips = {clip.key: clip for group in job.groups for clip in group.clips}
