@@ -54,7 +54,11 @@ def synthesize(
             full_device_explained(job.device, lambda: FULL_DEVICE),
         ):
             _copy_prompts(job, session, writer)
-            _make({*missing}, job, session, handover, writer, engine, console)
+            began, turns = time.monotonic(), _turns(job, handover, {*missing})
+            if passes := _make(job, turns, {*missing}, engine, outcome, console):
+                # On a cluster it is the actors that wait for the disk.
+                waited = writer.waited if job.config.engine == "local" else None
+                say(console, _time_line(time.monotonic() - began, passes, waited))
             with signals.deferred():
                 writer.close()
                 session.settle()
@@ -83,26 +87,29 @@ def _copy_prompts(job: Job, session: CacheSession, writer: BackgroundWriter) -> 
         writer.shards.add_prompts([*roles.values(), *validation])
 
 
-def _make(
-    missing: set[str],
-    job: Job,
-    session: CacheSession,
-    handover: Handover,
-    writer: BackgroundWriter,
-    engine: Engine,
-    console: Console,
-) -> None:
-    """Sample the groups that have a clip among `missing`, which are then in shards or on the way
-    there."""
+def _turns(job: Job, handover: Handover, missing: set[str]) -> list[Turn]:
+    """What each expert has to do for the clips that are `missing`."""
     todo = [g for g in job.mine if any(clip.key in missing for clip in g.clips)]
-    first, *second = job.sampler.experts
-    turns = [Turn(expert=first[0], places=first[1], groups=todo)]
-    if second:
-        turns = [
-            Turn(expert=first[0], places=first[1], groups=handover.lacking(todo)),
-            Turn(expert=second[0][0], places=second[0][1], groups=todo),
-        ]
-    began, done = time.monotonic(), 0
+    (first, places), *second = job.sampler.experts
+    if not second:
+        return [Turn(expert=first, places=places, groups=todo)]
+    ((last, rest),) = second
+    return [
+        Turn(expert=first, places=places, groups=handover.lacking(todo)),
+        Turn(expert=last, places=rest, groups=todo),
+    ]
+
+
+def _make(
+    job: Job,
+    turns: list[Turn],
+    missing: set[str],
+    engine: Engine,
+    outcome: Outcome,
+    console: Console,
+) -> int:
+    """Sample clips, which are then in shards or on the way there; the passes that it took."""
+    done = 0
     for turn in turns:
         if not turn.groups:
             continue
@@ -112,14 +119,12 @@ def _make(
         with bar(console, f"sampling ({turn.expert})", clips * passes) as advance:
             for group in engine.make(turn, missing, advance):
                 if turn is turns[-1]:
-                    session.outcome.written += sum(clip.key in missing for clip in group.clips)
+                    outcome.written += sum(clip.key in missing for clip in group.clips)
         done += clips * passes
-    if done:
-        spent = time.monotonic() - began
-        here = job.config.engine == "local"
-        waited = f"; waiting for the disk {writer.waited:.1f} s" if here else ""
-        say(
-            console,
-            f"time     {spent:.1f} s for {done} passes of a clip, {spent / done:.3f} s "
-            f"each{waited}",
-        )
+    return done
+
+
+def _time_line(spent: float, passes: int, waited: float | None) -> str:
+    """What it took; `waited` of it for the disk, where that is known."""
+    line = f"time     {spent:.1f} s for {passes} passes of a clip, {spent / passes:.3f} s each"
+    return line if waited is None else f"{line}; waiting for the disk {waited:.1f} s"
