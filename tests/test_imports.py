@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("shared", "preprocess", "train")
-MODULES = {"shared": 66, "preprocess": 72, "train": 139}
+MODULES = {"shared": 70, "preprocess": 70, "train": 145}
 MOST_FILES, MOST_LINES = 15, 600
 BUILDERS = {"load_component", "load_class"}
 MAY_BUILD = {

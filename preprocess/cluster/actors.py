@@ -5,18 +5,14 @@ decodes one lease while it encodes another (Ray calls `work` in threads).
 """
 
 import os
-import socket
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import ray
-
 from preprocess.cache.text_cache import TextCache
-from preprocess.cluster.fleet import Joined
 from preprocess.encode.config import EncodeConfig
 from preprocess.encode.engine import COMPONENTS, latent_encoder, pictures_encoded, text_encoder
 from preprocess.encode.fingerprint import encode_fingerprint
@@ -29,6 +25,8 @@ from preprocess.media.sources import MediaFile
 from preprocess.media.worker_pool import WorkerPool
 from shared.cache.background_writer import BackgroundWriter
 from shared.cache.writer import ShardWriter, free_writer_lock
+from shared.cluster.fleet import Joined
+from shared.cluster.node import check_folders, errors_of_this_node, joined
 from shared.device import take_device
 from shared.errors import UserError
 from shared.format.fingerprint import Fingerprint, as_in_cache, refuse_differences
@@ -39,9 +37,6 @@ from shared.models.spec import ModelSpec, resolve_model
 
 if TYPE_CHECKING:
     from preprocess.encode.encoders import LatentEncoder, TextEncoder
-
-RUN_MARK = ".lock-ray"
-"""File in the output folder that says which run writes there: whoever reads it sees the folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +50,7 @@ class Orders:
     """Of the model as the driver sees it."""
     fingerprint: Fingerprint
     run: str
-    """Content of `RUN_MARK`."""
+    """That the output folder is marked with."""
     folder: Path
     """Where the driver runs: what relative paths begin at."""
     media_file: MediaFile | None
@@ -80,7 +75,7 @@ class TextActor:
         spec = _checked_node(self._orders)
         config = self._orders.config
         self._encoder = text_encoder(spec, config.text_encoder_dtype, config.device)
-        return _joined(writer=None)
+        return joined(writer=None)
 
     def work(self, captions: Sequence[str]) -> dict[int, str]:
         """Encode captions; none is ever rejected."""
@@ -126,7 +121,7 @@ class MediaActor:
         )
         self._writer = BackgroundWriter(shards)
         self._encoder = latent_encoder(self._spec, config.vae_dtype, config.device)
-        return _joined(writer=number)
+        return joined(writer=number)
 
     def work(self, works: Sequence[Work]) -> dict[int, str]:
         """Encode clips into shards; which were rejected (position), and why.
@@ -174,15 +169,16 @@ class MediaActor:
         self._held.close()
 
 
-def _joined(writer: int | None) -> Joined:
-    node = ray.get_runtime_context().get_node_id()
-    return Joined(host=socket.gethostname(), node=node, pid=os.getpid(), writer=writer)
-
-
 def _checked_node(orders: Orders) -> ModelSpec:
     """The model as this node sees it, once the node is known to see what the driver sees."""
-    try:
-        _check_folders(orders)
+    with errors_of_this_node():
+        # Before the decoders start, which inherit the working directory.
+        check_folders(orders.folder, orders.output, orders.run)
+        if orders.media_file is not None and not orders.media_file.exists():
+            raise UserError(
+                f"--train-data-dir: {orders.media_file} is not there. Expected the media under the "
+                "same path on every node."
+            )
         spec = replace(orders.spec, folder=resolve_model(orders.config.model, COMPONENTS))
         take_device(orders.config.device)
         hasher = FileHasher()
@@ -194,25 +190,6 @@ def _checked_node(orders: Orders) -> ModelSpec:
             cure="Copy the model to that node again, and install the same version.",
         )
         return spec
-    except UserError as error:
-        raise UserError(f"node {socket.gethostname()}: {error}") from error
-
-
-def _check_folders(orders: Orders) -> None:
-    with suppress(OSError):  # a node may lack it where all paths are absolute
-        os.chdir(orders.folder)  # before the decoders start, which inherit it
-    output = orders.output
-    mark = output.folder / RUN_MARK
-    if not mark.exists() or mark.read_text() != orders.run:
-        raise UserError(
-            f"--output: {output} is not the folder there that it is where the command runs. "
-            "Expected one that all nodes of the cluster share."
-        )
-    if orders.media_file is not None and not orders.media_file.exists():
-        raise UserError(
-            f"--train-data-dir: {orders.media_file} is not there. Expected the media under the "
-            "same path on every node."
-        )
 
 
 def encode_pictures_there(

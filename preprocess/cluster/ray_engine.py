@@ -14,9 +14,7 @@ from typing import Any, TypeVar
 import ray
 
 from preprocess.cache.text_cache import TextCache
-from preprocess.cluster.actors import RUN_MARK, MediaActor, Orders, TextActor, encode_pictures_there
-from preprocess.cluster.fleet import Fleet
-from preprocess.cluster.ray_cluster import Cluster
+from preprocess.cluster.actors import MediaActor, Orders, TextActor, encode_pictures_there
 from preprocess.encode.config import EncodeConfig
 from preprocess.encode.engine import Write
 from preprocess.encode.passes import latents_from_cache
@@ -26,14 +24,19 @@ from preprocess.frames.media_info import MediaError
 from preprocess.media.sources import MediaFile
 from shared.cache.session import index_there
 from shared.cache.writer import MOST_WRITERS, remove_abandoned
+from shared.cluster.fleet import Fleet
+from shared.cluster.node import mark_output
+from shared.cluster.ray_cluster import Cluster
 from shared.errors import UserError
 from shared.format.fingerprint import Fingerprint
 from shared.interrupt import Interruption
-from shared.io.durable import write_bytes
 from shared.io.store import Store
 from shared.models.spec import ModelSpec
 
 Item = TypeVar("Item")
+
+_IN_HAND = 2
+"""Leases of an actor: one that is encoded, one that is being decoded."""
 
 
 @dataclass(eq=False)
@@ -82,7 +85,9 @@ class RayEngine:
         """A task on one node: they are few, and the driver's machine may have no GPU."""
         if not pictures:
             return {}
-        task: Any = ray.remote(encode_pictures_there).options(**self._resources)
+        task: Any = ray.remote(encode_pictures_there).options(
+            num_cpus=self.cluster.cpus, num_gpus=self.cluster.gpus
+        )
         made: Conditions = ray.get(task.remote(self.config, self.spec, Path.cwd(), pictures))
         return made
 
@@ -91,23 +96,14 @@ class RayEngine:
         if self._fleet is not None:
             self._fleet.rescue()
 
-    @property
-    def _resources(self) -> dict[str, int]:
-        return {"num_cpus": self.cluster.cpus, "num_gpus": self.cluster.gpus}
-
     def _new_fleet(
         self,
         kind: type[TextActor] | type[MediaActor],
         media_file: MediaFile | None,
         unfinished: Callable[[Sequence[Item]], Sequence[Item]],
     ) -> Fleet[Item]:
-        write_bytes(self.output.folder / RUN_MARK, self._run.encode())
-        actor: Any = ray.remote(kind).options(
-            **self._resources,
-            max_restarts=0,
-            max_concurrency=3,  # two leases, and `finish`
-            scheduling_strategy="SPREAD",
-        )
+        mark_output(self.output, self._run)
+        actor = self.cluster.actor(kind, threads=_IN_HAND + 1)  # and `finish`
 
         def hire(number: int) -> Any:
             return actor.remote(
@@ -129,6 +125,7 @@ class RayEngine:
             demand=self.cluster.demand,
             unfinished=unfinished,
             lease=kind.LEASE,
+            in_hand=_IN_HAND,
             worth=kind.WORTH,
             signals=self.signals,
             say=self.say,

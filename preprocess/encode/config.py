@@ -8,11 +8,11 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 import typer
 
 from preprocess.dataset.sizes import LARGEST_SIZE, SMALLEST_SIZE, Clips
-from shared.cache.ranks import Rank, WithRank
+from shared.cache.ranks import Rank
 from shared.cli.checks import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, check_options
+from shared.cluster.options import CLUSTER, WithRay
 from shared.device import default_device
 from shared.errors import UserError
-from shared.io.object_store import local_path
 from shared.models.family import TrainMode
 from shared.models.spec import DEFAULT_MODEL, ModelSpec, in_train_mode
 from shared.models.wan import WAN
@@ -21,12 +21,12 @@ StoredDtype = Literal["bf16", "fp32"]
 
 DEFAULT_STRIDE = 2
 INPUT, SAMPLES, ENCODERS = "Input", "What a sample is", "Encoders"
-OUTPUT, CLUSTER, PLAN = "Output", "Cluster", "Plan"
+OUTPUT, PLAN = "Output", "Plan"
 
 
 # fmt: off
 @dataclass(frozen=True, kw_only=True)
-class EncodeConfig(WithRank):
+class EncodeConfig(WithRay):
     """Encode videos, images and captions into shards, once.
 
     The model's VAE and text encoder turn a sample into latents, text embeddings and, for i2v models, the first frame's condition. Interrupted and run again, it continues; with nothing to do, it ends at once.
@@ -66,7 +66,7 @@ class EncodeConfig(WithRank):
     text_encoder_dtype: Annotated[StoredDtype, typer.Option(help="Compute dtype of the text encoder.", rich_help_panel=ENCODERS)] = "bf16"
     vae_mini_batch: Annotated[int, typer.Option(metavar="N", help="Accepted for VideoX-Fun's scripts, no effect: clips are encoded one at a time, because batching changes the bits of the latents.", rich_help_panel=ENCODERS), AT_LEAST_1] = 1
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N; auto uses a GPU if available.", rich_help_panel=ENCODERS)] = "auto"
-    num_workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that decode and resize media while the encoders work; each holds one clip in memory.", show_default="cores minus 1, at most 8", rich_help_panel=ENCODERS), AT_LEAST_1] = None
+    num_workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that decode and resize media while the encoders work (with Ray: of each actor); each holds one clip in memory.", show_default="cores minus 1, at most 8", rich_help_panel=ENCODERS), AT_LEAST_1] = None
     decode_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Reject a file if no frame of it was decoded for this long.", rich_help_panel=ENCODERS), POSITIVE] = 120
 
     output: Annotated[str, typer.Option(metavar="DIR|URL", help="Folder of the shards; what is in it already is kept and not encoded again.", rich_help_panel=OUTPUT)] = "shards"
@@ -74,10 +74,6 @@ class EncodeConfig(WithRank):
     shard_size_mb: Annotated[int, typer.Option(metavar="MB", help="Size, in megabytes, at which a shard is closed and the next one started.", rich_help_panel=OUTPUT), AT_LEAST_1] = 256
     prune: Annotated[bool, typer.Option("--prune", help="Remove samples from the shards that are no longer in the dataset: of files that were removed, or whose frames or size changed.", show_default="off", rich_help_panel=OUTPUT)] = False
     max_bad: Annotated[int, typer.Option(metavar="N", help="Number of rejected samples to accept; with more the exit code is 1. The others are encoded in any case.", rich_help_panel=OUTPUT), NOT_NEGATIVE] = 0
-
-    engine: Annotated[Literal["local", "ray"], typer.Option(help="Where the encoders run: local is this process (or one per GPU under torchrun, accelerate, srun); ray is a Ray cluster, whose nodes may come and go.", rich_help_panel=CLUSTER)] = "local"
-    ray_address: Annotated[str | None, typer.Option(metavar="HOST:PORT", envvar="RAY_ADDRESS", help="Head node of the Ray cluster, or auto: the cluster that this machine belongs to. Run the command on one of its nodes.", show_default="a local cluster", rich_help_panel=CLUSTER)] = None
-    ray_actors: Annotated[int | None, typer.Option(metavar="N", help="Maximum number of actors; each has an encoder, on a GPU of its own if there are any, and decoders (--num-workers).", show_default="as many as fit", rich_help_panel=CLUSTER), AT_LEAST_1] = None
     # fmt: on
 
     @property
@@ -134,24 +130,7 @@ class EncodeConfig(WithRank):
                 f"DATASET_META_NAME) {self.train_data_meta} are both given, expected one of them. A "
                 'dataset of the TOML file may name a list: metadata = "FILE".'
             )
-        if self.engine == "ray" and self.rank.world > 1:
-            raise UserError(
-                f"--engine ray: started as rank {self.rank.number} of {self.rank.world}. Ray "
-                "shares the work out by itself: start one process, without torchrun or srun."
-            )
-        if self.engine == "ray" and (self.ray_address or "").startswith("ray://"):
-            raise UserError(
-                f"--ray-address: {self.ray_address} is a Ray Client's; expected HOST:PORT of the "
-                "head node, and the command run on one of the cluster's nodes."
-            )
-        if self.engine == "ray" and local_path(self.output) is None:
-            raise UserError(
-                f"--engine ray: --output is {self.output}, and embeddings wait in it for the other "
-                "actors. Expected a folder that all nodes share; ranks (torchrun, srun) write to "
-                "object stores."
-            )
-        if self.engine == "local" and self.ray_actors is not None:
-            raise UserError(f"--ray-actors: {self.ray_actors} without --engine ray. Add that.")
+        self.check_engine(self.output, waiting="embeddings")
         if self.clips_per_video > 1 and self.clips in ("first", "chunk"):
             raise UserError(
                 f"--clips-per-video: {self.clips_per_video} has no meaning with --clips "

@@ -29,7 +29,7 @@ _WHEELS = "pip install torch --index-url https://download.pytorch.org/whl/cu128"
 # Extra → module, what it is for. Of pyproject.toml's, those that a user may want.
 EXTRAS = {
     "s3": ("s3fs", "shards and media in S3"),
-    "ray": ("ray", "wanprep encode --engine ray"),
+    "ray": ("ray", "--engine ray (wanprep encode, wantrain synthesize)"),
     "deepspeed": ("deepspeed", "--strategy zero2, zero3"),
     "quant": ("bitsandbytes", "--base-precision nf4"),
     "prodigy": ("prodigyopt", "--optimizer prodigy"),

@@ -84,10 +84,12 @@ def wanprep(*arguments: object) -> Ran:
     return Ran(code, out.getvalue(), err.getvalue())
 
 
-def wanprep_process(*arguments: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
-    """The installed console script, as a process of its own, in `cwd`."""
+def wanprep_process(
+    *arguments: object, cwd: Path, program: str = "wanprep", **environment: str
+) -> subprocess.Popen[str]:
+    """The installed console script, or another `program`, as a process of its own, in `cwd`."""
     return subprocess.Popen(
-        [str(Path(sys.executable).with_name("wanprep")), *map(str, arguments)],
+        [str(Path(sys.executable).with_name(program)), *map(str, arguments)],
         cwd=cwd,
         env=os.environ | environment,
         stdout=subprocess.PIPE,

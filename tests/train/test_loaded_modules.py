@@ -40,6 +40,7 @@ TRAIN = ("--boundary-type", "low", "--max-train-steps", "1", "--rank", "4", "--r
             marks=pytest.mark.long,
         ),
         (("train", "distill", *TRAIN, "--dry-run"), set()),
+        (("train", "synthesize", "--dry-run"), set()),
         (("preprocess", "inspect"), set()),
         (("preprocess", "verify"), {"av"}),  # for --decode
     ],
@@ -50,7 +51,8 @@ def test_only_what_is_asked_for(
 ) -> None:
     stage, command, *options = words
     if stage == "train":
-        options += ["--model", str(tiny_t2v), "--output-dir", str(tmp_path / "out")]
+        output = "--output" if command == "synthesize" else "--output-dir"
+        options += ["--model", str(tiny_t2v), output, str(tmp_path / "out")]
     ran = subprocess.run(
         [sys.executable, "-c", PROGRAM, stage, tmp_path / "modules", command,
          "--shards", t2v_shards, *options],

@@ -27,6 +27,7 @@ def synthesize(config: SynthesizeConfig, _: typer.Context) -> None:
             --guidance 2 --steps 20
     """
     import sys
+    from contextlib import ExitStack
 
     from rich.console import Console
 
@@ -38,15 +39,17 @@ def synthesize(config: SynthesizeConfig, _: typer.Context) -> None:
     from shared.io.names import quoted
     from train.distributed.launcher import Machines, end_with_launcher, launch, own_command
     from train.synthesis import run
+    from train.synthesis.engine import LocalEngine, MakeEngine
+    from train.synthesis.job import foresee, read_job
 
     console = Console(stderr=True)
     rank = config.rank
-    job = run.read_job(config)
+    job = read_job(config)
     if config.dry_run:
         for line in job.describe():
             echo(line)
         with open_store(config.output).pulled() as output:
-            for line in run.foresee(job, output):
+            for line in foresee(job, output):
                 echo(line)
         return
     if config.num_processes > 1 and rank.world == 1:
@@ -55,8 +58,15 @@ def synthesize(config: SynthesizeConfig, _: typer.Context) -> None:
     end_with_launcher()
     for line in job.describe():
         say(console, line)
-    with open_store(config.output, writer=rank.number).pulled() as output:
-        outcome = run.synthesize(job, output, console)
+    with ExitStack() as held:
+        engine: MakeEngine = LocalEngine
+        if config.engine == "ray":
+            from train.synthesis.ray_engines import on_cluster
+
+            job, engine, line = held.enter_context(on_cluster(job))
+            say(console, line)
+        output = held.enter_context(open_store(config.output, writer=rank.number).pulled())
+        outcome = run.synthesize(job, output, console, engine)
     if outcome.index is not None:
         echo(contents(outcome.index))
     if outcome.signum is not None:

@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from shared.cache.ranks import WithRank
 from shared.cli.checks import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, check_options
+from shared.cluster.options import CLUSTER, WithRay
 from shared.errors import UserError
 from shared.io.shard_cache import DEFAULT_SHARD_CACHE_GB
 from shared.models.family import TrainMode
@@ -31,7 +31,7 @@ STEPS, GUIDANCE = 40, 5.0
 
 # fmt: off
 @dataclass(frozen=True, kw_only=True)
-class SynthesizeConfig(WithRank, ForwardOnly):
+class SynthesizeConfig(WithRay, ForwardOnly):
     """Make shards of the base model's own clips.
 
     For captions and conditions in shards a clip is sampled from noise, with many steps and CFG, and stored as latents in the same format; no VAE or text encoder runs. With --states also the sampler's states at a student's timesteps. Interrupted and run again, it continues. Two experts are loaded one after the other.
@@ -39,7 +39,7 @@ class SynthesizeConfig(WithRank, ForwardOnly):
     Next: wantrain distill --shards DIR
     """
 
-    PANELS: ClassVar[Sequence[str]] = (INPUT, SAMPLER, OUTPUT, DEVICE, PROCESSES)
+    PANELS: ClassVar[Sequence[str]] = (INPUT, SAMPLER, OUTPUT, DEVICE, PROCESSES, CLUSTER)
 
     model: Annotated[str, typer.Option("--model", "--pretrained-model-name-or-path", metavar="MODEL", envvar="MODEL_NAME", help="Model that the clips are of: a diffusers or Wan folder, a hub id, or a bundled toy (toy or toy-i2v).", rich_help_panel=INPUT)] = DEFAULT_MODEL
     transformer_path: Annotated[Path | None, typer.Option(metavar="PATH", help="Custom weights for the low-noise expert, or for MODEL's only transformer, as in `wantrain distill`.", show_default="MODEL's", rich_help_panel=INPUT)] = None
@@ -80,6 +80,12 @@ class SynthesizeConfig(WithRank, ForwardOnly):
 
     def __post_init__(self) -> None:
         check_options(self)
+        self.check_engine(self.output, waiting="clips between the experts")
+        if self.engine == "ray" and self.num_processes > 1:
+            raise UserError(
+                f"--num-processes: found {self.num_processes} with --engine ray, which starts its "
+                "actors by itself. Use --ray-actors for their number."
+            )
         if len(self.shards) > 1 or self.shards[0].weight != 1:
             given = " ".join(map(str, self.shards))
             raise UserError(

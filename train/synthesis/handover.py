@@ -12,10 +12,12 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from shared.errors import UserError
 from shared.format.fingerprint import Fingerprint
 from shared.format.schema import pack
 from shared.io.durable import write_bytes
 from shared.io.hashing import digest_of
+from train.synthesis.clips import Group
 
 _X_T, _STATES = "x_t", "states"
 
@@ -47,6 +49,19 @@ class Handover:
             return HandedOver(tensors[_X_T], tensors[_STATES])
         except (OSError, SafetensorError, KeyError):
             return None
+
+    def expect(self, key: str) -> HandedOver:
+        """A clip's, which has been put there. UserError where it is gone."""
+        found = self.get(key)
+        if found is None:
+            raise UserError(
+                f"hand-over: {self._path(key)} is gone or damaged. Run the same command again."
+            )
+        return found
+
+    def lacking(self, groups: Sequence[Group]) -> list[Group]:
+        """Groups with a clip of which there is none."""
+        return [g for g in groups if any(self.get(clip.key) is None for clip in g.clips)]
 
     def delete(self, keys: Sequence[str]) -> None:
         """These are in shards."""

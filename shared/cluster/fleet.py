@@ -28,7 +28,6 @@ MOST_STRIKES = 3
 MOST_LOSSES = 10
 """Nodes that may be lost over one item: machines go for reasons of their own, but one whose memory
 an item eats whole goes as well."""
-_IN_HAND = 2  # leases of an actor: one that is encoded, one that is being decoded
 _TICK_SECONDS = 1.0
 _LOOK_SECONDS = 5.0  # between two looks at what nodes there are
 _PATIENCE_SECONDS = 30.0  # without any actor, before the user is told
@@ -83,6 +82,8 @@ class Fleet(Generic[Item]):
     """Those items whose result is not on disk."""
     lease: int
     """Items that an actor gets at once, at most."""
+    in_hand: int
+    """Leases of an actor: what the next one needs can be read while one is worked on."""
     worth: int
     """Items that must wait before another actor starts."""
     signals: Interruption
@@ -150,7 +151,7 @@ class Fleet(Generic[Item]):
 
     def _give(self) -> None:
         for actor in self._actors:
-            while actor.joined and self._pending and len(actor.leases) < _IN_HAND:
+            while actor.joined and self._pending and len(actor.leases) < self.in_hand:
                 lease = self._next_lease(actor)
                 if not lease:
                     break
@@ -249,7 +250,7 @@ class Fleet(Generic[Item]):
             raise UserError(
                 f"--engine ray: {self._failures} actors failed one after the other and nothing "
                 f"was done in between, the last one so: {why}. Every node needs wandistill with "
-                "its ray extra, the model, the media and the output folder, under the same names. "
+                "its ray extra, the model, the data and the output folder, under the same names. "
                 "`ray logs` has what the actors wrote."
             )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import ray
 
-from preprocess.cluster.fleet import Joined
+from shared.cluster.fleet import Joined
 from shared.errors import UserError
 
 

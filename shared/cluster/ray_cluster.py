@@ -8,7 +8,6 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
-from preprocess.encode.config import EncodeConfig
 from shared.cli.console import count
 from shared.device import default_device
 from shared.errors import UserError, first_line
@@ -20,6 +19,20 @@ LOCAL = "local"
 _OBJECT_STORE_BYTES = 100_000_000
 # Ray gives its workers the driver's folder before all packages.
 _IN_WORKERS = {"worker_process_setup_hook": "wandistill_cli.ours_first"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a run asks of a cluster."""
+
+    address: str | None
+    """None: `LOCAL`."""
+    device: str
+    """That actors are to compute on; auto: a GPU where a node has one."""
+    cpus: int
+    """Of one actor, if a node has as many."""
+    actors: int | None
+    """At most; None: as many as there is room for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +61,31 @@ class Cluster:
             for resources in _living()
         )
 
+    def actor(self, kind: type, threads: int) -> Any:
+        """A class whose `remote` makes one on a node with room for it; Ray calls its methods in so
+        many threads."""
+        import ray
+
+        return ray.remote(kind).options(
+            num_cpus=self.cpus,
+            num_gpus=self.gpus,
+            max_restarts=0,
+            max_concurrency=threads,
+            scheduling_strategy="SPREAD",
+        )
+
     def described(self) -> str:
-        """The nodes and what they have."""
+        """A line about the nodes, what they have, and what an actor takes of it."""
         nodes = _living()
         cpus = sum(int(resources.get("CPU", 0)) for resources in nodes)
         gpus = sum(int(resources.get("GPU", 0)) for resources in nodes)
-        return f"{count(len(nodes), 'node')}, {cpus} CPU" + (f", {gpus} GPU" if gpus else "")
+        has = f"{cpus} CPU" + (f", {gpus} GPU" if gpus else "")
+        return f"cluster  {count(len(nodes), 'node')}, {has}; an actor takes {self.demand}"
 
 
 @contextmanager
-def connected(config: EncodeConfig) -> Iterator[Cluster]:
-    """Join the cluster of `config.ray_address`, or start one; leave it, or end it, at the end.
+def connected(wanted: Wanted) -> Iterator[Cluster]:
+    """Join the cluster of its address, or start one; leave it, or end it, at the end.
 
     Takes over SIGTERM, so it comes before `catch_signals`. Raises UserError where Ray is not
     installed, there is no such cluster, or the one of this machine has no room for an actor.
@@ -73,14 +100,14 @@ def connected(config: EncodeConfig) -> Iterator[Cluster]:
             "--engine ray: Ray is not installed. Install it on every node: "
             "pip install 'wandistill[ray]'."
         ) from error
-    address = config.ray_address or LOCAL
+    address = wanted.address or LOCAL
     own = address == LOCAL
     options: dict[str, Any] = {}
     if own:
         cores = len(os.sched_getaffinity(0))
         options = {
             # Two actors on two cores are slow, but they are what --ray-actors 2 asks for.
-            "num_cpus": max(cores, (config.ray_actors or 1) * (1 + config.workers)),
+            "num_cpus": max(cores, (wanted.actors or 1) * wanted.cpus),
             "object_store_memory": _OBJECT_STORE_BYTES,
             "include_dashboard": False,
         }
@@ -101,32 +128,32 @@ def connected(config: EncodeConfig) -> Iterator[Cluster]:
         ) from error
     try:
         with redirect_stdout(sys.stderr):  # Ray's threads print about dead workers as they learn
-            yield _cluster(config, own)
+            yield _cluster(wanted, own)
     finally:
         ray.shutdown()
 
 
-def _cluster(config: EncodeConfig, own: bool) -> Cluster:
+def _cluster(wanted: Wanted, own: bool) -> Cluster:
     nodes = _living()
-    device = config.device
+    device = wanted.device
     has_gpu = any(resources.get("GPU", 0) for resources in nodes)
     if device == "auto":
         device = "cuda" if has_gpu or (own and default_device() == "cuda") else "cpu"
     gpus = 1 if device.partition(":")[0] == "cuda" else 0
-    # An encoder and its decoders, but no more than keeps a GPU idle for want of cores.
+    # As many as an actor wants, but no more than keeps a GPU idle for want of cores.
     shares = [
         int(resources.get("CPU", 0) // max(1, resources.get("GPU", 0)))
         for resources in nodes
         if bool(resources.get("GPU", 0)) or not gpus
     ]
     usable = [share for share in shares if share]
-    cpus = max(1, min([1 + config.workers, *usable]))
+    cpus = max(1, min([wanted.cpus, *usable]))
     if own and gpus and not has_gpu:
         raise UserError(
             f"--device: found {device}, but this machine has no GPU that Ray can see. Expected "
             "auto or cpu, or --ray-address of a cluster that has some."
         )
-    return Cluster(device=device, cpus=cpus, gpus=gpus, most=config.ray_actors)
+    return Cluster(device=device, cpus=cpus, gpus=gpus, most=wanted.actors)
 
 
 def _living() -> list[dict[str, float]]:
