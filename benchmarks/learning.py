@@ -155,6 +155,8 @@ RECIPES = {
     "seed": _both(*SEED),
     "high seed": (replace(HIGH, flags=SEED), LOW),
     "low seed": (HIGH, replace(LOW, flags=SEED)),
+    "high --score-floor handover": (replace(HIGH, flags=("--score-floor", "handover")), LOW),
+    "low --start noise": (HIGH, replace(LOW, flags=("--start", "noise"))),
     "levels": _both(*LEVELS),
     "w*": _both(*CALIBRATED),
     "w* + levels": _both(*CALIBRATED, *LEVELS),
